@@ -1,0 +1,260 @@
+"""The local protocol between a trainer and its node's daemon: messages over one Unix stream socket.
+
+A frame is a 4-byte big-endian length and that many bytes of JSON: ``{"type": <class name>, "id": n, "body": {...}}``. File
+descriptors travel by SCM_RIGHTS with the first byte of the frame whose body names them. The JSON body follows
+``proto/backstayd/v1/local.proto``. Shared by both sides; standard library only.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import socket
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from backstay import record
+from backstay.errors import IntegrityError
+
+PROTOCOL_VERSION: Final = 1
+MAX_FRAME_BYTES: Final = 256 * 1024 * 1024  # a manifest of an 8 TiB shard; admission refuses such a shard long before
+MAX_FDS: Final = 128
+DEFAULT_SOCKET: Final = "/run/backstay/backstayd.sock"  # overridden by BACKSTAY_SOCKET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach:
+    """First message of a connection. ``attempt`` is 0 before restore(), else this is a re-attach of a training rank."""
+
+    protocol: int = PROTOCOL_VERSION
+    run: str
+    world_id: str
+    rank: int
+    world_size: int
+    attempt: int = 0
+    needs: tuple[int, ...] = ()
+    model_signature: str = ""  # SHA-256 over tensor names, global shapes and dtypes; "" = not checked
+    collective_timeout_s: float = 0.0
+    client_version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attached:
+    session_id: str
+    incarnation: str
+    lease_s: float
+    protocol: int
+    daemon_version: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """Ask for the world's decision. Answered by Progress messages and one Restored or Error."""
+
+    allow_fresh: bool = False
+    deadline_s: float = 600.0
+    world_size: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    phase: str  # "waiting", "staging", "recording"
+    detail: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoredShard:
+    """One staged, verified shard; its read-only descriptor is the one at ``fd_index`` of this frame."""
+
+    rank: int
+    source: str  # "local", "peer", "rebuild", "persisted"
+    manifest: dict[str, Any]
+    fd_index: int
+    detail: str = ""  # which nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    outcome: str  # EXACT, EXACT_OLDER, NONE
+    attempt: int  # the history this world writes now
+    step: int = 0
+    base_attempt: int = 0
+    snapshot_id: str = ""
+    message: str = ""
+    shards: tuple[RestoredShard, ...] = ()
+    interval_steps: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserve:
+    """Ask for a slot of exactly ``size_bytes`` for ``step``; the daemon waits up to ``wait_s`` for one to come free."""
+
+    step: int
+    size_bytes: int
+    wait_s: float = 0.0
+    known_slots: tuple[str, ...] = ()  # slot ids whose descriptors the trainer still maps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleBody:
+    interval_steps: int = 1
+    from_step: int = 0
+    previous_interval_steps: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved:
+    """A slot to fill. ``slot_id`` names the inode; a descriptor comes along iff the id was not in ``known_slots``."""
+
+    slot_id: str
+    size_bytes: int
+    schedule: ScheduleBody = field(default_factory=ScheduleBody)
+    redundancy: str = ""
+    protected_step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """No slot: this step is abandoned; training goes on."""
+
+    reason: str
+    schedule: ScheduleBody = field(default_factory=ScheduleBody)
+    redundancy: str = ""
+    protected_step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    step: int
+    slot_id: str
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    digest: str
+    schedule: ScheduleBody = field(default_factory=ScheduleBody)
+    redundancy: str = ""
+    protected_step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """The capture into this slot failed or was cancelled; answered by Done."""
+
+    step: int
+    slot_id: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The run ended well: its memory is freed everywhere; answered by Done."""
+
+    keep: bool = False  # True: detach only, memory stays until job_ttl_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """Ask what the daemon knows of itself and its runs; answered by StatusBody. Needs no Attach."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusBody:
+    document: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Error:
+    """``error_class`` is a key of ``backstay.errors.ERROR_CLASSES``."""
+
+    error_class: str
+    reason: str
+    message: str
+
+
+MESSAGES: Final[dict[str, type[Any]]] = {
+    cls.__name__: cls
+    for cls in (
+        Attach, Attached, Restore, Progress, Restored, Reserve, Reserved, Skipped, Commit, Committed,
+        Abandon, Finish, Status, StatusBody, Done, Error,
+    )
+}  # fmt: skip
+
+
+def encode_frame(message: Any, message_id: int) -> bytes:
+    """One frame: length, then JSON."""
+    envelope = {"type": type(message).__name__, "id": message_id, "body": record.to_json(message)}
+    payload = json.dumps(envelope, separators=(",", ":")).encode()
+    if len(payload) > MAX_FRAME_BYTES:
+        raise IntegrityError(f"frame of {len(payload)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return struct.pack(">I", len(payload)) + payload
+
+
+def decode_payload(payload: bytes) -> tuple[Any, int]:
+    """The message and its id from the JSON of one frame; raises IntegrityError for anything else."""
+    try:
+        envelope = json.loads(payload)
+        cls = MESSAGES[envelope["type"]]
+        return record.from_json(cls, envelope["body"]), int(envelope["id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"not a frame of the local protocol: {error!r}", reason="bad_frame") from error
+
+
+def send_frame(sock: socket.socket, message: Any, *, message_id: int, fds: tuple[int, ...] = ()) -> None:
+    """Send one frame on a blocking socket; ``fds`` ride on its first byte."""
+    frame = memoryview(encode_frame(message, message_id))
+    sent = 0
+    if fds:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        sent = sock.sendmsg([frame], ancillary)
+    sock.sendall(frame[sent:])
+
+
+def receive_frame(sock: socket.socket) -> tuple[Any, int, list[int]]:
+    """Receive one frame on a blocking socket: message, id and any descriptors (close-on-exec).
+
+    Raises:
+        ConnectionError: at end of file. IntegrityError: for a malformed frame.
+    """
+    fds: list[int] = []
+    try:
+        head = _receive_exactly(sock, 4, fds)
+        (length,) = struct.unpack(">I", head)
+        if length > MAX_FRAME_BYTES:
+            raise IntegrityError(f"frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}", reason="bad_frame")
+        message, message_id = decode_payload(_receive_exactly(sock, length, fds))
+    except BaseException:
+        for fd in fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        raise
+    return message, message_id, fds
+
+
+def _receive_exactly(sock: socket.socket, count: int, fds: list[int]) -> bytes:
+    buffer = bytearray(count)
+    view = memoryview(buffer)
+    received = 0
+    while received < count:
+        size, ancillary, _flags, _address = sock.recvmsg_into(
+            [view[received:]], socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.extend(array.array("i", data[: len(data) - len(data) % 4]))
+        if size == 0:
+            raise ConnectionError("the other side of the local socket closed it")
+        received += size
+    return bytes(buffer)

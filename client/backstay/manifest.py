@@ -1,0 +1,84 @@
+"""The manifest: a shard's commit record and the identity of its bytes.
+
+Standard library only, no tensors. Written last, by rename; its SHA-256 is the shard's digest everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Final
+
+from backstay import record
+from backstay.errors import IntegrityError
+
+FORMAT_VERSION: Final = 1
+CHUNK_BYTES: Final = 256 * 1024  # the unit of every digest, transfer and verification
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a shard.
+
+    ``dtype`` and ``shape`` are as stored in the safetensors header, ``torch_dtype`` the true one (``"torch.bfloat16"``): they
+    differ for dtypes that DCP's safetensors reader does not know. ``offsets`` and ``global_shape`` place this chunk in the
+    whole tensor. ``begin`` and ``end`` are bytes from the start of the *file*. ``crc`` is the crc32c of those bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    torch_dtype: str
+    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    begin: int
+    end: int
+    crc: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Commit record of one shard; immutable once published."""
+
+    format: int = FORMAT_VERSION
+    run: str
+    attempt: int
+    step: int
+    rank: int
+    world_size: int
+    world_id: str
+    size_bytes: int  # of the safetensors file, header included
+    header_bytes: int  # 8 + header length: a multiple of 4096
+    chunk_bytes: int = CHUNK_BYTES
+    chunk_crcs: str  # crc32c of each chunk of the file, 8 hex digits each, in order
+    tensors: tuple[TensorEntry, ...]
+    aliases: dict[str, str] = field(default_factory=dict)  # tied weights: name -> name of the stored tensor
+    model_signature: str = ""
+    writer: str = ""  # "backstay 0.1.0, pid 123"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON; 64 hex digits."""
+        return hashlib.sha256(record.dumps(self)).hexdigest()
+
+    @property
+    def chunk_count(self) -> int:
+        return -(-self.size_bytes // self.chunk_bytes)
+
+    def chunk_crc(self, index: int) -> int:
+        return int(self.chunk_crcs[8 * index : 8 * index + 8], 16)
+
+    def chunk_length(self, index: int) -> int:
+        return min(self.chunk_bytes, self.size_bytes - index * self.chunk_bytes)
+
+    def check(self) -> None:
+        """Raise IntegrityError if the manifest contradicts itself or is of a format this version does not read."""
+        if self.format != FORMAT_VERSION:
+            raise IntegrityError(f"manifest format {self.format}; this version reads {FORMAT_VERSION}", reason="bad_format")
+        if self.chunk_bytes != CHUNK_BYTES:
+            raise IntegrityError(f"manifest with chunks of {self.chunk_bytes} bytes, not {CHUNK_BYTES}", reason="bad_format")
+        if len(self.chunk_crcs) != 8 * self.chunk_count:
+            raise IntegrityError(
+                f"manifest of {self.size_bytes} bytes has {len(self.chunk_crcs) // 8} chunk digests, not {self.chunk_count}",
+                reason="bad_manifest",
+            )

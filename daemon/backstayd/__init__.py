@@ -1,0 +1,1 @@
+"""backstayd: the node daemon and the coordinator. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Worker processes: read peers, encode, rebuild, verify. Stateless; all state is files."""

@@ -1,0 +1,1 @@
+"""The coordinator: drives the pure core against the transport; soft state only."""

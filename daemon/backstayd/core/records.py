@@ -1,0 +1,358 @@
+"""The words daemons and the coordinator exchange: what a node holds (reports) and what should be (desired state).
+
+Frozen values only; the wire form is generated from the same field names (``transport/convert.py``). Pure: no I/O, clock or
+randomness. ``run`` is always ``job/run_id``.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from dataclasses import dataclass, field, replace
+
+from backstay import record
+from backstay.ids import Generation, SnapshotKey
+
+
+class SessionPhase(enum.StrEnum):
+    ATTACHED = "attached"  # connected, has not asked to restore
+    RESTORING = "restoring"  # blocked in restore()
+    TRAINING = "training"  # restore() returned, or re-attached with a released decision
+    ENDED = "ended"  # finish() was called
+
+
+class Outcome(enum.StrEnum):
+    EXACT = "EXACT"
+    EXACT_OLDER = "EXACT_OLDER"
+    NONE = "NONE"
+    REFUSED = "REFUSED"  # nothing is loaded; ``message`` says what is missing and what could be had
+
+
+class DecisionPhase(enum.StrEnum):
+    PREPARE = "prepare"  # stage and verify what the decision needs
+    RECORD = "record"  # every host staged: write the decision to tmpfs
+    RELEASE = "release"  # every host recorded: let restore() return
+    REFUSE = "refuse"  # restore() raises with ``message``
+
+
+class StagingState(enum.StrEnum):
+    STAGING = "staging"
+    READY = "ready"  # all needed shards are here and were verified just now
+    RECORDED = "recorded"  # the decision is on this node's tmpfs
+    FAILED = "failed"  # a source was corrupt or gone; the coordinator decides anew
+
+
+class SourceKind(enum.StrEnum):
+    LOCAL = "local"
+    PEER = "peer"
+    REBUILD = "rebuild"
+    PERSISTED = "persisted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeIdentity:
+    """One start of one daemon. ``bulk_address`` is ``host:port`` of its bulk transport."""
+
+    name: str
+    incarnation: str
+    bulk_address: str
+    domain: str = ""
+    version: str = ""
+    protocol: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """A committed shard on a node. ``digest`` is the SHA-256 of its manifest: the identity of its bytes."""
+
+    attempt: int
+    step: int
+    rank: int
+    world_size: int
+    size_bytes: int
+    digest: str
+
+    @property
+    def key(self) -> SnapshotKey:
+        return SnapshotKey(self.attempt, self.step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeShard:
+    """One row of a plan's volume table, in rank order within its member."""
+
+    rank: int
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One node of a group, at its place. Its volume is its shards one after another (may be empty)."""
+
+    node: str
+    incarnation: str
+    bulk_address: str
+    shards: tuple[VolumeShard, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """An immutable geometry for one snapshot and one group; ``k = len(members) - m``.
+
+    ``plan_id`` is the SHA-256 over everything else (:meth:`sealed`), in every parity name and message.
+    """
+
+    plan_id: str = ""
+    run: str
+    snapshot_id: str
+    attempt: int
+    step: int
+    world_size: int
+    m: int
+    chunk_bytes: int
+    members: tuple[Member, ...]
+
+    @property
+    def k(self) -> int:
+        return len(self.members) - self.m
+
+    @property
+    def key(self) -> SnapshotKey:
+        return SnapshotKey(self.attempt, self.step)
+
+    def sealed(self) -> Plan:
+        """The same plan with its ``plan_id`` computed (first 32 hex digits of the SHA-256)."""
+        bare = replace(self, plan_id="")
+        return replace(bare, plan_id=hashlib.sha256(record.dumps(bare)).hexdigest()[:32])
+
+    def is_sealed(self) -> bool:
+        return self.plan_id != "" and self.sealed().plan_id == self.plan_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FragmentRecord:
+    """A parity fragment held on a node, with the plan and all manifests of the group beside it."""
+
+    plan_id: str
+    stripe: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRecord:
+    """A live trainer connected to a node. A dead trainer's session is absent from the report."""
+
+    world_id: str
+    rank: int
+    world_size: int
+    phase: SessionPhase
+    allow_fresh: bool = False
+    needs: tuple[int, ...] = ()  # ranks whose shards this rank may read at restore (own rank always included)
+    last_step: int = 0  # newest step this session committed or was asked for
+    skipped_step: int = 0  # newest step this rank skipped or abandoned (0: none)
+    skip_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The snapshot a decision restores."""
+
+    attempt: int
+    step: int
+    snapshot_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """``attempt`` began from (``base_attempt``, ``base_step``); base_attempt 0 means from scratch."""
+
+    attempt: int
+    base_attempt: int
+    base_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    rank: int
+    node: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSource:
+    """Where a restoring world gets one shard of the base. ``holders`` are node names that hold it or will (rebuild)."""
+
+    rank: int
+    size_bytes: int
+    digest: str
+    kind: SourceKind
+    holders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What one world restores; made once, recorded on every host before any rank returns.
+
+    ``attempt`` is the history this world writes from now on. ``lineage`` lists every live ancestor attempt, newest first.
+    """
+
+    decision_id: str
+    generation: Generation
+    run: str
+    world_id: str
+    world_size: int
+    attempt: int
+    outcome: Outcome
+    base: Base | None = None
+    lineage: tuple[Lineage, ...] = ()
+    placements: tuple[Placement, ...] = ()
+    sources: tuple[ShardSource, ...] = ()
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebuildTarget:
+    """The owner-to-be of one lost shard."""
+
+    member_index: int
+    rank: int
+    digest: str
+    node: str
+    bulk_address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FragmentSource:
+    """Where fragment ``index`` of ``stripe`` is read: parity from ``node``; data as shards of ``node``.
+
+    Data fragments are numbered 0..k-1 in geometry order, parity k..k+m-1.
+    """
+
+    stripe: int
+    index: int
+    node: str
+    bulk_address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebuildTask:
+    """One stripe decoded by one node, all lost data blocks of it from a single read, put to their owners."""
+
+    stripe: int
+    decoder: str
+    sources: tuple[FragmentSource, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebuild:
+    """Recompute lost shards of ``plan``. ``rebuild_id`` = SHA-256 over the rest (:func:`seal_rebuild`)."""
+
+    rebuild_id: str
+    plan: Plan
+    targets: tuple[RebuildTarget, ...]
+    tasks: tuple[RebuildTask, ...]
+
+
+def seal_rebuild(rebuild: Rebuild) -> Rebuild:
+    """The same rebuild under the identity of its content (first 32 hex digits of the SHA-256)."""
+    bare = replace(rebuild, rebuild_id="")
+    return replace(bare, rebuild_id=hashlib.sha256(record.dumps(bare)).hexdigest()[:32])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staging:
+    """A host's answer to a decision."""
+
+    decision_id: str
+    state: StagingState
+    done_bytes: int = 0
+    total_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantined:
+    """A source that failed verification; its bytes stay aside and are never used."""
+
+    what: str  # "shard rank 3 of step 12", "parity stripe 2 index 0 of plan ab12"
+    attempt: int
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """All one node knows of one run."""
+
+    run: str
+    sessions: tuple[SessionRecord, ...] = ()
+    shards: tuple[ShardRecord, ...] = ()
+    plans: tuple[Plan, ...] = ()  # stored here with all manifests of the group
+    fragments: tuple[FragmentRecord, ...] = ()
+    decision: Decision | None = None  # newest recorded on this node's tmpfs
+    staging: Staging | None = None
+    quarantined: tuple[Quarantined, ...] = ()
+    failed_plans: tuple[str, ...] = ()  # plan ids this node could not encode; the reason is in its log
+    rebuilt_bytes: int = 0
+    rebuild_total_bytes: int = 0
+    is_forgotten: bool = False  # finished or forgotten here; nothing of it is kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """Level-triggered: the whole truth of a node, sent on change and at least every lease/6."""
+
+    node: NodeIdentity
+    sequence: int
+    generation: Generation = field(default_factory=Generation)
+    runs: tuple[RunReport, ...] = ()
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    corrupt_count: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Snapshot at multiples of ``interval_steps`` from ``from_step`` on; before that ``previous_interval_steps`` holds."""
+
+    interval_steps: int = 1
+    from_step: int = 0
+    previous_interval_steps: int = 1
+
+    def includes(self, step: int) -> bool:
+        interval = self.interval_steps if step >= self.from_step else self.previous_interval_steps
+        return step % interval == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDesired:
+    """What should be on one node for one run. Deletion is always named, never by omission."""
+
+    run: str
+    world_id: str = ""  # the only world whose sessions may write; "" = none decided yet
+    decision: Decision | None = None
+    decision_phase: DecisionPhase = DecisionPhase.PREPARE
+    plans: tuple[Plan, ...] = ()  # encode your stripe of these, hold your fragments of these
+    drop_plans: tuple[str, ...] = ()  # delete parity and plan files
+    release: tuple[SnapshotKey, ...] = ()  # delete shards and parity of these snapshots
+    rebuilds: tuple[Rebuild, ...] = ()
+    schedule: Schedule = field(default_factory=Schedule)
+    redundancy: str = ""  # "PROTECTED(2)", "DEGRADED(1)", "AT_RISK(0)", "REBUILDING 40 %", "UNPROTECTED"
+    protected_step: int = 0
+    is_release_possible: bool = True  # false: no slot will come free soon; do not wait for one
+    forget: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    name: str
+    bulk_address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeDesired:
+    """Everything a node should do now; a lost message costs one heartbeat, never correctness."""
+
+    generation: Generation
+    runs: tuple[RunDesired, ...] = ()
+    peers: tuple[Peer, ...] = ()  # live nodes of the same jobs, so that holders named in a decision have addresses

@@ -1,0 +1,1 @@
+"""Erasure codecs behind one interface; no I/O."""

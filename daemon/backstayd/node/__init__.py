@@ -1,0 +1,1 @@
+"""The node daemon: sessions of trainers, reconciliation, the link to the coordinator."""

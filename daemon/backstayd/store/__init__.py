@@ -1,0 +1,1 @@
+"""What one node holds: slots, shards, fragments, decisions, as files on tmpfs."""

@@ -1,0 +1,120 @@
+"""Where everything of a run lies on tmpfs; the only place that builds these names.
+
+    <memory_dir>/<job>/<run_id>/
+        owner.json                                        uid that owns the run; checked at attach
+        decision.json                                     newest recorded decision, replaced by rename
+        attempt-0003/step-00001200/
+            rank-00003-of-00008.safetensors               a committed shard (data first, by rename)
+            rank-00003-of-00008.manifest.json             its commit record (published last, by rename)
+            parity/plan-<id>.json                         the plan and all manifests of its group (StoredPlan)
+            parity/plan-<id>.stripe-02.index-0            parity bytes (by rename from <incarnation>.tmp)
+            parity/plan-<id>.stripe-02.index-0.json       their commit record (published last, by rename)
+        slots/rank-00003.1                                a slot being filled, or free
+        staging/rank-00003-of-00008.<digest16>.part       a shard being fetched or rebuilt
+        staging/rank-00003-of-00008.<digest16>.json       its manifest: puts are accepted only once it is here
+        staging/rank-00003-of-00008.<digest16>.stripe-02  empty marker: that stripe's range is complete
+        quarantine/                                       sources that failed verification
+
+Temporary names end in ``.<incarnation>.tmp``; a starting daemon removes those of others. Pure path arithmetic.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from backstay.ids import RunKey, SnapshotKey
+
+_SHARD = re.compile(r"rank-(\d{5,})-of-(\d{5,})\.safetensors\Z")
+_STEP = re.compile(r"attempt-(\d{4,})/step-(\d{8,})\Z")
+_FRAGMENT = re.compile(r"plan-([0-9a-f]{32})\.stripe-(\d{2,})\.index-(\d+)\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """All paths of one run below ``memory_dir``."""
+
+    memory_dir: Path
+    run: str
+
+    @property
+    def root(self) -> Path:
+        key = RunKey.parse(self.run)
+        return self.memory_dir / key.job / key.run_id
+
+    @property
+    def owner(self) -> Path:
+        return self.root / "owner.json"
+
+    @property
+    def decision(self) -> Path:
+        return self.root / "decision.json"
+
+    @property
+    def slots(self) -> Path:
+        return self.root / "slots"
+
+    @property
+    def staging(self) -> Path:
+        return self.root / "staging"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine"
+
+    def slot(self, rank: int, number: int) -> Path:
+        return self.slots / f"rank-{rank:05d}.{number}"
+
+    def snapshot(self, key: SnapshotKey) -> Path:
+        return self.root / f"attempt-{key.attempt:04d}" / f"step-{key.step:08d}"
+
+    def shard(self, key: SnapshotKey, rank: int, world_size: int) -> Path:
+        return self.snapshot(key) / f"{_rank_name(rank, world_size)}.safetensors"
+
+    def manifest(self, key: SnapshotKey, rank: int, world_size: int) -> Path:
+        return self.snapshot(key) / f"{_rank_name(rank, world_size)}.manifest.json"
+
+    def parity(self, key: SnapshotKey) -> Path:
+        return self.snapshot(key) / "parity"
+
+    def plan(self, key: SnapshotKey, plan_id: str) -> Path:
+        return self.parity(key) / f"plan-{plan_id}.json"
+
+    def fragment(self, key: SnapshotKey, plan_id: str, *, stripe: int, index: int) -> Path:
+        return self.parity(key) / f"plan-{plan_id}.stripe-{stripe:02d}.index-{index}"
+
+    def fragment_record(self, key: SnapshotKey, plan_id: str, *, stripe: int, index: int) -> Path:
+        path = self.fragment(key, plan_id, stripe=stripe, index=index)
+        return path.with_name(path.name + ".json")
+
+    def staged(self, rank: int, world_size: int, digest: str) -> Path:
+        return self.staging / f"{_rank_name(rank, world_size)}.{digest[:16]}.part"
+
+    def staged_manifest(self, rank: int, world_size: int, digest: str) -> Path:
+        return self.staging / f"{_rank_name(rank, world_size)}.{digest[:16]}.json"
+
+    def staged_stripe(self, rank: int, world_size: int, *, digest: str, stripe: int) -> Path:
+        return self.staging / f"{_rank_name(rank, world_size)}.{digest[:16]}.stripe-{stripe:02d}"
+
+
+def parse_snapshot(path: Path) -> SnapshotKey | None:
+    """The key named by a directory ``attempt-NNNN/step-NNNNNNNN``, or None."""
+    match = _STEP.search(path.as_posix())
+    return SnapshotKey(int(match[1]), int(match[2])) if match else None
+
+
+def parse_shard(path: Path) -> tuple[int, int] | None:
+    """(rank, world size) named by a shard file, or None."""
+    match = _SHARD.match(path.name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def parse_fragment(path: Path) -> tuple[str, int, int] | None:
+    """(plan id, stripe, index) named by a parity file, or None."""
+    match = _FRAGMENT.match(path.name)
+    return (match[1], int(match[2]), int(match[3])) if match else None
+
+
+def _rank_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}"
