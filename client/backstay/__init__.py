@@ -1,0 +1,68 @@
+"""backstay keeps the state of a training run alive in the memory of the machines that train it.
+
+This is the façade of the trainer's side. Names are loaded when first used (PEP 562), so that ``import backstay`` loads
+neither torch nor anything of the daemon.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from backstay.errors import (
+    BackstayError,
+    CapacityError,
+    ConfigError,
+    IntegrityError,
+    InvariantError,
+    SnapshotNotFoundError,
+    StaleGenerationError,
+    UnavailableError,
+    UnrecoverableError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from backstay import testing
+    from backstay.snapshotter import RestoreResult, Snapshotter, SnapshotStatus
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackstayError",
+    "CapacityError",
+    "ConfigError",
+    "IntegrityError",
+    "InvariantError",
+    "RestoreResult",
+    "SnapshotNotFoundError",
+    "SnapshotStatus",
+    "Snapshotter",
+    "StaleGenerationError",
+    "UnavailableError",
+    "UnrecoverableError",
+    "UsageError",
+    "__version__",
+    "testing",
+]
+
+_LAZY = {
+    "RestoreResult": "backstay.snapshotter",
+    "SnapshotStatus": "backstay.snapshotter",
+    "Snapshotter": "backstay.snapshotter",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name == "testing":
+        value = importlib.import_module("backstay.testing")
+    else:
+        raise AttributeError(f"module 'backstay' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
