@@ -1,0 +1,118 @@
+"""Records of ``core`` to generated messages and back, by field name. Must not know any particular record.
+
+A record field with a default that is not proto3's zero is ``optional`` on the wire, so that a sender of version N-1 that
+does not know it gives the default; unknown fields are ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from backstay.errors import IntegrityError, InvariantError
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R")
+
+
+def to_message(record: Any, message_type: type[M]) -> M:
+    """The record as a message of the type that mirrors it."""
+    message = message_type()
+    _fill(record, message)
+    return message
+
+
+def from_message(cls: type[R], message: Message) -> R:
+    """The message as a record.
+
+    Raises:
+        IntegrityError: for an enum value this version does not know.
+    """
+    values: dict[str, Any] = {}
+    for name, kind, is_tuple, can_be_absent in _fields(cls):
+        if can_be_absent(message) and not message.HasField(name):
+            continue
+        value = getattr(message, name)
+        values[name] = tuple(_value(kind, item) for item in value) if is_tuple else _value(kind, value)
+    return cls(**values)
+
+
+def _value(kind: type[Any], value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_message(kind, value)
+    if issubclass(kind, enum.Enum):
+        try:
+            return _enum_members(kind)[value]
+        except KeyError:
+            raise IntegrityError(f"{kind.__name__} {value} is not known to this version", reason="bad_record") from None
+    return value
+
+
+def _fill(record: Any, message: Any) -> None:
+    for name, kind, is_tuple, _ in _fields(type(record)):
+        value = getattr(record, name)
+        if dataclasses.is_dataclass(kind):
+            if is_tuple:
+                target = getattr(message, name)
+                for item in value:
+                    _fill(item, target.add())
+            elif value is not None:
+                target = getattr(message, name)
+                target.SetInParent()
+                _fill(value, target)
+        elif is_tuple:
+            getattr(message, name).extend(value)
+        elif issubclass(kind, enum.Enum):
+            setattr(message, name, _enum_numbers(kind)[value])
+        elif value is not None:
+            setattr(message, name, value)
+
+
+@functools.cache
+def _fields(cls: type[Any]) -> tuple[tuple[str, type[Any], bool, Callable[[Message], bool]], ...]:
+    """Per field: name, element type, is it a tuple, may it be absent on the wire."""
+    hints = typing.get_type_hints(cls)
+    return tuple((f.name, *_element(hints[f.name]), _presence(f.name)) for f in dataclasses.fields(cls))
+
+
+def _element(hint: Any) -> tuple[type[Any], bool]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return arguments[0], True
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return inner, False
+    if not isinstance(hint, type):
+        raise InvariantError(f"no wire form for {hint!r}")
+    return hint, False
+
+
+def _presence(name: str) -> Callable[[Message], bool]:
+    def has_presence(message: Message) -> bool:
+        return _has_presence(message.DESCRIPTOR.fields_by_name[name])
+
+    return has_presence
+
+
+@functools.cache
+def _has_presence(field: FieldDescriptor) -> bool:
+    return bool(field.has_presence)
+
+
+@functools.cache
+def _enum_numbers(kind: type[enum.Enum]) -> dict[Any, int]:
+    """Members in order are 1, 2, ...; 0 is the never-sent UNSPECIFIED. A test compares with the proto."""
+    return {member: number for number, member in enumerate(kind, 1)}
+
+
+@functools.cache
+def _enum_members(kind: type[enum.Enum]) -> dict[int, Any]:
+    return {number: member for member, number in _enum_numbers(kind).items()}

@@ -1,0 +1,55 @@
+"""Error classes as gRPC status codes and back. The one table; a test walks it. Must not decide what to do about an error."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import grpc
+
+from backstay import errors
+from backstay.errors import BackstayError
+
+REASON_KEY: Final = "backstay-reason"
+
+CODE_OF_CLASS: Final[dict[type[BackstayError], grpc.StatusCode]] = {
+    errors.BackstayError: grpc.StatusCode.UNKNOWN,
+    errors.ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.UsageError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.StaleGenerationError: grpc.StatusCode.ABORTED,
+    errors.SnapshotNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.IntegrityError: grpc.StatusCode.DATA_LOSS,
+    errors.UnrecoverableError: grpc.StatusCode.OUT_OF_RANGE,
+    errors.InvariantError: grpc.StatusCode.INTERNAL,
+}
+
+# Codes that gRPC itself makes: nobody answered in time, or the call was cut.
+_CLASS_OF_CODE: Final[dict[grpc.StatusCode, type[BackstayError]]] = {
+    **{code: cls for cls, code in CODE_OF_CLASS.items()},
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.UnavailableError,
+    grpc.StatusCode.CANCELLED: errors.UnavailableError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.ConfigError,
+}
+
+
+def code_of(error: BackstayError) -> grpc.StatusCode:
+    """The status code of the nearest class of ``error`` in the table."""
+    for cls in type(error).__mro__:
+        if cls in CODE_OF_CLASS:
+            return CODE_OF_CLASS[cls]
+    return grpc.StatusCode.UNKNOWN
+
+
+def class_of(code: grpc.StatusCode) -> type[BackstayError]:
+    """The error class a caller raises for ``code``."""
+    return _CLASS_OF_CODE.get(code, BackstayError)
+
+
+def error_of(call: grpc.RpcError, *, asked: str) -> BackstayError:
+    """The error of a failed call, with ``asked`` (what was asked of whom) in front of the other side's words."""
+    code = call.code() if isinstance(call, grpc.Call) else grpc.StatusCode.UNKNOWN
+    details = (call.details() if isinstance(call, grpc.Call) else "") or code.name.lower().replace("_", " ")
+    metadata = (call.trailing_metadata() if isinstance(call, grpc.Call) else None) or ()
+    reason = next((str(value) for key, value in metadata if key == REASON_KEY), "")
+    return class_of(code)(f"{asked}: {details}", reason=reason)

@@ -1,0 +1,137 @@
+"""A node's line to the coordinator: reports up, desired state down, reconnecting for as long as the node lives.
+
+Must not interpret what it carries. A lost message costs one heartbeat: everything is sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from backstay.errors import BackstayError
+from backstayd.core.records import NodeDesired, NodeReport
+from backstayd.transport import convert, errors
+from backstayd.transport.channel import channel_options
+from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+COALESCE_S = 0.01  # reports at most this often
+
+
+class CoordinatorLink:
+    """One bidirectional stream at a time; everything runs in the loop that :meth:`start` was called in.
+
+    Args:
+        address: ``host:port`` of the coordinator.
+        report: Called for each report that is sent; must be quick.
+        on_desired: Called with each answer (each is a heartbeat as well); must be quick and must not raise.
+        lease_s: The coordinator is lost after this long without an answer; reports go out at least each sixth of it.
+        on_state: Called with True when the first answer of a connection arrived and with False when it is lost.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        report: Callable[[], NodeReport],
+        on_desired: Callable[[NodeDesired], None],
+        lease_s: float,
+        on_state: Callable[[bool], None] | None = None,
+    ) -> None:
+        self.address = address
+        self.last_error = ""  # why the coordinator is not connected, for people
+        self._report = report
+        self._on_desired = on_desired
+        self._lease_s = lease_s
+        self._on_state = on_state
+        self._is_connected = False
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether an answer came within the last lease."""
+        return self._is_connected
+
+    def start(self) -> None:
+        """Begin connecting, in the running loop."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="coordinator-link")
+
+    def notify(self) -> None:
+        """The report changed: send it soon (several calls within 10 ms make one report)."""
+        self._changed.set()
+
+    async def close(self) -> None:
+        """Stop; returns when nothing of the link is left."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        self._set_connected(False)
+
+    async def _run(self) -> None:
+        shortest = min(0.05, self._lease_s / 3)
+        backoff_s = shortest
+        while True:
+            was_connected = False
+            try:
+                await self._connect_once()
+            except (grpc.RpcError, TimeoutError, BackstayError, OSError) as error:
+                was_connected = self._is_connected
+                self._note(error)
+            self._set_connected(False)
+            backoff_s = shortest if was_connected else min(backoff_s * 2, self._lease_s / 3)
+            await asyncio.sleep(backoff_s)
+
+    async def _connect_once(self) -> None:
+        async with grpc.aio.insecure_channel(self.address, options=channel_options(self._lease_s)) as channel:
+            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+            call = stub.Sync(self._reports())
+            try:
+                while True:
+                    async with asyncio.timeout(self._lease_s):
+                        response = await call.read()
+                    if response is grpc.aio.EOF:
+                        raise ConnectionError("the coordinator closed the stream")
+                    desired = convert.from_message(NodeDesired, response.desired)
+                    self._set_connected(True)
+                    self._on_desired(desired)
+            finally:
+                call.cancel()
+
+    async def _reports(self) -> AsyncIterator[coordinator_pb2.SyncRequest]:
+        while True:
+            self._changed.clear()
+            report = convert.to_message(self._report(), coordinator_pb2.NodeReport)
+            yield coordinator_pb2.SyncRequest(report=report)
+            await asyncio.sleep(COALESCE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, self._lease_s / 6 - COALESCE_S)):
+                    await self._changed.wait()
+
+    def _set_connected(self, is_connected: bool) -> None:
+        if is_connected != self._is_connected:
+            self._is_connected = is_connected
+            if is_connected:
+                self.last_error = ""
+                logger.info("connected to the coordinator at %s", self.address)
+            if self._on_state is not None:
+                self._on_state(is_connected)
+
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, TimeoutError):
+            text = f"coordinator {self.address} was silent for {self._lease_s:g} s"
+        elif isinstance(error, grpc.RpcError):
+            text = str(errors.error_of(error, asked=f"coordinator {self.address}"))
+        else:
+            text = f"coordinator {self.address}: {error}"
+        level = logging.WARNING if self._is_connected or not self.last_error else logging.DEBUG
+        logger.log(level, "lost the coordinator, trying again: %s", text)
+        self.last_error = text
