@@ -7,7 +7,10 @@ and the supervisor, being level-triggered, asks again.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from backstay import record
+from backstay.errors import IntegrityError
 from backstayd.core.records import Plan, Rebuild
 
 
@@ -108,4 +111,60 @@ class JobResult:
     message: str = ""
     corrupt: tuple[Corrupt, ...] = ()
     done_bytes: int = 0
+    flipped_in_flight: int = 0  # chunks that failed their crc once and were right when read again
     seconds: dict[str, float] = field(default_factory=dict)  # where the time went: "read", "crc", "encode", "put", "write"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoderEvent:
+    """Something a coder put on this node's tmpfs, so that the supervisor need not poll; only a hint: the files are the truth.
+
+    ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of ``stripe`` of one
+    staged shard is complete) or ``"shard_staged"`` (a fetched shard is complete and verified in staging).
+    """
+
+    kind: str
+    run: str
+    attempt: int = 0
+    step: int = 0
+    plan_id: str = ""
+    stripe: int = -1
+    index: int = -1
+    rank: int = -1
+    world_size: int = 0
+    digest: str = ""
+    size_bytes: int = 0
+
+
+JOB_KINDS: dict[str, type[Job]] = {
+    cls.__name__: cls for cls in (EncodeStripe, FetchPlan, DecodeStripe, FetchShard, VerifyShard, VerifyFragment)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A line to a coder: start ``job`` of ``kind``, or, with ``kind`` = ``"cancel"``, stop the job of that id."""
+
+    job_id: int
+    kind: str
+    job: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A line from a coder: one of the two."""
+
+    result: JobResult | None = None
+    event: CoderEvent | None = None
+
+
+def job_request(job_id: int, job: Job) -> bytes:
+    """The line that starts ``job``."""
+    return record.dumps(Request(job_id=job_id, kind=type(job).__name__, job=record.to_json(job))) + b"\n"
+
+
+def parse_job(request: Request) -> Job:
+    """The job of a request line; raises IntegrityError for an unknown kind or a malformed body."""
+    if request.kind not in JOB_KINDS:
+        raise IntegrityError(f"unknown coder job {request.kind!r}", reason="bad_record")
+    return record.from_json(JOB_KINDS[request.kind], request.job)

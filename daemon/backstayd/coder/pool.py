@@ -1,0 +1,251 @@
+"""The supervisor's side of the coder processes: starts them, hands them jobs, hears their results, restarts the dead.
+
+Runs on the supervisor's event loop and touches no bulk bytes. Holds no state that matters: a job whose coder died answers
+UnavailableError and is asked again by a supervisor that is level-triggered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from backstay import record
+from backstay.errors import BackstayError, UnavailableError
+from backstayd.coder.jobs import Answer, CoderEvent, Job, JobResult, Request, job_request
+
+logger = logging.getLogger(__name__)
+
+MAX_LINE_BYTES: Final = 64 * 1024 * 1024  # a job line carries a plan: bounded by members x shards, never by bytes of state
+FIRST_BACKOFF_S: Final = 0.1
+LAST_BACKOFF_S: Final = 5.0
+GRACE_S: Final = 2.0  # over a job's own deadline before its coder is taken for hung, and for a coder to end by itself
+
+
+@dataclass(slots=True)
+class _Coder:
+    """One process and the jobs it has; ``pending`` is empty whenever ``is_alive`` is false."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    pending: dict[int, asyncio.Future[JobResult]] = field(default_factory=dict)
+    is_alive: bool = True
+
+
+class CoderPool:
+    """``count`` coder processes that share the bulk listening socket.
+
+    Args:
+        count: Processes to keep alive.
+        memory_dir: The node's tmpfs directory.
+        incarnation: Of this daemon; part of every temporary name.
+        listen_socket: Bound and listening TCP socket of the bulk transport; every coder accepts on it.
+        on_event: Called on the event loop for everything a coder stored; must not block.
+        niceness: Added to the coders' nice value, so that trainers come first.
+        jobs_per_coder: Jobs one coder runs at a time; the rest wait here.
+        extra_environment: Added to the coders' environment (fault points in tests).
+    """
+
+    def __init__(
+        self,
+        *,
+        count: int,
+        memory_dir: Path,
+        incarnation: str,
+        listen_socket: socket.socket,
+        on_event: Callable[[CoderEvent], None] | None = None,
+        niceness: int = 5,
+        jobs_per_coder: int = 8,
+        extra_environment: dict[str, str] | None = None,
+    ) -> None:
+        self._count = max(1, count)
+        self._memory_dir = memory_dir
+        self._incarnation = incarnation
+        self._listen_socket = listen_socket
+        self._on_event = on_event or (lambda event: None)
+        self._niceness = niceness
+        self._jobs_per_coder = jobs_per_coder
+        self._extra_environment = extra_environment or {}
+        self._coders: dict[int, _Coder] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+        self._changed = asyncio.Condition()
+        self._ids = itertools.count(1)
+        self._is_closing = False
+        self.restart_count = 0
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the coders alive now."""
+        return tuple(coder.process.pid for coder in self._coders.values() if coder.is_alive)
+
+    async def start(self) -> None:
+        """Start all coders; returns when each has been spawned. Raises OSError when one cannot be."""
+        for place in range(self._count):
+            self._coders[place] = await self._spawn()
+        self._keepers = [asyncio.create_task(self._keep(place)) for place in range(self._count)]
+
+    async def run(self, job: Job) -> JobResult:
+        """Run ``job`` on a coder and return its result; failures are results too, this raises only CancelledError.
+
+        Cancelling the awaiting task cancels the job in the coder. Bounded by the job's own ``deadline_s``.
+        """
+        job_id = next(self._ids)
+        deadline = asyncio.get_running_loop().time() + job.deadline_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                coder, future = await self._assign(job_id)
+        except TimeoutError:
+            return _failed(job_id, "deadline", f"no coder was free for {type(job).__name__} within {job.deadline_s:.1f} s")
+        try:
+            coder.writer.write(job_request(job_id, job))
+            async with asyncio.timeout_at(deadline + GRACE_S):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            self._cancel(coder, job_id)
+            return _failed(job_id, "deadline", f"{type(job).__name__} did not end within its {job.deadline_s:.1f} s")
+        except asyncio.CancelledError:
+            self._cancel(coder, job_id)
+            raise
+        finally:
+            coder.pending.pop(job_id, None)
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def close(self) -> None:
+        """End all coders (politely, then SIGKILL) and reap them. Jobs that run answer UnavailableError. Idempotent."""
+        self._is_closing = True
+        for coder in self._coders.values():
+            coder.writer.close()  # end of file tells a coder to end
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                await asyncio.gather(*(coder.process.wait() for coder in self._coders.values()))
+        for coder in self._coders.values():
+            if coder.process.returncode is None:
+                coder.process.kill()
+                await coder.process.wait()
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._keepers = []
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _assign(self, job_id: int) -> tuple[_Coder, asyncio.Future[JobResult]]:
+        """Wait for the least busy live coder with room and register the job there."""
+        async with self._changed:
+            while True:
+                if self._is_closing:
+                    raise TimeoutError
+                free = [c for c in self._coders.values() if c.is_alive and len(c.pending) < self._jobs_per_coder]
+                if free:
+                    coder = min(free, key=lambda c: len(c.pending))
+                    future: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+                    coder.pending[job_id] = future
+                    return coder, future
+                await self._changed.wait()
+
+    def _cancel(self, coder: _Coder, job_id: int) -> None:
+        if coder.is_alive and not coder.writer.is_closing():
+            coder.writer.write(record.dumps(Request(job_id=job_id, kind="cancel")) + b"\n")
+
+    async def _keep(self, place: int) -> None:
+        """Read one coder's answers until it dies, then start another after a bounded, growing pause."""
+        backoff_s = FIRST_BACKOFF_S
+        while not self._is_closing:
+            coder = self._coders[place]
+            started = asyncio.get_running_loop().time()
+            await self._listen(coder)
+            await self._bury(coder)
+            if self._is_closing:
+                return
+            if asyncio.get_running_loop().time() - started > LAST_BACKOFF_S:
+                backoff_s = FIRST_BACKOFF_S
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+            try:
+                self._coders[place] = await self._spawn()
+            except OSError as error:
+                logger.error("cannot start a coder: %s; trying again in %.1f s", error, backoff_s)
+                continue
+            self.restart_count += 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _listen(self, coder: _Coder) -> None:
+        while True:
+            try:
+                line = await coder.reader.readline()
+                if not line:
+                    return
+                answer = record.loads(Answer, line)
+            except (OSError, ValueError, BackstayError) as error:
+                logger.error("coder %d wrote something that is no answer (%s); it is ended", coder.process.pid, error)
+                return
+            if answer.event is not None:
+                self._on_event(answer.event)
+            if answer.result is not None:
+                future = coder.pending.get(answer.result.job_id)
+                if future is not None and not future.done():
+                    future.set_result(answer.result)
+
+    async def _bury(self, coder: _Coder) -> None:
+        """Reap a dead coder, answer its jobs, remove its temporary files."""
+        coder.is_alive = False
+        if not self._is_closing and coder.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                coder.process.kill()
+        status = await coder.process.wait()
+        coder.writer.close()
+        pid = coder.process.pid
+        if not self._is_closing:
+            logger.warning("coder %d ended with status %d and %d jobs; restarting it", pid, status, len(coder.pending))
+        for job_id, future in coder.pending.items():
+            if not future.done():
+                future.set_result(_failed(job_id, "coder_died", f"the coder process {pid} ended; the job is asked again"))
+        pattern = f"*.{pid}-*.{self._incarnation}.tmp"
+        await asyncio.to_thread(_remove_matching, self._memory_dir, pattern)
+
+    async def _spawn(self) -> _Coder:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            listen_fd = self._listen_socket.fileno()
+            command = [
+                sys.executable, "-m", "backstayd.coder",
+                "--control-fd", str(theirs.fileno()), "--listen-fd", str(listen_fd),
+                "--memory-dir", str(self._memory_dir), "--incarnation", self._incarnation,
+                "--parent", str(os.getpid()), "--nice", str(self._niceness), "--jobs", str(self._jobs_per_coder),
+            ]  # fmt: skip
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), listen_fd),
+                    env=os.environ | _ALLOCATOR | self._extra_environment,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE_BYTES)
+        return _Coder(process, reader, writer)
+
+
+# The codec allocates its fragments per window: memory given back to the kernel after each would be faulted in again.
+_ALLOCATOR: Final = {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(64 << 20)}
+
+
+def _failed(job_id: int, reason: str, message: str) -> JobResult:
+    return JobResult(job_id=job_id, error_class=UnavailableError.__name__, reason=reason, message=message)
+
+
+def _remove_matching(directory: Path, pattern: str) -> None:
+    for path in directory.rglob(pattern):
+        path.unlink(missing_ok=True)
