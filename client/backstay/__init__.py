@@ -24,7 +24,7 @@ from backstay.errors import (
 
 if TYPE_CHECKING:
     from backstay import testing
-    from backstay.snapshotter import RestoreResult, Snapshotter, SnapshotStatus
+    from backstay.snapshotter import RestoreResult, SnapshotStatus, Snapshotter
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,69 @@
+# Every target sets up what it needs: on a fresh machine with Python 3.11 one command is enough.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.setup-done
+PYTEST := $(BIN)/python -m pytest
+ARGS   ?=
+SEED   ?=
+
+.PHONY: help setup demo bench fmt lint type test test-quick test-cluster simulate proto sample check clean
+
+help:  ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with everything in it
+
+# torch goes first and alone, so that nothing else chooses another version of it.
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "backstay needs Python 3.11 or newer: apt-get install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11" >&2; exit 1; }
+	@test -x $(BIN)/python -a -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && rm -rf $(VENV) && \
+		apt-get update -q && apt-get install -q -y python3-venv && $(PYTHON) -m venv --clear $(VENV); } || { \
+		rm -rf $(VENV); echo "cannot make a virtual environment: apt-get install python3-venv, then try again" >&2; exit 1; }
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable '.[dev,test]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## break a real training run and watch it recover (ARGS="--nodes 4 ...")
+	$(BIN)/backstay demo $(ARGS)
+
+bench: $(STAMP)  ## measure what a snapshot costs, against peers (ARGS="--json FILE ...")
+	$(BIN)/backstay bench $(ARGS)
+
+fmt: $(STAMP)  ## format the code
+	$(BIN)/ruff format client daemon tests
+	$(BIN)/ruff check --fix --quiet client daemon tests || true
+
+lint: $(STAMP)  ## ruff and the layers
+	$(BIN)/ruff check client daemon tests
+	$(BIN)/lint-imports --no-cache
+
+type: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+test: $(STAMP)  ## all tests (ARGS="-k name")
+	$(PYTEST) tests $(ARGS)
+
+test-quick: $(STAMP)  ## the tests without the cluster tier
+	$(PYTEST) tests --ignore=tests/cluster $(ARGS)
+
+test-cluster: $(STAMP)  ## real daemons and trainers as processes
+	$(PYTEST) tests/cluster $(ARGS)
+
+simulate: $(STAMP)  ## the cores of many nodes under a seeded fake network (SEED=7)
+	BACKSTAY_SEED=$(SEED) $(PYTEST) tests/simulation $(ARGS)
+
+proto: $(STAMP)  ## generate daemon/backstayd/v1 from proto/
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto --python_out=daemon --grpc_python_out=daemon \
+		--mypy_out=daemon --mypy_grpc_out=daemon $$(find proto -name '*.proto')
+
+sample: $(STAMP)  ## write deploy/config from the code
+	$(BIN)/python -m backstayd.config > deploy/config/backstayd.toml
+
+check: lint type test-quick  ## what a change must pass
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,7 @@
+"""``python -m backstayd`` is ``backstayd``."""
+
+import sys
+
+from backstayd.app import main
+
+sys.exit(main())

@@ -1,0 +1,97 @@
+"""The command ``backstayd``: reads the configuration, sets up logging, hands over to node daemon or coordinator.
+
+An operator's mistake ends in one line on stderr and the error's exit code, never in a stack trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from backstay import __version__
+from backstay.errors import BackstayError, UsageError
+from backstayd import config
+from backstayd.telemetry import logs
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would exit with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)", reason="bad_arguments")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one daemon until SIGTERM or SIGINT; returns the exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return _run(arguments)
+    except BackstayError as error:
+        print(f"backstayd: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        allow_abbrev=False, prog="backstayd", description="Holds training state in memory, erasure-coded across nodes."
+    )
+    parser.add_argument("--version", action="version", version=f"backstayd {__version__}")
+    roles = parser.add_subparsers(dest="role", required=True, parser_class=CommandParser)
+    descriptions = {"node": "hold the snapshots of this machine's trainers", "coordinator": "decide, for all nodes"}
+    for cls in config.SECTIONS:
+        role = roles.add_parser(cls.section, help=descriptions[cls.section], allow_abbrev=False)
+        role.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with a table [{cls.section}]")
+        role.add_argument("--check-config", action="store_true", help="check the configuration, print it and exit")
+        role.add_argument("--print-default-config", action="store_true", help="print a sample configuration and exit")
+        for setting in config.settings(cls):
+            default = "" if setting.is_computed or setting.default == "" else f" Default: {setting.default}."
+            role.add_argument(
+                setting.flag,
+                dest=setting.name,
+                metavar=setting.metavar,
+                default=argparse.SUPPRESS,
+                help=(setting.explanation + default).replace("%", "%%"),
+            )
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    cls = next(cls for cls in config.SECTIONS if cls.section == arguments.role)
+    if arguments.print_default_config:
+        print(config.sample(cls), end="")
+        return 0
+    names = {setting.name for setting in config.settings(cls)}
+    flags = {name: value for name, value in vars(arguments).items() if name in names}
+    if cls is config.NodeConfig:
+        node = config.load(config.NodeConfig, file=arguments.config, environ=os.environ, flags=flags)
+        return _show(node) if arguments.check_config else _run_node(node)
+    coordinator = config.load(config.CoordinatorConfig, file=arguments.config, environ=os.environ, flags=flags)
+    return _show(coordinator) if arguments.check_config else _run_coordinator(coordinator)
+
+
+def _run_node(settings: config.NodeConfig) -> int:
+    logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
+    from backstayd.node import app as node
+
+    return int(node.run(settings))
+
+
+def _run_coordinator(settings: config.CoordinatorConfig) -> int:
+    logs.configure(level=settings.log_level, form=settings.log_format, component="coordinator")
+    from backstayd.coordinator import app as coordinator
+
+    return int(coordinator.run(settings))
+
+
+def _show(settings: config.NodeConfig | config.CoordinatorConfig) -> int:
+    for setting in config.settings(type(settings)):
+        value = getattr(settings, setting.name)
+        print(f"{settings.section}.{setting.name} = {'auto' if value is None else value}")
+    print("configuration is valid")
+    return 0

@@ -1,0 +1,354 @@
+"""What an operator can set: TOML < environment < flags, into frozen dataclasses.
+
+One file may hold both tables, ``[node]`` and ``[coordinator]``; the environment says ``BACKSTAYD_NODE_LEASE_S`` for
+``lease_s`` of ``[node]``. Each field carries its own explanation, from which ``--help`` and the sample file are made.
+Starts nothing and touches no path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import socket
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final, TypeVar
+
+from backstay.errors import ConfigError, UsageError
+from backstay.ids import check_name
+from backstay.local import DEFAULT_SOCKET
+
+MAX_PARITY: Final = 4
+MAX_GROUP_NODES: Final = 16
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]i?B|B)?\Z")
+_UNITS: Final = {"B": 1} | {
+    f"{letter}{infix}B": base**power
+    for infix, base in (("i", 1024), ("", 1000))
+    for power, letter in enumerate("KMGTP", start=1)
+}
+_DOMAIN = re.compile(r"[A-Za-z0-9._/:-]{0,100}\Z")
+# Kubernetes writes these for every Service of its namespace; they are not ours.
+_SERVICE_VARIABLE = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP|SCTP)(_.+)?)?)\Z")
+
+Parser = Callable[[Any], Any]
+
+
+def parse_size(value: Any) -> int:
+    """Bytes from ``8GiB``, ``500 MB`` or a plain number; raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.match(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("is not a size such as 8GiB, 500MB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2] or "B"])
+
+
+def format_size(size_bytes: float) -> str:
+    """A size for people, in binary units with one decimal: ``1.5 GiB``."""
+    amount = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(amount) < 1024 or unit == "TiB":
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    raise AssertionError("unreachable")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT`` or ``[IPV6]:PORT``; raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError("is not HOST:PORT with a port from 0 to 65535")
+    return host, int(port)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("is not a text")
+    return value
+
+
+def _name(value: Any) -> str:
+    try:
+        return check_name("name", _text(value))
+    except UsageError:
+        message = "is not 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit"
+        raise ValueError(message) from None
+
+
+def _domain(value: Any) -> str:
+    if not isinstance(value, str) or not _DOMAIN.match(value):
+        raise ValueError("is not at most 100 letters, digits, '.', '_', '/', ':' or '-'")
+    return value
+
+
+def _path(value: Any) -> Path:
+    path = Path(_text(str(value) if isinstance(value, Path) else value))
+    if not path.is_absolute():
+        raise ValueError("is not an absolute path")
+    return path
+
+
+def _socket_path(value: Any) -> Path:
+    path = _path(value)
+    if len(str(path).encode()) > 107:
+        raise ValueError("is longer than the 107 bytes that a Unix socket's path may have")
+    return path
+
+
+def _address(value: Any) -> str:
+    split_address(_text(value))
+    return str(value)
+
+
+def _reachable_address(value: Any) -> str:
+    host, _ = split_address(_text(value))
+    if host in ("0.0.0.0", "::", "*"):  # noqa: S104 - refused, not bound
+        raise ValueError("is a wildcard: peers are told this address, so name one they can reach")
+    return str(value)
+
+
+def _seconds(value: Any) -> float:
+    seconds = _number(float, value)
+    if not (math.isfinite(seconds) and 0.1 <= seconds <= 3600):
+        raise ValueError("is not a number of seconds from 0.1 to 3600")
+    return seconds
+
+
+def _count(low: int, high: int) -> Parser:
+    def parse(value: Any) -> int:
+        count = _number(int, value)
+        if not low <= count <= high:
+            raise ValueError(f"is not a number from {low} to {high}")
+        return count
+
+    return parse
+
+
+def _parity(value: Any) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return int(_count(0, MAX_PARITY)(value))
+    except ValueError:
+        raise ValueError(f"is neither 'auto' nor a number from 0 to {MAX_PARITY}") from None
+
+
+def _choice(*names: str) -> Parser:
+    def parse(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"is none of {', '.join(names)}")
+        return str(value)
+
+    return parse
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _number(kind: type[_Number], value: Any) -> _Number:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError("is not a number")
+    if kind is int and isinstance(value, float):
+        raise ValueError("is not a whole number")
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError("is not a number") from None
+
+
+def _setting(default: Any, parse: Parser, explanation: str, *, flag: str = "", metavar: str = "") -> Any:
+    """A configuration field: default value (as in TOML, or a function making it), parser, explanation."""
+    metadata = {"parse": parse, "explanation": explanation, "flag": flag, "metavar": metavar, "default": default}
+    if callable(default):
+        return dataclasses.field(default_factory=lambda: parse(default()), metadata=metadata)
+    return dataclasses.field(default=parse(default), metadata=metadata)
+
+
+_LEASE = "Seconds without a word after which a peer counts as lost; a heartbeat is sent every sixth of it."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """Settings of ``backstayd node``: the daemon that holds the memory of one machine."""
+
+    section: ClassVar[str] = "node"
+
+    name: str = _setting(
+        socket.gethostname, _name, "Name of this node, unique in the cluster (default: the host name)."
+    )
+    memory_dir: Path = _setting(
+        "/run/backstay/memory",
+        _path,
+        "Directory on a tmpfs of its own that holds the snapshots; one daemon per directory.",
+    )
+    socket: Path = _setting(DEFAULT_SOCKET, _socket_path, "Unix socket on which trainers of this machine are served.")
+    coordinator: str = _setting("127.0.0.1:7070", _address, "The coordinator.", metavar="HOST:PORT")
+    bulk: str = _setting(
+        "127.0.0.1:7071",
+        _reachable_address,
+        "Address that other nodes read and write shards at; they are told it, so they must reach it. Port 0: any.",
+        metavar="HOST:PORT",
+    )
+    http: str = _setting(
+        "127.0.0.1:7072", _address, "Where /metrics, /healthz and /status.json are served.", metavar="HOST:PORT"
+    )
+    domain: str = _setting("", _domain, "Failure domain, such as a rack: groups are spread over domains.")
+    quota_bytes: int = _setting(
+        0,
+        parse_size,
+        "Most memory to hold, such as '8GiB'; 0 is what tmpfs and cgroup allow.",
+        flag="--quota",
+        metavar="SIZE",
+    )
+    coders: int = _setting(1, _count(1, 64), "Processes that encode, rebuild, verify and move bytes.")
+    lease_s: float = _setting(3.0, _seconds, _LEASE)
+    log_format: str = _setting("text", _choice("text", "json"), "Form of the log on stderr: text or json.")
+    log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "debug, info, warning or error.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorConfig:
+    """Settings of ``backstayd coordinator``. ``parity`` is None for ``auto``."""
+
+    section: ClassVar[str] = "coordinator"
+
+    listen: str = _setting("127.0.0.1:7070", _address, "Where nodes and operators are served.", metavar="HOST:PORT")
+    http: str = _setting(
+        "127.0.0.1:7073", _address, "Where /metrics, /healthz and /status.json are served.", metavar="HOST:PORT"
+    )
+    parity: int | None = _setting(
+        "auto",
+        _parity,
+        "Node losses each group survives (m), 0 to 4; auto: 2 from six nodes on, else 1.",
+        metavar="auto|0..4",
+    )
+    group_size: int = _setting(8, _count(1, MAX_GROUP_NODES), "Nodes per erasure-coding group, about.")
+    keep: int = _setting(1, _count(1, 100), "Protected snapshots kept per run.")
+    lease_s: float = _setting(3.0, _seconds, _LEASE)
+    log_format: str = _setting("text", _choice("text", "json"), "Form of the log on stderr: text or json.")
+    log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "debug, info, warning or error.")
+
+
+Config = TypeVar("Config", NodeConfig, CoordinatorConfig)
+SECTIONS: Final[tuple[type[NodeConfig | CoordinatorConfig], ...]] = (NodeConfig, CoordinatorConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One field as the operator meets it. ``default`` is as written in TOML."""
+
+    name: str
+    flag: str
+    metavar: str
+    explanation: str
+    default: Any
+    is_computed: bool
+
+
+def settings(cls: type[NodeConfig | CoordinatorConfig]) -> Iterator[Setting]:
+    """The settings of a section, in order."""
+    for field in dataclasses.fields(cls):
+        default = field.metadata["default"]
+        yield Setting(
+            name=field.name,
+            flag=field.metadata["flag"] or "--" + field.name.replace("_", "-"),
+            metavar=field.metadata["metavar"] or field.name.rpartition("_")[2].upper(),
+            explanation=field.metadata["explanation"],
+            default="" if callable(default) else default,
+            is_computed=callable(default),
+        )
+
+
+def load(cls: type[Config], *, file: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]) -> Config:
+    """Settings of one role from a TOML file (or None), the environment and flags (field name to text); the later wins.
+
+    Raises:
+        ConfigError: for an unreadable file, an unknown key or a value that is not of its kind; names source and key.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    if file is not None:
+        found |= {
+            name: (value, f"{file}: [{cls.section}] {name}") for name, value in _read_file(file, cls.section).items()
+        }
+    found |= _read_environment(environ, cls)
+    names = {setting.name: setting.flag for setting in settings(cls)}
+    found |= {name: (value, names[name]) for name, value in flags.items()}
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name in found:
+            value, where = found[field.name]
+            try:
+                values[field.name] = field.metadata["parse"](value)
+            except ValueError as error:
+                raise ConfigError(f"{where} = {value!r} {error}", reason="bad_value") from None
+    return cls(**values)
+
+
+def sample(*classes: type[NodeConfig | CoordinatorConfig]) -> str:
+    """A TOML file with every setting at its default, each explained; computed ones stand commented out."""
+    lines = ["# backstayd configuration. Environment (BACKSTAYD_<SECTION>_<NAME>) and flags win over this file."]
+    for cls in classes:
+        lines += ["", f"[{cls.section}]"]
+        for setting in settings(cls):
+            lines.append(f"# {setting.explanation}")
+            lines.append(
+                f"# {setting.name} = ..." if setting.is_computed else f"{setting.name} = {_toml(setting.default)}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _read_file(file: Path, section: str) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {file}: {error.strerror}", reason="unreadable_file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}", reason="bad_file") from None
+    for cls in SECTIONS:
+        table = document.get(cls.section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {cls.section} is not a table; write [{cls.section}]", reason="bad_file")
+        known = [setting.name for setting in settings(cls)]
+        for key in table:
+            if key not in known:
+                raise _unknown(f"{file}: [{cls.section}] {key}", key, known)
+    sections = [cls.section for cls in SECTIONS]
+    for key in document:
+        if key not in sections:
+            raise _unknown(f"{file}: {key}", key, sections)
+    return dict(document.get(section, {}))
+
+
+def _read_environment(
+    environ: Mapping[str, str], cls: type[NodeConfig | CoordinatorConfig]
+) -> dict[str, tuple[Any, str]]:
+    prefix = f"BACKSTAYD_{cls.section.upper()}_"
+    known = {setting.name.upper(): setting.name for setting in settings(cls)}
+    found: dict[str, tuple[Any, str]] = {}
+    for variable, value in environ.items():
+        key = variable.removeprefix(prefix)
+        if not variable.startswith(prefix) or (key not in known and _SERVICE_VARIABLE.match(key)):
+            continue
+        if key not in known:
+            raise _unknown(f"environment: {variable}", key, list(known), prefix)
+        found[known[key]] = (value, f"environment: {variable}")
+    return found
+
+
+def _unknown(where: str, key: str, known: list[str], prefix: str = "") -> ConfigError:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return ConfigError(f"{where} is not a setting; the nearest one is {prefix}{nearest[0]}", reason="unknown_key")
+
+
+if __name__ == "__main__":
+    print(sample(*SECTIONS), end="")
