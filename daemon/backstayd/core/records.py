@@ -71,6 +71,7 @@ class ShardRecord:
     world_size: int
     size_bytes: int
     digest: str
+    world_id: str = ""  # who wrote it (from the manifest): shards of two worlds are never one snapshot
 
     @property
     def key(self) -> SnapshotKey:
@@ -112,6 +113,7 @@ class Plan:
     m: int
     chunk_bytes: int
     members: tuple[Member, ...]
+    serial: int = 0  # tells apart plans over the same members: a repair, a second try
 
     @property
     def k(self) -> int:
@@ -165,11 +167,15 @@ class Base:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """``attempt`` began from (``base_attempt``, ``base_step``); base_attempt 0 means from scratch."""
+    """``attempt`` began from (``base_attempt``, ``base_step``); base_attempt 0 means from scratch.
+
+    ``world_id`` is the world that writes it: an attempt number can be given twice when its witnesses are all away.
+    """
 
     attempt: int
     base_attempt: int
     base_step: int
+    world_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +284,11 @@ class Quarantined:
     attempt: int
     step: int
     reason: str
+    node: str = ""  # the holder, when the reporting node read it from another; "" = the reporting node
+    rank: int = -1  # a shard, or
+    plan_id: str = ""  # a parity fragment
+    stripe: int = -1
+    index: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,6 +352,8 @@ class RunDesired:
     protected_step: int = 0
     is_release_possible: bool = True  # false: no slot will come free soon; do not wait for one
     forget: bool = False
+    keep: int = 1  # protected snapshots kept; a rank has one slot more
+    parity_fraction: float = 0.0  # m / k of the run's groups: parity per byte of state, for admission; 0 = not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

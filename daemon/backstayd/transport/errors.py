@@ -48,8 +48,8 @@ def class_of(code: grpc.StatusCode) -> type[BackstayError]:
 
 def error_of(call: grpc.RpcError, *, asked: str) -> BackstayError:
     """The error of a failed call, with ``asked`` (what was asked of whom) in front of the other side's words."""
-    code = call.code() if isinstance(call, grpc.Call) else grpc.StatusCode.UNKNOWN
-    details = (call.details() if isinstance(call, grpc.Call) else "") or code.name.lower().replace("_", " ")
-    metadata = (call.trailing_metadata() if isinstance(call, grpc.Call) else None) or ()
-    reason = next((str(value) for key, value in metadata if key == REASON_KEY), "")
-    return class_of(code)(f"{asked}: {details}", reason=reason)
+    if not isinstance(call, (grpc.Call, grpc.aio.AioRpcError)):
+        return BackstayError(f"{asked}: {call}")
+    code = call.code()
+    reason = next((str(value) for key, value in call.trailing_metadata() or () if key == REASON_KEY), "")
+    return class_of(code)(f"{asked}: {call.details() or code.name.lower().replace('_', ' ')}", reason=reason)

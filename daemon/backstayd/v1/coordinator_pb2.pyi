@@ -367,6 +367,7 @@ class ShardRecord(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    WORLD_ID_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Number of the history within the run."""
     step: _builtins.int
@@ -379,6 +380,8 @@ class ShardRecord(_message.Message):
     """Size of the shard file."""
     digest: _builtins.str
     """SHA-256 of the shard's manifest: the identity of its bytes."""
+    world_id: _builtins.str
+    """The set of processes that train together."""
     def __init__(
         self,
         *,
@@ -388,10 +391,11 @@ class ShardRecord(_message.Message):
         world_size: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         digest: _builtins.str = ...,
+        world_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "rank", b"rank", "size_bytes", b"size_bytes", "step", b"step", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "rank", b"rank", "size_bytes", b"size_bytes", "step", b"step", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,6 +482,7 @@ class Plan(_message.Message):
     M_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
+    SERIAL_FIELD_NUMBER: _builtins.int
     plan_id: _builtins.str
     """SHA-256 over everything else of the plan, first 32 hex digits."""
     run: _builtins.str
@@ -494,6 +499,8 @@ class Plan(_message.Message):
     """Parity fragments per stripe."""
     chunk_bytes: _builtins.int
     """Unit of layout, transfer and verification."""
+    serial: _builtins.int
+    """Tells apart plans over the same members."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """The nodes of the group, in order."""
@@ -510,10 +517,11 @@ class Plan(_message.Message):
         m: _builtins.int = ...,
         chunk_bytes: _builtins.int = ...,
         members: _abc.Iterable[Global___Member] | None = ...,
+        serial: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chunk_bytes", b"chunk_bytes", "m", b"m", "members", b"members", "plan_id", b"plan_id", "run", b"run", "snapshot_id", b"snapshot_id", "step", b"step", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chunk_bytes", b"chunk_bytes", "m", b"m", "members", b"members", "plan_id", b"plan_id", "run", b"run", "serial", b"serial", "snapshot_id", b"snapshot_id", "step", b"step", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -588,22 +596,26 @@ class Lineage(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     BASE_ATTEMPT_FIELD_NUMBER: _builtins.int
     BASE_STEP_FIELD_NUMBER: _builtins.int
+    WORLD_ID_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Number of the history within the run."""
     base_attempt: _builtins.int
     """Attempt that was restored; 0 means from scratch."""
     base_step: _builtins.int
     """Step that was restored."""
+    world_id: _builtins.str
+    """The set of processes that train together."""
     def __init__(
         self,
         *,
         attempt: _builtins.int = ...,
         base_attempt: _builtins.int = ...,
         base_step: _builtins.int = ...,
+        world_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_attempt", b"base_attempt", "base_step", b"base_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_attempt", b"base_attempt", "base_step", b"base_step", "world_id", b"world_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -799,6 +811,11 @@ class Quarantined(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    PLAN_ID_FIELD_NUMBER: _builtins.int
+    STRIPE_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     what: _builtins.str
     """What was found corrupt."""
     attempt: _builtins.int
@@ -807,6 +824,16 @@ class Quarantined(_message.Message):
     """Completed optimizer step."""
     reason: _builtins.str
     """Why, in words."""
+    node: _builtins.str
+    """Holder of a source that another node found corrupt; empty: the reporting node."""
+    rank: _builtins.int
+    """Rank of the shard, if it is one."""
+    plan_id: _builtins.str
+    """Plan of the parity fragment, if it is one."""
+    stripe: _builtins.int
+    """Its stripe."""
+    index: _builtins.int
+    """Its index."""
     def __init__(
         self,
         *,
@@ -814,12 +841,28 @@ class Quarantined(_message.Message):
         attempt: _builtins.int = ...,
         step: _builtins.int = ...,
         reason: _builtins.str = ...,
+        node: _builtins.str = ...,
+        rank: _builtins.int | None = ...,
+        plan_id: _builtins.str = ...,
+        stripe: _builtins.int | None = ...,
+        index: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "_rank", b"_rank", "_stripe", b"_stripe", "index", b"index", "rank", b"rank", "stripe", b"stripe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason", "step", b"step", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "_rank", b"_rank", "_stripe", b"_stripe", "attempt", b"attempt", "index", b"index", "node", b"node", "plan_id", b"plan_id", "rank", b"rank", "reason", b"reason", "step", b"step", "stripe", b"stripe", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__index: _TypeAlias = _typing.Literal["index"]  # noqa: Y015
+    _WhichOneofArgType__index: _TypeAlias = _typing.Literal["_index", b"_index"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__stripe: _TypeAlias = _typing.Literal["stripe"]  # noqa: Y015
+    _WhichOneofArgType__stripe: _TypeAlias = _typing.Literal["_stripe", b"_stripe"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__index) -> _WhichOneofReturnType__index | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stripe) -> _WhichOneofReturnType__stripe | None: ...
 
 Global___Quarantined: _TypeAlias = Quarantined  # noqa: Y015
 
@@ -1183,6 +1226,8 @@ class RunDesired(_message.Message):
     PROTECTED_STEP_FIELD_NUMBER: _builtins.int
     IS_RELEASE_POSSIBLE_FIELD_NUMBER: _builtins.int
     FORGET_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    PARITY_FRACTION_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     world_id: _builtins.str
@@ -1197,6 +1242,10 @@ class RunDesired(_message.Message):
     """False: no slot will come free soon."""
     forget: _builtins.bool
     """Delete everything of the run."""
+    keep: _builtins.int
+    """Protected snapshots kept; a rank has one slot more."""
+    parity_fraction: _builtins.float
+    """Parity bytes per byte of state that protection will add on this node (m / k); 0 if not known."""
     @_builtins.property
     def decision(self) -> Global___Decision:
         """The decision of the world; absent if none."""
@@ -1237,14 +1286,21 @@ class RunDesired(_message.Message):
         protected_step: _builtins.int = ...,
         is_release_possible: _builtins.bool | None = ...,
         forget: _builtins.bool = ...,
+        keep: _builtins.int | None = ...,
+        parity_fraction: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "decision", b"decision", "is_release_possible", b"is_release_possible", "schedule", b"schedule"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "is_release_possible", b"is_release_possible", "keep", b"keep", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "decision", b"decision", "decision_phase", b"decision_phase", "drop_plans", b"drop_plans", "forget", b"forget", "is_release_possible", b"is_release_possible", "plans", b"plans", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "world_id", b"world_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "decision_phase", b"decision_phase", "drop_plans", b"drop_plans", "forget", b"forget", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "world_id", b"world_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__is_release_possible: _TypeAlias = _typing.Literal["is_release_possible"]  # noqa: Y015
     _WhichOneofArgType__is_release_possible: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible"]  # noqa: Y015
+    _WhichOneofReturnType__keep: _TypeAlias = _typing.Literal["keep"]  # noqa: Y015
+    _WhichOneofArgType__keep: _TypeAlias = _typing.Literal["_keep", b"_keep"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__is_release_possible) -> _WhichOneofReturnType__is_release_possible | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep) -> _WhichOneofReturnType__keep | None: ...
 
 Global___RunDesired: _TypeAlias = RunDesired  # noqa: Y015
 

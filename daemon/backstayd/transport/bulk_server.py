@@ -1,0 +1,358 @@
+"""The serving side of the bulk transport, inside a coder process: sends published bytes, takes in verified ones.
+
+One bounded thread per connection. Serves nothing that is not published under the digest asked for, stores nothing that it
+did not verify in its own buffer. Must not import grpc.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from crc32c import crc32c
+
+from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError, UsageError
+from backstay.ids import SnapshotKey
+from backstay.manifest import CHUNK_BYTES
+from backstayd.coder.jobs import CoderEvent, fragment_event, shard_event
+from backstayd.store.fragments import FragmentWriter
+from backstayd.store.paths import RunPaths
+from backstayd.store.published import open_fragment, open_shard
+from backstayd.store.staging import StagedShard
+from backstayd.store.stored import read_manifest, read_small
+from backstayd.transport.bulk_wire import CRC_BYTES, BulkReply, BulkRequest, Channel, Timeouts, enlarge_buffers
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS: Final = 128
+IDLE_S: Final = 60.0  # a client that asks nothing for so long is cut
+DRAIN_S: Final = 2.0  # for a refused put: time to let the sender read why
+MAX_FRAGMENT_BYTES: Final = 1 << 44
+
+
+class BulkServer:
+    """Accepts on a listening socket that sibling processes share.
+
+    Args:
+        on_event: Called from connection threads for everything stored; must be thread-safe.
+    """
+
+    def __init__(
+        self,
+        listen_socket: socket.socket,
+        *,
+        memory_dir: Path,
+        incarnation: str,
+        on_event: Callable[[CoderEvent], None],
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        self._listen = listen_socket
+        self._memory_dir = memory_dir
+        self._incarnation = incarnation
+        self._on_event = on_event
+        self._timeouts = timeouts or Timeouts()
+        self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._channels: set[Channel] = set()
+        self._lock = threading.Lock()
+        self._is_closing = False
+
+    def serve(self) -> None:
+        """Accept until :meth:`close`; at most MAX_CONNECTIONS at a time, the rest wait in the kernel's queue."""
+        poll = select.poll()
+        poll.register(self._listen, select.POLLIN)
+        while not self._is_closing:
+            if not poll.poll(200) or not self._room.acquire(timeout=0.2):
+                continue
+            try:
+                sock, peer = self._listen.accept()
+            except OSError:  # a sibling was faster, or the peer has gone
+                self._room.release()
+                continue
+            threading.Thread(target=self._connection, args=(sock, str(peer[0])), daemon=True, name="bulk").start()
+
+    def close(self) -> None:
+        """Stop accepting and cut every connection; idempotent."""
+        self._is_closing = True
+        with self._lock:
+            for channel in self._channels:
+                channel.abort()
+
+    def _connection(self, sock: socket.socket, peer: str) -> None:
+        try:
+            enlarge_buffers(sock)
+            channel = Channel(sock, name=peer, timeouts=self._timeouts)
+        except OSError:
+            sock.close()
+            self._room.release()
+            return
+        with self._lock:
+            self._channels.add(channel)
+        try:
+            while not self._is_closing and self._one_request(channel):
+                pass
+        except Exception:
+            logger.exception("serving %s failed", peer)
+        finally:
+            with self._lock:
+                self._channels.discard(channel)
+            channel.close()
+            self._room.release()
+
+    def _one_request(self, channel: Channel) -> bool:
+        """Answer one request; whether the connection is still in step."""
+        channel.set_silence_limit(IDLE_S)
+        try:
+            request = channel.receive_record(BulkRequest)
+        except UnavailableError:
+            return False
+        except IntegrityError as error:
+            logger.warning("%s: %s; the connection is cut", channel.name, error)
+            return False
+        channel.set_silence_limit(self._timeouts.constant_s)
+        exchange = _Exchange(self._memory_dir, self._incarnation, channel, request)
+        try:
+            exchange.run()
+        except UnavailableError as error:
+            if error.reason != "not_ready":
+                logger.debug("%s: %s of %s ended: %s", channel.name, request.op, request.run, error)
+                return False
+            exchange.refuse(error)
+        except BackstayError as error:
+            logger.info("%s: %s of %s refused: %s", channel.name, request.op, request.run, error)
+            exchange.refuse(error)
+        finally:
+            for event in exchange.events:
+                self._on_event(event)
+        return not exchange.is_out_of_step
+
+
+class _Exchange:
+    """One request and its answer. ``is_out_of_step``: bytes of this exchange are left on the connection."""
+
+    def __init__(self, memory_dir: Path, incarnation: str, channel: Channel, request: BulkRequest) -> None:
+        self._incarnation = incarnation
+        self._channel = channel
+        self._request = request
+        self._paths = RunPaths(memory_dir, request.run)
+        self._key = SnapshotKey(request.attempt, request.step)
+        self.events: list[CoderEvent] = []
+        self.is_out_of_step = False
+
+    def run(self) -> None:
+        """Do what the request asks. Raises the error to be answered, or UnavailableError for a lost connection."""
+        self._check_request()
+        operations: dict[str, Callable[[], None]] = {
+            "read_shard": self._read_shard,
+            "read_fragment": self._read_fragment,
+            "get_plan": self._get_plan,
+            "get_manifest": self._get_manifest,
+            "put_fragment": self._put_fragment,
+            "put_shard": self._put_shard,
+            "is_staged": self._is_staged,
+            "suspect": self._suspect,
+        }
+        operation = operations.get(self._request.op)
+        if operation is None:
+            raise UsageError(f"unknown bulk operation {self._request.op!r}", reason="unknown_operation")
+        operation()
+
+    def refuse(self, error: BackstayError) -> None:
+        """Answer ``error``; when the sender is in the middle of a put, give it a moment to read it."""
+        try:
+            self._channel.send_record(
+                BulkReply(error_class=type(error).__name__, reason=error.reason, message=str(error)[:2000])
+            )
+            if self.is_out_of_step:
+                self._drain()
+        except UnavailableError:
+            self.is_out_of_step = True
+
+    def _check_request(self) -> None:
+        request = self._request
+        _ = self._paths.root  # checks both names
+        digits = set("0123456789abcdef")
+        if not (
+            set(request.digest) <= digits
+            and len(request.digest) in (0, 64)
+            and set(request.plan_id) <= digits
+            and len(request.plan_id) in (0, 32)
+            and min(request.attempt, request.step, request.first_chunk, request.chunk_count, request.size_bytes) >= 0
+            and max(request.attempt, request.step, request.first_chunk, request.chunk_count) < 1 << 48
+            and request.size_bytes <= MAX_FRAGMENT_BYTES
+            and max(request.rank, request.world_size, request.stripe, request.index) < 1 << 24
+        ):
+            raise UsageError(f"malformed {request.op} request", reason="bad_request")
+
+    # -- sending -------------------------------------------------------------------------------------------------------
+
+    def _read_shard(self) -> None:
+        request = self._request
+        with open_shard(
+            self._paths, self._key, rank=request.rank, world_size=request.world_size, digest=request.digest
+        ) as (fd, chunks):
+            self._send_range(fd, size_bytes=chunks.size_bytes, chunk_crcs="")
+
+    def _read_fragment(self) -> None:
+        request = self._request
+        with open_fragment(self._paths, self._key, request.plan_id, stripe=request.stripe, index=request.index) as (
+            fd,
+            stored,
+        ):
+            first = 8 * request.first_chunk
+            crcs = stored.chunk_crcs[first : first + 8 * request.chunk_count]
+            self._send_range(fd, size_bytes=stored.size_bytes, chunk_crcs=crcs)
+
+    def _send_range(self, fd: int, *, size_bytes: int, chunk_crcs: str) -> None:
+        request = self._request
+        begin = request.first_chunk * CHUNK_BYTES
+        end = min(begin + request.chunk_count * CHUNK_BYTES, size_bytes)
+        if request.chunk_count and begin >= end:
+            raise UsageError(f"range from chunk {request.first_chunk} is past the end", reason="bad_request")
+        count = max(0, end - begin)
+        self._channel.send_record(BulkReply(payload_bytes=count, total_bytes=size_bytes, chunk_crcs=chunk_crcs))
+        self._send_file(fd, begin, count)
+
+    def _send_file(self, fd: int, begin: int, count: int) -> None:
+        """Pages go from tmpfs to the socket without a copy into this process."""
+        deadline = time.monotonic() + Timeouts(constant_s=600.0).of(count)
+        out = self._channel.socket.fileno()
+        while count > 0:
+            try:
+                sent = os.sendfile(out, fd, begin, count)
+            except OSError as error:
+                self.is_out_of_step = True
+                raise UnavailableError(f"sending failed: {error.strerror}", reason="peer_failed") from error
+            if sent == 0 or time.monotonic() > deadline:
+                self.is_out_of_step = True
+                raise UnavailableError(f"{count} bytes could not be sent", reason="peer_slow")
+            begin += sent
+            count -= sent
+
+    def _get_plan(self) -> None:
+        self._send_document(read_small(self._paths.plan(self._key, self._request.plan_id)))
+
+    def _get_manifest(self) -> None:
+        request = self._request
+        path = self._paths.manifest(self._key, request.rank, request.world_size)
+        read_manifest(path, digest=request.digest)
+        self._send_document(read_small(path))
+
+    def _send_document(self, data: bytes) -> None:
+        self._channel.send_record(BulkReply(payload_bytes=len(data), total_bytes=len(data)))
+        self._channel.send_all([data])
+
+    # -- receiving -----------------------------------------------------------------------------------------------------
+
+    def _put_fragment(self) -> None:
+        request = self._request
+        if request.stripe < 0 or request.index < 0:
+            raise UsageError("put of a fragment without stripe and index", reason="bad_request")
+        writer = FragmentWriter(
+            self._paths,
+            self._key,
+            request.plan_id,
+            stripe=request.stripe,
+            index=request.index,
+            size_bytes=request.size_bytes,
+            incarnation=self._incarnation,
+        )
+        try:
+            self._begin_put()
+            buffer = memoryview(bytearray(CRC_BYTES + CHUNK_BYTES))
+            for chunk in range(writer.chunk_count):
+                crc, view = self._receive_chunk(buffer, writer.chunk_length(chunk))
+                if crc32c(view) != crc:
+                    raise IntegrityError(f"parity chunk {chunk} arrived damaged", reason="bad_chunk")
+                writer.write(crc, [view])
+            writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+        self._end_put()
+        self.events.append(fragment_event("fragment_stored", writer.stored))
+
+    def _put_shard(self) -> None:
+        request = self._request
+        staged = StagedShard(self._paths, rank=request.rank, world_size=request.world_size, digest=request.digest)
+        try:
+            last = request.first_chunk + request.chunk_count
+            if last > staged.chunks.chunk_count:
+                raise UsageError(f"put up to chunk {last} of {staged.chunks.chunk_count}", reason="bad_request")
+            self._begin_put()
+            buffer = memoryview(bytearray(CRC_BYTES + CHUNK_BYTES))
+            for chunk in range(request.first_chunk, last):
+                _crc, view = self._receive_chunk(buffer, staged.chunks.chunk_length(chunk))
+                staged.write(chunk, [view])
+            if request.stripe >= 0:
+                staged.mark(request.stripe)
+                self.events.append(shard_event("stripe_staged", staged.chunks, stripe=request.stripe))
+        finally:
+            staged.close()
+        self._end_put()
+
+    def _begin_put(self) -> None:
+        self._channel.send_record(BulkReply())
+        self.is_out_of_step = True
+
+    def _end_put(self) -> None:
+        self.is_out_of_step = False
+        self._channel.send_record(BulkReply())
+
+    def _receive_chunk(self, buffer: memoryview, length: int) -> tuple[int, memoryview]:
+        view = buffer[: CRC_BYTES + length]
+        self._channel.receive_into(view)
+        (crc,) = struct.unpack(">I", view[:CRC_BYTES])
+        return crc, view[CRC_BYTES:]
+
+    def _drain(self) -> None:
+        """Read and drop what the sender still sends: closing over unread bytes would destroy the answer on its way."""
+        self._channel.set_silence_limit(DRAIN_S)
+        deadline = time.monotonic() + DRAIN_S
+        self._channel.socket.shutdown(socket.SHUT_WR)
+        scratch = bytearray(CHUNK_BYTES)
+        try:
+            while time.monotonic() < deadline and self._channel.socket.recv_into(scratch):
+                pass
+        except OSError:
+            pass
+
+    # -- the rest ------------------------------------------------------------------------------------------------------
+
+    def _is_staged(self) -> None:
+        request = self._request
+        StagedShard(self._paths, rank=request.rank, world_size=request.world_size, digest=request.digest).close()
+        self._channel.send_record(BulkReply())
+
+    def _suspect(self) -> None:
+        request = self._request
+        is_shard = request.plan_id == ""
+        path = (
+            self._paths.manifest(self._key, request.rank, request.world_size)
+            if is_shard
+            else self._paths.fragment_record(self._key, request.plan_id, stripe=request.stripe, index=request.index)
+        )
+        if not path.exists():
+            raise SnapshotNotFoundError(f"{path.name} is not here", reason="gone")
+        self.events.append(
+            CoderEvent(
+                kind="suspect_shard" if is_shard else "suspect_fragment",
+                run=request.run,
+                attempt=request.attempt,
+                step=request.step,
+                plan_id=request.plan_id,
+                stripe=request.stripe,
+                index=request.index,
+                rank=request.rank,
+                world_size=request.world_size,
+                digest=request.digest,
+            )
+        )
+        self._channel.send_record(BulkReply())

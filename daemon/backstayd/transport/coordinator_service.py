@@ -1,0 +1,158 @@
+"""The coordinator's gRPC server: streams of reports in, desired state out, and the operator's calls.
+
+Must not decide anything: a backend does. Everything runs in one event loop, so the backend needs no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final, Protocol
+
+import grpc
+
+from backstay.errors import BackstayError, ConfigError
+from backstayd.core.records import NodeDesired, NodeReport
+from backstayd.transport import convert, errors
+from backstayd.transport.channel import server_options
+from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL_VERSION: Final = 1
+SPOKEN_PROTOCOLS: Final = (PROTOCOL_VERSION, PROTOCOL_VERSION - 1)
+
+
+class CoordinatorBackend(Protocol):
+    """What the server serves."""
+
+    def observe(self, report: NodeReport) -> None:
+        """Take in a report; must be quick."""
+
+    def desired(self, node: str) -> NodeDesired:
+        """What ``node`` should do now."""
+
+    def status(self) -> dict[str, Any]:
+        """The status document."""
+
+    def forget(self, run: str) -> None:
+        """Forget ``run``; raises SnapshotNotFoundError if nobody knows it."""
+
+
+def check_protocol(report: NodeReport) -> None:
+    """Raise ConfigError if the node's protocol is not this version's or the one before."""
+    node = report.node
+    if node.protocol not in SPOKEN_PROTOCOLS:
+        spoken = " and ".join(str(version) for version in SPOKEN_PROTOCOLS)
+        raise ConfigError(
+            f"node {node.name} (version {node.version or 'unknown'}) speaks protocol {node.protocol}; this coordinator speaks "
+            f"{spoken}: upgrade the older of the two first",
+            reason="bad_protocol",
+        )
+
+
+class CoordinatorServer:
+    """Serves ``backend`` at ``listen`` (``host:port``, port 0 for any); :meth:`wake` after each change of desired state."""
+
+    def __init__(self, listen: str, backend: CoordinatorBackend, *, lease_s: float) -> None:
+        self._listen = listen
+        self._backend = backend
+        self._lease_s = lease_s
+        self._server: grpc.aio.Server | None = None
+        self._streams: set[asyncio.Event] = set()
+
+    async def start(self) -> str:
+        """Bind and serve; returns the bound ``host:port``. Raises ConfigError if the address cannot be bound."""
+        server = grpc.aio.server(options=server_options(self._lease_s))
+        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(_CoordinatorServicer(self), server)
+        operator_pb2_grpc.add_OperatorServiceServicer_to_server(_OperatorServicer(self._backend), server)
+        try:
+            port = server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            await server.stop(grace=None)
+            raise ConfigError(f"cannot listen on {self._listen}: {error}", reason="cannot_listen") from error
+        await server.start()
+        self._server = server
+        host = self._listen.rpartition(":")[0]
+        return f"{host}:{port}"
+
+    def wake(self) -> None:
+        """Desired state may have changed: every stream compares and sends what differs."""
+        for changed in self._streams:
+            changed.set()
+
+    async def close(self) -> None:
+        """Stop serving; open streams are cut."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+            self._server = None
+
+    async def sync(self, requests: AsyncIterator[coordinator_pb2.SyncRequest], context: Any) -> None:
+        """One node's stream, until either side ends it."""
+        changed = asyncio.Event()
+        writer: asyncio.Task[None] | None = None
+        try:
+            async for request in requests:
+                report = convert.from_message(NodeReport, request.report)
+                check_protocol(report)
+                self._backend.observe(report)
+                if writer is None:
+                    self._streams.add(changed)
+                    writer = asyncio.create_task(self._write(report.node.name, changed, context))
+        finally:
+            self._streams.discard(changed)
+            if writer is not None:
+                writer.cancel()
+                with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
+                    await writer
+
+    async def _write(self, node: str, changed: asyncio.Event, context: Any) -> None:
+        last: NodeDesired | None = None
+        is_due = True
+        while True:
+            changed.clear()
+            desired = self._backend.desired(node)
+            if is_due or desired != last:
+                message = convert.to_message(desired, coordinator_pb2.NodeDesired)
+                await context.write(coordinator_pb2.SyncResponse(desired=message))
+                last = desired
+            is_due = False
+            try:
+                async with asyncio.timeout(self._lease_s / 6):
+                    await changed.wait()
+            except TimeoutError:
+                is_due = True
+
+
+class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
+    def __init__(self, server: CoordinatorServer) -> None:
+        self._server = server
+
+    async def Sync(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        try:
+            await self._server.sync(request_iterator, context)
+        except BackstayError as error:
+            logger.warning("a node's stream was refused: %s", error)
+            await _abort(context, error)
+
+
+class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
+    def __init__(self, backend: CoordinatorBackend) -> None:
+        self._backend = backend
+
+    async def GetStatus(self, request: Any, context: Any) -> operator_pb2.GetStatusResponse:  # type: ignore[override]
+        return operator_pb2.GetStatusResponse(document_json=json.dumps(self._backend.status()))
+
+    async def Forget(self, request: Any, context: Any) -> operator_pb2.ForgetResponse:  # type: ignore[override]
+        try:
+            self._backend.forget(request.run)
+        except BackstayError as error:
+            await _abort(context, error)
+        return operator_pb2.ForgetResponse()
+
+
+async def _abort(context: Any, error: BackstayError) -> None:
+    await context.abort(errors.code_of(error), str(error), trailing_metadata=((errors.REASON_KEY, error.reason),))

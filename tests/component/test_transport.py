@@ -1,0 +1,206 @@
+"""The control plane over real sockets: links, reconnection, refusal, the operator's calls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import pytest
+
+from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError
+from backstay.ids import Generation
+from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport, RunDesired
+from backstayd.transport import convert
+from backstayd.transport.coordinator_service import CoordinatorServer
+from backstayd.transport.link import CoordinatorLink
+from backstayd.transport.operator import OperatorClient
+from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+LEASE_S = 0.6
+
+
+class RecordingBackend:
+    """A backend that remembers the reports it saw and answers what it was told to."""
+
+    def __init__(self) -> None:
+        self.reports: list[NodeReport] = []
+        self.answer = NodeDesired(generation=Generation(1, "c"))
+
+    def observe(self, report: NodeReport) -> None:
+        self.reports.append(report)
+
+    def desired(self, node: str) -> NodeDesired:
+        return self.answer
+
+    def status(self) -> dict[str, Any]:
+        return {"format": 1, "nodes": []}
+
+    def forget(self, run: str) -> None:
+        if run != "default/gpt":
+            raise SnapshotNotFoundError(f"no node knows the run {run}", reason="unknown_run")
+
+
+def report_of(name: str = "n1", sequence: int = 1, protocol: int = 1) -> NodeReport:
+    node = NodeIdentity(name=name, incarnation="i1", bulk_address="127.0.0.1:1", protocol=protocol)
+    return NodeReport(node=node, sequence=sequence)
+
+
+async def until(condition: Callable[[], object], why: str, deadline_s: float = 10.0) -> None:
+    end = asyncio.get_running_loop().time() + deadline_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < end, f"still not after {deadline_s} s: {why}"
+        await asyncio.sleep(0.01)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 30))  # type: ignore[arg-type]
+
+
+def test_a_report_goes_up_and_desired_state_comes_down() -> None:
+    async def scenario() -> None:
+        backend, desired = RecordingBackend(), []
+        server = CoordinatorServer("127.0.0.1:0", backend, lease_s=LEASE_S)
+        link = CoordinatorLink(await server.start(), report=report_of, on_desired=desired.append, lease_s=LEASE_S)
+        link.start()
+        await until(lambda: desired, "the first answer")
+        assert backend.reports[0] == report_of()
+        assert link.is_connected
+        backend.answer = replace(backend.answer, runs=(RunDesired(run="default/gpt"),))
+        server.wake()
+        await until(lambda: desired[-1] == backend.answer, "the changed answer")
+        await link.close()
+        assert not link.is_connected
+        await server.close()
+
+    run(scenario)
+
+
+def test_a_notified_change_is_reported_without_waiting_for_the_heartbeat() -> None:
+    async def scenario() -> None:
+        backend = RecordingBackend()
+        server = CoordinatorServer("127.0.0.1:0", backend, lease_s=60.0)
+        sequence = 1
+        link = CoordinatorLink(
+            await server.start(), report=lambda: report_of(sequence=sequence), on_desired=lambda _: None, lease_s=60.0
+        )
+        link.start()
+        await until(lambda: backend.reports, "the first report")
+        sequence = 2
+        link.notify()
+        await until(lambda: backend.reports[-1].sequence == 2, "the notified report", deadline_s=5.0)
+        await link.close()
+        await server.close()
+
+    run(scenario)
+
+
+def test_a_link_reconnects_to_a_restarted_coordinator() -> None:
+    async def scenario() -> None:
+        states: list[bool] = []
+        backend = RecordingBackend()
+        server = CoordinatorServer("127.0.0.1:0", backend, lease_s=LEASE_S)
+        address = await server.start()
+        link = CoordinatorLink(
+            address, report=report_of, on_desired=lambda _: None, lease_s=LEASE_S, on_state=states.append
+        )
+        link.start()
+        await until(lambda: states == [True], "connected")
+        await server.close()
+        await until(lambda: states == [True, False], "noticed the loss")
+        again = CoordinatorServer(address, RecordingBackend(), lease_s=LEASE_S)
+        await again.start()
+        await until(lambda: states == [True, False, True], "connected again")
+        await link.close()
+        await again.close()
+
+    run(scenario)
+
+
+def test_a_silent_coordinator_is_lost_after_a_lease() -> None:
+    async def scenario() -> None:
+        states: list[bool] = []
+        is_silent = asyncio.Event()
+
+        class Stopping(coordinator_pb2_grpc.CoordinatorServiceServicer):
+            async def Sync(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+                desired = convert.to_message(NodeDesired(generation=Generation(1, "c")), coordinator_pb2.NodeDesired)
+                await context.write(coordinator_pb2.SyncResponse(desired=desired))
+                is_silent.set()
+                await asyncio.Event().wait()
+
+        server = grpc.aio.server()
+        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(Stopping(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        link = CoordinatorLink(
+            f"127.0.0.1:{port}", report=report_of, on_desired=lambda _: None, lease_s=LEASE_S, on_state=states.append
+        )
+        link.start()
+        await until(lambda: states[:2] == [True, False], "the silence was noticed")
+        assert "silent" in link.last_error
+        await link.close()
+        await server.stop(grace=None)
+
+    run(scenario)
+
+
+def test_a_node_of_a_foreign_protocol_is_refused_by_name() -> None:
+    async def scenario() -> None:
+        backend = RecordingBackend()
+        server = CoordinatorServer("127.0.0.1:0", backend, lease_s=LEASE_S)
+        link = CoordinatorLink(
+            await server.start(), report=lambda: report_of(protocol=7), on_desired=lambda _: None, lease_s=LEASE_S
+        )
+        link.start()
+        await until(lambda: "node n1" in link.last_error, "the refusal")
+        assert "protocol 7" in link.last_error
+        assert not backend.reports
+        assert not link.is_connected
+        await link.close()
+        await server.close()
+
+    run(scenario)
+
+
+def test_an_operator_reads_the_status_and_forgets_a_run() -> None:
+    async def scenario() -> None:
+        server = CoordinatorServer("127.0.0.1:0", RecordingBackend(), lease_s=LEASE_S)
+        address = await server.start()
+
+        def operate() -> None:
+            with OperatorClient(address) as client:
+                assert client.get_status() == json.loads('{"format": 1, "nodes": []}')
+                client.forget("default/gpt")
+                with pytest.raises(SnapshotNotFoundError, match="no node knows") as caught:
+                    client.forget("default/other")
+                assert caught.value.reason == "unknown_run"
+
+        await asyncio.to_thread(operate)
+        await server.close()
+
+    run(scenario)
+
+
+def test_without_a_coordinator_the_operator_is_told_where_nobody_answers() -> None:
+    with (
+        OperatorClient("127.0.0.1:1", timeout_s=0.5) as client,
+        pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"),
+    ):
+        client.get_status()
+
+
+def test_an_address_in_use_is_an_operators_error() -> None:
+    async def scenario() -> None:
+        first = CoordinatorServer("127.0.0.1:0", RecordingBackend(), lease_s=LEASE_S)
+        address = await first.start()
+        second = CoordinatorServer(address, RecordingBackend(), lease_s=LEASE_S)
+        with pytest.raises(ConfigError, match="cannot listen"):
+            await second.start()
+        await second.close()
+        await first.close()
+
+    run(scenario)
