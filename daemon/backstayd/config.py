@@ -166,8 +166,16 @@ def _setting(default: Any, parse: Parser, explanation: str, *, flag: str = "", m
     """A configuration field: default value (as in TOML, or a function making it), parser, explanation."""
     metadata = {"parse": parse, "explanation": explanation, "flag": flag, "metavar": metavar, "default": default}
     if callable(default):
-        return dataclasses.field(default_factory=lambda: parse(default()), metadata=metadata)
+        return dataclasses.field(default_factory=lambda: _computed(default, parse), metadata=metadata)
     return dataclasses.field(default=parse(default), metadata=metadata)
+
+
+def _computed(make: Callable[[], Any], parse: Parser) -> Any:
+    value = make()
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ConfigError(f"the host name {value!r} {error}; give --name", reason="bad_value") from None
 
 
 _LEASE = "Seconds without a word after which a peer counts as lost; a heartbeat is sent every sixth of it."

@@ -1,0 +1,92 @@
+"""The command line of `backstay`: subcommands, their arguments, and which module does each. No logic of its own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from backstay import __version__
+from backstay.errors import UsageError
+from backstay.local import DEFAULT_SOCKET
+from backstayd.app import CommandParser
+
+DEFAULT_COORDINATOR: Final = "127.0.0.1:7070"
+
+# These take their own arguments: nothing after the name is read here.
+_PASSED_ON: Final = {"demo": "backstayd.cli.demo", "bench": "backstayd.cli.bench"}
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the subcommand that ``argv`` names; raises BackstayError."""
+    if argv and argv[0] in _PASSED_ON:
+        return int(importlib.import_module(_PASSED_ON[argv[0]]).run(argv[1:]))
+    arguments = _parser().parse_args(argv)
+    # gRPC's C core writes its own lines about a refused connection; ours says the same in words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    return int(importlib.import_module(f"backstayd.cli.{arguments.command}").run(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="backstay", description="Look at and steer training state held in memory.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"backstay {__version__}, Python {sys.version.split()[0]}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser, metavar="COMMAND")
+
+    def command(name: str, explanation: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=explanation, description=explanation, allow_abbrev=False)
+        added.add_argument(
+            "--coordinator",
+            metavar="HOST:PORT",
+            default=os.environ.get("BACKSTAY_COORDINATOR", DEFAULT_COORDINATOR),
+            help=f"the coordinator (default: BACKSTAY_COORDINATOR or {DEFAULT_COORDINATOR})",
+        )
+        added.add_argument("--json", action="store_true", help="print JSON for programs")
+        added.add_argument("--timeout-s", type=_positive, default=5.0, metavar="S", help="longest wait for an answer")
+        return added
+
+    status = command("status", "nodes, runs, their redundancy and what happened last")
+    status.add_argument("--timeline", type=int, default=10, metavar="N", help="events shown (default 10)")
+    snapshots = command("snapshots", "each snapshot in memory, its state, and where its shards are")
+    snapshots.add_argument("run", nargs="?", metavar="RUN", help="job/run_id; all runs when left out")
+    explain = command("explain", "what a restart of RUN would restore now, and from where")
+    explain.add_argument("run", metavar="RUN", help="job/run_id, or run_id alone when it is the only one of that name")
+    forget = command("forget", "free the memory of RUN on every node; its state is gone then")
+    forget.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    _add_doctor(command("doctor", "check this machine and its daemon; exit status 1 when something is wrong"))
+    # Listed for --help; dispatch() hands them on before this parser sees them.
+    commands.add_parser("demo", help="break a real training run and watch it recover", add_help=False)
+    commands.add_parser("bench", help="measure what a snapshot costs, against peers", add_help=False)
+    return parser
+
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    socket = os.environ.get("BACKSTAY_SOCKET", DEFAULT_SOCKET)
+    doctor.add_argument("--memory-dir", type=Path, metavar="DIR", help="the daemon's memory directory")
+    doctor.add_argument("--socket", type=Path, default=Path(socket), help=f"the daemon's socket (default {socket})")
+    doctor.add_argument(
+        "--address", action="append", default=[], metavar="HOST:PORT", help="address the daemon will bind; repeatable"
+    )
+    doctor.add_argument(
+        "--collective-timeout-s", type=_positive, metavar="S", help="the trainer's timeout of torch.distributed"
+    )
+    doctor.add_argument(
+        "--restore-deadline-s", type=_positive, default=600.0, metavar="S", help="deadline of restore()"
+    )
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UsageError(f"{text!r} is not a positive number of seconds", reason="bad_arguments")
+    return value

@@ -1,0 +1,77 @@
+"""What the subcommands ask of a coordinator: its status document, one run of it, and forgetting.
+
+Everything about the wire is in ``backstayd.transport``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
+from backstayd.config import split_address
+
+Document = dict[str, Any]
+
+
+def get_status(arguments: argparse.Namespace) -> Document:
+    """The status document of the coordinator that ``arguments`` name; UnavailableError when none answers."""
+    from backstayd.transport.operator import OperatorClient
+
+    with OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s) as client:
+        try:
+            return client.get_status()
+        except UnavailableError as error:
+            raise unreachable(error) from error
+
+
+def forget(arguments: argparse.Namespace, run: str) -> None:
+    """Free ``run`` everywhere; SnapshotNotFoundError when no node knows it."""
+    from backstayd.transport.operator import OperatorClient
+
+    with OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s) as client:
+        try:
+            client.forget(run)
+        except UnavailableError as error:
+            raise unreachable(error) from error
+
+
+def check_address(address: str) -> str:
+    """``address`` if it is HOST:PORT, else UsageError."""
+    try:
+        split_address(address)
+    except ValueError as error:
+        raise UsageError(f"--coordinator {address!r} {error}", reason="bad_arguments") from None
+    return address
+
+
+def unreachable(error: UnavailableError) -> UnavailableError:
+    """The same error with what the operator can do about it."""
+    return UnavailableError(
+        f"{error}\nStart one with `backstayd coordinator`, or name another with --coordinator HOST:PORT or "
+        f"BACKSTAY_COORDINATOR. Training goes on without it; a restore waits for it.",
+        reason=error.reason,
+    )
+
+
+def find_run(document: Document, name: str) -> dict[str, Any]:
+    """The run called ``name`` (``job/run_id``, or a run_id that only one job has).
+
+    Raises:
+        SnapshotNotFoundError: no such run; names those that are known.
+        UsageError: several jobs have a run of that name.
+    """
+    runs: list[dict[str, Any]] = document["runs"]
+    exact = [run for run in runs if run["run"] == name]
+    found = exact or [run for run in runs if run["run"].partition("/")[2] == name]
+    if len(found) > 1:
+        raise UsageError(f"{name} is a run of several jobs; say which: {', '.join(run['run'] for run in found)}")
+    if not found:
+        known = ", ".join(sorted(run["run"] for run in runs)) or "none at all"
+        settled = (
+            ""
+            if document.get("is_settled", True)
+            else "; the coordinator has just started and nodes may be missing yet"
+        )
+        raise SnapshotNotFoundError(f"no node knows a run {name}; known: {known}{settled}", reason="unknown_run")
+    return found[0]

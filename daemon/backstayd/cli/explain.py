@@ -1,0 +1,57 @@
+"""`backstay explain RUN`: what a restart would restore now and from where, and the decision in force. Reads only."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from backstayd.cli.coordinator import find_run, get_status
+from backstayd.cli.tables import as_json, table
+
+
+def run(arguments: argparse.Namespace) -> int:
+    document = get_status(arguments)
+    found = find_run(document, arguments.run)
+    if arguments.json:
+        print(as_json({"run": found["run"], "explain": found["explain"], "decision": found["decision"]}))
+    else:
+        print(describe(found))
+        if not document["is_settled"]:
+            print("\nThe coordinator has just started: nodes that have not reported yet may change this.")
+    return 0
+
+
+def describe(run_: dict[str, Any]) -> str:
+    """The plan of a recovery that would begin now, then the decision in force."""
+    plan = run_["explain"]
+    lines = [f"{run_['run']}  {run_['redundancy']}", "", "IF IT RESTARTED NOW"]
+    if plan is None:
+        lines.append("nothing can be said yet: the coordinator has no inventory of this run")
+    else:
+        lines.append(
+            f"{plan['outcome']}{_base(plan)}: {plan['message']}" if plan["message"] else plan["outcome"] + _base(plan)
+        )
+        if plan["sources"]:
+            lines.append(_sources(plan["sources"]))
+    decision = run_["decision"]
+    if decision is not None:
+        base = decision["base"]
+        lines += ["", "DECISION IN FORCE"]
+        lines.append(
+            f"{decision['outcome']}{_base(base) if base else ''}, phase {decision['phase']}, "
+            f"this history is attempt {decision['attempt']} (world {run_['world_id'] or '-'})"
+        )
+        if decision["message"]:
+            lines.append(decision["message"])
+        if decision["sources"]:
+            lines.append(_sources(decision["sources"]))
+    return "\n".join(lines)
+
+
+def _base(place: dict[str, Any]) -> str:
+    return f" from step {place['step']} (attempt {place['attempt']})" if place.get("attempt") else ""
+
+
+def _sources(sources: list[dict[str, Any]]) -> str:
+    rows = [(source["rank"], source["kind"], ", ".join(source["holders"])) for source in sources]
+    return table(("RANK", "SOURCE", "NODES"), rows)

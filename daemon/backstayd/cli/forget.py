@@ -1,0 +1,21 @@
+"""`backstay forget RUN`: free the memory of a run on every node. What was not saved elsewhere is gone then."""
+
+from __future__ import annotations
+
+import argparse
+
+from backstay.errors import UsageError
+from backstay.ids import RunKey
+from backstayd.cli import coordinator
+from backstayd.cli.tables import as_json
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if "/" not in arguments.run:
+        raise UsageError(
+            f"forget deletes; name the run in full, such as default/{arguments.run}", reason="bad_arguments"
+        )
+    run_ = str(RunKey.parse(arguments.run))
+    coordinator.forget(arguments, run_)
+    print(as_json({"run": run_, "forgotten": True}) if arguments.json else f"{run_} is being deleted on every node")
+    return 0

@@ -1,0 +1,48 @@
+"""`backstay snapshots [RUN]`: every snapshot in memory, how safe it is, and where its shards are. Reads only."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from backstayd.cli.coordinator import find_run, get_status
+from backstayd.cli.tables import as_json, table
+from backstayd.config import format_size
+
+
+def run(arguments: argparse.Namespace) -> int:
+    document = get_status(arguments)
+    runs = [find_run(document, arguments.run)] if arguments.run else document["runs"]
+    if arguments.json:
+        print(as_json([{"run": run_["run"], "snapshots": run_["snapshots"]} for run_ in runs]))
+    else:
+        print("\n\n".join(describe(run_) for run_ in runs) or "no run is known")
+    return 0
+
+
+def describe(run_: dict[str, Any]) -> str:
+    """The snapshots of one run as a table, newest first, with a sentence for each that cannot be restored as it is."""
+    snapshots = sorted(run_["snapshots"], key=lambda item: (item["attempt"], item["step"]), reverse=True)
+    rows = [
+        (
+            snapshot["step"],
+            snapshot["attempt"],
+            snapshot["state"],
+            snapshot["spares"],
+            f"{len(snapshot['shards'])}/{run_['world_size']}",
+            format_size(sum(shard["size_bytes"] for shard in snapshot["shards"])),
+            (snapshot["snapshot_id"] or "")[:12],
+            _places(snapshot["shards"]),
+        )
+        for snapshot in snapshots
+    ]
+    lines = [f"{run_['run']}  {run_['redundancy']}"]
+    lines.append(table(("STEP", "ATTEMPT", "STATE", "SPARES", "SHARDS", "SIZE", "SNAPSHOT ID", "RANK@NODES"), rows))
+    lines += [f"step {item['step']}: {item['missing']}" for item in snapshots if item["missing"]]
+    return "\n".join(lines)
+
+
+def _places(shards: list[dict[str, Any]], limit: int = 16) -> str:
+    places = [f"{shard['rank']}@{'+'.join(shard['nodes']) or 'nowhere'}" for shard in shards]
+    more = f" and {len(places) - limit} more" if len(places) > limit else ""
+    return " ".join(places[:limit]) + more

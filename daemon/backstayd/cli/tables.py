@@ -1,0 +1,46 @@
+"""Aligned columns of text for people; standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows under headers, columns two blanks apart; columns of numbers to the right. No rows: ``(none)``."""
+    if not rows:
+        return "(none)"
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[column]) for line in [list(headers), *cells]) for column in range(len(headers))]
+    is_number = [
+        any(isinstance(row[column], (int, float)) for row in rows)
+        and all(isinstance(row[column], (int, float)) or row[column] in (None, "") for row in rows)
+        for column in range(len(headers))
+    ]
+    lines = []
+    for line in [list(headers), *cells]:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, is_number, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def as_json(value: Any) -> str:
+    """Indented JSON in the order given."""
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def clock_time(time_unix_s: float) -> str:
+    """Local time of day, ``14:03:07.512``."""
+    moment = datetime.fromtimestamp(time_unix_s, tz=UTC).astimezone()
+    return moment.strftime("%H:%M:%S.") + f"{moment.microsecond // 1000:03d}"
+
+
+def _cell(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    return " ".join(str(value).split())

@@ -1,0 +1,160 @@
+"""Configuration: precedence, and that each mistake names its place and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from backstay.errors import ConfigError
+from backstayd import config
+from backstayd.config import CoordinatorConfig, NodeConfig
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path) -> None:
+    file = _write(tmp_path / "c.toml", '[node]\nname = "from-file"\ndomain = "from-file"\ncoders = 3\n')
+    loaded = config.load(
+        NodeConfig,
+        file=file,
+        environ={"BACKSTAYD_NODE_NAME": "from-environment", "BACKSTAYD_NODE_DOMAIN": "from-environment"},
+        flags={"name": "from-flag"},
+    )
+    assert (loaded.name, loaded.domain, loaded.coders) == ("from-flag", "from-environment", 3)
+
+
+def test_what_nobody_sets_keeps_its_default() -> None:
+    assert config.load(CoordinatorConfig, file=None, environ={}, flags={}) == CoordinatorConfig()
+
+
+@pytest.mark.parametrize("cls", config.SECTIONS)
+def test_the_sample_of_each_role_loads_to_the_defaults(cls: type[NodeConfig], tmp_path: Path) -> None:
+    file = _write(tmp_path / "sample.toml", config.sample(cls))
+    assert config.load(cls, file=file, environ={}, flags={}) == cls()
+
+
+def test_each_setting_explains_itself_and_has_a_flag_of_its_own() -> None:
+    for cls in config.SECTIONS:
+        found = list(config.settings(cls))
+        assert [setting.name for setting in found] == [field.name for field in dataclasses.fields(cls)]
+        assert all(len(setting.explanation) > 10 for setting in found)
+        assert len({setting.flag for setting in found}) == len(found)
+
+
+def test_an_unknown_key_in_the_file_names_the_nearest_known_one(tmp_path: Path) -> None:
+    file = _write(tmp_path / "c.toml", '[node]\nmemory_directory = "/x"\n')
+    with pytest.raises(ConfigError, match=r"c\.toml: \[node\] memory_directory .* nearest one is memory_dir$"):
+        config.load(NodeConfig, file=file, environ={}, flags={})
+
+
+def test_a_mistake_in_the_other_roles_table_is_found_too(tmp_path: Path) -> None:
+    file = _write(tmp_path / "c.toml", "[coordinator]\nleases = 3\n")
+    with pytest.raises(ConfigError, match="nearest one is lease_s"):
+        config.load(NodeConfig, file=file, environ={}, flags={})
+
+
+def test_an_unknown_table_names_the_nearest_known_one(tmp_path: Path) -> None:
+    file = _write(tmp_path / "c.toml", "[cordinator]\nkeep = 1\n")
+    with pytest.raises(ConfigError, match="nearest one is coordinator"):
+        config.load(NodeConfig, file=file, environ={}, flags={})
+
+
+def test_an_unknown_variable_names_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"BACKSTAYD_NODE_LEASE is not .* BACKSTAYD_NODE_LEASE_S$"):
+        config.load(NodeConfig, file=None, environ={"BACKSTAYD_NODE_LEASE": "3"}, flags={})
+
+
+def test_variables_that_kubernetes_writes_for_a_service_are_not_taken_for_settings() -> None:
+    environ = {
+        "BACKSTAYD_COORDINATOR_SERVICE_HOST": "10.0.0.1",
+        "BACKSTAYD_COORDINATOR_SERVICE_PORT": "7070",
+        "BACKSTAYD_COORDINATOR_PORT_7070_TCP_ADDR": "10.0.0.1",
+        "BACKSTAYD_COORDINATOR_PORT": "tcp://10.0.0.1:7070",
+    }
+    assert config.load(CoordinatorConfig, file=None, environ=environ, flags={}) == CoordinatorConfig()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lease_s": "soon"}, r"--lease-s = 'soon' is not a number"),
+        ({"lease_s": "0"}, r"--lease-s = '0' is not a number of seconds from 0.1"),
+        ({"lease_s": "nan"}, r"--lease-s = 'nan' is not a number of seconds"),
+        ({"coders": "1.5"}, r"--coders = '1.5' is not a number"),
+        ({"coders": "0"}, r"--coders = '0' is not a number from 1 to 64"),
+        ({"quota_bytes": "8 gigs"}, r"--quota = '8 gigs' is not a size such as 8GiB"),
+        ({"quota_bytes": "-1"}, r"--quota = '-1' is not a size"),
+        ({"name": "a/b"}, r"--name = 'a/b' is not 1 to 100 letters"),
+        ({"memory_dir": "relative"}, r"--memory-dir = 'relative' is not an absolute path"),
+        ({"socket": "/" + "x" * 120}, r"is longer than the 107 bytes"),
+        ({"coordinator": "node-1"}, r"--coordinator = 'node-1' is not HOST:PORT"),
+        ({"coordinator": "node-1:99999"}, r"port from 0 to 65535"),
+        ({"bulk": "0.0.0.0:7071"}, r"is a wildcard: peers are told this address"),
+        ({"log_format": "xml"}, r"is none of text, json"),
+    ],
+)
+def test_a_bad_value_names_its_flag_and_what_would_do(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.load(NodeConfig, file=None, environ={}, flags=flags)
+
+
+def test_a_boolean_is_no_number(tmp_path: Path) -> None:
+    file = _write(tmp_path / "c.toml", "[node]\ncoders = true\n")
+    with pytest.raises(ConfigError, match=r"\[node\] coders = True is not a number"):
+        config.load(NodeConfig, file=file, environ={}, flags={})
+
+
+@pytest.mark.parametrize(("text", "parity"), [("auto", None), ("0", 0), ("4", 4)])
+def test_parity_is_auto_or_a_number(text: str, parity: int | None) -> None:
+    assert config.load(CoordinatorConfig, file=None, environ={}, flags={"parity": text}).parity == parity
+
+
+@pytest.mark.parametrize("text", ["5", "-1", "two", ""])
+def test_parity_beyond_what_the_codec_does_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="neither 'auto' nor a number from 0 to 4"):
+        config.load(CoordinatorConfig, file=None, environ={}, flags={"parity": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("8GiB", 8 << 30),
+        ("1.5 KiB", 1536),
+        ("500MB", 500_000_000),
+        ("17", 17),
+        ("3B", 3),
+        (4096, 4096),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes_are_read_in_binary_and_decimal_units(text: str | int, size_bytes: int) -> None:
+    assert config.parse_size(text) == size_bytes
+
+
+def test_sizes_for_people_have_one_decimal() -> None:
+    assert [config.format_size(size) for size in (0, 1023, 1536, 5 << 40, 5 << 60)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 TiB",
+        "5242880.0 TiB",
+    ]
+
+
+def test_addresses_may_be_ipv6_in_brackets() -> None:
+    assert config.split_address("[::1]:80") == ("::1", 80)
+
+
+def test_a_file_that_is_not_there_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration /nowhere/c\.toml: No such file"):
+        config.load(NodeConfig, file=Path("/nowhere/c.toml"), environ={}, flags={})
+
+
+def test_a_file_that_is_not_toml_says_where(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not TOML: .*line 1"):
+        config.load(NodeConfig, file=_write(tmp_path / "c.toml", "[node\n"), environ={}, flags={})

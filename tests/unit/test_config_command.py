@@ -1,0 +1,52 @@
+"""The command `backstayd`: what an operator sees for a good and for a bad configuration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from backstayd import app
+
+
+def test_check_config_prints_every_value_and_exits_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["node", "--name", "n1", "--quota", "8GiB", "--check-config"]) == 0
+    out = capsys.readouterr().out
+    assert "node.name = n1" in out
+    assert f"node.quota_bytes = {8 << 30}" in out
+
+
+def test_the_printed_default_config_is_toml_with_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["coordinator", "--print-default-config"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["coordinator"]["parity"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["node", "--lease-s", "x", "--check-config"], 78, "--lease-s = 'x' is not a number"),
+        (["node", "--config", "/nowhere.toml"], 78, "cannot read the configuration /nowhere.toml"),
+        (["node", "--lease", "3"], 64, "unrecognized arguments: --lease"),
+        (["nod"], 64, "invalid choice: 'nod'"),
+        ([], 64, "required: role"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_exit_code_of_its_class(
+    argv: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.main(argv) == status
+    captured = capsys.readouterr()
+    assert captured.err.startswith("backstayd: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_an_unwritable_memory_dir_is_a_configuration_error_without_a_stack_trace() -> None:
+    command = [sys.executable, "-m", "backstayd", "node", "--memory-dir", "/proc/backstay", "--http", "127.0.0.1:0"]
+    command += ["--bulk", "127.0.0.1:0", "--socket", "/proc/backstay.sock"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 78, result.stderr
+    assert "/proc/backstay" in result.stderr
+    assert "Traceback" not in result.stderr
