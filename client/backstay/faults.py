@@ -2,9 +2,10 @@
 
 ``BACKSTAY_FAULTS`` holds entries ``point[,key=value...]:action`` separated by ``;``, for example
 ``mid_copy,rank=3,step=12:kill`` or ``before_publish,once=/tmp/x:kill``. Keys must equal those the point is reached with
-(compared as text); ``nth=K`` fires at the K-th matching reach in this process; ``once=PATH`` fires only for who creates PATH.
-Actions: ``kill`` (SIGKILL to itself), ``killgroup`` (SIGKILL to its process group), ``stop`` (SIGSTOP), ``exit`` (status 1).
-Unset, a point costs one dictionary look-up. Standard library only.
+(compared as text); ``nth=K`` fires at the K-th matching reach in this process; ``once=PATH`` fires, from then
+on, only for who creates PATH: a fault is armed later by deleting a PATH that was there.
+Actions: ``kill`` (SIGKILL to itself), ``killgroup`` (SIGKILL to its process group), ``stop`` (SIGSTOP), ``exit``
+(status 1). Unset, a point costs one dictionary look-up. Standard library only.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def _parse(text: str) -> dict[str, list[_Fault]]:
         point, *pairs = where.split(",")
         match = dict(pair.split("=", 1) for pair in pairs)
         if point not in POINTS or action not in ("kill", "killgroup", "stop", "exit"):
-            raise ConfigError(f"BACKSTAY_FAULTS: {entry!r} is not POINT[,key=value]:ACTION with a known point and action")
+            raise ConfigError(
+                f"BACKSTAY_FAULTS: {entry!r} is not POINT[,key=value]:ACTION with a known point and action"
+            )
         fault = _Fault(point, action, match, int(match.pop("nth", "1")), match.pop("once", ""))
         faults.setdefault(point, []).append(fault)
     return faults
@@ -54,7 +57,7 @@ def reach(point: str, **where: object) -> None:
     for fault in _faults.get(point, ()):
         if all(str(where.get(key)) == value for key, value in fault.match.items()):
             fault.seen += 1
-            if fault.seen == fault.nth and _claim(fault.once):
+            if (fault.seen == fault.nth or (fault.once and fault.seen > fault.nth)) and _claim(fault.once):
                 _act(fault.action)
 
 

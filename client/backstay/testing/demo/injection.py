@@ -1,0 +1,227 @@
+"""Injects the faults of a scenario into a running cluster and measures each: detected, restored from where, recovered.
+
+What was lost is lost for real: processes by SIGKILL, memory by deletion. Never touches the control run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from backstay.testing.cluster import LocalCluster
+from backstay.testing.demo.launch import TorchRun
+from backstay.testing.demo.scenario import Fault, Scenario
+from backstay.testing.demo.watch import DemoError, Watch
+
+RECOVERY_DEADLINE_S: Final = 300.0
+_REPLACEMENT_DELAY_S: Final = 1.0  # what a supervisor or an operator needs at the very least
+_COORDINATOR_POINT: Final = "recorded_on_some"
+
+
+@dataclass(slots=True, kw_only=True)
+class FaultRecord:
+    """What one fault did. Times are seconds from the injection; None where there was nothing to measure."""
+
+    kind: str
+    step: int
+    what: str
+    targets: tuple[int, ...]
+    injected_at_step: int = 0
+    injected_unix_s: float = 0.0
+    detected_s: float | None = None
+    detected_by: str = ""
+    recovered_s: float | None = None
+    restored_step: int | None = None
+    outcome: str = ""
+    steps_lost: int | None = None
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    message: str = ""
+
+    def source_counts(self) -> str:
+        counts = Counter(source["kind"] for source in self.sources)
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+
+    @property
+    def rebuilt_count(self) -> int:
+        return sum(source["kind"] == "rebuild" for source in self.sources)
+
+
+def coordinator_faults(armed: Path) -> dict[str, str]:
+    """Environment of a coordinator that dies amid a decision as soon as ``armed`` is deleted; creates it."""
+    armed.touch()
+    return {"BACKSTAY_FAULTS": f"{_COORDINATOR_POINT},once={armed}:kill"}
+
+
+@dataclass(slots=True, kw_only=True)
+class Injector:
+    """Carries out one fault after another, each only when the run is as well protected as its scenario asks."""
+
+    scenario: Scenario
+    cluster: LocalCluster
+    run: TorchRun
+    watch: Watch
+    armed: Path
+    records: list[FaultRecord] = field(default_factory=list)
+
+    def inject(self, fault: Fault) -> FaultRecord:
+        """Wait for the fault's step, inject it and see the run through; returns its record."""
+        record = FaultRecord(kind=fault.kind, step=fault.step, what=str(fault), targets=fault.targets)
+        self.records.append(record)
+        self.watch.wait(
+            lambda: self.watch.notes.step_reached_by_all() >= fault.step,
+            RECOVERY_DEADLINE_S,
+            f"step {fault.step} on all ranks",
+        )
+        self._wait_for_redundancy(fault)
+        record.injected_at_step = self.watch.notes.highest_step()
+        self.watch.printer.say(f"FAULT at step {record.injected_at_step}: {fault}")
+        record.injected_unix_s = time.time()
+        {
+            "trainer": self._trainer,
+            "daemon": self._daemon,
+            "node": self._nodes,
+            "nodes": self._nodes,
+            "coordinator": self._coordinator,
+        }[fault.kind](fault, record)
+        detected = f"detected after {record.detected_s:.1f} s, " if record.detected_s is not None else ""
+        recovered = f"{record.recovered_s:.1f} s" if record.recovered_s is not None else "-"
+        self.watch.printer.say(f"RECOVERED ({record.outcome}): {detected}going on after {recovered}")
+        return record
+
+    def _wait_for_redundancy(self, fault: Fault) -> None:
+        """A loss hits a run that had its redundancy back: what is claimed is m losses, not m losses at any moment."""
+        if not fault.is_node_loss:
+            return
+        enough = min(self.scenario.m, len(fault.targets)) if not self.scenario.lose else self.scenario.m
+        self.watch.wait(
+            lambda: int(self.watch.run_status.get("spares") or 0) >= enough and self.watch.run_status["protected_step"],
+            RECOVERY_DEADLINE_S,
+            f"a snapshot that survives {enough} losses",
+        )
+
+    # -- kinds --------------------------------------------------------------------------------------------------------
+
+    def _trainer(self, fault: Fault, record: FaultRecord) -> None:
+        self._kill_trainers(fault)
+        self._see_recovery(record, "session_lost")
+
+    def _daemon(self, fault: Fault, record: FaultRecord) -> None:
+        pids = self.watch.notes.pids()
+        before = self.watch.notes.highest_step()
+        for node in fault.targets:
+            self.cluster.kill_daemon(node)
+        self._pause(_REPLACEMENT_DELAY_S)
+        for node in fault.targets:
+            self.cluster.restart_daemon(node, is_waiting=False)
+        wanted = min(before + 1, self.scenario.steps - 1)
+        self.watch.wait(
+            lambda: int(self.watch.run_status.get("protected_step") or 0) >= wanted,
+            RECOVERY_DEADLINE_S,
+            f"step {wanted} to be protected with the restarted daemon's help",
+        )
+        record.recovered_s = time.time() - record.injected_unix_s
+        self._note_detection(record, "node_lost", "node_joined")
+        record.outcome = "UNINTERRUPTED" if self.watch.notes.pids() == pids else "INTERRUPTED"
+        record.steps_lost = 0 if record.outcome == "UNINTERRUPTED" else None
+        record.message = f"trainers ran on; step {wanted} was protected with the restarted daemon taking part"
+
+    def _nodes(self, fault: Fault, record: FaultRecord) -> None:
+        self.watch.destroyed |= set(fault.targets)
+        self.cluster.destroy_nodes(fault.targets)
+        self._pause(_REPLACEMENT_DELAY_S)
+        for node in fault.targets:
+            self.cluster.replace_node(node, is_waiting=False)
+            self.run.start_agent(node)
+        self.watch.destroyed -= set(fault.targets)
+        self._see_recovery(record, "node_lost")
+
+    def _coordinator(self, fault: Fault, record: FaultRecord) -> None:
+        process = self.cluster.coordinator_process
+        assert process is not None
+        self.armed.unlink()
+        self._kill_trainers(fault)
+        self.watch.wait(
+            lambda: process.poll() is not None or self._recovery_attempt(record) is not None,
+            RECOVERY_DEADLINE_S,
+            f"the coordinator to die at {_COORDINATOR_POINT}",
+        )
+        if process.poll() is None:
+            raise DemoError(
+                f"the recovery of rank {fault.targets} ended before the coordinator came to its fault point"
+            )
+        died = time.time()
+        self.watch.printer.say(f"    the coordinator was killed amid the recovery ({_COORDINATOR_POINT})")
+        self._pause(_REPLACEMENT_DELAY_S)
+        self.cluster.start_coordinator()
+        self._see_recovery(record, "session_lost")
+        record.detected_s, record.detected_by = died - record.injected_unix_s, "its supervisor"
+
+    def _kill_trainers(self, fault: Fault) -> None:
+        pids = self.watch.notes.pids()
+        for rank in fault.targets:
+            os.kill(pids[rank], signal.SIGKILL)
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def _see_recovery(self, record: FaultRecord, *detection: str) -> None:
+        """Wait until every rank of one new world finished a step after restore(), and fill ``record``."""
+        attempt = self.watch.wait(
+            lambda: self._recovery_attempt(record), RECOVERY_DEADLINE_S, f"every rank to go on after {record.what}"
+        )
+        lines = [line for line in self.watch.notes.restored_since(record.injected_unix_s) if line is not None]
+        firsts = [self.watch.notes.first_step_after(rank, line) for rank, line in enumerate(lines)]
+        going = max(first["time_unix_s"] for first in firsts if first is not None)
+        record.recovered_s = going - record.injected_unix_s
+        steps = {line["step"] for line in lines}
+        if len(steps) != 1 or len({line["attempt"] for line in lines}) != 1:
+            raise DemoError(f"attempt {attempt}: ranks were restored to different states: {lines}")
+        record.restored_step = lines[0]["step"]
+        record.outcome, record.message = lines[0]["outcome"], lines[0]["message"]
+        record.steps_lost = self._highest_step_before(lines) - lines[0]["step"]
+        record.sources = sorted(
+            (normal_source(source) for line in lines for source in line["sources"]), key=lambda source: source["rank"]
+        )
+        self.watch.read_status()
+        self._note_detection(record, *detection)
+
+    def _recovery_attempt(self, record: FaultRecord) -> int | None:
+        """The attempt every rank goes on with since the fault, once each finished a step of it."""
+        lines = self.watch.notes.restored_since(record.injected_unix_s)
+        attempts = {line["attempt"] if line is not None else None for line in lines}
+        if len(attempts) != 1 or None in attempts:
+            return None
+        if any(self.watch.notes.first_step_after(rank, line) is None for rank, line in enumerate(lines) if line):
+            return None
+        return int(next(attempt for attempt in attempts if attempt is not None))
+
+    def _highest_step_before(self, lines: list[dict[str, Any]]) -> int:
+        """The newest step any rank had finished when it was restored."""
+        highest = 0
+        for rank, restored in enumerate(lines):
+            for line in self.watch.notes.of(rank, "step"):
+                if line["time_unix_s"] < restored["time_unix_s"]:
+                    highest = max(highest, line["step"])
+        return max(highest, lines[0]["step"])
+
+    def _note_detection(self, record: FaultRecord, *kinds: str) -> None:
+        event = self.watch.first_event(record.injected_unix_s, *kinds)
+        if event is not None:
+            record.detected_s = float(event["time_unix_s"]) - record.injected_unix_s
+            record.detected_by = str(event["message"])
+
+    def _pause(self, seconds: float) -> None:
+        """Let ``seconds`` pass with open eyes."""
+        until = time.monotonic() + seconds
+        self.watch.wait(lambda: time.monotonic() >= until, seconds + 60, "a moment to pass")
+
+
+def normal_source(source: dict[str, Any]) -> dict[str, Any]:
+    """A source as the report has it: rank, kind, detail."""
+    kind = str(source.get("kind") or source.get("source") or "unknown")
+    detail = source.get("detail") or ", ".join(source.get("holders") or ())
+    return {"rank": int(source.get("rank", -1)), "kind": kind, "detail": str(detail)}

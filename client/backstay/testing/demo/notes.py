@@ -1,0 +1,139 @@
+"""What the ranks wrote down: reads their JSON lines while they train, and compares two runs line by line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+Line = dict[str, Any]
+_DIGESTS: Final = ("parameters", "optimizer", "rng")
+
+
+@dataclass(slots=True)
+class RunNotes:
+    """All lines of one run by rank, in the order written; :meth:`poll` reads on."""
+
+    directory: Path
+    world_size: int
+    ranks: list[list[Line]] = field(default_factory=list)
+    _offsets: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ranks = [[] for _ in range(self.world_size)]
+        self._offsets = [0] * self.world_size
+
+    def poll(self) -> list[tuple[int, Line]]:
+        """Read the complete lines that came since; returns them with their rank."""
+        new: list[tuple[int, Line]] = []
+        for rank in range(self.world_size):
+            try:
+                with (self.directory / f"rank-{rank:05d}.jsonl").open("rb") as file:
+                    file.seek(self._offsets[rank])
+                    text = file.read()
+            except FileNotFoundError:
+                continue
+            whole = text[: text.rfind(b"\n") + 1]
+            self._offsets[rank] += len(whole)
+            lines = [json.loads(line) for line in whole.splitlines()]
+            self.ranks[rank] += lines
+            new += [(rank, line) for line in lines]
+        return new
+
+    def of(self, rank: int, kind: str) -> list[Line]:
+        return [line for line in self.ranks[rank] if line["kind"] == kind]
+
+    def pids(self) -> list[int]:
+        """The newest trainer's pid of each rank; 0 where none has started."""
+        return [next((line["pid"] for line in reversed(lines) if line["kind"] == "start"), 0) for lines in self.ranks]
+
+    def highest_step(self) -> int:
+        """The newest step any rank ever finished."""
+        return max((line["step"] for lines in self.ranks for line in lines if line["kind"] == "step"), default=0)
+
+    def step_reached_by_all(self) -> int:
+        """The newest step that every rank has reported (in any world)."""
+        return min(max((line["step"] for line in lines if line["kind"] == "step"), default=0) for lines in self.ranks)
+
+    def restored_since(self, time_unix_s: float) -> list[Line | None]:
+        """Of each rank, the newest ``restored`` line after ``time_unix_s``."""
+        found: list[Line | None] = []
+        for rank in range(self.world_size):
+            lines = [line for line in self.of(rank, "restored") if line["time_unix_s"] > time_unix_s]
+            found.append(lines[-1] if lines else None)
+        return found
+
+    def first_step_after(self, rank: int, line: Line) -> Line | None:
+        """The first ``step`` line of ``rank`` written after ``line``."""
+        position = next(index for index, other in enumerate(self.ranks[rank]) if other is line)
+        return next((other for other in self.ranks[rank][position:] if other["kind"] in ("step", "end")), None)
+
+    def errors_since(self, time_unix_s: float, error: str) -> list[Line]:
+        """``error`` lines of one class, of all ranks."""
+        return [
+            line
+            for rank in range(self.world_size)
+            for line in self.of(rank, "error")
+            if line["error"] == error and line["time_unix_s"] > time_unix_s
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The verdict over two runs; ``first_difference`` is a sentence, empty when everything is equal."""
+
+    first_difference: str
+    difference_count: int
+    compared_steps: int
+    redone_steps: int
+    restored_states: int
+
+    @property
+    def is_equal(self) -> bool:
+        return self.difference_count == 0
+
+
+def compare(control: RunNotes, run: RunNotes, *, steps: int) -> Comparison:
+    """Compare every step line, every restored state and the end of ``run`` with ``control``, bit by bit."""
+    differences: list[str] = []
+    compared = redone = restored = 0
+    for rank in range(control.world_size):
+        truth = {line["step"]: line for line in control.of(rank, "step")}
+        seen: set[int] = set()
+        for line in run.ranks[rank]:
+            if line["kind"] == "step":
+                compared += 1
+                redone += line["step"] in seen
+                seen.add(line["step"])
+            restored += line["kind"] == "restored" and line["step"] > 0
+            differences += _line_differences(rank, line, truth)
+        missing = [step for step in range(1, steps + 1) if step not in seen]
+        differences += [f"rank {rank} never reported step {step}" for step in missing]
+        if not run.of(rank, "end"):
+            differences.append(f"rank {rank} never came to the end")
+        if missing_truth := [step for step in range(1, steps + 1) if step not in truth]:
+            differences.append(f"rank {rank} of the control run never reported step {missing_truth[0]}")
+    return Comparison(
+        first_difference=differences[0] if differences else "",
+        difference_count=len(differences),
+        compared_steps=compared,
+        redone_steps=redone,
+        restored_states=restored,
+    )
+
+
+def _line_differences(rank: int, line: Line, truth: dict[int, Line]) -> Iterator[str]:
+    kind, step = line["kind"], line.get("step", 0)
+    if kind not in ("step", "restored", "end") or step == 0:
+        return
+    if (expected := truth.get(step)) is None:
+        yield f"rank {rank} reported step {step}, which the control run does not have"
+        return
+    when = {"step": f"after step {step}", "restored": f"as restored to step {step}", "end": "at the end"}[kind]
+    if kind == "step" and line["loss"] != expected["loss"]:
+        yield f"rank {rank}, step {step}: loss bits {line['loss']} ({line['value']!r}), control {expected['loss']}"
+    for name in _DIGESTS:
+        if line[name] != expected[name]:
+            yield f"rank {rank} {when}: {name} {line[name][:16]}…, control {expected[name][:16]}…"
