@@ -12,6 +12,7 @@ from typing import Any
 from backstay import record
 from backstay.errors import IntegrityError
 from backstayd.core.records import Plan, Rebuild
+from backstayd.store.stored import ShardChunks, StoredFragment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,9 @@ class JobResult:
     corrupt: tuple[Corrupt, ...] = ()
     done_bytes: int = 0
     flipped_in_flight: int = 0  # chunks that failed their crc once and were right when read again
-    seconds: dict[str, float] = field(default_factory=dict)  # where the time went: "read", "crc", "encode", "put", "write"
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # where the time went: "read", "crc", "encode", "put", "write"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +123,8 @@ class CoderEvent:
     """Something a coder put on this node's tmpfs, so that the supervisor need not poll; only a hint: the files are the truth.
 
     ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of ``stripe`` of one
-    staged shard is complete) or ``"shard_staged"`` (a fetched shard is complete and verified in staging).
+    staged shard is complete), ``"shard_staged"`` (a fetched shard is complete and verified in staging), ``"suspect_shard"`` or
+    ``"suspect_fragment"`` (a peer read bytes of this node that failed verification: verify them and quarantine).
     """
 
     kind: str
@@ -134,6 +138,35 @@ class CoderEvent:
     world_size: int = 0
     digest: str = ""
     size_bytes: int = 0
+
+
+def shard_event(kind: str, chunks: ShardChunks, *, stripe: int = -1) -> CoderEvent:
+    """An event about a shard."""
+    return CoderEvent(
+        kind=kind,
+        run=chunks.run,
+        attempt=chunks.attempt,
+        step=chunks.step,
+        rank=chunks.rank,
+        world_size=chunks.world_size,
+        digest=chunks.digest,
+        stripe=stripe,
+        size_bytes=chunks.size_bytes,
+    )
+
+
+def fragment_event(kind: str, stored: StoredFragment) -> CoderEvent:
+    """An event about a parity fragment."""
+    return CoderEvent(
+        kind=kind,
+        run=stored.run,
+        attempt=stored.attempt,
+        step=stored.step,
+        plan_id=stored.plan_id,
+        stripe=stored.stripe,
+        index=stored.index,
+        size_bytes=stored.size_bytes,
+    )
 
 
 JOB_KINDS: dict[str, type[Job]] = {

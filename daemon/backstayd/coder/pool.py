@@ -24,7 +24,9 @@ from backstayd.coder.jobs import Answer, CoderEvent, Job, JobResult, Request, jo
 
 logger = logging.getLogger(__name__)
 
-MAX_LINE_BYTES: Final = 64 * 1024 * 1024  # a job line carries a plan: bounded by members x shards, never by bytes of state
+MAX_LINE_BYTES: Final = (
+    64 * 1024 * 1024
+)  # a job line carries a plan: bounded by members x shards, never by bytes of state
 FIRST_BACKOFF_S: Final = 0.1
 LAST_BACKOFF_S: Final = 5.0
 GRACE_S: Final = 2.0  # over a job's own deadline before its coder is taken for hung, and for a coder to end by itself
@@ -104,7 +106,9 @@ class CoderPool:
             async with asyncio.timeout_at(deadline):
                 coder, future = await self._assign(job_id)
         except TimeoutError:
-            return _failed(job_id, "deadline", f"no coder was free for {type(job).__name__} within {job.deadline_s:.1f} s")
+            return _failed(
+                job_id, "deadline", f"no coder was free for {type(job).__name__} within {job.deadline_s:.1f} s"
+            )
         try:
             coder.writer.write(job_request(job_id, job))
             async with asyncio.timeout_at(deadline + GRACE_S):
@@ -210,7 +214,9 @@ class CoderPool:
             logger.warning("coder %d ended with status %d and %d jobs; restarting it", pid, status, len(coder.pending))
         for job_id, future in coder.pending.items():
             if not future.done():
-                future.set_result(_failed(job_id, "coder_died", f"the coder process {pid} ended; the job is asked again"))
+                future.set_result(
+                    _failed(job_id, "coder_died", f"the coder process {pid} ended; the job is asked again")
+                )
         pattern = f"*.{pid}-*.{self._incarnation}.tmp"
         await asyncio.to_thread(_remove_matching, self._memory_dir, pattern)
 

@@ -1,0 +1,58 @@
+"""``python -m backstayd.coder``: started by the pool alone, with inherited descriptors; dies with its daemon."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Final
+
+from backstayd.coder.server import serve
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main() -> None:
+    """Parse the pool's arguments, tie this process to the daemon's life and serve."""
+    parser = argparse.ArgumentParser(prog="backstayd.coder")
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--memory-dir", type=Path, required=True)
+    parser.add_argument("--incarnation", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=8)
+    arguments = parser.parse_args()
+    _die_with(arguments.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is for the daemon, which ends us
+    if arguments.nice:
+        os.nice(arguments.nice)
+    logging.basicConfig(
+        level=os.environ.get("BACKSTAYD_LOG_LEVEL", "INFO"),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s coder[%(process)d] %(name)s: %(message)s",
+    )
+    serve(
+        control_fd=arguments.control_fd,
+        listen_fd=arguments.listen_fd,
+        memory_dir=arguments.memory_dir,
+        incarnation=arguments.incarnation,
+        job_count=arguments.jobs,
+    )
+
+
+def _die_with(parent: int) -> None:
+    """SIGKILL for this process when its parent ends, however it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        os._exit(0)  # it ended before we asked
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What every coder job carries: its deadline, its way to be cancelled, its connections and what it found out.
+
+Must not know what the job does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from backstay.errors import BackstayError, IntegrityError, UnavailableError
+from backstayd.coder.jobs import CoderEvent, Corrupt
+from backstayd.store.paths import RunPaths
+from backstayd.transport.bulk import BulkClient, FragmentRef, ShardRef
+from backstayd.transport.bulk_wire import Timeouts
+
+logger = logging.getLogger(__name__)
+
+
+class CorruptSourceError(IntegrityError):
+    """A source that is still published failed verification twice; ``corrupt`` names it."""
+
+    def __init__(self, corrupt: Corrupt) -> None:
+        where = corrupt.node or "this node"
+        what = (
+            f"parity stripe {corrupt.stripe} index {corrupt.index} of plan {corrupt.plan_id[:8]}"
+            if corrupt.plan_id
+            else f"shard of rank {corrupt.rank}"
+        )
+        super().__init__(f"{what} of step {corrupt.step} on {where} is corrupt: {corrupt.detail}", reason="corrupt")
+        self.corrupt = corrupt
+
+
+class JobContext:
+    """State of one running job. Used by the job's thread; ``cancel`` may be called from any."""
+
+    def __init__(
+        self,
+        *,
+        memory_dir: Path,
+        incarnation: str,
+        deadline_s: float,
+        emit: Callable[[CoderEvent], None],
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        self.memory_dir = memory_dir
+        self.incarnation = incarnation
+        self.emit = emit
+        self.deadline = time.monotonic() + deadline_s
+        self.corrupt: list[Corrupt] = []
+        self.flipped_in_flight = 0
+        self.done_bytes = 0
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._timeouts = timeouts or Timeouts()
+        self._deadline_s = deadline_s
+        self._cancelled = threading.Event()
+        self._clients: set[BulkClient] = set()
+        self._lock = threading.Lock()
+
+    def paths(self, run: str) -> RunPaths:
+        return RunPaths(self.memory_dir, run)
+
+    def check(self) -> None:
+        """Raise UnavailableError once the job is cancelled or past its deadline; called per chunk."""
+        if self._cancelled.is_set():
+            raise UnavailableError("the job was cancelled", reason="cancelled")
+        if time.monotonic() > self.deadline:
+            raise UnavailableError(f"the job did not end within its {self._deadline_s:.1f} s", reason="deadline")
+
+    def wait(self, seconds: float) -> None:
+        """Pause before trying a peer again; raises as :meth:`check`."""
+        self._cancelled.wait(max(0.0, min(seconds, self.deadline - time.monotonic())))
+        self.check()
+
+    def cancel(self) -> None:
+        """Make the job end soon: wakes whatever it is blocked on."""
+        self._cancelled.set()
+        with self._lock:
+            for client in self._clients:
+                client.abort()
+
+    def client(self, address: str) -> BulkClient:
+        """A connection that dies with the job."""
+        client = BulkClient(address, timeouts=self._timeouts, deadline=self.deadline)
+        with self._lock:
+            self._clients.add(client)
+        self.check()
+        return client
+
+    def release(self, client: BulkClient) -> None:
+        client.close()
+        with self._lock:
+            self._clients.discard(client)
+
+    def close(self) -> None:
+        """Close every connection still open."""
+        with self._lock:
+            clients, self._clients = self._clients, set()
+        for client in clients:
+            client.close()
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds[what]``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - begin
+
+    def blame(self, ref: ShardRef | FragmentRef, *, node: str, detail: str) -> CorruptSourceError:
+        """Note a corrupt source, tell its holder, and return the error to raise."""
+        corrupt = corrupt_of(ref, node=node, detail=detail)
+        self.corrupt.append(corrupt)
+        logger.warning("%s", CorruptSourceError(corrupt))
+        if node:
+            with contextlib.suppress(BackstayError):
+                client = self.client(node)
+                try:
+                    client.suspect(ref)
+                finally:
+                    self.release(client)
+        return CorruptSourceError(corrupt)
+
+
+def corrupt_of(ref: ShardRef | FragmentRef, *, node: str, detail: str) -> Corrupt:
+    """The record that names ``ref`` as corrupt on ``node`` ("" = this one)."""
+    if isinstance(ref, ShardRef):
+        return Corrupt(
+            node=node,
+            run=ref.run,
+            attempt=ref.key.attempt,
+            step=ref.key.step,
+            rank=ref.rank,
+            world_size=ref.world_size,
+            digest=ref.digest,
+            detail=detail,
+        )
+    return Corrupt(
+        node=node,
+        run=ref.run,
+        attempt=ref.key.attempt,
+        step=ref.key.step,
+        plan_id=ref.plan_id,
+        stripe=ref.stripe,
+        index=ref.index,
+        detail=detail,
+    )

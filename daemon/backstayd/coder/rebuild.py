@@ -1,0 +1,230 @@
+"""Decoding one stripe: k fragments are read once, all lost data blocks of it decoded and put to their owners.
+
+A source that fails is replaced by a spare one at the chunk where it failed, when the task names more than k.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+from backstay import faults
+from backstay.errors import BackstayError, IntegrityError, UnavailableError, UnrecoverableError
+from backstayd.coder.context import CorruptSourceError, JobContext
+from backstayd.coder.jobs import DecodeStripe
+from backstayd.coder.plans import check_plan, fetch_plan
+from backstayd.coder.sinks import RebuiltBlock, RebuiltRange, open_staged, when_ready
+from backstayd.coder.sources import (
+    LocalFragment,
+    LocalShards,
+    RemoteFragment,
+    RemoteShards,
+    ShardRange,
+    block_ranges,
+)
+from backstayd.coder.windows import decode_windows, padded
+from backstayd.core import geometry
+from backstayd.core.records import FragmentSource, Plan, Rebuild, RebuildTask, seal_rebuild
+from backstayd.erasure.pyeclib_codec import codec_for
+from backstayd.store.stored import ShardChunks
+from backstayd.transport.bulk import NOT_READY, FragmentRef
+
+Source = LocalShards | RemoteShards | LocalFragment | RemoteFragment
+
+
+def run_decode(context: JobContext, job: DecodeStripe) -> None:
+    """Do ``job``; on return every wanted range of the stripe is staged at its owner. Idempotent."""
+    rebuild, plan, task = job.rebuild, job.rebuild.plan, _task(job)
+    check_plan(plan, job.stripe)
+    if plan.m == 0:
+        raise UnrecoverableError(f"plan {plan.plan_id[:8]} has no parity: nothing can be rebuilt from it")
+    addresses = [source.bulk_address for source in task.sources if source.node != task.decoder]
+    with context.timed("plan"):
+        by_digest = fetch_plan(context, plan, addresses)
+    wanted = _wanted(rebuild, task, by_digest)
+    if not wanted:
+        return
+    _await_owners(context, wanted)
+    last = max(part.end for ranges in wanted.values() for part in ranges)
+    chunks = range(min(part.begin for ranges in wanted.values() for part in ranges), last)
+    with contextlib.ExitStack() as stack:
+        sources = StripeSources(context, plan, task, by_digest, chunks=chunks, unusable=frozenset(wanted))
+        stack.callback(sources.close)
+        sinks = {index: RebuiltBlock(context, ranges, stripe=task.stripe) for index, ranges in wanted.items()}
+        for sink in sinks.values():
+            stack.callback(sink.close)
+
+        def on_chunk(chunk: int) -> None:
+            context.check()
+            if chunk == chunks[len(chunks) // 2]:
+                faults.reach("mid_rebuild", step=plan.step, stripe=task.stripe)
+
+        decode_windows(
+            plan,
+            task.stripe,
+            codec_for(plan.k, plan.m),
+            chunks=chunks,
+            read_chunk=sources.read_chunk,
+            sinks=sinks,
+            on_chunk=on_chunk,
+        )
+
+
+def _task(job: DecodeStripe) -> RebuildTask:
+    if seal_rebuild(job.rebuild).rebuild_id != job.rebuild.rebuild_id:
+        raise IntegrityError(f"rebuild {job.rebuild.rebuild_id[:8]} does not have the id of its content")
+    for task in job.rebuild.tasks:
+        if task.stripe == job.stripe:
+            return task
+    raise IntegrityError(f"rebuild {job.rebuild.rebuild_id[:8]} has no task for stripe {job.stripe}")
+
+
+def _wanted(rebuild: Rebuild, task: RebuildTask, by_digest: dict[str, ShardChunks]) -> dict[int, list[RebuiltRange]]:
+    """By data fragment index: the ranges of lost shards within its block, in order, with where they go."""
+    plan = rebuild.plan
+    owners = {(target.member_index, target.rank): target for target in rebuild.targets}
+    wanted: dict[int, list[RebuiltRange]] = {}
+    for index, member in enumerate(geometry.data_members(task.stripe, n=len(plan.members), m=plan.m)):
+        begin = 0
+        for shard in block_ranges(plan, member, geometry.block_range(plan, task.stripe, member), by_digest):
+            owner = owners.get((member, shard.chunks.rank))
+            if owner is not None:
+                address = "" if owner.node == task.decoder else owner.bulk_address
+                wanted.setdefault(index, []).append(RebuiltRange(shard, begin, address))
+            begin += shard.chunk_count
+    return wanted
+
+
+def _await_owners(context: JobContext, wanted: Mapping[int, list[RebuiltRange]]) -> None:
+    """Wait until every owner prepared its staging, before any source is asked to send."""
+    for ranges in wanted.values():
+        for part in ranges:
+            if not part.address:
+                open_staged(context, part.shard).close()
+                continue
+            client = context.client(part.address)
+            when_ready(context, lambda client=client, part=part: _require_staged(client.is_staged(part.shard.ref)))  # type: ignore[misc]
+            context.release(client)
+
+
+def _require_staged(is_staged: bool) -> None:
+    if not is_staged:
+        raise UnavailableError("the owner has not prepared its staging yet", reason=NOT_READY)
+
+
+class StripeSources:
+    """k open fragments of a stripe that are read chunk by chunk, and the spare ones.
+
+    Data fragments whose block is empty are zeros: they need no source. Invariant: ``k`` fragments are active or
+    :meth:`read_chunk` raises.
+    """
+
+    def __init__(
+        self,
+        context: JobContext,
+        plan: Plan,
+        task: RebuildTask,
+        by_digest: dict[str, ShardChunks],
+        *,
+        chunks: range,
+        unusable: frozenset[int],
+    ) -> None:
+        self._context = context
+        self._plan = plan
+        self._task = task
+        self._by_digest = by_digest
+        self._stop = chunks.stop
+        self._members = geometry.data_members(task.stripe, n=len(plan.members), m=plan.m)
+        self._counts = {i: len(geometry.block_range(plan, task.stripe, m)) for i, m in enumerate(self._members)}
+        empty = {i for i, count in self._counts.items() if count <= chunks.start} - unusable
+        self._active: dict[int, Source | None] = dict.fromkeys(sorted(empty)[: plan.k])
+        self._spare = [s for s in _local_first(task) if s.index not in empty and s.index not in unusable]
+        self._buffers: dict[int, memoryview] = {}
+        self._failures: list[BackstayError] = []
+        self._fill(chunks.start)
+
+    def read_chunk(self, chunk: int, length: int) -> dict[int, memoryview]:
+        """The next chunk of k fragments, cut or padded to ``length``; a failing source is replaced.
+
+        Raises:
+            UnrecoverableError, or what the last source failed with: fewer than k sources are left.
+        """
+        found: dict[int, memoryview] = {}
+        with self._context.timed("read"):
+            while len(found) < self._plan.k:
+                for index in [i for i in self._active if i not in found]:
+                    view = self._read(index, chunk, length)
+                    if view is not None:
+                        found[index] = view
+                if len(found) < self._plan.k:
+                    self._fill(chunk)
+        return found
+
+    def close(self) -> None:
+        for source in self._active.values():
+            if source is not None:
+                source.close()
+        self._active = {}
+
+    def _read(self, index: int, chunk: int, length: int) -> memoryview | None:
+        source = self._active[index]
+        has_chunk = chunk < self._counts.get(index, self._stop)
+        buffer = self._buffers.setdefault(index, memoryview(bytearray(self._plan.chunk_bytes)))
+        try:
+            return padded(source if has_chunk else None, buffer, length)
+        except BackstayError as error:
+            self._drop(index, error)
+            return None
+
+    def _drop(self, index: int, error: BackstayError) -> None:
+        self._context.check()
+        self._failures.append(error)
+        source = self._active.pop(index)
+        if source is not None:
+            source.close()
+
+    def _fill(self, chunk: int) -> None:
+        """Open spare sources from ``chunk`` on until k are active."""
+        while len(self._active) < self._plan.k:
+            if not self._spare:
+                raise self._too_few()
+            spare = self._spare.pop(0)
+            if spare.index in self._active:
+                continue
+            try:
+                self._active[spare.index] = self._open(spare, chunk)
+            except BackstayError as error:
+                self._context.check()
+                self._failures.append(error)
+
+    def _too_few(self) -> BackstayError:
+        for error in self._failures:
+            if isinstance(error, CorruptSourceError):
+                return error
+        if self._failures:
+            return self._failures[-1]
+        return UnrecoverableError(
+            f"cannot decode stripe {self._task.stripe}: {len(self._active)} of {self._plan.k} fragments named as sources"
+        )
+
+    def _open(self, source: FragmentSource, chunk: int) -> Source:
+        plan, stripe = self._plan, self._task.stripe
+        is_local = source.node == self._task.decoder
+        if source.index >= plan.k:
+            ref = FragmentRef(
+                run=plan.run, key=plan.key, plan_id=plan.plan_id, stripe=stripe, index=source.index - plan.k
+            )
+            if is_local:
+                return LocalFragment(self._context, ref, first_chunk=chunk)
+            count = self._stop - chunk
+            return RemoteFragment(self._context, source.bulk_address, ref, first_chunk=chunk, chunk_count=count)
+        member = self._members[source.index]
+        block = geometry.block_range(plan, stripe, member)[chunk : self._stop]
+        ranges: list[ShardRange] = block_ranges(plan, member, block, self._by_digest)
+        if is_local:
+            return LocalShards(self._context, ranges)
+        return RemoteShards(self._context, source.bulk_address, ranges)
+
+
+def _local_first(task: RebuildTask) -> list[FragmentSource]:
+    return sorted(task.sources, key=lambda source: source.node != task.decoder)

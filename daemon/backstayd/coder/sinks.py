@@ -1,0 +1,177 @@
+"""Writers of chunks: parity to this node or a peer, rebuilt blocks to the staging of their owners.
+
+A rebuilt chunk is checked against its manifest before it is put anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from crc32c import crc32c
+
+from backstay import faults
+from backstay.errors import IntegrityError, UnavailableError
+from backstayd.coder.context import JobContext
+from backstayd.coder.jobs import shard_event
+from backstayd.coder.sources import ShardRange
+from backstayd.store.fragments import FragmentWriter
+from backstayd.store.staging import StagedShard
+from backstayd.transport.bulk import NOT_READY, BulkClient, FragmentRef
+
+RETRY_S = 0.05
+
+
+class ParitySink:
+    """Parity of one stripe on this node and its peers share crcs: computed once, in :meth:`write` of each."""
+
+    def __init__(self, context: JobContext, writer: FragmentWriter) -> None:
+        self._context = context
+        self._writer = writer
+
+    def write(self, chunk: int, pieces: Sequence[memoryview]) -> None:
+        with self._context.timed("write"):
+            self._writer.write(crc_of(pieces), pieces)
+
+
+class ForwardSink:
+    """A parity fragment streamed to the member that holds it."""
+
+    def __init__(
+        self, context: JobContext, address: str, ref: FragmentRef, *, size_bytes: int, chunk_count: int
+    ) -> None:
+        """Blocks until the peer stored the plan and takes the fragment, within the job's deadline."""
+        self._context = context
+        self._ref = ref
+        self._middle = chunk_count // 2
+        self._client = context.client(address)
+        when_ready(context, lambda: self._client.begin_put_fragment(ref, size_bytes=size_bytes))
+
+    def write(self, chunk: int, pieces: Sequence[memoryview]) -> None:
+        if chunk == self._middle:
+            faults.reach("mid_forward", step=self._ref.key.step, stripe=self._ref.stripe)
+        with self._context.timed("put"):
+            self._client.put_chunk(crc_of(pieces), pieces)
+
+    def finish(self) -> None:
+        """Wait until the peer published the fragment."""
+        with self._context.timed("put"):
+            self._client.end_put()
+        self._context.release(self._client)
+
+
+@dataclass(frozen=True, slots=True)
+class RebuiltRange:
+    """A range of a lost shard within a block: chunks ``begin``.. of the fragment; ``address`` "" = staged on this node."""
+
+    shard: ShardRange
+    begin: int
+    address: str
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.shard.chunk_count
+
+
+class RebuiltBlock:
+    """Takes the chunks of one lost data block, verifies each and puts those of wanted shards to their owners."""
+
+    def __init__(self, context: JobContext, ranges: Sequence[RebuiltRange], *, stripe: int) -> None:
+        self._context = context
+        self._stripe = stripe
+        self._ranges = list(ranges)
+        self._client: BulkClient | None = None
+        self._staged: StagedShard | None = None
+
+    def write(self, chunk: int, pieces: Sequence[memoryview]) -> None:
+        if not self._ranges or chunk < self._ranges[0].begin:
+            return  # of a shard that nobody lacks
+        current = self._ranges[0]
+        shard = current.shard
+        shard_chunk = shard.first_chunk + chunk - current.begin
+        crc = crc_of(pieces)
+        if crc != shard.chunks.chunk_crc(shard_chunk):
+            raise IntegrityError(
+                f"rebuilt chunk {shard_chunk} of rank {shard.chunks.rank} has crc {crc:08x}, its manifest says "
+                f"{shard.chunks.chunk_crc(shard_chunk):08x}; it is not used",
+                reason="bad_rebuild",
+            )
+        if chunk == current.begin:
+            self._begin(current)
+        with self._context.timed("put"):
+            if self._staged is not None:
+                self._staged.write_verified(shard_chunk, pieces)
+            elif self._client is not None:
+                self._client.put_chunk(crc, pieces)
+        self._context.done_bytes += shard.chunks.chunk_length(shard_chunk)
+        if chunk == current.end - 1:
+            self._end()
+
+    def _begin(self, current: RebuiltRange) -> None:
+        ref = current.shard.ref
+        if not current.address:
+            self._staged = open_staged(self._context, current.shard)
+            return
+        client = self._client = self._context.client(current.address)
+        when_ready(
+            self._context,
+            lambda: client.begin_put_shard(
+                ref, first_chunk=current.shard.first_chunk, chunk_count=current.shard.chunk_count, stripe=self._stripe
+            ),
+        )
+
+    def _end(self) -> None:
+        self._ranges.pop(0)
+        if self._staged is not None:
+            self._staged.mark(self._stripe)
+            self._context.emit(shard_event("stripe_staged", self._staged.chunks, stripe=self._stripe))
+            self._staged.close()
+            self._staged = None
+        if self._client is not None:
+            with self._context.timed("put"):
+                self._client.end_put()
+            self._context.release(self._client)
+            self._client = None
+
+    def close(self) -> None:
+        if self._staged is not None:
+            self._staged.close()
+            self._staged = None
+
+
+def open_staged(context: JobContext, shard: ShardRange) -> StagedShard:
+    """This node's staging of a shard, once it was prepared; within the job's deadline."""
+    ref = shard.ref
+    found: list[StagedShard] = []
+    when_ready(
+        context,
+        lambda: found.append(
+            StagedShard(context.paths(ref.run), rank=ref.rank, world_size=ref.world_size, digest=ref.digest)
+        ),
+    )
+    return found[0]
+
+
+def when_ready(context: JobContext, attempt: Callable[[], None]) -> None:
+    """Try until the owner is ready; bounded by the job's deadline. Raises whatever is not ``not_ready``."""
+    pause_s = RETRY_S / 8
+    while True:
+        context.check()
+        try:
+            attempt()
+        except UnavailableError as error:
+            if error.reason != NOT_READY:
+                raise
+        else:
+            return
+        with context.timed("wait"):
+            context.wait(pause_s)
+        pause_s = min(2 * pause_s, 4 * RETRY_S)
+
+
+def crc_of(pieces: Sequence[memoryview]) -> int:
+    """crc32c of ``pieces`` one after another."""
+    crc = 0
+    for piece in pieces:
+        crc = crc32c(piece, crc)
+    return crc
