@@ -1,0 +1,166 @@
+"""Logs, metrics and the HTTP server, with real sockets."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from backstay.errors import ConfigError
+from backstayd.telemetry import http, logs
+from backstayd.telemetry.metrics import Metrics
+
+
+def _get(address: str, path: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(role="node", version="0.1.0")
+
+
+@pytest.fixture
+def server(metrics: Metrics) -> Iterator[http.HttpServer]:
+    running = http.start_http("127.0.0.1:0", document=lambda: {"format": 1, "role": "node"}, registry=metrics.registry)
+    yield running
+    running.close()
+
+
+def test_the_three_paths_answer_and_others_do_not(server: http.HttpServer) -> None:
+    assert _get(server.address, "/healthz") == (200, b"ok\n")
+    status, body = _get(server.address, "/status.json?pretty")
+    assert (status, json.loads(body)) == (200, {"format": 1, "role": "node"})
+    assert _get(server.address, "/metrics")[0] == 200
+    assert _get(server.address, "/")[0] == 404
+
+
+def test_a_counted_corruption_is_seen_by_a_scraper(server: http.HttpServer, metrics: Metrics) -> None:
+    metrics.corrupt.labels(where="fragment").inc(2)
+    body = _get(server.address, "/metrics")[1].decode()
+    samples = {sample.name: sample for family in text_string_to_metric_families(body) for sample in family.samples}
+    assert samples["backstay_corrupt_total"].labels == {"where": "fragment"}
+    assert samples["backstay_corrupt_total"].value == 2
+
+
+def test_metric_names_and_labels_keep_the_rules(metrics: Metrics) -> None:
+    for family in metrics.registry.collect():
+        assert family.name.startswith("backstay_")
+        assert not family.name.endswith("_total"), "prometheus-client adds _total to counters itself"
+        for sample in family.samples:
+            assert not {"job", "rank", "step", "run"} & set(sample.labels), sample
+
+
+def test_a_forgotten_run_leaves_no_series(metrics: Metrics) -> None:
+    metrics.protected_step.labels(training_job="default/gone").set(7)
+    metrics.recoveries.labels(training_job="default/gone", outcome="exact").inc()
+    metrics.protected_step.labels(training_job="default/stays").set(8)
+    metrics.forget_run("default/gone")
+    metrics.forget_run("default/never-known")
+    runs = {sample.labels.get("training_job") for family in metrics.registry.collect() for sample in family.samples}
+    assert runs == {None, "default/stays"}
+
+
+def test_a_document_that_fails_is_a_500_and_the_server_goes_on(metrics: Metrics) -> None:
+    answers: list[dict[str, Any] | Exception] = [ValueError("broken"), {"format": 1}]
+
+    def document() -> dict[str, Any]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    server = http.start_http("127.0.0.1:0", document=document, registry=metrics.registry)
+    try:
+        assert _get(server.address, "/status.json")[0] == 500
+        assert _get(server.address, "/status.json") == (200, b'{"format": 1}\n')
+    finally:
+        server.close()
+
+
+def test_a_port_in_use_is_a_configuration_error_that_names_it(server: http.HttpServer, metrics: Metrics) -> None:
+    with pytest.raises(ConfigError, match=f"cannot serve HTTP on {server.address}: another process uses it"):
+        http.start_http(server.address, document=dict, registry=metrics.registry)
+
+
+def test_an_address_that_is_not_here_is_a_configuration_error(metrics: Metrics) -> None:
+    with pytest.raises(ConfigError, match=r"cannot serve HTTP on 192\.0\.2\.1:80"):
+        http.start_http("192.0.2.1:80", document=dict, registry=metrics.registry)
+
+
+def test_connections_that_say_nothing_are_bounded_and_do_not_stop_the_server(server: http.HttpServer) -> None:
+    host, port = server.address.rsplit(":", 1)
+    before = threading.active_count()
+    idle = [socket.create_connection((host, int(port)), timeout=5) for _ in range(2 * http.MAX_CONNECTIONS)]
+    try:
+        # The server closes what is over its limit: reading from one of those connections ends at once.
+        assert sum(_is_closed(connection) for connection in idle) >= http.MAX_CONNECTIONS
+        assert threading.active_count() - before <= http.MAX_CONNECTIONS
+    finally:
+        for connection in idle:
+            connection.close()
+    assert _get_when_free(server.address) == (200, b"ok\n")
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    connection.settimeout(0.2)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def _get_when_free(address: str) -> tuple[int, bytes]:
+    """Ask again until a place is free: the server needs a moment to notice that the idle ones left."""
+    pause = threading.Event()
+    for _ in range(100):
+        try:
+            return _get(address, "/healthz")
+        except (urllib.error.URLError, ConnectionError):
+            pause.wait(0.05)
+    raise AssertionError("the server did not answer within 5 s of its places coming free")
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield io.StringIO()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_a_text_log_line_has_time_level_component_logger_and_extra_values(stream: io.StringIO) -> None:
+    logs.configure(level="info", form="text", component="node n1", stream=stream)
+    logging.getLogger("backstayd.x").info("kept %s", "step 7", extra={"run": "default/gpt"})
+    logging.getLogger("backstayd.x").debug("not shown")
+    line = stream.getvalue()
+    assert line.endswith(" INFO node n1 backstayd.x: kept step 7 run=default/gpt\n")
+    assert line[10] == "T"
+
+
+def test_a_json_log_line_is_one_object_even_with_an_exception(stream: io.StringIO) -> None:
+    logs.configure(level="debug", form="json", component="coordinator", stream=stream)
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logging.getLogger("backstayd.x").exception("failed")
+    (line,) = stream.getvalue().splitlines()
+    record = json.loads(line)
+    assert (record["level"], record["message"], record["component"]) == ("error", "failed", "coordinator")
+    assert "ValueError: two" in record["exception"]
