@@ -83,7 +83,7 @@ class LocalCluster:
         if domains and len(domains) != nodes:
             raise UsageError(f"{len(domains)} domains were given for {nodes} nodes; give one for each node, or none")
         self.cluster_id = secrets.token_hex(4)
-        self.root = Path(root) if root is not None else Path(f"/dev/shm/backstay-{self.cluster_id}")
+        self.root = Path(root) if root is not None else Path(f"/dev/shm/backstay-{os.getpid()}-{self.cluster_id}")
         self.lease_s = lease_s
         self._is_own_root = root is None
         self._parity, self._group_size, self._keep, self._coders, self._quota = parity, group_size, keep, coders, quota

@@ -56,7 +56,7 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 @contextmanager
 def work_directory(scenario: Scenario) -> Iterator[Path]:
     """A directory on tmpfs for notes and logs; copied to ``--keep-logs`` and deleted at the end."""
-    directory = Path(tempfile.mkdtemp(prefix="backstay-demo-", dir="/dev/shm"))
+    directory = Path(tempfile.mkdtemp(prefix=f"backstay-demo-{os.getpid()}-", dir="/dev/shm"))
     try:
         yield directory
     finally:
