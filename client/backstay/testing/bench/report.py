@@ -1,0 +1,141 @@
+"""The benchmark's result: ratios under stable keys, the bars beside them, the raw samples and the machine; a table and JSON.
+
+Bars are reported, never asserted: a busy machine misses them without anything being broken.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from backstay.testing.bench.arguments import Settings
+from backstay.testing.bench.measure import Collection, MeasurementError
+
+OWN_KEYS: Final[dict[str, tuple[str, ...]]] = {
+    "solo": ("commit_vs_memcpy", "commit_vs_memcpy_busy", "restore_vs_memcpy"),
+    "pair": ("block_ms", "step_overhead_waiting", "step_overhead_cpu"),
+    "protect": ("protect_vs_tcp", "rebuild_vs_tcp", "memory_vs_state"),
+}
+PEER_KEYS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "solo": {
+        "dcp_save": ("commit_vs_memcpy",),
+        "dcp_async_save": ("commit_vs_memcpy",),
+        "dcp_load": ("restore_vs_memcpy",),
+    },
+    "pair": {
+        "dcp_save": ("block_ms", "step_overhead_waiting", "step_overhead_cpu", "memory_vs_state"),
+        "dcp_async_save": ("block_ms", "step_overhead_waiting", "step_overhead_cpu", "memory_vs_state"),
+    },
+}
+_MEANING: Final = {
+    "block_ms": "time snapshot() blocks, steps that wait (ms)",
+    "step_overhead_waiting": "step time with a snapshot every step / without, steps that wait",
+    "step_overhead_cpu": "the same, CPU-bound steps",
+    "commit_vs_memcpy": "capture + digest + commit / one-thread memcpy, a core to spare",
+    "commit_vs_memcpy_busy": "the same, the other core busy",
+    "restore_vs_memcpy": "load from local memory / one-thread memcpy",
+    "protect_vs_tcp": "state protected per second, all nodes / raw TCP",
+    "rebuild_vs_tcp": "lost shards rebuilt per second / raw TCP",
+    "memory_vs_state": "tmpfs held / state",
+}
+
+
+def bars(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The promised limits: ``limit`` and whether the measured value must be ``at_most`` or ``at_least`` that."""
+    data = settings.protect_nodes - settings.parity
+    return {
+        "block_ms": {"at_most": 10.0},
+        "step_overhead_waiting": {"at_most": 1.05},
+        "commit_vs_memcpy": {"at_least": 0.7},
+        "commit_vs_memcpy_busy": {"at_least": 0.55},
+        "restore_vs_memcpy": {"at_least": 0.7},
+        "protect_vs_tcp": {"at_least": 0.12},
+        "rebuild_vs_tcp": {"at_least": 0.12},
+        "memory_vs_state": {"at_most": round(1.05 * 2 * (1 + settings.parity / data), 4)},
+    }
+
+
+def build(settings: Settings, found: Collection) -> dict[str, Any]:
+    """The report; raises MeasurementError if a key of a part that ran was not measured."""
+    ratios: dict[str, Any] = {}
+    for part in settings.parts:
+        for key in OWN_KEYS[part]:
+            ratios[key] = found.median(key)
+        if settings.has_peers:
+            for peer, keys in PEER_KEYS.get(part, {}).items():
+                ratios.setdefault(peer, {}).update({key: found.median(f"{peer}.{key}") for key in keys})
+    judged = {}
+    for key, bar in bars(settings).items():
+        if key in ratios:
+            is_met = ratios[key] <= bar["at_most"] if "at_most" in bar else ratios[key] >= bar["at_least"]
+            judged[key] = {**bar, "value": ratios[key], "is_met": is_met}
+    return {"format": 1, "ratios": ratios, "bars": judged, "raw": found.summaries(), "machine": machine(settings)}
+
+
+def machine(settings: Settings) -> dict[str, Any]:
+    """Where and how this was measured."""
+    cpu = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "size_bytes": settings.size_bytes,
+        "protect_size_bytes": settings.protect_size_bytes,
+        "ranks": settings.ranks,
+        "protect_nodes": settings.protect_nodes,
+        "parity": settings.parity,
+        "rounds": settings.rounds,
+    }
+
+
+def table(report: dict[str, Any], found: Collection) -> str:
+    """For people: each figure with its spread, the CPU stolen meanwhile, its bar, and what the peers read."""
+    lines = [f"{'':62}{'median':>9}{'min':>9}{'max':>9}{'n':>4}{'stolen':>8}  bar"]
+    for key, meaning in _MEANING.items():
+        if not found.has(key) or key not in report["ratios"]:
+            continue
+        lines.append(_row(meaning, found, key) + _bar(report["bars"].get(key)))
+        for peer in ("dcp_save", "dcp_async_save", "dcp_load"):
+            if found.has(f"{peer}.{key}"):
+                lines.append(_row(f"    {peer.replace('dcp_', 'dcp.')}", found, f"{peer}.{key}"))
+    for name, samples in sorted(found.samples.items()):
+        if samples.unit == "bytes/s":
+            lines.append(f"{name:62}{samples.median / 1e9:9.2f} GB/s")
+    return "\n".join(lines)
+
+
+def _row(label: str, found: Collection, name: str) -> str:
+    one = found.samples[name]
+    spread = f"{one.median:9.3f}{min(one.values):9.3f}{max(one.values):9.3f}{len(one.values):4}{one.stolen_s:7.1f}s"
+    return f"{label:62}{spread}  "
+
+
+def _bar(bar: dict[str, Any] | None) -> str:
+    if bar is None:
+        return ""
+    limit = f"<= {bar['at_most']:g}" if "at_most" in bar else f">= {bar['at_least']:g}"
+    return f"{limit:8} {'met' if bar['is_met'] else 'MISSED'}"
+
+
+def check_finite(report: dict[str, Any]) -> None:
+    """Raise MeasurementError if any ratio is not a positive finite number."""
+    flat = [(key, value) for key, value in report["ratios"].items() if not isinstance(value, dict)]
+    flat += [
+        (f"{peer}.{key}", v)
+        for peer, keys in report["ratios"].items()
+        if isinstance(keys, dict)
+        for key, v in keys.items()
+    ]
+    for key, value in flat:
+        if not 0 < value < float("inf"):
+            raise MeasurementError(f"{key} came out as {value}", reason="bad_value")

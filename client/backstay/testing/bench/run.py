@@ -1,0 +1,51 @@
+"""The order of the benchmark: its parts one after another, then the table and the report. Measures nothing itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from backstay.errors import BackstayError
+from backstay.testing.bench import arguments, report
+from backstay.testing.bench.arguments import Settings
+from backstay.testing.bench.measure import Collection
+from backstay.testing.bench.protection import measure_protection
+from backstay.testing.bench.training import measure_solo, measure_steps
+from backstay.testing.wait import DeadlineError
+
+_PARTS: Final[dict[str, tuple[str, Callable[[Settings, Path, Collection], None]]]] = {
+    "solo": ("commit and restore, one rank", measure_solo),
+    "pair": ("step time", measure_steps),
+    "protect": ("protect and rebuild", measure_protection),
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, measure, report."""
+    settings = arguments.parse(argv)
+    found = Collection()
+    scratch = Path(tempfile.mkdtemp(prefix="backstay-bench-", dir="/dev/shm"))
+    try:
+        for part in settings.parts:
+            label, measure = _PARTS[part]
+            begin = time.monotonic()
+            print(f"{label} ...", file=sys.stderr, flush=True)
+            measure(settings, scratch, found)
+            print(f"{label}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+        result = report.build(settings, found)
+        report.check_finite(result)
+    except (BackstayError, DeadlineError) as error:
+        print(f"the benchmark failed: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(report.table(result, found))
+    if settings.json_path is not None:
+        settings.json_path.write_text(json.dumps(result, indent=2) + "\n")
+    return 0

@@ -1,0 +1,85 @@
+"""The training state that every contender saves: a model and AdamW of a given total size, and the steps that change it.
+
+Real tensors, real optimizer. Must know nothing of how a state is saved.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+LAYER_COUNT = 16
+_BYTES_PER_PARAMETER = 12  # float32 parameter and two float32 moments
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """A model, its optimizer with its state already made, and the batch that makes a CPU-bound step last as long as asked."""
+
+    model: torch.nn.Sequential
+    optimizer: torch.optim.AdamW
+    batch: torch.Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in tensors(self, prefix="").values())
+
+    def cpu_step(self) -> None:
+        """Forward, backward and optimizer on the CPU: changes every tensor of the state."""
+        loss = self.model(self.batch).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # gradients keep their pages: allocation is not what is compared
+
+    def waiting_step(self, seconds: float) -> None:
+        """A step whose work is done elsewhere, as by a GPU: the process waits, then one small parameter changes."""
+        time.sleep(seconds)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        bias = next(p for name, p in self.model.named_parameters() if name.endswith("bias"))
+        bias.grad = torch.ones_like(bias)
+        self.optimizer.step()
+        bias.grad = None
+
+
+def build(size_bytes: int, *, seed: int) -> TrainingState:
+    """A state of about ``size_bytes`` (parameters plus AdamW's moments, float32); optimizer state exists on return."""
+    torch.manual_seed(seed)
+    per_layer = size_bytes / LAYER_COUNT / _BYTES_PER_PARAMETER
+    width = max(16, 16 * round(math.sqrt(per_layer) / 16))
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(LAYER_COUNT)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    state = TrainingState(model, optimizer, torch.randn(8, width))
+    state.cpu_step()
+    return state
+
+
+def calibrate(state: TrainingState, seconds: float) -> None:
+    """Choose the batch so that :meth:`TrainingState.cpu_step` lasts about ``seconds`` on this machine now."""
+    rows = state.batch.shape[0]
+    small = _step_seconds(state)
+    state.batch = torch.randn(rows * 8, state.batch.shape[1])
+    large = _step_seconds(state)
+    per_row = max((large - small) / (rows * 7), 1e-7)
+    wanted = rows + max(0.0, seconds - small) / per_row
+    state.batch = torch.randn(int(min(wanted, 65536)), state.batch.shape[1])
+
+
+def _step_seconds(state: TrainingState) -> float:
+    state.cpu_step()
+    begin = time.perf_counter()
+    state.cpu_step()
+    return time.perf_counter() - begin
+
+
+def tensors(state: TrainingState, *, prefix: str) -> dict[str, torch.Tensor]:
+    """Every tensor of the state by a flat name beginning with ``prefix``: what the peers are given to save."""
+    named = dict(state.model.named_parameters())
+    flat: dict[str, torch.Tensor] = {f"{prefix}model.{name}": parameter.detach() for name, parameter in named.items()}
+    for name, parameter in named.items():
+        for key, value in state.optimizer.state[parameter].items():
+            flat[f"{prefix}optimizer.{name}.{key}"] = value
+    return flat

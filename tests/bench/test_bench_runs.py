@@ -1,0 +1,103 @@
+"""The benchmark runs end to end at a tiny size and fills every stable key; nothing here asserts speed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backstay.errors import UsageError
+from backstay.testing.bench import arguments, main, report
+from backstay.testing.bench.measure import Collection, MeasurementError, stolen_cpu_s
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in _numbers(item)]
+    return [float(value)]
+
+
+@pytest.mark.cluster
+def test_a_quick_run_fills_every_key_with_a_positive_finite_number(tmp_path: Path) -> None:
+    before = set(Path("/dev/shm").glob("backstay-*"))
+    path = tmp_path / "bench.json"
+
+    status = main(["--quick", "--size", "2MiB", "--protect-nodes", "3", "--parity", "1", "--json", str(path)])
+
+    assert status == 0
+    result = json.loads(path.read_text())
+    assert set(result) == {"format", "ratios", "bars", "raw", "machine"}
+    own = {key for keys in report.OWN_KEYS.values() for key in keys}
+    assert own <= set(result["ratios"])
+    for peers in report.PEER_KEYS.values():
+        for peer, keys in peers.items():
+            assert set(keys) <= set(result["ratios"][peer])
+    assert all(math.isfinite(number) and number > 0 for number in _numbers(result["ratios"]))
+    assert all({"value", "is_met"} < set(bar) for bar in result["bars"].values())
+    for name, samples in result["raw"].items():
+        assert samples["min"] <= samples["median"] <= samples["max"], name
+        assert samples["rounds"] >= 1
+        assert samples["stolen_cpu_s"] >= 0
+    assert set(Path("/dev/shm").glob("backstay-*")) <= before
+
+
+def test_a_measurement_that_was_not_made_is_an_error_and_not_a_number() -> None:
+    settings = arguments.parse(["--quick", "--parts", "protect", "--no-peers"])
+    found = Collection()
+    found.add("protect_vs_tcp", 0.2, unit="ratio")
+
+    with pytest.raises(MeasurementError, match="rebuild_vs_tcp was not measured"):
+        report.build(settings, found)
+
+
+def test_a_bar_says_its_limit_the_value_and_whether_it_was_met() -> None:
+    settings = arguments.parse(["--quick", "--parts", "protect", "--no-peers"])
+    found = Collection()
+    for key, values in {
+        "protect_vs_tcp": (0.1, 0.2, 0.3),
+        "rebuild_vs_tcp": (0.01,),
+        "memory_vs_state": (3.1,),
+    }.items():
+        for value in values:
+            found.add(key, value, unit="ratio", stolen_s=0.5)
+
+    result = report.build(settings, found)
+
+    assert result["ratios"] == {"protect_vs_tcp": 0.2, "rebuild_vs_tcp": 0.01, "memory_vs_state": 3.1}
+    assert result["bars"]["protect_vs_tcp"] == {"at_least": 0.12, "value": 0.2, "is_met": True}
+    assert result["bars"]["rebuild_vs_tcp"]["is_met"] is False
+    assert result["bars"]["memory_vs_state"] == {"at_most": 3.15, "value": 3.1, "is_met": True}
+    assert result["raw"]["protect_vs_tcp"]["rounds"] == 3
+    assert result["raw"]["protect_vs_tcp"]["stolen_cpu_s"] == 1.5
+    assert "MISSED" in report.table(result, found)
+
+
+def test_a_ratio_that_is_not_finite_and_positive_fails_the_run() -> None:
+    with pytest.raises(MeasurementError, match=r"dcp_save\.block_ms came out as inf"):
+        report.check_finite({"ratios": {"block_ms": 1.0, "dcp_save": {"block_ms": math.inf}}})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("512MiB", 2**29), ("64 kib", 65536), ("1.5GiB", 3 * 2**29), ("100", 100)]
+)
+def test_sizes_are_read_with_their_unit(text: str, expected: int) -> None:
+    assert arguments.parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "-1MiB", "0", "512MB!", "many"])
+def test_a_size_that_is_none_is_refused_by_name(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a number with KiB"):
+        arguments.parse_size(text)
+
+
+def test_an_unknown_part_is_refused_with_the_parts_there_are() -> None:
+    with pytest.raises(UsageError, match=r"'triple'.*solo, pair, protect"):
+        arguments.parse(["--parts", "solo,triple"])
+
+
+def test_stolen_cpu_time_never_runs_backwards() -> None:
+    first = stolen_cpu_s()
+    assert 0.0 <= first <= stolen_cpu_s()
