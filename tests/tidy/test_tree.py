@@ -102,7 +102,7 @@ def test_the_readme_is_short_and_every_command_in_it_exists() -> None:
     assert {"demo", "test"} <= set(commands)
     assert set(commands) <= targets
     named = set(re.findall(r"`backstay ([a-z]+)", readme)) | set(
-        re.findall(r"^\s+backstay ([a-z]+)", readme, re.MULTILINE)
+        re.findall(r"^    backstay ([a-z]+)", readme, re.MULTILINE)
     )
     assert "status" in named
     assert named <= _subcommands()
@@ -111,7 +111,7 @@ def test_the_readme_is_short_and_every_command_in_it_exists() -> None:
 def _subcommands() -> set[str]:
     command = [sys.executable, "-m", "backstayd.cli", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    return set(re.findall(r"^    ([a-z]+) ", text, re.MULTILINE))
+    return set(re.findall(r"^    ([a-z]+)\b", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize(
