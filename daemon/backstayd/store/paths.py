@@ -10,10 +10,11 @@
             parity/plan-<id>.stripe-02.index-0            parity bytes (by rename from <incarnation>.tmp)
             parity/plan-<id>.stripe-02.index-0.json       their commit record (published last, by rename)
         slots/rank-00003.1                                a slot being filled, or free
+        slots/holder-<slot_id>.json                       the process that was last given that inode (wherever it lies now)
         staging/rank-00003-of-00008.<digest16>.part       a shard being fetched or rebuilt
         staging/rank-00003-of-00008.<digest16>.json       its manifest: puts are accepted only once it is here
         staging/rank-00003-of-00008.<digest16>.stripe-02  empty marker: that stripe's range is complete
-        quarantine/                                       sources that failed verification
+        quarantine/<name>.json                            what failed verification, why, and its manifest (its bytes are freed)
 
 Temporary names end in ``.<incarnation>.tmp``; a starting daemon removes those of others. Pure path arithmetic.
 """
@@ -28,6 +29,9 @@ from backstay.ids import RunKey, SnapshotKey
 
 _SHARD = re.compile(r"rank-(\d{5,})-of-(\d{5,})\.safetensors\Z")
 _STEP = re.compile(r"attempt-(\d{4,})/step-(\d{8,})\Z")
+_SLOT = re.compile(r"rank-(\d{5,})\.(\d+)\Z")
+_HOLDER = re.compile(r"holder-([0-9a-f]+-[0-9a-f]+)\.json\Z")
+_STAGED = re.compile(r"rank-(\d{5,})-of-(\d{5,})\.([0-9a-f]{16})\.(?:part|json|stripe-\d{2,})\Z")
 _FRAGMENT = re.compile(r"plan-([0-9a-f]{32})\.stripe-(\d{2,})\.index-(\d+)\Z")
 
 
@@ -65,6 +69,9 @@ class RunPaths:
 
     def slot(self, rank: int, number: int) -> Path:
         return self.slots / f"rank-{rank:05d}.{number}"
+
+    def holder(self, slot_id: str) -> Path:
+        return self.slots / f"holder-{slot_id}.json"
 
     def snapshot(self, key: SnapshotKey) -> Path:
         return self.root / f"attempt-{key.attempt:04d}" / f"step-{key.step:08d}"
@@ -114,6 +121,24 @@ def parse_fragment(path: Path) -> tuple[str, int, int] | None:
     """(plan id, stripe, index) named by a parity file, or None."""
     match = _FRAGMENT.match(path.name)
     return (match[1], int(match[2]), int(match[3])) if match else None
+
+
+def parse_slot(path: Path) -> tuple[int, int] | None:
+    """(rank, number) named by a slot file, or None."""
+    match = _SLOT.match(path.name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def parse_holder(path: Path) -> str | None:
+    """The slot id named by a holder file, or None."""
+    match = _HOLDER.match(path.name)
+    return match[1] if match else None
+
+
+def parse_staged(path: Path) -> tuple[int, int, str] | None:
+    """(rank, world size, first 16 digits of the digest) named by a file in staging, or None."""
+    match = _STAGED.match(path.name)
+    return (int(match[1]), int(match[2]), match[3]) if match else None
 
 
 def _rank_name(rank: int, world_size: int) -> str:

@@ -1,0 +1,55 @@
+"""What the parts of a node share: its store, its bell, what the coordinator said last. Holds no logic of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from backstay import local
+from backstayd.clock import Clock
+from backstayd.core.records import Decision, NodeIdentity, RunDesired
+from backstayd.node.bell import Bell
+from backstayd.node.session import Session
+from backstayd.node.timeline import Timeline
+from backstayd.store.store import Store
+from backstayd.telemetry.metrics import Metrics
+
+
+@dataclass(slots=True, kw_only=True)
+class NodeContext:
+    """What the parts of a node share. ``desired`` holds what the coordinator said last, by run."""
+
+    identity: NodeIdentity
+    lease_s: float
+    store: Store
+    bell: Bell
+    timeline: Timeline
+    metrics: Metrics
+    clock: Clock
+    desired: dict[str, RunDesired]
+    notify: Callable[[], None] = lambda: None  # the report changed
+    is_coordinator_connected: Callable[[], bool] = lambda: False
+    document: Callable[[], dict[str, Any]] = dict
+    progress: Callable[[Session], local.Progress] = lambda session: local.Progress(phase="waiting")
+
+    def changed(self) -> None:
+        """Something that others wait for or report has changed."""
+        self.bell.ring()
+        self.notify()
+
+    def run_desired(self, run: str) -> RunDesired:
+        return self.desired.get(run) or RunDesired(run=run)
+
+    def decision_of(self, run: str) -> Decision | None:
+        """The newest decision this node recorded."""
+        index = self.store.runs.get(run)
+        return index.decision if index is not None else None
+
+    def current_world(self, run: str) -> str:
+        """The only world that may write; "" while none is decided. The coordinator's word, else the recorded decision's."""
+        desired = self.desired.get(run)
+        if desired is not None and desired.world_id:
+            return desired.world_id
+        decision = self.decision_of(run)
+        return decision.world_id if decision is not None else ""

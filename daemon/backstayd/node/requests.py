@@ -1,0 +1,289 @@
+"""What an attached trainer can ask: restore, reserve, commit, abandon, finish.
+
+A world that is not the current one gets StaleGenerationError; a step that fails here costs the trainer nothing but itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from backstay import local, record
+from backstay.errors import (
+    BackstayError,
+    CapacityError,
+    IntegrityError,
+    StaleGenerationError,
+    UnavailableError,
+    UsageError,
+)
+from backstay.manifest import Manifest
+from backstayd.core.records import SessionPhase
+from backstayd.node.connection import Connection
+from backstayd.node.context import NodeContext
+from backstayd.node.session import Session
+from backstayd.store.slots import Allocation, Grant, allocate
+
+if TYPE_CHECKING:
+    from backstayd.node.sessions import Sessions
+
+PROGRESS_S: Final = 1.0
+MAX_WAIT_S: Final = 600.0
+READER_POLL_S: Final = 0.05  # a reader that lets go of a slot rings no bell
+
+
+class Requests:
+    """Answers one request of one session on its connection."""
+
+    def __init__(self, context: NodeContext, sessions: Sessions, connection: Connection, message_id: int) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._connection = connection
+        self._message_id = message_id
+
+    async def handle(self, session: Session, message: Any) -> None:
+        """Answer ``message``; raises BackstayError for a refusal, ConnectionError when the trainer is gone."""
+        if isinstance(message, local.Restore):
+            await self._restore(session, message)
+        elif isinstance(message, local.Reserve):
+            await self._reserve(session, message)
+        elif isinstance(message, local.Commit):
+            await self._send(self._commit(session, message))
+        elif isinstance(message, local.Abandon):
+            self._abandon(session, message)
+            await self._send(local.Done())
+        elif isinstance(message, local.Finish):
+            self._finish(session, message)
+            await self._send(local.Done())
+        else:
+            raise UsageError(f"{type(message).__name__} is no request", reason="bad_request")
+
+    async def _send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
+        await self._connection.send(message, message_id=self._message_id, fds=fds)
+
+    async def _restore(self, session: Session, message: local.Restore) -> None:
+        context = self._context
+        if session.phase in (SessionPhase.TRAINING, SessionPhase.ENDED):
+            raise UsageError(
+                f"rank {session.rank} restored already; a new restore needs a new world", reason="restored_already"
+            )
+        self._check_world_size(session, message)
+        session.phase, session.allow_fresh = SessionPhase.RESTORING, message.allow_fresh
+        answer = session.answer = asyncio.get_running_loop().create_future()
+        context.changed()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + message.deadline_s
+        told_at = 0.0
+        told = local.Progress(phase="")
+        while not answer.done():
+            if loop.time() > deadline:
+                session.phase, session.answer = SessionPhase.ATTACHED, None
+                context.changed()
+                raise UnavailableError(
+                    f"run {session.run}: rank {session.rank} got no decision within {message.deadline_s:g} s "
+                    f"({told.phase}: {told.detail})",
+                    reason="deadline",
+                )
+            if self._connection.is_lost:
+                raise ConnectionError("the trainer left while it was waiting")
+            progress = context.progress(session)
+            if progress != told or loop.time() - told_at >= PROGRESS_S:
+                await self._send(progress)
+                told, told_at = progress, loop.time()
+            await context.bell.wait(min(PROGRESS_S, deadline - loop.time()))
+        session.answer = None
+        if answer.cancelled():
+            raise UnavailableError(
+                f"the session of rank {session.rank} ended while it was waiting", reason="session_ended"
+            )
+        result = answer.result()
+        try:
+            if isinstance(result.message, local.Restored):
+                session.phase, session.attempt = SessionPhase.TRAINING, result.attempt
+                session.base_step = session.last_step = result.base_step
+            else:
+                session.phase = SessionPhase.ATTACHED
+            context.changed()
+            await self._send(result.message, result.fds)
+        finally:
+            close_fds(result.fds)
+
+    def _check_world_size(self, session: Session, message: local.Restore) -> None:
+        """Refuse at once what this node knows to be of another world size; the coordinator does so for the others."""
+        index = self._context.store.index(session.run)
+        found = {held.record.world_size for held in index.shards.values()}
+        if found and session.world_size not in found and not message.allow_fresh:
+            raise UsageError(
+                f"run {session.run} was written by {max(found)} ranks, this world has {session.world_size}: start "
+                f"{max(found)} ranks, or begin anew with another run_id or restore(allow_fresh=True)",
+                reason="wrong_world_size",
+            )
+
+    def _check_current(self, session: Session) -> None:
+        current = self._context.current_world(session.run)
+        if session.phase is not SessionPhase.TRAINING:
+            raise UsageError(f"rank {session.rank} must restore() first", reason="not_restored")
+        if current not in ("", session.world_id):
+            raise StaleGenerationError(
+                f"rank {session.rank} belongs to world {session.world_id}; run {session.run} is world {current} now: "
+                "this trainer must stop",
+                reason="stale_world",
+            )
+
+    async def _reserve(self, session: Session, message: local.Reserve) -> None:
+        self._check_current(session)
+        desired = self._context.run_desired(session.run)
+        if message.step <= session.last_step or message.step <= session.skipped_step:
+            raise UsageError(
+                f"step {message.step} is not after step {max(session.last_step, session.skipped_step)}",
+                reason="step_not_increasing",
+            )
+        if message.size_bytes <= 0:
+            raise UsageError(f"a shard of {message.size_bytes} bytes is none", reason="bad_size")
+        try:
+            grant = await self._await_slot(session, message)
+        except CapacityError as error:
+            session.skip(message.step, str(error))
+            self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
+            self._context.changed()
+            raise
+        desired = self._context.run_desired(session.run)
+        words: dict[str, Any] = {"redundancy": desired.redundancy, "protected_step": desired.protected_step}
+        schedule = local.ScheduleBody(**record.to_json(desired.schedule))
+        if grant is None:
+            reason = "no slot came free"
+            if not self._context.is_coordinator_connected():
+                reason = "no slot is free, and none is released while the coordinator is away"
+            elif not desired.is_release_possible:
+                reason = "no slot is free, and none can be released now"
+            session.skip(message.step, reason)
+            self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
+            self._context.changed()
+            await self._send(local.Skipped(reason=reason, schedule=schedule, **words))
+            return
+        session.grants[grant.slot_id] = grant
+        session.last_step = message.step
+        fds = () if grant.slot_id in message.known_slots else (grant.fd,)
+        reply = local.Reserved(slot_id=grant.slot_id, size_bytes=grant.size_bytes, schedule=schedule, **words)
+        await self._send(reply, fds)
+
+    async def _await_slot(self, session: Session, message: local.Reserve) -> Grant | None:
+        context, loop = self._context, asyncio.get_running_loop()
+        index = context.store.index(session.run)
+        deadline = loop.time() + min(message.wait_s, MAX_WAIT_S)
+        while True:
+            desired = context.run_desired(session.run)
+            found = context.store.slots.take(
+                index,
+                rank=session.rank,
+                step=message.step,
+                size_bytes=message.size_bytes,
+                holder=session.holder.record,
+                limit=desired.keep + 1,
+            )
+            if isinstance(found, Grant):
+                return found
+            if isinstance(found, Allocation):
+                return await self._allocate(session, found, message.step)
+            can_come = desired.is_release_possible and context.is_coordinator_connected()
+            if not can_come or loop.time() >= deadline or self._connection.is_lost:
+                return None
+            await context.bell.wait(min(READER_POLL_S, deadline - loop.time()))
+            self._check_current(session)
+
+    async def _allocate(self, session: Session, allocation: Allocation, step: int) -> Grant:
+        slots = self._context.store.slots
+        try:
+            await asyncio.to_thread(allocate, allocation)
+            self._check_current(session)
+            if session.run not in self._context.store.runs or session not in list(self._sessions):
+                raise UnavailableError("the session ended while its slot was being made", reason="session_ended")
+        except BaseException:
+            slots.give_up(allocation)
+            raise
+        return slots.add(allocation, step=step, holder=session.holder.record)
+
+    def _commit(self, session: Session, message: local.Commit) -> local.Committed:
+        self._check_current(session)
+        grant = session.grants.get(message.slot_id)
+        if grant is None or grant.step != message.step:
+            raise UnavailableError(
+                f"slot {message.slot_id} is not granted to rank {session.rank} for step {message.step} (any more)",
+                reason="no_grant",
+            )
+        try:
+            _check_identity(session, grant, record.from_json(Manifest, message.manifest))
+            shard = self._context.store.slots.commit(grant, message.manifest)
+        except BackstayError as error:
+            self._give_back(session, grant, f"commit refused: {error}")
+            raise
+        del session.grants[grant.slot_id]
+        session.last_step = max(session.last_step, message.step)
+        self._context.metrics.shards_committed.labels(training_job=session.run).inc()
+        self._context.changed()
+        desired = self._context.run_desired(session.run)
+        return local.Committed(
+            digest=shard.digest,
+            schedule=local.ScheduleBody(**record.to_json(desired.schedule)),
+            redundancy=desired.redundancy,
+            protected_step=desired.protected_step,
+        )
+
+    def _abandon(self, session: Session, message: local.Abandon) -> None:
+        grants = [grant for grant in session.grants.values() if grant.step == message.step]
+        for grant in grants:
+            self._give_back(session, grant, message.reason or "abandoned")
+        session.skip(message.step, message.reason or "abandoned")
+        self._context.changed()
+
+    def _give_back(self, session: Session, grant: Grant, reason: str) -> None:
+        session.grants.pop(grant.slot_id, None)
+        self._context.store.slots.put_back(grant)
+        session.skip(grant.step, reason)
+        self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
+        self._context.changed()
+
+    def _finish(self, session: Session, message: local.Finish) -> None:
+        self._sessions.put_back(session)
+        if message.keep:
+            self._sessions.leave(session)
+            return
+        self._check_current(session)
+        session.phase = SessionPhase.ENDED
+        self._context.timeline.add("finished", session.run, f"rank {session.rank} finished at step {session.last_step}")
+        self._context.changed()
+
+
+def _check_identity(session: Session, grant: Grant, manifest: Manifest) -> None:
+    found = {
+        "run": manifest.run,
+        "attempt": manifest.attempt,
+        "step": manifest.step,
+        "rank": manifest.rank,
+        "world size": manifest.world_size,
+        "world": manifest.world_id,
+        "size": manifest.size_bytes,
+    }
+    expected = {
+        "run": session.run,
+        "attempt": session.attempt,
+        "step": grant.step,
+        "rank": session.rank,
+        "world size": session.world_size,
+        "world": session.world_id,
+        "size": grant.size_bytes,
+    }
+    for name, value in expected.items():
+        if found[name] != value:
+            raise IntegrityError(
+                f"the manifest says {name} {found[name]}, this session's is {value}; nothing was published",
+                reason="wrong_identity",
+            )
+
+
+def close_fds(fds: tuple[int, ...]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

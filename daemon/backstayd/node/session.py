@@ -1,0 +1,72 @@
+"""A trainer as this node knows it: values and small rules, no sockets.
+
+A session ends with its process (pidfd), not with its connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from backstayd.core.records import SessionPhase, SessionRecord
+from backstayd.node.connection import Connection
+from backstayd.store.holder import Holder
+from backstayd.store.slots import Grant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreAnswer:
+    """What a waiting restore() gets: a Restored or Error message, and descriptors that the answerer closes."""
+
+    message: Any
+    fds: tuple[int, ...] = ()
+    attempt: int = 0
+    base_step: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """One trainer of one world. Invariant: grants are of slots of its own rank."""
+
+    session_id: str
+    run: str
+    world_id: str
+    rank: int
+    world_size: int
+    needs: tuple[int, ...]
+    uid: int
+    holder: Holder
+    connection: Connection | None
+    phase: SessionPhase = SessionPhase.ATTACHED
+    attempt: int = 0
+    base_step: int = 0
+    allow_fresh: bool = False
+    last_step: int = 0
+    skipped_step: int = 0
+    skip_reason: str = ""
+    grants: dict[str, Grant] = field(default_factory=dict)  # by slot id
+    answer: asyncio.Future[RestoreAnswer] | None = None
+    lost_at_s: float = 0.0  # monotonic time at which the connection was lost; 0 while it stands
+
+    @property
+    def needed_ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({self.rank, *self.needs}))
+
+    def record(self) -> SessionRecord:
+        return SessionRecord(
+            world_id=self.world_id,
+            rank=self.rank,
+            world_size=self.world_size,
+            phase=self.phase,
+            allow_fresh=self.allow_fresh,
+            needs=self.needed_ranks,
+            last_step=self.last_step,
+            skipped_step=self.skipped_step,
+            skip_reason=self.skip_reason,
+        )
+
+    def skip(self, step: int, reason: str) -> None:
+        """Note that ``step`` will not be committed by this rank."""
+        if step > self.skipped_step:
+            self.skipped_step, self.skip_reason = step, reason

@@ -1,0 +1,296 @@
+"""The trainers attached to this node: accepting, attaching, watching for death, fencing off old worlds.
+
+Requests of an attached trainer are in ``requests``; this module decides who is attached at all. Death is what a pidfd
+says: a forked worker may keep the socket of a dead trainer open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Iterator
+from typing import Final
+
+from backstay import local
+from backstay.errors import BackstayError, StaleGenerationError, UnavailableError, UsageError
+from backstay.ids import RunKey
+from backstayd.core.records import SessionPhase
+from backstayd.node.connection import Connection
+from backstayd.node.context import NodeContext
+from backstayd.node.requests import Requests
+from backstayd.node.session import RestoreAnswer, Session
+from backstayd.store.holder import Holder, peer_credentials, peer_holder
+
+logger = logging.getLogger(__name__)
+
+MAX_WORLD_SIZE: Final = 1 << 20
+
+
+class Sessions:
+    """All sessions of the node. Invariant: one session per (run, world, rank)."""
+
+    def __init__(self, context: NodeContext) -> None:
+        self._context = context
+        self._sessions: dict[str, Session] = {}
+        self._connections: set[asyncio.Task[None]] = set()
+        self._open: set[Connection] = set()
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def of_run(self, run: str) -> list[Session]:
+        return [session for session in self if session.run == run]
+
+    def waiting(self, run: str, world_id: str) -> list[Session]:
+        """Sessions of that world whose restore() is waiting for an answer."""
+        return [
+            session
+            for session in self.of_run(run)
+            if session.world_id == world_id and session.answer is not None and not session.answer.done()
+        ]
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Accept trainers until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                logger.warning("cannot accept a trainer: %s", error)
+                await asyncio.sleep(0.1)  # out of descriptors: try again when some came free
+                continue
+            task = asyncio.create_task(self._serve_connection(connection))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def close(self) -> None:
+        """Close all connections; trainers go on and attach to the next daemon."""
+        for task in list(self._connections):
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        for session in self:
+            self._drop(session)
+
+    def fence(self, run: str, world_id: str) -> None:
+        """Only ``world_id`` may write from now on: take back what other worlds were granted."""
+        for session in self.of_run(run):
+            if session.world_id != world_id and session.grants:
+                logger.warning("run %s: rank %d of world %s is fenced off", run, session.rank, session.world_id)
+                self.put_back(session)
+
+    def end_run(self, run: str) -> None:
+        """The run is forgotten: its sessions are no more."""
+        for session in self.of_run(run):
+            if session.answer is not None and not session.answer.done():
+                error = local.Error(
+                    error_class=UnavailableError.__name__, reason="forgotten", message=f"run {run} was forgotten"
+                )
+                session.answer.set_result(RestoreAnswer(message=error))
+            self._drop(session)
+
+    def put_back(self, session: Session) -> None:
+        """End every grant of a session without a commit."""
+        for grant in session.grants.values():
+            session.skip(grant.step, "the capture did not end")
+            self._context.store.slots.put_back(grant)
+        session.grants.clear()
+
+    def end_lost(self) -> None:
+        """Drop sessions that have been without a connection for a lease though their process lives; called now and then."""
+        now = self._context.clock.monotonic_s()
+        for session in self:
+            if session.phase is SessionPhase.ENDED:
+                continue
+            if session.lost_at_s and now - session.lost_at_s > self._context.lease_s:
+                self._end(session, "it closed its connection")
+
+    async def _serve_connection(self, sock: socket.socket) -> None:
+        bound: list[Session] = []
+        connection = Connection(sock, lambda: self._lost(bound))
+        self._open.add(connection)
+        try:
+            while (received := await connection.receive()) is not None:
+                message, message_id = received
+                requests = Requests(self._context, self, connection, message_id)
+                try:
+                    if isinstance(message, local.Attach):
+                        session, reply = self._attach(sock, connection, message)
+                        bound[:] = [session]
+                        await connection.send(reply, message_id=message_id)
+                    elif isinstance(message, local.Status):
+                        body = local.StatusBody(document=self._context.document())
+                        await connection.send(body, message_id=message_id)
+                    elif not bound or self._sessions.get(bound[0].session_id) is not bound[0]:
+                        raise UnavailableError("not attached (any more): attach first", reason="not_attached")
+                    else:
+                        await requests.handle(bound[0], message)
+                except BackstayError as error:
+                    reply_error = local.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
+                    await connection.send(reply_error, message_id=message_id)
+        except (ConnectionError, TimeoutError, OSError) as error:
+            logger.debug("connection ended: %s", error)
+        except Exception:  # the boundary of a trainer's connection: the daemon goes on
+            logger.exception("a trainer's request failed; its connection is closed")
+        finally:
+            self._open.discard(connection)
+            connection.close()
+
+    def _attach(
+        self, sock: socket.socket, connection: Connection, message: local.Attach
+    ) -> tuple[Session, local.Attached]:
+        context = self._context
+        _check_attach(message)
+        credentials = peer_credentials(sock)
+        holder = peer_holder(sock)
+        if holder is None:
+            raise UsageError(
+                f"the process {credentials.pid} that attaches is not visible to the daemon; run both in one pid namespace",
+                reason="no_process",
+            )
+        try:
+            index = context.store.open_run(message.run, uid=credentials.uid)
+            if message.attempt:
+                self._check_reattach(message)
+            former = self._former(message, holder)
+        except BaseException:
+            holder.close()
+            raise
+        session = Session(
+            session_id=secrets.token_hex(8),
+            run=message.run,
+            world_id=message.world_id,
+            rank=message.rank,
+            world_size=message.world_size,
+            needs=message.needs,
+            uid=credentials.uid,
+            holder=holder,
+            connection=connection,
+        )
+        if message.attempt:
+            decision = context.decision_of(message.run) or context.run_desired(message.run).decision
+            session.phase, session.attempt = SessionPhase.TRAINING, message.attempt
+            session.base_step = decision.base.step if decision is not None and decision.base is not None else 0
+            session.last_step = max(session.base_step, index.last_step(message.attempt, message.rank))
+        if former is not None:
+            session.skipped_step, session.skip_reason = former.skipped_step, former.skip_reason
+            self._drop(former)
+        self._add(session)
+        logger.info(
+            "run %s: rank %d of %d attached (world %s, pid %d%s)",
+            session.run, session.rank, session.world_size, session.world_id, holder.record.pid,
+            f", attempt {message.attempt}" if message.attempt else "",
+        )  # fmt: skip
+        attached = local.Attached(
+            session_id=session.session_id,
+            incarnation=context.identity.incarnation,
+            lease_s=context.lease_s,
+            protocol=local.PROTOCOL_VERSION,
+            daemon_version=context.identity.version,
+            node=context.identity.name,
+        )
+        return session, attached
+
+    def _check_reattach(self, message: local.Attach) -> None:
+        context = self._context
+        current = context.current_world(message.run)
+        decisions = [context.decision_of(message.run), context.run_desired(message.run).decision]
+        is_known = any(
+            decision is not None and (decision.world_id, decision.attempt) == (message.world_id, message.attempt)
+            for decision in decisions
+        )
+        if current not in ("", message.world_id) or not is_known:
+            raise StaleGenerationError(
+                f"rank {message.rank} of run {message.run} writes attempt {message.attempt} of world {message.world_id}, "
+                f"which is not the current one here ({current or 'none'}); this trainer must restart and restore",
+                reason="stale_world",
+            )
+
+    def _former(self, message: local.Attach, holder: Holder) -> Session | None:
+        """The session this one replaces; raises UsageError if another living process is that rank of that world."""
+        for session in self.of_run(message.run):
+            if (session.world_id, session.rank) == (message.world_id, message.rank):
+                if session.holder.record != holder.record and session.holder.is_alive:
+                    raise UsageError(
+                        f"rank {message.rank} of world {message.world_id} is process {session.holder.record.pid} already",
+                        reason="rank_taken",
+                    )
+                return session
+        return None
+
+    def _add(self, session: Session) -> None:
+        self._sessions[session.session_id] = session
+        asyncio.get_running_loop().add_reader(session.holder.pidfd, self._died, session)
+        self._host()
+        self._context.changed()
+
+    def _died(self, session: Session) -> None:
+        if session.phase is SessionPhase.ENDED:  # stays in the report until the run is forgotten or a new world comes
+            self._unwatch(session)
+            self.put_back(session)
+            return
+        self._end(session, f"its process {session.holder.record.pid} is dead")
+
+    def _lost(self, bound: list[Session]) -> None:
+        for session in bound:
+            if self._sessions.get(session.session_id) is not session or session.phase is SessionPhase.ENDED:
+                continue
+            session.connection = None
+            session.lost_at_s = self._context.clock.monotonic_s()
+            if session.phase is not SessionPhase.TRAINING:
+                self._end(session, "it closed its connection")
+
+    def _end(self, session: Session, why: str) -> None:
+        sentence = f"run {session.run}: rank {session.rank} ({session.phase}) left: {why}"
+        logger.info("%s", sentence)
+        self._context.timeline.add("session_lost", session.run, sentence)
+        self._drop(session)
+
+    def drop_ended(self, run: str, current_world: str) -> None:
+        """Forget sessions that finished in an older world."""
+        for session in self.of_run(run):
+            if session.phase is SessionPhase.ENDED and session.world_id != current_world:
+                self._drop(session)
+
+    def leave(self, session: Session) -> None:
+        """The trainer detaches; the memory stays."""
+        self._end(session, "it finished and keeps its memory")
+
+    def _drop(self, session: Session) -> None:
+        if self._sessions.pop(session.session_id, None) is None:
+            return
+        self._unwatch(session)
+        self.put_back(session)
+        if session.answer is not None and not session.answer.done():
+            session.answer.cancel()
+        session.holder.close()
+        self._host()
+        self._context.changed()
+
+    def _unwatch(self, session: Session) -> None:
+        if session.holder.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(session.holder.pidfd)
+
+    def _host(self) -> None:
+        hosted = {(session.run, session.rank) for session in self}
+        self._context.store.slots.hosted = hosted
+        counts: dict[str, int] = {}
+        for run, _ in hosted:
+            counts[run] = counts.get(run, 0) + 1
+        for run in self._context.store.runs:
+            self._context.metrics.sessions.labels(training_job=run).set(counts.get(run, 0))
+
+
+def _check_attach(message: local.Attach) -> None:
+    if message.protocol not in (local.PROTOCOL_VERSION, local.PROTOCOL_VERSION - 1):
+        raise UsageError(
+            f"the trainer speaks local protocol {message.protocol}, this daemon {local.PROTOCOL_VERSION} and "
+            f"{local.PROTOCOL_VERSION - 1}; install the same version on both sides",
+            reason="bad_protocol",
+        )
+    RunKey.parse(message.run)
+    if not 0 < message.world_size <= MAX_WORLD_SIZE or not 0 <= message.rank < message.world_size:
+        raise UsageError(f"rank {message.rank} of {message.world_size} is no rank", reason="bad_rank")
+    if not message.world_id or any(not 0 <= rank < message.world_size for rank in message.needs):
+        raise UsageError("a world id is missing, or a needed rank is none of the world", reason="bad_attach")

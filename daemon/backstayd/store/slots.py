@@ -1,0 +1,346 @@
+"""Slots: who may fill which inode, and how a filled one becomes a shard.
+
+An inode passes to another process only when its former holder is dead and no reader is left; otherwise a new inode is
+allocated, or the caller waits. Must not decide what is released.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backstay import faults, record
+from backstay.errors import CapacityError, InvariantError, UsageError
+from backstay.ids import SnapshotKey
+from backstay.manifest import Manifest
+from backstayd.core.records import ShardRecord
+from backstayd.store.header import check_header
+from backstayd.store.holder import Holder, HolderRecord
+from backstayd.store.index import HeldShard, RunIndex, Slot
+from backstayd.store.scan import check_size, slot_id_of
+from backstayd.store.stored import canonical_bytes, make_directory, write_atomically
+
+if TYPE_CHECKING:
+    from backstayd.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """The right of one process to fill one slot for one step. ``fd`` is open for reading and writing, owned by the store."""
+
+    run: str
+    rank: int
+    number: int
+    step: int
+    slot_id: str
+    size_bytes: int
+    fd: int
+    holder: HolderRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """A slot that must be made first: :func:`allocate` in a thread, then :meth:`Slots.add` or :meth:`Slots.give_up`."""
+
+    run: str
+    rank: int
+    number: int
+    size_bytes: int
+    temporary: Path
+
+
+def allocate(allocation: Allocation) -> None:
+    """Make the file with all its pages, charged to the daemon's cgroup. Blocking.
+
+    Raises:
+        CapacityError: tmpfs said no (``no_space``).
+    """
+    fd = os.open(allocation.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, allocation.size_bytes)
+    except OSError as error:
+        allocation.temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+            raise CapacityError(
+                f"rank {allocation.rank}: tmpfs {allocation.temporary.parent} has no room for a slot of "
+                f"{allocation.size_bytes} bytes; this snapshot is skipped",
+                reason="no_space",
+            ) from error
+        raise
+    finally:
+        os.close(fd)
+
+
+class Slots:
+    """The slots of one store. Invariant: a granted inode lies in ``slots/`` and has exactly one grant."""
+
+    def __init__(self, store: Store, *, reader_wait_s: float) -> None:
+        self._store = store
+        self._reader_wait_s = reader_wait_s
+        self.grants: dict[str, Grant] = {}  # by slot id
+        self.hosted: set[tuple[str, int]] = set()  # (run, rank) of the trainers attached here
+        self.pending_bytes = 0  # being allocated now
+        self._pending: dict[tuple[str, int, int], Allocation] = {}
+        self._shelved_at: dict[str, float] = {}  # slot id -> when it became free
+        self._known: dict[HolderRecord, Holder] = {}
+
+    def is_alive(self, holder: HolderRecord) -> bool:
+        """Whether that process can still write what it was given."""
+        known = self._known.get(holder)
+        if known is None:
+            known = Holder.find(holder)
+            if known is None:
+                return False
+            self._known[holder] = known
+        if not known.is_alive:
+            known.close()
+            del self._known[holder]
+            return False
+        return True
+
+    def take(
+        self, index: RunIndex, *, rank: int, step: int, size_bytes: int, holder: HolderRecord, limit: int
+    ) -> Grant | Allocation | None:
+        """A slot of exactly ``size_bytes`` for ``holder``, or one to allocate, or None: none is free yet.
+
+        Args:
+            limit: Inodes this rank may have, shards and slots together.
+
+        Raises:
+            CapacityError: a new slot is needed and there is no room for it and what follows from it.
+        """
+        usable = [
+            slot for slot in self._free(index) if slot.rank == rank and self._may_have(index, slot.slot_id, holder)
+        ]
+        surplus = self._own_count(index, rank, holder) - limit
+        for slot in usable:
+            if slot.size_bytes != size_bytes or (surplus > 0 and slot is not usable[-1]):
+                surplus -= 1
+                self.discard(index, slot)
+            elif self._has_no_reader(index, slot):
+                return self._grant(index, slot, step=step, holder=holder)
+            elif time.monotonic() - self._shelved_at.get(slot.slot_id, 0.0) > self._reader_wait_s:
+                logger.warning("run %s: a reader holds slot %s too long; rank %d gets another", index.run, slot, rank)
+                self.discard(index, slot)
+        own = self._own_count(index, rank, holder)
+        if own >= limit:
+            return None
+        for slot in list(self._free(index)):
+            is_unused = (index.run, slot.rank) not in self.hosted and slot.size_bytes == size_bytes
+            if is_unused and self._may_have(index, slot.slot_id, holder) and self._has_no_reader(index, slot):
+                return self._grant(index, self._rename(index, slot, rank), step=step, holder=holder)
+        return self._plan_allocation(index, rank=rank, size_bytes=size_bytes, more=limit - own)
+
+    def add(self, allocation: Allocation, *, step: int, holder: HolderRecord) -> Grant:
+        """Grant the slot that :func:`allocate` made."""
+        index = self._store.index(allocation.run)
+        self._end_allocation(allocation)
+        path = self._store.paths(allocation.run).slot(allocation.rank, allocation.number)
+        allocation.temporary.rename(path)
+        slot = Slot(
+            rank=allocation.rank,
+            number=allocation.number,
+            size_bytes=allocation.size_bytes,
+            slot_id=slot_id_of(path.lstat()),
+        )
+        index.slots[slot.rank, slot.number] = slot
+        return self._grant(index, slot, step=step, holder=holder)
+
+    def give_up(self, allocation: Allocation) -> None:
+        """The allocation failed or nobody wants it any more."""
+        self._end_allocation(allocation)
+        allocation.temporary.unlink(missing_ok=True)
+
+    def commit(self, grant: Grant, manifest_json: dict[str, object]) -> ShardRecord:
+        """Check the filled slot and publish it as a shard: data first, manifest last, both by rename.
+
+        Raises:
+            IntegrityError: size, holes, header or identity contradict the manifest. UsageError: the step exists already.
+        """
+        index, paths = self._store.index(grant.run), self._store.paths(grant.run)
+        raw = canonical_bytes(manifest_json)
+        manifest = record.loads(Manifest, raw)
+        manifest.check()
+        key = SnapshotKey(manifest.attempt, manifest.step)
+        target = paths.shard(key, grant.rank, manifest.world_size)
+        if (key, grant.rank) in index.shards:
+            raise UsageError(f"rank {grant.rank} committed step {key.step} of attempt {key.attempt} already")
+        status = os.fstat(grant.fd)
+        check_size(f"slot {grant.number} of rank {grant.rank}", status, manifest.size_bytes)
+        check_header(grant.fd, manifest)
+        make_directory(target.parent)
+        paths.slot(grant.rank, grant.number).rename(target)
+        del index.slots[grant.rank, grant.number]
+        faults.reach("before_publish", step=key.step, rank=grant.rank)
+        manifest_path = paths.manifest(key, grant.rank, manifest.world_size)
+        write_atomically(manifest_path, raw, incarnation=self._store.incarnation)
+        faults.reach("after_publish", step=key.step, rank=grant.rank)
+        shard = ShardRecord(
+            attempt=key.attempt,
+            step=key.step,
+            rank=grant.rank,
+            world_size=manifest.world_size,
+            size_bytes=manifest.size_bytes,
+            digest=self._store.digest(raw),
+            world_id=manifest.world_id,
+        )
+        index.shards[key, grant.rank] = HeldShard(record=shard, slot_id=grant.slot_id)
+        self._end_grant(grant)
+        return shard
+
+    def put_back(self, grant: Grant) -> None:
+        """The grant ends without a commit; the slot is free (for others only once its holder is dead). Idempotent."""
+        if self.grants.get(grant.slot_id) is grant:
+            self._end_grant(grant)
+            self._shelved_at[grant.slot_id] = time.monotonic()
+
+    def shelve(self, index: RunIndex, path: Path, *, rank: int) -> None:
+        """Make the withdrawn shard at ``path`` a free slot of ``rank``; its manifest is gone already."""
+        paths = self._store.paths(index.run)
+        status = path.lstat()
+        number = self._free_number(index, rank)
+        make_directory(paths.slots)
+        path.rename(paths.slot(rank, number))
+        slot = Slot(rank=rank, number=number, size_bytes=status.st_size, slot_id=slot_id_of(status))
+        index.slots[rank, number] = slot
+        self._shelved_at[slot.slot_id] = time.monotonic()
+
+    def discard(self, index: RunIndex, slot: Slot) -> None:
+        """Unlink a free slot."""
+        if slot.slot_id in self.grants:
+            raise InvariantError(f"slot {slot} is granted")
+        self._store.paths(index.run).slot(slot.rank, slot.number).unlink(missing_ok=True)
+        del index.slots[slot.rank, slot.number]
+        self.forget_holder(index, slot.slot_id)
+
+    def forget_holder(self, index: RunIndex, slot_id: str) -> None:
+        """The inode is gone: so is the note of who held it."""
+        self._shelved_at.pop(slot_id, None)
+        if index.holders.pop(slot_id, None) is not None:
+            self._store.paths(index.run).holder(slot_id).unlink(missing_ok=True)
+
+    def reclaim(self, wanted_bytes: int) -> int:
+        """Unlink free slots that no living process maps and no attached rank needs; returns the bytes freed."""
+        freed = 0
+        for index in self._store.runs.values():
+            for slot in list(self._free(index)):
+                if freed >= wanted_bytes:
+                    return freed
+                former = index.holders.get(slot.slot_id)
+                if (index.run, slot.rank) not in self.hosted and (former is None or not self.is_alive(former)):
+                    self.discard(index, slot)
+                    freed += slot.size_bytes
+        return freed
+
+    def end_run(self, run: str) -> None:
+        """The run is forgotten: its grants end, its descriptors are closed."""
+        for grant in [grant for grant in self.grants.values() if grant.run == run]:
+            self._end_grant(grant)
+
+    def close(self) -> None:
+        for grant in list(self.grants.values()):
+            self._end_grant(grant)
+        for holder in self._known.values():
+            holder.close()
+        self._known.clear()
+
+    def _free(self, index: RunIndex) -> list[Slot]:
+        return [slot for _, slot in sorted(index.slots.items()) if slot.slot_id not in self.grants]
+
+    def _may_have(self, index: RunIndex, slot_id: str, holder: HolderRecord) -> bool:
+        former = index.holders.get(slot_id)
+        return former is None or former == holder or not self.is_alive(former)
+
+    def _own_count(self, index: RunIndex, rank: int, holder: HolderRecord) -> int:
+        inodes = [shard.slot_id for (_, owner), shard in index.shards.items() if owner == rank]
+        inodes += [slot.slot_id for slot in index.slots.values() if slot.rank == rank]
+        own = [slot_id for slot_id in inodes if self._may_have(index, slot_id, holder)]
+        pending = sum(1 for run, owner, _ in self._pending if (run, owner) == (index.run, rank))
+        return len(own) + pending
+
+    def _has_no_reader(self, index: RunIndex, slot: Slot) -> bool:
+        """Readers lock, then look for the manifest, which is gone: once this lock is had, no reader comes any more."""
+        path = self._store.paths(index.run).slot(slot.rank, slot.number)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _grant(self, index: RunIndex, slot: Slot, *, step: int, holder: HolderRecord) -> Grant:
+        paths = self._store.paths(index.run)
+        if index.holders.get(slot.slot_id) != holder:
+            write_atomically(paths.holder(slot.slot_id), record.dumps(holder), incarnation=self._store.incarnation)
+            index.holders[slot.slot_id] = holder
+        path = paths.slot(slot.rank, slot.number)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        grant = Grant(
+            run=index.run,
+            rank=slot.rank,
+            number=slot.number,
+            step=step,
+            slot_id=slot.slot_id,
+            size_bytes=slot.size_bytes,
+            fd=fd,
+            holder=holder,
+        )
+        self.grants[slot.slot_id] = grant
+        return grant
+
+    def _end_grant(self, grant: Grant) -> None:
+        del self.grants[grant.slot_id]
+        with contextlib.suppress(OSError):
+            os.close(grant.fd)
+
+    def _rename(self, index: RunIndex, slot: Slot, rank: int) -> Slot:
+        paths = self._store.paths(index.run)
+        number = self._free_number(index, rank)
+        paths.slot(slot.rank, slot.number).rename(paths.slot(rank, number))
+        del index.slots[slot.rank, slot.number]
+        renamed = Slot(rank=rank, number=number, size_bytes=slot.size_bytes, slot_id=slot.slot_id)
+        index.slots[rank, number] = renamed
+        return renamed
+
+    def _plan_allocation(self, index: RunIndex, *, rank: int, size_bytes: int, more: int) -> Allocation:
+        parity = int(2 * self._store.parity_fraction.get(index.run, 0.0) * size_bytes)
+        held_parity = sum(index.fragments.values())
+        self._store.require_room(
+            more * size_bytes + max(0, parity - held_parity),
+            f"run {index.run}: rank {rank} needs {more} more slots of {size_bytes} bytes and "
+            f"{max(0, parity - held_parity)} bytes for parity of two plans",
+        )
+        paths = self._store.paths(index.run)
+        make_directory(paths.slots)
+        number = self._free_number(index, rank)
+        path = paths.slot(rank, number)
+        allocation = Allocation(
+            run=index.run,
+            rank=rank,
+            number=number,
+            size_bytes=size_bytes,
+            temporary=path.with_name(f"{path.name}.{self._store.incarnation}.tmp"),
+        )
+        self._pending[index.run, rank, number] = allocation
+        self.pending_bytes += size_bytes
+        return allocation
+
+    def _end_allocation(self, allocation: Allocation) -> None:
+        del self._pending[allocation.run, allocation.rank, allocation.number]
+        self.pending_bytes -= allocation.size_bytes
+
+    def _free_number(self, index: RunIndex, rank: int) -> int:
+        taken = {number for owner, number in index.slots if owner == rank}
+        taken |= {number for run, owner, number in self._pending if (run, owner) == (index.run, rank)}
+        return next(number for number in range(1, len(taken) + 2) if number not in taken)

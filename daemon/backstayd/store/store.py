@@ -1,0 +1,284 @@
+"""The node's memory: one locked tmpfs directory, adopted at start, and the index of what lies in it.
+
+Everything is a file; nothing is known that a listing cannot show, but for who fills a slot right now. Used from one thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from backstay import record
+from backstay.errors import CapacityError, ConfigError, IntegrityError, InvariantError, UsageError
+from backstay.ids import Generation, RunKey
+from backstayd.core.records import Decision
+from backstayd.store import room
+from backstayd.store.index import UNKNOWN_UID, RunIndex
+from backstayd.store.paths import RunPaths
+from backstayd.store.scan import GENERATION_NAME, LOCK_NAME, Finding, FindingKind, Owner, QuarantineRecord, scan
+from backstayd.store.slots import Slots
+from backstayd.store.stored import make_directory, read_small, write_atomically
+
+logger = logging.getLogger(__name__)
+
+MAX_QUARANTINE_RECORDS = 100  # per run; the oldest go
+
+
+class Store:
+    """One daemon's memory directory.
+
+    Args:
+        memory_dir: Made (mode 0700) if it does not exist.
+        incarnation: Of this daemon; part of temporary names.
+        quota_bytes: Most to hold; 0 is what tmpfs and cgroup allow.
+        must_be_tmpfs: Refuse another file system (else warn).
+        reader_wait_s: How long a reader may keep a released slot from being used again.
+
+    Raises:
+        ConfigError: the directory is another daemon's, cannot be written, or is no tmpfs.
+    """
+
+    def __init__(
+        self,
+        memory_dir: Path,
+        *,
+        incarnation: str,
+        quota_bytes: int = 0,
+        must_be_tmpfs: bool = False,
+        reader_wait_s: float = 3.0,
+        cgroup_root: Path = Path("/sys/fs/cgroup"),
+    ) -> None:
+        self.memory_dir = memory_dir
+        self.incarnation = incarnation
+        self.quota_bytes = quota_bytes
+        self.runs: dict[str, RunIndex] = {}
+        self.foreign: list[Finding] = []
+        self.corrupt_count = 0
+        self.generation = Generation()
+        self.parity_fraction: dict[str, float] = {}  # m / k by run, for admission
+        self._cgroup_root = cgroup_root
+        self._lock_fd = _lock(memory_dir, must_be_tmpfs)
+        self.slots = Slots(self, reader_wait_s=reader_wait_s)
+        try:
+            self._adopt()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the directory; everything stays in it."""
+        self.slots.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def paths(self, run: str) -> RunPaths:
+        return RunPaths(self.memory_dir, run)
+
+    def index(self, run: str) -> RunIndex:
+        """The index of a run, made empty if it is not known yet."""
+        if run not in self.runs:
+            RunKey.parse(run)
+            self.runs[run] = RunIndex(run=run)
+        return self.runs[run]
+
+    def open_run(self, run: str, *, uid: int) -> RunIndex:
+        """The index of a run for a trainer of user ``uid``; the first one to come owns the run.
+
+        Raises:
+            UsageError: the run is another user's (``not_owner``).
+        """
+        index = self.index(run)
+        if index.owner_uid not in (UNKNOWN_UID, uid):
+            raise UsageError(f"run {run} belongs to user {index.owner_uid}, not to user {uid}", reason="not_owner")
+        if index.owner_uid == UNKNOWN_UID:
+            make_directory(self.paths(run).root)
+            write_atomically(self.paths(run).owner, record.dumps(Owner(uid=uid)), incarnation=self.incarnation)
+            index.owner_uid = uid
+        return index
+
+    def admit_generation(self, generation: Generation) -> bool:
+        """Whether ``generation`` may be obeyed; a higher one is remembered across restarts."""
+        if not self.generation.admits(generation):
+            return False
+        if generation != self.generation:
+            write_atomically(self.memory_dir / GENERATION_NAME, record.dumps(generation), incarnation=self.incarnation)
+            self.generation = generation
+        return True
+
+    def record_decision(self, decision: Decision) -> None:
+        """Keep ``decision`` on tmpfs; survives this daemon."""
+        index = self.index(decision.run)
+        make_directory(self.paths(decision.run).root)
+        write_atomically(self.paths(decision.run).decision, record.dumps(decision), incarnation=self.incarnation)
+        index.decision = decision
+
+    def forget(self, run: str) -> None:
+        """Delete everything of a run; mappings that trainers still have keep their pages until they go."""
+        self.slots.end_run(run)
+        self.runs.pop(run, None)
+        self.parity_fraction.pop(run, None)
+        root = self.paths(run).root
+        shutil.rmtree(root, ignore_errors=True)
+        try:
+            root.parent.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(index.used_bytes for index in self.runs.values()) + self.slots.pending_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The smallest of quota, tmpfs and cgroup limits."""
+        return min(limit.total_bytes for limit in self._limits())
+
+    def require_room(self, wanted_bytes: int, purpose: str) -> None:
+        """Check that ``wanted_bytes`` fit, giving up unused slots for them if need be.
+
+        Raises:
+            CapacityError: they do not; the message has the numbers.
+        """
+        for is_last_try in (False, True):
+            tightest = min(self._limits(), key=lambda limit: limit.free_bytes)
+            free = tightest.free_bytes - self.slots.pending_bytes
+            if free >= wanted_bytes:
+                return
+            if is_last_try or self.slots.reclaim(wanted_bytes - free) == 0:
+                raise CapacityError(
+                    f"{purpose}: {wanted_bytes} bytes wanted, {max(0, free)} of {tightest.total_bytes} free under "
+                    f"{tightest.name}; give the daemon more memory or the run fewer ranks per node",
+                    reason="no_room",
+                )
+
+    def digest(self, raw: bytes) -> str:
+        return hashlib.sha256(raw).hexdigest()
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if index and grants contradict each other."""
+        for index in self.runs.values():
+            index.check_invariants()
+        for slot_id, grant in self.slots.grants.items():
+            slot = self.index(grant.run).slots.get((grant.rank, grant.number))
+            if slot is None or slot.slot_id != slot_id:
+                raise InvariantError(f"grant {grant} is of a slot that is not there")
+
+    def _limits(self) -> tuple[room.Limit, ...]:
+        used = self.used_bytes - self.slots.pending_bytes
+        return room.limits(
+            self.memory_dir, quota_bytes=self.quota_bytes, used_bytes=used, cgroup_root=self._cgroup_root
+        )
+
+    def _adopt(self) -> None:
+        path = self.memory_dir / GENERATION_NAME
+        if path.exists():
+            try:
+                self.generation = record.loads(Generation, read_small(path))
+            except IntegrityError:
+                path.unlink()
+        for leftover in self.memory_dir.glob("*.tmp"):
+            leftover.unlink()
+        found = scan(self.memory_dir)
+        self.runs = found.runs
+        for finding in found.findings:
+            self._act_on(finding)
+        for run, index in self.runs.items():
+            self._tidy(run, index)
+            logger.info(
+                "adopted run %s: %d shards, %d plans, %d fragments, %d slots",
+                run, len(index.shards), len(index.plans), len(index.fragments), len(index.slots),
+            )  # fmt: skip
+        self.check_invariants()
+
+    def _act_on(self, finding: Finding) -> None:
+        if finding.kind is FindingKind.FOREIGN:
+            logger.warning("%s: %s", finding.path, finding.reason)
+            self.foreign.append(finding)
+        elif finding.kind is FindingKind.LEFTOVER:
+            logger.info("removed %s: %s", finding.path, finding.reason)
+            finding.path.unlink(missing_ok=True)
+        elif finding.kind is FindingKind.UNPUBLISHED:
+            logger.info("%s is a slot again: %s", finding.path, finding.reason)
+            rank = int(finding.path.name.split("-")[1])
+            self.slots.shelve(self.runs[finding.run], finding.path, rank=rank)
+        elif finding.quarantined is not None:
+            self.quarantine_files(finding)
+
+    def quarantine_files(self, finding: Finding) -> None:
+        """Free the bytes of a bad file and its companions; keep its record and the reason in quarantine/."""
+        assert finding.quarantined is not None
+        index, paths = self.runs[finding.run], self.paths(finding.run)
+        logger.error("quarantined %s: %s", finding.quarantined.what, finding.reason)
+        kept = b""
+        for companion in finding.companions:
+            kept = companion.read_bytes() if companion.exists() else kept
+            companion.unlink(missing_ok=True)
+        finding.path.unlink(missing_ok=True)
+        make_directory(paths.quarantine)
+        name = f"{len(index.quarantined):04d}-{finding.path.name}.json"
+        bad = QuarantineRecord(quarantined=finding.quarantined, commit_record=kept.decode(errors="replace"))
+        write_atomically(paths.quarantine / name, record.dumps(bad), incarnation=self.incarnation)
+        index.quarantined[name] = finding.quarantined
+        self.corrupt_count += 1
+        while len(index.quarantined) > MAX_QUARANTINE_RECORDS:
+            oldest = min(index.quarantined)
+            (paths.quarantine / oldest).unlink(missing_ok=True)
+            del index.quarantined[oldest]
+
+    def _tidy(self, run: str, index: RunIndex) -> None:
+        """Remove holder notes of inodes that are gone and directories that are empty."""
+        paths = self.paths(run)
+        inodes = {shard.slot_id for shard in index.shards.values()} | {slot.slot_id for slot in index.slots.values()}
+        if paths.slots.is_dir():
+            for note in paths.slots.glob("holder-*.json"):
+                slot_id = note.name.removeprefix("holder-").removesuffix(".json")
+                if slot_id not in inodes:
+                    note.unlink(missing_ok=True)
+                    index.holders.pop(slot_id, None)
+        for parity in paths.root.glob("attempt-*/step-*/parity"):
+            remove_empty(parity)
+        for step in paths.root.glob("attempt-*/step-*"):
+            remove_empty(step)
+        for attempt in paths.root.glob("attempt-*"):
+            remove_empty(attempt)
+
+
+def remove_empty(directory: Path) -> None:
+    """Remove ``directory`` if nothing is in it."""
+    try:
+        directory.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR):
+            raise
+
+
+def _lock(memory_dir: Path, must_be_tmpfs: bool) -> int:
+    try:
+        make_directory(memory_dir)
+        os.chmod(memory_dir, 0o700)
+        fd = os.open(memory_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"memory directory {memory_dir} cannot be used: {error.strerror}", reason="bad_memory_dir"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ConfigError(
+            f"memory directory {memory_dir} belongs to another running daemon; one daemon per directory",
+            reason="directory_in_use",
+        ) from None
+    if not room.is_tmpfs(memory_dir):
+        if must_be_tmpfs:
+            os.close(fd)
+            raise ConfigError(f"memory directory {memory_dir} is not on a tmpfs", reason="no_tmpfs")
+        logger.warning("memory directory %s is not on a tmpfs: snapshots would be written to a disk", memory_dir)
+    return fd
