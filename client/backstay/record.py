@@ -68,7 +68,7 @@ def _build(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise TypeError(f"expected an object, found {type(value).__name__}")
-        fields = _field_types(typing.cast("type[Any]", kind))
+        fields = _field_types(typing.cast("Any", kind))
         return typing.cast("Any", kind)(**{name: _build(fields[name], value[name]) for name in fields if name in value})
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)
