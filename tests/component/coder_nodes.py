@@ -118,9 +118,7 @@ def make_plan(nodes: list[CoderNode], volumes: list[list[Manifest]], *, m: int) 
                 node=node.name,
                 incarnation=node.incarnation,
                 bulk_address=node.address,
-                shards=tuple(
-                    VolumeShard(rank=mf.rank, size_bytes=mf.size_bytes, digest=mf.digest) for mf in volume
-                ),
+                shards=tuple(VolumeShard(rank=mf.rank, size_bytes=mf.size_bytes, digest=mf.digest) for mf in volume),
             )
             for node, volume in zip(nodes, volumes, strict=True)
         ),

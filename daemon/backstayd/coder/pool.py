@@ -81,7 +81,7 @@ class CoderPool:
         self._keepers: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
         self._ids = itertools.count(1)
-        self._is_closing = False
+        self._closing = asyncio.Event()
         self.restart_count = 0
 
     @property
@@ -126,19 +126,17 @@ class CoderPool:
 
     async def close(self) -> None:
         """End all coders (politely, then SIGKILL) and reap them. Jobs that run answer UnavailableError. Idempotent."""
-        self._is_closing = True
+        self._closing.set()
         for coder in self._coders.values():
             coder.writer.close()  # end of file tells a coder to end
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
-                await asyncio.gather(*(coder.process.wait() for coder in self._coders.values()))
+        if self._keepers:
+            await asyncio.wait(self._keepers, timeout=GRACE_S)
         for coder in self._coders.values():
             if coder.process.returncode is None:
                 coder.process.kill()
-                await coder.process.wait()
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+            await coder.process.wait()
+            coder.writer.close()
+        await asyncio.gather(*self._keepers)
         self._keepers = []
         async with self._changed:
             self._changed.notify_all()
@@ -147,7 +145,7 @@ class CoderPool:
         """Wait for the least busy live coder with room and register the job there."""
         async with self._changed:
             while True:
-                if self._is_closing:
+                if self._closing.is_set():
                     raise TimeoutError
                 free = [c for c in self._coders.values() if c.is_alive and len(c.pending) < self._jobs_per_coder]
                 if free:
@@ -164,25 +162,30 @@ class CoderPool:
     async def _keep(self, place: int) -> None:
         """Read one coder's answers until it dies, then start another after a bounded, growing pause."""
         backoff_s = FIRST_BACKOFF_S
-        while not self._is_closing:
+        while not self._closing.is_set():
             coder = self._coders[place]
             started = asyncio.get_running_loop().time()
             await self._listen(coder)
             await self._bury(coder)
-            if self._is_closing:
-                return
             if asyncio.get_running_loop().time() - started > LAST_BACKOFF_S:
                 backoff_s = FIRST_BACKOFF_S
-            await asyncio.sleep(backoff_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), backoff_s)
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
-            try:
-                self._coders[place] = await self._spawn()
-            except OSError as error:
-                logger.error("cannot start a coder: %s; trying again in %.1f s", error, backoff_s)
-                continue
-            self.restart_count += 1
-            async with self._changed:
-                self._changed.notify_all()
+            await self._respawn(place)
+
+    async def _respawn(self, place: int) -> None:
+        """Put a new coder at ``place``; a failure is logged and tried again after the next pause."""
+        if self._closing.is_set():
+            return
+        try:
+            self._coders[place] = await self._spawn()
+        except OSError as error:
+            logger.error("cannot start a coder: %s; trying again", error)
+            return
+        self.restart_count += 1
+        async with self._changed:
+            self._changed.notify_all()
 
     async def _listen(self, coder: _Coder) -> None:
         while True:
@@ -195,22 +198,28 @@ class CoderPool:
                 logger.error("coder %d wrote something that is no answer (%s); it is ended", coder.process.pid, error)
                 return
             if answer.event is not None:
-                self._on_event(answer.event)
+                self._announce(answer.event)
             if answer.result is not None:
                 future = coder.pending.get(answer.result.job_id)
                 if future is not None and not future.done():
                     future.set_result(answer.result)
 
+    def _announce(self, event: CoderEvent) -> None:
+        try:
+            self._on_event(event)
+        except Exception:  # the listener's mistake must not end the coder
+            logger.exception("an event of a coder was not taken: %s", event)
+
     async def _bury(self, coder: _Coder) -> None:
         """Reap a dead coder, answer its jobs, remove its temporary files."""
         coder.is_alive = False
-        if not self._is_closing and coder.process.returncode is None:
+        if not self._closing.is_set() and coder.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 coder.process.kill()
         status = await coder.process.wait()
         coder.writer.close()
         pid = coder.process.pid
-        if not self._is_closing:
+        if not self._closing.is_set():
             logger.warning("coder %d ended with status %d and %d jobs; restarting it", pid, status, len(coder.pending))
         for job_id, future in coder.pending.items():
             if not future.done():

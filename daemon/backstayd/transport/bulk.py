@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ GONE: Final = "gone"
 WRONG_IDENTITY: Final = "wrong_identity"
 TRUNCATED: Final = "truncated"
 BAD_CHUNK: Final = "bad_chunk"
+FLIPPED_IN_FLIGHT: Final = "flipped_in_flight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ class BulkClient:
         self.timeouts = timeouts or Timeouts()
         self._deadline = deadline
         self._channel: Channel | None = None
-        self._is_aborted = False
+        self._aborted = threading.Event()
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -81,6 +83,8 @@ class BulkClient:
             UnavailableError: the peer is dead, silent or not ready.
         """
         reply = self._checked(lambda channel: channel.receive_record(BulkReply))
+        if reply.reason == BAD_CHUNK:  # right when it left here, wrong when it arrived: nothing at rest is damaged
+            raise UnavailableError(f"{self.address}: {reply.message}", reason=FLIPPED_IN_FLIGHT)
         if reply.error_class:
             raise ERROR_CLASSES.get(reply.error_class, UnavailableError)(
                 f"{self.address}: {reply.message}", reason=reply.reason
@@ -134,7 +138,11 @@ class BulkClient:
 
     def end_put(self) -> None:
         """Wait until the peer published what was put; raises what it answers."""
-        self.begin_answer()
+        try:
+            self.begin_answer()
+        except BackstayError:
+            self.close()  # the peer ended its side: it does not know where the next request would begin
+            raise
 
     def is_staged(self, ref: ShardRef) -> bool:
         """Whether the peer accepts ranges of this shard now."""
@@ -157,7 +165,7 @@ class BulkClient:
 
     def abort(self) -> None:
         """Make whatever thread uses this client fail soon with UnavailableError; for good."""
-        self._is_aborted = True
+        self._aborted.set()
         channel = self._channel
         if channel is not None:
             channel.abort()
@@ -213,7 +221,7 @@ class BulkClient:
         return None
 
     def _connect(self) -> Channel:
-        if self._is_aborted:
+        if self._aborted.is_set():
             raise UnavailableError(f"{self.address}: cancelled", reason="cancelled")
         host, _, port = self.address.rpartition(":")
         timeout_s = self.timeouts.connect_s
@@ -225,7 +233,12 @@ class BulkClient:
             sock = connect(host.strip("[]"), int(port), timeout_s=timeout_s)
         except (OSError, ValueError) as error:
             raise UnavailableError(f"{self.address} cannot be reached: {error}", reason="unreachable") from error
-        return Channel(sock, name=self.address, timeouts=self.timeouts)
+        channel = Channel(sock, name=self.address, timeouts=self.timeouts)
+        if self._deadline is not None:
+            channel.set_silence_limit(min(self.timeouts.constant_s, max(0.01, self._deadline - time.monotonic())))
+        if self._aborted.is_set():
+            channel.abort()  # it came while the connection was made
+        return channel
 
 
 def connect(host: str, port: int, *, timeout_s: float) -> socket.socket:
