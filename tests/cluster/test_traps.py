@@ -1,0 +1,313 @@
+"""The traps of the design, each a scenario on real daemons: record, break, prove it is broken, prove the promise.
+
+Ranks are light (no torch): their bytes are known from (seed, step, rank), so every restored shard is compared with what was
+written and not with what the product says of it.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.kit.light_world import Rank, Ranks, light_world, wait_protected
+
+from backstay.testing import LocalCluster
+from backstay.testing.fixtures import LocalClusterFactory
+
+RUN = "default/trap"
+LEASE_S = 1.0
+
+
+def _check_restored(answers: list[dict[str, Any]], ranks: Ranks, *, step: int, seed: str = "") -> None:
+    """Every rank got the same step, labelled EXACT, with exactly the bytes it once wrote."""
+    for rank, answer in zip(ranks.ranks, answers, strict=True):
+        assert "error" not in answer, answer
+        assert (answer["outcome"], answer["step"]) == ("EXACT", step), answer
+        assert answer["shards"][str(rank.rank)]["sha256"] == rank.expected(seed, step)
+
+
+def _start_fresh(ranks: Ranks) -> None:
+    for answer in ranks.restore():
+        assert answer.get("outcome") == "NONE", answer
+
+
+def _protect_steps(cluster: LocalCluster, ranks: Ranks, steps: range, seed: str = "", run: str = RUN) -> None:
+    for step in steps:
+        ranks.publish(step, seed)
+    wait_protected(cluster, run, steps[-1])
+
+
+def _flip_byte(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0xFF]))
+
+
+def _find(cluster: LocalCluster, index: int, pattern: str) -> Path:
+    """The newest file of a node's memory that matches."""
+    found = sorted(cluster.nodes[index].memory_dir.rglob(pattern))
+    assert found, f"node {index} has no {pattern}: {list(cluster.files(index))}"
+    return found[-1]
+
+
+def test_a_trainer_frozen_replaced_and_thawed_cannot_touch_what_came_after_it(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as old, light_world(cluster, RUN) as new, light_world(cluster, RUN) as last:
+        _start_fresh(old)
+        _protect_steps(cluster, old, range(1, 3), "old")
+        frozen = old.ranks[0]
+        frozen.ask("reserve", step=3)
+        frozen.ask("fill", step=3, seed="old")
+        frozen.freeze()
+        old.ranks[1].kill()
+
+        _check_restored(new.restore(), new, step=2, seed="old")
+        _protect_steps(cluster, new, range(3, 5), "new")
+        frozen.thaw()
+        frozen.ask("scribble")  # its mapping is still there: whatever it touches must be nobody's
+        refused = frozen.ask_refused("commit", step=3)
+        assert refused["error"] in ("StaleGenerationError", "ConnectionError", "BrokenPipeError", "UsageError"), refused
+        assert frozen.ask_refused("reserve", step=5)["error"] != "AssertionError"
+        frozen.kill()
+        new.kill()
+
+        _check_restored(last.restore(), last, step=4, seed="new")
+
+
+def test_a_forked_worker_that_outlives_its_trainer_does_not_keep_its_session_alive(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
+        _start_fresh(first)
+        _protect_steps(cluster, first, range(1, 3))
+        child = first.ranks[0].ask("fork")["pid"]
+        first.kill()
+        assert Path(f"/proc/{child}").exists(), "the worker must outlive the trainer, or this proves nothing"
+
+        _check_restored(second.restore(), second, step=2)
+        _protect_steps(cluster, second, range(3, 5))
+        assert Path(f"/proc/{child}").exists()
+
+
+def test_trainers_and_coordinator_restarting_together_never_begin_at_nothing(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
+        _start_fresh(first)
+        _protect_steps(cluster, first, range(1, 4))
+        cluster.kill_coordinator()
+        first.kill()
+        second.attach()
+        for rank in second.ranks:
+            rank.send("restore")
+        assert not second.ranks[0].has_answered(LEASE_S), "nobody is there to decide, so nothing may be answered"
+        cluster.start_coordinator()
+
+        _check_restored([rank.receive() for rank in second.ranks], second, step=3)
+
+
+def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as first, light_world(cluster, RUN, nodes=(0, 1, 2, 0)) as second:
+        _start_fresh(first)
+        _protect_steps(cluster, first, range(1, 3))
+        first.kill()
+        second.attach()
+        for rank in second.ranks[:3]:
+            rank.send("restore")
+        assert not second.ranks[0].has_answered(LEASE_S), "one rank is missing, so nothing may be decided"
+        cluster.destroy_node(3)
+        second.ranks[3].send("restore")
+
+        _check_restored([rank.receive() for rank in second.ranks], second, step=2)
+
+
+def test_two_jobs_at_once_do_not_see_each_other(local_cluster_factory: LocalClusterFactory) -> None:
+    cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
+    one, two = "one/same-name", "two/same-name"
+    with light_world(cluster, one) as first, light_world(cluster, two) as other:
+        _start_fresh(first)
+        _start_fresh(other)
+        _protect_steps(cluster, first, range(1, 3), "one", one)
+        _protect_steps(cluster, other, range(1, 6), "two", two)
+        first.kill()
+        with light_world(cluster, one) as again:
+            _check_restored(again.restore(), again, step=2, seed="one")
+            again.ask_all("finish")
+        cluster.wait_until(
+            lambda: not any(name.startswith("one/") for index in (0, 1) for name in cluster.files(index)),
+            30,
+            "the finished job's memory to be freed",
+        )
+        _protect_steps(cluster, other, range(6, 8), "two", two)
+        other.kill()
+        with light_world(cluster, two) as again:
+            _check_restored(again.restore(), again, step=7, seed="two")
+
+
+@pytest.mark.parametrize("what", ["shard", "manifest", "parity"])
+def test_a_flipped_byte_is_detected_counted_and_survived(local_cluster_factory: LocalClusterFactory, what: str) -> None:
+    cluster = local_cluster_factory(4, 2, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as first:
+        _start_fresh(first)
+        _protect_steps(cluster, first, range(1, 3))
+        first.kill()
+        cluster.kill_daemon(1)
+        if what == "shard":
+            _flip_byte(_find(cluster, 1, "rank-00001-of-*.safetensors"), 256 * 1024 + 77)
+        elif what == "manifest":
+            path = _find(cluster, 1, "rank-00001-of-*.manifest.json")
+            _flip_byte(path, path.read_bytes().index(b'"chunk_crcs":"') + 20)
+        else:
+            for path in cluster.nodes[1].memory_dir.rglob("parity/plan-*.index-*"):
+                if path.suffix != ".json":
+                    _flip_byte(path, 1000)
+        cluster.restart_daemon(1)
+        if what == "parity":  # the parity is read only when a shard is to be rebuilt
+            cluster.destroy_node(0)
+            cluster.replace_node(0)
+        with light_world(cluster, RUN) as second:
+            _check_restored(second.restore(), second, step=2)
+        nodes = {node["name"]: node for node in cluster.status()["nodes"]}
+        if what != "manifest":  # a manifest that is none is no commit record: the shard was never adopted
+            assert nodes["node-1"]["corrupt_count"] >= 1, nodes
+            assert cluster.run_status(RUN)["quarantined"], "the bad source must be named in the status"
+
+
+def test_a_late_write_into_a_committed_slot_never_reaches_a_tensor(local_cluster_factory: LocalClusterFactory) -> None:
+    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
+        _start_fresh(first)
+        _protect_steps(cluster, first, range(1, 3))
+        slot = first.ranks[1].ask("reserve", step=3)["slot_id"]
+        committed = next(name for name in first.ranks[1].ask("slots")["slot_ids"] if name != slot)
+        first.ranks[1].ask("scribble", slot_id=committed)
+        first.kill()
+
+        _check_restored(second.restore(), second, step=2)
+
+
+def test_a_wrong_world_size_is_refused_and_the_right_one_still_restores(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as first, light_world(cluster, RUN, nodes=(0, 1)) as smaller:
+        _start_fresh(first)
+        _protect_steps(cluster, first, range(1, 3))
+        first.kill()
+        for rank in smaller.ranks:
+            rank.send("attach", world_id=smaller.world_id)
+        refused = [rank.receive() for rank in smaller.ranks]
+        if all("error" not in answer for answer in refused):
+            refused = smaller.ask_all("restore")
+        for answer in refused:
+            assert "error" in answer, answer
+            assert "2" in answer["message"], answer
+            assert "3" in answer["message"], answer
+        smaller.kill()
+        with light_world(cluster, RUN) as second:
+            _check_restored(second.restore(), second, step=2)
+
+
+def test_a_name_that_is_no_run_and_a_protocol_from_before_are_refused_by_name(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(1, 0, lease_s=LEASE_S)
+    with light_world(cluster, "default/../../etc") as bad, light_world(cluster, RUN) as good:
+        refused = bad.ranks[0].ask_refused("attach", world_id=bad.world_id)
+        assert refused["error"] == "UsageError", refused
+        assert "etc" in refused["message"]
+        refused = good.ranks[0].ask_refused("attach", world_id=good.world_id, protocol=99)
+        assert "99" in refused["message"], refused
+
+
+def test_more_losses_than_parity_are_refused_with_what_is_missing_and_never_guessed(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as first:
+        _start_fresh(first)
+        _protect_steps(cluster, first, range(1, 4))
+        first.kill()
+    cluster.destroy_nodes([1, 2])
+    cluster.replace_node(1)
+    cluster.replace_node(2)
+    cluster.wait_live()
+    with light_world(cluster, RUN) as second:
+        for answer in second.restore():
+            assert answer.get("error") == "UnrecoverableError", answer
+            assert "rank" in answer["message"], answer
+            assert "3" in answer["message"], answer
+    with light_world(cluster, RUN) as third:
+        for answer in third.restore(allow_fresh=True):
+            assert (answer.get("outcome"), answer.get("step")) == ("NONE", 0), answer
+            assert answer["attempt"] >= 2, "a fresh start is another history"
+
+
+def test_a_daemon_that_is_killed_and_restarted_adopts_what_is_in_memory(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
+        _start_fresh(first)
+        _protect_steps(cluster, first, range(1, 4))
+        first.kill()
+        for index in range(3):
+            cluster.kill_daemon(index)
+        for index in range(3):
+            cluster.restart_daemon(index)
+        answers = second.restore()
+
+        _check_restored(answers, second, step=3)
+        for rank, answer in enumerate(answers):
+            assert answer["shards"][str(rank)]["source"] == "local", answer
+
+
+def test_a_node_of_an_old_history_that_comes_back_cannot_bring_its_steps_along(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN, nodes=(0, 1, 2)) as old, light_world(cluster, RUN, nodes=(0, 3, 2)) as new:
+        _start_fresh(old)
+        _protect_steps(cluster, old, range(1, 4), "old")
+        for rank in old.ranks[:2]:
+            assert "digest" in rank.ask("publish", step=4, seed="old")
+        old.kill()
+        cluster.kill_daemon(1)
+        _check_restored(new.restore(), new, step=3, seed="old")
+        _protect_steps(cluster, new, range(4, 6), "new")
+        cluster.restart_daemon(1)
+        cluster.wait_live()
+        new.kill()
+        with light_world(cluster, RUN, nodes=(0, 1, 2)) as last:
+            _check_restored(last.restore(), last, step=5, seed="new")
+
+
+def test_ranks_whose_slots_come_free_with_jitter_still_complete_snapshots(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+    chance = random.Random(7)
+    with light_world(cluster, RUN) as world:
+        _start_fresh(world)
+        committed = []
+        for step in range(1, 31):
+            ranks: list[Rank] = chance.sample(world.ranks, len(world.ranks))
+            answers = []
+            for rank in ranks:  # one after another, the pause between them now short, now long; nobody waits for a slot
+                rank.has_answered(chance.choice((0.0, 0.0, 0.1)))
+                answers.append(rank.ask("publish", step=step, wait_s=0.0))
+            if all("digest" in answer for answer in answers):
+                committed.append(step)
+        assert len(committed) >= 3, f"all ranks committed only steps {committed}: each skips what the others take"
+        wait_protected(cluster, RUN, committed[-1])

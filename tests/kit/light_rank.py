@@ -1,0 +1,197 @@
+"""A rank without torch: speaks the local protocol by hand, so that a test can stop it between any two messages.
+
+``python tests/kit/light_rank.py SOCKET RUN RANK WORLD_SIZE SIZE_BYTES``, then one JSON command a line. Its bytes are
+a function of (seed, step, rank), so a test can say what a restored shard must hold without asking the product.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from backstay import local, record
+from backstay.digest import Digester
+from backstay.manifest import CHUNK_BYTES
+from backstay.shard import Layout, TensorSpec, build_manifest, plan_layout
+
+ANSWER_DEADLINE_S = 120.0
+
+
+def layout_of(rank: int, size_bytes: int) -> Layout:
+    """One tensor of about ``size_bytes``."""
+    return plan_layout([TensorSpec.whole(f"rank-{rank:05d}.noise", "torch.uint8", (size_bytes,))])
+
+
+def content_of(layout: Layout, seed: str, step: int, rank: int) -> bytes:
+    """The whole shard file of a step; other bytes for every seed, step and rank."""
+    length = layout.size_bytes - layout.header_bytes
+    block = hashlib.shake_256(f"{seed}/{step}/{rank}".encode()).digest(4096)
+    return layout.header + (block * (length // len(block) + 1))[:length]
+
+
+class RefusedError(Exception):
+    """The daemon's Error answer."""
+
+    def __init__(self, error: local.Error) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class LightRank:
+    """One session; ``do_*`` methods are the commands."""
+
+    def __init__(self, socket_path: str, run: str, rank: int, world_size: int, size_bytes: int) -> None:
+        self.run, self.rank, self.world_size = run, rank, world_size
+        self.socket_path = socket_path
+        self.layout = layout_of(rank, size_bytes)
+        self.slots: dict[str, mmap.mmap] = {}
+        self.reserved: local.Reserved | None = None
+        self.manifest: dict[str, Any] = {}
+        self.world_id = ""
+        self.attempt = 0
+        self._message_id = 0
+        self._socket: socket.socket | None = None
+
+    def do_attach(self, world_id: str, attempt: int = 0, protocol: int = local.PROTOCOL_VERSION) -> dict[str, Any]:
+        """Connect anew and attach."""
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(ANSWER_DEADLINE_S)
+        self._socket.connect(self.socket_path)
+        self.world_id = world_id
+        attach = local.Attach(
+            run=self.run,
+            world_id=world_id,
+            rank=self.rank,
+            world_size=self.world_size,
+            attempt=attempt,
+            protocol=protocol,
+        )
+        answer, _ = self._ask(attach)
+        return {"node": answer.node, "session_id": answer.session_id}
+
+    def do_restore(self, allow_fresh: bool = False, deadline_s: float = 60.0) -> dict[str, Any]:
+        """Ask for the world's decision and read every shard that comes with it."""
+        request = local.Restore(allow_fresh=allow_fresh, deadline_s=deadline_s, world_size=self.world_size)
+        answer, fds = self._ask(request)
+        shards = {}
+        for shard in answer.shards:
+            with open(fds[shard.fd_index], "rb") as file:
+                shards[str(shard.rank)] = {"sha256": hashlib.sha256(file.read()).hexdigest(), "source": shard.source}
+        self.attempt = answer.attempt
+        return {
+            "outcome": answer.outcome,
+            "attempt": answer.attempt,
+            "step": answer.step,
+            "base_attempt": answer.base_attempt,
+            "message": answer.message,
+            "shards": shards,
+        }
+
+    def do_reserve(self, step: int, wait_s: float = 20.0) -> dict[str, Any]:
+        request = local.Reserve(
+            step=step, size_bytes=self.layout.size_bytes, wait_s=wait_s, known_slots=tuple(self.slots)
+        )
+        answer, fds = self._ask(request)
+        if isinstance(answer, local.Skipped):
+            return {"skipped": answer.reason}
+        for fd in fds:
+            self.slots[answer.slot_id] = mmap.mmap(fd, self.layout.size_bytes)
+            os.close(fd)
+        self.reserved = answer
+        return {"slot_id": answer.slot_id}
+
+    def do_fill(self, step: int, seed: str = "") -> dict[str, Any]:
+        """Write the step's bytes into the reserved slot and make its manifest."""
+        assert self.reserved is not None
+        content = content_of(self.layout, seed, step, self.rank)
+        self.slots[self.reserved.slot_id][: len(content)] = content
+        digester = Digester(self.layout)
+        digester.update_span(content)
+        chunk_crcs, tensor_crcs = digester.finish()
+        manifest = build_manifest(
+            self.layout,
+            run=self.run,
+            attempt=self.attempt,
+            step=step,
+            rank=self.rank,
+            world_size=self.world_size,
+            world_id=self.world_id,
+            chunk_crcs=chunk_crcs,
+            tensor_crcs=tensor_crcs,
+        )
+        self.manifest = record.to_json(manifest)
+        return {"sha256": hashlib.sha256(content).hexdigest()}
+
+    def do_slots(self) -> dict[str, Any]:
+        return {"slot_ids": list(self.slots)}
+
+    def do_scribble(self, slot_id: str = "", offset: int = -1) -> dict[str, Any]:
+        """Flip a byte through the mapping that is still there: a late write."""
+        slot = self.slots[slot_id or next(iter(self.slots))]
+        at = offset if offset >= 0 else self.layout.header_bytes + CHUNK_BYTES // 2
+        slot[at] ^= 0xFF
+        return {"offset": at}
+
+    def do_commit(self, step: int) -> dict[str, Any]:
+        assert self.reserved is not None
+        answer, _ = self._ask(local.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest))
+        return {"digest": answer.digest}
+
+    def do_publish(self, step: int, seed: str = "", wait_s: float = 20.0) -> dict[str, Any]:
+        """Reserve, fill and commit."""
+        reserved = self.do_reserve(step, wait_s)
+        if "skipped" in reserved:
+            return reserved
+        filled = self.do_fill(step, seed)
+        return {**filled, **self.do_commit(step)}
+
+    def do_finish(self) -> dict[str, Any]:
+        self._ask(local.Finish())
+        return {}
+
+    def do_fork(self) -> dict[str, Any]:
+        """Leave a child behind that holds every descriptor, as a DataLoader worker does; it stays until it is killed."""
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+            os._exit(0)
+        return {"pid": pid}
+
+    def _ask(self, message: Any) -> tuple[Any, list[int]]:
+        assert self._socket is not None
+        self._message_id += 1
+        local.send_frame(self._socket, message, message_id=self._message_id)
+        while True:
+            answer, message_id, fds = local.receive_frame(self._socket)
+            if message_id != self._message_id or isinstance(answer, local.Progress):
+                continue
+            if isinstance(answer, local.Error):
+                raise RefusedError(answer)
+            return answer, fds
+
+
+def main(arguments: list[str]) -> int:
+    path, run, rank, world_size, size_bytes = arguments
+    light = LightRank(path, run, int(rank), int(world_size), int(size_bytes))
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            answer = getattr(light, "do_" + command.pop("do"))(**command)
+        except RefusedError as error:
+            answer = {"error": error.error.error_class, "reason": error.error.reason, "message": error.error.message}
+        except (OSError, AssertionError, KeyError, TypeError) as error:
+            answer = {"error": type(error).__name__, "reason": "local", "message": str(error)}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

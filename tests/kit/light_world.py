@@ -1,0 +1,180 @@
+"""The test's side of light ranks: starts them on a cluster's nodes, talks to them, freezes them, ends them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.kit.light_rank import content_of, layout_of
+
+from backstay.ids import new_incarnation
+from backstay.testing import LocalCluster
+from backstay.testing.cluster import process_environment
+from backstay.testing.node import WORK_ROLE
+
+SCRIPT = Path(__file__).with_name("light_rank.py")
+SIZE_BYTES = 3 * 256 * 1024 + 1000
+
+
+class Rank:
+    """One light rank process on one node."""
+
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        node_index: int,
+        *,
+        run: str,
+        rank: int,
+        world_size: int,
+        size_bytes: int = SIZE_BYTES,
+    ) -> None:
+        node = cluster.nodes[node_index]
+        self.rank = rank
+        self.size_bytes = size_bytes
+        arguments = [str(node.socket), run, str(rank), str(world_size), str(size_bytes)]
+        environment = process_environment() | cluster.keeper.marks(node=node.name, role=WORK_ROLE)
+        self.log = cluster.keeper.log_dir / f"rank-{rank}-{new_incarnation()}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPT), *arguments],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._pending = b""
+
+    def send(self, do: str, **arguments: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def receive(self, *, deadline_s: float = 90.0) -> dict[str, Any]:
+        """The next answer, errors included."""
+        assert self.process.stdout is not None
+        fd = self.process.stdout.fileno()
+        end = time.monotonic() + deadline_s
+        while b"\n" not in self._pending:
+            ready, _, _ = select.select([fd], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"rank {self.rank} did not answer within {deadline_s} s"
+            received = os.read(fd, 65536)
+            assert received, f"rank {self.rank} ended: {self.log.read_text()[-2000:]}"
+            self._pending += received
+        line, _, self._pending = self._pending.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def has_answered(self, wait_s: float) -> bool:
+        """Whether an answer is there within ``wait_s``."""
+        assert self.process.stdout is not None
+        return b"\n" in self._pending or bool(select.select([self.process.stdout.fileno()], [], [], wait_s)[0])
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send and receive; an error answer fails the test."""
+        self.send(do, **arguments)
+        answer = self.receive()
+        assert "error" not in answer, f"rank {self.rank}, {do}: {answer}"
+        return answer
+
+    def ask_refused(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send and receive; anything but an error answer fails the test."""
+        self.send(do, **arguments)
+        answer = self.receive()
+        assert "error" in answer, f"rank {self.rank}, {do} was not refused: {answer}"
+        return answer
+
+    def expected(self, seed: str, step: int) -> str:
+        """SHA-256 of the shard file this rank writes for ``seed`` and ``step``."""
+        return hashlib.sha256(content_of(layout_of(self.rank, self.size_bytes), seed, step, self.rank)).hexdigest()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=20)
+
+    def close(self) -> None:
+        self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                continue
+
+
+class Ranks:
+    """The light ranks of one world."""
+
+    def __init__(self, ranks: Sequence[Rank], world_id: str) -> None:
+        self.ranks = list(ranks)
+        self.world_id = world_id
+
+    def attach(self) -> None:
+        for rank in self.ranks:
+            rank.ask("attach", world_id=self.world_id)
+
+    def ask_all(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
+        for rank in self.ranks:
+            rank.send(do, **arguments)
+        return [rank.receive() for rank in self.ranks]
+
+    def restore(self, **arguments: Any) -> list[dict[str, Any]]:
+        """Attach and restore on all ranks; the answers in rank order, errors included."""
+        self.attach()
+        return self.ask_all("restore", **arguments)
+
+    def publish(self, step: int, seed: str = "") -> None:
+        for answer in self.ask_all("publish", step=step, seed=seed):
+            assert "digest" in answer, f"step {step} was not committed: {answer}"
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.close()
+
+
+@contextmanager
+def light_world(
+    cluster: LocalCluster, run: str, *, nodes: Sequence[int] | None = None, size_bytes: int = SIZE_BYTES
+) -> Iterator[Ranks]:
+    """A world with rank r on node ``nodes[r]`` (default: one on each node); nothing is attached yet."""
+    places = list(range(len(cluster.nodes))) if nodes is None else list(nodes)
+    ranks = Ranks(
+        [
+            Rank(cluster, node, run=run, rank=rank, world_size=len(places), size_bytes=size_bytes)
+            for rank, node in enumerate(places)
+        ],
+        new_incarnation(),
+    )
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+def wait_protected(cluster: LocalCluster, run: str, step: int, *, deadline_s: float = 60.0) -> None:
+    cluster.wait_until(
+        lambda: cluster.run_status(run)["protected_step"] >= step,
+        deadline_s=deadline_s,
+        why=f"step {step} of {run} to be protected",
+    )
