@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from typing import Self
 
 
 class FlippingProxy:
@@ -29,7 +30,7 @@ class FlippingProxy:
     def address(self) -> str:
         return f"127.0.0.1:{self._listen.getsockname()[1]}"
 
-    def __enter__(self) -> FlippingProxy:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

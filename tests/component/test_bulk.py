@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from crc32c import crc32c
+from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 
 from backstay import record
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError, UsageError
@@ -26,7 +27,6 @@ from backstayd.store.stored import StoredFragment
 from backstayd.transport.bulk import BulkClient, FragmentRef, ShardRef
 from backstayd.transport.bulk_server import BulkServer
 from backstayd.transport.bulk_wire import BulkReply, BulkRequest, Channel, Timeouts
-from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 
 DATA = random.Random(1).randbytes(3 * CHUNK_BYTES + 100)
 PLAN_ID = "0123456789abcdef" * 2
@@ -187,10 +187,14 @@ def test_a_damaged_put_publishes_nothing_and_the_sender_hears_why(served: Served
     size = 40 * CHUNK_BYTES
     chunk = memoryview(bytes(CHUNK_BYTES))
     served.client.begin_put_fragment(fragment_ref(), size_bytes=size)
-    with pytest.raises(UnavailableError) as caught:
+
+    def put_all() -> None:
         for index in range(40):
             served.client.put_chunk(crc32c(chunk) ^ (index == 1), [chunk])
         served.client.end_put()
+
+    with pytest.raises(UnavailableError) as caught:
+        put_all()
     assert caught.value.reason == "flipped_in_flight"
     assert [path.name for path in served.paths.parity(KEY).iterdir()] == [f"plan-{PLAN_ID}.json"]
 

@@ -36,7 +36,8 @@ class FetchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeStripe:
-    """Do this node's task for ``stripe`` of ``rebuild``: read k fragments, decode all lost data blocks, put them to their owners."""
+    """Do this node's task for ``stripe`` of ``rebuild``: read k fragments, decode all lost data blocks of it,
+    put them to their owners."""
 
     rebuild: Rebuild
     stripe: int
@@ -122,8 +123,8 @@ class JobResult:
 class CoderEvent:
     """Something a coder put on this node's tmpfs, so that the supervisor need not poll; only a hint: the files are the truth.
 
-    ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of ``stripe`` of one
-    staged shard is complete), ``"shard_staged"`` (a fetched shard is complete and verified in staging), ``"suspect_shard"`` or
+    ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of
+    ``stripe`` of one staged shard is complete), ``"shard_staged"`` (a fetched shard is complete and verified in staging), ``"suspect_shard"`` or
     ``"suspect_fragment"`` (a peer read bytes of this node that failed verification: verify them and quarantine).
     """
 

@@ -194,7 +194,9 @@ class CoderPool:
                 if not line:
                     return
                 answer = record.loads(Answer, line)
-            except (OSError, ValueError, BackstayError) as error:
+            except OSError:
+                return  # it died
+            except (ValueError, BackstayError) as error:
                 logger.error("coder %d wrote something that is no answer (%s); it is ended", coder.process.pid, error)
                 return
             if answer.event is not None:

@@ -117,7 +117,7 @@ class BulkServer:
             logger.warning("%s: %s; the connection is cut", channel.name, error)
             return False
         channel.set_silence_limit(self._timeouts.constant_s)
-        exchange = _Exchange(self._memory_dir, self._incarnation, channel, request)
+        exchange = _Exchange(self._memory_dir, self._incarnation, channel, request, self._on_event)
         try:
             exchange.run()
         except UnavailableError as error:
@@ -128,22 +128,26 @@ class BulkServer:
         except BackstayError as error:
             logger.info("%s: %s of %s refused: %s", channel.name, request.op, request.run, error)
             exchange.refuse(error)
-        finally:
-            for event in exchange.events:
-                self._on_event(event)
         return not exchange.is_out_of_step
 
 
 class _Exchange:
     """One request and its answer. ``is_out_of_step``: bytes of this exchange are left on the connection."""
 
-    def __init__(self, memory_dir: Path, incarnation: str, channel: Channel, request: BulkRequest) -> None:
+    def __init__(
+        self,
+        memory_dir: Path,
+        incarnation: str,
+        channel: Channel,
+        request: BulkRequest,
+        announce: Callable[[CoderEvent], None],
+    ) -> None:
         self._incarnation = incarnation
         self._channel = channel
         self._request = request
         self._paths = RunPaths(memory_dir, request.run)
         self._key = SnapshotKey(request.attempt, request.step)
-        self.events: list[CoderEvent] = []
+        self._announce = announce
         self.is_out_of_step = False
 
     def run(self) -> None:
@@ -276,8 +280,8 @@ class _Exchange:
         except BaseException:
             writer.abort()
             raise
+        self._announce(fragment_event("fragment_stored", writer.stored))
         self._end_put()
-        self.events.append(fragment_event("fragment_stored", writer.stored))
 
     def _put_shard(self) -> None:
         request = self._request
@@ -293,7 +297,7 @@ class _Exchange:
                 staged.write(chunk, [view])
             if request.stripe >= 0:
                 staged.mark(request.stripe)
-                self.events.append(shard_event("stripe_staged", staged.chunks, stripe=request.stripe))
+                self._announce(shard_event("stripe_staged", staged.chunks, stripe=request.stripe))
         finally:
             staged.close()
         self._end_put()
@@ -341,7 +345,7 @@ class _Exchange:
         )
         if not path.exists():
             raise SnapshotNotFoundError(f"{path.name} is not here", reason="gone")
-        self.events.append(
+        self._announce(
             CoderEvent(
                 kind="suspect_shard" if is_shard else "suspect_fragment",
                 run=request.run,
