@@ -123,9 +123,10 @@ class JobResult:
 class CoderEvent:
     """Something a coder put on this node's tmpfs, so that the supervisor need not poll; only a hint: the files are the truth.
 
-    ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of
-    ``stripe`` of one staged shard is complete), ``"shard_staged"`` (a fetched shard is complete and verified in staging), ``"suspect_shard"`` or
-    ``"suspect_fragment"`` (a peer read bytes of this node that failed verification: verify them and quarantine).
+    ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of ``stripe``
+    of one staged shard is complete), ``"shard_staged"`` (a fetched shard is complete and verified in staging),
+    ``"suspect_shard"`` or ``"suspect_fragment"`` (a peer read bytes of this node that failed verification: verify them and
+    quarantine).
     """
 
     kind: str
