@@ -1,0 +1,238 @@
+"""crc32c of a shard's chunks and tensors: computed by the writer in one pass, checked by every reader in the buffer it uses.
+
+Must never copy the bytes it hashes. The checksums find accidents, not forgeries.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from typing import Final
+
+from crc32c import crc32c
+
+from backstay.errors import IntegrityError, SnapshotNotFoundError, UsageError
+from backstay.manifest import CHUNK_BYTES, Manifest
+from backstay.shard import Layout, read_range, shard_label
+
+Buffer = bytes | bytearray | memoryview
+
+_POLYNOMIAL: Final = 0x82F63B78  # Castagnoli, reflected
+
+
+@functools.cache
+def _zeros_operator(exponent: int) -> tuple[tuple[int, ...], ...]:
+    """Effect of 2**exponent zero bytes on a crc register: 4 tables of 256, one for each byte of the register.
+
+    The operators are linear over GF(2); each is the square of the one before (M. Adler's crc32_combine in zlib).
+    """
+    if exponent == 0:
+        columns = [_shift_one_byte(1 << bit) for bit in range(32)]
+    else:
+        half = _zeros_operator(exponent - 1)
+        columns = [_apply(half, _apply(half, 1 << bit)) for bit in range(32)]
+    tables = []
+    for byte in range(4):
+        table = [0] * 256
+        for bit in range(8):
+            column = columns[8 * byte + bit]
+            for value in range(1 << bit):
+                table[(1 << bit) | value] = table[value] ^ column
+        tables.append(tuple(table))
+    return tuple(tables)
+
+
+def _shift_one_byte(register: int) -> int:
+    for _ in range(8):
+        register = (register >> 1) ^ (_POLYNOMIAL if register & 1 else 0)
+    return register
+
+
+def _apply(tables: tuple[tuple[int, ...], ...], crc: int) -> int:
+    return tables[0][crc & 255] ^ tables[1][crc >> 8 & 255] ^ tables[2][crc >> 16 & 255] ^ tables[3][crc >> 24]
+
+
+def combine(crc_a: int, crc_b: int, length_b: int) -> int:
+    """The crc32c of A followed by B, from those of A and of B and the length of B in bytes."""
+    exponent = 0
+    while length_b and crc_a:
+        if length_b & 1:
+            crc_a = _apply(_zeros_operator(exponent), crc_a)
+        length_b >>= 1
+        exponent += 1
+    return crc_a ^ crc_b
+
+
+class Digester:
+    """Digests of one shard while it is written: every byte is hashed once, tensor digests are combined from the pieces.
+
+    Chunks may come in any order and from several threads, each chunk from one thread, whole or in consecutive parts.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._spans = [(entry.begin, entry.end) for entry in layout.entries if entry.end > entry.begin]
+        self._ends = [layout.header_bytes, *(end for _, end in self._spans)]
+        self._chunk_crcs: list[int] = [0] * -(-layout.size_bytes // CHUNK_BYTES)
+        self._filled: list[int] = [0] * len(self._chunk_crcs)
+        self._pieces: dict[int, tuple[int, int]] = {}  # of what was not hashed as a whole chunk: begin -> length, crc
+
+    def update(self, view: Buffer, chunk_index: int) -> None:
+        """Hash the next bytes of chunk ``chunk_index``: the whole chunk, or the part that follows the one given before."""
+        filled = self._filled[chunk_index]
+        begin = chunk_index * CHUNK_BYTES + filled
+        part_bytes = len(view) if isinstance(view, (bytes, bytearray)) else view.nbytes
+        if filled + part_bytes > CHUNK_BYTES or begin + part_bytes > self._layout.size_bytes:
+            raise UsageError(f"{part_bytes} bytes more than chunk {chunk_index} holds ({filled} were given before)")
+        self._filled[chunk_index] = filled + part_bytes
+        if part_bytes == CHUNK_BYTES and self._ends[bisect_right(self._ends, begin)] >= begin + CHUNK_BYTES:
+            self._chunk_crcs[chunk_index] = crc32c(view)
+        else:
+            self._chunk_crcs[chunk_index] = self._update_pieces(_flat(view), begin, self._chunk_crcs[chunk_index])
+
+    def update_span(self, view: Buffer, first_chunk: int = 0) -> None:
+        """Hash consecutive chunks of a contiguous buffer that starts with chunk ``first_chunk``."""
+        view = _flat(view)
+        for index, begin in enumerate(range(0, view.nbytes, CHUNK_BYTES), first_chunk):
+            self.update(view[begin : begin + CHUNK_BYTES], index)
+
+    def finish(self) -> tuple[str, dict[str, int]]:
+        """Chunk digests as the manifest holds them, and the crc of each tensor by name.
+
+        Raises:
+            UsageError: if not every byte of the shard was given.
+        """
+        last_bytes = self._layout.size_bytes - (len(self._filled) - 1) * CHUNK_BYTES
+        for index, filled in enumerate(self._filled):
+            if filled != (last_bytes if index == len(self._filled) - 1 else CHUNK_BYTES):
+                raise UsageError(f"chunk {index} of {len(self._filled)} was not hashed to its end ({filled} bytes were)")
+        tensor_crcs = {entry.name: self._span_crc(entry.begin, entry.end) for entry in self._layout.entries}
+        return "".join([f"{crc:08x}" for crc in self._chunk_crcs]), tensor_crcs
+
+    def _update_pieces(self, view: memoryview, begin: int, chunk_crc: int) -> int:
+        done = 0
+        while done < view.nbytes:
+            end = min(self._ends[bisect_right(self._ends, begin + done)], begin + view.nbytes)
+            piece = view[done : end - begin]
+            crc = crc32c(piece)
+            self._pieces[begin + done] = (piece.nbytes, crc)
+            chunk_crc = combine(chunk_crc, crc, piece.nbytes)
+            done = end - begin
+        return chunk_crc
+
+    def _span_crc(self, begin: int, end: int) -> int:
+        """Combine the pieces of one tensor: whole chunks by their own crc, the others as they were hashed."""
+        pieces, chunk_crcs = self._pieces, self._chunk_crcs
+        t0, t1, t2, t3 = _zeros_operator(CHUNK_BYTES.bit_length() - 1)
+        crc = 0
+        while begin < end:
+            piece = pieces.get(begin)
+            if piece is None:  # a whole chunk within one tensor: combine(), inlined as this runs once per 256 KiB
+                shifted = t0[crc & 255] ^ t1[crc >> 8 & 255] ^ t2[crc >> 16 & 255] ^ t3[crc >> 24]
+                crc = shifted ^ chunk_crcs[begin // CHUNK_BYTES]
+                begin += CHUNK_BYTES
+            else:
+                length, piece_crc = piece
+                crc = combine(crc, piece_crc, length)
+                begin += length
+        return crc
+
+
+def verify_chunks(view: Buffer, manifest: Manifest, first_chunk: int) -> None:
+    """Check the chunks in ``view``, which starts with ``first_chunk`` and ends with a chunk's or the file's end.
+
+    Raises:
+        IntegrityError: naming the first chunk that differs, expected and found crc.
+        UsageError: if ``view`` ends inside a chunk.
+    """
+    view = _flat(view)
+    begin = 0
+    for index in range(first_chunk, first_chunk + -(-view.nbytes // CHUNK_BYTES)):
+        length = manifest.chunk_length(index)
+        piece = view[begin : begin + length]
+        if length <= 0 or piece.nbytes != length:
+            raise UsageError(f"buffer to verify does not end with chunk {index} of {manifest.chunk_count} ({length} bytes)")
+        _check_chunk(manifest, index, crc32c(piece))
+        begin += length
+
+
+class ChunkVerifier:
+    """Rolling check of a shard's bytes where they were put: fed in file order, raises as soon as a chunk ends wrong.
+
+    What was fed since the last chunk end is unverified until the next one; :meth:`finish` says that nothing is left.
+    For one thread.
+    """
+
+    def __init__(self, manifest: Manifest, *, first_chunk: int = 0) -> None:
+        self._manifest = manifest
+        self._crc = 0
+        self._chunk = first_chunk
+        self._left = manifest.chunk_length(first_chunk)
+
+    @property
+    def position(self) -> int:
+        """Byte of the file that comes next."""
+        return self._chunk * CHUNK_BYTES + self._manifest.chunk_length(self._chunk) - self._left
+
+    def feed(self, view: Buffer) -> None:
+        """Hash the next bytes of the file, of any length, from the buffer that will be used.
+
+        Raises:
+            IntegrityError: at the end of a chunk that differs, naming it. UsageError: if the file has no more bytes.
+        """
+        view = _flat(view)
+        done = 0
+        while done < view.nbytes:
+            if self._left <= 0:
+                raise UsageError(f"{view.nbytes - done} bytes more than the shard's {self._manifest.size_bytes} were given")
+            piece = view[done : done + self._left]
+            self._crc = crc32c(piece, self._crc)
+            self._left -= piece.nbytes
+            done += piece.nbytes
+            if self._left == 0:
+                _check_chunk(self._manifest, self._chunk, self._crc)
+                self._chunk, self._crc = self._chunk + 1, 0
+                self._left = max(0, self._manifest.chunk_length(self._chunk))
+
+    def finish(self) -> None:
+        """Raise UsageError unless the whole file was fed, so that every byte of it is verified."""
+        if self._chunk < self._manifest.chunk_count:
+            raise UsageError(f"only {self.position} of {self._manifest.size_bytes} bytes were verified")
+
+
+def read_tensor(fd: int, manifest: Manifest, name: str) -> bytes:
+    """The verified bytes of one tensor (or of what an alias stands for), read by ``pread``.
+
+    Raises:
+        SnapshotNotFoundError: no such tensor. IntegrityError: the bytes differ from the tensor's crc, or the file is short.
+    """
+    stored = manifest.aliases.get(name, name)
+    entry = next((entry for entry in manifest.tensors if entry.name == stored), None)
+    if entry is None:
+        raise SnapshotNotFoundError(f"{shard_label(manifest)} has no tensor {name!r} among its {len(manifest.tensors)}")
+    data = read_range(fd, entry.begin, entry.end)
+    found = crc32c(data)
+    if found != entry.crc:
+        raise IntegrityError(
+            f"{shard_label(manifest)}: tensor {stored!r} (bytes {entry.begin} to {entry.end}) has crc32c {found:08x}, "
+            f"its manifest says {entry.crc:08x}; not used",
+            reason="corrupt_tensor",
+        )
+    return data
+
+
+def _check_chunk(manifest: Manifest, index: int, found: int) -> None:
+    expected = manifest.chunk_crc(index)
+    if found != expected:
+        raise IntegrityError(
+            f"{shard_label(manifest)}: chunk {index} of {manifest.chunk_count} has crc32c {found:08x}, "
+            f"its manifest says {expected:08x}; not used",
+            reason="corrupt_chunk",
+        )
+
+
+def _flat(view: Buffer) -> memoryview:
+    view = memoryview(view)
+    if view.nbytes == 0:
+        return memoryview(b"")  # a view with a zero in its shape cannot be cast
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
