@@ -1,0 +1,227 @@
+"""Filling a slot: each byte is copied once and hashed right behind the copy, while it is still in the cache.
+
+Bound: one thread that copies and hashes reaches 0.61-0.67 of one-thread memcpy; two threads share the windows, so
+that with a core to spare a commit runs at memcpy speed or above. Must not talk to the daemon.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from backstay import cuda, faults, memory
+from backstay.digest import Digester
+from backstay.manifest import CHUNK_BYTES
+from backstay.plan import Piece, Plan
+
+WINDOW_BYTES: Final = (
+    4 * CHUNK_BYTES
+)  # fits the L2 cache, and few enough windows that taking the GIL back does not show
+WAITING, COPYING, COPIED, DROPPED = "waiting", "copying", "copied", "dropped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digests:
+    chunk_crcs: str
+    tensor_crcs: dict[str, int]
+
+
+class Capture:
+    """One snapshot on its way into a slot.
+
+    States: waiting → copying → copied, or waiting → dropped. Only who moves it out of ``waiting`` decides whether it is
+    copied; a capture that is ``copied`` or ``dropped`` does not read living tensors any more.
+    """
+
+    def __init__(self, plan: Plan, step: int, *, is_checked: bool, ready: torch.cuda.Event | None) -> None:
+        self.plan = plan
+        self.step = step
+        self.is_checked = is_checked
+        self.ready = ready
+        self.slot: memory.Mapping | None = None
+        self.device_done: torch.cuda.Event | None = None
+        self.drop_reason = ""
+        self.settled = threading.Event()  # copied or dropped: neither living tensors nor staging are read any more
+        self.launched = threading.Event()  # settled, or all that is left to read waits behind ``device_done``
+        self.began = threading.Event()  # copying, copied or dropped
+        self.verdict = threading.Event()  # the byte check was made (or will not be)
+        self._state = WAITING
+        self._lock = threading.Lock()
+        if not is_checked:
+            self.verdict.set()
+
+    @property
+    def state(self) -> str:
+        return self._state
+
+    def begin(self, slot: memory.Mapping) -> bool:
+        """Claim the capture for copying; False if it was dropped meanwhile."""
+        with self._lock:
+            if self._state != WAITING:
+                return False
+            self._state, self.slot = COPYING, slot
+        self.began.set()
+        return True
+
+    def drop(self, reason: str) -> bool:
+        """Give up a capture that has not begun; False if it has."""
+        with self._lock:
+            if self._state != WAITING:
+                return False
+            self._state, self.drop_reason = DROPPED, reason
+        for event in (self.began, self.launched, self.settled, self.verdict):
+            event.set()
+        return True
+
+    def spoil(self, reason: str) -> None:
+        """Whatever was copied must not be committed."""
+        self.drop_reason = self.drop_reason or reason
+        self.verdict.set()
+
+    def mark_copied(self) -> None:
+        with self._lock:
+            self._state = COPIED
+        self.began.set()
+        self.launched.set()
+        self.settled.set()
+
+
+class Filler:
+    """Copies captures into slots with up to two threads: the caller's and one of its own."""
+
+    def __init__(self, *, rank: int, thread_count: int | None = None) -> None:
+        cores = len(os.sched_getaffinity(0))
+        self._rank = rank
+        self._thread_count = min(2, cores) if thread_count is None else thread_count
+        self._pool: ThreadPoolExecutor | None = None
+        self.copiers: dict[torch.device, cuda.DeviceCopier] = {}
+
+    def copier(self, device: torch.device) -> cuda.DeviceCopier:
+        if device not in self.copiers:
+            self.copiers[device] = cuda.DeviceCopier(device)
+        return self.copiers[device]
+
+    def fill(self, capture: Capture, slot: memory.Mapping) -> Digests:
+        """Copy the whole shard into ``slot`` and hash it; marks the capture copied as soon as no source is read any more."""
+        plan = capture.plan
+        layout = plan.layout
+        device_pieces = [p for p in plan.pieces if p.source.device.type == "cuda" and p.end > p.begin]
+        if device_pieces:
+            assert capture.ready is not None
+            capture.device_done = self.copier(device_pieces[0].source.device).copy(device_pieces, slot, capture.ready)
+        with torch.no_grad():
+            for piece in plan.pieces:
+                if (
+                    piece.source.device.type == "cpu"
+                    and not memory.is_plain_memory(piece.source)
+                    and piece.end > piece.begin
+                ):
+                    target = slot.tensor(piece.begin, piece.end, piece.source.dtype, tuple(piece.source.shape))
+                    target.copy_(piece.source)
+        plain = [p for p in plan.pieces if p.end > p.begin and memory.is_plain_memory(p.source)]
+        if capture.device_done is not None and all(p.is_eager for p in plain):
+            for piece in plain:  # small, and at once: the next snapshot may stage over them after the fence
+                memory.copy_bytes(slot.address + piece.begin, piece.source.data_ptr(), piece.end - piece.begin)
+            plain = []
+            capture.launched.set()  # the fence makes the training stream wait for device_done
+        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        digester = Digester(layout)
+        windows = _Windows(plain, slot, header, digester, capture, self._rank)
+        if capture.device_done is not None:
+            capture.device_done.synchronize()
+        self._run(windows.work)
+        capture.mark_copied()
+        chunk_crcs, tensor_crcs = digester.finish()
+        return Digests(chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+            self._pool = None
+
+    def _run(self, work: Callable[[], None]) -> None:
+        if self._thread_count == 1:
+            work()
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=self._thread_count - 1, thread_name_prefix="backstay-copy")
+        futures = [self._pool.submit(work) for _ in range(self._thread_count - 1)]
+        try:
+            work()
+        finally:
+            for future in futures:
+                future.result()
+
+
+class _Windows:
+    """The windows of one shard, taken one after the other by any number of threads."""
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        slot: memory.Mapping,
+        header: torch.Tensor,
+        digester: Digester,
+        capture: Capture,
+        rank: int,
+    ) -> None:
+        self._slot, self._digester, self._capture, self._rank = slot, digester, capture, rank
+        self._header = header  # keeps the memory that the first run points to
+        self._size = capture.plan.layout.size_bytes
+        self._count = -(-self._size // WINDOW_BYTES)
+        self._next: Iterator[int] = itertools.count()
+        self._copied: Iterator[int] = itertools.count(1)
+        self._runs = [(0, header.numel(), header.data_ptr())]
+        self._runs += [(p.begin, p.end, p.source.data_ptr()) for p in pieces]
+        self._begins = [begin for begin, _, _ in self._runs]
+
+    def work(self) -> None:
+        while (index := next(self._next)) < self._count:
+            if index == self._count // 2:
+                faults.reach("mid_copy", rank=self._rank, step=self._capture.step)
+            begin = index * WINDOW_BYTES
+            end = min(begin + WINDOW_BYTES, self._size)
+            self._copy(begin, end)
+            if next(self._copied) == self._count:
+                self._capture.mark_copied()  # the last digest need not hold up the fence
+            self._digester.update_span(self._slot.view(begin, end), begin // CHUNK_BYTES)
+
+    def _copy(self, begin: int, end: int) -> None:
+        position = bisect_right(self._begins, begin) - 1
+        while position < len(self._runs) and self._runs[position][0] < end:
+            first, last, address = self._runs[position]
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                memory.copy_bytes(self._slot.address + low, address + low - first, high - low)
+            position += 1
+
+
+def changed_tensors(capture: Capture) -> list[str]:
+    """Names of lazily captured tensors whose living bytes differ from those in the slot: the fence did not hold.
+
+    Call before the optimizer changes anything, on the training thread.
+    """
+    slot = capture.slot
+    assert slot is not None
+    if capture.device_done is not None:
+        capture.device_done.synchronize()
+    return [
+        piece.name
+        for piece in capture.plan.pieces
+        if not piece.is_eager and piece.end > piece.begin and not _is_unchanged(piece, slot)
+    ]
+
+
+def _is_unchanged(piece: Piece, slot: memory.Mapping) -> bool:
+    if memory.is_plain_memory(piece.source):
+        return memory.is_same_bytes(slot.address + piece.begin, piece.source.data_ptr(), piece.end - piece.begin)
+    with torch.no_grad():
+        return cuda.is_same_on_device(piece, slot)

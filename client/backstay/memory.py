@@ -1,0 +1,120 @@
+"""Raw memory of slots and tensors: mapping descriptors, byte views, copies that leave the GIL to the training thread.
+
+The only place that handles addresses. Knows nothing of steps, daemons or optimizers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+
+import torch
+
+from backstay.errors import IntegrityError, InvariantError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_memcmp = _libc.memcmp  # a CDLL function: called without the GIL
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp.restype = ctypes.c_int
+
+
+def copy_bytes(destination: int, source: int, count: int) -> None:
+    """Copy ``count`` bytes between addresses; the GIL is free meanwhile."""
+    ctypes.memmove(destination, source, count)
+
+
+def is_same_bytes(left: int, right: int, count: int) -> bool:
+    """Whether ``count`` bytes at two addresses are equal; the GIL is free meanwhile."""
+    return bool(_memcmp(left, right, count) == 0)
+
+
+def view_at(address: int, count: int) -> memoryview:
+    """A writable view of ``count`` bytes at ``address``; the caller keeps that memory alive."""
+    if count == 0:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_ubyte * count).from_address(address)).cast("B")
+
+
+def byte_count(tensor: torch.Tensor) -> int:
+    """Bytes of the elements of ``tensor``, not of its storage."""
+    return tensor.numel() * tensor.element_size()
+
+
+def is_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's elements are one run of CPU bytes in row-major order."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+_open_mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+
+
+class Mapping:
+    """A whole file mapped into this process.
+
+    Invariant: never inherited by forked children (MADV_DONTFORK), and not unmapped by them either. ``close`` must not be
+    called while a tensor or view made from it is in use.
+    """
+
+    def __init__(self, fd: int, *, is_writable: bool, size_bytes: int) -> None:
+        """Map ``size_bytes`` of ``fd`` with all pages present; the descriptor stays the caller's.
+
+        Raises:
+            IntegrityError: if the file is shorter, because a read past its end would kill the process.
+        """
+        found = os.fstat(fd).st_size
+        if found < size_bytes or size_bytes <= 0:
+            raise IntegrityError(f"file to map has {found} bytes, expected {size_bytes}; not used", reason="truncated")
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+        # MAP_POPULATE here, in the background: a page fault per 4 KiB would otherwise be paid inside the first capture.
+        self._mmap = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0), protection)
+        self._mmap.madvise(mmap.MADV_DONTFORK)
+        self.size_bytes = size_bytes
+        self.is_writable = is_writable
+        self.address = _address_of(self._mmap, is_writable=is_writable)
+        self.is_closed = False
+        _open_mappings.add(self)
+
+    def view(self, begin: int = 0, end: int | None = None) -> memoryview:
+        end = self.size_bytes if end is None else end
+        if self.is_closed or not 0 <= begin <= end <= self.size_bytes:
+            raise InvariantError(f"bytes {begin} to {end} of a mapping of {self.size_bytes} (closed: {self.is_closed})")
+        return view_at(self.address + begin, end - begin)
+
+    def tensor(self, begin: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor over bytes ``begin`` to ``end``; shares the memory."""
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        raw = torch.frombuffer(self.view(begin, end), dtype=torch.uint8)
+        return raw.view(dtype).reshape(shape)
+
+    def close(self) -> None:
+        if not self.is_closed:
+            self.is_closed = True
+            self._mmap.close()
+
+    def forget(self) -> None:
+        """In a forked child: the range is not mapped there and may hold something else by now, so never unmap it."""
+        if not self.is_closed:
+            self.is_closed = True
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._mmap))
+
+
+def _address_of(mapped: mmap.mmap, *, is_writable: bool) -> int:
+    if is_writable:
+        return ctypes.addressof(ctypes.c_ubyte.from_buffer(mapped))
+    # A read-only buffer has no ctypes address; torch gives it (and warns about writing, which nobody here does).
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr()
+
+
+def _forget_in_child() -> None:
+    for mapping in list(_open_mappings):
+        mapping.forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,503 @@
+"""The face of backstay in a trainer: restore() once, snapshot() after each step, finish() at the end.
+
+Must never stop, slow by surprise or change a training run: a failed snapshot is a warning (``strict=True`` raises).
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import os
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import torch
+
+import backstay
+from backstay import capture as capturing
+from backstay import local, optimizer_state, plan, restore, sources, world
+from backstay.capture import Capture, Filler
+from backstay.control import DaemonConnection
+from backstay.errors import BackstayError, UnavailableError, UsageError
+from backstay.fence import Fence
+from backstay.ids import DEFAULT_JOB, RunKey, check_name
+from backstay.restore import RestoreResult, Target
+from backstay.session import Identity, Session
+
+_log = logging.getLogger("backstay")
+
+__all__ = ["RestoreResult", "SnapshotStatus", "Snapshotter", "Stats"]
+
+SOCKET_VARIABLE: Final = "BACKSTAY_SOCKET"
+DEFAULT_MAX_WAIT_S: Final = 3.0
+DEFAULT_CHECK_EVERY: Final = 50
+FIRST_CHECKED: Final = 2
+COPY_FLOOR_BYTES_PER_S: Final = 50e6
+
+STARTED, NOT_SCHEDULED, REFUSED, SKIPPED = "started", "not_scheduled", "refused", "skipped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotStatus:
+    """What became of one snapshot() call.
+
+    ``state``: ``started`` (it is under way), ``not_scheduled`` (not a step that the ranks capture), ``refused`` (called at a
+    wrong moment) or ``skipped`` (no daemon or no slot); ``reason`` says why.
+    """
+
+    step: int
+    state: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Sums since restore(). ``blocked_s`` is the time in snapshot(), ``fence_s`` that in the fence: what the trainer paid."""
+
+    blocked_s: float
+    fence_s: float
+    started: int
+    committed: int
+    skipped: int
+    abandoned: int
+    refused: int
+    last_committed_step: int
+    protected_step: int
+    redundancy: str
+    last_problem: str
+    is_attached: bool
+    is_synchronous: bool
+
+
+_keepers: weakref.WeakSet[Snapshotter] = weakref.WeakSet()
+
+
+class Snapshotter:
+    """Keeps one rank's training state in the memory of its node's daemon.
+
+    Not thread-safe: restore(), snapshot(), finish() and close() belong to the training thread. In forked children every
+    method does nothing.
+
+    Args:
+        model: A plain module, DDP, or FSDP2; may be compiled.
+        optimizer: One optimizer, or several in an order that stays the same.
+        run_id: The training run whose state this is; a new one for a run that starts from scratch.
+        job: Name of the job the run belongs to.
+        extra: Things with ``state_dict()`` and ``load_state_dict()``: schedulers, scalers, loaders.
+        socket: Path of the daemon's socket; default ``$BACKSTAY_SOCKET``, then ``/run/backstay/backstayd.sock``.
+        max_wait_s: How long a step may wait for a free slot, at the fence.
+        strict: Raise where a snapshot fails, instead of a warning.
+        check_every: One in so many snapshots is compared byte for byte at the fence (and the first two are).
+
+    Raises:
+        UsageError: for names that cannot be used and for models that cannot be captured.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        run_id: str,
+        job: str = DEFAULT_JOB,
+        extra: Mapping[str, Any] | None = None,
+        socket: str | None = None,
+        max_wait_s: float = DEFAULT_MAX_WAIT_S,
+        strict: bool = False,
+        check_every: int = DEFAULT_CHECK_EVERY,
+    ) -> None:
+        self._model = model
+        self._optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+        self._run = RunKey(job, run_id)
+        self._extra = _check_extra(extra or {})
+        self._socket_path = socket or os.environ.get(SOCKET_VARIABLE) or local.DEFAULT_SOCKET
+        self._max_wait_s = max_wait_s
+        self._strict = strict
+        self._check_every = check_every
+        self._pid = os.getpid()
+        self._session: Session | None = None
+        self._filler: Filler | None = None
+        self._plan: plan.Plan | None = None
+        self._target: Target | None = None
+        self._capture: Capture | None = None  # not yet fenced
+        self._previous: Capture | None = None  # fenced; may still be hashed or committed
+        self._in_fence = False
+        self._is_closed = False
+        self._last_step = -1
+        self._last_started: tuple[int, float] | None = None
+        self._counts = {"started": 0, "refused": 0, "skipped": 0}
+        self._blocked_s = self._fence_s = 0.0
+        self._told: set[str] = set()
+        self._fence = Fence(self._optimizers, self.fence)
+        self._is_synchronous = bool(self._fence.unhooked)
+        if self._is_synchronous:
+            names = ", ".join(type(o).__name__ for o in self._fence.unhooked)
+            _log.warning(
+                "backstay: %s runs no step hooks; snapshots are copied synchronously, before snapshot() returns", names
+            )
+        _keepers.add(self)
+
+    # ---- the five verbs
+
+    def restore(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> RestoreResult:
+        """Bring model, optimizers, extras and generators to the newest step that all ranks can have, or say that the run is new.
+
+        A collective: all ranks call it. Blocks up to ``deadline_s``. Tensors are written in place.
+
+        Args:
+            allow_fresh: Start over (step 0) if the run is known but nothing of it can be restored.
+
+        Raises:
+            UnavailableError: no daemon, or no decision in time. UnrecoverableError: a known run without a restorable snapshot.
+            IntegrityError: the snapshot does not fit or a byte is wrong.
+        """
+        self._refuse_closed("restore()")
+        begin_s = time.monotonic()
+        self._end_session()
+        place = world.current()
+        holdings = sources.collect(self._model, self._optimizers, rank=place.rank)
+        target = Target(
+            model=self._model, optimizers=self._optimizers, extra=self._extra, rank=place.rank, world_size=place.size,
+            run=str(self._run), signature=sources.model_signature(holdings),
+        )  # fmt: skip
+        attach = local.Attach(
+            run=str(self._run), world_id=world.agree_on_id(place), rank=place.rank, world_size=place.size,
+            needs=holdings.needs, model_signature=target.signature, collective_timeout_s=place.collective_timeout_s,
+            client_version=backstay.__version__,
+        )  # fmt: skip
+        connection, attached, restored, fds = restore.ask(
+            self._socket_path, attach, allow_fresh=allow_fresh, deadline_s=deadline_s
+        )
+        try:
+            if restored.outcome != "NONE":
+                restore.apply(target, restored, fds)
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            restore.close_all(fds)
+        self._begin_session(target, attach, attached, restored, connection)
+        return _result(restored, time.monotonic() - begin_s)
+
+    def snapshot(self, step: int) -> SnapshotStatus:
+        """Capture the state after ``step`` completed optimizer steps; returns at once.
+
+        Buffers, generators, scalars and extras are copied now, parameters and optimizer state until the next optimizer step.
+
+        Raises:
+            UsageError: before restore(), or if steps do not increase. Anything else only with ``strict``.
+        """
+        if os.getpid() != self._pid:
+            return SnapshotStatus(step=step, state=REFUSED, reason="this is a forked child")
+        self._refuse_closed("snapshot()")
+        session = self._session
+        if session is None:
+            raise UsageError(
+                "snapshot() before restore(): call restore() first, also for a new run", reason="not_restored"
+            )
+        if step <= self._last_step:
+            raise UsageError(
+                f"snapshot({step}) after step {self._last_step}: steps must increase", reason="step_not_increasing"
+            )
+        begin_s = time.perf_counter()
+        try:
+            return self._snapshot(session, step)
+        except BackstayError as error:
+            if self._strict:
+                raise
+            self._warn_once(f"snapshot of step {step} failed: {error}", key=error.reason)
+            self._counts["refused"] += 1
+            return SnapshotStatus(step=step, state=REFUSED, reason=str(error))
+        finally:
+            self._blocked_s += time.perf_counter() - begin_s
+
+    def fence(self) -> None:
+        """Wait until the running capture does not read parameters and optimizer state any more.
+
+        Called by the optimizers' hooks; call it yourself before changing parameters by hand (EMA swaps, SAM, ``.data``, a
+        captured CUDA graph). Cheap and re-entrant. Never raises unless ``strict``.
+        """
+        capture, session = self._capture, self._session
+        if capture is None or session is None or self._in_fence or os.getpid() != self._pid:
+            return
+        self._in_fence = True
+        begin_s = time.perf_counter()
+        try:
+            self._settle(capture, session)
+            self._raise_if_strict(session)
+        finally:
+            self._capture, self._previous, self._in_fence = None, capture, False
+            self._fence_s += time.perf_counter() - begin_s
+
+    def finish(self, *, keep: bool = False, timeout_s: float = 60.0) -> None:
+        """The run ended well: its memory is freed everywhere (``keep=True``: it stays until ``job_ttl_s``). Closes the keeper."""
+        if os.getpid() != self._pid or self._is_closed:
+            return
+        self.fence()
+        if self._session is not None and not self._session.finish(keep=keep, timeout_s=timeout_s):
+            _log.warning(
+                "backstay: the daemon could not be told that run %s ended; `backstay forget` frees its memory",
+                self._run,
+            )
+        self.close()
+
+    def close(self) -> None:
+        """Detach: finish what is under way, remove the hooks, unmap the slots. What is committed stays in memory."""
+        if os.getpid() != self._pid or self._is_closed:
+            return
+        self.fence()
+        self._is_closed = True
+        self._fence.remove()
+        self._end_session()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def stats(self) -> Stats:
+        """What snapshots cost and came to so far."""
+        session = self._session
+        tally = session.tally if session is not None else None
+        return Stats(
+            blocked_s=self._blocked_s,
+            fence_s=self._fence_s,
+            started=self._counts["started"],
+            committed=tally.committed if tally else 0,
+            skipped=self._counts["skipped"] + (tally.skipped if tally else 0),
+            abandoned=tally.abandoned if tally else 0,
+            refused=self._counts["refused"],
+            last_committed_step=tally.last_committed_step if tally else -1,
+            protected_step=tally.protected_step if tally else 0,
+            redundancy=tally.redundancy if tally else "",
+            last_problem=tally.last_problem if tally else "",
+            is_attached=session is not None and session.is_responsive,
+            is_synchronous=self._is_synchronous,
+        )
+
+    def wait_committed(self, timeout_s: float = 60.0) -> bool:
+        """Wait until no capture is under way (a checked one ends with the next fence); False if the time is over."""
+        return self._session is None or self._session.drain(timeout_s)
+
+    # ---- one snapshot
+
+    def _snapshot(self, session: Session, step: int) -> SnapshotStatus:
+        self._last_step = step
+        if not session.is_due(step):
+            return SnapshotStatus(step=step, state=NOT_SCHEDULED)
+        if self._capture is not None:
+            return self._refuse_without_step(step)
+        self._raise_if_strict(session)
+        if not session.is_responsive or not self._is_previous_done(session):
+            self._counts["skipped"] += 1
+            return SnapshotStatus(
+                step=step, state=SKIPPED, reason=session.tally.last_problem or "the capture before is unfinished"
+            )
+        made = self._current_plan()
+        checked = self._counts["started"] < FIRST_CHECKED or (
+            self._check_every > 0 and self._counts["started"] % self._check_every == 0
+        )
+        capture = Capture(made, step, is_checked=checked, ready=self._mark_ready(made))
+        session.submit(capture)
+        self._capture = capture
+        self._counts["started"] += 1
+        self._plan_ahead(session, step, made.layout.size_bytes)
+        if self._is_synchronous:
+            self.fence()
+        return SnapshotStatus(step=step, state=STARTED)
+
+    def _refuse_without_step(self, step: int) -> SnapshotStatus:
+        assert self._capture is not None
+        reason = f"no optimizer step since snapshot({self._capture.step})"
+        self._counts["refused"] += 1
+        if "no_step" not in self._told:
+            self._told.add("no_step")
+            _log.info("backstay: snapshot(%d) not taken: %s (a GradScaler that skips a step is harmless)", step, reason)
+        return SnapshotStatus(step=step, state=REFUSED, reason=reason)
+
+    def _is_previous_done(self, session: Session) -> bool:
+        """Whether staging and the session are free; the one before may still be hashed or committed."""
+        return session.has_room() and (self._previous is None or self._previous.launched.is_set())
+
+    def _current_plan(self) -> plan.Plan:
+        """The plan, made anew where something moved, with everything eager copied into its staging."""
+        target = self._target
+        assert target is not None
+        made = self._plan
+        is_current = made is not None and made.holdings.is_current()
+        holdings = (
+            made.holdings
+            if made is not None and is_current
+            else sources.collect(target.model, target.optimizers, rank=target.rank)
+        )
+        state, dynamic = restore.read_dynamic(target, holdings)
+        if made is None or not is_current or not made.fits(dynamic, state):
+            metadata = {optimizer_state.METADATA_KEY: optimizer_state.describe(target.optimizers, holdings)}
+            made = self._plan = plan.build(
+                holdings, rank=target.rank, dynamic=dynamic, state=state, metadata=metadata, previous=made
+            )
+        with torch.no_grad():
+            made.stage(dynamic, state)
+        return made
+
+    def _mark_ready(self, made: plan.Plan) -> torch.cuda.Event | None:
+        device = next((p.source.device for p in made.pieces if p.source.device.type == "cuda"), None)
+        if device is None or self._filler is None:
+            return None
+        return self._filler.copier(device).mark_ready()
+
+    def _plan_ahead(self, session: Session, step: int, size_bytes: int) -> None:
+        """Have the next slot reserved, if steps come as closely as they are scheduled."""
+        interval = max(1, session.schedule.interval_steps)
+        now = time.monotonic()
+        if self._last_started is not None and step - self._last_started[0] == interval:
+            session.reserve_ahead(step + interval, size_bytes, now - self._last_started[1])
+        self._last_started = (step, now)
+
+    # ---- the fence
+
+    def _settle(self, capture: Capture, session: Session) -> None:
+        wait_s = self._max_wait_s if session.is_responsive else 0.0
+        if not capture.began.wait(wait_s) and capture.drop(f"no slot within {wait_s:g} s"):
+            session.note_stall()
+            self._warn_once(
+                f"step {capture.step} is not captured: {session.tally.last_problem or capture.drop_reason}",
+                key="no_slot",
+            )
+            return
+        limit_s = 30.0 + capture.plan.layout.size_bytes / COPY_FLOOR_BYTES_PER_S
+        if not capture.launched.wait(limit_s):
+            capture.spoil(f"copying took longer than {limit_s:.0f} s")
+            self._warn_once(
+                f"step {capture.step}: {capture.drop_reason}; training goes on, this snapshot is discarded", key="slow"
+            )
+            return
+        if capture.state == capturing.DROPPED:
+            return
+        if capture.is_checked:
+            self._check_bytes(capture)
+        if capture.device_done is not None and self._filler is not None:
+            for copier in self._filler.copiers.values():
+                copier.hold_stream(capture.device_done)
+
+    def _check_bytes(self, capture: Capture) -> None:
+        changed = capturing.changed_tensors(capture)
+        if changed:
+            self._is_synchronous = True
+            capture.spoil(f"changed before the fence: {', '.join(changed[:5])}")
+            _log.warning(
+                "backstay: %s changed between snapshot(%d) and the optimizer's step (%d tensors in all): something updates them "
+                "without the fence. This snapshot is discarded and snapshots are copied synchronously from now on; call "
+                "keeper.fence() before the update to have them in the background again",
+                changed[0],
+                capture.step,
+                len(changed),
+            )
+        capture.verdict.set()
+
+    # ---- sessions
+
+    def _begin_session(
+        self,
+        target: Target,
+        attach: local.Attach,
+        attached: local.Attached,
+        restored: local.Restored,
+        connection: DaemonConnection,
+    ) -> None:
+        self._target = target
+        self._filler = Filler(rank=target.rank)
+        identity = Identity(
+            socket_path=self._socket_path,
+            attach=dataclasses.replace(attach, attempt=restored.attempt),
+            writer=f"backstay {backstay.__version__}, pid {os.getpid()}",
+            lease_s=attached.lease_s,
+        )
+        self._session = Session(
+            connection, identity, self._filler, interval_steps=restored.interval_steps, max_wait_s=self._max_wait_s
+        )
+        self._last_step = restored.step if restored.outcome != "NONE" else -1
+        self._last_started = None
+        self._counts = dict.fromkeys(self._counts, 0)
+        self._blocked_s = self._fence_s = 0.0
+
+    def _end_session(self) -> None:
+        """Cancel what is under way and let go of everything of the session."""
+        capture, self._capture, self._previous = self._capture, None, None
+        if capture is not None and not capture.drop("cancelled"):
+            capture.launched.wait(30.0 + capture.plan.layout.size_bytes / COPY_FLOOR_BYTES_PER_S)
+            if capture.is_checked:
+                capture.spoil("cancelled before the next optimizer step")
+        if self._session is not None:
+            self._session.drain(self._max_wait_s if self._session.is_responsive else 0.0)
+            self._session.close()
+        if self._filler is not None:
+            self._filler.close()
+        self._session, self._filler, self._plan = None, None, None
+
+    def _forget_in_child(self) -> None:
+        if self._session is not None:
+            self._session.forget_in_child()
+        self._capture = None
+
+    # ---- saying what happens
+
+    def _raise_if_strict(self, session: Session) -> None:
+        if self._strict and session.failure is not None:
+            failure, session.failure = session.failure, None
+            raise failure
+
+    def _warn_once(self, text: str, *, key: str) -> None:
+        if self._strict:
+            raise UnavailableError(text)
+        if key not in self._told:
+            self._told.add(key)
+            _log.warning("backstay: %s (said once)", text)
+
+    def _refuse_closed(self, what: str) -> None:
+        if self._is_closed:
+            raise UsageError(f"{what} on a keeper that was closed", reason="closed")
+
+
+def _check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
+    for name, stateful in extra.items():
+        check_name("extra", name)
+        if not callable(getattr(stateful, "state_dict", None)) or not callable(
+            getattr(stateful, "load_state_dict", None)
+        ):
+            raise UsageError(
+                f"extra {name!r} is a {type(stateful).__name__} without state_dict() and load_state_dict()"
+            )
+    return dict(extra)
+
+
+def _result(restored: local.Restored, seconds: float) -> RestoreResult:
+    return RestoreResult(
+        step=restored.step if restored.outcome != "NONE" else 0,
+        outcome=restored.outcome,
+        attempt=restored.attempt,
+        base_attempt=restored.base_attempt,
+        snapshot_id=restored.snapshot_id,
+        sources={s.rank: f"{s.source} {s.detail}".strip() for s in restored.shards},
+        seconds=seconds,
+        message=restored.message,
+    )
+
+
+def _forget_in_child() -> None:
+    for keeper in list(_keepers):
+        keeper._forget_in_child()
+
+
+def _close_all() -> None:
+    for keeper in list(_keepers):
+        keeper.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(_close_all)

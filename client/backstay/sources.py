@@ -1,0 +1,357 @@
+"""Which tensors of a model and its optimizers this process holds, under which names, and who else holds the same bytes.
+
+Reads ``_parameters``, ``_buffers`` and ``optimizer.state`` as they lie: never calls a model's ``state_dict()`` (FSDP2 would
+reshard) nor an optimizer's (DCP's getter would step it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from backstay.errors import UsageError
+
+_STRIDED = "_StridedShard"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalTensor:
+    """One tensor as this rank holds it.
+
+    ``local`` is the detached local part, a box of shape ``local.shape`` at ``offsets`` of the whole tensor of ``global_shape``.
+    ``replicas`` are the ranks that declare to hold the same bytes, in order, this rank among them. ``is_eager``: may change
+    before the next fence. ``owner[key]`` is where the living object (``living``) was found.
+    """
+
+    name: str
+    living: torch.Tensor
+    local: torch.Tensor
+    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    replicas: tuple[int, ...]
+    is_eager: bool
+    owner: dict[Any, Any]
+    key: Any
+
+    def is_current(self) -> bool:
+        """Whether the object in its place still is this memory."""
+        found = self.owner.get(self.key)
+        if found is not self.living:
+            return False
+        local = found._local_tensor if isinstance(found, DTensor) else found
+        return (
+            local.data_ptr() == self.local.data_ptr()
+            and local.shape == self.local.shape
+            and local.dtype == self.local.dtype
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """Everything that was found, in an order that is the same on all replicas.
+
+    ``aliases``: name → name of the tensor that is the same object. ``names``: id of a parameter → its name without prefix.
+    ``sizes``: (container, length): another length means that something was added or removed. ``links``: (dictionary, key,
+    object) and ``lists``: (list, its items): another object means that something was replaced.
+    """
+
+    tensors: tuple[LocalTensor, ...]
+    aliases: dict[str, str]
+    names: dict[int, str]
+    parameters: dict[str, torch.Tensor]
+    sizes: tuple[tuple[Any, int], ...]
+    links: tuple[tuple[dict[Any, Any], Any, object], ...]
+    lists: tuple[tuple[list[Any], tuple[Any, ...]], ...]
+
+    def is_current(self) -> bool:
+        """Cheap check that no tensor appeared, vanished, moved or changed shape: microseconds per tensor."""
+        return (
+            all(len(owner) == size for owner, size in self.sizes)
+            and all(owner.get(key) is found for owner, key, found in self.links)
+            and all(len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)) for a, b in self.lists)
+            and all(t.is_current() for t in self.tensors)
+        )
+
+    @property
+    def needs(self) -> tuple[int, ...]:
+        """Ranks whose shards hold parts of what this rank holds."""
+        return tuple(sorted({rank for tensor in self.tensors for rank in tensor.replicas}))
+
+
+@dataclass(slots=True)
+class _Collector:
+    rank: int
+    tensors: list[LocalTensor] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    replicas: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    stored: dict[int, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    sizes: list[tuple[Any, int]] = field(default_factory=list)
+    links: list[tuple[dict[Any, Any], Any, object]] = field(default_factory=list)
+    lists: list[tuple[list[Any], tuple[Any, ...]]] = field(default_factory=list)
+
+    def add(
+        self, name: str, owner: dict[Any, Any], key: Any, *, replicas: tuple[int, ...], is_eager: bool = False
+    ) -> LocalTensor | None:
+        living = owner[key]
+        if name in self.used:
+            raise UsageError(
+                f"two tensors would both be stored as {name!r}; rename one of the modules", reason="duplicate_tensor"
+            )
+        self.used.add(name)
+        if id(living) in self.stored:
+            target = self.stored[id(living)]
+            self.aliases[target.removesuffix(_without_rank(target)) + name] = target
+            return None
+        tensor = _place(name, living, owner, key, replicas=replicas, is_eager=is_eager)
+        self.stored[id(living)] = tensor.name
+        self.tensors.append(tensor)
+        return tensor
+
+
+States = Mapping[torch.Tensor, dict[Any, Any]]
+
+
+def collect(
+    model: torch.nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    rank: int,
+    states: Sequence[States] | None = None,
+) -> Holdings:
+    """Walk ``model`` and ``optimizers``; ``states`` stand in for the optimizers' own (a restore that is not yet applied).
+
+    Raises:
+        UsageError: for FSDP1, lazy or sparse tensors, partial DTensors, unsharded FSDP2 parameters, naming the tensor.
+    """
+    collector = _Collector(rank)
+    with torch.no_grad():
+        for clean, module, replicas, ignored in _walk(model, "", (rank,), frozenset()):
+            _add_module(collector, clean, module, replicas=replicas, ignored=ignored)
+        for index, optimizer in enumerate(optimizers):
+            collector.links += [(optimizer.__dict__, "state", optimizer.state)]
+            collector.links += [(optimizer.__dict__, "param_groups", optimizer.param_groups)]
+            state = optimizer.state if states is None else states[index]
+            _add_optimizer(collector, optimizer_prefix(index, len(optimizers)), optimizer, model, state)
+    return Holdings(
+        tensors=tuple(collector.tensors),
+        aliases=collector.aliases,
+        names=collector.names,
+        parameters=collector.parameters,
+        sizes=tuple(collector.sizes),
+        links=tuple(collector.links),
+        lists=tuple(collector.lists),
+    )
+
+
+def optimizer_prefix(index: int, count: int) -> str:
+    """``optimizer`` for the only one, ``optimizer.<i>`` among several."""
+    return "optimizer" if count == 1 else f"optimizer.{index}"
+
+
+def model_signature(holdings: Holdings) -> str:
+    """SHA-256 over names, global shapes and dtypes of parameters and buffers; 64 hex digits, the same on all replicas."""
+    lines = [
+        f"{_without_rank(t.name)} {t.global_shape} {t.local.dtype}"
+        for t in holdings.tensors
+        if ".model." in f".{t.name}"
+    ]
+    lines += [f"{_without_rank(alias)} = {_without_rank(name)}" for alias, name in holdings.aliases.items()]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _without_rank(name: str) -> str:
+    return name[11:] if name.startswith("rank-") and name[10:11] == "." else name
+
+
+def private_name(name: str, home: int) -> str:
+    """The name of a thing whose copies live on several ranks with different bytes: those of rank 0 keep the bare name."""
+    return name if home == 0 else f"rank-{home:05d}.{name}"
+
+
+def _walk(
+    module: torch.nn.Module, clean: str, replicas: tuple[int, ...], ignored: frozenset[str]
+) -> Iterator[tuple[str, torch.nn.Module, tuple[int, ...], frozenset[str]]]:
+    """Modules in order with their name free of wrappers, and the ranks over which DDP replicates their parameters."""
+    wrapped, replicas, ignored = _unwrap(module, clean, replicas, ignored)
+    if wrapped is not None:
+        yield from _walk(wrapped, clean, replicas, ignored)
+        return
+    yield clean, module, replicas, ignored
+    for name, child in module._modules.items():
+        if child is not None:
+            inner = frozenset(rest.removeprefix(f"{name}.") for rest in ignored if rest.startswith(f"{name}."))
+            yield from _walk(child, f"{clean}{name}.", replicas, inner)
+
+
+def _unwrap(
+    module: torch.nn.Module, clean: str, replicas: tuple[int, ...], ignored: frozenset[str]
+) -> tuple[torch.nn.Module | None, tuple[int, ...], frozenset[str]]:
+    kind = type(module).__name__
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        ranks = tuple(sorted(torch.distributed.get_process_group_ranks(module.process_group)))
+        return module.module, ranks, frozenset(getattr(module, "parameters_to_ignore", ()))
+    if isinstance(module, torch.nn.DataParallel):
+        return module.module, replicas, ignored
+    if kind == "FullyShardedDataParallel":
+        raise UsageError(
+            f"module {clean.rstrip('.') or '(root)'} is wrapped by FSDP1 (FullyShardedDataParallel), which backstay does not "
+            "support; use torch.distributed.fsdp.fully_shard (FSDP2)",
+            reason="unsupported_module",
+        )
+    for attribute in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if set(module._modules) == {attribute}:
+            return module._modules[attribute], replicas, ignored
+    return None, replicas, ignored
+
+
+def _add_module(
+    collector: _Collector, clean: str, module: torch.nn.Module, *, replicas: tuple[int, ...], ignored: frozenset[str]
+) -> None:
+    own = (collector.rank,)
+    collector.sizes += [(module._parameters, len(module._parameters)), (module._buffers, len(module._buffers))]
+    collector.sizes.append((module._modules, len(module._modules)))
+    collector.links += [(module._modules, name, child) for name, child in module._modules.items()]
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            group = own if name in ignored else replicas
+            collector.add(f"model.{clean}{name}", module._parameters, name, replicas=group)
+            collector.names.setdefault(id(parameter), f"{clean}{name}")
+            collector.parameters.setdefault(f"{clean}{name}", parameter)
+            collector.replicas.setdefault(id(parameter), group)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            collector.add(f"model.{clean}{name}", module._buffers, name, replicas=own, is_eager=True)
+
+
+def _add_optimizer(
+    collector: _Collector, prefix: str, optimizer: torch.optim.Optimizer, model: torch.nn.Module, states: States
+) -> None:
+    collector.sizes += [(optimizer.param_groups, len(optimizer.param_groups)), (states, len(states))]
+    for group_index, group in enumerate(optimizer.param_groups):
+        collector.lists.append((group["params"], tuple(group["params"])))
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in collector.names:
+                _add_unnamed(collector, f"{prefix}.parameter.{group_index}.{index}", parameter, model)
+            state = states.get(parameter)
+            if isinstance(state, dict):
+                collector.links.append((states, parameter, state))  # type: ignore[arg-type]
+                _add_parameter_state(collector, prefix, parameter, state)
+
+
+def _add_parameter_state(collector: _Collector, prefix: str, parameter: torch.Tensor, state: dict[Any, Any]) -> None:
+    fqn, replicas = collector.names[id(parameter)], collector.replicas[id(parameter)]
+    collector.sizes.append((state, len(state)))
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            is_counter = value.ndim == 0 and value.device.type == "cpu" and not isinstance(value, DTensor)
+            collector.add(f"{prefix}.state.{fqn}.{key}", state, key, replicas=replicas, is_eager=is_counter)
+
+
+def _add_unnamed(collector: _Collector, name: str, parameter: torch.Tensor, model: torch.nn.Module) -> None:
+    """A parameter the optimizer has and the model lacks."""
+    if isinstance(parameter, DTensor) and any(type(m).__name__.startswith("FSDP") for m in model.modules()):
+        raise UsageError(
+            f"{name} is a sharded parameter that the model does not have right now: FSDP2 holds its modules unsharded between "
+            "forward and backward; call snapshot() and restore() after optimizer.step()",
+            reason="unsharded",
+        )
+    place: dict[str, torch.Tensor] = {"parameter": parameter}
+    collector.add(name, place, "parameter", replicas=(collector.rank,))
+    collector.names[id(parameter)] = name
+    collector.parameters[name] = parameter
+    collector.replicas[id(parameter)] = (collector.rank,)
+
+
+def _place(
+    name: str, living: torch.Tensor, owner: dict[Any, Any], key: Any, *, replicas: tuple[int, ...], is_eager: bool
+) -> LocalTensor:
+    home = min(replicas)
+    if isinstance(living, DTensor):
+        local, offsets, global_shape, replicas, home = _place_distributed(name, living)
+    else:
+        _refuse_unsupported(name, living)
+        local = living.detach()
+        offsets, global_shape = (0,) * local.ndim, tuple(local.shape)
+    return LocalTensor(
+        name=private_name(name, home),
+        living=living,
+        local=local,
+        offsets=offsets,
+        global_shape=global_shape,
+        replicas=replicas,
+        is_eager=is_eager,
+        owner=owner,
+        key=key,
+    )
+
+
+def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
+    is_lazy = isinstance(tensor, (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer))
+    problem = "is not initialised yet: run a forward pass first" if is_lazy else ""
+    if not problem and tensor.device.type == "meta":
+        problem = "is on the meta device: materialise the model first"
+    if not problem and (tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested):
+        quantized = " and is quantized" if tensor.is_quantized else ""
+        problem = f"has layout {tensor.layout}{quantized}: only dense tensors are stored"
+    if problem:
+        raise UsageError(f"{name} {problem}", reason="unsupported_tensor")
+
+
+def _place_distributed(
+    name: str, tensor: DTensor
+) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """Local part, offsets, global shape, replica ranks and lowest rank of a DTensor, by DCP's own arithmetic."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _refuse_placements(name, tensor)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise UsageError(f"{name} is a DTensor on a mesh that does not contain this rank", reason="unsupported_tensor")
+    local = tensor._local_tensor.detach()
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    if tuple(local.shape) != tuple(shape):
+        raise UsageError(
+            f"{name}: the local part has shape {tuple(local.shape)}, its placements {placements} say {tuple(shape)}",
+            reason="unsupported_tensor",
+        )
+    index = tuple(
+        slice(None) if isinstance(placement, Replicate) else coordinate[dim] for dim, placement in enumerate(placements)
+    )
+    replicas = tuple(sorted(int(rank) for rank in mesh.mesh[index].flatten().tolist()))
+    if 0 in shape and 0 not in tensor.shape:
+        offsets = tuple(min(o, g - s) for o, g, s in zip(offsets, tensor.shape, shape, strict=True))
+    return local, tuple(offsets), tuple(tensor.shape), replicas, int(mesh.mesh.min())
+
+
+def _refuse_placements(name: str, tensor: DTensor) -> None:
+    """Only placements whose local part is one box of the whole."""
+    sizes = tensor.device_mesh.shape
+    for dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Partial):
+            raise UsageError(
+                f"{name} is a DTensor with a partial placement; it has no state of its own", reason="unsupported_tensor"
+            )
+        if type(placement).__name__ == _STRIDED:
+            shard_dim = placement.dim  # type: ignore[attr-defined]
+            same = [d for d, p in enumerate(tensor.placements) if getattr(p, "dim", None) == shard_dim]
+            parts = 1
+            for d in same:
+                parts *= sizes[d]
+            later = 1
+            for d in same:
+                later *= sizes[d] if d > dim else 1
+            if tensor.shape[shard_dim] % parts or placement.split_factor != later:  # type: ignore[attr-defined]
+                raise UsageError(
+                    f"{name} is sharded by {tensor.placements}: dimension {shard_dim} of {tensor.shape[shard_dim]} does not "
+                    f"divide into {parts} equal parts, so a rank's part is not one block; pad it to a multiple of {parts}",
+                    reason="unsupported_tensor",
+                )

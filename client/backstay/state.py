@@ -1,0 +1,225 @@
+"""Non-tensor state as JSON with tags, tensors apart; there and back without pickle.
+
+Dicts with text keys, lists, text, numbers and None are themselves; everything else is an object with one ``$`` key.
+Must not guess: what has no tag is refused with the path to it.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import io
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from backstay.errors import IntegrityError, UsageError
+
+_MAX_DEPTH = 64
+
+
+def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON form of ``value``; tensors in it are put into ``tensors`` under their path.
+
+    Args:
+        value: What a ``state_dict()`` gave.
+        path: Dotted name of ``value``, for messages and for the names of its tensors.
+        tensors: Receives path → tensor (the living one, not a copy).
+
+    Raises:
+        UsageError: for a value that would need pickle, naming the path and its type.
+    """
+    return _encode(value, path, tensors, 0)
+
+
+def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Inverse of :func:`encode`; raises IntegrityError for a missing tensor or an unknown tag."""
+    if isinstance(value, list):
+        return [decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next((key for key in value if key.startswith("$")), None)
+    if tag is None:
+        return {key: decode(item, tensors) for key, item in value.items()}
+    return _decode_tagged(tag, value, tensors)
+
+
+def dumps(value: Any) -> bytes:
+    """JSON bytes of an encoded value, keys in their order (dict order is state)."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def loads(data: bytes | memoryview) -> Any:
+    """Inverse of :func:`dumps`, blanks at the end allowed."""
+    try:
+        return json.loads(bytes(data))
+    except ValueError as error:
+        raise IntegrityError(
+            f"state in the shard is not JSON: {error}; nothing was loaded from it", reason="bad_state"
+        ) from error
+
+
+def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise UsageError(
+            f"{path} is nested more than {_MAX_DEPTH} deep; it cannot be stored", reason="unsupported_state"
+        )
+    kind = type(value)
+    if value is None or kind in (bool, str):
+        return value
+    if kind is int:
+        return value if -(2**63) <= value < 2**64 else {"$int": str(value)}
+    if kind is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach()
+        device = value.device.type
+        return {"$tensor": path, "device": device, "parameter": isinstance(value, torch.nn.Parameter)}
+    if kind in (dict, collections.OrderedDict, collections.defaultdict, collections.Counter):
+        return _encode_dict(value, path, tensors, depth)
+    if kind is list:
+        return [_encode(item, f"{path}.{index}", tensors, depth + 1) for index, item in enumerate(value)]
+    if kind in (tuple, set, frozenset, collections.deque):
+        items = sorted(value, key=repr) if kind in (set, frozenset) else value
+        body: dict[str, Any] = {
+            f"${kind.__name__}": [
+                _encode(item, f"{path}.{index}", tensors, depth + 1) for index, item in enumerate(items)
+            ]
+        }
+        if kind is collections.deque:
+            body["maxlen"] = value.maxlen
+        return body
+    return _encode_special(value, path)
+
+
+def _encode_dict(value: dict[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Any:
+    if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
+        return {key: _encode(item, f"{path}.{key}", tensors, depth + 1) for key, item in value.items()}
+    kind = "OrderedDict" if isinstance(value, collections.OrderedDict) else "dict"
+    if isinstance(value, collections.Counter):
+        kind = "Counter"
+    elif isinstance(value, collections.defaultdict) and value.default_factory is not None:
+        kind = f"defaultdict:{getattr(value.default_factory, '__name__', '')}"
+        if value.default_factory not in (int, float, list, dict, set, str):
+            raise _refusal(value.default_factory, path + " (default factory)")
+    pairs = [
+        [_encode(key, f"{path}.key{index}", tensors, depth + 1), _encode(item, f"{path}.{key}", tensors, depth + 1)]
+        for index, (key, item) in enumerate(value.items())
+    ]
+    return {"$dict": pairs, "kind": kind}
+
+
+def _encode_special(value: Any, path: str) -> Any:
+    kind = type(value)
+    if kind in (bytes, bytearray):
+        return {f"${kind.__name__}": base64.b64encode(value).decode()}
+    if kind is complex:
+        return {"$complex": [repr(value.real), repr(value.imag)]}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    if kind is torch.Size:
+        return {"$size": list(value)}
+    if isinstance(value, pathlib.PurePath):
+        return {"$path": str(value)}
+    encoded = _encode_numpy(value)
+    return encoded if encoded is not None else _encode_by_torch(value, path)
+
+
+def _encode_numpy(value: Any) -> Any:
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)):
+        return None
+    array = numpy.asarray(value)
+    if array.dtype.hasobject or array.dtype.fields is not None:
+        return None
+    data = base64.b64encode(numpy.ascontiguousarray(array).tobytes()).decode()
+    return {
+        "$ndarray": data,
+        "dtype": array.dtype.str,
+        "shape": list(array.shape),
+        "scalar": isinstance(value, numpy.generic),
+    }
+
+
+def _encode_by_torch(value: Any, path: str) -> Any:
+    """Bytes that ``torch.load(weights_only=True)`` accepts (its allow-listed classes), else a refusal."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        raise _refusal(value, path) from error
+    return {"$torch": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def _refusal(value: Any, path: str) -> UsageError:
+    kind = type(value)
+    return UsageError(
+        f"{path} is a {kind.__module__}.{kind.__qualname__}, which can only be stored by pickle; backstay stores dicts, lists, "
+        "tuples, numbers, text, bytes, arrays and tensors: return those from state_dict()",
+        reason="unsupported_state",
+    )
+
+
+def _decode_tagged(tag: str, value: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    body = value[tag]
+    if tag == "$tensor":
+        if body not in tensors:
+            raise IntegrityError(
+                f"state refers to tensor {body!r}, which is not in the snapshot", reason="missing_tensor"
+            )
+        tensor = tensors[body]
+        if value["device"] != "cpu" and tensor.device.type == "cpu":
+            tensor = tensor.to(value["device"])
+        return torch.nn.Parameter(tensor) if value["parameter"] else tensor
+    sequences: dict[str, Any] = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}
+    if tag in sequences:
+        return sequences[tag](decode(item, tensors) for item in body)
+    if tag == "$deque":
+        return collections.deque((decode(item, tensors) for item in body), maxlen=value.get("maxlen"))
+    if tag == "$dict":
+        return _decode_dict(value, tensors)
+    if tag == "$ndarray":
+        import numpy as np
+
+        array = np.frombuffer(base64.b64decode(body), dtype=np.dtype(value["dtype"])).reshape(value["shape"]).copy()
+        return array[()] if value["scalar"] else array
+    if tag == "$torch":
+        return torch.load(io.BytesIO(base64.b64decode(body)), weights_only=True)
+    simple = _SIMPLE.get(tag)
+    if simple is None:
+        raise IntegrityError(
+            f"state has the unknown tag {tag!r}; it was written by a newer version", reason="bad_state"
+        )
+    return simple(body)
+
+
+def _decode_dict(value: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    pairs = [(decode(key, tensors), decode(item, tensors)) for key, item in value["$dict"]]
+    kind, _, factory = value["kind"].partition(":")
+    if kind == "defaultdict":
+        factories: dict[str, Any] = {"int": int, "float": float, "list": list, "dict": dict, "set": set, "str": str}
+        return collections.defaultdict(factories[factory], pairs)
+    return {"OrderedDict": collections.OrderedDict, "Counter": lambda items: collections.Counter(dict(items))}.get(
+        kind, dict
+    )(pairs)
+
+
+_SIMPLE: dict[str, Any] = {
+    "$int": int,
+    "$float": float,
+    "$bytes": base64.b64decode,
+    "$bytearray": lambda body: bytearray(base64.b64decode(body)),
+    "$complex": lambda body: complex(float(body[0]), float(body[1])),
+    "$dtype": lambda body: getattr(torch, body),
+    "$device": torch.device,
+    "$size": torch.Size,
+    "$path": pathlib.PurePath,
+}

@@ -1,0 +1,238 @@
+"""A daemon double for the trainer's tests: the real local protocol, real slots on tmpfs, no cluster behind it.
+
+One thread per connection. It keeps the newest complete snapshot of each run and reuses older files as slots. Not for tests of
+the daemon: those start the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from backstay import local, record
+from backstay.errors import BackstayError, IntegrityError, StaleGenerationError, UsageError
+from backstay.manifest import Manifest
+from backstay.shard import check_file
+
+
+@dataclass
+class Shard:
+    path: Path
+    manifest: dict[str, Any]
+
+
+@dataclass
+class Run:
+    attempt: int = 0
+    world_id: str = ""
+    waiting: set[int] = field(default_factory=set)
+    decisions: dict[str, tuple[int, tuple[int, int] | None]] = field(default_factory=dict)
+    snapshots: dict[tuple[int, int], dict[int, Shard]] = field(default_factory=dict)
+    free: dict[int, list[Path]] = field(default_factory=dict)
+    abandoned: list[tuple[int, int, str]] = field(default_factory=list)  # rank, step, reason
+    finished: set[int] = field(default_factory=set)
+
+
+class LocalDaemon:
+    """Serves ``socket_path`` until ``close()``. ``hold_slots``: Reserve answers Skipped; ``is_frozen``: nothing is answered."""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="backstay-trainer-", dir="/dev/shm"))
+        self.socket_path = str(self.directory / "sock")
+        self.runs: dict[str, Run] = {}
+        self.is_frozen = False
+        self.hold_slots = False
+        self.interval_steps = 1
+        self.commit_count = 0
+        self._lock = threading.Condition()
+        self._numbers = iter(range(1, 1_000_000))
+        self._connections: set[socket.socket] = set()
+        self._listener: socket.socket | None = None
+        self.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Listen (again)."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.socket_path)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(self.socket_path)
+        self._listener.listen(16)
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def kill(self) -> None:
+        """Close everything, as a dead process would; files stay."""
+        if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.socket_path)
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.is_frozen = False
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def shard(self, run: str, step: int, rank: int = 0) -> Shard:
+        with self._lock:
+            return next(s[rank] for (_, at), s in sorted(self.runs[run].snapshots.items(), reverse=True) if at == step)
+
+    def committed_steps(self, run: str, rank: int = 0) -> list[int]:
+        with self._lock:
+            return sorted(step for (_, step), shards in self.runs.get(run, Run()).snapshots.items() if rank in shards)
+
+    def wait_until(self, condition: Any, timeout_s: float = 20.0) -> bool:
+        """Wait until ``condition()`` holds; checked whenever a request was answered."""
+        with self._lock:
+            return bool(self._lock.wait_for(condition, timeout_s))
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            self._connections.add(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        attach: local.Attach | None = None
+        try:
+            while True:
+                message, number, _ = local.receive_frame(connection)
+                while self.is_frozen:
+                    time.sleep(0.01)
+                fds: tuple[int, ...] = ()
+                try:
+                    if isinstance(message, local.Attach):
+                        attach, reply = message, self._attach(message)
+                    else:
+                        assert attach is not None
+                        reply, fds = self._answer(attach, message)
+                except BackstayError as error:
+                    reply = local.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
+                local.send_frame(connection, reply, message_id=number, fds=fds)
+                for fd in fds:
+                    os.close(fd)
+                with self._lock:
+                    self._lock.notify_all()
+        except (OSError, ConnectionError, IntegrityError):
+            pass
+        finally:
+            self._connections.discard(connection)
+            connection.close()
+
+    def _attach(self, attach: local.Attach) -> local.Attached:
+        with self._lock:
+            run = self.runs.setdefault(attach.run, Run())
+            if attach.attempt and attach.world_id != run.world_id:
+                raise StaleGenerationError(f"world {attach.world_id} is over", reason="stale_world")
+        return local.Attached(
+            session_id="s", incarnation="i", lease_s=1.0, protocol=local.PROTOCOL_VERSION, node="double"
+        )
+
+    def _answer(self, attach: local.Attach, message: Any) -> tuple[Any, tuple[int, ...]]:
+        with self._lock:
+            run = self.runs[attach.run]
+            if isinstance(message, local.Restore):
+                return self._restore(run, attach, message)
+            if run.world_id != attach.world_id:
+                raise StaleGenerationError(f"world {attach.world_id} is over", reason="stale_world")
+            if isinstance(message, local.Reserve):
+                return self._reserve(run, attach, message)
+            if isinstance(message, local.Commit):
+                return self._commit(run, attach, message), ()
+            if isinstance(message, local.Abandon):
+                run.abandoned.append((attach.rank, message.step, message.reason))
+                if message.slot_id:
+                    run.free.setdefault(attach.rank, []).append(self.directory / message.slot_id)
+                return local.Done(), ()
+            if isinstance(message, local.Finish):
+                run.finished.add(attach.rank)
+                return local.Done(), ()
+        raise UsageError(f"unknown request {type(message).__name__}")
+
+    def _restore(self, run: Run, attach: local.Attach, message: local.Restore) -> tuple[Any, tuple[int, ...]]:
+        run.waiting.add(attach.rank)
+        self._lock.notify_all()
+        self._lock.wait_for(
+            lambda: attach.world_id in run.decisions or len(run.waiting) == attach.world_size, message.deadline_s
+        )
+        if attach.world_id not in run.decisions:
+            whole = [key for key, shards in run.snapshots.items() if len(shards) == len_of(shards)]
+            run.attempt += 1
+            run.world_id = attach.world_id
+            run.waiting.clear()
+            run.decisions[attach.world_id] = (run.attempt, max(whole) if whole else None)
+            self._lock.notify_all()
+        attempt, base = run.decisions[attach.world_id]
+        if base is None:
+            return local.Restored(outcome="NONE", attempt=attempt, interval_steps=self.interval_steps), ()
+        shards = run.snapshots[base]
+        ranks = sorted({attach.rank, *attach.needs})
+        fds = tuple(os.open(shards[rank].path, os.O_RDONLY) for rank in ranks)
+        listed = tuple(
+            local.RestoredShard(rank=rank, source="local", manifest=shards[rank].manifest, fd_index=index)
+            for index, rank in enumerate(ranks)
+        )
+        return local.Restored(
+            outcome="EXACT", attempt=attempt, step=base[1], base_attempt=base[0], snapshot_id="id", shards=listed
+        ), fds
+
+    def _reserve(self, run: Run, attach: local.Attach, message: local.Reserve) -> tuple[Any, tuple[int, ...]]:
+        schedule = local.ScheduleBody(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)
+        if self.hold_slots:
+            return local.Skipped(reason="slots are held by the test", schedule=schedule), ()
+        free = run.free.setdefault(attach.rank, [])
+        path = next((p for p in free if p.stat().st_size == message.size_bytes), None)
+        if path is None:
+            path = self.directory / f"slot-{attach.rank}.{next(self._numbers)}"
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, message.size_bytes)
+        else:
+            free.remove(path)
+        fds = () if path.name in message.known_slots else (os.open(path, os.O_RDWR),)
+        return local.Reserved(slot_id=path.name, size_bytes=message.size_bytes, schedule=schedule), fds
+
+    def _commit(self, run: Run, attach: local.Attach, message: local.Commit) -> local.Committed:
+        path = self.directory / message.slot_id
+        manifest = record.from_json(Manifest, message.manifest)
+        if (manifest.attempt, manifest.step, manifest.rank) != (run.attempt, message.step, attach.rank):
+            raise IntegrityError(f"manifest of attempt {manifest.attempt}, step {manifest.step} does not belong here")
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            check_file(fd, manifest)
+        finally:
+            os.close(fd)
+        key = (manifest.attempt, manifest.step)
+        shards = run.snapshots.setdefault(key, {})
+        shards[attach.rank] = Shard(path, message.manifest)
+        self.commit_count += 1
+        if len(shards) == attach.world_size:
+            for older in [k for k in run.snapshots if k < key]:
+                for rank, shard in run.snapshots.pop(older).items():
+                    run.free.setdefault(rank, []).append(shard.path)
+        schedule = local.ScheduleBody(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)
+        return local.Committed(digest=manifest.digest, schedule=schedule)
+
+
+def len_of(shards: dict[int, Shard]) -> int:
+    """World size of a snapshot, as its manifests say."""
+    return int(next(iter(shards.values())).manifest["world_size"])
