@@ -1,0 +1,199 @@
+"""Which snapshot a world restores, or why none: the decision's content, without its ceremony. Pure.
+
+NONE needs evidence; a known run without a restorable snapshot is refused with what is missing and what could be had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from backstay.ids import SnapshotKey
+from backstayd.core.catalog import SnapshotView
+from backstayd.core.context import RunContext
+from backstayd.core.placement import natural
+from backstayd.core.records import Outcome, ShardSource, SourceKind
+from backstayd.core.sentences import counted, listed
+
+REMEMBERED_SNAPSHOTS = 16
+
+
+@dataclass(slots=True)
+class Memory:
+    """What this coordinator saw of a run that reports may no longer show; bounded."""
+
+    holders: dict[str, dict[int, str]] = field(default_factory=dict)  # snapshot id to last known holder per rank
+    keys: dict[str, SnapshotKey] = field(default_factory=dict)
+    protected: dict[str, None] = field(default_factory=dict)  # snapshot ids that were protected once
+    newest_attempt: int = 0
+    is_known: bool = False
+    newest_complete: SnapshotKey | None = None
+
+    def note(self, view: SnapshotView) -> None:
+        """Remember a complete snapshot."""
+        self.holders[view.snapshot_id] = {rank: nodes[0] for rank, nodes in view.holders.items() if nodes}
+        self.keys[view.snapshot_id] = view.key
+        self.newest_complete = max(view.key, self.newest_complete or view.key)
+        for table in (self.holders, self.keys, self.protected):
+            while len(table) > REMEMBERED_SNAPSHOTS:
+                del table[next(iter(table))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    outcome: Outcome
+    view: SnapshotView | None = None
+    message: str = ""
+
+
+def choose(
+    context: RunContext,
+    memory: Memory,
+    *,
+    world_size: int,
+    is_fresh_allowed: bool,
+    excluded: Collection[str] = (),
+) -> Choice:
+    """The newest restorable snapshot of the live history; ``world_size`` 0 takes that of the snapshot."""
+    passed: list[SnapshotView] = []
+    for view in context.live_views:
+        if not view.is_restorable or view.snapshot_id in excluded:
+            passed.append(view)
+            continue
+        if world_size and view.world_size != world_size:
+            return _refuse(
+                context,
+                f"the snapshot of step {view.key.step} was made by {view.world_size} ranks and this world has "
+                f"{world_size}; start it with {view.world_size} ranks",
+            )
+        return _restore(context, memory, view, passed)
+    if not memory.is_known and context.inventory.is_empty:
+        return Choice(outcome=Outcome.NONE, message=f"no node knows {context.run}: it starts from scratch")
+    if is_fresh_allowed:
+        return Choice(outcome=Outcome.NONE, message="nothing is restorable and every rank allows to start from scratch")
+    if _is_proved_empty(context, memory):
+        return Choice(outcome=Outcome.NONE, message="no snapshot was ever complete: it starts from scratch again")
+    return _refuse(context, missing=_missing_all(context, memory, passed))
+
+
+def _restore(context: RunContext, memory: Memory, view: SnapshotView, passed: list[SnapshotView]) -> Choice:
+    broken = [other for other in passed if _was_promised(context, memory, other)]
+    if not broken:
+        return Choice(outcome=Outcome.EXACT, view=view, message=f"step {view.key.step} is restorable on every rank")
+    newest = broken[0]
+    message = (
+        f"restoring step {view.key.step}, not {newest.key.step}: {missing_sentence(context, memory, newest)}; "
+        f"{newest.key.step - view.key.step} steps are repeated"
+    )
+    return Choice(outcome=Outcome.EXACT_OLDER, view=view, message=message)
+
+
+def _was_promised(context: RunContext, memory: Memory, view: SnapshotView) -> bool:
+    """Whether a newer snapshot that cannot be restored had been protected, or was spoilt by corruption."""
+    if view.snapshot_id and view.snapshot_id in memory.protected:
+        return True
+    marks = {
+        (mark.attempt, mark.step)
+        for node in context.nodes.values()
+        if context.run in node.runs
+        for mark in node.runs[context.run].quarantined
+    }
+    return (view.key.attempt, view.key.step) in marks
+
+
+def _is_proved_empty(context: RunContext, memory: Memory) -> bool:
+    """Whether each host of a run that began from scratch is here with its memory, and none ever saw a whole snapshot."""
+    head = context.head
+    if head is None or head.outcome is not Outcome.NONE or memory.newest_complete is not None:
+        return False
+    if any(view.snapshot_id for view in context.views) or any(
+        node.runs[context.run].quarantined for node in context.nodes.values() if context.run in node.runs
+    ):
+        return False
+    _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
+    return len(context.inventory.decisions) == 1 and {place.node for place in head.placements} <= recorded
+
+
+def _refuse(context: RunContext, missing: str) -> Choice:
+    return Choice(outcome=Outcome.REFUSED, message=f"cannot restore {context.run}{missing_prefix(missing)}")
+
+
+def missing_prefix(missing: str) -> str:
+    return missing if missing.startswith(" at step ") else f": {missing}"
+
+
+def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]) -> str:
+    known = [view for view in passed if view.snapshot_id] or passed
+    had = "the newest step that could be had is none in memory"
+    remembered = sorted(memory.keys.items(), key=lambda item: item[1], reverse=True)
+    if known and (not remembered or known[0].key >= remembered[0][1]):
+        return f" at step {known[0].key.step}: {missing_sentence(context, memory, known[0])}; {had}"
+    if remembered:
+        snapshot_id, key = remembered[0]
+        nodes = sorted(set(memory.holders.get(snapshot_id, {}).values()), key=natural)
+        return f" at step {key.step}: no node that is left holds anything of it (it was on {listed(nodes)}); {had}"
+    return (
+        "the run is known, but no snapshot of it is in memory anywhere; start over with restore(allow_fresh=True) or "
+        "under a new run_id"
+    )
+
+
+def missing_sentence(context: RunContext, memory: Memory, view: SnapshotView) -> str:
+    """Which ranks' shards cannot be had, since which nodes are gone, and what the parity covers; "" if all can."""
+    lost = view.lost_ranks
+    if not lost:
+        return ""
+    is_one = len(lost) == 1
+    subject = f"{counted(lost, 'rank')} {'is' if is_one else 'are'}"
+    if not view.snapshot_id and view.snapshot_id not in memory.holders:
+        return f"{subject} missing: it never became complete"
+    plans = [state.plan for state in view.plans if set(lost) & set(state.rank_spares)]
+    gone: set[str] = set()
+    for plan in plans:
+        for member in plan.members:
+            held = [view.key in _keys_on(context, member.node) or not member.shards]
+            if member.node not in context.nodes or not all(held):
+                gone.add(member.node)
+    if not gone:
+        remembered = memory.holders.get(view.snapshot_id, {})
+        gone = {remembered[r] for r in lost if r in remembered and not _holds(context, view, r, remembered[r])}
+    names = sorted(gone, key=natural)
+    reasons = [f"node{'' if len(names) == 1 else 's'} {', '.join(names)} gone"] if names else []
+    if plans and view.snapshot_id in memory.protected:
+        m = max(plan.m for plan in plans)
+        reasons.append(f"{len(names)} loss{'' if len(names) == 1 else 'es'}, parity covers {m}")
+    elif plans:
+        m = max(plan.m for plan in plans)
+        count = f"{len(names)} loss{'' if len(names) == 1 else 'es'}, "
+        reasons.append(f"{count}parity covers {m}" if len(names) > m else "its parity was not complete")
+    else:
+        reasons.append("it was not protected yet")
+    return f"{subject} lost ({'; '.join(reasons)})"
+
+
+def _keys_on(context: RunContext, node: str) -> set[SnapshotKey]:
+    state = context.nodes.get(node)
+    report = state.runs.get(context.run) if state is not None else None
+    return {shard.key for shard in report.shards} if report is not None else set()
+
+
+def _holds(context: RunContext, view: SnapshotView, rank: int, node: str) -> bool:
+    return node in context.inventory.holders(view.key, rank, view.digests.get(rank, ""))
+
+
+def sources_of(view: SnapshotView, placements: Mapping[int, str]) -> tuple[ShardSource, ...]:
+    """Where each shard of ``view`` comes from: the rank's own node, a peer, or a rebuild on the rank's node."""
+    sources = []
+    for rank in range(view.world_size):
+        host = placements.get(rank, "")
+        holders = view.holders.get(rank, ())
+        if host in holders:
+            kind, named = SourceKind.LOCAL, (host, *(name for name in holders if name != host))
+        elif holders:
+            kind, named = SourceKind.PEER, holders
+        else:
+            kind, named = SourceKind.REBUILD, (host,) if host else ()
+        sources.append(
+            ShardSource(rank=rank, size_bytes=view.sizes[rank], digest=view.digests[rank], kind=kind, holders=named)
+        )
+    return tuple(sources)

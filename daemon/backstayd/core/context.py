@@ -1,0 +1,75 @@
+"""All that one run's decisions are made from, at one moment: taken once per evaluation. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backstay.ids import Generation
+from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView
+from backstayd.core.nodes import NodeState
+from backstayd.core.records import Decision, Lineage, SessionPhase, SessionRecord
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSession:
+    """A trainer and the node it is connected to."""
+
+    node: str
+    record: SessionRecord
+
+
+World = Mapping[int, LiveSession]  # rank to session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """``nodes``: those whose lease has not run out. ``views``: newest first; ``live``: indexes of the live history."""
+
+    run: str
+    now_s: float
+    lease_s: float
+    nodes: Mapping[str, NodeState]
+    inventory: Inventory
+    shapes: ShapeCache
+    views: tuple[SnapshotView, ...]
+    live: frozenset[int]
+    lineage: tuple[Lineage, ...]
+    head: Decision | None
+    worlds: Mapping[str, World]
+    generation: Generation
+    has_long_memory: bool  # this coordinator is up for a lease: every node that lives has had time to report
+
+    @property
+    def live_views(self) -> list[SnapshotView]:
+        return [view for index, view in enumerate(self.views) if index in self.live]
+
+    def view_of(self, snapshot_id: str) -> SnapshotView | None:
+        return next((view for view in self.views if view.snapshot_id == snapshot_id), None)
+
+    def is_fenced(self, number: int) -> bool:
+        """Whether every present node reports at generation ``number`` or above, of this coordinator."""
+        return all(
+            node.generation.number >= number and node.generation.incarnation == self.generation.incarnation
+            for node in self.nodes.values()
+        )
+
+
+def find_worlds(run: str, nodes: Mapping[str, NodeState]) -> dict[str, dict[int, LiveSession]]:
+    """Sessions of ``run`` by world and rank."""
+    worlds: dict[str, dict[int, LiveSession]] = {}
+    for name in sorted(nodes):
+        report = nodes[name].runs.get(run)
+        for session in report.sessions if report is not None else ():
+            worlds.setdefault(session.world_id, {})[session.rank] = LiveSession(name, session)
+    return worlds
+
+
+def is_waiting(world: World) -> bool:
+    """Whether all ranks of the world are there and blocked in restore()."""
+    sizes = {session.record.world_size for session in world.values()}
+    return (
+        len(sizes) == 1
+        and sorted(world) == list(range(next(iter(sizes))))
+        and all(session.record.phase is SessionPhase.RESTORING for session in world.values())
+    )

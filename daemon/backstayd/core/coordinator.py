@@ -1,0 +1,233 @@
+"""The coordinator's state: reports in, desired state out. Soft: a new one rebuilds everything from reports.
+
+Decides nothing before each node that reports name has reported, or a lease ran since the start. Pure: time is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backstay.errors import SnapshotNotFoundError, UsageError
+from backstay.ids import Generation
+from backstayd.core.catalog import ShapeCache
+from backstayd.core.nodes import NodeState, NodeTable
+from backstayd.core.policy import CorePolicy
+from backstayd.core.records import NodeDesired, NodeReport, Peer, RunDesired, SessionPhase
+from backstayd.core.run_state import RunState
+from backstayd.core.status import status_document
+from backstayd.core.timeline import Event, Timeline
+
+FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease
+MAX_RESETTLE_LEASES = 16
+
+
+class Coordinator:
+    """Drive with :meth:`observe` and :meth:`tick` and then :meth:`evaluate`; read :meth:`desired` and :meth:`status`.
+
+    Invariant: while it is not settled it wants nothing; its generation is above every one it has seen, or it is not settled.
+    """
+
+    def __init__(self, policy: CorePolicy, incarnation: str, *, now_s: float) -> None:
+        self.policy = policy
+        self.incarnation = incarnation
+        self.generation = Generation(0, incarnation)
+        self.is_settled = False
+        self.nodes = NodeTable(policy.lease_s)
+        self.runs: dict[str, RunState] = {}
+        self.timeline = Timeline()
+        self._shapes = ShapeCache()
+        self._started_s = now_s
+        self._now_s = now_s
+        self._settle_leases = 1.0
+        self._is_dirty = True
+
+    def observe(self, report: NodeReport, now_s: float) -> None:
+        """Take in a report; nothing is decided before :meth:`evaluate`."""
+        self._now_s = max(self._now_s, now_s)
+        change = self.nodes.observe(report, self._now_s)
+        if change is None:
+            return
+        self._is_dirty = True
+        name = report.node.name
+        if change:
+            words = {"joined": "joined", "restarted": "was started again", "returned": "came back within its old life"}
+            self.timeline.allow_again("", "node_joined")
+            self._say("", "node_joined", f"{name} ({report.node.bulk_address}) {words[change]}")
+        for run in report.runs:
+            if run.run not in self.runs:
+                self.runs[run.run] = self._new_run(run.run)
+
+    def tick(self, now_s: float) -> None:
+        """Let time pass: leases run out."""
+        self._now_s = max(self._now_s, now_s)
+        for name in self.nodes.tick(self._now_s):
+            self.timeline.allow_again("", "node_lost")
+            self._say(
+                "", "node_lost", f"{name} did not report for {self.policy.lease_s:g} s: what it held counts as gone"
+            )
+        self.nodes.forget_lost(self._now_s, FORGET_LOST_NODES_LEASES * self.policy.lease_s)
+        self._is_dirty = True
+
+    def evaluate(self) -> bool:
+        """Bring desired state in line with what was observed. False if nothing was observed since the last call."""
+        if not self._is_dirty:
+            return False
+        self._is_dirty = False
+        self._settle()
+        if not self.is_settled:
+            return True
+        present = {node.name: node for node in self.nodes.present()}
+        for name in list(self.runs):
+            self.runs[name].evaluate(
+                present, generation=self.generation, has_long_memory=self._has_long_memory(), now_s=self._now_s
+            )
+            if self._is_over(name, present):
+                del self.runs[name]
+                self.timeline.forget(name)
+        return True
+
+    def desired(self, node: str) -> NodeDesired:
+        """Everything ``node`` should do now; before settling nothing, under a generation that no node obeys."""
+        if not self.is_settled:
+            return NodeDesired(generation=Generation(0, self.incarnation))
+        wanted: list[RunDesired] = []
+        peers: dict[str, Peer] = {}
+        present = {other.name: other for other in self.nodes.present()}
+        for state in self.runs.values():
+            desired = state.desired(node)
+            if desired is not None:
+                wanted.append(desired)
+                peers.update(self._peers(state, desired, present))
+        return NodeDesired(
+            generation=self.generation,
+            runs=tuple(sorted(wanted, key=lambda run: run.run)),
+            peers=tuple(peers[name] for name in sorted(peers)),
+        )
+
+    def forget(self, run: str) -> None:
+        """Delete everything of ``run`` everywhere.
+
+        Raises:
+            SnapshotNotFoundError: if no node knows it. UsageError: if its trainers are still there.
+        """
+        state = self.runs.get(run)
+        if state is None or state.context is None or (state.context.inventory.is_empty and not state.context.worlds):
+            raise SnapshotNotFoundError(f"cannot forget {run}: no node knows that run", reason="unknown_run")
+        alive = [
+            f"rank {rank} on {session.node}"
+            for world in state.context.worlds.values()
+            for rank, session in world.items()
+            if session.record.phase is not SessionPhase.ENDED
+        ]
+        if alive:
+            raise UsageError(
+                f"cannot forget {run}: {len(alive)} of its trainers are connected ({alive[0]}, ...); stop the job first",
+                reason="run_is_active",
+            )
+        self._say(run, "abandoned", "the operator forgets the run on every node")
+        state.is_forgetting = True
+        self._is_dirty = True
+
+    def partly_recorded(self) -> dict[str, str]:
+        """Runs whose decision some hosts have recorded and others not: run to decision id."""
+        found = {}
+        present = {node.name: node for node in self.nodes.present()}
+        for name, state in self.runs.items():
+            decision = state.recovery.decision
+            if state.context is None or decision is None:
+                continue
+            context = state.fresh_context(present, generation=self.generation, now_s=self._now_s)
+            if state.recovery.is_recorded_on_some(context):
+                found[name] = decision.decision_id
+        return found
+
+    def status(self, now_s: float, *, unix_offset_s: float = 0.0) -> dict[str, Any]:
+        """The status document; ``unix_offset_s`` turns the core's clock into Unix time."""
+        return status_document(self, now_s=now_s, unix_offset_s=unix_offset_s)
+
+    def take_events(self) -> list[Event]:
+        """What happened since the last call, for the log."""
+        return self.timeline.take_fresh()
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError for a mistake of ours."""
+        for state in self.runs.values():
+            state.check_invariants()
+        if self.is_settled:
+            own = [n.generation.number for n in self.nodes.present() if n.generation.incarnation == self.incarnation]
+            assert self.generation.number >= max(own, default=0), "no node can know a generation not made yet"
+
+    def _say(self, run: str, kind: str, message: str) -> None:
+        self.timeline.add(self._now_s, run, kind, message)
+
+    def _new_run(self, run: str) -> RunState:
+        return RunState(
+            run=run,
+            policy=self.policy,
+            shapes=self._shapes,
+            raise_generation=self._raise_generation,
+            say=lambda kind, message: self._say(run, kind, message),
+            again=lambda kind: self.timeline.allow_again(run, kind),
+        )
+
+    def _raise_generation(self) -> Generation:
+        self.generation = Generation(self.generation.number + 1, self.incarnation)
+        return self.generation
+
+    def _has_long_memory(self) -> bool:
+        return self._now_s - self._started_s >= self.policy.lease_s
+
+    def _settle(self) -> None:
+        highest = max((node.generation.number for node in self.nodes.nodes.values()), default=0)
+        foreign = max(
+            (n.generation.number for n in self.nodes.present() if n.generation.incarnation != self.incarnation),
+            default=0,
+        )
+        if self.is_settled:
+            if foreign > self.generation.number:
+                self._step_back(foreign)
+            return
+        named = self._named_nodes()
+        have_reported = bool(named) and named <= set(self.nodes.nodes)
+        waited_s = self._now_s - self._started_s
+        if waited_s >= self._settle_leases * self.policy.lease_s or (have_reported and self._settle_leases == 1.0):
+            self.is_settled = True
+            self.generation = Generation(max(highest, self.generation.number) + 1, self.incarnation)
+            missing = sorted(named - set(self.nodes.nodes))
+            rest = f"; without {', '.join(missing)}, named by others but silent" if missing else ""
+            self._say("", "settled", f"{len(self.nodes.nodes)} nodes have reported{rest}; deciding from now on")
+
+    def _step_back(self, number: int) -> None:
+        """Another coordinator acts: want nothing for a while that grows each time, then settle again above it."""
+        self.is_settled = False
+        self.generation = Generation(0, self.incarnation)
+        self._started_s = self._now_s
+        self._settle_leases = min(MAX_RESETTLE_LEASES, self._settle_leases * 2)
+        for name in self.runs:
+            self.runs[name] = self._new_run(name)
+        self._say("", "settled", f"another coordinator has raised the generation to {number}: standing back")
+
+    def _named_nodes(self) -> set[str]:
+        """Nodes that reports say have a part in some run."""
+        named: set[str] = set()
+        for node in self.nodes.present():
+            for run in node.report.runs:
+                named.update(member.node for plan in run.plans for member in plan.members)
+                if run.decision is not None:
+                    named.update(place.node for place in run.decision.placements)
+        return named
+
+    def _peers(self, state: RunState, desired: RunDesired, present: Mapping[str, NodeState]) -> dict[str, Peer]:
+        names = {name for name, node in present.items() if state.run in node.runs}
+        names.update(member.node for plan in desired.plans for member in plan.members)
+        names.update(target.node for rebuild in desired.rebuilds for target in rebuild.targets)
+        return {
+            name: Peer(name=name, bulk_address=present[name].identity.bulk_address) for name in names & set(present)
+        }
+
+    def _is_over(self, run: str, present: Mapping[str, NodeState]) -> bool:
+        """Whether no present node says anything of the run and nothing is remembered that a later world must know."""
+        state = self.runs[run]
+        is_mentioned = any(run in node.runs for node in present.values())
+        return not is_mentioned and not state.memory.is_known and not state.recovery.is_active

@@ -1,0 +1,51 @@
+"""Which histories of a run are alive: steps above the base in older attempts are dead. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from backstayd.core.catalog import SnapshotView
+from backstayd.core.records import Decision, Lineage, Outcome
+
+
+def newest_decision(decisions: Iterable[Decision]) -> Decision | None:
+    """The decision that the run's history follows: highest attempt, then highest generation."""
+    made = [decision for decision in decisions if decision.outcome is not Outcome.REFUSED]
+    return max(made, key=lambda d: (d.attempt, d.generation.number, d.decision_id), default=None)
+
+
+def live_lineage(head: Decision | None, views: Sequence[SnapshotView]) -> tuple[Lineage, ...]:
+    """The live attempts, newest first.
+
+    An attempt above the newest known decision has lost all its witnesses: where it began is not known, so only its own
+    snapshots are trusted.
+    """
+    known = head.lineage if head is not None else ()
+    top = known[0].attempt if known else 0
+    newest = max((view.key.attempt for view in views), default=0)
+    if newest > top:
+        return (Lineage(attempt=newest, base_attempt=0, base_step=0),)
+    return known
+
+
+def is_live(view: SnapshotView, lineage: Sequence[Lineage]) -> bool:
+    """Whether ``view`` belongs to one of the live attempts, at or below the step where the next one left it."""
+    limit: int | None = None
+    expected = lineage[0].attempt if lineage else 0
+    for entry in lineage:
+        if entry.attempt != expected:
+            return False
+        if view.key.attempt == entry.attempt:
+            is_same_world = not entry.world_id or not view.world_id or entry.world_id == view.world_id
+            return is_same_world and (limit is None or view.key.step <= limit)
+        expected, limit = entry.base_attempt, entry.base_step
+    return False
+
+
+def extend(lineage: Sequence[Lineage], *, attempt: int, base: tuple[int, int], world_id: str) -> tuple[Lineage, ...]:
+    """The lineage of a new attempt that begins from ``base`` (attempt, step); attempt 0 is from scratch."""
+    entry = Lineage(attempt=attempt, base_attempt=base[0], base_step=base[1], world_id=world_id)
+    if base[0] == 0:
+        return (entry,)
+    places = [index for index, old in enumerate(lineage) if old.attempt == base[0]]
+    return (entry, *(lineage[places[0] :] if places else ()))

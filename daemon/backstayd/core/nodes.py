@@ -1,0 +1,110 @@
+"""Which nodes there are and how sure that is: live, suspect, lost. Time is an argument. Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Iterable
+
+from backstay.ids import Generation
+from backstayd.core.records import NodeIdentity, NodeReport, RunReport
+
+
+class Liveness(enum.StrEnum):
+    LIVE = "live"
+    SUSPECT = "suspect"  # no report for half a lease
+    LOST = "lost"  # no report for a lease: what it held counts as gone
+
+
+class NodeState:
+    """The last report of one node and when it came."""
+
+    def __init__(self, report: NodeReport, seen_s: float) -> None:
+        self.report = report
+        self.seen_s = seen_s
+        self.liveness = Liveness.LIVE
+        self.retired: deque[str] = deque(maxlen=32)  # incarnations before this one: late reports of theirs mean nothing
+        self.runs: dict[str, RunReport] = {run.run: run for run in report.runs}
+
+    @property
+    def name(self) -> str:
+        return self.report.node.name
+
+    @property
+    def identity(self) -> NodeIdentity:
+        return self.report.node
+
+    @property
+    def generation(self) -> Generation:
+        return self.report.generation
+
+    @property
+    def free_bytes(self) -> int:
+        """Room left; a node that does not say its capacity is taken to have plenty."""
+        if self.report.capacity_bytes == 0:
+            return 1 << 60
+        return max(0, self.report.capacity_bytes - self.report.used_bytes)
+
+
+class NodeTable:
+    """Invariant: a node's report never goes back, neither in sequence nor to an incarnation that was replaced."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self.nodes: dict[str, NodeState] = {}
+
+    def observe(self, report: NodeReport, now_s: float) -> str | None:
+        """Take in a report. Returns what changed of the node's life: "joined", "restarted", "returned", "" or None (stale)."""
+        name = report.node.name
+        state = self.nodes.get(name)
+        if state is None:
+            self.nodes[name] = NodeState(report, now_s)
+            return "joined"
+        if report.node.incarnation in state.retired:
+            return None
+        change = ""
+        if report.node.incarnation != state.identity.incarnation:
+            state.retired.append(state.identity.incarnation)
+            change = "restarted"
+        elif report.sequence < state.report.sequence:
+            return None
+        elif state.liveness is Liveness.LOST:
+            change = "returned"
+        state.report = report
+        state.seen_s = now_s
+        state.liveness = Liveness.LIVE
+        state.runs = {run.run: run for run in report.runs}
+        return change
+
+    def tick(self, now_s: float) -> list[str]:
+        """Let leases run out; returns the names of nodes that are lost from now on."""
+        lost = []
+        for state in self.nodes.values():
+            silent_s = now_s - state.seen_s
+            if silent_s >= self._lease_s:
+                if state.liveness is not Liveness.LOST:
+                    lost.append(state.name)
+                state.liveness = Liveness.LOST
+            elif silent_s >= self._lease_s / 2:
+                state.liveness = Liveness.SUSPECT
+        return sorted(lost)
+
+    def forget_lost(self, now_s: float, after_s: float) -> None:
+        """Drop nodes that are lost for ``after_s``, so that the table stays bounded."""
+        for name in [n.name for n in self.nodes.values() if n.liveness is Liveness.LOST and now_s - n.seen_s > after_s]:
+            del self.nodes[name]
+
+    def present(self) -> list[NodeState]:
+        """Nodes whose lease has not run out, by name."""
+        return sorted((n for n in self.nodes.values() if n.liveness is not Liveness.LOST), key=lambda n: n.name)
+
+    def live(self) -> list[NodeState]:
+        return [node for node in self.present() if node.liveness is Liveness.LIVE]
+
+    def get_present(self, name: str) -> NodeState | None:
+        state = self.nodes.get(name)
+        return None if state is None or state.liveness is Liveness.LOST else state
+
+    def lost_names(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that are not present."""
+        return sorted({name for name in names if self.get_present(name) is None})

@@ -1,0 +1,349 @@
+"""One decision per world: fence, choose, let every host stage, record, then release to all ranks or to none. Pure.
+
+A trainer that dies before the release abandons the decision; a source that fails makes a new one; after a restart of the
+coordinator a decision that some host recorded is finished, because trainers may have returned with it.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from backstay import record
+from backstay.ids import Generation
+from backstayd.core.choosing import Choice, Memory, choose, sources_of
+from backstayd.core.context import RunContext, World, is_waiting
+from backstayd.core.lineage import extend
+from backstayd.core.placement import natural
+from backstayd.core.records import (
+    Base,
+    Decision,
+    DecisionPhase,
+    Outcome,
+    Placement,
+    RunReport,
+    SessionPhase,
+    SourceKind,
+    Staging,
+    StagingState,
+)
+from backstayd.core.sentences import counted, listed
+
+SAME_FAILURES = 3  # so many failed stagings of one snapshot with nothing new quarantined, and it is passed over
+CLOSED_WORLDS = 64
+
+Say = Callable[[str, str], None]  # kind, message
+
+
+class Stage(enum.StrEnum):
+    IDLE = "idle"
+    FENCING = "fencing"  # a world waits; its generation travels to every node
+    PREPARE = "prepare"
+    RECORD = "record"
+    RELEASED = "released"
+    REFUSED = "refused"
+
+
+ACTIVE = frozenset({Stage.FENCING, Stage.PREPARE, Stage.RECORD})
+PHASES = {
+    Stage.PREPARE: DecisionPhase.PREPARE,
+    Stage.RECORD: DecisionPhase.RECORD,
+    Stage.RELEASED: DecisionPhase.RELEASE,
+    Stage.REFUSED: DecisionPhase.REFUSE,
+}
+
+
+@dataclass(slots=True)
+class Recovery:
+    """The current world of one run and its decision.
+
+    Invariant: ``decision`` is of ``world_id``; its stage never goes back from RELEASED but by another world.
+    """
+
+    raise_generation: Callable[[], Generation]
+    say: Say
+    stage: Stage = Stage.IDLE
+    world_id: str = ""
+    decision: Decision | None = None
+    fence: int = 0
+    opened_s: float = 0.0
+    closed: dict[str, None] = field(default_factory=dict)
+    failures: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    @property
+    def is_active(self) -> bool:
+        return self.stage in ACTIVE
+
+    @property
+    def phase(self) -> DecisionPhase:
+        return PHASES.get(self.stage, DecisionPhase.PREPARE)
+
+    def placements(self) -> dict[int, str]:
+        """Rank to node of the current decision."""
+        return {place.rank: place.node for place in self.decision.placements} if self.decision else {}
+
+    def update(self, context: RunContext, memory: Memory) -> None:
+        """Go as far as the reports allow."""
+        if self.stage is Stage.IDLE and self.world_id == "":
+            self._adopt(context)
+        if self.is_active:
+            self._check_world(context)
+        if not self.is_active:
+            self._open(context)
+        if self.stage is Stage.FENCING and context.is_fenced(self.fence):
+            self._decide(context, memory)
+        if self.stage is Stage.PREPARE:
+            self._prepare(context)
+        if self.stage is Stage.RECORD:
+            self._record(context)
+
+    def recorded_hosts(self, context: RunContext) -> list[str]:
+        """Hosts of the decision that have it on their tmpfs."""
+        return [host for host in self._hosts() if self._is_recorded(context, host)]
+
+    def is_recorded_on_some(self, context: RunContext) -> bool:
+        return self.stage is Stage.RECORD and 0 < len(self.recorded_hosts(context)) < len(self._hosts())
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError for a mistake of ours."""
+        if self.decision is None:
+            assert self.stage in (Stage.IDLE, Stage.FENCING)
+            return
+        decision = self.decision
+        assert decision.world_id == self.world_id
+        assert (decision.outcome is Outcome.REFUSED) == (self.stage is Stage.REFUSED)
+        assert (decision.base is not None) == (decision.outcome in (Outcome.EXACT, Outcome.EXACT_OLDER))
+        if decision.base is not None:
+            assert decision.base.attempt < decision.attempt
+            assert len(decision.sources) == decision.world_size
+        assert [place.rank for place in decision.placements] == list(range(decision.world_size))
+
+    def _hosts(self) -> list[str]:
+        return sorted(set(self.placements().values()), key=natural)
+
+    def _adopt(self, context: RunContext) -> None:
+        """Take over what a former coordinator decided, as far as hosts have recorded it."""
+        head = context.head
+        if head is None:
+            return
+        self.world_id = head.world_id
+        world = context.worlds.get(head.world_id, {})
+        phases = {session.record.phase for session in world.values()}
+        hosts = {place.node for place in head.placements}
+        _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
+        if phases & {SessionPhase.TRAINING, SessionPhase.ENDED} or hosts <= recorded:
+            self.stage, self.decision = Stage.RELEASED, head
+            self.say("decided", f"kept the decision of {listed(sorted(recorded))}: {_describe(head)}")
+        elif is_waiting(world) and hosts == {session.node for session in world.values()}:
+            self.stage, self.decision = Stage.PREPARE, head
+            self.say("decided", f"finishing the decision that {listed(sorted(recorded))} recorded: {_describe(head)}")
+
+    def _check_world(self, context: RunContext) -> None:
+        """Abandon when a rank of the world is gone or moved before the release."""
+        world = context.worlds.get(self.world_id, {})
+        where = {rank: session.node for rank, session in world.items()}
+        if is_waiting(world) and (self.decision is None or where == self.placements()):
+            return
+        if self.decision is not None:
+            gone = sorted(rank for rank, node in self.placements().items() if where.get(rank) != node)
+            what = f"{counted(gone, 'rank')} died" if gone else "a rank stopped waiting"
+        else:
+            what = "not all of its ranks are waiting any more"
+        self.say("abandoned", f"the recovery of world {self.world_id[:8]} was abandoned before its release: {what}")
+        self.stage, self.decision = Stage.IDLE, None
+
+    def _open(self, context: RunContext) -> None:
+        """Begin with a world whose ranks all wait: fence everything else off."""
+        waiting = sorted(
+            world_id
+            for world_id, world in context.worlds.items()
+            if is_waiting(world)
+            and world_id not in self.closed
+            and not (world_id == self.world_id and self.stage in (Stage.RELEASED, Stage.REFUSED))
+        )
+        if not waiting:
+            return
+        if self.world_id and self.world_id != waiting[0]:
+            self.closed[self.world_id] = None
+            while len(self.closed) > CLOSED_WORLDS:
+                del self.closed[next(iter(self.closed))]
+            self.failures.clear()
+        self.world_id = waiting[0]
+        self.opened_s = context.now_s
+        world = context.worlds[self.world_id]
+        nodes = sorted({session.node for session in world.values()}, key=natural)
+        self.say("world_opened", f"{len(world)} ranks on {listed(nodes)} wait to restore (world {self.world_id[:8]})")
+        self._fence()
+
+    def _fence(self) -> None:
+        self.stage, self.decision = Stage.FENCING, None
+        self.fence = self.raise_generation().number
+
+    def _decide(self, context: RunContext, memory: Memory) -> None:
+        world = context.worlds[self.world_id]
+        choice = choose(
+            context,
+            memory,
+            world_size=len(world),
+            is_fresh_allowed=all(session.record.allow_fresh for session in world.values()),
+            excluded=self._excluded(context),
+        )
+        if choice.outcome in (Outcome.NONE, Outcome.REFUSED) and not context.has_long_memory:
+            return  # a node that could say otherwise may still be on its way
+        self.decision = self._make(context, memory, choice, world)
+        self.stage = Stage.REFUSED if choice.outcome is Outcome.REFUSED else Stage.PREPARE
+        self.say("refused" if choice.outcome is Outcome.REFUSED else "decided", _describe(self.decision))
+
+    def _make(self, context: RunContext, memory: Memory, choice: Choice, world: World) -> Decision:
+        placements = {rank: session.node for rank, session in sorted(world.items())}
+        view = choice.view
+        attempt = self._next_attempt(context, memory)
+        base = (
+            None if view is None else Base(attempt=view.key.attempt, step=view.key.step, snapshot_id=view.snapshot_id)
+        )
+        lineage = extend(
+            context.lineage,
+            attempt=attempt,
+            base=(base.attempt, base.step) if base else (0, 0),
+            world_id=self.world_id,
+        )
+        bare = Decision(
+            decision_id="",
+            generation=context.generation,
+            run=context.run,
+            world_id=self.world_id,
+            world_size=len(world),
+            attempt=attempt,
+            outcome=choice.outcome,
+            base=base,
+            lineage=lineage,
+            placements=tuple(Placement(rank=rank, node=node) for rank, node in placements.items()),
+            sources=sources_of(view, placements) if view is not None else (),
+            message=choice.message,
+        )
+        return replace(bare, decision_id=hashlib.sha256(record.dumps(bare)).hexdigest()[:32])
+
+    def _next_attempt(self, context: RunContext, memory: Memory) -> int:
+        seen = [view.key.attempt for view in context.views]
+        seen.extend(decision.attempt for decision, _ in context.inventory.decisions.values())
+        memory.newest_attempt = max([memory.newest_attempt, *seen]) + 1
+        return memory.newest_attempt
+
+    def _excluded(self, context: RunContext) -> set[str]:
+        marks = _quarantined_count(context)
+        return {
+            snapshot_id
+            for (snapshot_id, count), failures in self.failures.items()
+            if count == marks and failures >= SAME_FAILURES
+        }
+
+    def _prepare(self, context: RunContext) -> None:
+        assert self.decision is not None
+        stagings = {host: self._staging(context, host) for host in self._hosts()}
+        for host, staging in stagings.items():
+            if staging is not None and staging.state is StagingState.FAILED:
+                self._decide_anew(context, f"{host} could not stage: {staging.reason or 'no reason given'}")
+                return
+        ready = [host for host in stagings if self._is_ready(context, host)]
+        if len(ready) == len(stagings):
+            self.say("staged", f"every host has verified what it needs: {listed(ready)}")
+            self.stage = Stage.RECORD
+            return
+        problem = self._why_impossible(context, [host for host in stagings if host not in ready])
+        if problem:
+            self._decide_anew(context, problem)
+
+    def _record(self, context: RunContext) -> None:
+        assert self.decision is not None
+        recorded = self.recorded_hosts(context)
+        if len(recorded) == len(self._hosts()):
+            self.say("recorded", f"the decision is recorded on {listed(recorded)}")
+            self.say("released", _describe(self.decision))
+            self.stage = Stage.RELEASED
+            return
+        for host in self._hosts():
+            staging = self._staging(context, host)
+            if staging is not None and staging.state is StagingState.FAILED:
+                self._decide_anew(context, f"{host} could not record: {staging.reason or 'no reason given'}")
+                return
+
+    def _decide_anew(self, context: RunContext, why: str) -> None:
+        """No trainer has returned with this decision: fence again and choose from what is left."""
+        assert self.decision is not None
+        if self.decision.base is not None:
+            place = (self.decision.base.snapshot_id, _quarantined_count(context))
+            self.failures[place] = self.failures.get(place, 0) + 1
+            while len(self.failures) > CLOSED_WORLDS:
+                del self.failures[next(iter(self.failures))]
+        self.say("abandoned", f"deciding anew: {why}")
+        self._fence()
+
+    def _why_impossible(self, context: RunContext, hosts: list[str]) -> str:
+        """Why the hosts that are not ready cannot become so; "" if they can."""
+        assert self.decision is not None
+        base = self.decision.base
+        if base is None:
+            return ""
+        view = context.view_of(base.snapshot_id)
+        if view is None or not view.is_restorable:
+            return f"step {base.step} can no longer be restored"
+        for source in self.decision.sources:
+            holders = set(view.holders.get(source.rank, ()))
+            owner = self.placements()[source.rank]
+            if owner not in hosts or owner in holders or holders & set(source.holders):
+                continue
+            if source.kind is not SourceKind.REBUILD:
+                return f"{listed(source.holders)} no longer has the shard of rank {source.rank}"
+            if holders:
+                return f"the shard of rank {source.rank} is back on {listed(sorted(holders))}"
+        return ""
+
+    def _report(self, context: RunContext, host: str) -> RunReport | None:
+        node = context.nodes.get(host)
+        return node.runs.get(context.run) if node is not None else None
+
+    def _staging(self, context: RunContext, host: str) -> Staging | None:
+        """The host's answer to the current decision, if it gave one."""
+        report = self._report(context, host)
+        if report is None or report.staging is None or self.decision is None:
+            return None
+        return report.staging if report.staging.decision_id == self.decision.decision_id else None
+
+    def _is_ready(self, context: RunContext, host: str) -> bool:
+        staging = self._staging(context, host)
+        is_staged = staging is not None and staging.state in (StagingState.READY, StagingState.RECORDED)
+        return is_staged or self._is_recorded(context, host)
+
+    def _is_recorded(self, context: RunContext, host: str) -> bool:
+        report = self._report(context, host)
+        if report is None or self.decision is None:
+            return False
+        staging = self._staging(context, host)
+        is_said = staging is not None and staging.state is StagingState.RECORDED
+        return is_said or (report.decision is not None and report.decision.decision_id == self.decision.decision_id)
+
+
+def _quarantined_count(context: RunContext) -> int:
+    return sum(len(node.runs[context.run].quarantined) for node in context.nodes.values() if context.run in node.runs)
+
+
+def _describe(decision: Decision) -> str:
+    if decision.outcome is Outcome.REFUSED:
+        return decision.message
+    if decision.base is None:
+        return f"attempt {decision.attempt} from scratch: {decision.message}"
+    kinds = [f"{kind.value} for {counted(ranks, 'rank')}" for kind, ranks in _by_kind(decision).items() if ranks]
+    older = f"; {decision.message}" if decision.outcome is Outcome.EXACT_OLDER else ""
+    return (
+        f"{decision.outcome.value}: attempt {decision.attempt} from step {decision.base.step} of attempt "
+        f"{decision.base.attempt}, {', '.join(kinds)}{older}"
+    )
+
+
+def _by_kind(decision: Decision) -> dict[SourceKind, list[int]]:
+    kinds: dict[SourceKind, list[int]] = {kind: [] for kind in SourceKind}
+    for source in decision.sources:
+        kinds[source.kind].append(source.rank)
+    return kinds

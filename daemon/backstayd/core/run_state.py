@@ -1,0 +1,436 @@
+"""One run: everything the coordinator knows and wants of it, evaluated as a whole after each change. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from backstay.ids import Generation, SnapshotKey
+from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, take_inventory
+from backstayd.core.choosing import Memory
+from backstayd.core.context import RunContext, World, find_worlds
+from backstayd.core.lineage import is_live, live_lineage, newest_decision
+from backstayd.core.nodes import NodeState
+from backstayd.core.policy import CorePolicy
+from backstayd.core.protection import Protection
+from backstayd.core.rebuilding import choose_targets, is_still_possible, open_targets, plan_rebuilds
+from backstayd.core.records import Decision, Rebuild, RunDesired, SessionPhase, SessionRecord
+from backstayd.core.recovery import Recovery, Say, Stage
+from backstayd.core.retention import Pace, abandoned_keys, releasable
+from backstayd.core.sentences import counted, listed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What the last evaluation found, for ``desired`` and the status document."""
+
+    context: RunContext
+    target: int  # spares that can be reached now
+    wanted: int  # spares that the policy asks for
+    release: Mapping[SnapshotKey, str]
+    redundancy: str
+    spares: int
+    reason: str
+    complete_step: int
+    protected_step: int
+
+
+@dataclass(slots=True)
+class RunState:
+    """Invariant: nothing here is needed to survive; a new coordinator makes it again from reports."""
+
+    run: str
+    policy: CorePolicy
+    shapes: ShapeCache
+    raise_generation: Callable[[], Generation]
+    say: Say
+    again: Callable[[str], None]  # the state that the last sentence of this kind described has passed
+    protection: Protection = field(init=False)
+    recovery: Recovery = field(init=False)
+    pace: Pace = field(default_factory=Pace)
+    memory: Memory = field(default_factory=Memory)
+    rebuilds: dict[str, Rebuild] = field(default_factory=dict)
+    missing_since: dict[str, float] = field(default_factory=dict)
+    ended: dict[str, set[int]] = field(default_factory=dict)
+    is_forgetting: bool = False
+    head: Decision | None = None
+    evaluation: Evaluation | None = None
+    context: RunContext | None = None
+    known_sessions: dict[int, str] = field(default_factory=dict)
+    known_marks: set[tuple[str, str, int, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.protection = Protection(self.policy)
+        self.recovery = Recovery(self.raise_generation, self.say)
+
+    def evaluate(
+        self, nodes: Mapping[str, NodeState], *, generation: Generation, has_long_memory: bool, now_s: float
+    ) -> None:
+        """Bring everything in line with the reports of ``nodes``."""
+        context = self.context = self._take_context(nodes, generation, has_long_memory, now_s)
+        if self._update_forgetting(context):
+            return
+        self._watch(context)
+        before = self.recovery.world_id
+        self.recovery.update(context, self.memory)
+        if self.recovery.world_id != before:
+            self.pace.restart()
+        hosts = self._hosts(context)
+        wanted = self.policy.wanted_parity(len(hosts))
+        target = self.protection.target(host_count=len(hosts), present_count=len(nodes))
+        self._protect(context, target)
+        self._rebuild(context)
+        release = self._release(context, target)
+        self._describe(context, target=target, wanted=wanted, release=release)
+        self._adjust_pace(context, target)
+
+    def desired(self, node: str) -> RunDesired | None:
+        """What ``node`` should do for this run; None if it has no part in it."""
+        evaluation, context = self.evaluation, self.context
+        if context is None:
+            return None
+        if self.is_forgetting:
+            report = context.nodes[node].runs.get(self.run) if node in context.nodes else None
+            return RunDesired(run=self.run, forget=True) if report is not None and not report.is_forgotten else None
+        if evaluation is None:
+            return None
+        plans = self.protection.plans_of(node)
+        rebuilds = tuple(rebuild for rebuild in self.rebuilds.values() if _takes_part(rebuild, node))
+        has_report = node in context.nodes and self.run in context.nodes[node].runs
+        if not (has_report or plans or rebuilds):
+            return None
+        decision = self.recovery.decision
+        is_host = decision is not None and node in self.recovery.placements().values()
+        return RunDesired(
+            run=self.run,
+            world_id=self.recovery.world_id,
+            decision=decision if is_host else None,
+            decision_phase=self.recovery.phase,
+            plans=plans,
+            drop_plans=self._drops(node, evaluation),
+            release=self._releases_on(node, evaluation),
+            rebuilds=rebuilds,
+            schedule=self.pace.schedule,
+            redundancy=evaluation.redundancy,
+            protected_step=evaluation.protected_step,
+            is_release_possible=self._is_release_possible(context),
+        )
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError for a mistake of ours."""
+        self.protection.check_invariants()
+        self.recovery.check_invariants()
+        evaluation = self.evaluation
+        if evaluation is None or self.is_forgetting:
+            return
+        kept = [view for view in evaluation.context.live_views if view.key not in evaluation.release]
+        best = max((view.spares for view in evaluation.context.live_views), default=-1)
+        if best >= 0:
+            assert max((view.spares for view in kept), default=-1) >= min(best, evaluation.target), "law 1"
+
+    def fresh_context(self, nodes: Mapping[str, NodeState], *, generation: Generation, now_s: float) -> RunContext:
+        """The run as the newest reports show it, before they are evaluated."""
+        return self._take_context(nodes, generation, has_long_memory=False, now_s=now_s)
+
+    def _take_context(
+        self, nodes: Mapping[str, NodeState], generation: Generation, has_long_memory: bool, now_s: float
+    ) -> RunContext:
+        inventory = take_inventory(self.run, nodes.values())
+        views = tuple(build_views(inventory, self.shapes))
+        known = [decision for decision, _ in inventory.decisions.values()]
+        self.head = newest_decision([*known, *([self.head] if self.head is not None else [])])
+        lineage = live_lineage(self.head, views)
+        return RunContext(
+            run=self.run,
+            now_s=now_s,
+            lease_s=self.policy.lease_s,
+            nodes=nodes,
+            inventory=inventory,
+            shapes=self.shapes,
+            views=views,
+            live=frozenset(index for index, view in enumerate(views) if is_live(view, lineage)),
+            lineage=lineage,
+            head=self.head,
+            worlds=find_worlds(self.run, nodes),
+            generation=generation,
+            has_long_memory=has_long_memory,
+        )
+
+    def _update_forgetting(self, context: RunContext) -> bool:
+        """Forget a run whose ranks have all ended, or that a node says was forgotten. True while that goes on."""
+        for world_id, world in context.worlds.items():
+            ended = {rank for rank, session in world.items() if session.record.phase is SessionPhase.ENDED}
+            if ended:
+                self.ended.setdefault(world_id, set()).update(ended)
+                size = next(iter(world.values())).record.world_size
+                if world_id == self.recovery.world_id and len(self.ended[world_id]) >= size and not self.is_forgetting:
+                    self.say("abandoned", "every rank has finished: the run is forgotten on every node")
+                    self.is_forgetting = True
+        reports = [node.runs[self.run] for node in context.nodes.values() if self.run in node.runs]
+        if any(report.is_forgotten for report in reports) and not context.inventory.is_empty and not self._is_new():
+            self.is_forgetting = True
+        if self.is_forgetting and context.inventory.is_empty and not self._has_unfinished(context):
+            self._begin_again()
+            return False
+        return self.is_forgetting
+
+    def _is_new(self) -> bool:
+        """Whether this is a later run of a forgotten name: a world was opened since."""
+        return self.recovery.stage is not Stage.IDLE
+
+    def _has_unfinished(self, context: RunContext) -> bool:
+        """Whether some node still has sessions of the world that ended."""
+        return any(world_id in self.ended for world_id in context.worlds)
+
+    def _begin_again(self) -> None:
+        """Nothing of the run is left anywhere: whoever asks under its name starts from scratch."""
+        self.is_forgetting = False
+        self.protection = Protection(self.policy)
+        self.recovery = Recovery(self.raise_generation, self.say)
+        self.pace, self.memory = Pace(), Memory()
+        self.rebuilds, self.missing_since, self.ended = {}, {}, {}
+        self.head, self.evaluation = None, None
+
+    def _watch(self, context: RunContext) -> None:
+        """Note what is new in the reports: snapshots, sessions, corruption."""
+        if not context.inventory.is_empty:
+            self.memory.is_known = True
+        for view in reversed(context.live_views):
+            if view.is_complete:
+                if view.snapshot_id not in self.memory.holders:
+                    self.say("complete", f"step {view.key.step} of attempt {view.key.attempt} is complete")
+                self.memory.note(view)
+        marks = {
+            (name, mark.what, mark.attempt, mark.step): mark.reason
+            for name, node in context.nodes.items()
+            if self.run in node.runs
+            for mark in node.runs[self.run].quarantined
+        }
+        for place, reason in marks.items():
+            if place not in self.known_marks:
+                self.say("quarantined", f"{place[1]} on {place[0]} is corrupt and set aside: {reason}")
+        self.known_marks = set(marks)
+        world = context.worlds.get(self.recovery.world_id, {})
+        now = {rank: session.node for rank, session in world.items()}
+        gone = sorted(rank for rank in self.known_sessions if rank not in now)
+        if gone and self.recovery.world_id not in self.ended:
+            where = listed(sorted({self.known_sessions[rank] for rank in gone}))
+            self.again("session_lost")
+            self.say("session_lost", f"{counted(gone, 'rank')} on {where} died")
+        self.known_sessions = now
+
+    def _world(self, context: RunContext) -> World:
+        return context.worlds.get(self.recovery.world_id, {})
+
+    def _hosts(self, context: RunContext) -> set[str]:
+        """Nodes the job is meant to run on."""
+        placements = self.recovery.placements()
+        if not placements and self.head is not None:
+            placements = {place.rank: place.node for place in self.head.placements}
+        if placements:
+            return set(placements.values())
+        return {node for view in context.live_views[:1] for nodes in view.holders.values() for node in nodes}
+
+    def _protect(self, context: RunContext, target: int) -> None:
+        wanted = [view for view in context.live_views if view.snapshot_id]
+        if self.recovery.is_active:  # nothing new is begun while a world decides
+            wanted, goal = [view for view in wanted if view.snapshot_id in self.protection.sets], 0
+        else:
+            good = [index for index, view in enumerate(wanted) if view.is_restorable and view.spares >= target]
+            wanted, goal = wanted[: good[: self.policy.keep][-1] + 1 if len(good) >= self.policy.keep else None], target
+        notes = self.protection.update(
+            wanted,
+            target=goal,
+            placements=self.recovery.placements(),
+            nodes=context.nodes,
+            inventory=context.inventory,
+            shapes=self.shapes,
+            run=self.run,
+            now_s=context.now_s,
+        )
+        for note in notes:
+            self.say("abandoned", note)
+        for view in context.live_views:
+            is_good = view.is_restorable and target > 0 and view.spares >= target
+            if is_good and view.snapshot_id not in self.memory.protected:
+                self.memory.protected[view.snapshot_id] = None
+                self.say("protected", f"step {view.key.step} is protected: any {view.spares} nodes of a group may go")
+
+    def _rebuild(self, context: RunContext) -> None:
+        """Keep rebuilds that can finish, drop the others, begin new ones where shards are gone."""
+        view, placements = self._rebuild_view(context)
+        if view is None:
+            self.rebuilds = {}
+            return
+        for plan_id, rebuild in list(self.rebuilds.items()):
+            is_right = rebuild.plan.snapshot_id == view.snapshot_id and all(
+                placements.get(target.rank, target.node) == target.node for target in rebuild.targets
+            )
+            is_open = bool(open_targets(rebuild, context.inventory))
+            possible = is_still_possible(rebuild, nodes=context.nodes, inventory=context.inventory, shapes=self.shapes)
+            if not (is_right and is_open and possible):
+                del self.rebuilds[plan_id]
+                if is_right and not is_open:
+                    self.again("rebuild")
+                    ranks = [target.rank for target in rebuild.targets]
+                    self.say("repaired", f"the shards of {counted(ranks, 'rank')} at step {view.key.step} are rebuilt")
+        under_way = {t.rank for rebuild in self.rebuilds.values() for t in rebuild.targets}
+        if not set(view.unheld_ranks) - under_way:
+            return
+        targets = choose_targets(view, placements=placements, nodes=context.nodes, inventory=context.inventory)
+        left = {rank: node for rank, node in targets.items() if rank not in under_way}
+        for rebuild in plan_rebuilds(
+            view, targets=left, nodes=context.nodes, inventory=context.inventory, shapes=self.shapes
+        ):
+            if rebuild.plan.plan_id not in self.rebuilds:
+                self.rebuilds[rebuild.plan.plan_id] = rebuild
+                owners = listed(f"rank {target.rank} on {target.node}" for target in rebuild.targets)
+                decoders = sorted({task.decoder for task in rebuild.tasks})
+                self.say("rebuild", f"rebuilding step {view.key.step}: {owners}, decoded by {listed(decoders)}")
+
+    def _rebuild_view(self, context: RunContext) -> tuple[SnapshotView | None, dict[int, str]]:
+        """Which snapshot's shards should be rebuilt now, and where its ranks run."""
+        decision = self.recovery.decision
+        if self.recovery.stage is Stage.FENCING:
+            return None, {}
+        if self.recovery.is_active:
+            base = decision.base if decision is not None else None
+            view = context.view_of(base.snapshot_id) if base is not None else None
+            return (view if view is not None and view.is_restorable else None), self.recovery.placements()
+        best = max(
+            (view for view in context.live_views if view.is_restorable),
+            key=lambda view: (view.spares, view.key),
+            default=None,
+        )
+        if best is None or best.is_complete:
+            self.missing_since.clear()
+            return None, {}
+        since = self.missing_since.setdefault(best.snapshot_id, context.now_s)
+        if best.spares > 0 and context.now_s - since < self.policy.lease_s:
+            return None, {}  # a new world may be on its way and choose better places
+        present = {rank: node for rank, node in self.recovery.placements().items() if node in context.nodes}
+        return best, present
+
+    def _release(self, context: RunContext, target: int) -> dict[SnapshotKey, str]:
+        """Snapshots to delete, with reasons.
+
+        Nothing goes while a world decides, for inventories must hold still, nor before each of its ranks has loaded.
+        """
+        world = self._world(context)
+        is_loading = any(session.record.phase is SessionPhase.RESTORING for session in world.values())
+        if self.recovery.is_active or is_loading:
+            return {}
+        sessions = {rank: session.record for rank, session in world.items()}
+        attempt = self.recovery.decision.attempt if self.recovery.decision is not None else 0
+        chosen = releasable(
+            context.views,
+            live=context.live,
+            keep=self.policy.keep,
+            target=target,
+            abandoned=abandoned_keys(context.live_views, attempt=attempt, sessions=sessions),
+        )
+        kept = {view.key for index, view in enumerate(context.views) if index not in chosen}
+        release = {context.views[i].key: reason for i, reason in chosen.items() if context.views[i].key not in kept}
+        previous = self.evaluation.release if self.evaluation is not None else {}
+        for key, reason in release.items():
+            if key not in previous:
+                self.say("released_snapshot", f"step {key.step} of attempt {key.attempt} is released: {reason}")
+        return release
+
+    def _releases_on(self, node: str, evaluation: Evaluation) -> tuple[SnapshotKey, ...]:
+        """Keys to delete on ``node``: what is released everywhere, and copies that the protecting plans do not use."""
+        released = set(evaluation.release)
+        if not self.recovery.is_active and node not in self.recovery.placements().values():
+            for view in evaluation.context.live_views:
+                plan_set = self.protection.sets.get(view.snapshot_id)
+                if (
+                    plan_set is None
+                    or not plan_set.was_intact
+                    or view.key in released
+                    or view.spares < evaluation.target
+                ):
+                    continue
+                members = {member.node for plan in plan_set.plans for member in plan.members}
+                is_alone = sum(1 for other in evaluation.context.views if other.key == view.key) == 1
+                if node not in members and is_alone and self._holds_any(node, view, evaluation.context.inventory):
+                    released.add(view.key)
+        return tuple(sorted(released))
+
+    def _holds_any(self, node: str, view: SnapshotView, inventory: Inventory) -> bool:
+        return any(node in nodes for nodes in view.holders.values()) or any(
+            node in inventory.plan_holders.get(state.plan.plan_id, ()) for state in view.plans
+        )
+
+    def _drops(self, node: str, evaluation: Evaluation) -> tuple[str, ...]:
+        if self.recovery.is_active:
+            return ()
+        wanted = {plan.plan_id for plan_set in self.protection.sets.values() for plan in plan_set.plans}
+        surplus = {
+            plan.plan_id: plan
+            for view in evaluation.context.live_views
+            for plan in self.protection.surplus(view, evaluation.target)
+        }
+        needed = {s.plan.plan_id for view in evaluation.context.live_views for s in view.plans} - set(surplus)
+        surplus |= {plan_id: plan for plan_id, plan in self.protection.dropped.items() if plan_id not in needed}
+        return tuple(
+            sorted(
+                plan_id
+                for plan_id, plan in surplus.items()
+                if plan_id not in wanted and any(member.node == node for member in plan.members)
+            )
+        )
+
+    def _is_release_possible(self, context: RunContext) -> bool:
+        """Whether slots come free as soon as encoding gets there: all hosts are here and nobody decides."""
+        return self.recovery.stage is Stage.RELEASED and all(node in context.nodes for node in self._hosts(context))
+
+    def _describe(self, context: RunContext, *, target: int, wanted: int, release: Mapping[SnapshotKey, str]) -> None:
+        live = [view for view in context.live_views if view.is_restorable]
+        spares = max((view.spares for view in live), default=-1)
+        protected = next((view for view in live if view.spares >= target), None)
+        redundancy, reason = self._redundancy(context, spares=spares, wanted=wanted)
+        self.evaluation = Evaluation(
+            context=context,
+            target=target,
+            wanted=wanted,
+            release=release,
+            redundancy=redundancy,
+            spares=spares,
+            reason=reason,
+            complete_step=next((view.key.step for view in live), 0),
+            protected_step=protected.key.step if protected is not None else 0,
+        )
+
+    def _redundancy(self, context: RunContext, *, spares: int, wanted: int) -> tuple[str, str]:
+        total = sum(n.runs[self.run].rebuild_total_bytes for n in context.nodes.values() if self.run in n.runs)
+        if self.rebuilds:
+            done = sum(n.runs[self.run].rebuilt_bytes for n in context.nodes.values() if self.run in n.runs)
+            percent = min(99, 100 * done // total) if total else 0
+            ranks = sorted(t.rank for rebuild in self.rebuilds.values() for t in rebuild.targets)
+            return f"REBUILDING {percent} %", f"the shards of {counted(ranks, 'rank')} are being rebuilt"
+        if spares < 0:
+            return "UNPROTECTED", "no snapshot is restorable"
+        if spares >= wanted:
+            return f"PROTECTED({spares})", f"any {spares} nodes of a group may be lost" if spares else "parity is off"
+        if spares > 0:
+            return f"DEGRADED({spares})", f"{spares} more losses are survived, not {wanted}; repair brings it back"
+        if not self.memory.protected:
+            return "UNPROTECTED", "the first snapshots are still being encoded"
+        return "AT_RISK(0)", "the next loss of a node loses the newest snapshot; repair is under way"
+
+    def _adjust_pace(self, context: RunContext, target: int) -> None:
+        if self.recovery.stage is not Stage.RELEASED or self.recovery.decision is None:
+            return
+        world = self._world(context)
+        sessions: list[SessionRecord] = [session.record for session in world.values()]
+        attempt = self.recovery.decision.attempt
+        is_protected = any(
+            v.key.attempt == attempt and v.spares >= target for v in context.live_views if v.is_restorable
+        )
+        note = self.pace.update(sessions, is_protected=is_protected, lease_s=self.policy.lease_s, now_s=context.now_s)
+        if note:
+            self.say("interval_raised", note)
+
+
+def _takes_part(rebuild: Rebuild, node: str) -> bool:
+    return any(target.node == node for target in rebuild.targets) or any(task.decoder == node for task in rebuild.tasks)

@@ -1,0 +1,18 @@
+"""Small words for decisions' reasons. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def listed(items: Iterable[object]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    words = [str(item) for item in items]
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def counted(items: Sequence[object], singular: str) -> str:
+    """``rank 3`` or ``ranks 3, 4 and 5``."""
+    return f"{singular}{'' if len(items) == 1 else 's'} {listed(items)}"

@@ -1,0 +1,190 @@
+"""The status document: what the coordinator knows, as plain JSON values. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from backstayd.core.catalog import SnapshotView
+from backstayd.core.choosing import choose, missing_sentence, sources_of
+from backstayd.core.context import RunContext
+from backstayd.core.nodes import NodeState
+from backstayd.core.records import Decision, ShardSource
+
+if TYPE_CHECKING:
+    from backstayd.core.coordinator import Coordinator
+    from backstayd.core.run_state import RunState
+
+FORMAT = 1
+
+
+def status_document(coordinator: Coordinator, *, now_s: float, unix_offset_s: float) -> dict[str, Any]:
+    """Everything an operator may want to know; see docs/operations for the fields."""
+    return {
+        "format": FORMAT,
+        "role": "coordinator",
+        "generation": {"number": coordinator.generation.number, "incarnation": coordinator.incarnation},
+        "time_unix_s": now_s + unix_offset_s,
+        "is_settled": coordinator.is_settled,
+        "nodes": [_node(node) for node in sorted(coordinator.nodes.nodes.values(), key=lambda n: n.name)],
+        "runs": [_run(coordinator.runs[name]) for name in sorted(coordinator.runs)],
+        "timeline": [
+            {"time_unix_s": event.at_s + unix_offset_s, "run": event.run, "kind": event.kind, "message": event.message}
+            for event in coordinator.timeline.all()
+        ],
+    }
+
+
+def _node(node: NodeState) -> dict[str, Any]:
+    return {
+        "name": node.name,
+        "incarnation": node.identity.incarnation,
+        "bulk_address": node.identity.bulk_address,
+        "domain": node.identity.domain,
+        "version": node.identity.version,
+        "state": node.liveness.value,
+        "used_bytes": node.report.used_bytes,
+        "capacity_bytes": node.report.capacity_bytes,
+        "corrupt_count": node.report.corrupt_count,
+    }
+
+
+def _run(state: RunState) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "run": state.run,
+        "world_id": state.recovery.world_id,
+        "world_size": 0,
+        "attempt": state.head.attempt if state.head is not None else 0,
+        "redundancy": "UNPROTECTED",
+        "spares": -1,
+        "reason": "forgetting" if state.is_forgetting else "not evaluated yet",
+        "complete_step": 0,
+        "protected_step": 0,
+        "interval_steps": state.pace.schedule.interval_steps,
+        "decision": _decision(state),
+        "sessions": [],
+        "snapshots": [],
+        "groups": [],
+        "quarantined": [],
+        "explain": None,
+    }
+    context, evaluation = state.context, state.evaluation
+    if context is None or evaluation is None or state.is_forgetting:
+        return document
+    world = context.worlds.get(state.recovery.world_id) or next(iter(context.worlds.values()), {})
+    sizes = [session.record.world_size for session in world.values()] or [view.world_size for view in context.views]
+    document.update(
+        world_size=sizes[0] if sizes else 0,
+        redundancy=evaluation.redundancy,
+        spares=evaluation.spares,
+        reason=evaluation.reason,
+        complete_step=evaluation.complete_step,
+        protected_step=evaluation.protected_step,
+        sessions=[
+            {"rank": rank, "node": s.node, "phase": s.record.phase.value, "last_step": s.record.last_step}
+            for rank, s in sorted(world.items())
+        ],
+        snapshots=[_snapshot(state, context, index) for index in range(len(context.views))],
+        groups=_groups(state, context),
+        quarantined=_quarantined(context),
+        explain=_explain(state, context),
+    )
+    return document
+
+
+def _decision(state: RunState) -> dict[str, Any] | None:
+    decision = state.recovery.decision
+    if decision is None:
+        return None
+    return {
+        "decision_id": decision.decision_id,
+        "phase": state.recovery.phase.value,
+        "outcome": decision.outcome.value,
+        "attempt": decision.attempt,
+        "base": _base(decision),
+        "message": decision.message,
+        "placements": [{"rank": place.rank, "node": place.node} for place in decision.placements],
+        "sources": _sources(decision.sources),
+    }
+
+
+def _base(decision: Decision) -> dict[str, Any] | None:
+    base = decision.base
+    return None if base is None else {"attempt": base.attempt, "step": base.step, "snapshot_id": base.snapshot_id}
+
+
+def _sources(sources: tuple[ShardSource, ...]) -> list[dict[str, Any]]:
+    return [{"rank": s.rank, "kind": s.kind.value, "holders": list(s.holders)} for s in sources]
+
+
+def _snapshot(state: RunState, context: RunContext, index: int) -> dict[str, Any]:
+    view = context.views[index]
+    assert state.evaluation is not None
+    return {
+        "attempt": view.key.attempt,
+        "step": view.key.step,
+        "state": _snapshot_state(view, is_live=index in context.live, wanted=state.evaluation.wanted),
+        "spares": view.spares,
+        "snapshot_id": view.snapshot_id,
+        "shards": [
+            {"rank": rank, "nodes": list(view.holders.get(rank, ())), "size_bytes": view.sizes.get(rank, 0)}
+            for rank in range(view.world_size)
+        ],
+        "missing": missing_sentence(context, state.memory, view),
+    }
+
+
+def _snapshot_state(view: SnapshotView, *, is_live: bool, wanted: int) -> str:
+    if not is_live:
+        return "dead"
+    if not view.snapshot_id:
+        return "incomplete"
+    if not view.is_restorable:
+        return "unrecoverable"
+    if view.spares >= wanted:
+        return "protected"
+    return "complete" if view.is_complete and view.spares <= 0 else "degraded"
+
+
+def _groups(state: RunState, context: RunContext) -> list[dict[str, Any]]:
+    """Groups of the newest snapshot that has a set of plans."""
+    for view in context.live_views:
+        plan_set = state.protection.sets.get(view.snapshot_id)
+        if plan_set is None:
+            continue
+        states = {plan_state.plan.plan_id: plan_state for plan_state in view.plans}
+        return [
+            {
+                "members": [member.node for member in plan.members],
+                "k": plan.k,
+                "m": plan.m,
+                "spares": min(states[plan.plan_id].rank_spares.values(), default=0) if plan.plan_id in states else 0,
+            }
+            for plan in plan_set.plans
+        ]
+    return []
+
+
+def _quarantined(context: RunContext) -> list[dict[str, Any]]:
+    return [
+        {"node": name, "what": mark.what, "attempt": mark.attempt, "step": mark.step, "reason": mark.reason}
+        for name, node in sorted(context.nodes.items())
+        if context.run in node.runs
+        for mark in node.runs[context.run].quarantined
+    ]
+
+
+def _explain(state: RunState, context: RunContext) -> dict[str, Any]:
+    """What a world that asked now would be told."""
+    choice = choose(context, state.memory, world_size=0, is_fresh_allowed=False)
+    view = choice.view
+    placements = state.recovery.placements() or (
+        {place.rank: place.node for place in state.head.placements} if state.head is not None else {}
+    )
+    present = {rank: node for rank, node in placements.items() if node in context.nodes}
+    return {
+        "outcome": choice.outcome.value,
+        "attempt": view.key.attempt if view is not None else 0,
+        "step": view.key.step if view is not None else 0,
+        "message": choice.message,
+        "sources": _sources(sources_of(view, present)) if view is not None else [],
+    }

@@ -1,0 +1,265 @@
+"""What must hold after every event, computed from the true contents of all tmpfs and independent of the core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from backstayd.core import geometry
+from backstayd.core.records import Decision, Outcome, Plan, ShardRecord
+
+if TYPE_CHECKING:
+    from tests.simulation.cluster import Cluster
+    from tests.simulation.node import Node, Trainer
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass(slots=True)
+class WorldTruth:
+    """What one world restored and wrote. ``ranks_of_step``: who committed each step."""
+
+    decision: Decision
+    ranks_of_step: dict[int, set[int]] = field(default_factory=dict)
+    released: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class RunTruth:
+    worlds: dict[str, WorldTruth] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)  # worlds in the order of their first release
+    decided: dict[str, Decision] = field(default_factory=dict)  # world to the decision that took effect
+    was_complete: bool = False
+    floor: tuple[int, int, str] | None = None  # newest snapshot that was truly protected: order of world, step, world
+    losses: set[int] = field(default_factory=set)  # nodes destroyed since then
+
+
+class Checker:
+    """Keeps the history of every run and compares it with what nodes do and hold."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.runs: dict[str, RunTruth] = {}
+        self.is_tolerant_of_corruption = False
+        self.recorded_at: dict[str, set[str]] = {}
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def recorded(self, node: Node, decision: Decision) -> None:
+        self.recorded_at.setdefault(decision.decision_id, set()).add(node.name)
+
+    def released(self, node: Node, trainer: Trainer, decision: Decision) -> None:
+        truth = self.runs.setdefault(trainer.run, RunTruth())
+        before = truth.decided.setdefault(trainer.world_id, decision)
+        self._require(
+            before.decision_id == decision.decision_id, f"two decisions took effect in world {trainer.world_id}"
+        )
+        self._require(decision.outcome is not Outcome.REFUSED, "a refusal released a trainer")
+        hosts = {place.node for place in decision.placements}
+        self._require(
+            hosts <= self.recorded_at.get(decision.decision_id, set()), "released before every host had recorded"
+        )
+        if decision.outcome is Outcome.NONE:
+            self._require(not truth.was_complete or trainer.allow_fresh, "NONE for a run that had a whole snapshot")
+        else:
+            self._check_base(node, trainer, decision, truth)
+        if trainer.world_id not in truth.worlds:
+            truth.worlds[trainer.world_id] = WorldTruth(decision)
+            truth.order.append(trainer.world_id)
+            truth.floor = self._floor_of(truth, decision)
+        truth.worlds[trainer.world_id].released.add(trainer.rank)
+
+    def _check_base(self, node: Node, trainer: Trainer, decision: Decision, truth: RunTruth) -> None:
+        assert decision.base is not None
+        chain = self._live_chain(truth, exclude=trainer.world_id)
+        writers = {source.digest.split("/")[1] for source in decision.sources}
+        steps = {int(source.digest.split("/")[0]) for source in decision.sources}
+        ranks = [int(source.digest.split("/")[2]) for source in decision.sources]
+        self._require(len(writers) == 1 and len(steps) == 1, f"a mix of histories was restored: {writers}, {steps}")
+        self._require(ranks == list(range(decision.world_size)), "a rank was restored from another rank's shard")
+        writer, step = next(iter(writers)), next(iter(steps))
+        self._require(step == decision.base.step, "the restored bytes are of another step than the decision says")
+        self._require(
+            any(world == writer and (limit is None or step <= limit) for world, limit in chain),
+            f"restored step {step} of dead history {writer}",
+        )
+        shard = node.memory[trainer.run].shards.get((decision.base.attempt, step, trainer.rank))
+        self._require(
+            shard is not None and shard.digest == decision.sources[trainer.rank].digest,
+            f"rank {trainer.rank} was released without its shard of step {step}",
+        )
+
+    def committed(self, run: str, shard: ShardRecord) -> None:
+        truth = self.runs[run]
+        world = truth.worlds[shard.world_id]
+        ranks = world.ranks_of_step.setdefault(shard.step, set())
+        ranks.add(shard.rank)
+        if len(ranks) == shard.world_size:
+            truth.was_complete = True
+
+    def destroyed(self, node: Node) -> None:
+        for run, truth in self.runs.items():
+            if run in node.memory:
+                truth.losses.add(id(node))
+
+    # -- after every event --------------------------------------------------------------------------------------------
+
+    def after_event(self) -> None:
+        if self.cluster.engine.event_count % 5 == 0:
+            self.check()
+
+    def check(self) -> None:
+        """I3: once protected, still restorable after no more losses than parity covers."""
+        for run, truth in self.runs.items():
+            chain = self._live_chain(truth)
+            candidates = self._candidates(run, truth, chain)
+            for place in candidates:
+                if truth.floor is not None and place < truth.floor:
+                    break
+                if self._true_spares(run, place) >= self._parity(truth):
+                    truth.floor = place
+                    truth.losses.clear()
+                    break
+            is_owed = truth.floor is not None and len(truth.losses) <= self._parity(truth)
+            if is_owed and not self.is_tolerant_of_corruption:
+                assert truth.floor is not None
+                alive = any(place >= truth.floor and self._true_spares(run, place) >= 0 for place in candidates)
+                self._require(
+                    alive,
+                    f"step {truth.floor[1]} of {run} was protected, {len(truth.losses)} nodes were lost: all gone",
+                )
+
+    def _parity(self, truth: RunTruth) -> int:
+        last = truth.worlds[truth.order[-1]].decision
+        hosts = len({place.node for place in last.placements})
+        return max(0, min(self.cluster.policy.wanted_parity(hosts), len(self.cluster.nodes) - 1))
+
+    def _live_chain(self, truth: RunTruth, exclude: str = "") -> list[tuple[str, int | None]]:
+        """Worlds of the live history with the last step that counts of each, newest first."""
+        worlds = [world for world in truth.order if world != exclude]
+        if not worlds:
+            return []
+        chain: list[tuple[str, int | None]] = []
+        world, limit = worlds[-1], None
+        while True:
+            chain.append((world, limit))
+            decision = truth.worlds[world].decision
+            if decision.base is None:
+                return chain
+            world = decision.sources[0].digest.split("/")[1]
+            limit = decision.base.step
+
+    def _floor_of(self, truth: RunTruth, decision: Decision) -> tuple[int, int, str] | None:
+        """A decision for an older snapshot gives up what lies above it."""
+        if decision.base is None:
+            return None
+        writer = decision.sources[0].digest.split("/")[1]
+        place = (truth.order.index(writer), decision.base.step, writer)
+        return min(place, truth.floor) if truth.floor is not None else None
+
+    def _candidates(self, run: str, truth: RunTruth, chain: list[tuple[str, int | None]]) -> list[tuple[int, int, str]]:
+        limits = dict(chain)
+        steps = {
+            (writer, int(step))
+            for node in self.cluster.nodes.values()
+            if run in node.memory
+            for step, writer in (
+                [s.digest.split("/")[:2] for s in node.memory[run].shards.values()]
+                + [self._first_digest(p).split("/")[:2] for p in node.memory[run].plans.values()]
+            )
+        }
+        found = []
+        for writer, step in steps:
+            limit = limits.get(writer, -1)
+            if limit is None or step <= limit:
+                found.append((truth.order.index(writer), step, writer))
+        return sorted(found, reverse=True)
+
+    def _first_digest(self, plan: Plan) -> str:
+        return next(shard.digest for member in plan.members for shard in member.shards)
+
+    def _true_spares(self, run: str, place: tuple[int, int, str]) -> int:
+        """Any so many nodes may be destroyed now and every shard is still there or decodes; -1 if some is gone."""
+        _, step, writer = place
+        holders: dict[str, set[str]] = {}
+        plans: dict[str, Plan] = {}
+        parity: dict[tuple[str, int, int], set[str]] = {}
+        size = 0
+        for name, node in self.cluster.nodes.items():
+            memory = node.memory.get(run)
+            if memory is None:
+                continue
+            for shard in memory.shards.values():
+                if shard.step == step and shard.world_id == writer and shard.digest not in memory.corrupt:
+                    holders.setdefault(shard.digest, set()).add(name)
+                    size = shard.world_size
+            for plan in memory.plans.values():
+                if plan.step == step and self._first_digest(plan).split("/")[1] == writer:
+                    plans[plan.plan_id] = plan
+                    size = plan.world_size
+            for fragment in memory.fragments:
+                if fragment not in memory.corrupt:
+                    parity.setdefault(fragment, set()).add(name)
+        spares = 99
+        for rank in range(size):
+            digest = f"{step}/{writer}/{rank}"
+            by_copies = len(holders.get(digest, ())) - 1
+            by_plans = [self._plan_spares(plan, rank, holders, parity) for plan in plans.values()]
+            spares = min(spares, max([by_copies, *by_plans]))
+        return spares if size else -1
+
+    def _plan_spares(
+        self,
+        plan: Plan,
+        rank: int,
+        holders: dict[str, set[str]],
+        parity: dict[tuple[str, int, int], set[str]],
+    ) -> int:
+        owners = [i for i, m in enumerate(plan.members) if any(s.rank == rank for s in m.shards)]
+        if not owners:
+            return -1
+        spares = 99
+        count = len(plan.members)
+        for stripe in geometry.member_stripes(owners[0], n=count, m=plan.m):
+            mine = geometry.segments(plan, owners[0], geometry.block_range(plan, stripe, owners[0]))
+            if any(segment.rank == rank for segment in mine):
+                spares = min(spares, self._stripe_spares(plan, stripe, holders, parity))
+        return spares
+
+    def _stripe_spares(
+        self,
+        plan: Plan,
+        stripe: int,
+        holders: dict[str, set[str]],
+        parity: dict[tuple[str, int, int], set[str]],
+    ) -> int:
+        places: list[set[str] | None] = []
+        for member in geometry.data_members(stripe, n=len(plan.members), m=plan.m):
+            digests = {s.rank: s.digest for s in plan.members[member].shards}
+            needed = list(geometry.segments(plan, member, geometry.block_range(plan, stripe, member)))
+            if not needed:
+                places.append(None)
+                continue
+            places.append(set.intersection(*(holders.get(digests[g.rank], set()) for g in needed)))
+        places.extend(parity.get((plan.plan_id, stripe, index), set()) for index in range(plan.m))
+        available = sum(1 for place in places if place is None or place)
+        if available < plan.k:
+            return -1
+        counts: dict[str, int] = {}
+        for place in places:
+            if place:
+                chosen = min(place, key=lambda name: (counts.get(name, 0), name))
+                counts[chosen] = counts.get(chosen, 0) + 1
+        spares = 0
+        for worst in sorted(counts.values(), reverse=True):
+            available -= worst
+            if available < plan.k:
+                break
+            spares += 1
+        return spares
+
+    def _require(self, condition: bool, promise: str) -> None:
+        if not condition:
+            raise Violation(f"seed {self.cluster.engine.seed}, t={self.cluster.engine.now_s - 1000:.3f} s: {promise}")

@@ -1,0 +1,508 @@
+"""A simulated node: tmpfs that survives its daemon, a daemon that does what the coordinator wants, in simulated time.
+
+The model follows the contract of ``core/records.py`` and knows nothing of how the coordinator decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from backstay.ids import Generation
+from backstayd.core import geometry
+from backstayd.core.records import (
+    Decision,
+    DecisionPhase,
+    FragmentRecord,
+    NodeDesired,
+    NodeIdentity,
+    NodeReport,
+    Plan,
+    Quarantined,
+    Rebuild,
+    RebuildTask,
+    RunDesired,
+    RunReport,
+    SessionPhase,
+    SessionRecord,
+    ShardRecord,
+    SourceKind,
+    Staging,
+    StagingState,
+)
+
+if TYPE_CHECKING:
+    from tests.simulation.cluster import Cluster
+
+REPORT_COALESCE_S = 0.01
+RETRY_S = 0.2
+SLOTS_PER_RANK = 2
+
+
+@dataclass(slots=True, eq=False)
+class Trainer:
+    """One rank's process. Dies with its node; a daemon's death only detaches it."""
+
+    run: str
+    world_id: str
+    rank: int
+    world_size: int
+    node: str
+    phase: SessionPhase = SessionPhase.RESTORING
+    allow_fresh: bool = False
+    is_alive: bool = True
+    is_attached: bool = False
+    attempt: int = 0
+    last_step: int = 0
+    skipped_step: int = 0
+    refusal: str = ""
+    capturing: int = 0
+    pending_step: int = -1
+
+
+@dataclass(slots=True)
+class RunMemory:
+    """What a node's tmpfs holds of one run."""
+
+    shards: dict[tuple[int, int, int], ShardRecord] = field(default_factory=dict)  # attempt, step, rank
+    plans: dict[str, Plan] = field(default_factory=dict)
+    fragments: set[tuple[str, int, int]] = field(default_factory=set)
+    pieces: dict[str, set[int]] = field(default_factory=dict)  # digest: stripes whose decoded blocks arrived
+    corrupt: set[object] = field(default_factory=set)  # digests, (plan id, stripe, index)
+    quarantined: list[Quarantined] = field(default_factory=list)
+    decision: Decision | None = None
+    is_forgotten: bool = False
+
+
+@dataclass(slots=True)
+class RunWork:
+    """What a daemon process has in mind for one run; gone with it."""
+
+    desired: RunDesired | None = None
+    staging: Staging | None = None
+    failed_plans: set[str] = field(default_factory=set)
+    jobs: set[object] = field(default_factory=set)
+
+
+class Node:
+    def __init__(self, cluster: Cluster, name: str, domain: str = "") -> None:
+        self.cluster = cluster
+        self.name = name
+        self.domain = domain
+        self.is_running = False
+        self.is_paused = False
+        self.is_cut = False  # from the coordinator
+        self.memory: dict[str, RunMemory] = {}
+        self.generation = Generation()
+        self.incarnation = ""
+        self.sequence = 0
+        self.work: dict[str, RunWork] = {}
+        self.trainers: list[Trainer] = []
+        self.is_report_due = False
+        self.missed: list[NodeDesired] = []
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        if self.is_running:
+            return
+        self.is_running = True
+        self.incarnation = f"{self.cluster.engine.random.getrandbits(64):016x}"
+        self.sequence = 0
+        self.work = {}
+        for trainer in self.trainers:
+            if trainer.is_alive:
+                self.cluster.engine.after(
+                    self.cluster.engine.between(0.05, 0.5), self.attach, trainer, self.incarnation
+                )
+        self._heartbeat(self.incarnation)
+
+    def stop(self) -> None:
+        """The daemon dies; tmpfs stays."""
+        self.is_running = False
+        for trainer in self.trainers:
+            trainer.is_attached = False
+
+    def destroy(self) -> None:
+        """The machine dies, with its trainers and its tmpfs."""
+        self.stop()
+        self.memory = {}
+        self.generation = Generation()
+        for trainer in self.trainers:
+            trainer.is_alive = False
+        self.trainers = []
+        self.is_paused = False
+        self.is_cut = False
+
+    def attach(self, trainer: Trainer, incarnation: str) -> None:
+        if trainer.is_alive and self.is_running and incarnation == self.incarnation:
+            trainer.is_attached = True
+            self.changed()
+
+    # -- reports ------------------------------------------------------------------------------------------------------
+
+    def _heartbeat(self, incarnation: str) -> None:
+        if self.is_running and incarnation == self.incarnation:
+            self._send()
+            self.cluster.engine.after(self.cluster.lease_s / 6, self._heartbeat, incarnation)
+
+    def changed(self) -> None:
+        if self.is_running and not self.is_report_due:
+            self.is_report_due = True
+            self.cluster.engine.after(REPORT_COALESCE_S, self._send_changed)
+
+    def _send_changed(self) -> None:
+        self.is_report_due = False
+        if self.is_running:
+            self._send()
+
+    def _send(self) -> None:
+        if self.is_paused:
+            return
+        self.sequence += 1
+        self.cluster.send_report(self, self.report())
+
+    def report(self) -> NodeReport:
+        names = sorted({*self.memory, *(t.run for t in self.trainers if t.is_attached)})
+        return NodeReport(
+            node=NodeIdentity(
+                name=self.name, incarnation=self.incarnation, bulk_address=f"{self.name}:1", domain=self.domain
+            ),
+            sequence=self.sequence,
+            generation=self.generation,
+            runs=tuple(self._run_report(run) for run in names),
+        )
+
+    def _run_report(self, run: str) -> RunReport:
+        memory = self.memory.get(run, RunMemory())
+        work = self.work.get(run, RunWork())
+        return RunReport(
+            run=run,
+            sessions=tuple(self._session(t) for t in self.trainers if t.run == run and t.is_alive and t.is_attached),
+            shards=tuple(memory.shards[place] for place in sorted(memory.shards)),
+            plans=tuple(memory.plans[plan_id] for plan_id in sorted(memory.plans)),
+            fragments=tuple(
+                FragmentRecord(plan_id=p, stripe=stripe, index=index) for p, stripe, index in sorted(memory.fragments)
+            ),
+            decision=memory.decision,
+            staging=work.staging,
+            quarantined=tuple(memory.quarantined),
+            failed_plans=tuple(sorted(work.failed_plans)),
+            is_forgotten=memory.is_forgotten,
+        )
+
+    def _session(self, trainer: Trainer) -> SessionRecord:
+        return SessionRecord(
+            world_id=trainer.world_id,
+            rank=trainer.rank,
+            world_size=trainer.world_size,
+            phase=trainer.phase,
+            allow_fresh=trainer.allow_fresh,
+            last_step=trainer.last_step,
+            skipped_step=trainer.skipped_step,
+        )
+
+    # -- desired state ------------------------------------------------------------------------------------------------
+
+    def receive(self, desired: NodeDesired, incarnation: str) -> None:
+        if not self.is_running or incarnation != self.incarnation:
+            return
+        if self.is_paused:
+            self.missed.append(desired)
+            return
+        if not (self.generation == desired.generation or self.generation.admits(desired.generation)):
+            return
+        if self.generation != desired.generation:
+            self.generation = desired.generation
+            self.changed()
+        for run in desired.runs:
+            self.work.setdefault(run.run, RunWork()).desired = run
+            self._reconcile(run)
+
+    def resume(self) -> None:
+        self.is_paused = False
+        missed, self.missed = self.missed, []
+        for desired in missed:
+            self.receive(desired, self.incarnation)
+        self.changed()
+
+    def _reconcile(self, desired: RunDesired) -> None:
+        memory = self.memory.setdefault(desired.run, RunMemory())
+        if desired.forget:
+            self._forget(desired.run)
+            return
+        for key in desired.release:
+            self._delete(memory, lambda a, s, key=key: (a, s) == (key.attempt, key.step))
+        for plan_id in desired.drop_plans:
+            if memory.plans.pop(plan_id, None) is not None:
+                memory.fragments = {f for f in memory.fragments if f[0] != plan_id}
+                self.changed()
+        for plan in desired.plans:
+            self._want_plan(plan)
+        for rebuild in desired.rebuilds:
+            for task in rebuild.tasks:
+                if task.decoder == self.name:
+                    self._job(desired.run, ("rebuild", rebuild.rebuild_id, task.stripe), self._decode, rebuild, task)
+        if desired.decision is not None:
+            self._follow(desired.decision, desired.decision_phase)
+
+    def _forget(self, run: str) -> None:
+        memory = self.memory[run]
+        if not memory.is_forgotten:
+            self.memory[run] = RunMemory(is_forgotten=True)
+            self.work[run] = RunWork()
+            self.changed()
+
+    def _delete(self, memory: RunMemory, match: object) -> None:
+        assert callable(match)
+        places = [place for place in memory.shards if match(place[0], place[1])]
+        plans = [p.plan_id for p in memory.plans.values() if match(p.attempt, p.step)]
+        for place in places:
+            memory.corrupt.discard(memory.shards[place].digest)
+            del memory.shards[place]
+        for plan_id in plans:
+            del memory.plans[plan_id]
+            memory.fragments = {f for f in memory.fragments if f[0] != plan_id}
+        if places or plans:
+            self.changed()
+            for trainer in self.trainers:
+                self.cluster.slot_freed(trainer)
+
+    def _job(self, run: str, name: object, action: object, *arguments: object) -> None:
+        """Start a job once; it says itself when it is over (:meth:`_done`)."""
+        assert callable(action)
+        work = self.work[run]
+        if name not in work.jobs:
+            work.jobs.add(name)
+            self.cluster.engine.after(
+                self.cluster.work_delay(), self._run_job, run, name, action, arguments, self.incarnation
+            )
+
+    def _run_job(self, run: str, name: object, action: object, arguments: tuple[object, ...], incarnation: str) -> None:
+        assert callable(action)
+        if not self.is_running or incarnation != self.incarnation:
+            return
+        if self.is_paused:
+            self.cluster.engine.after(RETRY_S, self._run_job, run, name, action, arguments, incarnation)
+            return
+        if action(*arguments):
+            self.work[run].jobs.discard(name)
+        else:
+            self.cluster.engine.after(RETRY_S, self._run_job, run, name, action, arguments, incarnation)
+
+    # -- protection ---------------------------------------------------------------------------------------------------
+
+    def _want_plan(self, plan: Plan) -> None:
+        index = next((i for i, m in enumerate(plan.members) if m.node == self.name), -1)
+        if index < 0 or plan.members[index].incarnation != self.incarnation:
+            return
+        memory, work = self.memory[plan.run], self.work[plan.run]
+        if ("encoded", plan.plan_id) not in work.jobs and plan.plan_id not in work.failed_plans:
+            if plan.plan_id in memory.plans and self._parity_done(plan, index):
+                return
+            self._job(plan.run, ("encode", plan.plan_id), self._encode, plan, index)
+
+    def _parity_done(self, plan: Plan, stripe: int) -> bool:
+        memory = self.memory[plan.run]
+        return geometry.stripe_chunks(plan, stripe) == 0 or (plan.plan_id, stripe, 0) in memory.fragments
+
+    def _encode(self, plan: Plan, stripe: int) -> bool:
+        work = self.work[plan.run]
+        desired = work.desired
+        if desired is None or plan not in desired.plans:
+            return True
+        if geometry.stripe_chunks(plan, stripe):
+            for member in geometry.data_members(stripe, n=len(plan.members), m=plan.m):
+                chunks = geometry.block_range(plan, stripe, member)
+                for segment in geometry.segments(plan, member, chunks):
+                    answer = self.cluster.read_shard(plan, member, segment.rank)
+                    if answer == "corrupt":
+                        work.failed_plans.add(plan.plan_id)
+                        self.changed()
+                        return True
+                    if answer == "absent":
+                        return False
+        holders = geometry.parity_members(stripe, n=len(plan.members), m=plan.m)
+        for index, holder in enumerate(holders if geometry.stripe_chunks(plan, stripe) else ()):
+            if not self.cluster.put_fragment(plan, holder, stripe, index):
+                return False
+        self.memory[plan.run].plans[plan.plan_id] = plan
+        work.jobs.add(("encoded", plan.plan_id))
+        self.changed()
+        return True
+
+    def store_fragment(self, plan: Plan, stripe: int, index: int) -> None:
+        memory = self.memory.setdefault(plan.run, RunMemory())
+        memory.plans[plan.plan_id] = plan
+        memory.fragments.add((plan.plan_id, stripe, index))
+        self.changed()
+
+    # -- rebuild ------------------------------------------------------------------------------------------------------
+
+    def _decode(self, rebuild: Rebuild, task: RebuildTask) -> bool:
+        plan = rebuild.plan
+        desired = self.work[plan.run].desired
+        if desired is None or rebuild not in desired.rebuilds:
+            return True
+        order = geometry.data_members(task.stripe, n=len(plan.members), m=plan.m)
+        assert len(task.sources) == plan.k, "a stripe decodes from exactly k fragments"
+        for source in task.sources:
+            if not self.cluster.read_source(plan, task.stripe, source, order):
+                return False
+        for target in rebuild.targets:
+            if target.member_index in order:
+                chunks = geometry.block_range(plan, task.stripe, target.member_index)
+                if any(s.rank == target.rank for s in geometry.segments(plan, target.member_index, chunks)):
+                    node = self.cluster.reach(target.node)
+                    if node is None:
+                        return False
+                    node.store_piece(plan, target.member_index, target.rank, target.digest, task.stripe)
+        return True
+
+    def store_piece(self, plan: Plan, member: int, rank: int, digest: str, stripe: int) -> None:
+        memory = self.memory.setdefault(plan.run, RunMemory())
+        pieces = memory.pieces.setdefault(digest, set())
+        pieces.add(stripe)
+        needed = {
+            s
+            for s in geometry.member_stripes(member, n=len(plan.members), m=plan.m)
+            if any(g.rank == rank for g in geometry.segments(plan, member, geometry.block_range(plan, s, member)))
+        }
+        if needed <= pieces:
+            shard = next(s for s in plan.members[member].shards if s.rank == rank)
+            self.store_shard(plan, rank, shard.size_bytes, digest)
+            memory.pieces.pop(digest)
+
+    def store_shard(self, plan: Plan, rank: int, size_bytes: int, digest: str) -> None:
+        memory = self.memory.setdefault(plan.run, RunMemory())
+        memory.shards[plan.attempt, plan.step, rank] = ShardRecord(
+            attempt=plan.attempt,
+            step=plan.step,
+            rank=rank,
+            world_size=plan.world_size,
+            size_bytes=size_bytes,
+            digest=digest,
+            world_id=self.cluster.writer_of(digest),
+        )
+        self.changed()
+
+    # -- recovery -----------------------------------------------------------------------------------------------------
+
+    def _follow(self, decision: Decision, phase: DecisionPhase) -> None:
+        work, memory = self.work[decision.run], self.memory[decision.run]
+        if phase is DecisionPhase.REFUSE:
+            for trainer in self.trainers:
+                if trainer.world_id == decision.world_id and trainer.phase is SessionPhase.RESTORING:
+                    self.cluster.refused(trainer, decision)
+            return
+        if phase is DecisionPhase.RELEASE:
+            if memory.decision is not None and memory.decision.decision_id == decision.decision_id:
+                self._release_trainers(decision)
+            return
+        if work.staging is None or work.staging.decision_id != decision.decision_id:
+            work.staging = Staging(decision_id=decision.decision_id, state=StagingState.STAGING)
+            self._job(decision.run, ("stage", decision.decision_id), self._stage, decision)
+            self.changed()
+        if phase is DecisionPhase.RECORD and work.staging.state is StagingState.READY:
+            memory.decision = decision
+            memory.is_forgotten = False
+            work.staging = Staging(decision_id=decision.decision_id, state=StagingState.RECORDED)
+            self.cluster.recorded(self, decision)
+            self.changed()
+
+    def _stage(self, decision: Decision) -> bool:
+        work, memory = self.work[decision.run], self.memory[decision.run]
+        if work.staging is None or work.staging.decision_id != decision.decision_id:
+            return True
+        ranks = {place.rank for place in decision.placements if place.node == self.name}
+        for source in decision.sources:
+            if source.rank not in ranks or decision.base is None:
+                continue
+            held = memory.shards.get((decision.base.attempt, decision.base.step, source.rank))
+            if held is not None and held.digest == source.digest:
+                if held.digest in memory.corrupt:
+                    self.quarantine_shard(decision.run, held)
+                    return self._staged(decision, StagingState.FAILED, "a local shard is corrupt")
+                continue
+            if source.kind is SourceKind.REBUILD:
+                return False
+            if not self._fetch(decision, source.rank):
+                return self._staged(decision, StagingState.FAILED, f"no holder serves rank {source.rank}")
+        return self._staged(decision, StagingState.READY, "")
+
+    def _fetch(self, decision: Decision, rank: int) -> bool:
+        assert decision.base is not None
+        source = decision.sources[rank]
+        place = (decision.base.attempt, decision.base.step, rank)
+        for holder in source.holders:
+            node = self.cluster.reach(holder)
+            theirs = node.memory.get(decision.run, RunMemory()).shards.get(place) if node is not None else None
+            if node is None or theirs is None or theirs.digest != source.digest:
+                continue
+            if theirs.digest in node.memory[decision.run].corrupt:
+                node.quarantine_shard(decision.run, theirs)
+                continue
+            self.memory[decision.run].shards[place] = theirs
+            self.changed()
+            return True
+        return False
+
+    def _staged(self, decision: Decision, state: StagingState, reason: str) -> bool:
+        self.work[decision.run].staging = Staging(decision_id=decision.decision_id, state=state, reason=reason)
+        self.changed()
+        return True
+
+    def _release_trainers(self, decision: Decision) -> None:
+        for trainer in self.trainers:
+            if (
+                trainer.world_id == decision.world_id
+                and trainer.is_alive
+                and trainer.is_attached
+                and trainer.phase is SessionPhase.RESTORING
+            ):
+                trainer.phase = SessionPhase.TRAINING
+                trainer.attempt = decision.attempt
+                trainer.last_step = decision.base.step if decision.base is not None else 0
+                self.cluster.released(self, trainer, decision)
+                self.changed()
+
+    # -- corruption ---------------------------------------------------------------------------------------------------
+
+    def quarantine_shard(self, run: str, shard: ShardRecord) -> None:
+        memory = self.memory[run]
+        memory.shards.pop((shard.attempt, shard.step, shard.rank), None)
+        memory.corrupt.discard(shard.digest)
+        what = f"shard rank {shard.rank} of step {shard.step}"
+        memory.quarantined.append(Quarantined(what=what, attempt=shard.attempt, step=shard.step, reason="chunk 0"))
+        self.changed()
+
+    def quarantine_fragment(self, plan: Plan, stripe: int, index: int) -> None:
+        memory = self.memory[plan.run]
+        memory.fragments.discard((plan.plan_id, stripe, index))
+        memory.corrupt.discard((plan.plan_id, stripe, index))
+        what = f"parity stripe {stripe} index {index} of plan {plan.plan_id[:8]}"
+        memory.quarantined.append(Quarantined(what=what, attempt=plan.attempt, step=plan.step, reason="chunk 0"))
+        self.changed()
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def free_slots(self, trainer: Trainer) -> int:
+        memory = self.memory.get(trainer.run, RunMemory())
+        used = sum(1 for _, _, rank in memory.shards if rank == trainer.rank)
+        return SLOTS_PER_RANK - used - trainer.capturing
+
+    def may_write(self, trainer: Trainer) -> bool:
+        """Whether the daemon is there and takes this trainer's world for the current one."""
+        if not (self.is_running and trainer.is_attached and not self.is_paused):
+            return False
+        memory = self.memory.get(trainer.run, RunMemory())
+        desired = self.work.get(trainer.run, RunWork()).desired
+        is_recorded = memory.decision is not None and memory.decision.world_id == trainer.world_id
+        return is_recorded and (desired is None or desired.world_id in ("", trainer.world_id))
+
+    def commit(self, trainer: Trainer, shard: ShardRecord) -> None:
+        trainer.capturing -= 1
+        if trainer.is_alive and self.may_write(trainer):
+            self.memory[trainer.run].shards[shard.attempt, shard.step, shard.rank] = shard
+            self.cluster.committed(trainer, shard)
+        self.changed()

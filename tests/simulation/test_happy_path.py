@@ -1,0 +1,49 @@
+"""The simulated cluster without surprises: a run begins, is protected, loses a node, goes on."""
+
+from __future__ import annotations
+
+from backstayd.core.records import Outcome
+from tests.simulation.cluster import Cluster, Job
+from tests.simulation.engine import Engine
+
+
+def began(node_count: int, ranks: int | None = None) -> tuple[Engine, Cluster, Job]:
+    engine = Engine(1)
+    cluster = Cluster(engine, node_count=node_count)
+    job = Job("default/gpt", {rank: f"n{rank % node_count + 1}" for rank in range(ranks or node_count)})
+    cluster.start_job(job)
+    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20), cluster.core().status(engine.now_s)
+    return engine, cluster, job
+
+
+def test_a_new_run_starts_from_scratch_and_becomes_protected() -> None:
+    engine, cluster, job = began(6)
+    assert cluster.outcome(job) is Outcome.NONE
+    assert engine.run_until(lambda: cluster.redundancy(job.run) == "PROTECTED(2)", limit_s=20)
+    engine.run_for(10)
+    assert cluster.redundancy(job.run) == "PROTECTED(2)"
+    assert len(cluster.kept_keys(job.run)) <= 2
+
+
+def test_two_destroyed_nodes_of_six_are_rebuilt_and_the_run_goes_on() -> None:
+    engine, cluster, job = began(6)
+    assert engine.run_until(lambda: cluster.redundancy(job.run) == "PROTECTED(2)", limit_s=20)
+    cluster.restart_s = (3.0, 4.0)
+    cluster.destroy("n2", replace_after_s=2.0)
+    cluster.destroy("n5", replace_after_s=2.0)
+    world = job.world_id
+    assert engine.run_until(lambda: job.world_id != world and cluster.is_training(job), limit_s=30)
+    assert cluster.outcome(job) is Outcome.EXACT
+    assert engine.run_until(lambda: cluster.redundancy(job.run) == "PROTECTED(2)", limit_s=30)
+
+
+def test_three_destroyed_nodes_of_six_are_refused_with_an_exact_message() -> None:
+    engine, cluster, job = began(6)
+    assert engine.run_until(lambda: cluster.redundancy(job.run) == "PROTECTED(2)", limit_s=20)
+    for name in ("n3", "n4", "n5"):
+        cluster.destroy(name, replace_after_s=None)
+    assert engine.run_until(lambda: bool(job.refusals), limit_s=30)
+    job.is_stopped = True
+    assert job.refusals[0].startswith("cannot restore default/gpt at step "), job.refusals
+    assert "ranks 2, 3 and 4 are lost (nodes n3, n4, n5 gone; 3 losses, parity covers 2)" in job.refusals[0]
+    assert job.refusals[0].endswith("the newest step that could be had is none in memory")
