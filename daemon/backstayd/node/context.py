@@ -28,7 +28,9 @@ class NodeContext:
     metrics: Metrics
     clock: Clock
     desired: dict[str, RunDesired]
+    coordinator_address: str = ""
     notify: Callable[[], None] = lambda: None  # the report changed
+    kick: Callable[[], None] = lambda: None  # look again at what is desired
     is_coordinator_connected: Callable[[], bool] = lambda: False
     document: Callable[[], dict[str, Any]] = dict
     progress: Callable[[Session], local.Progress] = lambda session: local.Progress(phase="waiting")
@@ -36,6 +38,7 @@ class NodeContext:
     def changed(self) -> None:
         """Something that others wait for or report has changed."""
         self.bell.ring()
+        self.kick()
         self.notify()
 
     def run_desired(self, run: str) -> RunDesired:

@@ -1,0 +1,198 @@
+"""The node daemon as a process: puts its parts together, runs them in one loop, ends them in order.
+
+On SIGTERM everything in memory stays where it is; the next daemon adopts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, Final
+
+from backstay import __version__
+from backstay.errors import ConfigError, UnavailableError
+from backstay.ids import new_incarnation
+from backstayd.clock import Clock
+from backstayd.coder.pool import CoderPool
+from backstayd.config import NodeConfig, split_address
+from backstayd.core.records import NodeIdentity
+from backstayd.node.bell import Bell
+from backstayd.node.context import NodeContext
+from backstayd.node.listener import listen
+from backstayd.node.reconcile import Reconciler
+from backstayd.node.report import Reporter
+from backstayd.node.sessions import Sessions
+from backstayd.node.timeline import Timeline
+from backstayd.store.store import Store
+from backstayd.telemetry.http import start_http
+from backstayd.telemetry.metrics import Metrics
+from backstayd.transport.link import CoordinatorLink
+
+logger = logging.getLogger(__name__)
+
+DOCUMENT_TIMEOUT_S: Final = 2.0
+
+
+def run(config: NodeConfig) -> int:
+    """Run the daemon until SIGTERM or SIGINT; returns 0.
+
+    Raises:
+        ConfigError: a directory, socket or port cannot be used.
+    """
+    os.umask(0o077)
+    return asyncio.run(_main(config))
+
+
+async def _main(config: NodeConfig) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with start_node(config):
+        await stop.wait()
+        logger.info("node %s ends; what it holds stays in %s", config.name, config.memory_dir)
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def start_node(config: NodeConfig) -> AsyncIterator[NodeContext]:
+    """All parts of a node, running; they are ended in reverse order."""
+    loop, clock, incarnation = asyncio.get_running_loop(), Clock(), new_incarnation()
+    async with contextlib.AsyncExitStack() as stack:
+        store = Store(
+            config.memory_dir, incarnation=incarnation, quota_bytes=config.quota_bytes, reader_wait_s=config.lease_s
+        )
+        stack.callback(store.close)
+        bulk = stack.enter_context(_bulk_socket(config.bulk))
+        listener = stack.enter_context(listen(config.socket))
+        stack.callback(config.socket.unlink, missing_ok=True)
+        identity = NodeIdentity(
+            name=config.name,
+            incarnation=incarnation,
+            bulk_address=_bound_address(config.bulk, bulk),
+            domain=config.domain,
+            version=__version__,
+        )
+        context = NodeContext(
+            identity=identity,
+            lease_s=config.lease_s,
+            store=store,
+            bell=Bell(),
+            timeline=Timeline(clock),
+            metrics=Metrics(role="node", version=__version__),
+            clock=clock,
+            desired={},
+            coordinator_address=config.coordinator,
+        )
+        sessions = Sessions(context)
+        reconciler = Reconciler(context, sessions)
+        reporter = Reporter(context, sessions, reconciler)
+        context.progress, context.document = reconciler.progress, reporter.document
+        http = start_http(config.http, document=lambda: _from_thread(loop, reporter), registry=context.metrics.registry)
+        stack.push_async_callback(asyncio.to_thread, http.close)
+        pool = CoderPool(
+            count=config.coders,
+            memory_dir=config.memory_dir,
+            incarnation=incarnation,
+            listen_socket=bulk,
+            on_event=reconciler.on_event,
+        )
+        await pool.start()
+        stack.push_async_callback(pool.close)
+        reconciler.attach_pool(pool)
+        stack.push_async_callback(reconciler.close)
+        stack.push_async_callback(sessions.close)
+        link = CoordinatorLink(
+            config.coordinator,
+            report=reporter.report,
+            on_desired=reconciler.on_desired,
+            lease_s=config.lease_s,
+            on_state=lambda is_connected: _on_link(context, is_connected),
+        )
+        context.is_coordinator_connected = lambda: link.is_connected
+        context.notify, context.kick = link.notify, reconciler.kick
+        link.start()
+        stack.push_async_callback(link.close)
+        for task in (
+            asyncio.create_task(sessions.serve(listener)),
+            asyncio.create_task(_maintain(context, sessions, pool, config.lease_s / 6)),
+        ):
+            stack.push_async_callback(_end, task)
+        logger.info(
+            "node %s (%s) holds %s, serves trainers at %s, peers at %s, http at %s",
+            identity.name, incarnation, config.memory_dir, config.socket, identity.bulk_address, http.address,
+        )  # fmt: skip
+        yield context
+
+
+def _on_link(context: NodeContext, is_connected: bool) -> None:
+    word = "connected to" if is_connected else "lost"
+    context.timeline.add("coordinator", "", f"{word} the coordinator at {context.coordinator_address}")
+    context.bell.ring()
+
+
+async def _maintain(context: NodeContext, sessions: Sessions, pool: CoderPool, period_s: float) -> None:
+    """What no event says: sessions without connection, gauges, coders that were restarted."""
+    seen_restarts = 0
+    while True:
+        sessions.end_lost()
+        context.metrics.memory_used_bytes.set(context.store.used_bytes)
+        context.metrics.memory_capacity_bytes.set(context.store.capacity_bytes)
+        context.metrics.coder_restarts.inc(pool.restart_count - seen_restarts)
+        seen_restarts = pool.restart_count
+        await asyncio.sleep(period_s)
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, reporter: Reporter) -> dict[str, Any]:
+    """The status document, made in the loop, for a thread of the HTTP server."""
+
+    async def make() -> dict[str, Any]:
+        return reporter.document()
+
+    future = asyncio.run_coroutine_threadsafe(make(), loop)
+    try:
+        return future.result(DOCUMENT_TIMEOUT_S)
+    except FutureTimeoutError as error:
+        future.cancel()
+        raise UnavailableError(f"the daemon's loop did not answer within {DOCUMENT_TIMEOUT_S:g} s") from error
+
+
+def _bulk_socket(address: str) -> socket.socket:
+    host, port = split_address(address)
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve peers on {address}: {error.strerror or error}", reason="bind_failed"
+        ) from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        why = "another process uses it" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
+        raise ConfigError(
+            f"cannot serve peers on {address}: {why}; choose another with --bulk", reason="bind_failed"
+        ) from error
+    return sock
+
+
+def _bound_address(address: str, sock: socket.socket) -> str:
+    host, _ = split_address(address)
+    port = sock.getsockname()[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,385 @@
+"""What a node does next for one run: desired state and what is here, compared; actions out. Pure and level-triggered.
+
+Called again after every change with everything it needs, so an action that failed or was forgotten comes up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from backstay.ids import SnapshotKey
+from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, Job, VerifyShard
+from backstayd.core.geometry import fragment_bytes
+from backstayd.core.records import (
+    Decision,
+    DecisionPhase,
+    Plan,
+    Rebuild,
+    RebuildTarget,
+    RunDesired,
+    SessionPhase,
+    SessionRecord,
+    ShardRecord,
+    ShardSource,
+    SourceKind,
+    Staging,
+    StagingState,
+)
+
+FLOOR_BYTES_PER_S = 20_000_000  # slower than this and a transfer counts as stuck
+BASE_DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartJob:
+    """Run ``job`` on a coder under the name ``key``; at most one of a name at a time."""
+
+    key: str
+    job: Job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareTarget:
+    """Allocate staging for a shard that others will decode for this node."""
+
+    key: str
+    rebuild: Rebuild
+    target: RebuildTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelTask:
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FenceWorld:
+    world_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseSnapshot:
+    key: SnapshotKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropPlan:
+    plan_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscardStaged:
+    rank: int
+    world_size: int
+    digest16: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordDecision:
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseWorld:
+    """Answer the waiting restore() calls of the decision's world."""
+
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefuseWorld:
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetRun:
+    pass
+
+
+Action = (
+    StartJob | PrepareTarget | CancelTask | FenceWorld | ReleaseSnapshot | DropPlan | DiscardStaged
+    | RecordDecision | ReleaseWorld | RefuseWorld | ForgetRun
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedState:
+    """A shard in staging here and the stripes of each rebuild that it still waits for."""
+
+    rank: int
+    world_size: int
+    digest16: str
+    size_bytes: int
+    missing: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # rebuild id -> stripes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One run as this node sees it.
+
+    ``running`` are names of tasks under way, ``settled`` of those that are done, have failed for good or wait for another
+    try. ``verified`` holds (decision id, digest) of shards whose every chunk was checked for that decision.
+    """
+
+    node: str
+    incarnation: str
+    desired: RunDesired
+    peers: Mapping[str, str] = field(default_factory=dict)  # name -> bulk address
+    shards: tuple[ShardRecord, ...] = ()
+    plans: Mapping[str, SnapshotKey] = field(default_factory=dict)
+    decision: Decision | None = None
+    sessions: tuple[SessionRecord, ...] = ()
+    waiting_worlds: frozenset[str] = frozenset()  # worlds with a restore() that has no answer yet
+    granted_worlds: frozenset[str] = frozenset()  # worlds with a slot in hand
+    staged: tuple[StagedState, ...] = ()
+    running: frozenset[str] = frozenset()
+    settled: frozenset[str] = frozenset()
+    verified: frozenset[tuple[str, str]] = frozenset()
+    failed: Mapping[str, str] = field(default_factory=dict)  # decision id -> why it cannot be staged here
+    has_memory: bool = False  # anything of the run lies here, its owner's name aside
+
+    @property
+    def digests(self) -> frozenset[str]:
+        return frozenset(shard.digest for shard in self.shards)
+
+
+def deadline_s(size_bytes: int) -> float:
+    """Time for moving ``size_bytes``."""
+    return BASE_DEADLINE_S + size_bytes / FLOOR_BYTES_PER_S
+
+
+def plan_actions(view: View) -> list[Action]:
+    """The actions that bring this node nearer to what is desired, in the order in which they must happen."""
+    desired = view.desired
+    if desired.forget:
+        is_used = any(s.phase in (SessionPhase.TRAINING, SessionPhase.ENDED) for s in view.sessions)
+        return [ForgetRun()] if view.has_memory or is_used else []
+    actions: list[Action] = []
+    if desired.world_id and any(world != desired.world_id for world in view.granted_worlds):
+        actions.append(FenceWorld(world_id=desired.world_id))
+    wanted_jobs = [*_encode(view), *_rebuild(view), *_stage(view)]
+    wanted = {action.key for action in wanted_jobs}
+    actions += [CancelTask(key=key) for key in sorted(view.running) if key not in wanted]
+    held = {shard.key for shard in view.shards} | set(view.plans.values())
+    actions += [ReleaseSnapshot(key=key) for key in desired.release if key in held]
+    actions += [DropPlan(plan_id=plan_id) for plan_id in desired.drop_plans if plan_id in view.plans]
+    actions += _discard(view)
+    actions += [action for action in wanted_jobs if action.key not in view.running | view.settled]
+    actions += _decide(view)
+    return actions
+
+
+def staging_of(view: View) -> Staging | None:
+    """This node's answer to the decision, None when it is no host of it."""
+    decision = view.desired.decision
+    if decision is None or view.node not in {place.node for place in decision.placements}:
+        return None
+    if view.decision is not None and view.decision.decision_id == decision.decision_id:
+        return Staging(decision_id=decision.decision_id, state=StagingState.RECORDED)
+    if decision.decision_id in view.failed:
+        reason = view.failed[decision.decision_id]
+        return Staging(decision_id=decision.decision_id, state=StagingState.FAILED, reason=reason)
+    sources = _sources(view, decision)
+    done = [source for source in sources if (decision.decision_id, source.digest) in view.verified]
+    is_ready = len(done) == len(sources)
+    return Staging(
+        decision_id=decision.decision_id,
+        state=StagingState.READY if is_ready else StagingState.STAGING,
+        done_bytes=sum(source.size_bytes for source in done),
+        total_bytes=sum(source.size_bytes for source in sources),
+    )
+
+
+def wanted_ranks(view: View, decision: Decision) -> frozenset[int]:
+    """Ranks whose shards the trainers of that world on this node will read."""
+    ranks = {place.rank for place in decision.placements if place.node == view.node}
+    for session in view.sessions:
+        if session.world_id == decision.world_id:
+            ranks |= {session.rank, *session.needs}
+    return frozenset(ranks)
+
+
+def rebuilt_bytes(view: View) -> tuple[int, int]:
+    """(done, total) bytes of the shards that are rebuilt onto this node."""
+    done = total = 0
+    staged = {state.digest16: state for state in view.staged}
+    for rebuild in view.desired.rebuilds:
+        for target in rebuild.targets:
+            if target.node != view.node:
+                continue
+            size = _target_size(rebuild, target)
+            total += size
+            state = staged.get(target.digest[:16])
+            if target.digest in view.digests:
+                done += size
+            elif state is not None:
+                stripes = max(1, rebuild.plan.k)
+                done += size * (stripes - min(stripes, len(state.missing.get(rebuild.rebuild_id, ())))) // stripes
+    return done, total
+
+
+def _encode(view: View) -> list[StartJob]:
+    jobs = []
+    for plan in view.desired.plans:
+        for stripe, member in enumerate(plan.members):
+            if member.node == view.node and member.incarnation == view.incarnation:
+                size = fragment_bytes(plan, stripe) * len(plan.members)
+                job = EncodeStripe(plan=plan, stripe=stripe, deadline_s=deadline_s(size))
+                jobs.append(StartJob(key=encode_key(plan), job=job))
+    return jobs
+
+
+def encode_key(plan: Plan) -> str:
+    return f"encode:{plan.plan_id}"
+
+
+def _rebuild(view: View) -> list[StartJob | PrepareTarget]:
+    wanted: list[StartJob | PrepareTarget] = []
+    for rebuild in view.desired.rebuilds:
+        for target in rebuild.targets:
+            if target.node == view.node and target.digest not in view.digests:
+                wanted.append(_own_target(view, rebuild, target))
+        for task in rebuild.tasks:
+            if task.decoder == view.node:
+                job = DecodeStripe(
+                    rebuild=rebuild,
+                    stripe=task.stripe,
+                    deadline_s=deadline_s(fragment_bytes(rebuild.plan, task.stripe) * rebuild.plan.k),
+                )
+                wanted.append(StartJob(key=f"decode:{rebuild.rebuild_id}:{task.stripe}", job=job))
+    return wanted
+
+
+def _own_target(view: View, rebuild: Rebuild, target: RebuildTarget) -> StartJob | PrepareTarget:
+    """The next thing to do for a shard that is rebuilt onto this node; waiting for stripes is doing nothing new."""
+    plan = rebuild.plan
+    name = f"{rebuild.rebuild_id}:{target.rank}"
+    if plan.plan_id not in view.plans:
+        own = view.peers.get(view.node, "")
+        addresses = [source.bulk_address for task in rebuild.tasks for source in task.sources]
+        addresses += [view.peers[task.decoder] for task in rebuild.tasks if task.decoder in view.peers]
+        addresses = [address for address in dict.fromkeys(addresses) if address != own]
+        job = FetchPlan(plan=plan, addresses=tuple(addresses), deadline_s=BASE_DEADLINE_S)
+        return StartJob(key=f"fetch-plan:{name}", job=job)
+    staged = next((state for state in view.staged if state.digest16 == target.digest[:16]), None)
+    if staged is None or rebuild.rebuild_id not in staged.missing or staged.missing[rebuild.rebuild_id]:
+        return PrepareTarget(key=f"prepare:{name}", rebuild=rebuild, target=target)
+    size = _target_size(rebuild, target)
+    verify = VerifyShard(
+        run=plan.run,
+        attempt=plan.attempt,
+        step=plan.step,
+        rank=target.rank,
+        world_size=plan.world_size,
+        digest=target.digest,
+        is_staged=True,
+        deadline_s=deadline_s(size),
+    )
+    return StartJob(key=f"verify-staged:{name}", job=verify)
+
+
+def _target_size(rebuild: Rebuild, target: RebuildTarget) -> int:
+    shards = rebuild.plan.members[target.member_index].shards
+    return next((shard.size_bytes for shard in shards if shard.rank == target.rank), 0)
+
+
+def _is_open(view: View) -> bool:
+    """Whether the decision still has to be staged here."""
+    decision = view.desired.decision
+    if decision is None or decision.base is None or decision.decision_id in view.failed:
+        return False
+    is_recorded = view.decision is not None and view.decision.decision_id == decision.decision_id
+    return not is_recorded and view.desired.decision_phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD)
+
+
+def _sources(view: View, decision: Decision) -> list[ShardSource]:
+    wanted = wanted_ranks(view, decision)
+    return [source for source in decision.sources if source.rank in wanted]
+
+
+def _stage(view: View) -> list[StartJob]:
+    decision = view.desired.decision
+    if decision is None or decision.base is None or not _is_open(view):
+        return []
+    rebuilt_here = {t.digest for r in view.desired.rebuilds for t in r.targets if t.node == view.node}
+    jobs = []
+    for source in _sources(view, decision):
+        if (decision.decision_id, source.digest) in view.verified:
+            continue
+        if source.digest in view.digests:
+            jobs.append(_verify(decision, source))
+        elif source.digest not in rebuilt_here:
+            fetch = _fetch(view, decision, source)
+            if fetch is not None:
+                jobs.append(fetch)
+    return jobs
+
+
+def _verify(decision: Decision, source: ShardSource) -> StartJob:
+    assert decision.base is not None
+    job = VerifyShard(
+        run=decision.run,
+        attempt=decision.base.attempt,
+        step=decision.base.step,
+        rank=source.rank,
+        world_size=decision.world_size,
+        digest=source.digest,
+        deadline_s=deadline_s(source.size_bytes),
+    )
+    return StartJob(key=f"verify:{decision.decision_id}:{source.rank}", job=job)
+
+
+def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | None:
+    """Copy from the holders; a shard that is being rebuilt elsewhere is asked for until it is there."""
+    assert decision.base is not None
+    holders = [name for name in source.holders if name != view.node and name in view.peers]
+    if not holders or (source.kind is SourceKind.REBUILD and view.node in source.holders):
+        return None
+    job = FetchShard(
+        run=decision.run,
+        attempt=decision.base.attempt,
+        step=decision.base.step,
+        rank=source.rank,
+        world_size=decision.world_size,
+        size_bytes=source.size_bytes,
+        digest=source.digest,
+        addresses=tuple(view.peers[name] for name in holders),
+        deadline_s=deadline_s(source.size_bytes),
+    )
+    return StartJob(key=f"fetch:{decision.decision_id}:{source.rank}", job=job)
+
+
+def _discard(view: View) -> list[DiscardStaged]:
+    """Staging that nothing wants any more; only while the run goes on, so that a recovery never loses what it gathered."""
+    desired = view.desired
+    if not desired.world_id or (desired.decision is not None and _is_open(view)):
+        return []
+    if desired.decision_phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD):
+        return []
+    wanted = {target.digest[:16] for rebuild in desired.rebuilds for target in rebuild.targets}
+    return [
+        DiscardStaged(rank=state.rank, world_size=state.world_size, digest16=state.digest16)
+        for state in view.staged
+        if state.digest16 not in wanted
+    ]
+
+
+def _decide(view: View) -> list[Action]:
+    desired, decision = view.desired, view.desired.decision
+    if decision is None:
+        return []
+    is_waiting = decision.world_id in view.waiting_worlds
+    if desired.decision_phase is DecisionPhase.REFUSE:
+        return [RefuseWorld(decision=decision)] if is_waiting else []
+    actions: list[Action] = []
+    staging = staging_of(view)
+    is_recorded = staging is not None and staging.state is StagingState.RECORDED
+    is_ready = staging is not None and staging.state is StagingState.READY
+    may_record = desired.decision_phase is DecisionPhase.RECORD and is_ready
+    may_record |= desired.decision_phase is DecisionPhase.RELEASE and staging is not None
+    if may_record and not is_recorded:
+        actions.append(RecordDecision(decision=decision))
+    if desired.decision_phase is DecisionPhase.RELEASE and is_waiting:
+        actions.append(ReleaseWorld(decision=decision))
+    return actions

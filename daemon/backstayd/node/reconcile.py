@@ -1,0 +1,493 @@
+"""Doing what :mod:`planning` says: jobs for the coders, changes of the store, answers to waiting trainers.
+
+Level-triggered: every event only asks for another pass. Decides nothing that the coordinator decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from backstay import local
+from backstay.errors import BackstayError, CapacityError, SnapshotNotFoundError, UnavailableError, UnrecoverableError
+from backstay.ids import SnapshotKey
+from backstayd.coder.jobs import (
+    CoderEvent,
+    Corrupt,
+    DecodeStripe,
+    EncodeStripe,
+    FetchPlan,
+    FetchShard,
+    Job,
+    JobResult,
+    VerifyShard,
+)
+from backstayd.coder.pool import CoderPool
+from backstayd.core.records import (
+    Decision,
+    DecisionPhase,
+    FragmentRecord,
+    NodeDesired,
+    Outcome,
+    Quarantined,
+    Staging,
+)
+from backstayd.node import planning
+from backstayd.node.context import NodeContext
+from backstayd.node.planning import Action, StagedState, View
+from backstayd.node.requests import close_fds
+from backstayd.node.session import RestoreAnswer, Session
+from backstayd.node.sessions import Sessions
+from backstayd.node.tasks import Tasks
+from backstayd.store import published, withdraw
+from backstayd.store.index import RunIndex
+from backstayd.store.staging import missing_stripes, prepare_staging, remove_staging
+from backstayd.store.stored import canonical_bytes
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES: Final = 4
+MAX_REMOTE_MARKS: Final = 100  # per run
+MAX_VERIFIED: Final = 10_000
+STRIPE_POLL_S: Final = 0.5  # an event of a coder that died may be lost; the markers are the truth
+
+
+class Reconciler:
+    """Brings the node to its desired state. Owns the desired state and all tasks."""
+
+    def __init__(self, context: NodeContext, sessions: Sessions) -> None:
+        self._context = context
+        self._store = context.store
+        self._sessions = sessions
+        self.tasks = Tasks(context.clock, self.kick, last_pause_s=max(0.5, context.lease_s / 3))
+        self.peers: dict[str, str] = {}
+        self.remote_marks: dict[str, list[Quarantined]] = {}
+        self.failed_plans: dict[str, list[str]] = {}
+        self.forgotten: set[str] = set()
+        self._verified: dict[tuple[str, str], None] = {}
+        self._failed: dict[str, str] = {}
+        self._coordinator = ""
+        self._is_kicked = False
+        self._is_closed = False
+        self._pool: CoderPool | None = None
+
+    def attach_pool(self, pool: CoderPool) -> None:
+        self._pool = pool
+
+    async def close(self) -> None:
+        self._is_closed = True
+        await self.tasks.close()
+
+    def on_desired(self, desired: NodeDesired) -> None:
+        """Take over what the coordinator says, unless it is an older coordinator or an older word."""
+        try:
+            if not self._store.admit_generation(desired.generation):
+                logger.debug(
+                    "ignored generation %s; %s is the highest seen", desired.generation, self._store.generation
+                )
+                return
+        except OSError as error:
+            logger.error("cannot store generation %s: %s", desired.generation, error)
+            return
+        runs = {run.run: run for run in desired.runs}
+        if desired.generation.incarnation != self._coordinator:
+            # a new coordinator has not looked at every run yet: what it does not mention stays as it was
+            kept = {name: run for name, run in self._context.desired.items() if not run.forget}
+            runs = kept | runs
+            if len(runs) == len(desired.runs):
+                self._coordinator = desired.generation.incarnation
+        self.peers = {peer.name: peer.bulk_address for peer in desired.peers}
+        is_new = runs != self._context.desired
+        self._context.desired = runs
+        for run, wanted in runs.items():
+            self._store.parity_fraction[run] = wanted.parity_fraction
+        self.forgotten = {run for run in self.forgotten if run in runs and runs[run].forget}
+        if is_new:
+            self._context.bell.ring()
+        self.kick()
+
+    def on_event(self, event: CoderEvent) -> None:
+        """Take what a coder stored into the index."""
+        key = SnapshotKey(event.attempt, event.step)
+        try:
+            if event.kind == "plan_stored":
+                withdraw.note_plan(self._store, event.run, key, event.plan_id)
+            elif event.kind == "fragment_stored":
+                fragment = FragmentRecord(plan_id=event.plan_id, stripe=event.stripe, index=event.index)
+                withdraw.note_fragment(self._store, event.run, key, fragment)
+            elif event.kind in ("stripe_staged", "shard_staged"):
+                withdraw.note_staged(
+                    self._store, event.run, rank=event.rank, world_size=event.world_size, digest=event.digest
+                )
+        except (BackstayError, OSError) as error:
+            logger.error("run %s: what a coder stored is not used: %s", event.run, error)
+        self._context.changed()
+        self.kick()
+
+    def kick(self) -> None:
+        """Look again soon."""
+        if not self._is_kicked and not self._is_closed:
+            self._is_kicked = True
+            asyncio.get_running_loop().call_soon(self._pass)
+
+    def view(self, run: str) -> View:
+        """One run as the planner sees it."""
+        index = self._store.runs.get(run) or RunIndex(run=run)
+        desired = self._context.run_desired(run)
+        sessions = self._sessions.of_run(run)
+        return View(
+            node=self._context.identity.name,
+            incarnation=self._context.identity.incarnation,
+            desired=desired,
+            peers=self.peers,
+            shards=tuple(held.record for held in index.shards.values()),
+            plans={plan_id: plan.key for plan_id, plan in index.plans.items()},
+            decision=index.decision,
+            sessions=tuple(session.record() for session in sessions),
+            waiting_worlds=frozenset(s.world_id for s in sessions if s.answer is not None and not s.answer.done()),
+            granted_worlds=frozenset(session.world_id for session in sessions if session.grants),
+            staged=self._staged(index),
+            running=self.tasks.running(run),
+            settled=self.tasks.settled(run),
+            verified=frozenset(
+                mark for mark in self._verified if desired.decision and mark[0] == desired.decision.decision_id
+            ),
+            failed=self._failed,
+            has_memory=bool(index.shards or index.plans or index.slots or index.staged or index.decision),
+        )
+
+    def staging(self, run: str) -> Staging | None:
+        return planning.staging_of(self.view(run))
+
+    def progress(self, session: Session) -> local.Progress:
+        """What a waiting restore() is told."""
+        desired = self._context.run_desired(session.run)
+        decision = desired.decision
+        if not self._context.is_coordinator_connected():
+            return local.Progress(phase="waiting", detail="for the coordinator")
+        if decision is None or decision.world_id != session.world_id:
+            return local.Progress(phase="waiting", detail="for the other ranks and the coordinator's decision")
+        staging = self.staging(session.run)
+        done, total = (staging.done_bytes, staging.total_bytes) if staging else (0, 0)
+        if desired.decision_phase is DecisionPhase.PREPARE:
+            step = decision.base.step if decision.base else 0
+            return local.Progress(phase="staging", detail=f"step {step}", done_bytes=done, total_bytes=total)
+        return local.Progress(phase="recording", done_bytes=done, total_bytes=total)
+
+    def _staged(self, index: RunIndex) -> tuple[StagedState, ...]:
+        paths = self._store.paths(index.run)
+        found = []
+        for staged in index.staged.values():
+            missing = {}
+            for rebuild in self._context.run_desired(index.run).rebuilds:
+                for target in rebuild.targets:
+                    if target.digest[:16] == staged.digest16 and target.node == self._context.identity.name:
+                        missing[rebuild.rebuild_id] = missing_stripes(
+                            paths, rebuild.plan, member=target.member_index, rank=target.rank
+                        )
+            found.append(
+                StagedState(
+                    rank=staged.rank,
+                    world_size=staged.world_size,
+                    digest16=staged.digest16,
+                    size_bytes=staged.size_bytes,
+                    missing=missing,
+                )
+            )
+        return tuple(found)
+
+    def _pass(self) -> None:
+        self._is_kicked = False
+        if self._is_closed:
+            return
+        has_acted = False
+        for run in list(self._context.desired):
+            view = self.view(run)
+            self._sessions.drop_ended(run, view.desired.world_id)
+            actions = planning.plan_actions(view)
+            has_acted |= bool(actions)
+            for action in actions:
+                try:
+                    self._do(run, action)
+                except (BackstayError, OSError) as error:
+                    logger.error("run %s: %s failed: %s", run, type(action).__name__, error)
+        if has_acted:
+            self._context.notify()
+
+    def _do(self, run: str, action: Action) -> None:
+        store = self._store
+        if isinstance(action, planning.StartJob):
+            self._start_job(run, action)
+        elif isinstance(action, planning.PrepareTarget):
+            self.tasks.start(action.key, run, lambda: self._prepare(run, action))
+        elif isinstance(action, planning.CancelTask):
+            self.tasks.cancel(action.key)
+        elif isinstance(action, planning.FenceWorld):
+            self._sessions.fence(run, action.world_id)
+        elif isinstance(action, planning.ReleaseSnapshot):
+            withdraw.release_snapshot(store, run, action.key)
+            self._context.bell.ring()
+        elif isinstance(action, planning.DropPlan):
+            withdraw.drop_plan(store, run, action.plan_id)
+        elif isinstance(action, planning.DiscardStaged):
+            self._discard(run, action)
+        elif isinstance(action, planning.RecordDecision):
+            store.record_decision(action.decision)
+            self._say("recorded", run, f"decision {action.decision.decision_id[:8]}: attempt {action.decision.attempt}")
+            self.kick()
+        elif isinstance(action, planning.ReleaseWorld):
+            self._release_world(action.decision)
+        elif isinstance(action, planning.RefuseWorld):
+            self._refuse_world(action.decision)
+        elif isinstance(action, planning.ForgetRun):
+            self._forget(run)
+
+    def _start_job(self, run: str, action: planning.StartJob) -> None:
+        work: Callable[[], Awaitable[None]] = lambda: self._run_job(run, action.key, action.job)  # noqa: E731
+        self.tasks.start(action.key, run, work)
+
+    async def _run_job(self, run: str, key: str, job: Job) -> None:
+        assert self._pool is not None
+        if isinstance(job, FetchShard):
+            try:
+                self._store.require_room(job.size_bytes, f"run {run}: staging rank {job.rank} of step {job.step}")
+            except CapacityError as error:
+                self._fail_staging(run, key, str(error))
+                return
+        result = await self._pool.run(job)
+        for corrupt in result.corrupt:
+            self._quarantine(corrupt)
+        if result.flipped_in_flight:
+            self._context.metrics.corrupt.labels(where="in_flight").inc(result.flipped_in_flight)
+        if result.error_class:
+            self._job_failed(run, key, job, result)
+        else:
+            self._job_done(run, key, job)
+
+    def _job_done(self, run: str, key: str, job: Job) -> None:
+        if isinstance(job, DecodeStripe):
+            # puts are harmless twice; if the owner lost its staging meanwhile, this is done again
+            self.tasks.settle(key, run, for_s=2 * self._context.lease_s + job.deadline_s / 4)
+            return
+        if isinstance(job, VerifyShard) and job.is_staged:
+            self._publish(run, job)
+            self._say("rebuild", run, f"rebuilt rank {job.rank} of step {job.step}")
+        elif isinstance(job, FetchShard):
+            self._publish(run, job)
+            self._say("staged", run, f"copied rank {job.rank} of step {job.step} from a peer")
+        elif isinstance(job, VerifyShard):
+            self._note_verified(run, job.digest)
+        elif isinstance(job, FetchPlan):
+            withdraw.note_plan(self._store, run, job.plan.key, job.plan.plan_id)
+            return
+        elif isinstance(job, EncodeStripe):
+            withdraw.note_plan(self._store, run, job.plan.key, job.plan.plan_id)
+            if job.plan.m:
+                own = FragmentRecord(plan_id=job.plan.plan_id, stripe=job.stripe, index=0)
+                withdraw.note_fragment(self._store, run, job.plan.key, own)
+        self.tasks.settle(key, run)
+        self._context.changed()
+
+    def _publish(self, run: str, job: VerifyShard | FetchShard) -> None:
+        withdraw.publish_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
+        self._note_verified(run, job.digest)
+        self._context.changed()
+
+    def _note_verified(self, run: str, digest: str) -> None:
+        decision = self._context.run_desired(run).decision
+        if decision is not None:
+            while len(self._verified) >= MAX_VERIFIED:
+                del self._verified[next(iter(self._verified))]
+            self._verified[decision.decision_id, digest] = None
+
+    def _job_failed(self, run: str, key: str, job: Job, result: JobResult) -> None:
+        count = self.tasks.fail(key, run)
+        level = logging.WARNING if count in (1, MAX_TRIES) else logging.DEBUG
+        logger.log(level, "run %s: %s failed (%d): %s", run, key.partition(":")[0], count, result.message)
+        if isinstance(job, EncodeStripe) and (result.corrupt or count >= MAX_TRIES):
+            self.tasks.settle(key, run)
+            plans = self.failed_plans.setdefault(run, [])
+            plans.append(job.plan.plan_id)
+            del plans[:-MAX_REMOTE_MARKS]
+        elif isinstance(job, VerifyShard) and job.is_staged and (result.corrupt or count >= MAX_TRIES):
+            withdraw.discard_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
+        elif isinstance(job, (FetchShard, VerifyShard)) and not getattr(job, "is_staged", False):
+            is_rebuilding = any(
+                target.digest == job.digest
+                for rebuild in self._context.run_desired(run).rebuilds
+                for target in rebuild.targets
+            )
+            if result.corrupt or (count >= MAX_TRIES and not is_rebuilding):
+                self._fail_staging(run, key, f"rank {job.rank} of step {job.step}: {result.message}")
+        self._context.changed()
+
+    def _fail_staging(self, run: str, key: str, reason: str) -> None:
+        """The decision that ``key`` names cannot be staged here: the coordinator decides anew."""
+        decision_id = key.split(":")[1]
+        logger.error("run %s: decision %s cannot be staged here: %s", run, decision_id[:8], reason)
+        while len(self._failed) > MAX_REMOTE_MARKS:
+            del self._failed[next(iter(self._failed))]
+        self._failed[decision_id] = reason
+        self.tasks.settle(key, run)
+        self._context.changed()
+
+    async def _prepare(self, run: str, action: planning.PrepareTarget) -> None:
+        """Allocate staging for a rebuild target; while stripes are missing, look again now and then."""
+        plan, target = action.rebuild.plan, action.target
+        index, paths = self._store.index(run), self._store.paths(run)
+        if (target.rank, target.digest[:16]) not in index.staged:
+            try:
+                stored, _ = published.read_plan(paths, plan)
+                size = next(s.size_bytes for s in plan.members[target.member_index].shards if s.rank == target.rank)
+                self._store.require_room(size, f"run {run}: rebuilding rank {target.rank} of step {plan.step}")
+                raw = next(
+                    raw for raw in map(canonical_bytes, stored.manifests) if self._store.digest(raw) == target.digest
+                )
+                incarnation = self._context.identity.incarnation
+                await asyncio.to_thread(prepare_staging, paths, raw, digest=target.digest, incarnation=incarnation)
+            except BackstayError as error:
+                logger.warning("run %s: cannot take rank %d of step %d: %s", run, target.rank, plan.step, error)
+                if isinstance(error, SnapshotNotFoundError):
+                    index.plans.pop(plan.plan_id, None)
+                self._fail_rebuild(run, action, error)
+                return
+            withdraw.note_staged(self._store, run, rank=target.rank, world_size=plan.world_size, digest=target.digest)
+            self._context.changed()
+        self.tasks.settle(action.key, run, for_s=STRIPE_POLL_S)
+
+    def _fail_rebuild(self, run: str, action: planning.PrepareTarget, error: BackstayError) -> None:
+        count = self.tasks.fail(action.key, run)
+        decision = self._context.run_desired(run).decision
+        if decision is not None and isinstance(error, CapacityError) and count >= MAX_TRIES:
+            self._fail_staging(run, f"prepare:{decision.decision_id}", str(error))
+
+    def _discard(self, run: str, action: planning.DiscardStaged) -> None:
+        remove_staging(self._store.paths(run), rank=action.rank, world_size=action.world_size, digest=action.digest16)
+        self._store.index(run).staged.pop((action.rank, action.digest16), None)
+
+    def _quarantine(self, corrupt: Corrupt) -> None:
+        """Put a bad local source aside; name a bad remote one to the coordinator."""
+        own = self._context.identity.bulk_address
+        key = SnapshotKey(corrupt.attempt, corrupt.step)
+        where = "shard" if corrupt.rank >= 0 else "parity"
+        if corrupt.node in ("", own):
+            if corrupt.rank >= 0:
+                entry = withdraw.quarantine_shard(
+                    self._store, corrupt.run, key, rank=corrupt.rank, reason=corrupt.detail
+                )
+            else:
+                fragment = FragmentRecord(plan_id=corrupt.plan_id, stripe=corrupt.stripe, index=corrupt.index)
+                entry = withdraw.quarantine_fragment(self._store, corrupt.run, fragment, reason=corrupt.detail)
+            if entry is None:
+                return
+        else:
+            entry = self._remote_mark(corrupt)
+        self._context.metrics.corrupt.labels(where=where).inc()
+        self._say(
+            "quarantined", corrupt.run, f"{entry.what} {('on ' + entry.node) if entry.node else 'here'}: {entry.reason}"
+        )
+        self._context.changed()
+
+    def _remote_mark(self, corrupt: Corrupt) -> Quarantined:
+        holder = next((name for name, address in self.peers.items() if address == corrupt.node), corrupt.node)
+        what = (
+            f"shard rank {corrupt.rank} of step {corrupt.step}"
+            if corrupt.rank >= 0
+            else f"parity stripe {corrupt.stripe} index {corrupt.index} of plan {corrupt.plan_id[:8]}, step {corrupt.step}"
+        )
+        entry = Quarantined(
+            what=f"{what} on {holder}",
+            attempt=corrupt.attempt,
+            step=corrupt.step,
+            reason=corrupt.detail,
+            node=holder,
+            rank=corrupt.rank,
+            plan_id=corrupt.plan_id,
+            stripe=corrupt.stripe,
+            index=corrupt.index,
+        )
+        marks = self.remote_marks.setdefault(corrupt.run, [])
+        if entry not in marks:
+            marks.append(entry)
+            del marks[:-MAX_REMOTE_MARKS]
+            self._store.corrupt_count += 1
+            logger.error("%s is corrupt: %s; the next source is used", entry.what, entry.reason)
+        return entry
+
+    def _release_world(self, decision: Decision) -> None:
+        waiting = self._sessions.waiting(decision.run, decision.world_id)
+        for session in waiting:
+            assert session.answer is not None
+            try:
+                session.answer.set_result(self._restored(session, decision))
+            except (BackstayError, OSError) as error:
+                sentence = f"rank {session.rank}: {error}; the world must restart"
+                session.answer.set_result(_error(UnavailableError(sentence, reason="gone")))
+        self._say("released", decision.run, f"{decision.outcome.value}: {len(waiting)} trainers go on")
+        self._context.bell.ring()
+
+    def _restored(self, session: Session, decision: Decision) -> RestoreAnswer:
+        shards: list[local.RestoredShard] = []
+        fds: list[int] = []
+        base = decision.base
+        if base is not None:
+            key = SnapshotKey(base.attempt, base.step)
+            sources = {source.rank: source for source in decision.sources}
+            try:
+                for rank in session.needed_ranks:
+                    fd, manifest = withdraw.open_for_trainer(self._store, session.run, key, rank=rank)
+                    fds.append(fd)
+                    source = sources[rank]
+                    shards.append(
+                        local.RestoredShard(
+                            rank=rank,
+                            source=source.kind.value,
+                            manifest=manifest,
+                            fd_index=len(fds) - 1,
+                            detail=", ".join(source.holders),
+                        )
+                    )
+            except BaseException:
+                close_fds(tuple(fds))
+                raise
+        message = local.Restored(
+            outcome=Outcome(decision.outcome).value,
+            attempt=decision.attempt,
+            step=base.step if base else 0,
+            base_attempt=base.attempt if base else 0,
+            snapshot_id=base.snapshot_id if base else "",
+            message=decision.message,
+            shards=tuple(shards),
+            interval_steps=self._context.run_desired(session.run).schedule.interval_steps,
+        )
+        return RestoreAnswer(
+            message=message, fds=tuple(fds), attempt=decision.attempt, base_step=base.step if base else 0
+        )
+
+    def _refuse_world(self, decision: Decision) -> None:
+        for session in self._sessions.waiting(decision.run, decision.world_id):
+            assert session.answer is not None
+            session.answer.set_result(_error(UnrecoverableError(decision.message, reason="unrecoverable")))
+        self._say("refused", decision.run, decision.message)
+        self._context.bell.ring()
+
+    def _forget(self, run: str) -> None:
+        self._sessions.end_run(run)
+        self._store.forget(run)
+        self.forgotten.add(run)
+        self.remote_marks.pop(run, None)
+        self.failed_plans.pop(run, None)
+        self._context.metrics.forget_run(run)
+        self._say("forgotten", run, "everything of the run was deleted here")
+        self._context.changed()
+
+    def _say(self, kind: str, run: str, message: str) -> None:
+        logger.info("run %s: %s: %s", run, kind, message)
+        self._context.timeline.add(kind, run, message)
+
+
+def _error(error: BackstayError) -> RestoreAnswer:
+    message = local.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
+    return RestoreAnswer(message=message)

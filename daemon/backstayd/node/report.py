@@ -1,0 +1,127 @@
+"""What this node tells: the report to the coordinator and the status document for people. Changes nothing."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from backstay import record
+from backstayd.core.records import NodeReport, RunReport
+from backstayd.node import planning
+from backstayd.node.context import NodeContext
+from backstayd.node.reconcile import Reconciler
+from backstayd.node.sessions import Sessions
+from backstayd.store.index import RunIndex
+
+
+class Reporter:
+    """Makes reports from store, sessions and tasks; each has the next sequence number."""
+
+    def __init__(self, context: NodeContext, sessions: Sessions, reconciler: Reconciler) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._reconciler = reconciler
+        self._sequence = itertools.count(1)
+
+    def report(self) -> NodeReport:
+        """The whole truth of this node now."""
+        store = self._context.store
+        runs = sorted(set(store.runs) | self._reconciler.forgotten | {session.run for session in self._sessions})
+        return NodeReport(
+            node=self._context.identity,
+            sequence=next(self._sequence),
+            generation=store.generation,
+            runs=tuple(self._run_report(run) for run in runs),
+            capacity_bytes=store.capacity_bytes,
+            used_bytes=store.used_bytes,
+            corrupt_count=store.corrupt_count,
+        )
+
+    def document(self) -> dict[str, Any]:
+        """The status document of this node (format 1)."""
+        store, context = self._context.store, self._context
+        return {
+            "format": 1,
+            "role": "node",
+            "node": record.to_json(context.identity),
+            "time_unix_s": context.clock.unix_s(),
+            "generation": record.to_json(store.generation),
+            "coordinator": {
+                "address": context.coordinator_address,
+                "is_connected": context.is_coordinator_connected(),
+            },
+            "memory": {
+                "used_bytes": store.used_bytes,
+                "quota_bytes": store.quota_bytes,
+                "capacity_bytes": store.capacity_bytes,
+                "directory": str(store.memory_dir),
+            },
+            "corrupt_count": store.corrupt_count,
+            "foreign": [str(finding.path) for finding in store.foreign],
+            "runs": [self._run_document(index) for _, index in sorted(store.runs.items())],
+            "timeline": context.timeline.document(),
+        }
+
+    def _run_report(self, run: str) -> RunReport:
+        index = self._context.store.runs.get(run) or RunIndex(run=run)
+        view = self._reconciler.view(run)
+        done, total = planning.rebuilt_bytes(view)
+        return RunReport(
+            run=run,
+            sessions=tuple(session.record() for session in self._sessions.of_run(run)),
+            shards=tuple(held.record for _, held in sorted(index.shards.items())),
+            plans=tuple(plan for _, plan in sorted(index.plans.items())),
+            fragments=tuple(sorted(index.fragments, key=lambda f: (f.plan_id, f.stripe, f.index))),
+            decision=index.decision,
+            staging=planning.staging_of(view),
+            quarantined=(*index.quarantined.values(), *self._reconciler.remote_marks.get(run, ())),
+            failed_plans=tuple(self._reconciler.failed_plans.get(run, ())),
+            rebuilt_bytes=done,
+            rebuild_total_bytes=total,
+            is_forgotten=run in self._reconciler.forgotten and not view.has_memory,
+        )
+
+    def _run_document(self, index: RunIndex) -> dict[str, Any]:
+        context, run = self._context, index.run
+        desired = context.run_desired(run)
+        grants = context.store.slots.grants
+        return {
+            "run": run,
+            "world_id": context.current_world(run),
+            "attempt": index.decision.attempt if index.decision else 0,
+            "decision_phase": desired.decision_phase.value if desired.decision else "",
+            "redundancy": desired.redundancy,
+            "protected_step": desired.protected_step,
+            "sessions": [
+                {
+                    "rank": session.rank,
+                    "world_id": session.world_id,
+                    "phase": session.phase.value,
+                    "pid": session.holder.record.pid,
+                    "last_step": session.last_step,
+                    "skipped_step": session.skipped_step,
+                    "skip_reason": session.skip_reason,
+                }
+                for session in self._sessions.of_run(run)
+            ],
+            "shards": [record.to_json(held.record) for _, held in sorted(index.shards.items())],
+            "fragments": [record.to_json(f) | {"size_bytes": size} for f, size in sorted_fragments(index)],
+            "plans": sorted(index.plans),
+            "slots": [
+                {
+                    "rank": slot.rank,
+                    "number": slot.number,
+                    "size_bytes": slot.size_bytes,
+                    "state": "granted" if slot.slot_id in grants else "free",
+                }
+                for _, slot in sorted(index.slots.items())
+            ],
+            "quarantined": [
+                record.to_json(entry)
+                for entry in (*index.quarantined.values(), *self._reconciler.remote_marks.get(run, ()))
+            ],
+        }
+
+
+def sorted_fragments(index: RunIndex) -> list[tuple[Any, int]]:
+    return sorted(index.fragments.items(), key=lambda item: (item[0].plan_id, item[0].stripe, item[0].index))
