@@ -105,7 +105,9 @@ class Digester:
         last_bytes = self._layout.size_bytes - (len(self._filled) - 1) * CHUNK_BYTES
         for index, filled in enumerate(self._filled):
             if filled != (last_bytes if index == len(self._filled) - 1 else CHUNK_BYTES):
-                raise UsageError(f"chunk {index} of {len(self._filled)} was not hashed to its end ({filled} bytes were)")
+                raise UsageError(
+                    f"chunk {index} of {len(self._filled)} was not hashed to its end ({filled} bytes were)"
+                )
         tensor_crcs = {entry.name: self._span_crc(entry.begin, entry.end) for entry in self._layout.entries}
         return "".join([f"{crc:08x}" for crc in self._chunk_crcs]), tensor_crcs
 
@@ -151,7 +153,9 @@ def verify_chunks(view: Buffer, manifest: Manifest, first_chunk: int) -> None:
         length = manifest.chunk_length(index)
         piece = view[begin : begin + length]
         if length <= 0 or piece.nbytes != length:
-            raise UsageError(f"buffer to verify does not end with chunk {index} of {manifest.chunk_count} ({length} bytes)")
+            raise UsageError(
+                f"buffer to verify does not end with chunk {index} of {manifest.chunk_count} ({length} bytes)"
+            )
         _check_chunk(manifest, index, crc32c(piece))
         begin += length
 
@@ -184,7 +188,9 @@ class ChunkVerifier:
         done = 0
         while done < view.nbytes:
             if self._left <= 0:
-                raise UsageError(f"{view.nbytes - done} bytes more than the shard's {self._manifest.size_bytes} were given")
+                raise UsageError(
+                    f"{view.nbytes - done} bytes more than the shard's {self._manifest.size_bytes} were given"
+                )
             piece = view[done : done + self._left]
             self._crc = crc32c(piece, self._crc)
             self._left -= piece.nbytes

@@ -14,7 +14,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from backstay.errors import IntegrityError
+from backstay.errors import IntegrityError, UsageError
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def from_json(cls: type[T], value: Any) -> T:
     """
     try:
         return typing.cast("T", _build(cls, value))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError, UsageError) as error:
         raise IntegrityError(f"not a valid {getattr(cls, '__name__', cls)}: {error}", reason="bad_record") from error
 
 
@@ -53,7 +53,7 @@ def loads(cls: type[T], data: bytes | str) -> T:
     """Inverse of :func:`dumps`; raises IntegrityError on anything malformed."""
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"not a valid {cls.__name__}: {error}", reason="bad_record") from error
     return from_json(cls, value)
 
@@ -73,10 +73,14 @@ def _build(kind: Any, value: Any) -> Any:
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)
     if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"expected a list, found {type(value).__name__}")
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_build(arguments[0], item) for item in value)
         return tuple(_build(kind_, item) for kind_, item in zip(arguments, value, strict=True))
     if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"expected an object, found {type(value).__name__}")
         return {key: _build(arguments[1], item) for key, item in value.items()}
     if origin in (typing.Union, types.UnionType):
         if value is None:

@@ -30,7 +30,9 @@ _FORMAT_KEY: Final = "backstay.format"
 _DTYPES_KEY: Final = "backstay.dtypes"
 _SHAPES_KEY: Final = "backstay.global_shapes"
 _ALIASES_KEY: Final = "backstay.aliases"
-_RESERVED: Final = frozenset({_SHARDING_KEY, "DCP_VERSION", "format", _FORMAT_KEY, _DTYPES_KEY, _SHAPES_KEY, _ALIASES_KEY})
+_RESERVED: Final = frozenset(
+    {_SHARDING_KEY, "DCP_VERSION", "format", _FORMAT_KEY, _DTYPES_KEY, _SHAPES_KEY, _ALIASES_KEY}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,9 @@ def plan_layout(
     if len(names) != len(stored):
         twice = sorted(spec.name for spec in stored)
         name = next(a for a, b in itertools.pairwise(twice) if a == b)
-        raise UsageError(f"tensor {name!r} is given twice; each name is stored once per shard", reason="duplicate_tensor")
+        raise UsageError(
+            f"tensor {name!r} is given twice; each name is stored once per shard", reason="duplicate_tensor"
+        )
     kept_aliases = {alias: target for alias, target in sorted((aliases or {}).items()) if target in names}
     clash = names.intersection(kept_aliases)
     if clash:
@@ -337,8 +341,12 @@ def _encode_header(specs: list[TensorSpec], metadata: Mapping[str, str], aliases
     clash = _RESERVED.intersection(metadata)
     if clash:
         raise UsageError(f"metadata key {min(clash)!r} is reserved", reason="bad_metadata")
-    offsets = {s.name: {"saved_offsets": [*s.offsets, *(0 for _ in STORAGE_RULES[s.torch_dtype].trailing)]} for s in specs}
-    dtypes = {s.name: s.torch_dtype for s in specs if _TORCH_DTYPES.get(STORAGE_RULES[s.torch_dtype].dtype) != s.torch_dtype}
+    offsets = {
+        s.name: {"saved_offsets": [*s.offsets, *(0 for _ in STORAGE_RULES[s.torch_dtype].trailing)]} for s in specs
+    }
+    dtypes = {
+        s.name: s.torch_dtype for s in specs if _TORCH_DTYPES.get(STORAGE_RULES[s.torch_dtype].dtype) != s.torch_dtype
+    }
     shapes = {s.name: list(s.global_shape) for s in specs if s.global_shape != s.shape}
     own = {
         "format": "pt",
@@ -420,7 +428,11 @@ def _read_entries(tensors: dict[str, Any], metadata: dict[str, str], header_byte
         rule = STORAGE_RULES[torch_dtype]
         shape, (begin, end) = _sizes(body["shape"]), _sizes(body["data_offsets"])
         own = len(shape) - len(rule.trailing)
-        if rule.dtype != stored or shape[own:] != rule.trailing or end - begin != math.prod(shape) * _STORED_BYTES[stored]:
+        if (
+            rule.dtype != stored
+            or shape[own:] != rule.trailing
+            or end - begin != math.prod(shape) * _STORED_BYTES[stored]
+        ):
             raise ValueError(f"tensor {name!r}: {end - begin} bytes of {stored} {shape} do not make a {torch_dtype}")
         entries.append(
             TensorEntry(
@@ -437,10 +449,14 @@ def _check_coverage(entries: tuple[TensorEntry, ...], header_bytes: int, total: 
     position = header_bytes
     for entry in entries:
         if entry.begin != position:
-            raise IntegrityError(f"shard header leaves a hole or overlap before {entry.name!r}; not used", reason="bad_header")
+            raise IntegrityError(
+                f"shard header leaves a hole or overlap before {entry.name!r}; not used", reason="bad_header"
+            )
         position = entry.end
     if position != total:
-        raise IntegrityError(f"shard file has {total} bytes, its header describes {position}; not used", reason="truncated")
+        raise IntegrityError(
+            f"shard file has {total} bytes, its header describes {position}; not used", reason="truncated"
+        )
 
 
 def _check_same_tensors(layout: Layout, manifest: Manifest) -> None:
@@ -448,7 +464,9 @@ def _check_same_tensors(layout: Layout, manifest: Manifest) -> None:
     in_manifest = {entry.name: _place_of(entry) for entry in manifest.tensors}
     if layout.header_bytes == manifest.header_bytes and in_file == in_manifest and layout.aliases == manifest.aliases:
         return
-    differing = sorted(name for name in in_file.keys() | in_manifest.keys() if in_file.get(name) != in_manifest.get(name))
+    differing = sorted(
+        name for name in in_file.keys() | in_manifest.keys() if in_file.get(name) != in_manifest.get(name)
+    )
     what = f"tensor {differing[0]!r}" if differing else "the header's length or its aliases"
     raise IntegrityError(
         f"{shard_label(manifest)}: file and manifest disagree about {what} ({len(differing)} tensors in all); not used",

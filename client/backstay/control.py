@@ -1,0 +1,267 @@
+"""The trainer's line to its node's daemon: requests of ``backstay.local`` over one Unix socket, each with a deadline.
+
+Must never block longer than its deadline, whatever the daemon does, and never outlive a fork: a child that shared the
+socket would speak in its parent's name and keep it open after the parent's death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
+
+from backstay import local
+from backstay.errors import (
+    ERROR_CLASSES,
+    BackstayError,
+    ConfigError,
+    IntegrityError,
+    UnavailableError,
+    UsageError,
+)
+
+DEFAULT_SILENCE_S: Final = 30.0  # longest pause between two messages while a decision is made
+RESTORE_GRACE_S: Final = 2.0  # the daemon's own message about the deadline is better than ours
+
+_connections: weakref.WeakSet[DaemonConnection] = weakref.WeakSet()
+_child_cleanups: list[Callable[[], None]] = []
+
+
+class DaemonConnection:
+    """One session with the daemon; thread-safe, one request at a time.
+
+    Invariant: after a timeout, end of file or malformed frame the connection is closed, because a late reply could be taken for
+    the next one. An Error reply leaves it open. In a forked child it is closed from the start.
+    """
+
+    def __init__(self, socket_path: str, *, timeout_s: float) -> None:
+        """Connect within ``timeout_s``.
+
+        Raises:
+            UnavailableError: nobody listens there, or nobody accepts in time. ConfigError: the path is not usable.
+        """
+        self.socket_path = socket_path
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._message_id = 0
+        self._is_closed = False
+        self._socket = _connect(socket_path, timeout_s)
+        _connections.add(self)
+
+    def attach(self, message: local.Attach, *, deadline_s: float) -> local.Attached:
+        """Open the session; raises ConfigError for a daemon of a protocol that this client does not speak."""
+        attached = self._expect(message, local.Attached, deadline_s)
+        if not local.PROTOCOL_VERSION - 1 <= attached.protocol <= local.PROTOCOL_VERSION:
+            self.close()
+            raise ConfigError(
+                f"daemon {attached.daemon_version or '(unknown version)'} at {self.socket_path} speaks protocol "
+                f"{attached.protocol}, this trainer {local.PROTOCOL_VERSION} and the one before: upgrade the older of the two",
+                reason="protocol_version",
+            )
+        return attached
+
+    def call(self, message: Any, *, deadline_s: float) -> tuple[Any, list[int]]:
+        """Send one request and return its reply, with any descriptors, which the caller must close.
+
+        Raises:
+            BackstayError: the class that an Error reply names. UnavailableError: no reply within ``deadline_s``, or the
+                daemon is gone. IntegrityError: the reply is not one of the local protocol.
+        """
+        return self._exchange(message, time.monotonic() + deadline_s, silence_s=None, on_progress=None)
+
+    def restore(
+        self,
+        message: local.Restore,
+        on_progress: Callable[[local.Progress], None],
+        *,
+        silence_s: float = DEFAULT_SILENCE_S,
+    ) -> tuple[local.Restored, list[int]]:
+        """Wait for the world's decision, up to ``message.deadline_s`` and no longer than ``silence_s`` without a sign of life.
+
+        Returns:
+            The decision and the shards' descriptors (``RestoredShard.fd_index`` counts in them), which the caller closes.
+
+        Raises:
+            As :meth:`call`. What ``on_progress`` raises ends the session.
+        """
+        deadline = time.monotonic() + message.deadline_s + RESTORE_GRACE_S
+        reply, fds = self._exchange(message, deadline, silence_s=silence_s, on_progress=on_progress)
+        if not isinstance(reply, local.Restored) or any(not 0 <= s.fd_index < len(fds) for s in reply.shards):
+            local.close_fds(fds)
+            self.close()
+            raise IntegrityError(
+                f"daemon at {self.socket_path} answered Restore with {type(reply).__name__} and {len(fds)} descriptors, "
+                "not with one for each shard; not used",
+                reason="bad_reply",
+            )
+        return reply, fds
+
+    def close(self) -> None:
+        """End the session; a call that waits in another thread gets UnavailableError. Idempotent."""
+        if os.getpid() != self._pid:
+            self.close_in_child()
+            return
+        self._is_closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits on it; close() alone would not
+        if self._lock.acquire(blocking=False):  # else that thread closes it
+            self._socket.close()
+            self._lock.release()
+
+    def close_in_child(self) -> None:
+        """Drop a forked child's copy of the socket; the parent's session goes on. Takes no lock: it may be held for ever."""
+        self._is_closed = True
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+    def _expect(self, message: Any, kind: type[Any], deadline_s: float) -> Any:
+        reply, fds = self.call(message, deadline_s=deadline_s)
+        local.close_fds(fds)
+        if not isinstance(reply, kind):
+            self.close()
+            raise IntegrityError(
+                f"daemon at {self.socket_path} answered {type(message).__name__} with {type(reply).__name__}, "
+                f"not {kind.__name__}",
+                reason="bad_reply",
+            )
+        return reply
+
+    def _exchange(
+        self,
+        message: Any,
+        deadline: float,
+        *,
+        silence_s: float | None,
+        on_progress: Callable[[local.Progress], None] | None,
+    ) -> tuple[Any, list[int]]:
+        started = time.monotonic()
+        self._check_usable()
+        if not self._lock.acquire(timeout=max(0.0, deadline - started)):
+            raise UnavailableError(
+                f"{type(message).__name__} to the daemon at {self.socket_path} waited {time.monotonic() - started:.1f} s "
+                "for another call of this process to end; try again",
+                reason="busy",
+            )
+        try:
+            self._check_usable()
+            reply, fds = self._converse(message, deadline, silence_s, on_progress)
+        except BaseException as error:
+            self._is_closed = True
+            self._socket.close()
+            if isinstance(error, OSError):  # TimeoutError and ConnectionError among them
+                raise self._unavailable(error, message, time.monotonic() - started) from error
+            raise
+        finally:
+            if self._is_closed:  # close() came while this thread held the lock
+                self._socket.close()
+            self._lock.release()
+        if isinstance(reply, local.Error):
+            local.close_fds(fds)
+            raise ERROR_CLASSES.get(reply.error_class, BackstayError)(reply.message, reason=reply.reason)
+        return reply, fds
+
+    def _converse(
+        self,
+        message: Any,
+        deadline: float,
+        silence_s: float | None,
+        on_progress: Callable[[local.Progress], None] | None,
+    ) -> tuple[Any, list[int]]:
+        self._message_id += 1
+        until = deadline if silence_s is None else min(deadline, time.monotonic() + silence_s)
+        local.send_frame(self._socket, message, message_id=self._message_id, deadline=until)
+        while True:
+            reply, message_id, fds = local.receive_frame(self._socket, deadline=until)
+            is_ours = message_id == self._message_id
+            if is_ours and not isinstance(reply, local.Progress):
+                return reply, fds
+            local.close_fds(fds)
+            if is_ours and on_progress is not None and silence_s is not None:
+                until = min(deadline, time.monotonic() + silence_s)
+                on_progress(reply)
+            if time.monotonic() >= deadline:  # a daemon that only chatters does not answer
+                raise TimeoutError
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            self.close_in_child()
+            raise UsageError(
+                f"the connection to {self.socket_path} belongs to process {self._pid}; a forked child must not use it",
+                reason="forked",
+            )
+        if self._is_closed:
+            raise UnavailableError(
+                f"the connection to the daemon at {self.socket_path} is closed; attach again", reason="closed"
+            )
+
+    def _unavailable(self, error: OSError, message: Any, waited_s: float) -> UnavailableError:
+        request = type(message).__name__
+        if isinstance(error, TimeoutError):
+            return UnavailableError(
+                f"daemon at {self.socket_path} was silent for {waited_s:.1f} s after {request}; "
+                "the session is closed, attach again",
+                reason="deadline",
+            )
+        return UnavailableError(
+            f"daemon at {self.socket_path} is gone after {waited_s:.1f} s of {request} ({error}); attach again when it is back",
+            reason="disconnected",
+        )
+
+
+def register_child_cleanup(callback: Callable[[], None]) -> Callable[[], None]:
+    """Have ``callback`` run in every forked child (to close descriptors of slots there); returns what unregisters it.
+
+    The callback must take no locks: whichever thread held them does not exist in the child.
+    """
+    _child_cleanups.append(callback)
+
+    def unregister() -> None:
+        with contextlib.suppress(ValueError):
+            _child_cleanups.remove(callback)
+
+    return unregister
+
+
+def _drop_in_child() -> None:
+    for connection in list(_connections):
+        connection.close_in_child()
+    for callback in _child_cleanups:
+        with contextlib.suppress(OSError):
+            callback()
+    _child_cleanups.clear()  # a grandchild has nothing of it any more
+
+
+os.register_at_fork(after_in_child=_drop_in_child)
+
+
+def _connect(socket_path: str, timeout_s: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # A blocking connect with the kernel's own timeout: with Python's, a full backlog is an error at once.
+        micros = max(1, int(timeout_s * 1_000_000))
+        sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", micros // 1_000_000, micros % 1_000_000)
+        )
+        sock.connect(socket_path)
+    except OSError as error:
+        sock.close()
+        if isinstance(error, (FileNotFoundError, ConnectionError)):
+            raise UnavailableError(
+                f"no daemon listens at {socket_path} ({error.strerror})", reason="no_daemon"
+            ) from error
+        if isinstance(error, BlockingIOError):
+            raise UnavailableError(
+                f"the daemon at {socket_path} accepted no connection within {timeout_s:g} s", reason="deadline"
+            ) from error
+        raise ConfigError(
+            f"cannot connect to the daemon's socket {socket_path}: {error.strerror or error}; "
+            "check the path (--socket of the daemon, BACKSTAY_SOCKET here) and its permissions",
+            reason="bad_socket",
+        ) from error
+    return sock
