@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -42,9 +41,12 @@ class FaultRecord:
     sources: list[dict[str, Any]] = field(default_factory=list)
     message: str = ""
 
-    def source_counts(self) -> str:
-        counts = Counter(source["kind"] for source in self.sources)
-        return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    def source_text(self) -> str:
+        """Ranks by where their shard came from: ``local 0 2 3, rebuild 1``."""
+        ranks: dict[str, list[str]] = {}
+        for source in self.sources:
+            ranks.setdefault(source["kind"], []).append(str(source["rank"]))
+        return ", ".join(f"{kind} {' '.join(of_kind)}" for kind, of_kind in sorted(ranks.items()))
 
     @property
     def rebuilt_count(self) -> int:
@@ -183,9 +185,9 @@ class Injector:
         record.restored_step = lines[0]["step"]
         record.outcome, record.message = lines[0]["outcome"], lines[0]["message"]
         record.steps_lost = self._highest_step_before(lines) - lines[0]["step"]
-        record.sources = sorted(
-            (normal_source(source) for line in lines for source in line["sources"]), key=lambda source: source["rank"]
-        )
+        for rank, line in enumerate(lines):
+            kind, _, detail = str(line["source"]).partition(" ")
+            record.sources.append({"rank": rank, "kind": kind or "none", "detail": detail})
         self.watch.read_status()
         self._note_detection(record, *detection)
 
@@ -201,12 +203,15 @@ class Injector:
 
     def _highest_step_before(self, lines: list[dict[str, Any]]) -> int:
         """The newest step any rank had finished when it was restored."""
-        highest = 0
+        highest = lines[0]["step"]
         for rank, restored in enumerate(lines):
-            for line in self.watch.notes.of(rank, "step"):
-                if line["time_unix_s"] < restored["time_unix_s"]:
-                    highest = max(highest, line["step"])
-        return max(highest, lines[0]["step"])
+            history = self.watch.notes.ranks[rank]
+            position = next(index for index, line in enumerate(history) if line is restored)
+            for line in reversed(history[:position]):
+                if line["kind"] == "restored":
+                    break
+                highest = max(highest, line["step"] if line["kind"] == "step" else 0)
+        return int(highest)
 
     def _note_detection(self, record: FaultRecord, *kinds: str) -> None:
         event = self.watch.first_event(record.injected_unix_s, *kinds)
@@ -218,10 +223,3 @@ class Injector:
         """Let ``seconds`` pass with open eyes."""
         until = time.monotonic() + seconds
         self.watch.wait(lambda: time.monotonic() >= until, seconds + 60, "a moment to pass")
-
-
-def normal_source(source: dict[str, Any]) -> dict[str, Any]:
-    """A source as the report has it: rank, kind, detail."""
-    kind = str(source.get("kind") or source.get("source") or "unknown")
-    detail = source.get("detail") or ", ".join(source.get("holders") or ())
-    return {"rank": int(source.get("rank", -1)), "kind": kind, "detail": str(detail)}

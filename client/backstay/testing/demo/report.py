@@ -17,11 +17,11 @@ _HEADINGS: Final = (
     "at step",
     "detected",
     "outcome",
-    "sources of shards",
+    "source of ranks' shards",
     "rebuilt",
     "restored to",
     "lost",
-    "going on",
+    "going on after",
 )
 
 
@@ -77,7 +77,7 @@ def _row(record: FaultRecord) -> tuple[str, ...]:
         str(record.injected_at_step),
         _seconds(record.detected_s),
         record.outcome,
-        record.source_counts() or "-",
+        record.source_text() or "-",
         f"{record.rebuilt_count} shards" if record.rebuilt_count else "-",
         restored,
         lost,

@@ -234,10 +234,10 @@ def train(settings: Settings, rank: int, notes: Notes) -> None:
         notes.write(
             "restored",
             step=start,
-            outcome=str(result.outcome),
+            outcome=result.outcome,
             attempt=result.attempt,
-            message=str(getattr(result, "message", "")),
-            sources=_plain(getattr(result, "sources", ())),
+            message=result.message,
+            source=result.sources.get(rank, ""),  # "rebuild node-1 node-2": of this rank's shard
             seconds=time.monotonic() - began,
             **(training.digests() if start else {}),
         )
@@ -253,17 +253,6 @@ def train(settings: Settings, rank: int, notes: Notes) -> None:
     notes.write("end", step=settings.steps, **training.digests())
     if keeper is not None:
         keeper.finish()
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON can hold it; records become objects."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
 def main() -> int:
