@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
 from typing import Any, Final
 
 from backstay import __version__
@@ -61,8 +62,19 @@ async def _main(config: NodeConfig) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """The parts of a running node."""
+
+    context: NodeContext
+    sessions: Sessions
+    reconciler: Reconciler
+    reporter: Reporter
+    pool: CoderPool
+
+
 @contextlib.asynccontextmanager
-async def start_node(config: NodeConfig) -> AsyncIterator[NodeContext]:
+async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
     """All parts of a node, running; they are ended in reverse order."""
     loop, clock, incarnation = asyncio.get_running_loop(), Clock(), new_incarnation()
     async with contextlib.AsyncExitStack() as stack:
@@ -129,7 +141,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[NodeContext]:
             "node %s (%s) holds %s, serves trainers at %s, peers at %s, http at %s",
             identity.name, incarnation, config.memory_dir, config.socket, identity.bulk_address, http.address,
         )  # fmt: skip
-        yield context
+        yield Node(context=context, sessions=sessions, reconciler=reconciler, reporter=reporter, pool=pool)
 
 
 def _on_link(context: NodeContext, is_connected: bool) -> None:

@@ -1,0 +1,450 @@
+"""Trainers and their daemon over the real socket: attach, reserve, commit, fences, death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tests.kit.node import NodeThread, fresh_decision, running_node
+from tests.kit.shards import RUN, make_shard
+from tests.kit.trainer import PlainTrainer, wait_until
+
+from backstay import local
+from backstay.errors import (
+    CapacityError,
+    ConfigError,
+    IntegrityError,
+    StaleGenerationError,
+    UnavailableError,
+    UnrecoverableError,
+    UsageError,
+)
+from backstay.ids import SnapshotKey
+from backstayd.core.records import DecisionPhase, Outcome, RunDesired, SessionPhase
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = SnapshotKey(1, 1)
+
+
+@pytest.fixture
+def directory(tmpfs_dir: Path) -> Path:
+    return tmpfs_dir
+
+
+@pytest.fixture
+def node(directory: Path) -> Iterator[NodeThread]:
+    with running_node(directory) as running:
+        yield running
+        running.check()
+
+
+def trainer_of(node: NodeThread, **facts: object) -> PlainTrainer:
+    """A trainer that is attached and has restored (nothing)."""
+    trainer = PlainTrainer(node.socket, **facts)  # type: ignore[arg-type]
+    trainer.attach()
+    trainer.restore()
+    return trainer
+
+
+def sessions_of(node: NodeThread) -> list[tuple[int, str]]:
+    return [(s.rank, s.phase.value) for run in node.report().runs for s in run.sessions]
+
+
+def test_a_committed_shard_lies_where_everybody_looks_and_survives_the_daemon(directory: Path) -> None:
+    with running_node(directory) as node:
+        node.start_world()
+        trainer = trainer_of(node)
+        shard = trainer.snapshot(1)
+        node.check()
+        path = node.memory_dir / "job/run/attempt-0001/step-00000001/rank-00000-of-00001.safetensors"
+        assert path.read_bytes() == shard.data
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert node.memory_dir.stat().st_mode & 0o777 == 0o700
+        (found,) = node.report().runs[0].shards
+        assert (found.digest, found.world_id) == (shard.manifest.digest, "world")
+    with running_node(directory) as node:
+        (found,) = node.report().runs[0].shards
+        assert found.digest == shard.manifest.digest
+        trainer.close()
+        again = PlainTrainer(node.socket)
+        again.attach(attempt=1)  # no coordinator said anything yet: the recorded decision vouches
+        again.snapshot(2)
+        node.check()
+        again.close()
+
+
+def test_slots_keep_their_inode_and_are_handed_over_once(node: NodeThread) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    trainer.snapshot(1)
+    trainer.snapshot(2)
+    assert isinstance(trainer.reserve(3), local.Skipped)  # two slots, both hold a shard
+    node.start_world(release=(KEY,))
+    shard = trainer.snapshot(4, wait_s=5)
+    assert len(trainer.fds) == 2
+    assert shard.manifest.step == 4
+    node.check()
+    trainer.close()
+
+
+def test_a_rank_waits_for_a_release_and_not_when_none_can_come(node: NodeThread) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    trainer.snapshot(1)
+    trainer.snapshot(2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(trainer.reserve, 3, wait_s=20)
+        wait_until(lambda: sessions_of(node) == [(0, "training")], why="the trainer is there")
+        node.start_world(release=(KEY,))
+        assert isinstance(waiting.result(15), local.Reserved)
+    node.start_world(is_release_possible=False)
+    skipped = trainer.reserve(4, wait_s=600)
+    assert isinstance(skipped, local.Skipped)
+    (run,) = node.report().runs
+    assert (run.sessions[0].skipped_step, run.sessions[0].skip_reason) == (4, skipped.reason)
+    trainer.close()
+
+
+def test_steps_must_increase_and_restore_comes_first(node: NodeThread) -> None:
+    trainer = PlainTrainer(node.socket)
+    with pytest.raises(UnavailableError, match="attach first"):
+        trainer.reserve(1)
+    trainer.attach()
+    with pytest.raises(UsageError, match="must restore"):
+        trainer.reserve(1)
+    node.start_world()
+    trainer.restore()
+    trainer.snapshot(5)
+    for step in (5, 4):
+        with pytest.raises(UsageError, match="not after step 5"):
+            trainer.reserve(step)
+    with pytest.raises(UsageError, match="restored already"):
+        trainer.restore()
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"run": "job/other"},
+        {"world_size": 2},
+        {"rank": 1, "world_size": 2},
+        {"attempt": 2},
+        {"step": 9},
+        {"world_id": "x"},
+    ],
+)
+def test_a_manifest_of_another_identity_is_refused(node: NodeThread, wrong: dict[str, object]) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    shard = make_shard(**{"attempt": 1, "step": 1, **wrong})  # type: ignore[arg-type]
+    reserved = trainer.reserve(1, size_bytes=len(shard.data))
+    assert isinstance(reserved, local.Reserved)
+    trainer.fill(reserved.slot_id, shard.data)
+    with pytest.raises(IntegrityError, match="this session's is"):
+        trainer.commit(1, reserved.slot_id, shard)
+    assert node.report().runs[0].shards == ()
+    trainer.snapshot(2)
+    trainer.close()
+
+
+def test_a_slot_that_was_cut_or_has_holes_or_another_header_is_refused(node: NodeThread) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    shard = trainer.make(1)
+    reserved = trainer.reserve(1)
+    assert isinstance(reserved, local.Reserved)
+    trainer.fill(reserved.slot_id, shard.data)
+    os.ftruncate(trainer.fds[reserved.slot_id], 8192)
+    with pytest.raises(IntegrityError, match="8192 bytes, its manifest says"):
+        trainer.commit(1, reserved.slot_id, shard)
+    trainer.close()
+    trainer = PlainTrainer(node.socket)
+    trainer.attach(attempt=1)
+    reserved = trainer.reserve(2)
+    assert isinstance(reserved, local.Reserved)
+    os.ftruncate(trainer.fds[reserved.slot_id], 0)
+    os.ftruncate(trainer.fds[reserved.slot_id], len(shard.data))
+    with pytest.raises(IntegrityError, match="holes"):
+        trainer.commit(2, reserved.slot_id, trainer.make(2))
+    reserved = trainer.reserve(3)
+    assert isinstance(reserved, local.Reserved)
+    data = bytearray(trainer.make(3).data)
+    data[20] ^= 1
+    trainer.fill(reserved.slot_id, bytes(data))
+    with pytest.raises(IntegrityError, match="chunk 0 has crc"):
+        trainer.commit(3, reserved.slot_id, trainer.make(3))
+    trainer.close()
+
+
+def test_abandoned_and_unfinished_captures_are_reported_as_skipped(node: NodeThread) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    reserved = trainer.reserve(1)
+    assert isinstance(reserved, local.Reserved)
+    trainer.call(local.Abandon(step=1, slot_id=reserved.slot_id, reason="the fence saw a difference"))
+    assert node.report().runs[0].sessions[0].skip_reason == "the fence saw a difference"
+    again = trainer.reserve(2)
+    assert isinstance(again, local.Reserved)
+    assert again.slot_id == reserved.slot_id
+    trainer.close()
+
+
+def test_a_trainer_of_another_protocol_or_user_is_refused_by_name(node: NodeThread) -> None:
+    trainer = PlainTrainer(node.socket)
+    with pytest.raises(UsageError, match="speaks local protocol 7"):
+        trainer.attach(protocol=7)
+    node.call(lambda: node.node.context.store.open_run("job/theirs", uid=4242))
+    theirs = PlainTrainer(node.socket, run="job/theirs")
+    with pytest.raises(UsageError, match="belongs to user 4242"):
+        theirs.attach()
+    trainer.close()
+    theirs.close()
+
+
+def test_the_wrong_world_size_is_refused_before_anything_is_decided(node: NodeThread) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    trainer.snapshot(1)
+    trainer.close()
+    other = PlainTrainer(node.socket, world_id="next", rank=0, world_size=3)
+    other.attach()
+    with pytest.raises(UsageError, match="written by 1 ranks, this world has 3"):
+        other.restore()
+    other.close()
+
+
+def test_a_refusal_reaches_the_trainer_word_for_word(node: NodeThread) -> None:
+    decision = fresh_decision("n1", world_id="world", attempt=1, world_size=1)
+    decision = type(decision)(
+        **{f: getattr(decision, f) for f in decision.__dataclass_fields__ if f not in ("outcome", "message")},
+        outcome=Outcome.REFUSED,
+        message="step 12 lacks rank 3: node-05 and node-06 are gone; step 8 could be had",
+    )
+    phase = DecisionPhase.REFUSE
+    node.desire(RunDesired(run=RUN, world_id="world", decision=decision, decision_phase=phase))
+    trainer = PlainTrainer(node.socket)
+    trainer.attach()
+    with pytest.raises(UnrecoverableError, match="step 8 could be had"):
+        trainer.restore()
+    trainer.close()
+
+
+def test_capacity_is_refused_with_numbers(directory: Path) -> None:
+    with running_node(directory, quota_bytes=1_000_000) as node:
+        node.start_world(parity_fraction=0.5)
+        trainer = trainer_of(node, payload_bytes=400_000 - 4096)
+        with pytest.raises(
+            CapacityError, match=r"2 more slots of 400000 bytes and 400000 bytes for parity.*1000000 free"
+        ):
+            trainer.reserve(1)
+        assert node.report().runs[0].sessions[0].skipped_step == 1
+        node.start_world(parity_fraction=0.25)
+        trainer.snapshot(2)
+        trainer.snapshot(3)
+        node.check()
+        trainer.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+def test_a_full_tmpfs_is_an_error_with_numbers_and_never_a_signal(directory: Path) -> None:
+    small = directory / "n1-memory"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "backstay-test", str(small)], check=True)
+    try:
+        with running_node(directory) as node:
+            node.start_world()
+            trainer = trainer_of(node, payload_bytes=600_000)
+            with pytest.raises(CapacityError, match=f"1048576 free under tmpfs {small}|free under tmpfs {small}"):
+                trainer.reserve(1)
+            trainer.payload_bytes = 300_000
+            trainer.snapshot(2)
+            (small / "filler").write_bytes(bytes(300_000))
+            trainer.snapshot(3)
+            node.check()
+            trainer.close()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_two_daemons_on_one_directory_or_socket_are_refused(directory: Path, node: NodeThread) -> None:
+    with pytest.raises(ConfigError, match="belongs to another running daemon"), running_node(directory):
+        pass
+    other = directory / "elsewhere"
+    other.mkdir()
+    (other / "n1.sock").symlink_to(node.socket)
+    with pytest.raises(ConfigError, match="not a socket"), running_node(other):
+        pass
+    (other / "n1.sock").unlink()
+    assert trainer_is_served(node)
+
+
+def trainer_is_served(node: NodeThread) -> bool:
+    trainer = PlainTrainer(node.socket)
+    reply, _ = trainer.call(local.Status())
+    trainer.close()
+    return isinstance(reply, local.StatusBody) and reply.document["role"] == "node"
+
+
+def test_a_stale_socket_file_is_replaced(directory: Path) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(directory / "n1.sock"))
+    with running_node(directory) as node:
+        assert trainer_is_served(node)
+
+
+CHILD = """
+import os, sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/client", {root!r} + "/daemon"]
+from pathlib import Path
+from tests.kit.trainer import PlainTrainer
+trainer = PlainTrainer(Path({socket!r}), world_id={world!r})
+trainer.attach()
+trainer.restore()
+trainer.snapshot(1)
+reserved = trainer.reserve(2)
+{extra}
+print("ready", reserved.slot_id, flush=True)
+sys.stdin.readline()
+trainer.fill(reserved.slot_id, b"late" * 1000)
+try:
+    trainer.commit(2, reserved.slot_id, trainer.make(2))
+    print("committed", flush=True)
+except Exception as error:
+    print(type(error).__name__, flush=True)
+"""
+
+
+def start_child(node: NodeThread, *, world: str, extra: str = "") -> tuple[subprocess.Popen[str], str]:
+    code = CHILD.format(root=str(ROOT), socket=str(node.socket), world=world, extra=extra)
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    word, slot_id = child.stdout.readline().split()
+    assert word == "ready"
+    return child, slot_id
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    child.kill()
+    child.wait()
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.close()
+    child.stdout.close()
+
+
+def test_a_trainer_frozen_replaced_and_thawed_cannot_touch_the_new_ones_slots(node: NodeThread) -> None:
+    node.start_world(world_id="old")
+    child, old_slot = start_child(node, world="old")
+    try:
+        child.send_signal(signal.SIGSTOP)
+        node.start_world(world_id="new", attempt=2)
+        trainer = trainer_of(node, world_id="new")
+        mine = [trainer.reserve(step) for step in (3, 4)]
+        assert all(isinstance(grant, local.Reserved) and grant.slot_id != old_slot for grant in mine)
+        before = {slot: os.pread(fd, 1000, 0) for slot, fd in trainer.fds.items()}
+        child.send_signal(signal.SIGCONT)
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        assert child.stdout.readline().strip() == StaleGenerationError.__name__
+        assert {slot: os.pread(fd, 1000, 0) for slot, fd in trainer.fds.items()} == before
+        assert [s.key for s in node.report().runs[0].shards] == [SnapshotKey(1, 1)]
+        trainer.close()
+    finally:
+        end(child)
+
+
+def test_death_is_seen_though_a_forked_worker_keeps_the_socket_open(node: NodeThread) -> None:
+    node.start_world()
+    fork = (
+        "worker = os.fork()\nif worker == 0:\n    time.sleep(60)\n    os._exit(0)\nprint('worker', worker, flush=True)"
+    )
+    code = CHILD.format(root=str(ROOT), socket=str(node.socket), world="world", extra=fork)
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    worker = int(child.stdout.readline().split()[1])
+    assert child.stdout.readline().startswith("ready")
+    try:
+        assert sessions_of(node) == [(0, "training")]
+        child.kill()
+        wait_until(lambda: sessions_of(node) == [], why="the session of the dead trainer ends")
+        os.kill(worker, 0)  # it is still there, with the socket
+        node.start_world(world_id="next", attempt=2, release=(KEY,))
+        trainer = trainer_of(node, world_id="next")
+        trainer.snapshot(2)
+        trainer.close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        end(child)
+
+
+def test_a_dead_trainers_slot_goes_to_the_next_one(node: NodeThread) -> None:
+    node.start_world(world_id="old")
+    child, slot = start_child(node, world="old")
+    end(child)
+    wait_until(lambda: sessions_of(node) == [], why="the session of the dead trainer ends")
+    node.start_world(world_id="new", attempt=2)
+    trainer = trainer_of(node, world_id="new")
+    reserved = trainer.reserve(2)
+    assert isinstance(reserved, local.Reserved)
+    assert reserved.slot_id == slot
+    trainer.close()
+
+
+def test_a_lost_connection_of_a_living_trainer_is_forgiven_for_a_lease(node: NodeThread) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    trainer.snapshot(1)
+    trainer.close()
+    assert sessions_of(node) == [(0, "training")]
+    again = PlainTrainer(node.socket)
+    again.attach(attempt=1)
+    again.snapshot(2)
+    again.close()
+    wait_until(lambda: sessions_of(node) == [], why="a lease has run")
+    stale = PlainTrainer(node.socket, world_id="never decided")
+    with pytest.raises(StaleGenerationError, match="not the current one"):
+        stale.attach(attempt=1)
+    stale.close()
+
+
+def test_finish_and_forget_leave_nothing(node: NodeThread) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    trainer.snapshot(1)
+    trainer.call(local.Finish())
+    assert sessions_of(node) == [(0, SessionPhase.ENDED.value)]
+    node.desire(RunDesired(run=RUN, forget=True))
+    wait_until(lambda: not (node.memory_dir / "job").exists(), why="the run is deleted")
+    (run,) = node.report().runs
+    assert run.is_forgotten
+    node.desire()
+    assert node.report().runs == ()
+    trainer.close()
+
+
+def test_garbage_on_the_socket_ends_only_its_own_connection(node: NodeThread) -> None:
+    trainer = PlainTrainer(node.socket)
+    trainer.socket.sendall(b"\xff\xff\xff\xffgarbage")
+    with pytest.raises(ConnectionError):
+        local.receive_frame(trainer.socket)
+    trainer.close()
+    assert trainer_is_served(node)
+
+
+def test_an_older_coordinator_is_not_obeyed(node: NodeThread) -> None:
+    node.start_world()
+    node.desire(generation=5)
+    node.desire(RunDesired(run=RUN, forget=True), generation=4)
+    assert not node.node.context.desired
+    assert node.report().generation.number == 5
