@@ -1,0 +1,150 @@
+"""The operator's command against real daemons, with a trainer that speaks the local protocol itself and needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import pytest
+
+from backstay import __version__, ids, local, record
+from backstay.digest import Digester
+from backstay.shard import TensorSpec, build_manifest, plan_layout
+from backstay.testing import LocalCluster
+from backstayd import cli
+
+RUN = "default/operated"
+DEADLINE_S = 30.0
+Reply = TypeVar("Reply")
+
+
+class Trainer:
+    """Rank 0 of a world of one, in as few lines as the protocol allows."""
+
+    def __init__(self, path: str) -> None:
+        self.world_id = ids.new_incarnation()
+        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.connection.settimeout(DEADLINE_S)
+        self.connection.connect(path)
+        self._ids = iter(range(1, 1000))
+        attach = local.Attach(run=RUN, world_id=self.world_id, rank=0, world_size=1, collective_timeout_s=1800.0)
+        self.ask(attach, local.Attached)
+
+    def ask(self, message: Any, expected: type[Reply]) -> tuple[Reply, list[int]]:
+        local.send_frame(self.connection, message, message_id=next(self._ids))
+        while True:
+            reply, _, fds = local.receive_frame(self.connection)
+            if not isinstance(reply, local.Progress):
+                assert isinstance(reply, expected), reply
+                return reply, fds
+
+    def snapshot(self, step: int, *, attempt: int) -> str:
+        """Write and commit a shard of one tensor; returns its digest."""
+        layout = plan_layout([TensorSpec.whole("model.w", "torch.float32", (64, 64))])
+        data = layout.header + os.urandom(layout.size_bytes - layout.header_bytes)
+        reserved, fds = self.ask(local.Reserve(step=step, size_bytes=layout.size_bytes, wait_s=5.0), local.Reserved)
+        try:
+            os.pwrite(fds[0], data, 0)
+        finally:
+            os.close(fds[0])
+        digester = Digester(layout)
+        digester.update_span(data)
+        chunk_crcs, tensor_crcs = digester.finish()
+        manifest = build_manifest(
+            layout,
+            run=RUN,
+            attempt=attempt,
+            step=step,
+            rank=0,
+            world_size=1,
+            world_id=self.world_id,
+            chunk_crcs=chunk_crcs,
+            tensor_crcs=tensor_crcs,
+        )
+        commit = local.Commit(step=step, slot_id=reserved.slot_id, manifest=record.to_json(manifest))
+        return self.ask(commit, local.Committed)[0].digest
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(2, 1, lease_s=1.0) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def trainer(cluster: LocalCluster) -> Iterator[Trainer]:
+    found = Trainer(str(cluster.nodes[0].socket))
+    with found.connection:
+        yield found
+
+
+def _json(capsys: pytest.CaptureFixture[str], cluster: LocalCluster, *argv: str) -> Any:
+    capsys.readouterr()
+    assert cli.main([*argv, "--json", "--coordinator", cluster.coordinator_address]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def _text(capsys: pytest.CaptureFixture[str], cluster: LocalCluster, *argv: str) -> str:
+    capsys.readouterr()
+    assert cli.main([*argv, "--coordinator", cluster.coordinator_address]) == 0
+    return capsys.readouterr().out
+
+
+def test_an_unknown_run_is_exit_66_and_one_line(cluster: LocalCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "nobody", "--coordinator", cluster.coordinator_address]) == 66
+    assert "no node knows a run nobody" in capsys.readouterr().err
+    assert cli.main(["forget", "default/nobody", "--coordinator", cluster.coordinator_address]) == 66
+
+
+def test_a_run_is_seen_from_attach_to_protected_and_until_it_is_forgotten(
+    cluster: LocalCluster, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restored, _ = trainer.ask(local.Restore(deadline_s=DEADLINE_S, world_size=1), local.Restored)
+    assert (restored.outcome, restored.step) == ("NONE", 0)
+    digest = trainer.snapshot(1, attempt=restored.attempt)
+
+    def protected() -> dict[str, Any] | None:
+        (run,) = [run for run in _json(capsys, cluster, "status")["runs"] if run["run"] == RUN]
+        return run if run["protected_step"] == 1 else None
+
+    run = cluster.wait_until(protected, DEADLINE_S, "step 1 to be protected")
+    assert run["redundancy"] == "PROTECTED(1)"
+    (listed,) = _json(capsys, cluster, "snapshots", "operated")
+    (snapshot,) = [item for item in listed["snapshots"] if item["step"] == 1]
+    assert snapshot["state"] == "protected"
+    assert snapshot["snapshot_id"] == ids.snapshot_id(
+        key=ids.SnapshotKey(restored.attempt, 1), world_size=1, shard_digests=[digest]
+    )
+    text = _text(capsys, cluster, "status")
+    assert "PROTECTED(1)" in text
+    assert "node-0" in text
+    assert "EXACT from step 1" in _text(capsys, cluster, "explain", RUN)
+
+    argv = ["forget", RUN, "--coordinator", cluster.coordinator_address]
+    assert cli.main(argv) == 64, "a run with a living trainer is not taken from under it"
+    trainer.ask(local.Finish(keep=True), local.Done)
+    cluster.wait_until(
+        lambda: not _json(capsys, cluster, "status")["runs"][0]["sessions"], DEADLINE_S, "the trainer to be detached"
+    )
+    _text(capsys, cluster, "forget", RUN)
+    cluster.wait_until(lambda: not _json(capsys, cluster, "status")["runs"], DEADLINE_S, "the run to be forgotten")
+    for index in range(2):
+        cluster.wait_until(
+            lambda index=index: not [name for name in cluster.files(index) if "operated" in name],  # type: ignore[misc]
+            DEADLINE_S,
+            f"the files of the run to be gone from node {index}",
+        )
+
+
+def test_doctor_finds_daemon_and_coordinator(cluster: LocalCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    node = cluster.nodes[1]
+    argv = ["doctor", "--json", "--coordinator", cluster.coordinator_address, "--socket", str(node.socket)]
+    cli.main([*argv, "--memory-dir", str(node.memory_dir), "--collective-timeout-s", "1800"])
+    found = {item["subject"]: item for item in json.loads(capsys.readouterr().out)["findings"]}
+    for subject in ("daemon socket", "daemon's coordinator", "coordinator", "clock", "versions of the nodes", "codec"):
+        assert found[subject]["level"] == "OK", found[subject]
+    assert f"node {node.name}" in found["daemon socket"]["detail"]
+    assert __version__ in found["daemon socket"]["detail"]
