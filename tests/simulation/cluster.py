@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tests.simulation.checker import Checker
+from tests.simulation.engine import Engine, Network
+from tests.simulation.node import Node, RunMemory, Trainer
+
 from backstay.ids import SnapshotKey
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.policy import CorePolicy
@@ -17,9 +21,6 @@ from backstayd.core.records import (
     SessionPhase,
     ShardRecord,
 )
-from tests.simulation.checker import Checker
-from tests.simulation.engine import Engine, Network
-from tests.simulation.node import Node, RunMemory, Trainer
 
 EVALUATE_COALESCE_S = 0.005
 
@@ -253,7 +254,7 @@ class Cluster:
         if not running:
             self.engine.after(0.5, self._restart, job)
             return
-        load = {name: 0 for name in running}
+        load = dict.fromkeys(running, 0)
         for name in job.placements.values():
             if name in load:
                 load[name] += 1

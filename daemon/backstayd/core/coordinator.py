@@ -14,6 +14,7 @@ from backstayd.core.catalog import ShapeCache
 from backstayd.core.nodes import NodeState, NodeTable
 from backstayd.core.policy import CorePolicy
 from backstayd.core.records import NodeDesired, NodeReport, Peer, RunDesired, SessionPhase
+from backstayd.core.recovery import Stage
 from backstayd.core.run_state import RunState
 from backstayd.core.status import status_document
 from backstayd.core.timeline import Event, Timeline
@@ -135,7 +136,7 @@ class Coordinator:
         present = {node.name: node for node in self.nodes.present()}
         for name, state in self.runs.items():
             decision = state.recovery.decision
-            if state.context is None or decision is None:
+            if state.recovery.stage is not Stage.RECORD or decision is None:
                 continue
             context = state.fresh_context(present, generation=self.generation, now_s=self._now_s)
             if state.recovery.is_recorded_on_some(context):

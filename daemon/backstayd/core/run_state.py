@@ -11,6 +11,7 @@ from backstayd.core.choosing import Memory
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.nodes import NodeState
+from backstayd.core.placement import group_count
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protection import Protection
 from backstayd.core.rebuilding import choose_targets, is_still_possible, open_targets, plan_rebuilds
@@ -111,6 +112,8 @@ class RunState:
             release=self._releases_on(node, evaluation),
             rebuilds=rebuilds,
             schedule=self.pace.schedule,
+            keep=self.policy.keep,
+            parity_fraction=self._parity_fraction(evaluation),
             redundancy=evaluation.redundancy,
             protected_step=evaluation.protected_step,
             is_release_possible=self._is_release_possible(context),
@@ -379,6 +382,14 @@ class RunState:
                 if plan_id not in wanted and any(member.node == node for member in plan.members)
             )
         )
+
+    def _parity_fraction(self, evaluation: Evaluation) -> float:
+        """m / k of the smallest group, which pays most per byte of state; 0 while nothing is known of the job."""
+        count, m = len(self._hosts(evaluation.context)), evaluation.wanted
+        if count <= m or m == 0:
+            return 0.0 if m == 0 else float(m)
+        members = count // group_count(count, group_size=self.policy.group_size, m=m)
+        return m / (members - m)
 
     def _is_release_possible(self, context: RunContext) -> bool:
         """Whether slots come free as soon as encoding gets there: all hosts are here and nobody decides."""

@@ -166,7 +166,13 @@ def _groups(state: RunState, context: RunContext) -> list[dict[str, Any]]:
 
 def _quarantined(context: RunContext) -> list[dict[str, Any]]:
     return [
-        {"node": name, "what": mark.what, "attempt": mark.attempt, "step": mark.step, "reason": mark.reason}
+        {
+            "node": mark.node or name,
+            "what": mark.what,
+            "attempt": mark.attempt,
+            "step": mark.step,
+            "reason": mark.reason,
+        }
         for name, node in sorted(context.nodes.items())
         if context.run in node.runs
         for mark in node.runs[context.run].quarantined

@@ -1,4 +1,7 @@
-"""Options of every gRPC channel and server here. Own heartbeats decide who is lost; keepalive only notices cut links sooner."""
+"""Options of every gRPC channel and server here.
+
+Own heartbeats decide who is lost; keepalive only notices cut links sooner.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Records of ``core`` to generated messages and back, by field name. Must not know any particular record.
 
-A record field with a default that is not proto3's zero is ``optional`` on the wire, so that a sender of version N-1 that
-does not know it gives the default; unknown fields are ignored.
+A record field with a default that is not proto3's zero is ``optional`` on the wire, so that a sender of version N-1
+that does not know it gives the default; unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -76,11 +76,18 @@ def _fill(record: Any, message: Any) -> None:
             setattr(message, name, value)
 
 
-@functools.cache
-def _fields(cls: type[Any]) -> tuple[tuple[str, type[Any], bool, Callable[[Message], bool]], ...]:
+_Field = tuple[str, type[Any], bool, Callable[[Message], bool]]
+_fields_of: dict[Any, tuple[_Field, ...]] = {}
+
+
+def _fields(cls: Any) -> tuple[_Field, ...]:
     """Per field: name, element type, is it a tuple, may it be absent on the wire."""
-    hints = typing.get_type_hints(cls)
-    return tuple((f.name, *_element(hints[f.name]), _presence(f.name)) for f in dataclasses.fields(cls))
+    found = _fields_of.get(cls)
+    if found is None:
+        hints = typing.get_type_hints(cls)
+        fields = dataclasses.fields(cls)
+        found = _fields_of[cls] = tuple((f.name, *_element(hints[f.name]), _presence(f.name)) for f in fields)
+    return found
 
 
 def _element(hint: Any) -> tuple[type[Any], bool]:

@@ -48,14 +48,14 @@ def check_protocol(report: NodeReport) -> None:
     if node.protocol not in SPOKEN_PROTOCOLS:
         spoken = " and ".join(str(version) for version in SPOKEN_PROTOCOLS)
         raise ConfigError(
-            f"node {node.name} (version {node.version or 'unknown'}) speaks protocol {node.protocol}; this coordinator speaks "
-            f"{spoken}: upgrade the older of the two first",
+            f"node {node.name} (version {node.version or 'unknown'}) speaks protocol {node.protocol}; this coordinator "
+            f"speaks {spoken}: upgrade the older of the two first",
             reason="bad_protocol",
         )
 
 
 class CoordinatorServer:
-    """Serves ``backend`` at ``listen`` (``host:port``, port 0 for any); :meth:`wake` after each change of desired state."""
+    """Serves ``backend`` at ``listen`` (``host:port``, port 0: any); :meth:`wake` it when desired state has changed."""
 
     def __init__(self, listen: str, backend: CoordinatorBackend, *, lease_s: float) -> None:
         self._listen = listen
@@ -131,7 +131,7 @@ class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def __init__(self, server: CoordinatorServer) -> None:
         self._server = server
 
-    async def Sync(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+    async def Sync(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override] # noqa: N802
         try:
             await self._server.sync(request_iterator, context)
         except BackstayError as error:
@@ -143,10 +143,10 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
     def __init__(self, backend: CoordinatorBackend) -> None:
         self._backend = backend
 
-    async def GetStatus(self, request: Any, context: Any) -> operator_pb2.GetStatusResponse:  # type: ignore[override]
+    async def GetStatus(self, request: Any, context: Any) -> operator_pb2.GetStatusResponse:  # noqa: N802
         return operator_pb2.GetStatusResponse(document_json=json.dumps(self._backend.status()))
 
-    async def Forget(self, request: Any, context: Any) -> operator_pb2.ForgetResponse:  # type: ignore[override]
+    async def Forget(self, request: Any, context: Any) -> operator_pb2.ForgetResponse:  # noqa: N802
         try:
             self._backend.forget(request.run)
         except BackstayError as error:

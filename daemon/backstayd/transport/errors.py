@@ -1,4 +1,4 @@
-"""Error classes as gRPC status codes and back. The one table; a test walks it. Must not decide what to do about an error."""
+"""Error classes as gRPC status codes and back: the one table. Must not decide what to do about an error."""
 
 from __future__ import annotations
 

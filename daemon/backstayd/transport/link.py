@@ -98,7 +98,7 @@ class CoordinatorLink:
                 while True:
                     async with asyncio.timeout(self._lease_s):
                         response = await call.read()
-                    if response is grpc.aio.EOF:
+                    if not isinstance(response, coordinator_pb2.SyncResponse):
                         raise ConnectionError("the coordinator closed the stream")
                     desired = convert.from_message(NodeDesired, response.desired)
                     self._set_connected(True)

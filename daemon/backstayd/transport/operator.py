@@ -54,10 +54,10 @@ class OperatorClient:
 
     def _error(self, call: grpc.RpcError, *, asked: str) -> Exception:
         error = errors.error_of(call, asked=f"cannot {asked} at coordinator {self.address}")
-        if isinstance(error, UnavailableError):
-            return UnavailableError(
-                f"no coordinator answers at {self.address} within {self._timeout_s:g} s; is `backstayd coordinator` running "
-                f"there? ({call.details() if isinstance(call, grpc.Call) else call})",
-                reason="no_coordinator",
-            )
-        return error
+        if not isinstance(error, UnavailableError):
+            return error
+        return UnavailableError(
+            f"no coordinator answers at {self.address} within {self._timeout_s:g} s; is `backstayd coordinator` "
+            f"running there? ({error})",
+            reason="no_coordinator",
+        )

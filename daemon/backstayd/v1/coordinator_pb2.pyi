@@ -825,15 +825,15 @@ class Quarantined(_message.Message):
     reason: _builtins.str
     """Why, in words."""
     node: _builtins.str
-    """Holder of a source that another node found corrupt; empty: the reporting node."""
+    """Name of a node."""
     rank: _builtins.int
-    """Rank of the shard, if it is one."""
+    """Rank within the world."""
     plan_id: _builtins.str
-    """Plan of the parity fragment, if it is one."""
+    """SHA-256 over everything else of the plan, first 32 hex digits."""
     stripe: _builtins.int
-    """Its stripe."""
+    """Stripe of the plan."""
     index: _builtins.int
-    """Its index."""
+    """Fragment of the stripe."""
     def __init__(
         self,
         *,
@@ -1245,7 +1245,7 @@ class RunDesired(_message.Message):
     keep: _builtins.int
     """Protected snapshots kept; a rank has one slot more."""
     parity_fraction: _builtins.float
-    """Parity bytes per byte of state that protection will add on this node (m / k); 0 if not known."""
+    """Parity per byte of state (m / k), for admission; 0 if not known."""
     @_builtins.property
     def decision(self) -> Global___Decision:
         """The decision of the world; absent if none."""

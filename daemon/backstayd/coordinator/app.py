@@ -1,0 +1,172 @@
+"""The coordinator as a process: one loop drives the core with reports and time, serves nodes, operators and watchers.
+
+Keeps nothing on disk: killed and started again it knows everything from reports. Must not decide anything itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, Final
+
+from backstay import __version__, faults
+from backstay.errors import UnavailableError
+from backstay.ids import new_incarnation
+from backstayd.clock import Clock
+from backstayd.config import CoordinatorConfig
+from backstayd.coordinator.gauges import Gauges
+from backstayd.core.coordinator import Coordinator
+from backstayd.core.policy import CorePolicy
+from backstayd.core.records import NodeDesired, NodeReport
+from backstayd.core.timeline import Event
+from backstayd.telemetry.http import start_http
+from backstayd.telemetry.metrics import Metrics
+from backstayd.transport.coordinator_service import CoordinatorServer
+
+logger = logging.getLogger(__name__)
+
+COALESCE_S: Final = 0.003  # reports that arrive together are evaluated once
+DOCUMENT_TIMEOUT_S: Final = 2.0
+WARNING_KINDS: Final = frozenset({"node_lost", "session_lost", "abandoned", "quarantined", "interval_raised"})
+ERROR_KINDS: Final = frozenset({"refused"})
+
+
+def run(config: CoordinatorConfig) -> int:
+    """Coordinate until SIGTERM or SIGINT; returns 0.
+
+    Raises:
+        ConfigError: an address cannot be bound.
+    """
+    return asyncio.run(_main(config))
+
+
+async def _main(config: CoordinatorConfig) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    service = CoordinatorProcess(config)
+    await service.start()
+    try:
+        await stop.wait()
+        logger.info("the coordinator ends; nodes keep what they hold and wait for the next one")
+    finally:
+        await service.close()
+    return 0
+
+
+class CoordinatorProcess:
+    """The core with its clock, its server and its watchers; everything in the loop that :meth:`start` ran in."""
+
+    def __init__(self, config: CoordinatorConfig, *, clock: Clock | None = None) -> None:
+        self._config = config
+        self._clock = clock or Clock()
+        self._offset_s = self._clock.unix_s() - self._clock.monotonic_s()
+        policy = CorePolicy(
+            parity=config.parity, group_size=config.group_size, keep=config.keep, lease_s=config.lease_s
+        )
+        self.core = Coordinator(policy, new_incarnation(), now_s=self._clock.monotonic_s())
+        self.metrics = Metrics(role="coordinator", version=__version__)
+        self._gauges = Gauges(self.metrics)
+        self._server = CoordinatorServer(config.listen, self, lease_s=config.lease_s)
+        self._evaluation: asyncio.TimerHandle | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._half_recorded: set[str] = set()
+        self.address = ""
+        self.http_address = ""
+
+    async def start(self) -> None:
+        """Serve; raises ConfigError if an address cannot be bound."""
+        loop = asyncio.get_running_loop()
+        self.address = await self._server.start()
+        try:
+            self._http = start_http(
+                self._config.http, document=lambda: self._from_thread(loop), registry=self.metrics.registry
+            )
+        except BaseException:
+            await self._server.close()
+            raise
+        self.http_address = self._http.address
+        self._ticker = loop.create_task(self._tick(), name="coordinator-ticks")
+        logger.info("coordinator %s listens at %s, http at %s", self.core.incarnation, self.address, self.http_address)
+
+    async def close(self) -> None:
+        """Stop serving; nothing is left running."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        if self._evaluation is not None:
+            self._evaluation.cancel()
+        await self._server.close()
+        await asyncio.to_thread(self._http.close)
+
+    # -- what the server serves ---------------------------------------------------------------------------------------
+
+    def observe(self, report: NodeReport) -> None:
+        self.core.observe(report, self._clock.monotonic_s())
+        self._reach_partial_records()
+        if self._evaluation is None:
+            self._evaluation = asyncio.get_running_loop().call_later(COALESCE_S, self._evaluate)
+
+    def desired(self, node: str) -> NodeDesired:
+        return self.core.desired(node)
+
+    def status(self) -> dict[str, Any]:
+        return self.core.status(self._clock.monotonic_s(), unix_offset_s=self._offset_s)
+
+    def forget(self, run: str) -> None:
+        self.core.forget(run)
+        self._evaluate()
+
+    # -- driving the core ---------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.lease_s / 6)
+            self.core.tick(self._clock.monotonic_s())
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.cancel()
+            self._evaluation = None
+        if not self.core.evaluate():
+            return
+        for event in self.core.take_events():
+            self._tell(event)
+        self._gauges.update(self.core, unix_s=self._clock.unix_s())
+        self._server.wake()
+
+    def _tell(self, event: Event) -> None:
+        """Log an event once; ``decided`` is where a test may stop the world before anything is sent."""
+        level = logging.INFO
+        if event.kind in WARNING_KINDS:
+            level = logging.WARNING
+        elif event.kind in ERROR_KINDS:
+            level = logging.ERROR
+        logger.log(level, "%s%s: %s", f"run {event.run}: " if event.run else "", event.kind, event.message)
+        self._gauges.count(event)
+        if event.kind == "decided":
+            faults.reach("decided", run=event.run)
+
+    def _reach_partial_records(self) -> None:
+        for run, decision_id in self.core.partly_recorded().items():
+            if decision_id not in self._half_recorded:
+                self._half_recorded.add(decision_id)
+                faults.reach("recorded_on_some", run=run)
+
+    def _from_thread(self, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
+        """The status document, made in the loop, for a thread of the HTTP server."""
+
+        async def make() -> dict[str, Any]:
+            return self.status()
+
+        future = asyncio.run_coroutine_threadsafe(make(), loop)
+        try:
+            return future.result(DOCUMENT_TIMEOUT_S)
+        except FutureTimeoutError as error:
+            future.cancel()
+            message = f"the coordinator's loop did not answer within {DOCUMENT_TIMEOUT_S:g} s"
+            raise UnavailableError(message) from error
