@@ -111,20 +111,19 @@ class CoordinatorServer:
 
     async def _write(self, node: str, changed: asyncio.Event, context: Any) -> None:
         last: NodeDesired | None = None
-        is_due = True
+        loop = asyncio.get_running_loop()
+        due_s = loop.time()
         while True:
             changed.clear()
             desired = self._backend.desired(node)
-            if is_due or desired != last:
+            if loop.time() >= due_s or desired != last:
                 message = convert.to_message(desired, coordinator_pb2.NodeDesired)
                 await context.write(coordinator_pb2.SyncResponse(desired=message))
                 last = desired
-            is_due = False
-            try:
-                async with asyncio.timeout(self._lease_s / 6):
+                due_s = loop.time() + self._lease_s / 6
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(due_s):
                     await changed.wait()
-            except TimeoutError:
-                is_due = True
 
 
 class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
