@@ -6,7 +6,7 @@ rank or step. Each daemon owns one registry.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics
 
 _RUN = ("training_job",)
 
@@ -19,6 +19,7 @@ class Metrics:
     """
 
     def __init__(self, *, role: str, version: str) -> None:
+        disable_created_metrics()  # a second series per counter that nobody asked for
         registry = self.registry = CollectorRegistry()
         build = Gauge("backstay_build_info", "Constant 1.", ("role", "version"), registry=registry)
         build.labels(role=role, version=version).set(1)
