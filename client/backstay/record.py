@@ -12,23 +12,28 @@ import functools
 import json
 import types
 import typing
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 from backstay.errors import IntegrityError, UsageError
 
 T = TypeVar("T")
+_PLAIN = frozenset((str, int, float, bool, type(None)))
 
 
 def to_json(value: Any) -> Any:
     """Turn a record (dataclass), enum, tuple, list, dict or scalar into plain JSON values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    kind = type(value)
+    if kind in _PLAIN:  # first, and below without a call each: a manifest has thousands of them
+        return value
+    if dataclasses.is_dataclass(kind):
+        return {name: item if type(item) in _PLAIN else to_json(item) for name, item in _items(kind, value)}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
+        return [item if type(item) in _PLAIN else to_json(item) for item in value]
     if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
+        return {key: item if type(item) in _PLAIN else to_json(item) for key, item in value.items()}
     return value
 
 
@@ -58,41 +63,77 @@ def loads(cls: type[T], data: bytes | str) -> T:
     return from_json(cls, value)
 
 
+def _items(cls: type[Any], value: Any) -> list[tuple[str, Any]]:
+    return [(name, getattr(value, name)) for name in _field_names(typing.cast("Hashable", cls))]
+
+
 @functools.cache
-def _field_types(cls: type[Any]) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+def _field_names(cls: Hashable) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(typing.cast("Any", cls)))
 
 
 def _build(kind: Any, value: Any) -> Any:
+    return _builder(kind)(value)
+
+
+@functools.cache
+def _builder(kind: Any) -> Callable[[Any], Any]:
+    """The function that builds a ``kind`` from JSON; made once per type, because a manifest has thousands of values."""
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise TypeError(f"expected an object, found {type(value).__name__}")
-        fields = _field_types(typing.cast("Any", kind))
-        return typing.cast("Any", kind)(**{name: _build(fields[name], value[name]) for name in fields if name in value})
+        return _dataclass_builder(typing.cast("type[Any]", kind))
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"expected a list, found {type(value).__name__}")
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_build(arguments[0], item) for item in value)
-        return tuple(_build(kind_, item) for kind_, item in zip(arguments, value, strict=True))
+        return _tuple_builder(arguments)
     if origin is dict:
+        return _dict_builder(_builder(arguments[1]))
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (a for a in arguments if a is not type(None))
+        build = _builder(inner)
+        return lambda value: None if value is None else build(value)
+    if kind is Any:
+        return lambda value: value
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return kind
+    return _scalar_builder(kind)
+
+
+def _dataclass_builder(kind: type[Any]) -> Callable[[Any], Any]:
+    hints = typing.get_type_hints(kind)
+    fields = [(f.name, hints[f.name]) for f in dataclasses.fields(kind)]
+    builders: list[tuple[str, Callable[[Any], Any]]] = []  # filled at first use: a record may contain its own kind
+
+    def build(value: Any) -> Any:
         if not isinstance(value, dict):
             raise TypeError(f"expected an object, found {type(value).__name__}")
-        return {key: _build(arguments[1], item) for key, item in value.items()}
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = (a for a in arguments if a is not type(None))
-        return _build(inner, value)
-    if kind is Any:
+        if not builders:
+            builders.extend([(name, _builder(hint)) for name, hint in fields])
+        return kind(**{name: field(value[name]) for name, field in builders if name in value})
+
+    return build
+
+
+def _tuple_builder(arguments: tuple[Any, ...]) -> Callable[[Any], Any]:
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        item = _builder(arguments[0])
+        return lambda value: tuple([item(part) for part in value])
+    items = [_builder(argument) for argument in arguments]
+    return lambda value: tuple([build(part) for build, part in zip(items, value, strict=True)])
+
+
+def _dict_builder(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: {key: item(part) for key, part in value.items()}
+
+
+def _scalar_builder(kind: Any) -> Callable[[Any], Any]:
+    def build(value: Any) -> Any:
+        found = type(value)
+        if found is kind:
+            return value
+        if kind is float and found is int:
+            return float(value)
+        if not isinstance(value, kind) or (kind is int and found is bool):
+            raise TypeError(f"expected {kind.__name__}, found {found.__name__}")
         return value
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return kind(value)
-    if kind is float and isinstance(value, int):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
-    return value
+
+    return build
