@@ -77,16 +77,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _run_node(settings: config.NodeConfig) -> int:
     logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
-    from backstayd.node import app as node
+    from backstayd.node.app import run
 
-    return int(node.run(settings))
+    return run(settings)
 
 
 def _run_coordinator(settings: config.CoordinatorConfig) -> int:
     logs.configure(level=settings.log_level, form=settings.log_format, component="coordinator")
-    from backstayd.coordinator import app as coordinator
+    from backstayd.coordinator.app import run
 
-    return int(coordinator.run(settings))
+    return run(settings)
 
 
 def _show(settings: config.NodeConfig | config.CoordinatorConfig) -> int:

@@ -19,7 +19,7 @@ class Metrics:
     """
 
     def __init__(self, *, role: str, version: str) -> None:
-        disable_created_metrics()  # a second series per counter that nobody asked for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asked for
         registry = self.registry = CollectorRegistry()
         build = Gauge("backstay_build_info", "Constant 1.", ("role", "version"), registry=registry)
         build.labels(role=role, version=version).set(1)
