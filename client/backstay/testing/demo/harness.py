@@ -27,6 +27,7 @@ from backstay.testing.guardian import guarded
 from backstay.testing.processes import ProcessKeeper
 
 _START_DEADLINE_S: Final = 300.0
+_REFUSALS_DEADLINE_S: Final = 15.0
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -173,14 +174,9 @@ class Demo:
             run.gate_file.touch()
             watch.wait_for_end(RECOVERY_DEADLINE_S)
         except LostForGoodError as error:
-            record = injector.records[-1] if injector.records else None
-            if record is not None:
-                _note_refusal(record, str(error))
-                watch.read_status()
-                event = watch.first_event(record.injected_unix_s, "node_lost", "session_lost")
-                record.detected_s = float(event["time_unix_s"]) - record.injected_unix_s if event else None
             self.report.verdict = str(error)
-            watch.notes.poll()
+            if injector.records:
+                _see_refusal(watch, injector.records[-1], str(error))
 
     # -- verdict ------------------------------------------------------------------------------------------------------
 
@@ -220,7 +216,8 @@ class Demo:
             report.verdict = (
                 f"losing {self.scenario.lose} nodes with m={self.scenario.m} was not noticed: the run went on"
             )
-        sys.stdout.write(f"restore() refused on every rank that asked; its message:\n\n  {report.verdict}\n\n")
+        refused = record.refused_ranks if record is not None else []
+        sys.stdout.write(f"restore() was refused on ranks {refused}; its message:\n\n  {report.verdict}\n\n")
         if went_on:
             sys.stdout.write(f"WRONG: ranks {went_on} went on all the same\n")
         else:
@@ -228,9 +225,28 @@ class Demo:
         return 1
 
 
-def _note_refusal(record: FaultRecord, message: str) -> None:
+def _see_refusal(watch: Watch, record: FaultRecord, message: str) -> None:
+    """Wait until every rank was refused, or a bounded while, and note it: no rank may have gone on."""
     record.outcome, record.message = "REFUSED", message
-    record.recovered_s = None
+    deadline = time.monotonic() + _REFUSALS_DEADLINE_S
+    while len(_refused_ranks(watch, record)) < watch.notes.world_size and time.monotonic() < deadline:
+        watch.notes.poll()
+        time.sleep(0.1)
+    record.refused_ranks = _refused_ranks(watch, record)
+    watch.read_status()
+    event = watch.first_event(record.injected_unix_s, "node_lost")
+    record.detected_s = float(event["time_unix_s"]) - record.injected_unix_s if event else None
+
+
+def _refused_ranks(watch: Watch, record: FaultRecord) -> list[int]:
+    return [
+        rank
+        for rank in range(watch.notes.world_size)
+        if any(
+            line["error"] == "UnrecoverableError" and line["time_unix_s"] > record.injected_unix_s
+            for line in watch.notes.of(rank, "error")
+        )
+    ]
 
 
 def _plus(env: Mapping[str, str]) -> dict[str, str]:

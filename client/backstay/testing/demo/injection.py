@@ -40,6 +40,7 @@ class FaultRecord:
     steps_lost: int | None = None
     sources: list[dict[str, Any]] = field(default_factory=list)
     message: str = ""
+    refused_ranks: list[int] = field(default_factory=list)
 
     def source_text(self) -> str:
         """Ranks by where their shard came from: ``local 0 2 3, rebuild 1``."""
@@ -140,6 +141,7 @@ class Injector:
             self.cluster.replace_node(node, is_waiting=False)
             self.run.start_agent(node)
         self.watch.destroyed -= set(fault.targets)
+        self.watch.replaced = set(fault.targets)
         self._see_recovery(record, "node_lost")
 
     def _coordinator(self, fault: Fault, record: FaultRecord) -> None:
@@ -190,6 +192,7 @@ class Injector:
             record.sources.append({"rank": rank, "kind": kind or "none", "detail": detail})
         self.watch.read_status()
         self._note_detection(record, *detection)
+        self._note_early_rebuilds(record)
 
     def _recovery_attempt(self, record: FaultRecord) -> int | None:
         """The attempt every rank goes on with since the fault, once each finished a step of it."""
@@ -212,6 +215,16 @@ class Injector:
                     break
                 highest = max(highest, line["step"] if line["kind"] == "step" else 0)
         return int(highest)
+
+    def _note_early_rebuilds(self, record: FaultRecord) -> None:
+        """A shard that is local on a node which began empty was rebuilt there while the trainers were still starting."""
+        event = self.watch.first_event(record.injected_unix_s, "rebuild")
+        empty = {self.cluster.nodes[node].name for node in self.watch.replaced}
+        self.watch.replaced.clear()
+        for source in record.sources:
+            node = self.watch.notes.of(source["rank"], "start")[-1]["node"]
+            if event is not None and node in empty and source["kind"] == "local":
+                source |= {"kind": "rebuild", "detail": f"while the trainers started: {event['message']}"}
 
     def _note_detection(self, record: FaultRecord, *kinds: str) -> None:
         event = self.watch.first_event(record.injected_unix_s, *kinds)

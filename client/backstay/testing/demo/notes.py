@@ -70,15 +70,6 @@ class RunNotes:
         position = next(index for index, other in enumerate(self.ranks[rank]) if other is line)
         return next((other for other in self.ranks[rank][position:] if other["kind"] in ("step", "end")), None)
 
-    def errors_since(self, time_unix_s: float, error: str) -> list[Line]:
-        """``error`` lines of one class, of all ranks."""
-        return [
-            line
-            for rank in range(self.world_size)
-            for line in self.of(rank, "error")
-            if line["error"] == error and line["time_unix_s"] > time_unix_s
-        ]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:

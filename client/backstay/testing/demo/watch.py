@@ -53,10 +53,10 @@ class Watch:
     printer: Printer
     deadline: float  # of the whole demo, on time.monotonic()
     cluster: LocalCluster | None = None
-    is_loss_expected: bool = False
     timeline: dict[tuple[float, str, str], dict[str, Any]] = field(default_factory=dict)
     run_status: dict[str, Any] = field(default_factory=dict)
     destroyed: set[int] = field(default_factory=set)  # nodes whose agent is dead on purpose
+    replaced: set[int] = field(default_factory=set)  # nodes that began empty with the present fault
     _next_status: float = 0.0
     _next_progress: float = 0.0
     _shown_step: int = 0
