@@ -14,7 +14,7 @@ from backstay.ids import SnapshotKey, snapshot_id
 from backstayd.core import geometry
 from backstayd.core.nodes import NodeState
 from backstayd.core.placement import natural
-from backstayd.core.records import Decision, Plan, ShardRecord
+from backstayd.core.records import Decision, Plan, Quarantined, ShardRecord
 
 NOT_RECOVERABLE = -1
 
@@ -80,15 +80,33 @@ class Inventory:
         return self.shards.get((key, rank, digest), set())
 
 
+Suspect = tuple[str, int, int, int, str, int, int]  # node, attempt, step, rank, plan id, stripe, index
+
+
+def suspects_of(run: str, nodes: Iterable[NodeState]) -> dict[Suspect, Quarantined]:
+    """Sources that some other node read and found corrupt, by holder and identity."""
+    return {
+        (mark.node, mark.attempt, mark.step, mark.rank, mark.plan_id, mark.stripe, mark.index): mark
+        for node in nodes
+        if run in node.runs
+        for mark in node.runs[run].quarantined
+        if mark.node and mark.node != node.name
+    }
+
+
 def take_inventory(run: str, nodes: Iterable[NodeState]) -> Inventory:
-    """What ``nodes`` report of ``run``."""
+    """What ``nodes`` report of ``run``, without what a reader found corrupt at its holder (until that looked itself)."""
     inventory = Inventory()
+    nodes = list(nodes)
+    suspects = suspects_of(run, nodes)
     for node in nodes:
         report = node.runs.get(run)
         if report is None or report.is_forgotten:
             continue
         for shard in report.shards:
             where = (shard.key, shard.rank, shard.digest)
+            if (node.name, shard.attempt, shard.step, shard.rank, "", -1, -1) in suspects:
+                continue
             inventory.records[where] = shard
             inventory.shards[where].add(node.name)
         for plan in report.plans:
@@ -96,6 +114,12 @@ def take_inventory(run: str, nodes: Iterable[NodeState]) -> Inventory:
             inventory.plan_holders[plan.plan_id].add(node.name)
         for fragment in report.fragments:
             held = inventory.fragments[fragment.plan_id]
+            plan_key = (
+                inventory.plans[fragment.plan_id].key if fragment.plan_id in inventory.plans else SnapshotKey(0, 0)
+            )
+            place = (plan_key.attempt, plan_key.step, -1, fragment.plan_id, fragment.stripe, fragment.index)
+            if (node.name, *place) in suspects:
+                continue
             held.setdefault((fragment.stripe, fragment.index), set()).add(node.name)
         if report.decision is not None:
             inventory.decisions.setdefault(report.decision.decision_id, (report.decision, set()))[1].add(node.name)

@@ -353,6 +353,7 @@ class RunDesired:
     is_release_possible: bool = True  # false: no slot will come free soon; do not wait for one
     forget: bool = False
     keep: int = 1  # protected snapshots kept; a rank has one slot more
+    suspects: tuple[Quarantined, ...] = ()  # sources of this node that a reader found corrupt: verify them now
     parity_fraction: float = 0.0  # m / k of the run's groups: parity per byte of state, for admission; 0 = not known
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from backstay.ids import Generation, SnapshotKey
-from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, take_inventory
+from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, suspects_of, take_inventory
 from backstayd.core.choosing import Memory
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
@@ -117,6 +117,7 @@ class RunState:
             redundancy=evaluation.redundancy,
             protected_step=evaluation.protected_step,
             is_release_possible=self._is_release_possible(context),
+            suspects=tuple(m for m in suspects_of(self.run, context.nodes.values()).values() if m.node == node),
         )
 
     def check_invariants(self) -> None:
@@ -204,7 +205,7 @@ class RunState:
                     self.say("complete", f"step {view.key.step} of attempt {view.key.attempt} is complete")
                 self.memory.note(view)
         marks = {
-            (name, mark.what, mark.attempt, mark.step): mark.reason
+            (mark.node or name, mark.what, mark.attempt, mark.step): mark.reason
             for name, node in context.nodes.items()
             if self.run in node.runs
             for mark in node.runs[self.run].quarantined

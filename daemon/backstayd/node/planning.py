@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
-from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, Job, VerifyShard
+from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, Job, VerifyFragment, VerifyShard
 from backstayd.core.geometry import fragment_bytes
 from backstayd.core.records import (
     Decision,
@@ -127,7 +127,7 @@ class View:
     desired: RunDesired
     peers: Mapping[str, str] = field(default_factory=dict)  # name -> bulk address
     shards: tuple[ShardRecord, ...] = ()
-    plans: Mapping[str, SnapshotKey] = field(default_factory=dict)
+    plans: Mapping[str, Plan] = field(default_factory=dict)
     decision: Decision | None = None
     sessions: tuple[SessionRecord, ...] = ()
     waiting_worlds: frozenset[str] = frozenset()  # worlds with a restore() that has no answer yet
@@ -158,10 +158,10 @@ def plan_actions(view: View) -> list[Action]:
     actions: list[Action] = []
     if desired.world_id and any(world != desired.world_id for world in view.granted_worlds):
         actions.append(FenceWorld(world_id=desired.world_id))
-    wanted_jobs = [*_encode(view), *_rebuild(view), *_stage(view)]
+    wanted_jobs = [*_suspects(view), *_encode(view), *_rebuild(view), *_stage(view)]
     wanted = {action.key for action in wanted_jobs}
     actions += [CancelTask(key=key) for key in sorted(view.running) if key not in wanted]
-    held = {shard.key for shard in view.shards} | set(view.plans.values())
+    held = {shard.key for shard in view.shards} | {plan.key for plan in view.plans.values()}
     actions += [ReleaseSnapshot(key=key) for key in desired.release if key in held]
     actions += [DropPlan(plan_id=plan_id) for plan_id in desired.drop_plans if plan_id in view.plans]
     actions += _discard(view)
@@ -217,6 +217,30 @@ def rebuilt_bytes(view: View) -> tuple[int, int]:
                 stripes = max(1, rebuild.plan.k)
                 done += size * (stripes - min(stripes, len(state.missing.get(rebuild.rebuild_id, ())))) // stripes
     return done, total
+
+
+def _suspects(view: View) -> list[StartJob]:
+    """Look at what a reader elsewhere found corrupt here: if it is, it is put aside; if not, the reader's word runs out."""
+    jobs = []
+    for mark in view.desired.suspects:
+        key = f"suspect:{mark.attempt}:{mark.step}:{mark.rank}:{mark.plan_id}:{mark.stripe}:{mark.index}"
+        plan = view.plans.get(mark.plan_id)
+        if plan is not None:
+            job = VerifyFragment(plan=plan, stripe=mark.stripe, index=mark.index)
+            jobs.append(StartJob(key=key, job=job))
+        for shard in view.shards:
+            if (shard.attempt, shard.step, shard.rank) == (mark.attempt, mark.step, mark.rank):
+                verify = VerifyShard(
+                    run=view.desired.run,
+                    attempt=shard.attempt,
+                    step=shard.step,
+                    rank=shard.rank,
+                    world_size=shard.world_size,
+                    digest=shard.digest,
+                    deadline_s=deadline_s(shard.size_bytes),
+                )
+                jobs.append(StartJob(key=key, job=verify))
+    return jobs
 
 
 def _encode(view: View) -> list[StartJob]:

@@ -143,7 +143,7 @@ class Reconciler:
             desired=desired,
             peers=self.peers,
             shards=tuple(held.record for held in index.shards.values()),
-            plans={plan_id: plan.key for plan_id, plan in index.plans.items()},
+            plans=dict(index.plans),
             decision=index.decision,
             sessions=tuple(session.record() for session in sessions),
             waiting_worlds=frozenset(s.world_id for s in sessions if s.answer is not None and not s.answer.done()),
@@ -271,6 +271,9 @@ class Reconciler:
             # puts are harmless twice; if the owner lost its staging meanwhile, this is done again
             self.tasks.settle(key, run, for_s=2 * self._context.lease_s + job.deadline_s / 4)
             return
+        if key.startswith("suspect:"):
+            self.tasks.settle(key, run, for_s=self._context.lease_s)
+            return
         if isinstance(job, VerifyShard) and job.is_staged:
             self._publish(run, job)
             self._say("rebuild", run, f"rebuilt rank {job.rank} of step {job.step}")
@@ -306,6 +309,8 @@ class Reconciler:
         count = self.tasks.fail(key, run)
         level = logging.WARNING if count in (1, MAX_TRIES) else logging.DEBUG
         logger.log(level, "run %s: %s failed (%d): %s", run, key.partition(":")[0], count, result.message)
+        if key.startswith("suspect:"):
+            return
         if isinstance(job, EncodeStripe) and (result.corrupt or count >= MAX_TRIES):
             self.tasks.settle(key, run)
             plans = self.failed_plans.setdefault(run, [])
@@ -398,7 +403,7 @@ class Reconciler:
             else f"parity stripe {corrupt.stripe} index {corrupt.index} of plan {corrupt.plan_id[:8]}, step {corrupt.step}"
         )
         entry = Quarantined(
-            what=f"{what} on {holder}",
+            what=what,
             attempt=corrupt.attempt,
             step=corrupt.step,
             reason=corrupt.detail,
@@ -408,13 +413,23 @@ class Reconciler:
             stripe=corrupt.stripe,
             index=corrupt.index,
         )
+        asyncio.get_running_loop().call_later(
+            max(5.0, 3 * self._context.lease_s), self._forget_mark, corrupt.run, entry
+        )
         marks = self.remote_marks.setdefault(corrupt.run, [])
         if entry not in marks:
             marks.append(entry)
             del marks[:-MAX_REMOTE_MARKS]
             self._store.corrupt_count += 1
-            logger.error("%s is corrupt: %s; the next source is used", entry.what, entry.reason)
+            logger.error("%s on %s is corrupt: %s; the next source is used", entry.what, holder, entry.reason)
         return entry
+
+    def _forget_mark(self, run: str, entry: Quarantined) -> None:
+        """The holder was told and has looked by now: what it says counts again."""
+        marks = self.remote_marks.get(run, [])
+        if entry in marks:
+            marks.remove(entry)
+            self._context.changed()
 
     def _release_world(self, decision: Decision) -> None:
         waiting = self._sessions.waiting(decision.run, decision.world_id)

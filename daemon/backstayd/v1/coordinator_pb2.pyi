@@ -1228,6 +1228,7 @@ class RunDesired(_message.Message):
     FORGET_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     PARITY_FRACTION_FIELD_NUMBER: _builtins.int
+    SUSPECTS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     world_id: _builtins.str
@@ -1270,6 +1271,10 @@ class RunDesired(_message.Message):
     def schedule(self) -> Global___Schedule:
         """Which steps are taken."""
 
+    @_builtins.property
+    def suspects(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quarantined]:
+        """Sources of this node that a reader found corrupt."""
+
     def __init__(
         self,
         *,
@@ -1288,10 +1293,11 @@ class RunDesired(_message.Message):
         forget: _builtins.bool = ...,
         keep: _builtins.int | None = ...,
         parity_fraction: _builtins.float = ...,
+        suspects: _abc.Iterable[Global___Quarantined] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "is_release_possible", b"is_release_possible", "keep", b"keep", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "decision_phase", b"decision_phase", "drop_plans", b"drop_plans", "forget", b"forget", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "world_id", b"world_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "decision_phase", b"decision_phase", "drop_plans", b"drop_plans", "forget", b"forget", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "suspects", b"suspects", "world_id", b"world_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__is_release_possible: _TypeAlias = _typing.Literal["is_release_possible"]  # noqa: Y015
     _WhichOneofArgType__is_release_possible: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible"]  # noqa: Y015
