@@ -92,11 +92,12 @@ class DaemonConnection:
         """
         deadline = time.monotonic() + message.deadline_s + RESTORE_GRACE_S
         reply, fds = self._exchange(message, deadline, silence_s=silence_s, on_progress=on_progress)
-        if not isinstance(reply, local.Restored) or any(not 0 <= s.fd_index < len(fds) for s in reply.shards):
+        fd_count = len(fds)
+        if not isinstance(reply, local.Restored) or any(not 0 <= s.fd_index < fd_count for s in reply.shards):
             local.close_fds(fds)
             self.close()
             raise IntegrityError(
-                f"daemon at {self.socket_path} answered Restore with {type(reply).__name__} and {len(fds)} descriptors, "
+                f"daemon at {self.socket_path} answered Restore with {type(reply).__name__} and {fd_count} descriptors, "
                 "not with one for each shard; not used",
                 reason="bad_reply",
             )

@@ -6,6 +6,7 @@ Must never copy the bytes it hashes. The checksums find accidents, not forgeries
 from __future__ import annotations
 
 import functools
+import struct
 from bisect import bisect_right
 from typing import Final
 
@@ -20,26 +21,31 @@ Buffer = bytes | bytearray | memoryview
 _POLYNOMIAL: Final = 0x82F63B78  # Castagnoli, reflected
 
 
-@functools.cache
-def _zeros_operator(exponent: int) -> tuple[tuple[int, ...], ...]:
-    """Effect of 2**exponent zero bytes on a crc register: 4 tables of 256, one for each byte of the register.
+Tables = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-    The operators are linear over GF(2); each is the square of the one before (M. Adler's crc32_combine in zlib).
+
+@functools.cache
+def _zeros_operator(digit: int, position: int) -> Tables:
+    """Effect of ``digit * 16**position`` zero bytes on a crc register: a table of 256 for each byte of the register.
+
+    The operators are linear over GF(2), and operators of lengths that add up are applied one after the other
+    (M. Adler's crc32_combine in zlib has one for each bit of the length; a hexadecimal digit takes half the steps).
     """
-    if exponent == 0:
-        columns = [_shift_one_byte(1 << bit) for bit in range(32)]
+    columns = [1 << bit for bit in range(32)]
+    if digit == 1 and position == 0:
+        columns = [_shift_one_byte(column) for column in columns]
     else:
-        half = _zeros_operator(exponent - 1)
-        columns = [_apply(half, _apply(half, 1 << bit)) for bit in range(32)]
-    tables = []
-    for byte in range(4):
-        table = [0] * 256
-        for bit in range(8):
-            column = columns[8 * byte + bit]
-            for value in range(1 << bit):
-                table[(1 << bit) | value] = table[value] ^ column
-        tables.append(tuple(table))
-    return tuple(tables)
+        rest, step = (digit - 1, position) if digit > 1 else (15, position - 1)
+        for tables in (_zeros_operator(rest, step), _zeros_operator(1, step)):
+            columns = [_apply(tables, column) for column in columns]
+    return (_table(columns[:8]), _table(columns[8:16]), _table(columns[16:24]), _table(columns[24:]))
+
+
+def _table(columns: list[int]) -> tuple[int, ...]:
+    table = [0]
+    for column in columns:
+        table += [value ^ column for value in table]
+    return tuple(table)
 
 
 def _shift_one_byte(register: int) -> int:
@@ -48,18 +54,19 @@ def _shift_one_byte(register: int) -> int:
     return register
 
 
-def _apply(tables: tuple[tuple[int, ...], ...], crc: int) -> int:
-    return tables[0][crc & 255] ^ tables[1][crc >> 8 & 255] ^ tables[2][crc >> 16 & 255] ^ tables[3][crc >> 24]
+def _apply(tables: Tables, crc: int) -> int:
+    t0, t1, t2, t3 = tables
+    return t0[crc & 255] ^ t1[crc >> 8 & 255] ^ t2[crc >> 16 & 255] ^ t3[crc >> 24]
 
 
 def combine(crc_a: int, crc_b: int, length_b: int) -> int:
     """The crc32c of A followed by B, from those of A and of B and the length of B in bytes."""
-    exponent = 0
+    position = 0
     while length_b and crc_a:
-        if length_b & 1:
-            crc_a = _apply(_zeros_operator(exponent), crc_a)
-        length_b >>= 1
-        exponent += 1
+        if digit := length_b & 15:
+            crc_a = _apply(_zeros_operator(digit, position), crc_a)
+        length_b >>= 4
+        position += 1
     return crc_a ^ crc_b
 
 
@@ -109,7 +116,7 @@ class Digester:
                     f"chunk {index} of {len(self._filled)} was not hashed to its end ({filled} bytes were)"
                 )
         tensor_crcs = {entry.name: self._span_crc(entry.begin, entry.end) for entry in self._layout.entries}
-        return "".join([f"{crc:08x}" for crc in self._chunk_crcs]), tensor_crcs
+        return struct.pack(f">{len(self._chunk_crcs)}I", *self._chunk_crcs).hex(), tensor_crcs
 
     def _update_pieces(self, view: memoryview, begin: int, chunk_crc: int) -> int:
         done = 0
@@ -125,7 +132,7 @@ class Digester:
     def _span_crc(self, begin: int, end: int) -> int:
         """Combine the pieces of one tensor: whole chunks by their own crc, the others as they were hashed."""
         pieces, chunk_crcs = self._pieces, self._chunk_crcs
-        t0, t1, t2, t3 = _zeros_operator(CHUNK_BYTES.bit_length() - 1)
+        t0, t1, t2, t3 = _zeros_operator(4, 4)  # CHUNK_BYTES is 4 * 16**4
         crc = 0
         while begin < end:
             piece = pieces.get(begin)

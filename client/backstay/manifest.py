@@ -6,6 +6,7 @@ Standard library only, no tensors. Written last, by rename; its SHA-256 is the s
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,6 +15,8 @@ from backstay.errors import IntegrityError
 
 FORMAT_VERSION: Final = 1
 CHUNK_BYTES: Final = 256 * 1024  # the unit of every digest, transfer and verification
+
+_HEXADECIMAL: Final = re.compile(r"[0-9a-f]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +77,38 @@ class Manifest:
     def check(self) -> None:
         """Raise IntegrityError if the manifest contradicts itself or is of a format this version does not read."""
         if self.format != FORMAT_VERSION:
-            raise IntegrityError(f"manifest format {self.format}; this version reads {FORMAT_VERSION}", reason="bad_format")
+            raise IntegrityError(
+                f"manifest format {self.format}; this version reads {FORMAT_VERSION}", reason="bad_format"
+            )
         if self.chunk_bytes != CHUNK_BYTES:
-            raise IntegrityError(f"manifest with chunks of {self.chunk_bytes} bytes, not {CHUNK_BYTES}", reason="bad_format")
+            raise IntegrityError(
+                f"manifest with chunks of {self.chunk_bytes} bytes, not {CHUNK_BYTES}", reason="bad_format"
+            )
+        if not 0 <= self.rank < self.world_size or self.attempt < 0 or self.step < 0:
+            raise IntegrityError(
+                f"manifest of rank {self.rank} of {self.world_size}, attempt {self.attempt}, step {self.step}: no such shard",
+                reason="bad_manifest",
+            )
+        if not 0 <= self.header_bytes <= self.size_bytes:
+            raise IntegrityError(
+                f"manifest of {self.size_bytes} bytes with a header of {self.header_bytes}", reason="bad_manifest"
+            )
         if len(self.chunk_crcs) != 8 * self.chunk_count:
             raise IntegrityError(
                 f"manifest of {self.size_bytes} bytes has {len(self.chunk_crcs) // 8} chunk digests, not {self.chunk_count}",
                 reason="bad_manifest",
             )
+        if not _HEXADECIMAL.fullmatch(self.chunk_crcs):
+            raise IntegrityError("manifest has chunk digests that are not hexadecimal", reason="bad_manifest")
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        position = self.header_bytes
+        for entry in self.tensors:
+            if not position <= entry.begin <= entry.end <= self.size_bytes:
+                raise IntegrityError(
+                    f"manifest puts tensor {entry.name!r} at bytes {entry.begin} to {entry.end}, where {position} to "
+                    f"{self.size_bytes} are free",
+                    reason="bad_manifest",
+                )
+            position = entry.end
