@@ -18,6 +18,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _memcmp = _libc.memcmp  # a CDLL function: called without the GIL
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memcmp.restype = ctypes.c_int
+# Not Python's mmap objects: they keep a duplicate of the descriptor, which forked children would inherit, and they unmap
+# their range when they die, in a child too, whatever lies there by then.
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def copy_bytes(destination: int, source: int, count: int) -> None:
@@ -68,11 +75,15 @@ class Mapping:
             raise IntegrityError(f"file to map has {found} bytes, expected {size_bytes}; not used", reason="truncated")
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         # MAP_POPULATE here, in the background: a page fault per 4 KiB would otherwise be paid inside the first capture.
-        self._mmap = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0), protection)
-        self._mmap.madvise(mmap.MADV_DONTFORK)
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        address = _libc.mmap(None, size_bytes, protection, flags, fd, 0)
+        if address is None or address == _MAP_FAILED:
+            code = ctypes.get_errno()
+            raise OSError(code, f"mmap of {size_bytes} bytes: {os.strerror(code)}")
+        self.address = int(address)
+        _libc.madvise(self.address, size_bytes, mmap.MADV_DONTFORK)
         self.size_bytes = size_bytes
         self.is_writable = is_writable
-        self.address = _address_of(self._mmap, is_writable=is_writable)
         self.is_closed = False
         _open_mappings.add(self)
 
@@ -92,24 +103,11 @@ class Mapping:
     def close(self) -> None:
         if not self.is_closed:
             self.is_closed = True
-            self._mmap.close()
+            _libc.munmap(self.address, self.size_bytes)
 
     def forget(self) -> None:
         """In a forked child: the range is not mapped there and may hold something else by now, so never unmap it."""
-        if not self.is_closed:
-            self.is_closed = True
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._mmap))
-
-
-def _address_of(mapped: mmap.mmap, *, is_writable: bool) -> int:
-    if is_writable:
-        return ctypes.addressof(ctypes.c_ubyte.from_buffer(mapped))
-    # A read-only buffer has no ctypes address; torch gives it (and warns about writing, which nobody here does).
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr()
+        self.is_closed = True
 
 
 def _forget_in_child() -> None:

@@ -156,10 +156,11 @@ class Session:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop the thread, give up what is under way, unmap the slots."""
-        self._stop_thread(timeout_s)
+        self._stop_thread(timeout_s if self.is_responsive else 0.1)
         if self._connection is not None:
-            self._connection.close()
+            self._connection.close()  # wakes the thread if it waits for a silent daemon
             self._connection = None
+        self._thread.join(timeout_s)
         if self._thread.is_alive():
             return  # it still uses the mappings; they go with the process
         for slot_id in list(self._slots):
@@ -190,7 +191,7 @@ class Session:
             with self._wake:
                 self._wake.wait_for(self._has_work, self._idle_s())
                 if self._is_stopping and not self._captures:
-                    return
+                    break
                 capture, ahead = (self._captures[0] if self._captures else None), self._ahead
                 self._is_busy = True
             try:
@@ -208,6 +209,8 @@ class Session:
                         self._captures.popleft()
                     self._is_busy = False
                     self._wake.notify_all()
+        if self._held is not None and self.is_responsive:
+            self._abandon(self._held[0], "the keeper was closed")
 
     def _has_work(self) -> bool:
         wants_slot = self._ahead is not None and self._connection is not None

@@ -36,7 +36,9 @@ def _digests(runs: Path, part: str, kind: str, rank: int) -> dict[str, list[str]
 
 
 @pytest.mark.parametrize(("kind", "name", "rank"), CASES)
-def test_an_attached_run_takes_the_same_steps_as_one_that_never_attached(runs: Path, kind: str, name: str, rank: int) -> None:
+def test_an_attached_run_takes_the_same_steps_as_one_that_never_attached(
+    runs: Path, kind: str, name: str, rank: int
+) -> None:
     control = _digests(runs, "control", kind, rank)[name]
     assert len(set(control)) == STEPS
     assert _digests(runs, "first", kind, rank)[name] == control[: STEPS // 2]
