@@ -217,14 +217,15 @@ class Injector:
         return int(highest)
 
     def _note_early_rebuilds(self, record: FaultRecord) -> None:
-        """A shard that is local on a node which began empty was rebuilt there while the trainers were still starting."""
+        """The shard of a rank whose node began empty was rebuilt, there or on a peer, while the trainers still started."""
         event = self.watch.first_event(record.injected_unix_s, "rebuild")
         empty = {self.cluster.nodes[node].name for node in self.watch.replaced}
         self.watch.replaced.clear()
         for source in record.sources:
             node = self.watch.notes.of(source["rank"], "start")[-1]["node"]
-            if event is not None and node in empty and source["kind"] == "local":
-                source |= {"kind": "rebuild", "detail": f"while the trainers started: {event['message']}"}
+            if event is not None and node in empty and source["kind"] in ("local", "peer"):
+                told = f"then {source['kind']} {source['detail']}".strip()
+                source |= {"kind": "rebuild", "detail": f"{event['message']}; {told}"}
 
     def _note_detection(self, record: FaultRecord, *kinds: str) -> None:
         event = self.watch.first_event(record.injected_unix_s, *kinds)
