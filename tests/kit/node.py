@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.kit.shards import RUN
-
 from backstay.ids import Generation
 from backstayd.config import NodeConfig
 from backstayd.core.records import (
@@ -25,6 +23,7 @@ from backstayd.core.records import (
 )
 from backstayd.node.app import Node, start_node
 from backstayd.store.scan import scan
+from tests.kit.shards import RUN
 
 T = TypeVar("T")
 COORDINATOR = "00000000000000cc"
@@ -98,13 +97,18 @@ def fresh_decision(node: str, *, world_id: str, attempt: int, world_size: int) -
 
 
 @contextmanager
-def running_node(directory: Path, *, name: str = "n1", **settings: Any) -> Iterator[NodeThread]:
-    """A node with its memory in ``directory``; everything of it is ended at the end."""
+def running_node(
+    directory: Path, *, name: str = "n1", coordinator: str = "127.0.0.1:1", is_alone: bool = True, **settings: Any
+) -> Iterator[NodeThread]:
+    """A node with its memory in ``directory``; everything of it is ended at the end.
+
+    ``is_alone``: the test itself says what is desired, and the node takes a coordinator for connected.
+    """
     config = NodeConfig(
         name=name,
         memory_dir=directory / f"{name}-memory",
         socket=directory / f"{name}.sock",
-        coordinator="127.0.0.1:1",
+        coordinator=coordinator,
         bulk="127.0.0.1:0",
         http="127.0.0.1:0",
         **{"lease_s": 0.6, **settings},
@@ -115,7 +119,8 @@ def running_node(directory: Path, *, name: str = "n1", **settings: Any) -> Itera
     async def main() -> None:
         try:
             async with start_node(config) as node:
-                node.context.is_coordinator_connected = lambda: True
+                if is_alone:
+                    node.context.is_coordinator_connected = lambda: True
                 box.update(node=node, loop=asyncio.get_running_loop(), stop=asyncio.Event())
                 started.set()
                 await box["stop"].wait()

@@ -48,7 +48,9 @@ class Tasks:
     def start(self, key: str, run: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run ``work`` under ``key``; an exception of it is a failure that is logged and tried again."""
         assert key not in self._running, key
-        self._running[key] = (run, asyncio.create_task(self._run(key, run, work), name=key))
+        task = asyncio.create_task(self._run(key, run, work), name=key)
+        self._running[key] = (run, task)
+        task.add_done_callback(lambda _: self._ended(key))  # also of a task that was cancelled before it began
 
     def cancel(self, key: str) -> None:
         if key in self._running:
@@ -68,17 +70,13 @@ class Tasks:
         self.settle(key, run, for_s=min(self._last_pause_s, FIRST_PAUSE_S * 2 ** min(entry.failure_count - 1, 10)))
         return entry.failure_count
 
-    def unsettle(self, prefix: str) -> None:
-        """Forget what is known of names that begin so: they start afresh."""
-        for key in [key for key in self._records if key.startswith(prefix)]:
-            del self._records[key]
-
     async def close(self) -> None:
         """Cancel everything and wait for it."""
         tasks = [task for _, task in self._running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # the callbacks of the last ones
 
     async def _run(self, key: str, run: str, work: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -86,9 +84,10 @@ class Tasks:
         except Exception:  # the boundary of a task: it is tried again
             logger.exception("%s of run %s failed", key, run)
             self.fail(key, run)
-        finally:
-            del self._running[key]
-            self._on_end()
+
+    def _ended(self, key: str) -> None:
+        del self._running[key]
+        self._on_end()
 
     def _record(self, key: str, run: str) -> _Record:
         if key not in self._records:

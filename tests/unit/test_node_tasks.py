@@ -1,0 +1,61 @@
+"""Tasks by name: one at a time, tried again with pauses, ended together."""
+
+from __future__ import annotations
+
+import asyncio
+
+from backstayd.clock import Clock
+from backstayd.node.tasks import Tasks
+
+
+class SteppedClock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_task_that_fails_is_tried_again_after_growing_pauses() -> None:
+    async def scenario() -> None:
+        time = SteppedClock()
+        tasks = Tasks(Clock(monotonic_s=time), lambda: None, last_pause_s=1.0)
+
+        async def broken() -> None:
+            raise ValueError("on purpose")
+
+        pauses = []
+        for _ in range(6):
+            tasks.start("a", "job/run", broken)
+            while tasks.running("job/run"):
+                await asyncio.sleep(0)
+            begin = time.now
+            while "a" in tasks.settled("job/run"):
+                time.now += 0.05
+            pauses.append(time.now - begin)
+        assert pauses == sorted(pauses)
+        assert pauses[0] < 0.2
+        assert 1.0 <= pauses[-1] < 1.2
+        await tasks.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_settled_for_good_stays_so_and_close_ends_the_rest() -> None:
+    async def scenario() -> None:
+        ended = []
+        tasks = Tasks(Clock(), lambda: ended.append(1), last_pause_s=1.0)
+
+        async def long() -> None:
+            await asyncio.sleep(60)
+
+        tasks.settle("done", "job/run")
+        tasks.start("long", "job/run", long)
+        assert tasks.running("job/run") == {"long"}
+        assert tasks.running("job/other") == frozenset()
+        assert tasks.settled("job/run") == {"done"}
+        await tasks.close()
+        assert tasks.running("job/run") == frozenset()
+        assert ended == [1]
+
+    asyncio.run(scenario())
