@@ -234,7 +234,8 @@ def send_frame(
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         sent = sock.sendmsg([frame], ancillary)
         _set_timeout(sock, deadline)
-    sock.sendall(frame[sent:])
+    if sent < len(frame):  # sending nothing would fail if the other side read the frame and left
+        sock.sendall(frame[sent:])
 
 
 def receive_frame(sock: socket.socket, *, deadline: float | None = None) -> tuple[Any, int, list[int]]:
