@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.simulation.node import Node, Trainer
 
 
-class Violation(AssertionError):
+class BrokenPromiseError(AssertionError):
     """A promise was broken."""
 
 
@@ -91,6 +91,18 @@ class Checker:
             f"rank {trainer.rank} was released without its shard of step {step}",
         )
 
+    def refused(self, decision: Decision) -> None:
+        """A refusal is wrong if nodes that nothing has happened to for a while hold enough."""
+        engine, lease_s = self.cluster.engine, self.cluster.lease_s
+        truth = self.runs.get(decision.run)
+        if truth is None or not truth.worlds or self.cluster.quiet_since_s > engine.now_s - 3 * lease_s:
+            return
+        steady = {name for name, node in self.cluster.nodes.items() if node.steady_since_s < engine.now_s - 3 * lease_s}
+        chain = self._live_chain(truth)
+        for place in self._candidates(decision.run, truth, chain, steady):
+            spares = self._true_spares(decision.run, place, steady)
+            self._require(spares < 0, f"refused although step {place[1]} is restorable: {decision.message}")
+
     def committed(self, run: str, shard: ShardRecord) -> None:
         truth = self.runs[run]
         world = truth.worlds[shard.world_id]
@@ -159,12 +171,14 @@ class Checker:
         place = (truth.order.index(writer), decision.base.step, writer)
         return min(place, truth.floor) if truth.floor is not None else None
 
-    def _candidates(self, run: str, truth: RunTruth, chain: list[tuple[str, int | None]]) -> list[tuple[int, int, str]]:
+    def _candidates(
+        self, run: str, truth: RunTruth, chain: list[tuple[str, int | None]], names: set[str] | None = None
+    ) -> list[tuple[int, int, str]]:
         limits = dict(chain)
         steps = {
             (writer, int(step))
             for node in self.cluster.nodes.values()
-            if run in node.memory
+            if run in node.memory and (names is None or node.name in names)
             for step, writer in (
                 [s.digest.split("/")[:2] for s in node.memory[run].shards.values()]
                 + [self._first_digest(p).split("/")[:2] for p in node.memory[run].plans.values()]
@@ -180,7 +194,7 @@ class Checker:
     def _first_digest(self, plan: Plan) -> str:
         return next(shard.digest for member in plan.members for shard in member.shards)
 
-    def _true_spares(self, run: str, place: tuple[int, int, str]) -> int:
+    def _true_spares(self, run: str, place: tuple[int, int, str], names: set[str] | None = None) -> int:
         """Any so many nodes may be destroyed now and every shard is still there or decodes; -1 if some is gone."""
         _, step, writer = place
         holders: dict[str, set[str]] = {}
@@ -189,7 +203,7 @@ class Checker:
         size = 0
         for name, node in self.cluster.nodes.items():
             memory = node.memory.get(run)
-            if memory is None:
+            if memory is None or (names is not None and name not in names):
                 continue
             for shard in memory.shards.values():
                 if shard.step == step and shard.world_id == writer and shard.digest not in memory.corrupt:
@@ -262,4 +276,19 @@ class Checker:
 
     def _require(self, condition: bool, promise: str) -> None:
         if not condition:
-            raise Violation(f"seed {self.cluster.engine.seed}, t={self.cluster.engine.now_s - 1000:.3f} s: {promise}")
+            raise BrokenPromiseError(
+                f"seed {self.cluster.engine.seed}, t={self.cluster.engine.now_s - 1000:.3f} s: {promise}"
+            )
+
+    # -- questions of scenarios ---------------------------------------------------------------------------------------
+
+    def can_lose(self, count: int) -> bool:
+        """Whether every run survives ``count`` more losses, by what was truly protected last."""
+        self.check()
+        return all(
+            truth.floor is not None and len(truth.losses) + count <= self._parity(truth) for truth in self.runs.values()
+        ) and len(self.runs) == len(self.cluster.jobs)
+
+    def protected_step(self, run: str) -> int:
+        truth = self.runs.get(run)
+        return truth.floor[1] if truth is not None and truth.floor is not None else 0

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tests.simulation.checker import Checker
-from tests.simulation.engine import Engine, Network
-from tests.simulation.node import Node, RunMemory, Trainer
-
 from backstay.ids import SnapshotKey
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.policy import CorePolicy
@@ -21,6 +17,9 @@ from backstayd.core.records import (
     SessionPhase,
     ShardRecord,
 )
+from tests.simulation.checker import Checker
+from tests.simulation.engine import Engine, Network
+from tests.simulation.node import Node, RunMemory, Trainer
 
 EVALUATE_COALESCE_S = 0.005
 
@@ -111,6 +110,7 @@ class Cluster:
         self.nodes: dict[str, Node] = {}
         self.jobs: list[Job] = []
         self.checker = Checker(self)
+        self.quiet_since_s = engine.now_s  # no coordinator was disturbed since
         self.control: Control | None = None
         for index in range(node_count):
             name = f"n{index + 1}"
@@ -266,6 +266,7 @@ class Cluster:
 
     def refused(self, trainer: Trainer, decision: Decision) -> None:
         job = self._job_of(trainer)
+        self.checker.refused(decision)
         if job is not None and decision.message not in job.refusals:
             job.refusals.append(decision.message)
         trainer.refusal = decision.message
@@ -347,6 +348,7 @@ class Cluster:
     def restart_daemon(self, name: str, after_s: float) -> None:
         node = self.nodes[name]
         node.stop()
+        node.steady_since_s = self.engine.now_s + after_s
         self.engine.after(after_s, self._start_again, node)
 
     def _start_again(self, node: Node) -> None:
@@ -357,9 +359,11 @@ class Cluster:
         if self.control is not None:
             self.control.is_running = False
             self.control = None
+            self.quiet_since_s = self.engine.now_s + after_s
             self.engine.after(after_s, self._new_coordinator)
 
     def _new_coordinator(self) -> None:
+        self.quiet_since_s = self.engine.now_s
         if self.control is None:
             self.control = Control(self)
 
@@ -369,6 +373,7 @@ class Cluster:
         if old is None:
             return
         old.is_paused = True
+        self.quiet_since_s = self.engine.now_s + resume_after_s + self.lease_s
         self.control = Control(self)
         self.engine.after(resume_after_s, self._thaw, old)
 
@@ -382,13 +387,16 @@ class Cluster:
 
     def cut(self, name: str, for_s: float) -> None:
         self.nodes[name].is_cut = True
+        self.nodes[name].steady_since_s = self.engine.now_s + for_s
         self.engine.after(for_s, self._heal, self.nodes[name])
 
     def _heal(self, node: Node) -> None:
         node.is_cut = False
+        node.steady_since_s = self.engine.now_s
 
     def pause(self, name: str, for_s: float) -> None:
         self.nodes[name].is_paused = True
+        self.nodes[name].steady_since_s = self.engine.now_s + for_s
         self.engine.after(for_s, self._resume, self.nodes[name])
 
     def _resume(self, node: Node) -> None:
@@ -415,6 +423,12 @@ class Cluster:
     def redundancy(self, run: str) -> str:
         state = self.core().runs.get(run) if self.control is not None else None
         return state.evaluation.redundancy if state is not None and state.evaluation is not None else ""
+
+    def is_protected(self, run: str) -> bool:
+        """As well as the nodes that are left allow."""
+        state = self.core().runs.get(run) if self.control is not None else None
+        evaluation = state.evaluation if state is not None else None
+        return evaluation is not None and 0 <= evaluation.spares >= evaluation.target
 
     def is_training(self, job: Job) -> bool:
         return bool(job.trainers) and all(

@@ -100,6 +100,7 @@ class Node:
         self.trainers: list[Trainer] = []
         self.is_report_due = False
         self.missed: list[NodeDesired] = []
+        self.steady_since_s = cluster.engine.now_s
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -107,6 +108,7 @@ class Node:
         if self.is_running:
             return
         self.is_running = True
+        self.steady_since_s = self.cluster.engine.now_s
         self.incarnation = f"{self.cluster.engine.random.getrandbits(64):016x}"
         self.sequence = 0
         self.work = {}
@@ -221,6 +223,7 @@ class Node:
 
     def resume(self) -> None:
         self.is_paused = False
+        self.steady_since_s = self.cluster.engine.now_s
         missed, self.missed = self.missed, []
         for desired in missed:
             self.receive(desired, self.incarnation)

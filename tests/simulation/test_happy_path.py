@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from backstayd.core.records import Outcome
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
-
-from backstayd.core.records import Outcome
 
 
 def began(node_count: int, ranks: int | None = None) -> tuple[Engine, Cluster, Job]:

@@ -25,6 +25,8 @@ class Memory:
     holders: dict[str, dict[int, str]] = field(default_factory=dict)  # snapshot id to last known holder per rank
     keys: dict[str, SnapshotKey] = field(default_factory=dict)
     protected: dict[str, None] = field(default_factory=dict)  # snapshot ids that were protected once
+    unreleased: dict[str, None] = field(default_factory=dict)  # decisions that no trainer returned with
+    is_whole: bool = False  # the run was not known to anyone when this coordinator first heard of it
     newest_attempt: int = 0
     is_known: bool = False
     newest_complete: SnapshotKey | None = None
@@ -34,7 +36,7 @@ class Memory:
         self.holders[view.snapshot_id] = {rank: nodes[0] for rank, nodes in view.holders.items() if nodes}
         self.keys[view.snapshot_id] = view.key
         self.newest_complete = max(view.key, self.newest_complete or view.key)
-        for table in (self.holders, self.keys, self.protected):
+        for table in (self.holders, self.keys, self.protected, self.unreleased):
             while len(table) > REMEMBERED_SNAPSHOTS:
                 del table[next(iter(table))]
 
@@ -103,15 +105,21 @@ def _was_promised(context: RunContext, memory: Memory, view: SnapshotView) -> bo
 
 def _is_proved_empty(context: RunContext, memory: Memory) -> bool:
     """Whether each host of a run that began from scratch is here with its memory, and none ever saw a whole snapshot."""
-    head = context.head
-    if head is None or head.outcome is not Outcome.NONE or memory.newest_complete is not None:
+    if memory.newest_complete is not None or any(view.snapshot_id for view in context.views):
         return False
-    if any(view.snapshot_id for view in context.views) or any(
-        node.runs[context.run].quarantined for node in context.nodes.values() if context.run in node.runs
-    ):
+    if any(node.runs[context.run].quarantined for node in context.nodes.values() if context.run in node.runs):
         return False
-    _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
-    return len(context.inventory.decisions) == 1 and {place.node for place in head.placements} <= recorded
+    released = [
+        (decision, recorded)
+        for decision, recorded in context.inventory.decisions.values()
+        if decision.decision_id not in memory.unreleased
+    ]
+    if any(decision.outcome is not Outcome.NONE for decision, _ in released):
+        return False
+    if not released:
+        return memory.is_whole
+    newest, recorded = max(released, key=lambda entry: (entry[0].attempt, entry[0].generation))
+    return {place.node for place in newest.placements} <= recorded
 
 
 def _refuse(context: RunContext, missing: str) -> Choice:

@@ -18,44 +18,54 @@ SMOOTH_LIMIT = 4096
 
 
 def releasable(
-    views: Sequence[SnapshotView], *, live: Collection[int], keep: int, target: int, abandoned: Collection[SnapshotKey]
+    views: Sequence[SnapshotView],
+    *,
+    live: Collection[int],
+    dead: Collection[int],
+    keep: int,
+    target: int,
+    abandoned: Collection[SnapshotKey],
 ) -> dict[int, str]:
     """Which of ``views`` (newest first) may be released, by index, and why.
 
     Args:
-        live: indexes of the views that belong to the live history; the others can never be restored again.
+        live: indexes of the views that belong to the live history.
+        dead: indexes of the views that a decision has left behind; they can never be restored again.
         keep: how many snapshots that protect are held.
         target: the spares that new snapshots reach. Where a job has shrunk, no more can be asked of the newer one.
         abandoned: steps that can never become complete, because a rank went past them without a shard.
     """
     chosen: dict[int, str] = {}
     for index, view in enumerate(views):
-        is_live = index in live
-        newer = [
-            other
-            for place, other in enumerate(views)
-            if place in live and other.is_restorable and (place < index if is_live else other.key != view.key)
-        ]
-        good = [other for other in newer if other.spares >= _needed_spares(view, is_live=is_live, target=target)]
-        if not is_live:
-            if good:
-                chosen[index] = f"its history ended; step {good[0].key.step} is as well protected"
+        if index in dead:
+            reason = _why_release_dead(views, index, live=live, dead=dead, target=target)
+        elif index not in live:
+            continue
         elif view.key in abandoned and not view.is_restorable:
-            chosen[index] = "a rank went past it without a snapshot"
-        elif len(good) >= (keep if view.is_restorable else 1):
-            chosen[index] = f"step {good[0].key.step} is as well protected ({good[0].spares} spares)"
+            reason = "a rank went past it without a snapshot"
+        else:
+            newer = [other for place, other in enumerate(views[:index]) if place in live and other.is_restorable]
+            good = [other for other in newer if other.spares >= (target if view.is_restorable else 0)]
+            is_enough = len(good) >= (keep if view.is_restorable else 1)
+            reason = f"step {good[0].key.step} is as well protected ({good[0].spares} spares)" if is_enough else ""
+        if reason:
+            chosen[index] = reason
     return chosen
 
 
-def _needed_spares(view: SnapshotView, *, is_live: bool, target: int) -> int:
-    """What another snapshot must survive before this one may go.
-
-    In the live history never less than is aimed at: something that protects nothing yet does not push out what is being
-    protected, or nothing would ever be.
-    """
+def _why_release_dead(
+    views: Sequence[SnapshotView], index: int, *, live: Collection[int], dead: Collection[int], target: int
+) -> str:
+    """A dead snapshot that protects goes when a live one is as good; the others only fill slots."""
+    view = views[index]
     if not view.is_restorable:
-        return 0
-    return target if is_live else min(view.spares, target)
+        return "its history ended, and shards of it are missing"
+    for place, other in enumerate(views):
+        if place in live and other.is_restorable and other.spares >= min(view.spares, target):
+            return f"its history ended; step {other.key.step} is as well protected"
+        if place in dead and place < index and other.spares >= view.spares:
+            return f"its history ended, and so did that of step {other.key.step}, which is as well protected"
+    return ""
 
 
 def abandoned_keys(

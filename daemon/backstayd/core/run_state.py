@@ -329,6 +329,7 @@ class RunState:
         chosen = releasable(
             context.views,
             live=context.live,
+            dead=self._dead(context),
             keep=self.policy.keep,
             target=target,
             abandoned=abandoned_keys(context.live_views, attempt=attempt, sessions=sessions),
@@ -340,6 +341,13 @@ class RunState:
             if key not in previous:
                 self.say("released_snapshot", f"step {key.step} of attempt {key.attempt} is released: {reason}")
         return release
+
+    def _dead(self, context: RunContext) -> set[int]:
+        """Snapshots that a decision left behind; none while the newest decision's witnesses are all away."""
+        newest = max((view.key.attempt for view in context.views), default=0)
+        if context.head is None or newest > context.head.attempt:
+            return set()
+        return set(range(len(context.views))) - context.live
 
     def _releases_on(self, node: str, evaluation: Evaluation) -> tuple[SnapshotKey, ...]:
         """Keys to delete on ``node``: what is released everywhere, and copies that the protecting plans do not use."""

@@ -1,0 +1,130 @@
+"""Random scenarios: a seed draws cluster, policy and faults; promises are checked all the way, liveness at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from backstayd.core.policy import CorePolicy
+from tests.simulation.checker import BrokenPromiseError
+from tests.simulation.cluster import Cluster, Job
+from tests.simulation.engine import Engine, Network
+
+FAULTS = (
+    "kill_trainer", "restart_daemon", "destroy", "destroy_two", "crash_coordinator", "second_coordinator", "cut", "pause",
+    "corrupt", "destroy_for_good",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Scenario:
+    """What one seed draws."""
+
+    seed: int
+    is_harsh: bool = False  # loses more than parity covers, and corrupts
+
+    def run(self) -> Cluster:
+        """Play it; raises BrokenPromiseError, with the seed in its text."""
+        engine = Engine(self.seed)
+        cluster = self._build(engine)
+        for job in cluster.jobs:
+            cluster.start_job(job)
+        engine.run_for(engine.between(1.0, 4.0))
+        for _ in range(engine.random.randint(2, 5)):
+            self._break(engine, cluster)
+            engine.run_for(engine.between(0.02, 2.5))
+        self._heal(engine, cluster)
+        self._check_liveness(engine, cluster)
+        return cluster
+
+    def _build(self, engine: Engine) -> Cluster:
+        draw = engine.random
+        node_count = draw.choice([2, 3, 4, 4, 5, 6])
+        policy = CorePolicy(
+            parity=draw.choice([None, None, 1, 2]) if node_count > 2 else None,
+            group_size=draw.choice([3, 8, 8]),
+            keep=1,
+            lease_s=1.5,
+        )
+        domains = ("a", "b") if draw.random() < 0.3 else ()
+        cluster = Cluster(engine, node_count=node_count, policy=policy, domains=domains)
+        cluster.network = Network(
+            delay_s=(0.001, draw.choice([0.005, 0.05])),
+            drop_rate=draw.choice([0.0, 0.0, 0.05]),
+            duplicate_rate=draw.choice([0.0, 0.05]),
+        )
+        cluster.work_s = draw.choice([(0.005, 0.03), (0.02, 0.3)])
+        cluster.checker.is_tolerant_of_corruption = self.is_harsh
+        ranks = draw.randint(max(1, node_count - 1), node_count + 1)
+        cluster.jobs.append(
+            Job("default/gpt", {rank: f"n{rank % node_count + 1}" for rank in range(ranks)}, allow_fresh=self.is_harsh)
+        )
+        if draw.random() < 0.2:
+            cluster.jobs.append(Job("default/other", {rank: f"n{rank % node_count + 1}" for rank in range(2)}))
+            cluster.jobs[1].allow_fresh = self.is_harsh
+        return cluster
+
+    def _break(self, engine: Engine, cluster: Cluster) -> None:
+        draw = engine.random
+        fault = draw.choice(FAULTS)
+        name = draw.choice(sorted(cluster.nodes))
+        if fault == "kill_trainer":
+            trainers = [t for job in cluster.jobs for t in job.trainers.values() if t.is_alive]
+            if trainers:
+                cluster.kill_trainer(draw.choice(trainers))
+        elif fault == "restart_daemon" and cluster.nodes[name].is_running:
+            cluster.restart_daemon(name, engine.between(0.05, 2.5))
+        elif fault.startswith("destroy"):
+            self._destroy(engine, cluster, fault)
+        elif fault == "crash_coordinator":
+            cluster.crash_coordinator(engine.between(0.05, 2.5))
+        elif fault == "second_coordinator":
+            cluster.second_coordinator(engine.between(0.1, 3.0))
+        elif fault == "cut":
+            cluster.cut(name, engine.between(0.1, 3.0))
+        elif fault == "pause" and cluster.nodes[name].is_running:
+            cluster.pause(name, engine.between(0.1, 3.0))
+        elif fault == "corrupt" and self.is_harsh:
+            cluster.corrupt(name)
+
+    def _destroy(self, engine: Engine, cluster: Cluster, fault: str) -> None:
+        """Never more than every job survives, unless the scenario is harsh."""
+        count = 2 if fault == "destroy_two" else 1
+        if len(cluster.nodes) - count < 2:
+            return
+        if not self.is_harsh and not cluster.checker.can_lose(count):
+            return
+        for name in engine.random.sample(sorted(cluster.nodes), count):
+            if fault == "destroy_for_good":
+                cluster.destroy(name, replace_after_s=None)
+            else:
+                new_name = name if engine.random.random() < 0.5 else f"{name}x"
+                cluster.destroy(name, replace_after_s=engine.between(0.05, 3.0), new_name=new_name)
+
+    def _heal(self, engine: Engine, cluster: Cluster) -> None:
+        """All faults end; everything that is still away comes back."""
+        engine.run_for(3.2)
+        cluster.network = Network()
+        cluster.work_s = (0.005, 0.03)
+
+    def _check_liveness(self, engine: Engine, cluster: Cluster) -> None:
+        """Every job trains again, is protected, and goes forward."""
+
+        def is_well() -> bool:
+            return all(cluster.is_training(job) and cluster.is_protected(job.run) for job in cluster.jobs)
+
+        def fail(what: str) -> None:
+            states = [
+                (job.run, cluster.redundancy(job.run), [t.phase.value for t in job.trainers.values()], job.refusals)
+                for job in cluster.jobs
+            ]
+            raise BrokenPromiseError(f"seed {self.seed}: {what}: {states}")
+
+        if not engine.run_until(is_well, limit_s=40.0):
+            fail("not training and protected 40 s after the last fault")
+        steps = {job.run: cluster.checker.protected_step(job.run) for job in cluster.jobs}
+
+        def has_moved() -> bool:
+            return is_well() and all(cluster.checker.protected_step(run) > step + 2 for run, step in steps.items())
+
+        if not engine.run_until(has_moved, limit_s=40.0):
+            fail(f"protected steps do not advance from {steps}")
