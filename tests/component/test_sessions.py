@@ -11,9 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.kit.node import NodeThread, fresh_decision, running_node
-from tests.kit.shards import RUN, make_shard
-from tests.kit.trainer import PlainTrainer, wait_until
 
 from backstay import local
 from backstay.errors import (
@@ -27,6 +24,9 @@ from backstay.errors import (
 )
 from backstay.ids import SnapshotKey
 from backstayd.core.records import DecisionPhase, Outcome, RunDesired, SessionPhase
+from tests.kit.node import NodeThread, fresh_decision, running_node
+from tests.kit.shards import RUN, make_shard
+from tests.kit.trainer import PlainTrainer, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = SnapshotKey(1, 1)
@@ -282,6 +282,8 @@ def test_two_daemons_on_one_directory_or_socket_are_refused(directory: Path, nod
     with pytest.raises(ConfigError, match="not a socket"), running_node(other):
         pass
     (other / "n1.sock").unlink()
+    with pytest.raises(ConfigError, match="another daemon listens on"), running_node(other, socket=node.socket):
+        pass
     assert trainer_is_served(node)
 
 

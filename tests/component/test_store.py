@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.kit.shards import RUN, MadeShard, make_shard
 
 from backstay import record
 from backstay.errors import CapacityError, IntegrityError, InvariantError, UsageError
@@ -26,6 +25,7 @@ from backstayd.store.slots import Allocation, Grant, allocate
 from backstayd.store.staging import prepare_staging
 from backstayd.store.store import Store
 from backstayd.store.stored import StoredPlan, make_directory, write_atomically
+from tests.kit.shards import RUN, MadeShard, make_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 ME = HolderRecord(pid=os.getpid(), start_ticks=start_ticks(os.getpid()))
@@ -413,3 +413,28 @@ def test_publishing_a_staged_shard_twice_is_harmless_and_another_history_gives_w
         assert_equals_a_fresh_look(store)
     assert store.paths(RUN).shard(KEY, 0, 1).read_bytes() == wanted.data
     shutil.rmtree(store.paths(RUN).staging)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+def test_a_manifest_without_room_leaves_the_slot_as_it_was(open_store: Opener, tmpfs_dir: Path) -> None:
+    memory = tmpfs_dir / "memory"
+    memory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "backstay-test", str(memory)], check=True)
+    try:
+        store = open_store()
+        shard = make_shard()
+        granted = grant(store, shard)
+        os.pwrite(granted.fd, shard.data, 0)
+        make_directory(store.paths(RUN).snapshot(KEY))
+        filler = memory / "filler"
+        with pytest.raises(OSError, match="No space"):
+            filler.write_bytes(bytes(1 << 20))
+        with pytest.raises(CapacityError, match="no room to write"):
+            store.slots.commit(granted, shard.json)
+        assert_equals_a_fresh_look(store)
+        filler.unlink()
+        store.slots.commit(granted, shard.json)
+        assert_equals_a_fresh_look(store)
+        store.close()
+    finally:
+        subprocess.run(["umount", str(memory)], check=True)

@@ -107,11 +107,10 @@ def running_node(
     config = NodeConfig(
         name=name,
         memory_dir=directory / f"{name}-memory",
-        socket=directory / f"{name}.sock",
         coordinator=coordinator,
         bulk="127.0.0.1:0",
         http="127.0.0.1:0",
-        **{"lease_s": 0.6, **settings},
+        **{"socket": directory / f"{name}.sock", "lease_s": 0.6, **settings},
     )
     started = threading.Event()
     box: dict[str, Any] = {}

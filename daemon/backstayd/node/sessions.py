@@ -249,7 +249,7 @@ class Sessions:
 
     def drop_ended(self, run: str, current_world: str) -> None:
         """Forget sessions that finished in an older world."""
-        for session in self.of_run(run):
+        for session in self.of_run(run) if current_world else ():
             if session.phase is SessionPhase.ENDED and session.world_id != current_world:
                 self._drop(session)
 

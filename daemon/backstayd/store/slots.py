@@ -178,11 +178,18 @@ class Slots:
         check_size(f"slot {grant.number} of rank {grant.rank}", status, manifest.size_bytes)
         check_header(grant.fd, manifest)
         make_directory(target.parent)
-        paths.slot(grant.rank, grant.number).rename(target)
-        del index.slots[grant.rank, grant.number]
+        slot_path, manifest_path = (
+            paths.slot(grant.rank, grant.number),
+            paths.manifest(key, grant.rank, manifest.world_size),
+        )
+        slot_path.rename(target)
         faults.reach("before_publish", step=key.step, rank=grant.rank)
-        manifest_path = paths.manifest(key, grant.rank, manifest.world_size)
-        write_atomically(manifest_path, raw, incarnation=self._store.incarnation)
+        try:
+            write_atomically(manifest_path, raw, incarnation=self._store.incarnation)
+        except BaseException:
+            target.rename(slot_path)  # no room for the manifest: the slot is what it was
+            raise
+        del index.slots[grant.rank, grant.number]
         faults.reach("after_publish", step=key.step, rank=grant.rank)
         shard = ShardRecord(
             attempt=key.attempt,

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 
 from backstay import record
@@ -26,6 +27,7 @@ from backstayd.store.stored import make_directory, read_small, write_atomically
 
 logger = logging.getLogger(__name__)
 
+CAPACITY_AGE_S = 1.0  # limits change by an operator's hand; every report asks for them
 MAX_QUARANTINE_RECORDS = 100  # per run; the oldest go
 
 
@@ -62,6 +64,7 @@ class Store:
         self.generation = Generation()
         self.parity_fraction: dict[str, float] = {}  # m / k by run, for admission
         self._cgroup_root = cgroup_root
+        self._capacity = (0, float("-inf"))  # (bytes, when it was read)
         self._lock_fd = _lock(memory_dir, must_be_tmpfs)
         self.slots = Slots(self, reader_wait_s=reader_wait_s)
         try:
@@ -138,7 +141,10 @@ class Store:
     @property
     def capacity_bytes(self) -> int:
         """The smallest of quota, tmpfs and cgroup limits."""
-        return min(limit.total_bytes for limit in self._limits())
+        now = time.monotonic()
+        if now - self._capacity[1] > CAPACITY_AGE_S:
+            self._capacity = (min(limit.total_bytes for limit in self._limits()), now)
+        return self._capacity[0]
 
     def require_room(self, wanted_bytes: int, purpose: str) -> None:
         """Check that ``wanted_bytes`` fit, giving up unused slots for them if need be.
