@@ -39,12 +39,14 @@ def _parse(text: str) -> dict[str, list[_Fault]]:
     for entry in filter(None, (part.strip() for part in text.split(";"))):
         where, _, action = entry.rpartition(":")
         point, *pairs = where.split(",")
-        match = dict(pair.split("=", 1) for pair in pairs)
-        if point not in POINTS or action not in ("kill", "killgroup", "stop", "exit"):
+        match = dict(pair.partition("=")[::2] for pair in pairs)
+        nth, once = match.pop("nth", "1"), match.pop("once", "")
+        is_whole = all("=" in pair for pair in pairs) and nth.isdecimal() and int(nth) > 0
+        if point not in POINTS or action not in ("kill", "killgroup", "stop", "exit") or not is_whole:
             raise ConfigError(
-                f"BACKSTAY_FAULTS: {entry!r} is not POINT[,key=value]:ACTION with a known point and action"
+                f"BACKSTAY_FAULTS: {entry!r} is not POINT[,key=value]:ACTION with a known point and action, nth from 1"
             )
-        fault = _Fault(point, action, match, int(match.pop("nth", "1")), match.pop("once", ""))
+        fault = _Fault(point, action, match, int(nth), once)
         faults.setdefault(point, []).append(fault)
     return faults
 

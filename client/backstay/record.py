@@ -116,9 +116,15 @@ def _dataclass_builder(kind: type[Any]) -> Callable[[Any], Any]:
 def _tuple_builder(arguments: tuple[Any, ...]) -> Callable[[Any], Any]:
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         item = _builder(arguments[0])
-        return lambda value: tuple([item(part) for part in value])
+        return lambda value: tuple([item(part) for part in _a_list(value)])
     items = [_builder(argument) for argument in arguments]
-    return lambda value: tuple([build(part) for build, part in zip(items, value, strict=True)])
+    return lambda value: tuple([build(part) for build, part in zip(items, _a_list(value), strict=True)])
+
+
+def _a_list(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):  # text and objects can be iterated over, too
+        raise TypeError(f"expected a list, found {type(value).__name__}")
+    return value
 
 
 def _dict_builder(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
