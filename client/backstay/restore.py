@@ -201,8 +201,8 @@ def _check_signature(target: Target, own: OpenShard, shards: Sequence[OpenShard]
     ]
     raise IntegrityError(
         f"{own.label} was made by another model: missing here {sorted(there.keys() - here.keys())[:5]}, "
-        f"missing in the snapshot {sorted(here.keys() - there.keys())[:5]}, differing {sorted(differing)[:5]}; nothing was loaded. A changed model needs a "
-        "new run_id",
+        f"missing in the snapshot {sorted(here.keys() - there.keys())[:5]}, differing {sorted(differing)[:5]}; "
+        "nothing was loaded. A changed model needs a new run_id",
         reason="wrong_model",
     )
 

@@ -144,7 +144,7 @@ class Snapshotter:
     # ---- the five verbs
 
     def restore(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> RestoreResult:
-        """Bring model, optimizers, extras and generators to the newest step that all ranks can have, or say that the run is new.
+        """Bring model, optimizers, extras and generators to the newest step that all ranks can have, or say: a new run.
 
         A collective: all ranks call it. Blocks up to ``deadline_s``. Tensors are written in place.
 
@@ -234,7 +234,7 @@ class Snapshotter:
             self._fence_s += time.perf_counter() - begin_s
 
     def finish(self, *, keep: bool = False, timeout_s: float = 60.0) -> None:
-        """The run ended well: its memory is freed everywhere (``keep=True``: it stays until ``job_ttl_s``). Closes the keeper."""
+        """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and close."""
         if os.getpid() != self._pid or self._is_closed:
             return
         self.fence()
@@ -391,9 +391,9 @@ class Snapshotter:
             self._is_synchronous = True
             capture.spoil(f"changed before the fence: {', '.join(changed[:5])}")
             _log.warning(
-                "backstay: %s changed between snapshot(%d) and the optimizer's step (%d tensors in all): something updates them "
-                "without the fence. This snapshot is discarded and snapshots are copied synchronously from now on; call "
-                "keeper.fence() before the update to have them in the background again",
+                "backstay: %s changed between snapshot(%d) and the optimizer's step (%d tensors in all): something updates "
+                "them without the fence. This snapshot is discarded, and from now on snapshot() copies before it returns; call "
+                "keeper.fence() before the update to have it done in the background again",
                 changed[0],
                 capture.step,
                 len(changed),

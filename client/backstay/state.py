@@ -207,9 +207,9 @@ def _decode_dict(value: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     if kind == "defaultdict":
         factories: dict[str, Any] = {"int": int, "float": float, "list": list, "dict": dict, "set": set, "str": str}
         return collections.defaultdict(factories[factory], pairs)
-    return {"OrderedDict": collections.OrderedDict, "Counter": lambda items: collections.Counter(dict(items))}.get(
-        kind, dict
-    )(pairs)
+    if kind == "Counter":
+        return collections.Counter(dict(pairs))
+    return collections.OrderedDict(pairs) if kind == "OrderedDict" else dict(pairs)
 
 
 _SIMPLE: dict[str, Any] = {

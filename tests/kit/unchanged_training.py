@@ -151,7 +151,7 @@ def main() -> int:
                 try:
                     run_rank(kind, rank, arguments)
                     status = 0
-                except BaseException:
+                except BaseException:  # noqa: BLE001 - a forked child must end here, whatever happened
                     traceback.print_exc()
                 finally:
                     sys.stderr.flush()
