@@ -52,6 +52,7 @@ class CoordinatorLink:
         self._is_connected = False
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._is_closing = False
 
     @property
     def is_connected(self) -> bool:
@@ -70,6 +71,7 @@ class CoordinatorLink:
     async def close(self) -> None:
         """Stop; returns when nothing of the link is left."""
         if self._task is not None:
+            self._is_closing = True
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
@@ -86,6 +88,13 @@ class CoordinatorLink:
             except (grpc.RpcError, TimeoutError, BackstayError, OSError) as error:
                 was_connected = self._is_connected
                 self._note(error)
+            except asyncio.CancelledError:  # ours, or gRPC's own way to say that the stream was torn down
+                if self._is_closing:
+                    raise
+                was_connected = self._is_connected
+                self._note(ConnectionError("the stream was cancelled"))
+            except Exception:
+                logger.exception("a mistake in reporting or in obeying; connecting anew")
             self._set_connected(False)
             backoff_s = shortest if was_connected else min(backoff_s * 2, self._lease_s / 3)
             await asyncio.sleep(backoff_s)
@@ -109,12 +118,18 @@ class CoordinatorLink:
     async def _reports(self) -> AsyncIterator[coordinator_pb2.SyncRequest]:
         while True:
             self._changed.clear()
-            report = convert.to_message(self._report(), coordinator_pb2.NodeReport)
-            yield coordinator_pb2.SyncRequest(report=report)
+            yield coordinator_pb2.SyncRequest(report=self._make_report())
             await asyncio.sleep(COALESCE_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, self._lease_s / 6 - COALESCE_S)):
                     await self._changed.wait()
+
+    def _make_report(self) -> coordinator_pb2.NodeReport:
+        try:
+            return convert.to_message(self._report(), coordinator_pb2.NodeReport)
+        except Exception:  # gRPC would turn it into a bare cancellation of the stream
+            logger.exception("the report could not be made")
+            raise
 
     def _set_connected(self, is_connected: bool) -> None:
         if is_connected != self._is_connected:
