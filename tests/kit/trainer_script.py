@@ -1,7 +1,7 @@
 """A tiny deterministic training: one process a rank, gloo between them, a JSON line for every step with a digest of the state.
 
-``python tests/kit/trainer_script.py OPTIONS`` where OPTIONS is JSON: rank, world_size, port, run_id, log,
-stop (a file: end when it is there), last_step, pause_s, is_attached. With ``is_attached`` false backstay is never imported: the control run.
+``python tests/kit/trainer_script.py OPTIONS`` where OPTIONS is JSON: rank, world_size, port, run_id, log, stop (a file that
+ends it), last_step, pause_s, is_attached. With ``is_attached`` false backstay is never imported: the control run.
 """
 
 from __future__ import annotations

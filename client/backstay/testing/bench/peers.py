@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
@@ -75,16 +76,24 @@ class DcpSave:
 
 
 class DcpAsyncSave(DcpSave):
-    """``dcp.async_save`` at every step: the next save waits for the one before, as it must."""
+    """``dcp.async_save`` at every step: the next save waits for the one before, as it must.
+
+    Its collectives run in a thread beside the training's, so it has a process group of its own.
+    """
 
     def __init__(self, state: states.TrainingState, directory: Path, rank: int) -> None:
         super().__init__(state, directory, rank)
+        self._group = dist.new_group(backend="gloo")
         self._pending: tuple[Future[Any], Path] | None = None
+
+    def remove(self) -> None:
+        super().remove()
+        dist.destroy_process_group(self._group)
 
     def save(self, step: int) -> None:
         self.wait()
         path = self._directory / f"step-{step}"
-        future = async_save(self._tensors(), checkpoint_id=path)
+        future = async_save(self._tensors(), checkpoint_id=path, process_group=self._group)
         assert isinstance(future, Future)
         self._pending = (future, path)
 

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import backstay
-from backstay import record
+from backstay import local, record, restore
 from backstay.testing.bench import peers, state
 from backstay.testing.bench.baselines import Memcpy
 from backstay.testing.bench.contract import TrainerSettings
@@ -46,10 +46,28 @@ class BackstaySaver:
 
     def wait(self) -> None:
         """Return when the newest snapshot is captured, digested and committed (or was skipped)."""
-        self.keeper.wait(COMMIT_DEADLINE_S)
+        self.keeper.fence()  # ends the byte check that some snapshots have
+        if not self.keeper.wait_committed(COMMIT_DEADLINE_S):
+            raise MeasurementError(f"no commit within {COMMIT_DEADLINE_S:.0f} s", reason="commit_slow")
 
     def held_bytes(self) -> int:
         return self.peak_bytes  # the driver reads the nodes' memory
+
+
+class LoadClock:
+    """Times the loading part of restore() where it happens: what comes before it is waiting for the decision."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._apply = restore.apply
+        restore.apply = self._timed
+
+    def _timed(self, target: restore.Target, restored: local.Restored, fds: Sequence[int]) -> None:
+        begin = time.perf_counter()
+        try:
+            self._apply(target, restored, fds)
+        finally:
+            self.seconds = time.perf_counter() - begin
 
 
 class Trainer:
@@ -61,6 +79,7 @@ class Trainer:
         self.training = state.build(settings.size_bytes, seed=settings.rank)
         self.scratch = Path(settings.scratch)
         self.backstay: BackstaySaver | None = None
+        self.load_clock = LoadClock()
         self.memcpy: Memcpy | None = None
         self.dcp: dict[str, peers.DcpSave] = {}
 
@@ -86,7 +105,7 @@ class Trainer:
             "outcome": str(result.outcome),
             "step": result.step,
             "total_s": watch.seconds,
-            "load_s": float(getattr(result, "load_s", 0.0)),
+            "load_s": self.load_clock.seconds,
             "stolen_s": watch.stolen_s,
         }
 
@@ -107,6 +126,7 @@ class Trainer:
     def do_steps(self, *, count: int, kind: str, method: str, waiting_s: float = 0.0) -> dict[str, Any]:
         """``count`` steps after one that is not timed; with ``method`` not "none", a save after every one of them."""
         saver = self._saver(method)
+        committed_before = self._committed()
         one_step: Callable[[], None] = (
             self.training.cpu_step if kind == "cpu" else lambda: self.training.waiting_step(waiting_s)
         )
@@ -128,7 +148,8 @@ class Trainer:
                 block_s.append(ended - stepped)
         if saver is not None:
             saver.wait()
-        return {"step_s": step_s[1:], "block_s": block_s[1:], "stolen_s": watch.stolen_s, "step": self.step}
+        answer = {"step_s": step_s[1:], "block_s": block_s[1:], "stolen_s": watch.stolen_s, "step": self.step}
+        return {**answer, "taken": self._committed() - committed_before}
 
     def do_save(self, method: str) -> dict[str, Any]:
         """One save on its own: the time until it is whole (backstay: captured, digested, committed)."""
@@ -139,9 +160,9 @@ class Trainer:
         self.step += 1
         with stopwatch() as watch:
             saver.save(self.step)
-            block_s = time.perf_counter()
             saver.wait()
-        return {"seconds": watch.seconds, "stolen_s": watch.stolen_s, "held_bytes": saver.held_bytes(), "at": block_s}
+        is_taken = self.backstay is None or self.backstay.keeper.stats().last_committed_step == self.step
+        return {"seconds": watch.seconds, "stolen_s": watch.stolen_s, "is_taken": is_taken}
 
     def do_load(self) -> dict[str, Any]:
         """``dcp.load`` of the newest ``dcp.save``, in place."""
@@ -168,6 +189,9 @@ class Trainer:
             self.backstay = None
         self.do_drop_memcpy()
         return {}
+
+    def _committed(self) -> int:
+        return 0 if self.backstay is None else self.backstay.keeper.stats().committed
 
     def _saver(self, method: str) -> peers.Saver | None:
         if method == "none":

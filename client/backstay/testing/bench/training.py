@@ -48,7 +48,7 @@ def measure_solo(settings: Settings, scratch: Path, found: Collection) -> None:
 def _save_beside_memcpy(world: World, found: Collection, suffix: str) -> None:
     copy = world.ask("memcpy")[0]
     save = world.ask("save", method="backstay")[0]
-    if not save["taken"]:
+    if not save["is_taken"]:
         raise MeasurementError("a snapshot of the commit measurement was skipped", reason="skipped")
     found.add(f"memcpy{suffix}", world.size_bytes / copy["to_tmpfs_s"], unit="bytes/s", stolen_s=copy["stolen_s"])
     found.add(f"commit{suffix}", world.size_bytes / save["seconds"], unit="bytes/s", stolen_s=save["stolen_s"])
@@ -150,7 +150,7 @@ class _Round:
         if method == "backstay":
             taken = statistics.fmean(answer["taken"] for answer in answers) / (self.settings.steps + 1)
             self.found.add(f"snapshots_per_step_{self.kind}", taken, unit="ratio")
-            wait_protected(self.cluster, min(answer["taken_step"] for answer in answers))
+            wait_quiet(self.cluster)
         else:
             held = max(answer["held_bytes"] for answer in self.world.ask("remove", method=method))
             self.found.add(f"{_prefix(method)}memory_vs_state", held / self.world.size_bytes, unit="ratio")
@@ -158,6 +158,16 @@ class _Round:
 
 def _prefix(method: str) -> str:
     return "" if method in ("none", "backstay") else f"{method}."
+
+
+def wait_quiet(cluster: LocalCluster, run: str = RUN) -> None:
+    """Return when every complete snapshot is protected: what comes next is measured without their traffic."""
+
+    def is_quiet() -> bool:
+        status = cluster.run_status(run)
+        return bool(status["protected_step"]) and status["protected_step"] >= status["complete_step"]
+
+    cluster.wait_until(is_quiet, deadline_s=_PROTECT_DEADLINE_S, why=f"all snapshots of {run} to be protected")
 
 
 def wait_protected(cluster: LocalCluster, step: int, run: str = RUN) -> None:
