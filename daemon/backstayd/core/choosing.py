@@ -25,8 +25,7 @@ class Memory:
     holders: dict[str, dict[int, str]] = field(default_factory=dict)  # snapshot id to last known holder per rank
     keys: dict[str, SnapshotKey] = field(default_factory=dict)
     protected: dict[str, None] = field(default_factory=dict)  # snapshot ids that were protected once
-    unreleased: dict[str, None] = field(default_factory=dict)  # decisions that no trainer returned with
-    is_whole: bool = False  # the run was not known to anyone when this coordinator first heard of it
+    is_proved_empty: bool = False  # decided so, and no trainer has returned since
     newest_attempt: int = 0
     is_known: bool = False
     newest_complete: SnapshotKey | None = None
@@ -36,7 +35,7 @@ class Memory:
         self.holders[view.snapshot_id] = {rank: nodes[0] for rank, nodes in view.holders.items() if nodes}
         self.keys[view.snapshot_id] = view.key
         self.newest_complete = max(view.key, self.newest_complete or view.key)
-        for table in (self.holders, self.keys, self.protected, self.unreleased):
+        for table in (self.holders, self.keys, self.protected):
             while len(table) > REMEMBERED_SNAPSHOTS:
                 del table[next(iter(table))]
 
@@ -46,6 +45,7 @@ class Choice:
     outcome: Outcome
     view: SnapshotView | None = None
     message: str = ""
+    is_proved_empty: bool = False  # NONE not because every rank allows it
 
 
 def choose(
@@ -70,11 +70,13 @@ def choose(
             )
         return _restore(context, memory, view, passed)
     if not memory.is_known and context.inventory.is_empty:
-        return Choice(outcome=Outcome.NONE, message=f"no node knows {context.run}: it starts from scratch")
+        message = f"no node knows {context.run}: it starts from scratch"
+        return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
     if is_fresh_allowed:
         return Choice(outcome=Outcome.NONE, message="nothing is restorable and every rank allows to start from scratch")
     if _is_proved_empty(context, memory):
-        return Choice(outcome=Outcome.NONE, message="no snapshot was ever complete: it starts from scratch again")
+        message = "no snapshot was ever complete: it starts from scratch again"
+        return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
     return _refuse(context, missing=_missing_all(context, memory, passed))
 
 
@@ -109,17 +111,13 @@ def _is_proved_empty(context: RunContext, memory: Memory) -> bool:
         return False
     if any(node.runs[context.run].quarantined for node in context.nodes.values() if context.run in node.runs):
         return False
-    released = [
-        (decision, recorded)
-        for decision, recorded in context.inventory.decisions.values()
-        if decision.decision_id not in memory.unreleased
-    ]
-    if any(decision.outcome is not Outcome.NONE for decision, _ in released):
+    if memory.is_proved_empty:
+        return True
+    head = context.head
+    if head is None or head.outcome is not Outcome.NONE:
         return False
-    if not released:
-        return memory.is_whole
-    newest, recorded = max(released, key=lambda entry: (entry[0].attempt, entry[0].generation))
-    return {place.node for place in newest.placements} <= recorded
+    _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
+    return {place.node for place in head.placements} <= recorded
 
 
 def _refuse(context: RunContext, missing: str) -> Choice:

@@ -70,10 +70,9 @@ class Protection:
         by_id = {view.snapshot_id: view for view in views if view.snapshot_id}
         notes = []
         for snapshot_id in list(self.sets):
-            reason = (
-                "" if snapshot_id not in by_id else self._why_drop(by_id[snapshot_id], nodes, inventory, shapes, now_s)
-            )
-            if snapshot_id not in by_id or reason:
+            view = by_id.get(snapshot_id)
+            reason = "" if view is None else self._why_drop(view, nodes, inventory, shapes, target=target, now_s=now_s)
+            if view is None or reason:
                 dropped = self.sets.pop(snapshot_id)
                 if not dropped.was_intact:
                     self._remember_dropped(dropped.plans)
@@ -82,7 +81,7 @@ class Protection:
                     self._note_failure(snapshot_id, now_s)
         for view in views:
             if view.snapshot_id and view.snapshot_id not in self.sets:
-                adopted = self._adoptable(view, nodes, inventory)
+                adopted = self._adoptable(view, nodes, target)
                 if adopted:
                     self._begin(view, adopted, now_s)
         under_way = sum(1 for s in self.sets.values() if not s.was_intact)
@@ -129,7 +128,14 @@ class Protection:
                 assert 0 < plan.m < len(plan.members)
 
     def _why_drop(
-        self, view: SnapshotView, nodes: Mapping[str, NodeState], inventory: Inventory, shapes: ShapeCache, now_s: float
+        self,
+        view: SnapshotView,
+        nodes: Mapping[str, NodeState],
+        inventory: Inventory,
+        shapes: ShapeCache,
+        *,
+        target: int,
+        now_s: float,
     ) -> str:
         plan_set = self.sets[view.snapshot_id]
         states = [plan_state(plan, inventory, shapes) for plan in plan_set.plans]
@@ -140,7 +146,7 @@ class Protection:
             while len(self.once_intact) > DROPPED_KEPT:
                 del self.once_intact[next(iter(self.once_intact))]
             self.failures.pop(view.snapshot_id, None)
-            return ""
+            return "more nodes are here than it uses" if plan_set.plans[0].m < target else ""
         if plan_set.was_intact:
             return "it protects less than it did"
         for plan in plan_set.plans:
@@ -154,12 +160,13 @@ class Protection:
             return f"no progress for {STALL_LEASES * self.policy.lease_s:g} s"
         return ""
 
-    def _adoptable(self, view: SnapshotView, nodes: Mapping[str, NodeState], inventory: Inventory) -> tuple[Plan, ...]:
+    def _adoptable(self, view: SnapshotView, nodes: Mapping[str, NodeState], target: int) -> tuple[Plan, ...]:
         """Plans that nodes report, if together they cover each rank once and are intact or can still become so."""
         usable = [
             state
             for state in view.plans
             if state.plan.plan_id not in self.dropped
+            and state.plan.m >= target
             and (
                 state.is_intact
                 or (state.plan.plan_id not in self.once_intact and not _why_impossible(state.plan, nodes))

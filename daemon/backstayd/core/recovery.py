@@ -94,14 +94,12 @@ class Recovery:
             self._open(context)
         if self.stage is Stage.FENCING and context.is_fenced(self.fence):
             self._decide(context, memory)
-        if self.is_active and self.decision is not None:
-            memory.unreleased[self.decision.decision_id] = None
         if self.stage is Stage.PREPARE:
             self._prepare(context)
         if self.stage is Stage.RECORD:
             self._record(context)
-        if self.stage is Stage.RELEASED and self.decision is not None:
-            memory.unreleased.pop(self.decision.decision_id, None)
+        if self.stage is Stage.RELEASED:
+            memory.is_proved_empty = False
 
     def recorded_hosts(self, context: RunContext) -> list[str]:
         """Hosts of the decision that have it on their tmpfs."""
@@ -196,8 +194,7 @@ class Recovery:
         )
         if choice.outcome in (Outcome.NONE, Outcome.REFUSED) and not context.has_long_memory:
             return  # a node that could say otherwise may still be on its way
-        if choice.outcome is Outcome.NONE and not memory.is_known:
-            memory.is_whole = True
+        memory.is_proved_empty = choice.is_proved_empty
         self.decision = self._make(context, memory, choice, world)
         self.stage = Stage.REFUSED if choice.outcome is Outcome.REFUSED else Stage.PREPARE
         self.say("refused" if choice.outcome is Outcome.REFUSED else "decided", _describe(self.decision))
