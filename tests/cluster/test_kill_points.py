@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.kit.light_world import Ranks, light_world, wait_protected
 
 from backstay import faults
 from backstay.testing import LocalCluster
+from tests.kit.light_world import Ranks, light_world, wait_protected
 
 RUN = "default/killed"
 LEASE_S = 1.0
@@ -70,7 +70,7 @@ def _restore_exactly(cluster: LocalCluster, *, steps: tuple[int, ...]) -> int:
             assert len(got) <= 1, f"ranks got different steps: {answers}"
             if all("step" in answer for answer in answers):
                 _compare(world, answers)
-                (step,) = got
+                step = int(got.pop())
                 assert step in steps, f"restored step {step}, not one of {steps}: {answers}"
                 _protect_on(cluster, world, step)
                 return step

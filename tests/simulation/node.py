@@ -202,6 +202,7 @@ class Node:
             allow_fresh=trainer.allow_fresh,
             last_step=trainer.last_step,
             skipped_step=trainer.skipped_step,
+            is_short_of_slots=trainer.skipped_step > 0,
         )
 
     # -- desired state ------------------------------------------------------------------------------------------------

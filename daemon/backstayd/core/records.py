@@ -154,6 +154,7 @@ class SessionRecord:
     last_step: int = 0  # newest step this session committed or was asked for
     skipped_step: int = 0  # newest step this rank skipped or abandoned (0: none)
     skip_reason: str = ""
+    is_short_of_slots: bool = False  # that step was skipped because no slot came free in time: snapshots come too fast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from backstayd.core.catalog import SnapshotView
 from backstayd.core.records import Schedule, SessionPhase, SessionRecord
 
 INTERVAL_LIMIT = 4096
-SMOOTH_INTERVALS = 32  # so many without a skip, and the interval is halved again
+SMOOTH_INTERVALS = 8  # so many without a skip, and the interval is halved again
 SMOOTH_LIMIT = 4096
 
 
@@ -115,7 +115,7 @@ class Pace:
         """
         newest = max((session.last_step for session in sessions), default=0)
         self._measure(newest, now_s)
-        skip = max((session.skipped_step for session in sessions), default=0)
+        skip = max((session.skipped_step for session in sessions if session.is_short_of_slots), default=0)
         if skip > self.handled_skip:
             self.handled_skip = skip
             self.smooth_from = newest

@@ -443,6 +443,8 @@ class RunState:
             return
         world = self._world(context)
         sessions: list[SessionRecord] = [session.record for session in world.values()]
+        if len(sessions) < self.recovery.decision.world_size:
+            return  # a broken world skips because it is broken
         attempt = self.recovery.decision.attempt
         is_protected = any(
             v.key.attempt == attempt and v.spares >= target for v in context.live_views if v.is_restorable

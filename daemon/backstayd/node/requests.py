@@ -154,11 +154,12 @@ class Requests:
         schedule = local.ScheduleBody(**record.to_json(desired.schedule))
         if grant is None:
             reason = "no slot came free"
+            can_come = desired.is_release_possible and self._context.is_coordinator_connected()
             if not self._context.is_coordinator_connected():
                 reason = "no slot is free, and none is released while the coordinator is away"
             elif not desired.is_release_possible:
                 reason = "no slot is free, and none can be released now"
-            session.skip(message.step, reason)
+            session.skip(message.step, reason, is_short_of_slots=can_come)
             self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
             self._context.changed()
             await self._send(local.Skipped(reason=reason, schedule=schedule, **words))

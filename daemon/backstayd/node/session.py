@@ -45,6 +45,7 @@ class Session:
     last_step: int = 0
     skipped_step: int = 0
     skip_reason: str = ""
+    is_short_of_slots: bool = False
     grants: dict[str, Grant] = field(default_factory=dict)  # by slot id
     answer: asyncio.Future[RestoreAnswer] | None = None
     lost_at_s: float = 0.0  # monotonic time at which the connection was lost; 0 while it stands
@@ -64,9 +65,10 @@ class Session:
             last_step=self.last_step,
             skipped_step=self.skipped_step,
             skip_reason=self.skip_reason,
+            is_short_of_slots=self.is_short_of_slots,
         )
 
-    def skip(self, step: int, reason: str) -> None:
-        """Note that ``step`` will not be committed by this rank."""
+    def skip(self, step: int, reason: str, *, is_short_of_slots: bool = False) -> None:
+        """Note that ``step`` will not be committed by this rank; ``is_short_of_slots``: because none came free in time."""
         if step > self.skipped_step:
-            self.skipped_step, self.skip_reason = step, reason
+            self.skipped_step, self.skip_reason, self.is_short_of_slots = step, reason, is_short_of_slots

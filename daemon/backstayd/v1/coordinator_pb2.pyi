@@ -314,6 +314,7 @@ class SessionRecord(_message.Message):
     LAST_STEP_FIELD_NUMBER: _builtins.int
     SKIPPED_STEP_FIELD_NUMBER: _builtins.int
     SKIP_REASON_FIELD_NUMBER: _builtins.int
+    IS_SHORT_OF_SLOTS_FIELD_NUMBER: _builtins.int
     world_id: _builtins.str
     """The set of processes that train together."""
     rank: _builtins.int
@@ -330,6 +331,8 @@ class SessionRecord(_message.Message):
     """Newest step this rank skipped; 0 for none."""
     skip_reason: _builtins.str
     """Why it was skipped."""
+    is_short_of_slots: _builtins.bool
+    """That step was skipped because no slot came free in time: snapshots come too fast."""
     @_builtins.property
     def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks whose shards this rank may read at restore."""
@@ -346,10 +349,11 @@ class SessionRecord(_message.Message):
         last_step: _builtins.int = ...,
         skipped_step: _builtins.int = ...,
         skip_reason: _builtins.str = ...,
+        is_short_of_slots: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "is_short_of_slots", b"is_short_of_slots", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
