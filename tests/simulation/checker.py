@@ -44,6 +44,7 @@ class Checker:
         self.runs: dict[str, RunTruth] = {}
         self.is_tolerant_of_corruption = False
         self.recorded_at: dict[str, set[str]] = {}
+        self._shapes: dict[str, dict[int, list[tuple[set[int], list[str]]]]] = {}
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ class Checker:
     # -- after every event --------------------------------------------------------------------------------------------
 
     def after_event(self) -> None:
-        if self.cluster.engine.event_count % 5 == 0:
+        if self.cluster.engine.event_count % 12 == 0:
             self.check()
 
     def check(self) -> None:
@@ -225,38 +226,40 @@ class Checker:
         return spares if size else -1
 
     def _plan_spares(
-        self,
-        plan: Plan,
-        rank: int,
-        holders: dict[str, set[str]],
-        parity: dict[tuple[str, int, int], set[str]],
+        self, plan: Plan, rank: int, holders: dict[str, set[str]], parity: dict[tuple[str, int, int], set[str]]
     ) -> int:
-        owners = [i for i, m in enumerate(plan.members) if any(s.rank == rank for s in m.shards)]
-        if not owners:
+        stripes = self._stripes_of(plan)
+        mine = [stripe for stripe, fragments in stripes.items() if any(rank in ranks for ranks, _ in fragments)]
+        if not mine:
             return -1
-        spares = 99
-        count = len(plan.members)
-        for stripe in geometry.member_stripes(owners[0], n=count, m=plan.m):
-            mine = geometry.segments(plan, owners[0], geometry.block_range(plan, stripe, owners[0]))
-            if any(segment.rank == rank for segment in mine):
-                spares = min(spares, self._stripe_spares(plan, stripe, holders, parity))
-        return spares
+        return min(self._stripe_spares(plan, stripe, stripes[stripe], holders, parity) for stripe in mine)
+
+    def _stripes_of(self, plan: Plan) -> dict[int, list[tuple[set[int], list[str]]]]:
+        """Per stripe its data fragments, each as the ranks and digests of the shards that its bytes are of."""
+        found = self._shapes.get(plan.plan_id)
+        if found is None:
+            found = self._shapes[plan.plan_id] = {}
+            count = len(plan.members)
+            for stripe in range(count):
+                for member in geometry.data_members(stripe, n=count, m=plan.m):
+                    digests = {s.rank: s.digest for s in plan.members[member].shards}
+                    chunks = geometry.block_range(plan, stripe, member)
+                    ranks = {segment.rank for segment in geometry.segments(plan, member, chunks)}
+                    found.setdefault(stripe, []).append((ranks, [digests[rank] for rank in ranks]))
+        return found
 
     def _stripe_spares(
         self,
         plan: Plan,
         stripe: int,
+        fragments: list[tuple[set[int], list[str]]],
         holders: dict[str, set[str]],
         parity: dict[tuple[str, int, int], set[str]],
     ) -> int:
-        places: list[set[str] | None] = []
-        for member in geometry.data_members(stripe, n=len(plan.members), m=plan.m):
-            digests = {s.rank: s.digest for s in plan.members[member].shards}
-            needed = list(geometry.segments(plan, member, geometry.block_range(plan, stripe, member)))
-            if not needed:
-                places.append(None)
-                continue
-            places.append(set.intersection(*(holders.get(digests[g.rank], set()) for g in needed)))
+        places: list[set[str] | None] = [
+            set.intersection(*(holders.get(digest, set()) for digest in digests)) if digests else None
+            for _, digests in fragments
+        ]
         places.extend(parity.get((plan.plan_id, stripe, index), set()) for index in range(plan.m))
         available = sum(1 for place in places if place is None or place)
         if available < plan.k:
