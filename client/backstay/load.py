@@ -43,7 +43,7 @@ class _Read:
     """What one shard's bytes are read into, and what is left to do with buffers afterwards."""
 
     shard: OpenShard
-    runs: list[tuple[int, int, int]] = field(default_factory=list)  # begin, end, address: in file order
+    runs: list[tuple[int, int, memoryview]] = field(default_factory=list)  # begin, end, memory: in file order
     buffers: list[tuple[TensorEntry, torch.Tensor, LocalTensor]] = field(default_factory=list)
 
 
@@ -73,10 +73,11 @@ def load(
         raise IntegrityError(
             f"the snapshot does not fit this model: {shown}; nothing was loaded", reason="layout_mismatch"
         )
-    with ThreadPoolExecutor(max_workers=max(1, min(thread_count, len(os.sched_getaffinity(0))))) as pool:
+    thread_count = max(1, min(thread_count, len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(max_workers=thread_count) as pool:
         for read in reads.values():
-            read.runs.sort()
-            _read_shard(read, pool)
+            read.runs.sort(key=lambda run: run[0])
+            _read_shard(read, pool, thread_count)
     with torch.no_grad():
         for read in reads.values():
             for entry, buffer, target in read.buffers:
@@ -113,11 +114,11 @@ def _plan_target(target: LocalTensor, parts: list[tuple[_Read, TensorEntry]]) ->
         covered.append(common)
         address = _direct_address(entry, target)
         if address is not None:
-            read.runs.append((entry.begin, entry.end, address))
+            _add_run(read, entry, address)
         else:
             buffer = _buffer(entry, is_pinned=target.local.device.type == "cuda")
             read.buffers.append((entry, buffer, target))
-            read.runs.append((entry.begin, entry.end, buffer.data_ptr()))
+            _add_run(read, entry, buffer.data_ptr())
     count = sum(_count(shape) for _, shape in covered)
     if count != target.local.numel():
         place = f"the {target.local.numel()} elements at {target.offsets} of {target.global_shape}"
@@ -130,8 +131,12 @@ def _plan_private(name: str, tensor: torch.Tensor, parts: list[tuple[_Read, Tens
         return f"{name} is in {len(parts)} shards, expected 1"
     read, entry = parts[0]
     if entry.end > entry.begin:
-        read.runs.append((entry.begin, entry.end, tensor.data_ptr()))
+        _add_run(read, entry, tensor.data_ptr())
     return ""
+
+
+def _add_run(read: _Read, entry: TensorEntry, address: int) -> None:
+    read.runs.append((entry.begin, entry.end, memory.view_at(address, entry.end - entry.begin)))
 
 
 def _buffer(entry: TensorEntry, *, is_pinned: bool) -> torch.Tensor:
@@ -181,7 +186,7 @@ def _scatter(entry: TensorEntry, buffer: torch.Tensor, target: LocalTensor) -> N
     destination.copy_(source)
 
 
-def _read_shard(read: _Read, pool: ThreadPoolExecutor) -> None:
+def _read_shard(read: _Read, pool: ThreadPoolExecutor, thread_count: int) -> None:
     """Read all windows of one shard that hold anything needed; a chunk is checked whole, with bytes nobody needs in scratch."""
     size = read.shard.manifest.size_bytes
     wanted = {
@@ -191,46 +196,46 @@ def _read_shard(read: _Read, pool: ThreadPoolExecutor) -> None:
         for window in range(begin // WINDOW_BYTES, (end - 1) // WINDOW_BYTES + 1)
     }
     begins = [begin for begin, _, _ in read.runs]
+    windows = iter(sorted(wanted))  # shared: each thread takes the next one, without a future for each
 
-    def work(window: int) -> None:
-        begin = window * WINDOW_BYTES
-        _read_window(read, begins, begin, min(begin + WINDOW_BYTES, size))
+    def work() -> None:
+        for window in windows:
+            begin = window * WINDOW_BYTES
+            _read_window(read, begins, begin, min(begin + WINDOW_BYTES, size))
 
-    for future in [pool.submit(work, window) for window in sorted(wanted)]:
-        future.result()
+    futures = [pool.submit(work) for _ in range(thread_count - 1)]
+    try:
+        work()
+    finally:
+        for future in futures:
+            future.result()
 
 
 def _read_window(read: _Read, begins: list[int], begin: int, end: int) -> None:
-    views = []
+    """Read bytes ``begin`` to ``end`` into the runs they belong to, in pieces that no chunk border cuts, and check them."""
+    pieces: list[tuple[int, memoryview]] = []
     position, index = begin, max(0, bisect_right(begins, begin) - 1)
     while position < end:
-        first, last, address = read.runs[index] if index < len(read.runs) else (end, end, 0)
-        if last <= position and index < len(read.runs):
+        while index < len(read.runs) and read.runs[index][1] <= position:
             index += 1
-            continue
-        stop = min(end, last if first <= position else first)
+        first, last, target = read.runs[index] if index < len(read.runs) else (end, end, memoryview(b""))
         is_needed = first <= position
-        views += _cut(position, stop, address + position - first if is_needed else None)
+        stop = min(end, last if is_needed else first)
+        view = target[position - first : stop - first] if is_needed else memoryview(bytearray(stop - position))
+        pieces += _cut(position, stop, view)
         position = stop
-        index += 1 if is_needed else 0
-    _read_exactly(read.shard, [view for _, view in views], begin)
-    _verify(read.shard, views)
+    _read_exactly(read.shard, [view for _, view in pieces], begin)
+    _verify(read.shard, pieces)
 
 
-def _cut(begin: int, end: int, address: int | None) -> list[tuple[int, memoryview]]:
-    """Views of bytes ``begin`` to ``end`` cut at chunk borders, over ``address`` or over scratch memory."""
-    views = []
-    scratch = memoryview(bytearray(end - begin)) if address is None else memoryview(b"")
-    position = begin
+def _cut(begin: int, end: int, view: memoryview) -> list[tuple[int, memoryview]]:
+    """(chunk, part of ``view``) for bytes ``begin`` to ``end``."""
+    parts, position = [], begin
     while position < end:
         stop = min(end, (position // CHUNK_BYTES + 1) * CHUNK_BYTES)
-        if address is None:
-            view = scratch[position - begin : stop - begin]
-        else:
-            view = memory.view_at(address + position - begin, stop - position)
-        views.append((position // CHUNK_BYTES, view))
+        parts.append((position // CHUNK_BYTES, view[position - begin : stop - begin]))
         position = stop
-    return views
+    return parts
 
 
 def _read_exactly(shard: OpenShard, views: list[memoryview], offset: int) -> None:

@@ -24,6 +24,11 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+# Not ctypes arrays: each length would make (and keep) a type of its own.
+_memoryview_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memoryview_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_memoryview_at.restype = ctypes.py_object
+_WRITABLE = 0x200  # PyBUF_WRITE
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -41,7 +46,7 @@ def view_at(address: int, count: int) -> memoryview:
     """A writable view of ``count`` bytes at ``address``; the caller keeps that memory alive."""
     if count == 0:
         return memoryview(bytearray())
-    return memoryview((ctypes.c_ubyte * count).from_address(address)).cast("B")
+    return _memoryview_at(address, count, _WRITABLE)
 
 
 def byte_count(tensor: torch.Tensor) -> int:
