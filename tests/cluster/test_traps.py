@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kit.light_world import Rank, Ranks, light_world, wait_protected
 
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
+from tests.kit.light_world import Rank, Ranks, light_world, wait_protected
 
 RUN = "default/trap"
 LEASE_S = 1.0
