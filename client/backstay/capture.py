@@ -49,6 +49,7 @@ class Capture:
         self.slot: memory.Mapping | None = None
         self.device_done: torch.cuda.Event | None = None
         self.drop_reason = ""
+        self.is_late = False  # dropped because its slot did not come in time
         self.settled = threading.Event()  # copied or dropped: neither living tensors nor staging are read any more
         self.launched = threading.Event()  # settled, or all that is left to read waits behind ``device_done``
         self.began = threading.Event()  # copying, copied or dropped

@@ -147,11 +147,15 @@ class Committed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandon:
-    """The capture into this slot failed or was cancelled; answered by Done."""
+    """The capture into this slot failed or was cancelled; answered by Done.
+
+    ``is_short_of_slots``: because the slot came too late for the step to wait, which raises the interval as Skipped does.
+    """
 
     step: int
     slot_id: str = ""
     reason: str = ""
+    is_short_of_slots: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

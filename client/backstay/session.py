@@ -243,7 +243,7 @@ class Session:
             capture.drop(reason)
         if slot is None or not capture.begin(slot):
             self.tally.skipped += 1
-            self._abandon(capture.step, capture.drop_reason)
+            self._abandon(capture.step, capture.drop_reason, is_late=capture.is_late)
             return
         assert self._held is not None
         slot_id = self._held[1]
@@ -345,12 +345,18 @@ class Session:
         else:
             self.tally.abandoned += 1
 
-    def _abandon(self, step: int, reason: str) -> None:
+    def _abandon(self, step: int, reason: str, *, is_late: bool = False) -> None:
         slot_id = ""
+        if self._held is not None and self._held[0] != step:
+            held_step, _ = self._held
+            self._abandon(held_step, f"reserved ahead; the snapshot is of step {step}")
         if self._held is not None:
             slot_id, self._held = self._held[1], None
         if self._connection is not None:
-            self._call(local.Abandon(step=step, slot_id=slot_id, reason=reason[:500]), self.identity.lease_s)
+            self._call(
+                local.Abandon(step=step, slot_id=slot_id, reason=reason[:500], is_short_of_slots=is_late),
+                self.identity.lease_s,
+            )
 
     def _note(self, schedule: local.ScheduleBody, redundancy: str, protected_step: int) -> None:
         if schedule != self.schedule:

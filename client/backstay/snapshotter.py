@@ -364,6 +364,7 @@ class Snapshotter:
     def _settle(self, capture: Capture, session: Session) -> None:
         wait_s = self._max_wait_s if session.is_responsive else 0.0
         if not capture.began.wait(wait_s) and capture.drop(f"no slot within {wait_s:g} s"):
+            capture.is_late = wait_s > 0
             session.note_stall()
             self._warn_once(
                 f"step {capture.step} is not captured: {session.tally.last_problem or capture.drop_reason}",

@@ -233,10 +233,10 @@ class Requests:
         )
 
     def _abandon(self, session: Session, message: local.Abandon) -> None:
-        grants = [grant for grant in session.grants.values() if grant.step == message.step]
-        for grant in grants:
-            self._give_back(session, grant, message.reason or "abandoned")
-        session.skip(message.step, message.reason or "abandoned")
+        reason = message.reason or "abandoned"
+        session.skip(message.step, reason, is_short_of_slots=message.is_short_of_slots)
+        for grant in [grant for grant in session.grants.values() if grant.step == message.step]:
+            self._give_back(session, grant, reason)
         self._context.changed()
 
     def _give_back(self, session: Session, grant: Grant, reason: str) -> None:
