@@ -292,6 +292,10 @@ class Checker:
             truth.floor is not None and len(truth.losses) + count <= self._parity(truth) for truth in self.runs.values()
         ) and len(self.runs) == len(self.cluster.jobs)
 
+    def forget(self, run: str) -> None:
+        """The run ended: nothing is promised any more."""
+        self.runs.pop(run, None)
+
     def protected_step(self, run: str) -> int:
         truth = self.runs.get(run)
         return truth.floor[1] if truth is not None and truth.floor is not None else 0

@@ -477,7 +477,9 @@ class Node:
         memory.shards.pop((shard.attempt, shard.step, shard.rank), None)
         memory.corrupt.discard(shard.digest)
         what = f"shard rank {shard.rank} of step {shard.step}"
-        memory.quarantined.append(Quarantined(what=what, attempt=shard.attempt, step=shard.step, reason="chunk 0"))
+        memory.quarantined.append(
+            Quarantined(what=what, attempt=shard.attempt, step=shard.step, reason="chunk 0", rank=shard.rank)
+        )
         self.changed()
 
     def quarantine_fragment(self, plan: Plan, stripe: int, index: int) -> None:

@@ -5,14 +5,14 @@ NONE needs evidence; a known run without a restorable snapshot is refused with w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
 from backstayd.core.catalog import SnapshotView
 from backstayd.core.context import RunContext
 from backstayd.core.placement import natural
-from backstayd.core.records import Outcome, ShardSource, SourceKind
+from backstayd.core.records import Outcome, Plan, ShardSource, SourceKind
 from backstayd.core.sentences import counted, listed
 
 REMEMBERED_SNAPSHOTS = 16
@@ -29,6 +29,11 @@ class Memory:
     newest_attempt: int = 0
     is_known: bool = False
     newest_complete: SnapshotKey | None = None
+
+    def holders_of(self, view: SnapshotView) -> dict[int, str]:
+        """Who held each shard when the snapshot was last complete; empty if it never was."""
+        known = view.snapshot_id or next((i for i, key in self.keys.items() if key == view.key), "")
+        return self.holders.get(known, {})
 
     def note(self, view: SnapshotView) -> None:
         """Remember a complete snapshot."""
@@ -77,7 +82,7 @@ def choose(
     if _is_proved_empty(context, memory):
         message = "no snapshot was ever complete: it starts from scratch again"
         return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
-    return _refuse(context, missing=_missing_all(context, memory, passed))
+    return _refuse(context, missing=_missing_all(context, memory, passed, excluded))
 
 
 def _restore(context: RunContext, memory: Memory, view: SnapshotView, passed: list[SnapshotView]) -> Choice:
@@ -128,7 +133,12 @@ def missing_prefix(missing: str) -> str:
     return missing if missing.startswith(" at step ") else f": {missing}"
 
 
-def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]) -> str:
+def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView], excluded: Collection[str]) -> str:
+    if passed and passed[0].snapshot_id in excluded:
+        return (
+            f" at step {passed[0].key.step}: its shards are there, but staging them failed again and again (see the logs "
+            "of the hosts)"
+        )
     known = [view for view in passed if view.snapshot_id] or passed
     had = "the newest step that could be had is none in memory"
     remembered = sorted(memory.keys.items(), key=lambda item: item[1], reverse=True)
@@ -151,40 +161,51 @@ def missing_sentence(context: RunContext, memory: Memory, view: SnapshotView) ->
         return ""
     is_one = len(lost) == 1
     subject = f"{counted(lost, 'rank')} {'is' if is_one else 'are'}"
-    if not view.snapshot_id and view.snapshot_id not in memory.holders:
+    remembered = memory.holders_of(view)
+    if not view.snapshot_id and not remembered:
         return f"{subject} missing: it never became complete"
+    corrupt = _corrupt_holders(context, view, lost)
     plans = [state.plan for state in view.plans if set(lost) & set(state.rank_spares)]
-    gone: set[str] = set()
-    for plan in plans:
-        for member in plan.members:
-            held = [view.key in _keys_on(context, member.node) or not member.shards]
-            if member.node not in context.nodes or not all(held):
-                gone.add(member.node)
-    if not gone:
-        remembered = memory.holders.get(view.snapshot_id, {})
-        gone = {remembered[r] for r in lost if r in remembered and not _holds(context, view, r, remembered[r])}
-    names = sorted(gone, key=natural)
+    names = sorted(_gone(context, view, lost, plans, remembered) - set(corrupt), key=natural)
     reasons = [f"node{'' if len(names) == 1 else 's'} {', '.join(names)} gone"] if names else []
-    if plans and view.snapshot_id in memory.protected:
-        m = max(plan.m for plan in plans)
-        reasons.append(f"{len(names)} loss{'' if len(names) == 1 else 'es'}, parity covers {m}")
-    elif plans:
-        m = max(plan.m for plan in plans)
-        count = f"{len(names)} loss{'' if len(names) == 1 else 'es'}, "
-        reasons.append(f"{count}parity covers {m}" if len(names) > m else "its parity was not complete")
+    reasons.extend(f"what {name} holds is corrupt" for name in corrupt)
+    count = len(names) + len(corrupt)
+    m = max((plan.m for plan in plans), default=0)
+    if plans and (view.snapshot_id in memory.protected or count > m):
+        reasons.append(f"{count} loss{'' if count == 1 else 'es'}, parity covers {m}")
     else:
-        reasons.append("it was not protected yet")
+        reasons.append("its parity was not complete" if plans else "it was not protected")
     return f"{subject} lost ({'; '.join(reasons)})"
+
+
+def _gone(
+    context: RunContext, view: SnapshotView, lost: Sequence[int], plans: Sequence[Plan], remembered: Mapping[int, str]
+) -> set[str]:
+    """Nodes that held their part of the snapshot and are away, or are back without it."""
+    members = {member.node for plan in plans for member in plan.members if member.shards}
+    gone = {name for name in members if view.key not in _keys_on(context, name)}
+    if gone:
+        return gone
+    held = {remembered[rank] for rank in lost if rank in remembered}
+    return {name for name in held if view.key not in _keys_on(context, name)}
+
+
+def _corrupt_holders(context: RunContext, view: SnapshotView, lost: Sequence[int]) -> list[str]:
+    """Present nodes on which the shard of a lost rank failed verification."""
+    found = {
+        mark.node or name
+        for name, node in context.nodes.items()
+        if context.run in node.runs
+        for mark in node.runs[context.run].quarantined
+        if (mark.attempt, mark.step) == (view.key.attempt, view.key.step) and mark.rank in lost
+    }
+    return sorted(found, key=natural)
 
 
 def _keys_on(context: RunContext, node: str) -> set[SnapshotKey]:
     state = context.nodes.get(node)
     report = state.runs.get(context.run) if state is not None else None
     return {shard.key for shard in report.shards} if report is not None else set()
-
-
-def _holds(context: RunContext, view: SnapshotView, rank: int, node: str) -> bool:
-    return node in context.inventory.holders(view.key, rank, view.digests.get(rank, ""))
 
 
 def sources_of(view: SnapshotView, placements: Mapping[int, str]) -> tuple[ShardSource, ...]:

@@ -262,6 +262,13 @@ class RunState:
 
     def _rebuild(self, context: RunContext) -> None:
         """Keep rebuilds that can finish, drop the others, begin new ones where shards are gone."""
+        for plan_id, rebuild in list(self.rebuilds.items()):
+            if not open_targets(rebuild, context.inventory):
+                del self.rebuilds[plan_id]
+                self.again("rebuild")
+                ranks = [target.rank for target in rebuild.targets]
+                step = rebuild.plan.step
+                self.say("repaired", f"the shards of {counted(ranks, 'rank')} at step {step} are rebuilt")
         view, placements = self._rebuild_view(context)
         if view is None:
             self.rebuilds = {}
@@ -270,14 +277,10 @@ class RunState:
             is_right = rebuild.plan.snapshot_id == view.snapshot_id and all(
                 placements.get(target.rank, target.node) == target.node for target in rebuild.targets
             )
-            is_open = bool(open_targets(rebuild, context.inventory))
-            possible = is_still_possible(rebuild, nodes=context.nodes, inventory=context.inventory, shapes=self.shapes)
-            if not (is_right and is_open and possible):
+            if not is_right or not is_still_possible(
+                rebuild, nodes=context.nodes, inventory=context.inventory, shapes=self.shapes
+            ):
                 del self.rebuilds[plan_id]
-                if is_right and not is_open:
-                    self.again("rebuild")
-                    ranks = [target.rank for target in rebuild.targets]
-                    self.say("repaired", f"the shards of {counted(ranks, 'rank')} at step {view.key.step} are rebuilt")
         under_way = {t.rank for rebuild in self.rebuilds.values() for t in rebuild.targets}
         if not set(view.unheld_ranks) - under_way:
             return

@@ -1,0 +1,323 @@
+"""The traps of this trade, each played on the simulated cluster where the true state is known."""
+
+from __future__ import annotations
+
+from backstayd.core.coordinator import Coordinator
+from backstayd.core.policy import CorePolicy
+from backstayd.core.records import Outcome, SessionPhase
+from backstayd.core.recovery import Stage
+from tests.simulation.cluster import Cluster, Control, Job
+from tests.simulation.engine import Engine
+
+RUN = "default/gpt"
+
+
+def cluster_of(node_count: int, *, seed: int = 1, policy: CorePolicy | None = None) -> tuple[Engine, Cluster]:
+    engine = Engine(seed)
+    return engine, Cluster(engine, node_count=node_count, policy=policy)
+
+
+def training(
+    node_count: int, *, seed: int = 1, policy: CorePolicy | None = None, run: str = RUN
+) -> tuple[Engine, Cluster, Job]:
+    engine, cluster = cluster_of(node_count, seed=seed, policy=policy)
+    job = Job(run, {rank: f"n{rank + 1}" for rank in range(node_count)})
+    cluster.start_job(job)
+    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(run), limit_s=20)
+    return engine, cluster, job
+
+
+def again(engine: Engine, cluster: Cluster, job: Job, world_id: str) -> None:
+    """The job trains in another world than ``world_id``."""
+    assert engine.run_until(lambda: job.world_id != world_id and cluster.is_training(job), limit_s=30), job.refusals
+
+
+def test_a_node_of_a_dead_history_that_comes_back_is_neither_restored_from_nor_mixed_in() -> None:
+    engine, cluster, job = training(6)
+    engine.run_for(3)
+    world = job.world_id
+    cluster.cut("n6", 6.0)  # away with its shards of the steps to come
+    engine.run_for(0.5)
+    cluster.kill_trainer(job.trainers[0])
+    cluster.kill_trainer(job.trainers[5])
+    job.placements[5] = "n5"
+    again(engine, cluster, job, world)
+    base = job.decision.base if job.decision is not None else None
+    assert base is not None
+    assert engine.run_until(lambda: job.step > base.step + 4, limit_s=20)  # the same steps again, with other bytes
+    engine.run_for(5)  # n6 is back; the checker compares the writers of whatever is restored
+    world = job.world_id
+    cluster.kill_trainer(job.trainers[1])
+    again(engine, cluster, job, world)
+    assert {source.digest.split("/")[1] for source in job.decision.sources} == {world}  # type: ignore[union-attr]
+    assert engine.run_until(lambda: len({k.attempt for k in cluster.kept_keys(RUN)}) == 1, limit_s=20), "old bytes went"
+
+
+def test_a_member_that_is_lost_in_the_middle_of_an_encode_makes_a_new_plan() -> None:
+    engine, cluster, job = training(6)
+    cluster.work_s = (0.5, 0.9)  # every encode is slow enough to be caught in the middle
+    state = cluster.core().runs[RUN]
+
+    def is_encoding() -> bool:
+        return any(not s.was_intact and s.progress[0] > 0 for s in state.protection.sets.values())
+
+    assert engine.run_until(is_encoding, limit_s=20)
+    doomed = [plan.plan_id for s in state.protection.sets.values() if not s.was_intact for plan in s.plans]
+    world = job.world_id
+    cluster.restart_s = (3.0, 4.0)
+    cluster.destroy("n3", replace_after_s=1.0)
+    again(engine, cluster, job, world)
+    cluster.work_s = (0.01, 0.05)
+    assert engine.run_until(lambda: cluster.is_protected(RUN) and job.step > 8, limit_s=30)
+    current = {plan.plan_id for s in state.protection.sets.values() for plan in s.plans}
+    assert not current & set(doomed)
+    held = {plan_id for node in cluster.nodes.values() for plan_id in node.memory[RUN].plans}
+    assert not held & set(doomed), "nothing of the dropped plan is left"
+
+
+def test_trainers_and_coordinator_that_restart_together_never_start_from_scratch() -> None:
+    for seed in range(5):
+        engine, cluster, job = training(4, seed=seed)
+        world = job.world_id
+        cluster.crash_coordinator(engine.between(0.0, 1.0))
+        cluster.kill_trainer(job.trainers[seed % 4])
+        again(engine, cluster, job, world)
+        assert cluster.outcome(job) is Outcome.EXACT, f"seed {seed}"
+
+
+def test_a_daemon_that_is_away_while_the_coordinator_starts_is_waited_for() -> None:
+    engine, cluster, job = training(4)
+    world = job.world_id
+    cluster.crash_coordinator(0.1)
+    cluster.cut("n4", 0.8)
+    cluster.kill_trainer(job.trainers[0])
+    again(engine, cluster, job, world)
+    assert cluster.outcome(job) is Outcome.EXACT
+    assert not job.refusals
+
+
+def test_one_rank_that_asks_late_after_another_loss_gets_the_same_step_as_all() -> None:
+    engine, cluster, job = training(6)
+    world = job.world_id
+    late = cluster.nodes["n4"]
+    late.is_paused = True  # its rank cannot ask
+    cluster.kill_trainer(job.trainers[0])
+    assert engine.run_until(lambda: job.world_id != world, limit_s=10)
+    cluster.destroy("n6", replace_after_s=1.0)
+    engine.run_for(0.5)
+    late.resume()
+    again(engine, cluster, job, job.world_id if cluster.is_training(job) else world)
+    assert len({t.last_step for t in job.trainers.values()}) <= 2, "released from one base (I2 is checked at release)"
+    assert cluster.outcome(job) in (Outcome.EXACT, Outcome.EXACT_OLDER)
+
+
+def test_a_rank_that_dies_before_the_release_abandons_the_decision() -> None:
+    engine, cluster, job = training(4)
+    state = cluster.core().runs[RUN]
+    world = job.world_id
+    cluster.kill_trainer(job.trainers[0])
+    assert engine.run_until(lambda: state.recovery.stage is Stage.PREPARE, limit_s=20)
+    abandoned = state.recovery.decision
+    cluster.kill_trainer(job.trainers[2])
+    again(engine, cluster, job, world)
+    assert abandoned is not None
+    assert job.decision is not None
+    assert job.decision.decision_id != abandoned.decision_id
+    assert job.decision.attempt > abandoned.attempt
+
+
+def crash_when_recorded_on_some(*, seed: int) -> tuple[Engine, Cluster, Job, str]:
+    engine, cluster, job = training(4, seed=seed)
+    state = cluster.core().runs[RUN]
+    cluster.kill_trainer(job.trainers[0])
+
+    def is_partly_recorded() -> bool:
+        decision = state.recovery.decision
+        if state.recovery.stage is not Stage.RECORD or decision is None:
+            return False
+        count = sum(
+            1
+            for node in cluster.nodes.values()
+            if (held := node.memory[RUN].decision) is not None and held.decision_id == decision.decision_id
+        )
+        return 0 < count < 4
+
+    assert engine.run_until(is_partly_recorded, limit_s=20)
+    assert state.recovery.decision is not None
+    cluster.crash_coordinator(0.3)
+    return engine, cluster, job, state.recovery.decision.decision_id
+
+
+def test_a_decision_recorded_on_some_hosts_is_finished_by_the_next_coordinator() -> None:
+    engine, cluster, job, decision_id = crash_when_recorded_on_some(seed=3)
+    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20)
+    assert job.decision is not None
+    assert job.decision.decision_id == decision_id
+
+
+def test_a_decision_recorded_on_some_hosts_is_abandoned_when_a_rank_dies() -> None:
+    engine, cluster, job, decision_id = crash_when_recorded_on_some(seed=4)
+    world = job.world_id
+    cluster.kill_trainer(job.trainers[3])
+    again(engine, cluster, job, world)
+    assert job.decision is not None
+    assert job.decision.decision_id != decision_id
+    assert job.decision.outcome is Outcome.EXACT
+
+
+def test_a_frozen_coordinator_that_thaws_is_not_obeyed() -> None:
+    engine, cluster, job = training(4)
+    old = cluster.control
+    assert isinstance(old, Control)
+    cluster.second_coordinator(resume_after_s=4.0)
+    world = job.world_id
+    cluster.kill_trainer(job.trainers[1])
+    again(engine, cluster, job, world)
+    engine.run_for(6)
+    assert {node.generation.incarnation for node in cluster.nodes.values()} == {cluster.core().incarnation}
+    assert cluster.is_training(job)
+
+
+def test_two_coordinators_that_nodes_hear_at_once_do_not_both_act() -> None:
+    engine, cluster, _ = training(4)
+    first = cluster.core()
+    second = Coordinator(cluster.policy, "other", now_s=engine.now_s)
+    for node in cluster.nodes.values():
+        second.observe(node.report(), engine.now_s)
+    second.evaluate()
+    assert second.is_settled
+    for node in cluster.nodes.values():
+        node.receive(second.desired(node.name), node.incarnation)
+    engine.run_for(0.3)
+    assert not first.is_settled, "the first has seen a higher generation of another and stands back"
+    assert first.desired("n1").runs == ()
+
+
+def test_a_corrupt_local_shard_is_quarantined_and_rebuilt_instead() -> None:
+    engine, cluster, job = training(4)
+    cluster.checker.is_tolerant_of_corruption = True
+    world = job.world_id
+    cluster.kill_trainer(job.trainers[0])
+    node = cluster.nodes["n2"]
+    assert engine.run_until(lambda: bool(node.memory[RUN].shards), limit_s=5)
+    for shard in node.memory[RUN].shards.values():
+        node.memory[RUN].corrupt.add(shard.digest)
+    again(engine, cluster, job, world)
+    assert job.decision is not None
+    kinds = [source.kind.value for source in job.decision.sources]
+    assert kinds.count("rebuild") == 1 or "local" in kinds
+    assert any(mark.what.startswith("shard rank 1") for mark in node.memory[RUN].quarantined)
+    assert not job.refusals
+    kinds_of_events = {event.kind for event in cluster.core().timeline.all()}
+    assert "quarantined" in kinds_of_events
+
+
+def test_without_parity_a_corrupt_shard_leads_to_the_older_snapshot_with_a_reason() -> None:
+    engine, cluster = cluster_of(2, policy=CorePolicy(parity=0, keep=2, lease_s=1.5))
+    cluster.checker.is_tolerant_of_corruption = True
+    job = Job(RUN, {0: "n1", 1: "n2"})
+    cluster.start_job(job)
+    assert engine.run_until(lambda: len(cluster.kept_keys(RUN)) == 2, limit_s=20)
+    assert engine.run_until(lambda: cluster.core().runs[RUN].evaluation is not None, limit_s=1)
+    job.is_stopped = True
+    engine.run_for(2)
+    state = cluster.core().runs[RUN]
+    assert state.context is not None
+    newest, older = [view for view in state.context.live_views if view.is_restorable][:2]
+    node = cluster.nodes["n2"]
+    node.quarantine_shard(RUN, node.memory[RUN].shards[newest.key.attempt, newest.key.step, 1])
+    engine.run_for(0.2)
+    explain = cluster.core().status(engine.now_s)["runs"][0]["explain"]
+    assert explain["outcome"] == "EXACT_OLDER"
+    assert explain["step"] == older.key.step
+    assert (
+        f"restoring step {older.key.step}, not {newest.key.step}: rank 1 is lost (what n2 holds is corrupt"
+        in (explain["message"])
+    )
+
+
+def test_ranks_whose_snapshots_arrive_with_jitter_keep_being_protected() -> None:
+    engine, cluster, job = training(4)
+    cluster.work_s = (0.1, 0.5)  # protection takes longer than a step
+    job.step_s = 0.15
+    start = cluster.checker.protected_step(RUN)
+    for _ in range(4):
+        engine.run_for(10)
+        cluster.checker.check()
+        assert cluster.checker.protected_step(RUN) > start, "some snapshot becomes complete and protected all the time"
+        start = cluster.checker.protected_step(RUN)
+    assert cluster.core().runs[RUN].pace.schedule.interval_steps > 1
+
+
+def test_two_jobs_at_once_do_not_see_each_other() -> None:
+    engine, cluster = cluster_of(4)
+    jobs = [Job(run, {rank: f"n{rank + 1}" for rank in range(4)}) for run in ("a/x", "b/x")]
+    for job in jobs:
+        cluster.start_job(job)
+    assert engine.run_until(lambda: all(cluster.is_training(job) for job in jobs), limit_s=20)
+    engine.run_for(4)
+    world_a, world_b = jobs[0].world_id, jobs[1].world_id
+    cluster.kill_trainer(jobs[0].trainers[0])
+    again(engine, cluster, jobs[0], world_a)
+    assert cluster.outcome(jobs[0]) is Outcome.EXACT
+    assert jobs[1].world_id == world_b
+    assert cluster.is_training(jobs[1]), "the other job was not disturbed"
+
+
+def test_a_world_of_another_size_is_refused_with_both_sizes() -> None:
+    engine, cluster, job = training(4)
+    job.is_stopped = True
+    for trainer in list(job.trainers.values()):
+        cluster.kill_trainer(trainer)
+    smaller = Job(RUN, {0: "n1", 1: "n2", 2: "n3"})
+    cluster.start_job(smaller)
+    assert engine.run_until(lambda: bool(smaller.refusals), limit_s=20)
+    smaller.is_stopped = True
+    assert "was made by 4 ranks and this world has 3" in smaller.refusals[0]
+
+
+def test_a_finished_run_is_forgotten_everywhere_and_its_name_can_be_used_again() -> None:
+    engine, cluster, job = training(4)
+    job.is_stopped = True
+    cluster.checker.forget(RUN)
+    for trainer in job.trainers.values():
+        trainer.phase = SessionPhase.ENDED
+        cluster.nodes[trainer.node].changed()
+    assert engine.run_until(lambda: not cluster.kept_keys(RUN), limit_s=20)
+    for trainer in job.trainers.values():
+        cluster.nodes[trainer.node].trainers.remove(trainer)
+        cluster.nodes[trainer.node].changed()
+    engine.run_for(2)
+    later = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    cluster.start_job(later)
+    assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
+    assert cluster.outcome(later) is Outcome.NONE
+
+
+def test_a_node_that_was_away_when_its_run_was_forgotten_forgets_it_when_it_comes_back() -> None:
+    engine, cluster, job = training(4)
+    job.is_stopped = True
+    cluster.cut("n4", 4.0)
+    cluster.checker.forget(RUN)
+    for trainer in job.trainers.values():
+        trainer.phase = SessionPhase.ENDED
+        cluster.nodes[trainer.node].changed()
+    engine.run_for(0.4)
+    core = cluster.core()
+    core.runs[RUN].is_forgetting = True  # as when the last rank's word came just before the cut
+    engine.run_for(3.0)
+    assert cluster.nodes["n4"].memory[RUN].shards
+    assert engine.run_until(lambda: not cluster.kept_keys(RUN), limit_s=20)
+
+
+def test_a_job_that_waits_for_a_replacement_is_repaired_meanwhile() -> None:
+    engine, cluster, job = training(6)
+    job.is_stopped = True
+    cluster.destroy("n2", replace_after_s=None)
+    assert engine.run_until(lambda: not cluster.is_protected(RUN), limit_s=10), "prove that it is broken"
+    assert engine.run_until(lambda: cluster.redundancy(RUN) == "PROTECTED(2)", limit_s=20)
+    state = cluster.core().runs[RUN]
+    assert state.context is not None
+    best = next(view for view in state.context.live_views if view.spares == 2)
+    assert all("n2" not in nodes for nodes in best.holders.values())
+    assert {"rebuild", "repaired"} <= {event.kind for event in cluster.core().timeline.all()}
