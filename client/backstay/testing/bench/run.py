@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     """Parse, measure, report."""
     settings = arguments.parse(argv)
     found = Collection()
-    scratch = Path(tempfile.mkdtemp(prefix="backstay-bench-", dir="/dev/shm"))
+    scratch = Path(tempfile.mkdtemp(prefix=f"backstay-bench-{os.getpid()}-", dir="/dev/shm"))
     try:
         for part in settings.parts:
             label, measure = _PARTS[part]

@@ -49,7 +49,7 @@ def _save_beside_memcpy(world: World, found: Collection, suffix: str) -> None:
     copy = world.ask("memcpy")[0]
     save = world.ask("save", method="backstay")[0]
     if not save["is_taken"]:
-        raise MeasurementError("a snapshot of the commit measurement was skipped", reason="skipped")
+        raise MeasurementError(f"a snapshot of the commit measurement was skipped: {save['why_not']}", reason="skipped")
     found.add(f"memcpy{suffix}", world.size_bytes / copy["to_tmpfs_s"], unit="bytes/s", stolen_s=copy["stolen_s"])
     found.add(f"commit{suffix}", world.size_bytes / save["seconds"], unit="bytes/s", stolen_s=save["stolen_s"])
     stolen = copy["stolen_s"] + save["stolen_s"]
