@@ -11,13 +11,14 @@ from backstayd.core.choosing import Memory
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.nodes import NodeState
+from backstayd.core.pace import Pace
 from backstayd.core.placement import group_count
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protection import Protection
 from backstayd.core.rebuilding import choose_targets, is_still_possible, open_targets, plan_rebuilds
 from backstayd.core.records import Decision, Rebuild, RunDesired, SessionPhase, SessionRecord
 from backstayd.core.recovery import Recovery, Say, Stage
-from backstayd.core.retention import Pace, abandoned_keys, releasable
+from backstayd.core.retention import abandoned_keys, releasable
 from backstayd.core.sentences import counted, listed
 
 
