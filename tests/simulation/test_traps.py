@@ -181,6 +181,7 @@ def test_a_frozen_coordinator_that_thaws_is_not_obeyed() -> None:
 def test_two_coordinators_that_nodes_hear_at_once_do_not_both_act() -> None:
     engine, cluster, _ = training(4)
     first = cluster.core()
+    engine.run_for(2 * cluster.lease_s)
     second = Coordinator(cluster.policy, "other", now_s=engine.now_s)
     for node in cluster.nodes.values():
         second.observe(node.report(), engine.now_s)

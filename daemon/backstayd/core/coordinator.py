@@ -80,6 +80,9 @@ class Coordinator:
             return True
         present = {node.name: node for node in self.nodes.present()}
         for name in list(self.runs):
+            is_sure = self._has_long_memory() or self.runs[name].named_nodes(present) <= set(self.nodes.nodes)
+            if not is_sure:
+                continue  # somebody who knows more of this run may still be on its way
             self.runs[name].evaluate(
                 present, generation=self.generation, has_long_memory=self._has_long_memory(), now_s=self._now_s
             )
@@ -186,8 +189,10 @@ class Coordinator:
             default=0,
         )
         if self.is_settled:
-            if foreign > self.generation.number:
+            if foreign > self.generation.number and self._has_long_memory():
                 self._step_back(foreign)
+            elif foreign > self.generation.number:  # a late word of the coordinator before this one
+                self.generation = Generation(foreign + 1, self.incarnation)
             return
         named = self._named_nodes()
         have_reported = bool(named) and named <= set(self.nodes.nodes)
@@ -211,13 +216,8 @@ class Coordinator:
 
     def _named_nodes(self) -> set[str]:
         """Nodes that reports say have a part in some run."""
-        named: set[str] = set()
-        for node in self.nodes.present():
-            for run in node.report.runs:
-                named.update(member.node for plan in run.plans for member in plan.members)
-                if run.decision is not None:
-                    named.update(place.node for place in run.decision.placements)
-        return named
+        present = {node.name: node for node in self.nodes.present()}
+        return {name for state in self.runs.values() for name in state.named_nodes(present)}
 
     def _peers(self, state: RunState, desired: RunDesired, present: Mapping[str, NodeState]) -> dict[str, Peer]:
         names = {name for name, node in present.items() if state.run in node.runs}

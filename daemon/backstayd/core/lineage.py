@@ -9,20 +9,23 @@ from backstayd.core.records import Decision, Lineage, Outcome
 
 
 def newest_decision(decisions: Iterable[Decision]) -> Decision | None:
-    """The decision that the run's history follows: highest attempt, then highest generation."""
+    """The decision that the run's history follows: of the highest generation, which fenced off the others."""
     made = [decision for decision in decisions if decision.outcome is not Outcome.REFUSED]
-    return max(made, key=lambda d: (d.attempt, d.generation.number, d.decision_id), default=None)
+    return max(made, key=lambda d: (d.generation.number, d.attempt, d.decision_id), default=None)
 
 
-def live_lineage(head: Decision | None, views: Sequence[SnapshotView]) -> tuple[Lineage, ...]:
+def live_lineage(
+    head: Decision | None, views: Sequence[SnapshotView], decisions: Iterable[Decision] = ()
+) -> tuple[Lineage, ...]:
     """The live attempts, newest first.
 
-    An attempt above the newest known decision has lost all its witnesses: where it began is not known, so only its own
-    snapshots are trusted.
+    An attempt above the newest decision that belongs to no known decision has lost all its witnesses: where it began is
+    not known, so only its own snapshots are trusted.
     """
     known = head.lineage if head is not None else ()
     top = known[0].attempt if known else 0
-    newest = max((view.key.attempt for view in views), default=0)
+    witnessed = {decision.attempt for decision in decisions}
+    newest = max((view.key.attempt for view in views if view.key.attempt not in witnessed), default=0)
     if newest > top:
         return (Lineage(attempt=newest, base_attempt=0, base_step=0),)
     return known

@@ -69,6 +69,7 @@ class Recovery:
     decision: Decision | None = None
     fence: int = 0
     opened_s: float = 0.0
+    adopted_id: str = ""  # the decision of a former coordinator that was taken over
     closed: dict[str, None] = field(default_factory=dict)
     failures: dict[tuple[str, int], int] = field(default_factory=dict)
 
@@ -86,7 +87,7 @@ class Recovery:
 
     def update(self, context: RunContext, memory: Memory) -> None:
         """Go as far as the reports allow."""
-        if self.stage is Stage.IDLE and self.world_id == "":
+        if self._is_news(context):
             self._adopt(context)
         if self.is_active:
             self._check_world(context)
@@ -125,12 +126,27 @@ class Recovery:
     def _hosts(self) -> list[str]:
         return sorted(set(self.placements().values()), key=natural)
 
+    def _is_news(self, context: RunContext) -> bool:
+        """Whether the newest recorded decision is one of a former coordinator that this one does not follow yet."""
+        head = context.head
+        if (
+            head is None
+            or self.is_active
+            or head.decision_id == self.adopted_id
+            or head.generation.number <= self.fence
+        ):
+            return False
+        own = self.decision.generation.number if self.decision is not None else 0
+        return head.generation.number > own
+
     def _adopt(self, context: RunContext) -> None:
         """Take over what a former coordinator decided, as far as hosts have recorded it."""
         head = context.head
         if head is None:
             return
+        self.adopted_id = head.decision_id
         self.world_id = head.world_id
+        self.stage, self.decision = Stage.IDLE, None
         world = context.worlds.get(head.world_id, {})
         phases = {session.record.phase for session in world.values()}
         hosts = {place.node for place in head.placements}

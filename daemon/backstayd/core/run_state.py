@@ -133,6 +133,17 @@ class RunState:
         if best >= 0:
             assert max((view.spares for view in kept), default=-1) >= min(best, evaluation.target), "law 1"
 
+    def named_nodes(self, nodes: Mapping[str, NodeState]) -> set[str]:
+        """Nodes that reports say have a part in this run."""
+        named: set[str] = set()
+        for node in nodes.values():
+            report = node.runs.get(self.run)
+            if report is not None:
+                named.update(member.node for plan in report.plans for member in plan.members)
+                if report.decision is not None:
+                    named.update(place.node for place in report.decision.placements)
+        return named
+
     def fresh_context(self, nodes: Mapping[str, NodeState], *, generation: Generation, now_s: float) -> RunContext:
         """The run as the newest reports show it, before they are evaluated."""
         return self._take_context(nodes, generation, has_long_memory=False, now_s=now_s)
@@ -144,7 +155,7 @@ class RunState:
         views = tuple(build_views(inventory, self.shapes))
         known = [decision for decision, _ in inventory.decisions.values()]
         self.head = newest_decision([*known, *([self.head] if self.head is not None else [])])
-        lineage = live_lineage(self.head, views)
+        lineage = live_lineage(self.head, views, known)
         return RunContext(
             run=self.run,
             now_s=now_s,
@@ -348,8 +359,7 @@ class RunState:
 
     def _dead(self, context: RunContext) -> set[int]:
         """Snapshots that a decision left behind; none while the newest decision's witnesses are all away."""
-        newest = max((view.key.attempt for view in context.views), default=0)
-        if context.head is None or newest > context.head.attempt:
+        if context.head is None or context.lineage != context.head.lineage:
             return set()
         return set(range(len(context.views))) - context.live
 
