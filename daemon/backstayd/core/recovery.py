@@ -153,10 +153,8 @@ class Recovery:
         _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
         if phases & {SessionPhase.TRAINING, SessionPhase.ENDED} or hosts <= recorded:
             self.stage, self.decision = Stage.RELEASED, head
-            self.say("decided", f"kept the decision of {listed(sorted(recorded))}: {_describe(head)}")
-        elif is_waiting(world) and hosts == {session.node for session in world.values()}:
-            self.stage, self.decision = Stage.PREPARE, head
-            self.say("decided", f"finishing the decision that {listed(sorted(recorded))} recorded: {_describe(head)}")
+            self.say("settled", f"kept the decision of {listed(sorted(recorded))}: {_describe(head)}")
+        # a world that still waits is opened next, and goes on with this decision
 
     def _check_world(self, context: RunContext) -> None:
         """Abandon when a rank of the world is gone or moved before the release."""
@@ -193,6 +191,11 @@ class Recovery:
         world = context.worlds[self.world_id]
         nodes = sorted({session.node for session in world.values()}, key=natural)
         self.say("world_opened", f"{len(world)} ranks on {listed(nodes)} wait to restore (world {self.world_id[:8]})")
+        head = context.head
+        if head is not None and head.world_id == self.world_id and _runs_where_decided(world, head):
+            self.stage, self.decision = Stage.PREPARE, head
+            self.say("settled", f"finishing the decision that some hosts recorded: {_describe(head)}")
+            return
         self._fence()
 
     def _fence(self) -> None:
@@ -342,6 +345,11 @@ class Recovery:
         staging = self._staging(context, host)
         is_said = staging is not None and staging.state is StagingState.RECORDED
         return is_said or (report.decision is not None and report.decision.decision_id == self.decision.decision_id)
+
+
+def _runs_where_decided(world: World, decision: Decision) -> bool:
+    """Whether each rank of the world is on the node that the decision names."""
+    return {rank: s.node for rank, s in world.items()} == {place.rank: place.node for place in decision.placements}
 
 
 def _quarantined_count(context: RunContext) -> int:
