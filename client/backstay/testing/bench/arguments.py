@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> Settings:
     parser.add_argument("--size", help="state per rank (default 512MiB)")
     parser.add_argument("--protect-size", help="shard per node in the protect and rebuild part (default: as --size)")
     parser.add_argument("--ranks", type=int, help="trainers of the step part, one node each (default 2)")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (default 5)")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default 3)")
     parser.add_argument("--rebuild-rounds", type=int, help="nodes destroyed, one after another (default 2)")
     parser.add_argument("--steps", type=int, help="timed steps per round and method (default 3)")
     parser.add_argument("--cpu-step-s", type=float, help="length of a CPU-bound step (default 2.0)")
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> Settings:
         size_bytes=size,
         protect_size_bytes=parse_size(given.protect_size) if given.protect_size else size,
         ranks=given.ranks or 2,
-        rounds=given.rounds or (1 if quick else 5),
+        rounds=given.rounds or (1 if quick else 3),
         rebuild_rounds=given.rebuild_rounds or (1 if quick else 2),
         steps=given.steps or (2 if quick else 3),
         cpu_step_s=given.cpu_step_s or (0.1 if quick else 2.0),

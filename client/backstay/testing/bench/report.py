@@ -86,6 +86,7 @@ def machine(settings: Settings) -> dict[str, Any]:
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": os.getloadavg(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
