@@ -1,1 +1,1 @@
-"""Bytes between machines: gRPC for control (the only place that imports grpc), plain sockets for bulk. Imports nothing itself."""
+"""Bytes between machines: gRPC for control (nothing else imports grpc), plain sockets for bulk. Imports nothing itself."""

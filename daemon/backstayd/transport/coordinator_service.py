@@ -130,7 +130,7 @@ class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def __init__(self, server: CoordinatorServer) -> None:
         self._server = server
 
-    async def Sync(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override] # noqa: N802
+    async def Sync(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         try:
             await self._server.sync(request_iterator, context)
         except BackstayError as error:
@@ -142,10 +142,10 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
     def __init__(self, backend: CoordinatorBackend) -> None:
         self._backend = backend
 
-    async def GetStatus(self, request: Any, context: Any) -> operator_pb2.GetStatusResponse:  # noqa: N802
+    async def GetStatus(self, request: Any, context: Any) -> operator_pb2.GetStatusResponse:
         return operator_pb2.GetStatusResponse(document_json=json.dumps(self._backend.status()))
 
-    async def Forget(self, request: Any, context: Any) -> operator_pb2.ForgetResponse:  # noqa: N802
+    async def Forget(self, request: Any, context: Any) -> operator_pb2.ForgetResponse:
         try:
             self._backend.forget(request.run)
         except BackstayError as error:
