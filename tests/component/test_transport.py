@@ -28,10 +28,14 @@ class RecordingBackend:
 
     def __init__(self) -> None:
         self.reports: list[NodeReport] = []
+        self.suspects: list[tuple[str, str]] = []
         self.answer = NodeDesired(generation=Generation(1, "c"))
 
     def observe(self, report: NodeReport) -> None:
         self.reports.append(report)
+
+    def suspect(self, node: str, incarnation: str) -> None:
+        self.suspects.append((node, incarnation))
 
     def desired(self, node: str) -> NodeDesired:
         return self.answer
@@ -74,6 +78,22 @@ def test_a_report_goes_up_and_desired_state_comes_down() -> None:
         await until(lambda: desired[-1] == backend.answer, "the changed answer")
         await link.close()
         assert not link.is_connected
+        await server.close()
+
+    run(scenario)
+
+
+def test_a_node_whose_stream_breaks_is_suspected_at_once() -> None:
+    async def scenario() -> None:
+        backend = RecordingBackend()
+        server = CoordinatorServer("127.0.0.1:0", backend, lease_s=LEASE_S)
+        link = CoordinatorLink(await server.start(), report=report_of, on_desired=lambda _: None, lease_s=LEASE_S)
+        link.start()
+        await until(lambda: backend.reports, "the first report")
+        assert backend.suspects == []
+        await link.close()
+        await until(lambda: backend.suspects, "the broken stream to be noticed")
+        assert backend.suspects[0] == ("n1", "i1")
         await server.close()
 
     run(scenario)

@@ -47,3 +47,20 @@ def test_three_destroyed_nodes_of_six_are_refused_with_an_exact_message() -> Non
     assert job.refusals[0].startswith("cannot restore default/gpt at step "), job.refusals
     assert "ranks 2, 3 and 4 are lost (nodes n3, n4, n5 gone; 3 losses, parity covers 2)" in job.refusals[0]
     assert job.refusals[0].endswith("the newest step that could be had is none in memory")
+
+
+def test_nobody_waits_for_a_slot_while_the_line_to_a_host_is_broken() -> None:
+    engine, cluster, job = began(6)
+    assert engine.run_until(lambda: cluster.redundancy(job.run) == "PROTECTED(2)", limit_s=20)
+    core = cluster.core()
+
+    def can_slots_come() -> bool:
+        core.evaluate()
+        return next(run for run in core.desired("n1").runs if run.run == job.run).is_release_possible
+
+    assert can_slots_come()
+    core.suspect("n3", "an incarnation before this one")
+    assert can_slots_come(), "the line of a former incarnation says nothing"
+    core.suspect("n3", cluster.nodes["n3"].incarnation)
+    assert not can_slots_come()
+    assert engine.run_until(can_slots_come, limit_s=5), "its next report takes the suspicion back"

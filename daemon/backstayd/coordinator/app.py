@@ -107,8 +107,11 @@ class CoordinatorProcess:
     def observe(self, report: NodeReport) -> None:
         self.core.observe(report, self._clock.monotonic_s())
         self._reach_partial_records()
-        if self._evaluation is None:
-            self._evaluation = asyncio.get_running_loop().call_later(COALESCE_S, self._evaluate)
+        self._evaluate_soon()
+
+    def suspect(self, node: str, incarnation: str) -> None:
+        self.core.suspect(node, incarnation)
+        self._evaluate_soon()
 
     def desired(self, node: str) -> NodeDesired:
         return self.core.desired(node)
@@ -150,6 +153,10 @@ class CoordinatorProcess:
         self._gauges.count(event)
         if event.kind == "decided":
             faults.reach("decided", run=event.run)
+
+    def _evaluate_soon(self) -> None:
+        if self._evaluation is None:
+            self._evaluation = asyncio.get_running_loop().call_later(COALESCE_S, self._evaluate)
 
     def _reach_partial_records(self) -> None:
         for run, decision_id in self.core.partly_recorded().items():

@@ -43,6 +43,10 @@ class Coordinator:
         self._settle_leases = 1.0
         self._is_dirty = True
 
+    def suspect(self, node: str, incarnation: str) -> None:
+        """The line to ``node`` broke; its lease runs on."""
+        self._is_dirty |= self.nodes.suspect(node, incarnation)
+
     def observe(self, report: NodeReport, now_s: float) -> None:
         """Take in a report; nothing is decided before :meth:`evaluate`."""
         self._now_s = max(self._now_s, now_s)

@@ -76,6 +76,14 @@ class NodeTable:
         state.runs = {run.run: run for run in report.runs}
         return change
 
+    def suspect(self, name: str, incarnation: str) -> bool:
+        """The line to a node broke: until it reports again, nobody waits for it. Whether that is news."""
+        state = self.nodes.get(name)
+        is_news = state is not None and state.identity.incarnation == incarnation and state.liveness is Liveness.LIVE
+        if state is not None and is_news:
+            state.liveness = Liveness.SUSPECT
+        return is_news
+
     def tick(self, now_s: float) -> list[str]:
         """Let leases run out; returns the names of nodes that are lost from now on."""
         lost = []

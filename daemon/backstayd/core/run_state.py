@@ -10,7 +10,7 @@ from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_vi
 from backstayd.core.choosing import Memory
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
-from backstayd.core.nodes import NodeState
+from backstayd.core.nodes import Liveness, NodeState
 from backstayd.core.pace import Pace
 from backstayd.core.placement import group_count
 from backstayd.core.policy import CorePolicy
@@ -415,8 +415,9 @@ class RunState:
         return m / (members - m)
 
     def _is_release_possible(self, context: RunContext) -> bool:
-        """Whether slots come free as soon as encoding gets there: all hosts are here and nobody decides."""
-        return self.recovery.stage is Stage.RELEASED and all(node in context.nodes for node in self._hosts(context))
+        """Whether slots come free as soon as encoding gets there: all hosts are heard from and nobody decides."""
+        is_heard = {name: node.liveness is Liveness.LIVE for name, node in context.nodes.items()}
+        return self.recovery.stage is Stage.RELEASED and all(is_heard.get(node) for node in self._hosts(context))
 
     def _describe(self, context: RunContext, *, target: int, wanted: int, release: Mapping[SnapshotKey, str]) -> None:
         live = [view for view in context.live_views if view.is_restorable]

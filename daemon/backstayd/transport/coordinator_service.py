@@ -32,6 +32,9 @@ class CoordinatorBackend(Protocol):
     def observe(self, report: NodeReport) -> None:
         """Take in a report; must be quick."""
 
+    def suspect(self, node: str, incarnation: str) -> None:
+        """The stream of that incarnation of ``node`` ended."""
+
     def desired(self, node: str) -> NodeDesired:
         """What ``node`` should do now."""
 
@@ -94,6 +97,7 @@ class CoordinatorServer:
         """One node's stream, until either side ends it."""
         changed = asyncio.Event()
         writer: asyncio.Task[None] | None = None
+        report: NodeReport | None = None
         try:
             async for request in requests:
                 report = convert.from_message(NodeReport, request.report)
@@ -104,6 +108,8 @@ class CoordinatorServer:
                     writer = asyncio.create_task(self._write(report.node.name, changed, context))
         finally:
             self._streams.discard(changed)
+            if report is not None:
+                self._backend.suspect(report.node.name, report.node.incarnation)
             if writer is not None:
                 writer.cancel()
                 with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
