@@ -415,9 +415,13 @@ class RunState:
         return m / (members - m)
 
     def _is_release_possible(self, context: RunContext) -> bool:
-        """Whether slots come free as soon as encoding gets there: all hosts are heard from and nobody decides."""
+        """Whether slots come free as soon as encoding gets there: every host is heard from and every rank trains."""
+        decision = self.recovery.decision
+        if self.recovery.stage is not Stage.RELEASED or decision is None:
+            return False
         is_heard = {name: node.liveness is Liveness.LIVE for name, node in context.nodes.items()}
-        return self.recovery.stage is Stage.RELEASED and all(is_heard.get(node) for node in self._hosts(context))
+        is_whole = len(self._world(context)) == decision.world_size
+        return is_whole and all(is_heard.get(node) for node in self._hosts(context))
 
     def _describe(self, context: RunContext, *, target: int, wanted: int, release: Mapping[SnapshotKey, str]) -> None:
         live = [view for view in context.live_views if view.is_restorable]
