@@ -349,10 +349,9 @@ class Node:
         if desired is None or rebuild not in desired.rebuilds:
             return True
         order = geometry.data_members(task.stripe, n=len(plan.members), m=plan.m)
-        assert len(task.sources) == plan.k, "a stripe decodes from exactly k fragments"
-        for source in task.sources:
-            if not self.cluster.read_source(plan, task.stripe, source, order):
-                return False
+        readable = sum(self.cluster.read_source(plan, task.stripe, source, order) for source in task.sources)
+        if readable < plan.k:
+            return False
         for target in rebuild.targets:
             if target.member_index in order:
                 chunks = geometry.block_range(plan, task.stripe, target.member_index)
@@ -487,7 +486,17 @@ class Node:
         memory.fragments.discard((plan.plan_id, stripe, index))
         memory.corrupt.discard((plan.plan_id, stripe, index))
         what = f"parity stripe {stripe} index {index} of plan {plan.plan_id[:8]}"
-        memory.quarantined.append(Quarantined(what=what, attempt=plan.attempt, step=plan.step, reason="chunk 0"))
+        memory.quarantined.append(
+            Quarantined(
+                what=what,
+                attempt=plan.attempt,
+                step=plan.step,
+                reason="chunk 0",
+                plan_id=plan.plan_id,
+                stripe=stripe,
+                index=index,
+            )
+        )
         self.changed()
 
     # -- training -----------------------------------------------------------------------------------------------------

@@ -166,8 +166,11 @@ def test_after_any_m_losses_every_lost_shard_is_rebuilt_from_k_present_fragments
                     assert stripe in stripes
         for task in rebuild.tasks:
             assert task.decoder not in lost
-            assert len({source.index for source in task.sources}) == plan.k
+            assert len({source.index for source in task.sources}) == len(task.sources) >= plan.k
             order = geometry.data_members(task.stripe, n=n, m=m)
+            parity = geometry.parity_members(task.stripe, n=n, m=m)
+            left = {plan.k + index for index, member in enumerate(parity) if plan.members[member].node not in lost}
+            assert left <= {source.index for source in task.sources}, "what is left over is a spare"
             for source in task.sources:
                 is_empty = source.index < plan.k and not geometry.block_range(plan, task.stripe, order[source.index])
                 assert is_empty or source.node not in lost

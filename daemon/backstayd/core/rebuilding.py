@@ -79,7 +79,7 @@ def _rebuild(
             encoder = plan.members[shape.stripe].node
             decoder = encoder if encoder in decoders else min(decoders, key=lambda name: (load[name], natural(name)))
             load[decoder] += 1
-            sources = _sources(plan, shape, decoder, nodes, inventory)
+            sources = _sources(plan, shape, nodes, inventory)
             tasks.append(RebuildTask(stripe=shape.stripe, decoder=decoder, sources=sources))
     owners = tuple(
         RebuildTarget(
@@ -97,37 +97,34 @@ def _rebuild(
 
 
 def _sources(
-    plan: Plan, shape: StripeShape, decoder: str, nodes: Mapping[str, NodeState], inventory: Inventory
+    plan: Plan, shape: StripeShape, nodes: Mapping[str, NodeState], inventory: Inventory
 ) -> tuple[FragmentSource, ...]:
-    """k fragments of the stripe: zeros first (they cost nothing), then what the decoder holds itself, then the others."""
-    found: list[tuple[int, int, FragmentSource]] = []
+    """Every fragment of the stripe that is left; the decoder reads k of them and keeps the others as spares."""
+    sources = []
     for index, holder in enumerate(stripe_holders(plan, shape, inventory)):
-        if holder is None:
+        if holder is None:  # all zeros: named, never read
             member = plan.members[shape.data[index][0]]
-            source = FragmentSource(
-                stripe=shape.stripe, index=index, node=member.node, bulk_address=member.bulk_address
-            )
-            found.append((0, index, source))
+            node, address = member.node, member.bulk_address
         elif holder in nodes:
-            address = nodes[holder].identity.bulk_address
-            source = FragmentSource(stripe=shape.stripe, index=index, node=holder, bulk_address=address)
-            found.append((1 if holder == decoder else 2, index, source))
-    chosen = sorted(found, key=lambda entry: entry[:2])[: plan.k]
-    return tuple(source for _, _, source in sorted(chosen, key=lambda entry: entry[1]))
+            node, address = holder, nodes[holder].identity.bulk_address
+        else:
+            continue
+        sources.append(FragmentSource(stripe=shape.stripe, index=index, node=node, bulk_address=address))
+    return tuple(sources)
 
 
 def is_still_possible(
     rebuild: Rebuild, *, nodes: Mapping[str, NodeState], inventory: Inventory, shapes: ShapeCache
 ) -> bool:
-    """Whether every decoder, target and source of a rebuild under way is still there, at the address it names."""
+    """Whether every decoder and target of a rebuild under way is still there, and k sources of each stripe."""
     addresses = {node.name: node.identity.bulk_address for node in nodes.values()}
     if any(addresses.get(target.node) != target.bulk_address for target in rebuild.targets):
         return False
-    holders = inventory.plan_holders.get(rebuild.plan.plan_id, set())
-    stripes = {shape.stripe: shape for shape in shapes.shapes(rebuild.plan)}
+    plan, holders = rebuild.plan, inventory.plan_holders.get(rebuild.plan.plan_id, set())
+    stripes = {shape.stripe: shape for shape in shapes.shapes(plan)}
     return all(
         task.decoder in holders
-        and all(_is_held(rebuild.plan, stripes[task.stripe], source, addresses, inventory) for source in task.sources)
+        and sum(_is_held(plan, stripes[task.stripe], source, addresses, inventory) for source in task.sources) >= plan.k
         for task in rebuild.tasks
     )
 
