@@ -46,7 +46,7 @@ def test_three_destroyed_nodes_of_six_are_refused_with_an_exact_message() -> Non
     job.is_stopped = True
     assert job.refusals[0].startswith("cannot restore default/gpt at step "), job.refusals
     assert "ranks 2, 3 and 4 are lost (nodes n3, n4, n5 gone; 3 losses, parity covers 2)" in job.refusals[0]
-    assert job.refusals[0].endswith("the newest step that could be had is none in memory")
+    assert job.refusals[0].endswith("no older step is in memory")
 
 
 def test_nobody_waits_for_a_slot_while_the_line_to_a_host_is_broken() -> None:

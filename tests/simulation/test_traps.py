@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from backstay.errors import UsageError
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.policy import CorePolicy
 from backstayd.core.records import Outcome, SessionPhase
@@ -235,6 +238,29 @@ def test_without_parity_a_corrupt_shard_leads_to_the_older_snapshot_with_a_reaso
         f"restoring step {older.key.step}, not {newest.key.step}: rank 1 is lost (what n2 holds is corrupt"
         in (explain["message"])
     )
+
+
+def test_a_refusal_names_the_parity_that_was_corrupt() -> None:
+    engine, cluster, job = training(4)
+    cluster.checker.is_tolerant_of_corruption = True
+    job.is_stopped = True
+    engine.run_for(2)
+    node = cluster.nodes["n2"]
+    for plan_id, stripe, index in sorted(node.memory[RUN].fragments):
+        node.quarantine_fragment(node.memory[RUN].plans[plan_id], stripe, index)
+    cluster.destroy("n4", replace_after_s=60.0)  # before a repair
+    engine.run_for(5)
+    explain = cluster.core().status(engine.now_s)["runs"][0]["explain"]
+    assert explain["outcome"] == "REFUSED"
+    assert "rank 3 is lost (node n4 gone; parity on n2 is corrupt; 2 losses, parity covers 1)" in explain["message"]
+
+
+def test_forgetting_a_run_that_trains_names_its_trainers_once() -> None:
+    _, cluster, _ = training(4)
+    with pytest.raises(
+        UsageError, match=r"^trainers of it are connected \(rank 0 on n1, rank 1 on n2 and rank 2 on n3, ...\)"
+    ):
+        cluster.core().forget(RUN)
 
 
 def test_ranks_whose_snapshots_arrive_with_jitter_keep_being_protected() -> None:

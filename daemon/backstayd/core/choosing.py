@@ -101,20 +101,14 @@ def _was_promised(context: RunContext, memory: Memory, view: SnapshotView) -> bo
     """Whether a newer snapshot that cannot be restored had been protected, or was spoilt by corruption."""
     if view.snapshot_id and view.snapshot_id in memory.protected:
         return True
-    marks = {
-        (mark.attempt, mark.step)
-        for node in context.nodes.values()
-        if context.run in node.runs
-        for mark in node.runs[context.run].quarantined
-    }
-    return (view.key.attempt, view.key.step) in marks
+    return any(SnapshotKey(mark.attempt, mark.step) == view.key for _, mark in context.quarantined())
 
 
 def _is_proved_empty(context: RunContext, memory: Memory) -> bool:
     """Whether each host of a run that began from scratch is here with its memory, and none ever saw a whole snapshot."""
     if memory.newest_complete is not None or any(view.snapshot_id for view in context.views):
         return False
-    if any(node.runs[context.run].quarantined for node in context.nodes.values() if context.run in node.runs):
+    if context.quarantined():
         return False
     if memory.is_proved_empty:
         return True
@@ -140,7 +134,7 @@ def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]
             "of the hosts)"
         )
     known = [view for view in passed if view.snapshot_id] or passed
-    had = "the newest step that could be had is none in memory"
+    had = "no older step is in memory"
     remembered = sorted(memory.keys.items(), key=lambda item: item[1], reverse=True)
     if known and (not remembered or known[0].key >= remembered[0][1]):
         return f" at step {known[0].key.step}: {missing_sentence(context, memory, known[0])}; {had}"
@@ -169,12 +163,15 @@ def missing_sentence(context: RunContext, memory: Memory, view: SnapshotView) ->
     names = sorted(_gone(context, view, lost, plans, remembered) - set(corrupt), key=natural)
     reasons = [f"node{'' if len(names) == 1 else 's'} {', '.join(names)} gone"] if names else []
     reasons.extend(f"what {name} holds is corrupt" for name in corrupt)
-    count = len(names) + len(corrupt)
-    m = max((plan.m for plan in plans), default=0)
-    if plans and (view.snapshot_id in memory.protected or count > m):
+    count, m = len(names) + len(corrupt), max((plan.m for plan in plans), default=0)
+    if count <= m:  # these losses alone do not explain it
+        spoilt = sorted(_spoilt_parity(context, view) - {*names, *corrupt}, key=natural)
+        reasons.extend(f"parity on {name} is corrupt" for name in spoilt)
+        count += len(spoilt)
+    if plans and count > m:
         reasons.append(f"{count} loss{'' if count == 1 else 'es'}, parity covers {m}")
     else:
-        reasons.append("its parity was not complete" if plans else "it was not protected")
+        reasons.append("its parity is not complete" if plans else "it was not protected")
     return f"{subject} lost ({'; '.join(reasons)})"
 
 
@@ -193,13 +190,20 @@ def _gone(
 def _corrupt_holders(context: RunContext, view: SnapshotView, lost: Sequence[int]) -> list[str]:
     """Present nodes on which the shard of a lost rank failed verification."""
     found = {
-        mark.node or name
-        for name, node in context.nodes.items()
-        if context.run in node.runs
-        for mark in node.runs[context.run].quarantined
-        if (mark.attempt, mark.step) == (view.key.attempt, view.key.step) and mark.rank in lost
+        holder
+        for holder, mark in context.quarantined()
+        if SnapshotKey(mark.attempt, mark.step) == view.key and mark.rank in lost
     }
     return sorted(found, key=natural)
+
+
+def _spoilt_parity(context: RunContext, view: SnapshotView) -> set[str]:
+    """Present nodes on which parity of the snapshot failed verification."""
+    return {
+        holder
+        for holder, mark in context.quarantined()
+        if SnapshotKey(mark.attempt, mark.step) == view.key and mark.plan_id
+    }
 
 
 def _keys_on(context: RunContext, node: str) -> set[SnapshotKey]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from backstay.ids import Generation
 from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView
 from backstayd.core.nodes import NodeState
-from backstayd.core.records import Decision, Lineage, SessionPhase, SessionRecord
+from backstayd.core.records import Decision, Lineage, Quarantined, SessionPhase, SessionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,15 @@ class RunContext:
 
     def view_of(self, snapshot_id: str) -> SnapshotView | None:
         return next((view for view in self.views if view.snapshot_id == snapshot_id), None)
+
+    def quarantined(self) -> list[tuple[str, Quarantined]]:
+        """All that failed verification, each with the node that holds it."""
+        return [
+            (mark.node or name, mark)
+            for name, node in sorted(self.nodes.items())
+            if self.run in node.runs
+            for mark in node.runs[self.run].quarantined
+        ]
 
     def is_fenced(self, number: int) -> bool:
         """Whether every present node reports at generation ``number`` or above, of this coordinator."""

@@ -16,6 +16,7 @@ from backstayd.core.policy import CorePolicy
 from backstayd.core.records import NodeDesired, NodeReport, Peer, RunDesired, SessionPhase
 from backstayd.core.recovery import Stage
 from backstayd.core.run_state import RunState
+from backstayd.core.sentences import listed
 from backstayd.core.status import status_document
 from backstayd.core.timeline import Event, Timeline
 
@@ -121,7 +122,7 @@ class Coordinator:
         """
         state = self.runs.get(run)
         if state is None or state.context is None or (state.context.inventory.is_empty and not state.context.worlds):
-            raise SnapshotNotFoundError(f"cannot forget {run}: no node knows that run", reason="unknown_run")
+            raise SnapshotNotFoundError("no node knows that run", reason="unknown_run")
         alive = [
             f"rank {rank} on {session.node}"
             for world in state.context.worlds.values()
@@ -130,7 +131,7 @@ class Coordinator:
         ]
         if alive:
             raise UsageError(
-                f"cannot forget {run}: {len(alive)} of its trainers are connected ({alive[0]}, ...); stop the job first",
+                f"trainers of it are connected ({listed(alive[:3])}{', ...' if len(alive) > 3 else ''}); stop the job first",
                 reason="run_is_active",
             )
         self._say(run, "abandoned", "the operator forgets the run on every node")

@@ -254,7 +254,7 @@ class Recovery:
         return memory.newest_attempt
 
     def _excluded(self, context: RunContext) -> set[str]:
-        marks = _quarantined_count(context)
+        marks = len(context.quarantined())
         return {
             snapshot_id
             for (snapshot_id, count), failures in self.failures.items()
@@ -295,7 +295,7 @@ class Recovery:
         """No trainer has returned with this decision: fence again and choose from what is left."""
         assert self.decision is not None
         if self.decision.base is not None:
-            place = (self.decision.base.snapshot_id, _quarantined_count(context))
+            place = (self.decision.base.snapshot_id, len(context.quarantined()))
             self.failures[place] = self.failures.get(place, 0) + 1
             while len(self.failures) > CLOSED_WORLDS:
                 del self.failures[next(iter(self.failures))]
@@ -350,10 +350,6 @@ class Recovery:
 def _runs_where_decided(world: World, decision: Decision) -> bool:
     """Whether each rank of the world is on the node that the decision names."""
     return {rank: s.node for rank, s in world.items()} == {place.rank: place.node for place in decision.placements}
-
-
-def _quarantined_count(context: RunContext) -> int:
-    return sum(len(node.runs[context.run].quarantined) for node in context.nodes.values() if context.run in node.runs)
 
 
 def _describe(decision: Decision) -> str:

@@ -19,7 +19,7 @@ from backstayd.core.rebuilding import choose_targets, is_still_possible, open_ta
 from backstayd.core.records import Decision, Rebuild, RunDesired, SessionPhase, SessionRecord
 from backstayd.core.recovery import Recovery, Say, Stage
 from backstayd.core.retention import abandoned_keys, releasable
-from backstayd.core.sentences import counted, listed
+from backstayd.core.sentences import any_nodes, counted, listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,12 +216,7 @@ class RunState:
                 if view.snapshot_id not in self.memory.holders:
                     self.say("complete", f"step {view.key.step} of attempt {view.key.attempt} is complete")
                 self.memory.note(view)
-        marks = {
-            (mark.node or name, mark.what, mark.attempt, mark.step): mark.reason
-            for name, node in context.nodes.items()
-            if self.run in node.runs
-            for mark in node.runs[self.run].quarantined
-        }
+        marks = {(holder, mark.what, mark.attempt, mark.step): mark.reason for holder, mark in context.quarantined()}
         for place, reason in marks.items():
             if place not in self.known_marks:
                 self.say("quarantined", f"{place[1]} on {place[0]} is corrupt and set aside: {reason}")
@@ -270,7 +265,7 @@ class RunState:
             is_good = view.is_restorable and target > 0 and view.spares >= target
             if is_good and view.snapshot_id not in self.memory.protected:
                 self.memory.protected[view.snapshot_id] = None
-                self.say("protected", f"step {view.key.step} is protected: any {view.spares} nodes of a group may go")
+                self.say("protected", f"step {view.key.step} is protected: {any_nodes(view.spares)} may go")
 
     def _rebuild(self, context: RunContext) -> None:
         """Keep rebuilds that can finish, drop the others, begin new ones where shards are gone."""
@@ -450,9 +445,12 @@ class RunState:
         if spares < 0:
             return "UNPROTECTED", "no snapshot is restorable"
         if spares >= wanted:
-            return f"PROTECTED({spares})", f"any {spares} nodes of a group may be lost" if spares else "parity is off"
+            return f"PROTECTED({spares})", f"{any_nodes(spares)} may be lost" if spares else "parity is off"
         if spares > 0:
-            return f"DEGRADED({spares})", f"{spares} more losses are survived, not {wanted}; repair brings it back"
+            return (
+                f"DEGRADED({spares})",
+                f"the loss of {any_nodes(spares)} is survived, not of {wanted}; repair brings it back",
+            )
         if not self.memory.protected:
             return "UNPROTECTED", "the first snapshots are still being encoded"
         return "AT_RISK(0)", "the next loss of a node loses the newest snapshot; repair is under way"

@@ -13,6 +13,16 @@ def listed(items: Iterable[object]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def amount(count: int, singular: str) -> str:
+    """``1 node`` or ``3 nodes``."""
+    return f"{count} {singular}{'' if count == 1 else 's'}"
+
+
+def any_nodes(count: int) -> str:
+    """The nodes of a group that may go, whichever they are."""
+    return f"any {'node' if count == 1 else amount(count, 'node')} of a group"
+
+
 def counted(items: Sequence[object], singular: str) -> str:
     """``rank 3`` or ``ranks 3, 4 and 5``."""
     return f"{singular}{'' if len(items) == 1 else 's'} {listed(items)}"

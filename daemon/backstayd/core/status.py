@@ -167,15 +167,13 @@ def _groups(state: RunState, context: RunContext) -> list[dict[str, Any]]:
 def _quarantined(context: RunContext) -> list[dict[str, Any]]:
     return [
         {
-            "node": mark.node or name,
+            "node": holder,
             "what": mark.what,
             "attempt": mark.attempt,
             "step": mark.step,
             "reason": mark.reason,
         }
-        for name, node in sorted(context.nodes.items())
-        if context.run in node.runs
-        for mark in node.runs[context.run].quarantined
+        for holder, mark in context.quarantined()
     ]
 
 
