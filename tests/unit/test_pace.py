@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from backstayd.core.pace import Pace
 from backstayd.core.records import SessionPhase, SessionRecord
-from backstayd.core.retention import Pace
 
 
 def _sessions(*, last_step: int, skipped_step: int = 0, is_short_of_slots: bool = False) -> list[SessionRecord]:
