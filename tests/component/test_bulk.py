@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from crc32c import crc32c
-from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 
 from backstay import record
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError, UsageError
@@ -27,6 +26,7 @@ from backstayd.store.stored import StoredFragment
 from backstayd.transport.bulk import BulkClient, FragmentRef, ShardRef
 from backstayd.transport.bulk_server import BulkServer
 from backstayd.transport.bulk_wire import BulkReply, BulkRequest, Channel, Timeouts
+from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 
 DATA = random.Random(1).randbytes(3 * CHUNK_BYTES + 100)
 PLAN_ID = "0123456789abcdef" * 2

@@ -12,16 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.component.coder_nodes import (
-    KEY,
-    RUN,
-    CoderNode,
-    encode_all,
-    leftover_temporaries,
-    make_plan,
-    random_volumes,
-)
-from tests.component.flipping_proxy import FlippingProxy
 
 from backstay import record
 from backstay.manifest import CHUNK_BYTES, Manifest
@@ -38,6 +28,16 @@ from backstayd.core import geometry
 from backstayd.core.records import FragmentSource, Plan, Rebuild, RebuildTarget, RebuildTask, seal_rebuild
 from backstayd.store.published import read_plan
 from backstayd.store.staging import missing_stripes, prepare_staging, staged_ranges_complete
+from tests.component.coder_nodes import (
+    KEY,
+    RUN,
+    CoderNode,
+    encode_all,
+    leftover_temporaries,
+    make_plan,
+    random_volumes,
+)
+from tests.component.flipping_proxy import FlippingProxy
 
 MIB = 1 << 20
 SIZES = [[2 * MIB + 5], [3 * MIB], [MIB, 700_001], [], [5], [4 * MIB - 1]]  # unequal, empty, several ranks per node

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from tests.component.coder_nodes import RUN, CoderNode, open_descriptors
 
 from backstayd.coder.jobs import VerifyShard
+from tests.component.coder_nodes import RUN, CoderNode, open_descriptors
 
 DAEMON = """
 import asyncio, pathlib, socket, sys

@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.kit.light_rank import content_of, layout_of
-
 from backstay.ids import new_incarnation
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
 from backstay.testing.node import WORK_ROLE
+from tests.kit.light_rank import content_of, layout_of
 
 SCRIPT = Path(__file__).with_name("light_rank.py")
 SIZE_BYTES = 3 * 256 * 1024 + 1000

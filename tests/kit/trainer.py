@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.kit.shards import MadeShard, make_shard
-
 from backstay import local
 from backstay.errors import ERROR_CLASSES
+from tests.kit.shards import MadeShard, make_shard
 
 
 class PlainTrainer:
