@@ -186,6 +186,28 @@ def test_a_node_of_a_foreign_protocol_is_refused_by_name() -> None:
     run(scenario)
 
 
+def test_a_mistake_in_answering_cuts_the_stream_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        backend = RecordingBackend()
+        answers: list[NodeDesired] = []
+        server = CoordinatorServer("127.0.0.1:0", backend, lease_s=LEASE_S)
+        link = CoordinatorLink(await server.start(), report=report_of, on_desired=answers.append, lease_s=LEASE_S)
+        link.start()
+        await until(lambda: answers, "the first answer")
+        backend.answer = replace(backend.answer, generation=Generation(1 << 70, "c"))  # no wire carries that
+        server.wake()
+        await until(lambda: backend.suspects, "the stream is cut at once, not after a lease")
+        backend.answer = NodeDesired(generation=Generation(2, "c"))
+        await until(lambda: answers[-1] == backend.answer, "the node connects anew")
+        assert "a mistake in serving a node's stream" in caplog.text
+        caplog.clear()
+        await link.close()
+        await server.close()
+        assert not caplog.records, "an ordinary end is no mistake"
+
+    run(scenario)
+
+
 def test_an_operator_reads_the_status_and_forgets_a_run() -> None:
     async def scenario() -> None:
         server = CoordinatorServer("127.0.0.1:0", RecordingBackend(), lease_s=LEASE_S)

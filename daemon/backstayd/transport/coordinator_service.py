@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 import grpc
 
-from backstay.errors import BackstayError, ConfigError
+from backstay.errors import BackstayError, ConfigError, InvariantError
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.transport import convert, errors
 from backstayd.transport.channel import server_options
@@ -76,7 +76,11 @@ class CoordinatorServer:
             port = server.add_insecure_port(self._listen)
         except RuntimeError as error:
             await server.stop(grace=None)
-            raise ConfigError(f"cannot listen on {self._listen}: {error}", reason="cannot_listen") from error
+            raise ConfigError(
+                f"cannot listen on {self._listen}: another process uses it, or it is no address of this machine; choose "
+                "another with --listen",
+                reason="cannot_listen",
+            ) from error
         await server.start()
         self._server = server
         host = self._listen.rpartition(":")[0]
@@ -96,24 +100,23 @@ class CoordinatorServer:
     async def sync(self, requests: AsyncIterator[coordinator_pb2.SyncRequest], context: Any) -> None:
         """One node's stream, until either side ends it."""
         changed = asyncio.Event()
-        writer: asyncio.Task[None] | None = None
         report: NodeReport | None = None
         try:
-            async for request in requests:
-                report = convert.from_message(NodeReport, request.report)
-                check_protocol(report)
-                self._backend.observe(report)
-                if writer is None:
-                    self._streams.add(changed)
-                    writer = asyncio.create_task(self._write(report.node.name, changed, context))
+            async with asyncio.TaskGroup() as group:  # a writer that fails ends the stream
+                writer: asyncio.Task[None] | None = None
+                async for request in requests:
+                    report = convert.from_message(NodeReport, request.report)
+                    check_protocol(report)
+                    self._backend.observe(report)
+                    if writer is None:
+                        self._streams.add(changed)
+                        writer = group.create_task(self._write(report.node.name, changed, context))
+                if writer is not None:
+                    writer.cancel()
         finally:
             self._streams.discard(changed)
             if report is not None:
                 self._backend.suspect(report.node.name, report.node.incarnation)
-            if writer is not None:
-                writer.cancel()
-                with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
-                    await writer
 
     async def _write(self, node: str, changed: asyncio.Event, context: Any) -> None:
         last: NodeDesired | None = None
@@ -139,9 +142,14 @@ class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def Sync(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         try:
             await self._server.sync(request_iterator, context)
-        except BackstayError as error:
+        except* BackstayError as group:
+            error = group.exceptions[0]
             logger.warning("a node's stream was refused: %s", error)
-            await _abort(context, error)
+            await _abort(context, error if isinstance(error, BackstayError) else BackstayError(str(error)))
+        except* Exception as group:
+            if not context.done():
+                logger.exception("a mistake in serving a node's stream; it is cut, and the node connects anew")
+                await _abort(context, InvariantError(f"the coordinator made a mistake: {group.exceptions[0]!r}"))
 
 
 class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
