@@ -1,7 +1,8 @@
 """Frozen dataclasses to JSON objects and back, for the local protocol, the files on tmpfs and the coder's jobs.
 
 Field names are kept as they are (the proto3 JSON mapping accepts them), unknown fields are ignored so that version N
-reads N-1 and N+1, missing fields take their defaults. Must not know any particular record.
+reads N-1 and N+1, missing fields take their defaults. What protobuf could not carry on is refused: numbers that are not finite
+or need more than 64 bits, text that is not Unicode. Must not know any particular record.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import enum
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Hashable
@@ -18,6 +20,7 @@ from typing import Any, TypeVar
 from backstay.errors import IntegrityError, UsageError
 
 T = TypeVar("T")
+_INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 _PLAIN = frozenset((str, int, float, bool, type(None)))
 
 
@@ -134,12 +137,17 @@ def _dict_builder(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _scalar_builder(kind: Any) -> Callable[[Any], Any]:
     def build(value: Any) -> Any:
         found = type(value)
-        if found is kind:
-            return value
-        if kind is float and found is int:
-            return float(value)
-        if not isinstance(value, kind) or (kind is int and found is bool):
-            raise TypeError(f"expected {kind.__name__}, found {found.__name__}")
+        if found is not kind:
+            if kind is float and found is int:
+                return float(value)
+            if not isinstance(value, kind) or (kind is int and found is bool):
+                raise TypeError(f"expected {kind.__name__}, found {found.__name__}")
+        if kind is int and not _INT64_MIN <= value <= _INT64_MAX:
+            raise ValueError("a number does not fit in 64 bits")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{value} is no number")
+        if kind is str and not value.isascii():
+            value.encode()  # raises for half a surrogate pair
         return value
 
     return build

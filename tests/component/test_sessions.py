@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,7 +24,11 @@ from backstay.errors import (
     UsageError,
 )
 from backstay.ids import SnapshotKey
+from backstayd.cli.daemon_checks import session_timeouts
 from backstayd.core.records import DecisionPhase, Outcome, RunDesired, SessionPhase
+from backstayd.node import sessions
+from backstayd.transport import convert
+from backstayd.v1 import coordinator_pb2
 from tests.kit.node import NodeThread, fresh_decision, running_node
 from tests.kit.shards import RUN, make_shard
 from tests.kit.trainer import PlainTrainer, wait_until
@@ -442,6 +447,70 @@ def test_garbage_on_the_socket_ends_only_its_own_connection(node: NodeThread) ->
         local.receive_frame(trainer.socket)
     trainer.close()
     assert trainer_is_served(node)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        local.Reserve(step=1 << 63, size_bytes=4096),
+        local.Reserve(step=1, size_bytes=1 << 70),
+        local.Reserve(step=1, size_bytes=4096, wait_s=float("nan")),
+        local.Abandon(step=1 << 200),
+        local.Abandon(step=1, reason="half a pair: \ud800"),
+    ],
+)
+def test_what_no_report_could_carry_is_refused_and_the_node_goes_on_reporting(
+    node: NodeThread, message: object
+) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    local.send_frame(trainer.socket, message, message_id=9)
+    with pytest.raises(ConnectionError):
+        local.receive_frame(trainer.socket)
+    convert.to_message(node.report(), coordinator_pb2.NodeReport)
+    trainer.close()
+
+
+def test_long_words_of_a_trainer_do_not_make_long_reports(node: NodeThread) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    trainer.call(local.Abandon(step=5, reason="x" * 1_000_000))
+    assert len(convert.to_message(node.report(), coordinator_pb2.NodeReport).SerializeToString()) < 10_000
+    stranger = PlainTrainer(node.socket, world_id="w" * 1000)
+    with pytest.raises(UsageError, match="a world id has 1 to 100 characters"):
+        stranger.attach()
+    stranger.close()
+    trainer.close()
+
+
+def test_connections_that_never_attach_are_few_small_and_short(node: NodeThread) -> None:
+    node.node.sessions.attach_timeout_s = 1.0
+    node.start_world()
+    trainer = trainer_of(node)
+    greedy = PlainTrainer(node.socket)
+    greedy.socket.sendall((250 * 1024 * 1024).to_bytes(4, "big"))
+    with pytest.raises(ConnectionError):
+        local.receive_frame(greedy.socket)  # at once: nothing was set aside for it
+    idle = [PlainTrainer(node.socket) for _ in range(200)]
+    for one in idle:
+        with contextlib.suppress(BrokenPipeError):
+            one.socket.sendall(b"\0")
+    assert len(node.node.sessions._open) <= sessions.MAX_UNATTACHED + 1
+    trainer.snapshot(1)
+    for one in idle:
+        with pytest.raises(ConnectionError):
+            local.receive_frame(one.socket)
+        one.close()
+    assert trainer_is_served(node)
+    greedy.close()
+    trainer.close()
+
+
+def test_the_status_shows_the_collective_timeout_that_a_trainer_declared(node: NodeThread) -> None:
+    trainer = PlainTrainer(node.socket)
+    trainer.call(local.Attach(run=RUN, world_id="world", rank=0, world_size=1, collective_timeout_s=12.5))
+    assert session_timeouts(node.call(node.node.reporter.document)) == [12.5]
+    trainer.close()
 
 
 def test_an_older_coordinator_is_not_obeyed(node: NodeThread) -> None:

@@ -20,6 +20,7 @@ from backstay.errors import IntegrityError
 logger = logging.getLogger(__name__)
 
 READ_AHEAD_FRAMES: Final = 4
+FIRST_FRAME_BYTES: Final = 1024 * 1024  # enough to attach; more only for those who did
 SEND_TIMEOUT_S: Final = 10.0  # a trainer that does not read its answers is frozen: it attaches again when it thaws
 
 
@@ -33,6 +34,7 @@ class Connection:
         self._frames: asyncio.Queue[tuple[Any, int] | None] = asyncio.Queue(READ_AHEAD_FRAMES)
         self._on_lost = on_lost
         self.is_lost = False
+        self.max_frame_bytes = FIRST_FRAME_BYTES
         self._reader = asyncio.create_task(self._read_ahead())
 
     async def receive(self) -> tuple[Any, int] | None:
@@ -81,7 +83,7 @@ class Connection:
         try:
             while True:
                 (length,) = struct.unpack(">I", await self._read_exactly(4))
-                if length > local.MAX_FRAME_BYTES:
+                if length > self.max_frame_bytes:
                     raise IntegrityError(f"frame of {length} bytes is over the limit", reason="bad_frame")
                 await self._frames.put(local.decode_payload(await self._read_exactly(length)))
         except (ConnectionError, OSError):

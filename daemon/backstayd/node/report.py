@@ -99,6 +99,7 @@ class Reporter:
                     "phase": session.phase.value,
                     "pid": session.holder.record.pid,
                     "last_step": session.last_step,
+                    "collective_timeout_s": session.collective_timeout_s,
                     "skipped_step": session.skipped_step,
                     "skip_reason": session.skip_reason,
                 }

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PROGRESS_S: Final = 1.0
 MAX_WAIT_S: Final = 600.0
+MAX_REASON: Final = 500  # characters; it travels in every report
 READER_POLL_S: Final = 0.05  # a reader that lets go of a slot rings no bell
 
 
@@ -233,7 +234,7 @@ class Requests:
         )
 
     def _abandon(self, session: Session, message: local.Abandon) -> None:
-        reason = message.reason or "abandoned"
+        reason = message.reason[:MAX_REASON] or "abandoned"
         session.skip(message.step, reason, is_short_of_slots=message.is_short_of_slots)
         for grant in [grant for grant in session.grants.values() if grant.step == message.step]:
             self._give_back(session, grant, reason)

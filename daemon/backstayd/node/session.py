@@ -35,6 +35,7 @@ class Session:
     rank: int
     world_size: int
     needs: tuple[int, ...]
+    collective_timeout_s: float  # of its torch.distributed, for the operator; 0: not known
     uid: int
     holder: Holder
     connection: Connection | None

@@ -11,7 +11,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from backstay import local
 from backstay.errors import BackstayError, StaleGenerationError, UnavailableError, UsageError
@@ -26,6 +26,9 @@ from backstayd.store.holder import Holder, peer_credentials, peer_holder
 logger = logging.getLogger(__name__)
 
 MAX_WORLD_SIZE: Final = 1 << 20
+MAX_WORLD_ID: Final = 100  # characters; it travels in every report
+MAX_UNATTACHED: Final = 64  # connections of nobody we know
+ATTACH_TIMEOUT_S: Final = 10.0  # such a connection says what it wants, or is closed
 
 
 class Sessions:
@@ -36,6 +39,11 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._open: set[Connection] = set()
+        self.attach_timeout_s = ATTACH_TIMEOUT_S
+
+    @property
+    def _unattached(self) -> int:
+        return len(self._connections) - sum(1 for s in self._sessions.values() if s.connection is not None)
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
@@ -60,6 +68,10 @@ class Sessions:
             except OSError as error:
                 logger.warning("cannot accept a trainer: %s", error)
                 await asyncio.sleep(0.1)  # out of descriptors: try again when some came free
+                continue
+            if self._unattached >= MAX_UNATTACHED:
+                logger.debug("%d connections have not attached; another one is closed", self._unattached)
+                connection.close()
                 continue
             task = asyncio.create_task(self._serve_connection(connection))
             self._connections.add(task)
@@ -111,13 +123,14 @@ class Sessions:
         connection = Connection(sock, lambda: self._lost(bound))
         self._open.add(connection)
         try:
-            while (received := await connection.receive()) is not None:
+            while (received := await self._next_frame(connection, is_attached=bool(bound))) is not None:
                 message, message_id = received
                 requests = Requests(self._context, self, connection, message_id)
                 try:
                     if isinstance(message, local.Attach):
                         session, reply = self._attach(sock, connection, message)
                         bound[:] = [session]
+                        connection.max_frame_bytes = local.MAX_FRAME_BYTES
                         await connection.send(reply, message_id=message_id)
                     elif isinstance(message, local.Status):
                         body = local.StatusBody(document=self._context.document())
@@ -136,6 +149,10 @@ class Sessions:
         finally:
             self._open.discard(connection)
             connection.close()
+
+    async def _next_frame(self, connection: Connection, *, is_attached: bool) -> tuple[Any, int] | None:
+        async with asyncio.timeout(None if is_attached else self.attach_timeout_s):
+            return await connection.receive()
 
     def _attach(
         self, sock: socket.socket, connection: Connection, message: local.Attach
@@ -164,6 +181,7 @@ class Sessions:
             rank=message.rank,
             world_size=message.world_size,
             needs=message.needs,
+            collective_timeout_s=message.collective_timeout_s,
             uid=credentials.uid,
             holder=holder,
             connection=connection,
@@ -292,5 +310,7 @@ def _check_attach(message: local.Attach) -> None:
     RunKey.parse(message.run)
     if not 0 < message.world_size <= MAX_WORLD_SIZE or not 0 <= message.rank < message.world_size:
         raise UsageError(f"rank {message.rank} of {message.world_size} is no rank", reason="bad_rank")
-    if not message.world_id or any(not 0 <= rank < message.world_size for rank in message.needs):
-        raise UsageError("a world id is missing, or a needed rank is none of the world", reason="bad_attach")
+    if not 0 < len(message.world_id) <= MAX_WORLD_ID:
+        raise UsageError(f"a world id has 1 to {MAX_WORLD_ID} characters", reason="bad_attach")
+    if any(not 0 <= rank < message.world_size for rank in message.needs):
+        raise UsageError("a needed rank is none of the world", reason="bad_attach")
