@@ -79,7 +79,11 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
     loop, clock, incarnation = asyncio.get_running_loop(), Clock(), new_incarnation()
     async with contextlib.AsyncExitStack() as stack:
         store = Store(
-            config.memory_dir, incarnation=incarnation, quota_bytes=config.quota_bytes, reader_wait_s=config.lease_s
+            config.memory_dir,
+            incarnation=incarnation,
+            quota_bytes=config.quota_bytes,
+            must_be_tmpfs=True,
+            reader_wait_s=config.lease_s,
         )
         stack.callback(store.close)
         bulk = stack.enter_context(_bulk_socket(config.bulk))

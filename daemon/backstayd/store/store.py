@@ -285,6 +285,9 @@ def _lock(memory_dir: Path, must_be_tmpfs: bool) -> int:
     if not room.is_tmpfs(memory_dir):
         if must_be_tmpfs:
             os.close(fd)
-            raise ConfigError(f"memory directory {memory_dir} is not on a tmpfs", reason="no_tmpfs")
+            raise ConfigError(
+                f"memory directory {memory_dir} is not on a tmpfs: mount -t tmpfs -o size=...,mode=0700 backstay {memory_dir}",
+                reason="no_tmpfs",
+            )
         logger.warning("memory directory %s is not on a tmpfs: snapshots would be written to a disk", memory_dir)
     return fd
