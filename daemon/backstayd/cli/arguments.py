@@ -26,8 +26,6 @@ def dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] in _PASSED_ON:
         return int(importlib.import_module(_PASSED_ON[argv[0]]).run(argv[1:]))
     arguments = _parser().parse_args(argv)
-    # gRPC's C core writes its own lines about a refused connection; ours says the same in words.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     return int(importlib.import_module(f"backstayd.cli.{arguments.command}").run(arguments))
 
 
