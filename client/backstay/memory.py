@@ -59,6 +59,21 @@ def is_plain_memory(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
+def why_not_stored(tensor: torch.Tensor) -> str:
+    """Empty if the elements are bytes that a capture can copy, else what is in the way."""
+    if tensor.device.type == "meta":
+        return "is on the meta device: materialise the model first"
+    kind: type[object] = type(tensor)
+    if hasattr(kind, "__tensor_flatten__"):  # what torch knows wrapper subclasses by
+        return f"is a {kind.__name__}, which has no memory of its own"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"is on {tensor.device}: only CPU and CUDA tensors are stored"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        quantized = " and is quantized" if tensor.is_quantized else ""
+        return f"has layout {tensor.layout}{quantized}: only dense tensors are stored"
+    return ""
+
+
 _open_mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
 
 

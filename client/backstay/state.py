@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from backstay import memory
 from backstay.errors import IntegrityError, UsageError
 
 _MAX_DEPTH = 64
@@ -77,6 +79,11 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int)
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, torch.Tensor):
+        problem = memory.why_not_stored(value._local_tensor if isinstance(value, DTensor) else value)
+        if problem:
+            raise UsageError(f"{path} {problem}", reason="unsupported_tensor")
+        while path in tensors:
+            path += "'"  # {"a": {"b": …}, "a.b": …} and {1: …, "1": …} would share a name
         tensors[path] = value.detach()
         device = value.device.type
         return {"$tensor": path, "device": device, "parameter": isinstance(value, torch.nn.Parameter)}
@@ -134,8 +141,8 @@ def _encode_special(value: Any, path: str) -> Any:
 
 def _encode_numpy(value: Any) -> Any:
     numpy = sys.modules.get("numpy")
-    if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)):
-        return None
+    if numpy is None or not (type(value) is numpy.ndarray or isinstance(value, numpy.generic)):
+        return None  # a subclass has more than its elements: the mask of a masked array
     array = numpy.asarray(value)
     if array.dtype.hasobject or array.dtype.fields is not None:
         return None
