@@ -183,6 +183,8 @@ def _scatter(entry: TensorEntry, buffer: torch.Tensor, target: LocalTensor) -> N
     for dim, (begin, size) in enumerate(zip(*common, strict=True)):
         source = source.narrow(dim, begin - entry.offsets[dim], size)
         destination = destination.narrow(dim, begin - target.offsets[dim], size)
+        if destination.stride(dim) == 0:  # expanded: all of them are one element
+            source, destination = source.narrow(dim, 0, 1), destination.narrow(dim, 0, 1)
     destination.copy_(source)
 
 
