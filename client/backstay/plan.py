@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from backstay import memory, shard
-from backstay.sources import Holdings, LocalTensor
+from backstay.sources import Holdings, LocalTensor, model_signature
 
 SPLIT_BYTES: Final = 64 * 1024  # a replicated tensor below this is written whole by one replica
 JSON_GRAIN_BYTES: Final = 4096
@@ -45,6 +45,7 @@ class Plan:
     eager: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # living source, its staging
     state_name: str
     state_bytes: int
+    signature: str  # of the model as it is now
 
     def stage(self, dynamic: Mapping[str, torch.Tensor], state: bytes) -> None:
         """Copy now what may change before the next fence: a second copy of these bytes, because no slot may be free yet."""
@@ -121,6 +122,7 @@ def build(
         eager=tuple(eager),
         state_name=state_name,
         state_bytes=capacity,
+        signature=model_signature(holdings),
     )
 
 

@@ -94,6 +94,7 @@ class Session:
         self._is_busy = False
         self._is_stopping = False
         self._is_banned = False
+        self._said = ""  # reason of the failure that was told last, since something went well
         self._backoff_s = FIRST_BACKOFF_S
         self._next_attach_s = 0.0
         self._wake = threading.Condition()
@@ -332,13 +333,14 @@ class Session:
             world_id=attach.world_id,
             chunk_crcs=digests.chunk_crcs,
             tensor_crcs=digests.tensor_crcs,
-            model_signature=attach.model_signature,
+            model_signature=capture.plan.signature,
             writer=self.identity.writer,
         )
         self._held = None
         request = local.Commit(step=capture.step, slot_id=slot_id, manifest=record.to_json(manifest))
         reply, _ = self._call(request, self.identity.lease_s + 10.0)
         if isinstance(reply, local.Committed):
+            self._said = ""
             self.tally.committed += 1
             self.tally.last_committed_step = capture.step
             self._note(reply.schedule, reply.redundancy, reply.protected_step)
@@ -393,7 +395,7 @@ class Session:
         self._next_attach_s = time.monotonic() + self._backoff_s
 
     def _fail(self, error: BackstayError) -> None:
-        is_news = self.is_responsive or self.tally.last_problem != str(error)
+        is_news, self._said = self._said != error.reason, error.reason
         self.tally.last_problem = str(error)
         self.failure = error
         if is_news:
@@ -427,5 +429,5 @@ class Session:
             return
         self._connection, self._backoff_s = connection, FIRST_BACKOFF_S
         self.identity = dataclasses.replace(self.identity, lease_s=attached.lease_s)
-        self.is_responsive, self.failure = True, None
+        self.is_responsive, self.failure, self._said = True, None, ""
         _log.warning("backstay: attached again to the daemon of node %s; snapshots go on", attached.node or "?")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from backstay import memory
 from backstay.errors import UsageError
 
 _STRIDED = "_StridedShard"
@@ -57,7 +58,7 @@ class Holdings:
 
     ``aliases``: name → name of the tensor that is the same object. ``names``: id of a parameter → its name without prefix.
     ``sizes``: (container, length): another length means that something was added or removed. ``links``: (dictionary, key,
-    object) and ``lists``: (list, its items): another object means that something was replaced.
+    object or None) and ``lists``: (list, its items): another object means that something was replaced or came to be.
     """
 
     tensors: tuple[LocalTensor, ...]
@@ -218,6 +219,8 @@ def _add_module(
     own = (collector.rank,)
     collector.sizes += [(module._parameters, len(module._parameters)), (module._buffers, len(module._buffers))]
     collector.sizes.append((module._modules, len(module._modules)))
+    for empty in (module._parameters, module._buffers):
+        collector.links += [(empty, name, None) for name, found in empty.items() if found is None]
     collector.links += [(module._modules, name, child) for name, child in module._modules.items()]
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -253,6 +256,8 @@ def _add_parameter_state(collector: _Collector, prefix: str, parameter: torch.Te
         if isinstance(value, torch.Tensor):
             is_counter = value.ndim == 0 and value.device.type == "cpu" and not isinstance(value, DTensor)
             collector.add(f"{prefix}.state.{fqn}.{key}", state, key, replicas=replicas, is_eager=is_counter)
+        elif value is None:
+            collector.links.append((state, key, None))
 
 
 def _add_unnamed(collector: _Collector, name: str, parameter: torch.Tensor, model: torch.nn.Module) -> None:
@@ -296,11 +301,7 @@ def _place(
 def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
     is_lazy = isinstance(tensor, (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer))
     problem = "is not initialised yet: run a forward pass first" if is_lazy else ""
-    if not problem and tensor.device.type == "meta":
-        problem = "is on the meta device: materialise the model first"
-    if not problem and (tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested):
-        quantized = " and is quantized" if tensor.is_quantized else ""
-        problem = f"has layout {tensor.layout}{quantized}: only dense tensors are stored"
+    problem = problem or memory.why_not_stored(tensor)
     if problem:
         raise UsageError(f"{name} {problem}", reason="unsupported_tensor")
 
@@ -316,6 +317,7 @@ def _place_distributed(
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise UsageError(f"{name} is a DTensor on a mesh that does not contain this rank", reason="unsupported_tensor")
+    _refuse_unsupported(name, tensor._local_tensor)
     local = tensor._local_tensor.detach()
     shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     if tuple(local.shape) != tuple(shape):
