@@ -6,12 +6,13 @@ that with a core to spare a commit runs at memcpy speed or above. Must not talk 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -154,7 +155,9 @@ class Filler:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=self._thread_count - 1, thread_name_prefix="backstay-copy")
-        futures = [self._pool.submit(work) for _ in range(self._thread_count - 1)]
+        futures: list[Future[None]] = []
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending: no new threads then, this one does it all
+            futures += [self._pool.submit(work) for _ in range(self._thread_count - 1)]
         try:
             work()
         finally:

@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ class Snapshotter:
         self._target: Target | None = None
         self._capture: Capture | None = None  # not yet fenced
         self._previous: Capture | None = None  # fenced; may still be hashed or committed
-        self._in_fence = False
+        self._fence_lock = threading.RLock()
         self._is_closed = False
         self._last_step = -1
         self._last_started: tuple[int, float] | None = None
@@ -206,12 +207,13 @@ class Snapshotter:
         begin_s = time.perf_counter()
         try:
             return self._snapshot(session, step)
-        except BackstayError as error:
+        except Exception as error:  # the user's state_dict() runs in it, and so does torch
             if self._strict:
                 raise
-            self._warn_once(f"snapshot of step {step} failed: {error}", key=error.reason)
+            reason = str(error) if isinstance(error, BackstayError) else f"{type(error).__name__}: {error}"
+            self._warn_once(f"snapshot of step {step} failed: {reason}", key=getattr(error, "reason", reason))
             self._counts["refused"] += 1
-            return SnapshotStatus(step=step, state=REFUSED, reason=str(error))
+            return SnapshotStatus(step=step, state=REFUSED, reason=reason)
         finally:
             self._blocked_s += time.perf_counter() - begin_s
 
@@ -219,40 +221,54 @@ class Snapshotter:
         """Wait until the running capture does not read parameters and optimizer state any more.
 
         Called by the optimizers' hooks; call it yourself before changing parameters by hand (EMA swaps, SAM, ``.data``, a
-        captured CUDA graph). Cheap and re-entrant. Never raises unless ``strict``.
+        captured CUDA graph). Cheap, re-entrant, and for any thread: autograd's may step optimizers too. Never raises unless
+        ``strict``.
         """
-        capture, session = self._capture, self._session
-        if capture is None or session is None or self._in_fence or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
-        self._in_fence = True
-        begin_s = time.perf_counter()
-        try:
-            self._settle(capture, session)
+        with self._fence_lock:
+            capture, session = self._capture, self._session
+            if capture is None or session is None:
+                return
+            begin_s = time.perf_counter()
+            try:
+                self._settle(capture, session)
+            except BaseException as error:  # KeyboardInterrupt too: training may go on without having waited
+                reason = f"the fence ended with {type(error).__name__}: {error}"
+                capture.drop(reason)
+                capture.spoil(reason)
+                if self._strict or not isinstance(error, Exception):
+                    raise
+                self._warn_once(f"snapshot of step {capture.step} is discarded: {reason}", key="fence")
+            finally:
+                self._capture, self._previous = None, capture
+                self._fence_s += time.perf_counter() - begin_s
             self._raise_if_strict(session)
-        finally:
-            self._capture, self._previous, self._in_fence = None, capture, False
-            self._fence_s += time.perf_counter() - begin_s
 
     def finish(self, *, keep: bool = False, timeout_s: float = 60.0) -> None:
         """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and close."""
         if os.getpid() != self._pid or self._is_closed:
             return
-        self.fence()
-        if self._session is not None and not self._session.finish(keep=keep, timeout_s=timeout_s):
-            _log.warning(
-                "backstay: the daemon could not be told that run %s ended; `backstay forget` frees its memory",
-                self._run,
-            )
-        self.close()
+        try:
+            self.fence()
+            if self._session is not None and not self._session.finish(keep=keep, timeout_s=timeout_s):
+                _log.warning(
+                    "backstay: the daemon could not be told that run %s ended; `backstay forget` frees its memory",
+                    self._run,
+                )
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Detach: finish what is under way, remove the hooks, unmap the slots. What is committed stays in memory."""
         if os.getpid() != self._pid or self._is_closed:
             return
-        self.fence()
-        self._is_closed = True
-        self._fence.remove()
-        self._end_session()
+        try:
+            self.fence()
+        finally:
+            self._is_closed = True
+            self._fence.remove()
+            self._end_session()
 
     def __enter__(self) -> Self:
         return self
@@ -303,8 +319,8 @@ class Snapshotter:
             self._check_every > 0 and self._counts["started"] % self._check_every == 0
         )
         capture = Capture(made, step, is_checked=checked, ready=self._mark_ready(made))
+        self._capture = capture  # first: interrupted between the two lines, a capture would run without a fence
         session.submit(capture)
-        self._capture = capture
         self._counts["started"] += 1
         self._plan_ahead(session, step, made.layout.size_bytes)
         if self._is_synchronous:
@@ -341,6 +357,12 @@ class Snapshotter:
             made = self._plan = plan.build(
                 holdings, rank=target.rank, dynamic=dynamic, state=state, metadata=metadata, previous=made
             )
+            if made.signature != target.signature and "model" not in self._told:
+                self._told.add("model")
+                _log.warning(
+                    "backstay: tensors of the model appeared, went or changed their type since restore(); a restart must "
+                    "build the model as it is now before it calls restore()"
+                )
         with torch.no_grad():
             made.stage(dynamic, state)
         return made
@@ -444,7 +466,9 @@ class Snapshotter:
     def _forget_in_child(self) -> None:
         if self._session is not None:
             self._session.forget_in_child()
-        self._capture = None
+        self._session = self._capture = (
+            None  # its locks may be held for ever, its descriptors' numbers be given to others
+        )
 
     # ---- saying what happens
 
@@ -461,6 +485,8 @@ class Snapshotter:
             _log.warning("backstay: %s (said once)", text)
 
     def _refuse_closed(self, what: str) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(f"{what} in a forked child: make its own Snapshotter there", reason="forked")
         if self._is_closed:
             raise UsageError(f"{what} on a keeper that was closed", reason="closed")
 

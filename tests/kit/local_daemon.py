@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from backstay import local, record
-from backstay.errors import BackstayError, IntegrityError, StaleGenerationError, UsageError
+from backstay.errors import BackstayError, CapacityError, IntegrityError, StaleGenerationError, UsageError
 from backstay.manifest import Manifest
 from backstay.shard import check_file
 
@@ -42,7 +42,9 @@ class Run:
 
 
 class LocalDaemon:
-    """Serves ``socket_path`` until ``close()``. ``hold_slots``: Reserve answers Skipped; ``is_frozen``: nothing is answered."""
+    """Serves ``socket_path`` until ``close()``. ``hold_slots``: Reserve answers Skipped; ``is_full``: it is an
+    error, with other numbers each time; ``is_frozen``: nothing is answered.
+    """
 
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="backstay-trainer-", dir="/dev/shm"))
@@ -50,6 +52,7 @@ class LocalDaemon:
         self.runs: dict[str, Run] = {}
         self.is_frozen = False
         self.hold_slots = False
+        self.is_full = False
         self.interval_steps = 1
         self.commit_count = 0
         self._lock = threading.Condition()
@@ -200,6 +203,8 @@ class LocalDaemon:
         schedule = local.ScheduleBody(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)
         if self.hold_slots:
             return local.Skipped(reason="slots are held by the test", schedule=schedule), ()
+        if self.is_full:
+            raise CapacityError(f"no room for step {message.step}", reason="no_room")
         free = run.free.setdefault(attach.rank, [])
         path = next((p for p in free if p.stat().st_size == message.size_bytes), None)
         if path is None:
