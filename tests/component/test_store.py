@@ -264,6 +264,23 @@ def test_leftovers_of_an_older_daemon_are_removed(open_store: Opener) -> None:
     assert not any(path.exists() for path in leftovers)
 
 
+def test_a_fragment_published_while_its_plan_is_dropped_leaves_nothing(open_store: Opener) -> None:
+    store = open_store()
+    shards = [make_shard(rank=rank, world_size=2) for rank in range(2)]
+    plan = add_plan(store, shards)
+    path = store.paths(RUN).fragment(KEY, plan.plan_id, stripe=0, index=0)
+    record_path = store.paths(RUN).fragment_record(KEY, plan.plan_id, stripe=0, index=0)
+    data, stored = path.read_bytes(), record_path.read_bytes()
+    assert withdraw.drop_plan(store, RUN, plan.plan_id)
+    make_directory(path.parent)
+    path.write_bytes(data)  # its writer had looked for the plan just before
+    record_path.write_bytes(stored)
+    late = FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0)
+    assert not withdraw.note_fragment(store, RUN, KEY, late)
+    assert not path.parent.exists()
+    assert_equals_a_fresh_look(store)
+
+
 def test_staging_with_its_manifest_is_kept_for_the_rebuild_that_fills_it(open_store: Opener) -> None:
     store = open_store()
     shard = make_shard(rank=1, world_size=2)

@@ -192,14 +192,24 @@ def note_plan(store: Store, run: str, key: SnapshotKey, plan_id: str) -> bool:
 
 
 def note_fragment(store: Store, run: str, key: SnapshotKey, fragment: FragmentRecord) -> bool:
-    """Take a fragment that a coder published into the index; returns whether it is new."""
+    """Take a fragment that a coder published into the index; returns whether it is new.
+
+    One whose plan was dropped while it was being published is removed: nothing else would find it.
+    """
     note_plan(store, run, key, fragment.plan_id)
-    index = store.index(run)
+    index, paths = store.index(run), store.paths(run)
     plan = index.plans.get(fragment.plan_id)
-    if plan is None or fragment in index.fragments:
+    if plan is None:
+        place = {"stripe": fragment.stripe, "index": fragment.index}
+        paths.fragment_record(key, fragment.plan_id, **place).unlink(missing_ok=True)
+        paths.fragment(key, fragment.plan_id, **place).unlink(missing_ok=True)
+        remove_empty(paths.parity(key))
+        remove_empty(paths.snapshot(key))
+        return False
+    if fragment in index.fragments:
         return False
     try:
-        index.fragments[fragment] = read_fragment(store.paths(run), plan, fragment)
+        index.fragments[fragment] = read_fragment(paths, plan, fragment)
     except (SnapshotNotFoundError, FileNotFoundError):
         return False
     return True
