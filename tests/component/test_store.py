@@ -7,24 +7,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from backstay import record
-from backstay.errors import CapacityError, IntegrityError, InvariantError, UsageError
+from backstay.errors import CapacityError, ConfigError, IntegrityError, InvariantError, UsageError
 from backstay.ids import Generation, SnapshotKey, snapshot_id
 from backstay.manifest import CHUNK_BYTES
 from backstayd.core import geometry
-from backstayd.core.records import FragmentRecord, Member, Plan, VolumeShard
+from backstayd.core.records import Decision, FragmentRecord, Member, Outcome, Plan, VolumeShard
 from backstayd.store import room, withdraw
 from backstayd.store.fragments import FragmentWriter
 from backstayd.store.holder import HolderRecord, start_ticks
-from backstayd.store.scan import Owner, scan
+from backstayd.store.scan import GENERATION_NAME, Owner, scan
 from backstayd.store.slots import Allocation, Grant, allocate
 from backstayd.store.staging import prepare_staging
 from backstayd.store.store import Store
-from backstayd.store.stored import StoredPlan, make_directory, write_atomically
+from backstayd.store.stored import StoredFragment, StoredPlan, make_directory, write_atomically
 from tests.kit.shards import RUN, MadeShard, make_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +78,18 @@ def commit(store: Store, shard: MadeShard, **more: object) -> None:
     granted = grant(store, shard, **more)  # type: ignore[arg-type]
     os.pwrite(granted.fd, shard.data, 0)
     store.slots.commit(granted, shard.json)
+
+
+def decision_of(run: str) -> Decision:
+    return Decision(
+        decision_id="d" * 32,
+        generation=Generation(1, "c"),
+        run=run,
+        world_id="w",
+        world_size=2,
+        attempt=1,
+        outcome=Outcome.NONE,
+    )
 
 
 def add_plan(store: Store, shards: list[MadeShard], *, m: int = 1) -> Plan:
@@ -247,12 +260,107 @@ def test_foreign_files_are_reported_left_alone_and_never_used(open_store: Opener
     assert list(store.runs[RUN].shards) == [(KEY, 0)]
 
 
+def _directory_at(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    (path / "inside").mkdir(parents=True)
+
+
+def _pipe_at(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def _link_at(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/etc/passwd")
+
+
+@pytest.mark.parametrize("put", [_directory_at, _pipe_at, _link_at])
+@pytest.mark.parametrize("what", ["generation", "decision", "owner", "plan", "fragment", "manifest", "holder"])
+def test_what_is_no_file_in_the_place_of_a_record_does_not_stop_the_daemon(
+    open_store: Opener, what: str, put: Callable[[Path], None]
+) -> None:
+    store = open_store()
+    shards = [make_shard(rank=rank, world_size=2) for rank in range(2)]
+    for shard in shards:
+        commit(store, shard)
+    plan = add_plan(store, shards)
+    store.record_decision(decision_of(RUN))
+    assert store.admit_generation(Generation(3, "c"))
+    paths = store.paths(RUN)
+    put(
+        {
+            "generation": store.memory_dir / GENERATION_NAME,
+            "decision": paths.decision,
+            "owner": paths.owner,
+            "plan": paths.plan(KEY, plan.plan_id),
+            "fragment": paths.fragment(KEY, plan.plan_id, stripe=0, index=0),
+            "manifest": paths.manifest(KEY, 0, 2),
+            "holder": next(paths.slots.glob("holder-*")),
+        }[what]
+    )
+    store = open_store()
+    assert (KEY, 1) in store.index(RUN).shards
+    commit(store, make_shard(rank=1, world_size=2, step=2))
+    store.record_decision(decision_of(RUN))
+    assert store.admit_generation(Generation(4, "c"))
+    assert_equals_a_fresh_look(open_store())
+
+
+def test_a_decision_of_another_run_or_parity_beyond_the_plan_is_put_aside(open_store: Opener) -> None:
+    store = open_store()
+    plan = add_plan(store, [make_shard(rank=rank, world_size=2) for rank in range(2)])
+    paths = store.paths(RUN)
+    for stripe, index in ((99, 0), (0, 7)):
+        path = paths.fragment(KEY, plan.plan_id, stripe=stripe, index=index)
+        shutil.copy(paths.fragment(KEY, plan.plan_id, stripe=0, index=0), path)
+        stored = record.loads(StoredFragment, paths.fragment_record(KEY, plan.plan_id, stripe=0, index=0).read_bytes())
+        lie = replace(stored, stripe=stripe, index=index)
+        paths.fragment_record(KEY, plan.plan_id, stripe=stripe, index=index).write_bytes(record.dumps(lie))
+    paths.decision.write_bytes(record.dumps(decision_of("job/other")))
+    index = open_store().index(RUN)
+    assert set(index.fragments) == {FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0)}
+    assert index.decision is None
+    assert len(index.quarantined) == 3
+
+
+def test_links_in_the_memory_directory_are_not_written_through(open_store: Opener, tmpfs_dir: Path) -> None:
+    store = open_store()
+    commit(store, make_shard())
+    elsewhere = tmpfs_dir / "elsewhere"
+    elsewhere.mkdir()
+    for path in (store.paths(RUN).quarantine, store.paths(RUN).slots, store.paths(RUN).staging):
+        shutil.rmtree(path, ignore_errors=True)
+        path.symlink_to(elsewhere)
+    store.paths(RUN).decision.write_bytes(b"{")
+    store = open_store()
+    commit(store, make_shard(step=2))
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_job_may_be_named_like_one_of_our_files(open_store: Opener) -> None:
+    for name in ("gpt.tmp", "generation.json"):
+        open_store().open_run(f"{name}/run", uid=7)
+    store = open_store()
+    assert store.admit_generation(Generation(5, "c"))
+    assert {"gpt.tmp/run", "generation.json/run"} <= set(open_store().runs)
+
+
+def test_a_directory_of_another_user_is_refused(tmpfs_dir: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a directory of another user")
+    (tmpfs_dir / "theirs").mkdir()
+    os.chown(tmpfs_dir / "theirs", 4242, 4242)
+    with pytest.raises(ConfigError, match="belongs to user 4242"):
+        Store(tmpfs_dir / "theirs", incarnation="0" * 16)
+
+
 def test_leftovers_of_an_older_daemon_are_removed(open_store: Opener) -> None:
     store = open_store()
     commit(store, make_shard())
     paths = store.paths(RUN)
     leftovers = [
-        store.memory_dir / "generation.json.1-1.aa.tmp",
+        store.memory_dir / ".generation.json.1-1.aa.tmp",
         paths.snapshot(KEY) / "rank-00000-of-00001.manifest.json.1-1.aa.tmp",
         paths.slots / "rank-00000.2.aa.tmp",
     ]

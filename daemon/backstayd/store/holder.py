@@ -6,6 +6,7 @@ A holder is written beside the slots, so that a restarted daemon knows it too. S
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -34,11 +35,15 @@ class Holder:
 
     @classmethod
     def find(cls, record: HolderRecord) -> Holder | None:
-        """The process of ``record`` if it still lives under that pid."""
+        """The process of ``record`` if it still lives under that pid; OSError when that cannot be told."""
         try:
             pidfd = os.pidfd_open(record.pid)
-        except OSError:
+        except OverflowError:
             return None
+        except OSError as error:
+            if error.errno in (errno.ESRCH, errno.EINVAL):
+                return None
+            raise
         if start_ticks(record.pid) != record.start_ticks:
             os.close(pidfd)
             return None

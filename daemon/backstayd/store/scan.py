@@ -27,7 +27,7 @@ from backstayd.store.paths import RunPaths
 from backstayd.store.stored import StoredFragment, StoredPlan, read_small
 
 LOCK_NAME = ".lock"
-GENERATION_NAME = "generation.json"
+GENERATION_NAME = ".generation.json"  # no job can have such a name
 T = TypeVar("T")
 
 
@@ -104,7 +104,7 @@ def _scan_run(paths: RunPaths, findings: list[Finding]) -> RunIndex:
             owner = _load(path, Owner, paths.run, findings)
             index.owner_uid = owner.uid if owner else index.owner_uid
         elif path == paths.decision:
-            index.decision = _load(path, Decision, paths.run, findings)
+            index.decision = _load_decision(path, paths.run, findings)
         elif path == paths.slots and _is_directory(path):
             _scan_slots(path, index, findings)
         elif path == paths.staging and _is_directory(path):
@@ -347,9 +347,20 @@ def _load(path: Path, cls: type[T], run: str, findings: list[Finding]) -> T | No
         return None
 
 
+def _load_decision(path: Path, run: str, findings: list[Finding]) -> Decision | None:
+    decision = _load(path, Decision, run, findings)
+    if decision is None or decision.run == run:
+        return decision
+    reason = f"it is a decision of run {decision.run}; it is not used"
+    findings.append(_damaged(path, run, Quarantined(what=path.name, attempt=0, step=0, reason=reason), ()))
+    return None
+
+
 def _stray(path: Path, run: str) -> Finding:
     if path.name.endswith(".tmp") and _is_file(path):
         return _leftover(path, run, "a write that never ended")
+    if path.is_symlink() and path.is_dir():  # left in place, what is written later would go where it leads
+        return _leftover(path, run, "a link to another directory; backstay makes none")
     reason = "not a file of backstay; it is left alone and never used"
     return Finding(kind=FindingKind.FOREIGN, path=path, reason=reason, run=run)
 

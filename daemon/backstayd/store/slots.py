@@ -97,7 +97,11 @@ class Slots:
         """Whether that process can still write what it was given."""
         known = self._known.get(holder)
         if known is None:
-            known = Holder.find(holder)
+            try:
+                known = Holder.find(holder)
+            except OSError as error:  # out of descriptors: it may live, so nobody else gets what it was given
+                logger.warning("cannot look for process %d: %s", holder.pid, error.strerror)
+                return True
             if known is None:
                 return False
             self._known[holder] = known

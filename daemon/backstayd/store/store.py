@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from backstay import record
-from backstay.errors import CapacityError, ConfigError, IntegrityError, InvariantError, UsageError
+from backstay.errors import BackstayError, CapacityError, ConfigError, InvariantError, UsageError
 from backstay.ids import Generation, RunKey
 from backstayd.core.records import Decision
 from backstayd.store import room
@@ -187,14 +187,15 @@ class Store:
         if path.exists():
             try:
                 self.generation = record.loads(Generation, read_small(path))
-            except IntegrityError:
-                path.unlink()
-        for leftover in self.memory_dir.glob("*.tmp"):
-            leftover.unlink()
+            except BackstayError as error:
+                logger.error("%s is not used: %s; the next coordinator's generation is taken", path, error)
+                remove(path)
+        for leftover in self.memory_dir.glob(f"{GENERATION_NAME}.*.tmp"):
+            remove(leftover)
         found = scan(self.memory_dir)
         self.runs = found.runs
-        for finding in found.findings:
-            self._act_on(finding)
+        for finding in sorted(found.findings, key=lambda f: f.kind is not FindingKind.LEFTOVER):
+            self._act_on(finding)  # what is in the way goes first
         for run, index in self.runs.items():
             self._tidy(run, index)
             logger.info(
@@ -224,9 +225,9 @@ class Store:
         logger.error("quarantined %s: %s", finding.quarantined.what, finding.reason)
         kept = b""
         for companion in finding.companions:
-            kept = companion.read_bytes() if companion.exists() else kept
-            companion.unlink(missing_ok=True)
-        finding.path.unlink(missing_ok=True)
+            kept = companion.read_bytes() if companion.is_file() else kept
+            remove(companion)
+        remove(finding.path)
         make_directory(paths.quarantine)
         name = f"{len(index.quarantined):04d}-{finding.path.name}.json"
         bad = QuarantineRecord(quarantined=finding.quarantined, commit_record=kept.decode(errors="replace"))
@@ -256,6 +257,14 @@ class Store:
             remove_empty(attempt)
 
 
+def remove(path: Path) -> None:
+    """Remove what lies in the place of one of our files, whatever it is; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_empty(directory: Path) -> None:
     """Remove ``directory`` if nothing is in it."""
     try:
@@ -268,6 +277,12 @@ def remove_empty(directory: Path) -> None:
 def _lock(memory_dir: Path, must_be_tmpfs: bool) -> int:
     try:
         make_directory(memory_dir)
+        if memory_dir.stat().st_uid != os.geteuid():
+            raise ConfigError(
+                f"memory directory {memory_dir} belongs to user {memory_dir.stat().st_uid}, this daemon is user "
+                f"{os.geteuid()}; its owner could read and replace every snapshot",
+                reason="bad_memory_dir",
+            )
         os.chmod(memory_dir, 0o700)
         fd = os.open(memory_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -80,6 +81,8 @@ class StoredFragment:
         """Raise IntegrityError unless this is a sound record of that fragment of ``plan``."""
         if (self.plan_id, self.stripe, self.index, self.run) != (plan.plan_id, stripe, index, plan.run):
             raise IntegrityError(f"fragment record is of stripe {self.stripe} index {self.index} of {self.plan_id[:8]}")
+        if not (0 <= stripe < len(plan.members) and 0 <= index < plan.m):
+            raise IntegrityError(f"plan {plan.plan_id[:8]} has no parity at stripe {stripe} index {index}")
         check_crcs("fragment record", self.size_bytes, chunk_bytes=self.chunk_bytes, chunk_crcs=self.chunk_crcs)
 
 
@@ -166,14 +169,19 @@ def canonical_bytes(manifest: dict[str, Any]) -> bytes:
 def read_small(path: Path) -> bytes:
     """The bytes of a record file; raises SnapshotNotFoundError (``gone``) without one, IntegrityError when oversized."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise SnapshotNotFoundError(f"{path.name} is not here: {error.strerror}", reason="gone") from error
-    with os.fdopen(fd, "rb") as file:
-        size = os.fstat(fd).st_size
-        if size > MAX_RECORD_BYTES:
-            raise IntegrityError(f"{path.name} of {size} bytes is over the limit of {MAX_RECORD_BYTES}")
-        return file.read(MAX_RECORD_BYTES)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise IntegrityError(f"{path.name} is not a file", reason="bad_record")
+        if status.st_size > MAX_RECORD_BYTES:
+            raise IntegrityError(f"{path.name} of {status.st_size} bytes is over the limit of {MAX_RECORD_BYTES}")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(MAX_RECORD_BYTES)
+    finally:
+        os.close(fd)
 
 
 def read_manifest(path: Path, *, digest: str) -> ShardChunks:
@@ -183,10 +191,10 @@ def read_manifest(path: Path, *, digest: str) -> ShardChunks:
         SnapshotNotFoundError: nothing is published there (``gone``). IntegrityError: something else is.
     """
     try:
-        stat = os.lstat(path)
+        status = os.lstat(path)
     except OSError as error:
         raise SnapshotNotFoundError(f"{path.name} is not published: {error.strerror}", reason="gone") from error
-    return _read_manifest(path, digest, (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size))
+    return _read_manifest(path, digest, (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size))
 
 
 @functools.lru_cache(maxsize=256)
