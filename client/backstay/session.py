@@ -383,6 +383,8 @@ class Session:
             self._fail(error)
             return None, []
         self.is_responsive = True
+        if not (isinstance(request, local.Reserve) and isinstance(reply, local.Reserved)):
+            local.close_fds(fds)  # of something that nobody asked for
         return reply, list(fds)
 
     def _lose(self, error: BackstayError) -> None:

@@ -141,6 +141,7 @@ def collect(
             collector.links += [(optimizer.__dict__, "param_groups", optimizer.param_groups)]
             state = optimizer.state if states is None else states[index]
             _add_optimizer(collector, optimizer_prefix(index, len(optimizers)), optimizer, model, state)
+    _refuse_several_gpus(collector.tensors)
     return Holdings(
         tensors=tuple(collector.tensors),
         aliases=collector.aliases,
@@ -237,6 +238,12 @@ def _add_module(
 def _add_optimizer(
     collector: _Collector, prefix: str, optimizer: torch.optim.Optimizer, model: torch.nn.Module, states: States
 ) -> None:
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise UsageError(
+            f"{prefix} is a ZeroRedundancyOptimizer, which keeps its state in an optimizer of its own, another part on each "
+            "rank; backstay does not support it: use FSDP2, or a plain optimizer",
+            reason="unsupported_optimizer",
+        )
     collector.sizes += [(optimizer.param_groups, len(optimizer.param_groups)), (states, len(states))]
     for group_index, group in enumerate(optimizer.param_groups):
         collector.lists.append((group["params"], tuple(group["params"])))
@@ -296,6 +303,21 @@ def _place(
         owner=owner,
         key=key,
     )
+
+
+def _refuse_several_gpus(tensors: Sequence[LocalTensor]) -> None:
+    """A capture waits for the streams of one GPU: the bytes of another would arrive after they were hashed."""
+    first: dict[torch.device, str] = {}
+    for tensor in tensors:
+        if tensor.local.device.type == "cuda":
+            first.setdefault(tensor.local.device, tensor.name)
+    if len(first) > 1:
+        places = ", ".join(f"{name} on {device}" for device, name in first.items())
+        raise UsageError(
+            f"the model is spread over {len(first)} GPUs of one process ({places}), which backstay does not support; use one "
+            "process per GPU",
+            reason="unsupported_module",
+        )
 
 
 def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:

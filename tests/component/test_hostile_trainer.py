@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 
 import backstay
+from backstay import local
 from backstay.errors import IntegrityError, UsageError
 from tests.kit.local_daemon import LocalDaemon
 
@@ -369,6 +373,92 @@ def test_a_tensor_without_memory_of_its_own_is_refused_by_name(daemon: LocalDaem
     model.weight = nn.Parameter(TwoTensor(torch.rand(2, 20), torch.rand(2, 20)))  # type: ignore[no-untyped-call]
     with pytest.raises(UsageError, match=r"model\.weight .*TwoTensor"):
         Training(daemon, model=model).keeper.restore()
+
+
+def test_an_optimizer_that_hides_its_state_is_refused_by_name(daemon: LocalDaemon) -> None:
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        """Named as torch's, which wants a process group; its own ``state`` stays empty."""
+
+    model = nn.Linear(20, 2)
+    optimizer = ZeroRedundancyOptimizer(model.parameters())
+    keeper = backstay.Snapshotter(model, optimizer, run_id="r", socket=daemon.socket_path)
+    with pytest.raises(UsageError, match="ZeroRedundancyOptimizer"):
+        keeper.restore()
+    keeper.close()
+
+
+def test_a_model_on_several_gpus_of_one_process_is_refused() -> None:
+    from backstay import sources
+
+    tensors = sources.collect(nn.Linear(2, 2), [], rank=0).tensors
+    gpus: list[Any] = [SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1)]
+    spread = [dataclasses.replace(tensor, local=gpu) for tensor, gpu in zip(tensors, gpus, strict=True)]
+    with pytest.raises(UsageError, match=r"model\.weight on cuda:0, model\.bias on cuda:1"):
+        sources._refuse_several_gpus(spread)
+    sources._refuse_several_gpus(spread[:1])
+
+
+class Generous(LocalDaemon):
+    """Sends a descriptor with every answer, asked for or not."""
+
+    def _answer(self, attach: local.Attach, message: Any) -> tuple[Any, tuple[int, ...]]:
+        reply, fds = super()._answer(attach, message)
+        return reply, fds or (os.open("/dev/null", os.O_RDONLY),)
+
+
+def test_descriptors_nobody_asked_for_are_closed() -> None:
+    with Generous() as daemon:
+        daemon.hold_slots = True
+        training = Training(daemon, max_wait_s=0.2)
+        training.keeper.restore()
+        counts = []
+        for first in (0, 5, 10):
+            training.run(first, first + 5)
+            training.settle()
+            counts.append(sum(os.readlink(f"/proc/self/fd/{fd}") == "/dev/null" for fd in _own_fds()))
+        training.keeper.close()
+    assert counts[0] == counts[-1], counts
+
+
+def _own_fds() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+
+
+class Foreign(LocalDaemon):
+    """After the restore, somebody else listens on the socket: whatever comes is answered with other text."""
+
+    is_foreign = False
+
+    def _answer(self, attach: local.Attach, message: Any) -> tuple[Any, tuple[int, ...]]:
+        if self.is_foreign:
+            for connection in list(self._connections):
+                connection.sendall(b"\x00\x00\x00\x05hello")
+        return super()._answer(attach, message)
+
+    def _attach(self, attach: local.Attach) -> local.Attached:
+        if self.is_foreign:
+            raise IntegrityError("220 mail.example.org ESMTP")
+        return super()._attach(attach)
+
+
+def test_a_foreign_server_on_the_socket_does_not_disturb_training(caplog: pytest.LogCaptureFixture) -> None:
+    with Foreign() as daemon:
+        training = Training(daemon, max_wait_s=0.3)
+        training.keeper.restore()
+        training.run(0, 2)
+        training.settle()
+        daemon.is_foreign = True
+        with caplog.at_level(logging.WARNING, logger="backstay"):
+            training.run(2, 12)
+            training.settle()
+        assert len(caplog.records) < 6, caplog.text
+        daemon.is_foreign = False
+        steps = iter(range(12, 100_000))
+        end = time.monotonic() + 20
+        while daemon.committed_steps("default/r")[-1] < 12:
+            assert time.monotonic() < end, "it never attached to the real daemon again"
+            training.run(step := next(steps), step + 1)
+        training.keeper.close()
 
 
 def test_a_masked_array_is_refused_and_not_stripped_of_its_mask() -> None:
