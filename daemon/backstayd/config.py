@@ -120,6 +120,13 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _ttl(value: Any) -> float:
+    seconds = _number(float, value)
+    if not (seconds == 0 or 1 <= seconds <= 366 * 86400):
+        raise ValueError("is neither 0 nor a number of seconds from 1 to a year")
+    return seconds
+
+
 def _count(low: int, high: int) -> Parser:
     def parse(value: Any) -> int:
         count = _number(int, value)
@@ -238,6 +245,9 @@ class CoordinatorConfig:
     )
     group_size: int = _setting(8, _count(1, MAX_GROUP_NODES), "Nodes per erasure-coding group, about.")
     keep: int = _setting(1, _count(1, 100), "Protected snapshots kept per run.")
+    job_ttl_s: float = _setting(
+        86400.0, _ttl, "Seconds after its last trainer left until a run's memory is freed everywhere; 0: never."
+    )
     lease_s: float = _setting(3.0, _seconds, _LEASE)
     log_format: str = _setting("text", _choice("text", "json"), "Form of the log on stderr: text or json.")
     log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "debug, info, warning or error.")

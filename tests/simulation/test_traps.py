@@ -321,6 +321,23 @@ def test_a_finished_run_is_forgotten_everywhere_and_its_name_can_be_used_again()
     assert cluster.outcome(later) is Outcome.NONE
 
 
+def test_a_run_that_nobody_comes_back_to_is_forgotten_and_not_before() -> None:
+    engine, cluster, job = training(4, policy=CorePolicy(lease_s=1.5, job_ttl_s=20.0))
+    engine.run_for(25)  # it trains for longer than that
+    job.is_stopped = True
+    for trainer in [job.trainers[rank] for rank in (0, 1, 2)]:
+        cluster.kill_trainer(trainer)
+    engine.run_for(25)
+    assert cluster.core().runs[RUN].forgotten_in_s() is None, "one trainer is still connected"
+    cluster.kill_trainer(job.trainers[3])
+    engine.run_for(10)
+    left_s = cluster.core().status(engine.now_s)["runs"][0]["forgotten_in_s"]
+    assert 8 < left_s < 11
+    assert cluster.kept_keys(RUN)
+    cluster.checker.forget(RUN)
+    assert engine.run_until(lambda: not cluster.kept_keys(RUN), limit_s=15)
+
+
 def test_a_node_that_was_away_when_its_run_was_forgotten_forgets_it_when_it_comes_back() -> None:
     engine, cluster, job = training(4)
     job.is_stopped = True

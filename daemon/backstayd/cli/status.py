@@ -67,6 +67,9 @@ def _notes(run_: dict[str, Any]) -> list[str]:
     notes = []
     if run_["reason"]:
         notes.append(f"{run_['run']}: {run_['reason']}")
+    ttl_s = run_.get("forgotten_in_s")
+    if ttl_s is not None:
+        notes.append(f"{run_['run']}: no trainer is connected; its memory is freed in {ttl_s / 3600:.1f} h")
     decision = run_["decision"]
     if decision and decision["phase"] != "release" and decision["message"]:
         notes.append(f"{run_['run']}: recovery in phase {decision['phase']}: {decision['message']}")

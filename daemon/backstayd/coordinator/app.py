@@ -65,7 +65,11 @@ class CoordinatorProcess:
         self._clock = clock or Clock()
         self._offset_s = self._clock.unix_s() - self._clock.monotonic_s()
         policy = CorePolicy(
-            parity=config.parity, group_size=config.group_size, keep=config.keep, lease_s=config.lease_s
+            parity=config.parity,
+            group_size=config.group_size,
+            keep=config.keep,
+            lease_s=config.lease_s,
+            job_ttl_s=config.job_ttl_s,
         )
         self.core = Coordinator(policy, new_incarnation(), now_s=self._clock.monotonic_s())
         self.metrics = Metrics(role="coordinator", version=__version__)

@@ -13,6 +13,7 @@ class CorePolicy:
     group_size: int = 8
     keep: int = 1
     lease_s: float = 3.0
+    job_ttl_s: float = 86400.0  # a run without trainers is forgotten after so long; 0: never
 
     def wanted_parity(self, node_count: int) -> int:
         """Parity fragments per stripe for a job on ``node_count`` nodes."""

@@ -55,6 +55,7 @@ class RunState:
     missing_since: dict[str, float] = field(default_factory=dict)
     ended: dict[str, set[int]] = field(default_factory=dict)
     is_forgetting: bool = False
+    idle_since_s: float | None = None  # no trainer is connected, as far as this coordinator has seen
     head: Decision | None = None
     evaluation: Evaluation | None = None
     context: RunContext | None = None
@@ -70,6 +71,7 @@ class RunState:
     ) -> None:
         """Bring everything in line with the reports of ``nodes``."""
         context = self.context = self._take_context(nodes, generation, has_long_memory, now_s)
+        self._update_idle(context)
         if self._update_forgetting(context):
             return
         self._watch(context)
@@ -171,6 +173,23 @@ class RunState:
             generation=generation,
             has_long_memory=has_long_memory,
         )
+
+    def forgotten_in_s(self) -> float | None:
+        """Time until the run's memory is freed because no trainer comes back; None: not as things are."""
+        if self.idle_since_s is None or self.context is None or self.policy.job_ttl_s == 0:
+            return None
+        return max(0.0, self.idle_since_s + self.policy.job_ttl_s - self.context.now_s)
+
+    def _update_idle(self, context: RunContext) -> None:
+        """Count from when the last trainer left; one that is connected anywhere, or a new coordinator, begins anew."""
+        phases = {session.record.phase for world in context.worlds.values() for session in world.values()}
+        if phases - {SessionPhase.ENDED} or context.inventory.is_empty:
+            self.idle_since_s = None
+        elif self.idle_since_s is None:
+            self.idle_since_s = context.now_s
+        elif self.forgotten_in_s() == 0 and not self.is_forgetting:
+            self.say("abandoned", f"no trainer was connected for {self.policy.job_ttl_s:g} s: the run is forgotten")
+            self.is_forgetting = True
 
     def _update_forgetting(self, context: RunContext) -> bool:
         """Forget a run whose ranks have all ended, or that a node says was forgotten. True while that goes on."""

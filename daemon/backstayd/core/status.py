@@ -57,6 +57,7 @@ def _run(state: RunState) -> dict[str, Any]:
         "redundancy": "UNPROTECTED",
         "spares": -1,
         "reason": "forgetting" if state.is_forgetting else "not evaluated yet",
+        "forgotten_in_s": state.forgotten_in_s(),
         "complete_step": 0,
         "protected_step": 0,
         "interval_steps": state.pace.schedule.interval_steps,
