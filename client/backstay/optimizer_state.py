@@ -57,7 +57,7 @@ def read_values(
                 other[key] = found
                 continue
             kept = {k: v for k, v in found.items() if not isinstance(v, torch.Tensor)}
-            if kept:
+            if kept and id(key) in holdings.names:  # else of a parameter that was replaced: no step reads it again
                 values[holdings.names[id(key)]] = kept
         encoded.append(
             {

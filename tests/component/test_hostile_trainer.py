@@ -35,7 +35,7 @@ class Training:
     def __init__(self, daemon: LocalDaemon, *, model: nn.Module | None = None, **options: Any) -> None:
         torch.manual_seed(0)
         self.model: Any = model or nn.Linear(20, 2)
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters())
         self.keeper = backstay.Snapshotter(self.model, self.optimizer, run_id="r", socket=daemon.socket_path, **options)
 
     def step(self) -> None:
@@ -262,6 +262,28 @@ def test_optimizer_state_that_turns_from_none_into_a_tensor_is_captured(daemon: 
     average = optimizer_2.state[again.weight]["average"]
     assert torch.equal(average, optimizer.state[model.weight]["average"])
     keeper.close()
+
+
+def test_state_of_a_parameter_that_was_replaced_does_not_end_snapshots(daemon: LocalDaemon) -> None:
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["count"] = self.state[p].get("count", 0) + 1
+            return super().step(closure)
+
+    training = Training(daemon)
+    training.optimizer = Counting(training.model.parameters(), lr=0.1)
+    training.keeper = backstay.Snapshotter(training.model, training.optimizer, run_id="r", socket=daemon.socket_path)
+    training.keeper.restore()
+    training.run(0, 1)
+    training.keeper.fence()
+    grown = nn.Parameter(torch.rand(3, 20))
+    training.model.weight, training.model.bias = grown, nn.Parameter(torch.rand(3))
+    training.optimizer.param_groups[0]["params"][:] = training.model.parameters()
+    assert training.run(1, 3) == ["started"] * 2
+    training.settle()
+    assert daemon.committed_steps("default/r") == [3]
+    training.keeper.close()
 
 
 def test_an_expanded_buffer_is_restored(daemon: LocalDaemon) -> None:
