@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -510,6 +511,19 @@ def test_the_status_shows_the_collective_timeout_that_a_trainer_declared(node: N
     trainer = PlainTrainer(node.socket)
     trainer.call(local.Attach(run=RUN, world_id="world", rank=0, world_size=1, collective_timeout_s=12.5))
     assert session_timeouts(node.call(node.node.reporter.document)) == [12.5]
+    trainer.close()
+
+
+def test_what_is_deleted_under_a_running_daemon_is_not_reported_any_longer(node: NodeThread) -> None:
+    decision = node.start_world()
+    trainer = trainer_of(node)
+    trainer.snapshot(1)
+    trainer.snapshot(2)
+    assert [s.step for run in node.report().runs for s in run.shards] == [1, 2]
+    shutil.rmtree(node.memory_dir)
+    wait_until(lambda: not any(run.shards for run in node.report().runs), why="it is struck out")
+    wait_until(lambda: node.report().runs[0].decision == decision, why="the decision is recorded again")
+    trainer.snapshot(3)
     trainer.close()
 
 

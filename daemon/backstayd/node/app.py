@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from backstay import __version__
-from backstay.errors import ConfigError, UnavailableError
+from backstay.errors import BackstayError, ConfigError, UnavailableError
 from backstay.ids import new_incarnation
 from backstayd.clock import Clock
 from backstayd.coder.pool import CoderPool
@@ -31,7 +31,9 @@ from backstayd.node.reconcile import Reconciler
 from backstayd.node.report import Reporter
 from backstayd.node.sessions import Sessions
 from backstayd.node.timeline import Timeline
+from backstayd.store import withdraw
 from backstayd.store.store import Store
+from backstayd.store.stored import make_directory
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import Metrics
 from backstayd.transport.link import CoordinatorLink
@@ -155,15 +157,29 @@ def _on_link(context: NodeContext, is_connected: bool) -> None:
 
 
 async def _maintain(context: NodeContext, sessions: Sessions, pool: CoderPool, period_s: float) -> None:
-    """What no event says: sessions without connection, gauges, coders that were restarted."""
+    """What no event says: sessions without connection, files that others deleted, gauges, coders that were restarted."""
     seen_restarts = 0
     while True:
         sessions.end_lost()
+        _look_for_files(context)
         context.metrics.memory_used_bytes.set(context.store.used_bytes)
         context.metrics.memory_capacity_bytes.set(context.store.capacity_bytes)
         context.metrics.coder_restarts.inc(pool.restart_count - seen_restarts)
         seen_restarts = pool.restart_count
         await asyncio.sleep(period_s)
+
+
+def _look_for_files(context: NodeContext) -> None:
+    directory = context.store.memory_dir
+    try:
+        make_directory(directory)
+        vanished = withdraw.drop_vanished(context.store)
+    except (BackstayError, OSError) as error:
+        logger.error("cannot look for what should lie in %s: %s", directory, error)
+        return
+    if vanished:
+        logger.error("%d files were deleted from %s by others: %s", len(vanished), directory, ", ".join(vanished[:5]))
+        context.changed()
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

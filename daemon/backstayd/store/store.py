@@ -100,10 +100,14 @@ class Store:
         if index.owner_uid not in (UNKNOWN_UID, uid):
             raise UsageError(f"run {run} belongs to user {index.owner_uid}, not to user {uid}", reason="not_owner")
         if index.owner_uid == UNKNOWN_UID:
-            make_directory(self.paths(run).root)
-            write_atomically(self.paths(run).owner, record.dumps(Owner(uid=uid)), incarnation=self.incarnation)
+            self.write_owner(run, uid)
             index.owner_uid = uid
         return index
+
+    def write_owner(self, run: str, uid: int) -> None:
+        """Keep whose run it is; survives this daemon."""
+        make_directory(self.paths(run).root)
+        write_atomically(self.paths(run).owner, record.dumps(Owner(uid=uid)), incarnation=self.incarnation)
 
     def admit_generation(self, generation: Generation) -> bool:
         """Whether ``generation`` may be obeyed; a higher one is remembered across restarts."""

@@ -16,7 +16,7 @@ from backstay.ids import SnapshotKey
 from backstay.manifest import Manifest
 from backstayd.core.records import FragmentRecord, Quarantined, ShardRecord
 from backstayd.store import published
-from backstayd.store.index import HeldShard, RunIndex, StagedFile
+from backstayd.store.index import UNKNOWN_UID, HeldShard, RunIndex, StagedFile
 from backstayd.store.scan import (
     Finding,
     FindingKind,
@@ -76,6 +76,40 @@ def drop_plan(store: Store, run: str, plan_id: str) -> bool:
     remove_empty(paths.parity(plan.key))
     remove_empty(paths.snapshot(plan.key))
     return True
+
+
+def drop_vanished(store: Store) -> list[str]:
+    """Strike out what somebody deleted behind our back: a report promises only what is there. Returns names."""
+    names = []
+    for run, index in store.runs.items():
+        paths = store.paths(run)
+        for (key, rank), shard in list(index.shards.items()):
+            world_size = shard.record.world_size
+            path = paths.shard(key, rank, world_size)
+            if not (path.exists() and paths.manifest(key, rank, world_size).exists()):
+                names.append(path.name)
+                _withdraw_shard(store, index, key, rank, shard)
+        for plan_id, plan in list(index.plans.items()):
+            if not paths.plan(plan.key, plan_id).exists():
+                names.append(f"plan {plan_id[:8]}")
+                drop_plan(store, run, plan_id)
+        for fragment in list(index.fragments):
+            key = index.plans[fragment.plan_id].key
+            path = paths.fragment(key, fragment.plan_id, stripe=fragment.stripe, index=fragment.index)
+            if not path.exists():
+                names.append(path.name)
+                del index.fragments[fragment]
+        for slot in list(index.slots.values()):
+            if slot.slot_id not in store.slots.grants and not paths.slot(slot.rank, slot.number).exists():
+                names.append(f"slot {slot.number} of rank {slot.rank}")
+                store.slots.discard(index, slot)
+        if index.decision is not None and not paths.decision.exists():
+            names.append(paths.decision.name)
+            index.decision = None
+        if index.owner_uid != UNKNOWN_UID and not paths.owner.exists():
+            names.append(paths.owner.name)
+            store.write_owner(run, index.owner_uid)
+    return names
 
 
 def quarantine_shard(store: Store, run: str, key: SnapshotKey, *, rank: int, reason: str) -> Quarantined | None:
