@@ -166,12 +166,13 @@ class Demo:
         return notes
 
     def _course(self, run: TorchRun, watch: Watch, injector: Injector) -> None:
+        run.permit(self.scenario.last_permitted_step(0))
         run.start()
         watch.wait(watch.notes.step_reached_by_all, _START_DEADLINE_S, "the first step")
         try:
-            for fault in self.scenario.faults:
+            for survived, fault in enumerate(self.scenario.faults, 1):
                 injector.inject(fault)
-            run.gate_file.touch()
+                run.permit(self.scenario.last_permitted_step(survived))
             watch.wait_for_end(RECOVERY_DEADLINE_S)
         except LostForGoodError as error:
             self.report.verdict = str(error)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from backstay.errors import UnavailableError
 from backstay.testing.cluster import LocalCluster
 from backstay.testing.demo.launch import TorchRun
 from backstay.testing.demo.scenario import Fault, Scenario
@@ -121,6 +122,12 @@ class Injector:
         self._pause(_REPLACEMENT_DELAY_S)
         for node in fault.targets:
             self.cluster.restart_daemon(node, is_waiting=False)
+        self.watch.wait(
+            lambda: all(self._has_trainers(node) for node in fault.targets),
+            RECOVERY_DEADLINE_S,
+            "the trainers to attach to the restarted daemon",
+        )
+        self.run.permit(self.scenario.last_permitted_step(len(self.records)))
         wanted = min(before + 1, self.scenario.steps - 1)
         self.watch.wait(
             lambda: int(self.watch.run_status.get("protected_step") or 0) >= wanted,
@@ -132,6 +139,12 @@ class Injector:
         record.outcome = "UNINTERRUPTED" if self.watch.notes.pids() == pids else "INTERRUPTED"
         record.steps_lost = 0 if record.outcome == "UNINTERRUPTED" else None
         record.message = f"trainers ran on; step {wanted} was protected with the restarted daemon taking part"
+
+    def _has_trainers(self, node: int) -> bool:
+        try:
+            return any(run["sessions"] for run in self.cluster.node_status(node)["runs"])
+        except UnavailableError:
+            return False
 
     def _nodes(self, fault: Fault, record: FaultRecord) -> None:
         self.watch.destroyed |= set(fault.targets)

@@ -61,7 +61,15 @@ class TorchRun:
 
     @property
     def gate_file(self) -> Path:
-        return self.directory / "gate-open"
+        """Holds the last step that trainers may compute for now."""
+        return self.directory / "gate"
+
+    def permit(self, step: int) -> None:
+        """Let trainers go on up to ``step``; never takes a step back."""
+        if not self.gate_file.exists() or int(self.gate_file.read_text()) < step:
+            new = self.gate_file.with_suffix(".new")
+            new.write_text(str(step))
+            new.rename(self.gate_file)
 
     def start(self) -> None:
         self.notes_dir.mkdir(parents=True)
@@ -94,8 +102,7 @@ class TorchRun:
             "text": str(self.text),
             "notes_dir": str(self.notes_dir),
             "run_id": self.run_id,
-            "gate_step": scenario.gate_step if self.run_id else 0,
-            "gate_file": str(self.gate_file),
+            "gate_file": str(self.gate_file) if self.run_id else "",
         }
         return {
             "DEMO_SETTINGS": json.dumps(settings),

@@ -13,6 +13,7 @@ from backstay.errors import UsageError
 MODELS: Final = {"small": (128, 2), "medium": (192, 4), "large": (256, 4), "xlarge": (320, 8)}  # d_model, layers
 KINDS: Final = ("trainer", "daemon", "node", "nodes", "coordinator")
 DEFAULT_STEPS: Final = 56
+GATE_MARGIN: Final = 6  # steps
 _STEPS_AFTER_LAST_FAULT: Final = 3
 
 
@@ -69,10 +70,14 @@ class Scenario:
         """Whether the run is meant to be lost for good."""
         return self.lose > self.m
 
-    @property
-    def gate_step(self) -> int:
-        """The step trainers do not compute before every fault was injected and survived."""
-        return self.steps if self.faults else 0
+    def last_permitted_step(self, survived: int) -> int:
+        """The step trainers may go up to when the first ``survived`` faults are behind them: a little past the next one.
+
+        Without it a run of quick steps could be over before its faults are, or run far ahead while a daemon is away.
+        """
+        return (
+            min(self.faults[survived].step + GATE_MARGIN, self.steps - 1) if survived < len(self.faults) else self.steps
+        )
 
 
 def parse(argv: Sequence[str] | None) -> Scenario:

@@ -44,8 +44,7 @@ class Settings:
     text: str
     notes_dir: str
     run_id: str = ""  # "" = control run
-    gate_step: int = 0  # wait before computing this step until ``gate_file`` exists; 0 = never
-    gate_file: str = ""
+    gate_file: str = ""  # holds the last step that may be computed for now; "" = no limit
     restore_deadline_s: float = 300.0
 
 
@@ -204,12 +203,12 @@ def loss_bits(loss: float) -> str:
     return struct.pack(">d", loss).hex()
 
 
-def wait_at_gate(settings: Settings) -> None:
-    """Wait until the harness has done what it had planned for this run, so that no fault comes after the end."""
+def wait_at_gate(settings: Settings, step: int) -> None:
+    """Wait until the harness lets ``step`` be computed: a fault that is due comes first, none comes after the end."""
     deadline = time.monotonic() + GATE_DEADLINE_S
-    while not os.path.exists(settings.gate_file):
+    while settings.gate_file and int(Path(settings.gate_file).read_text()) < step:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{settings.gate_file} did not appear within {GATE_DEADLINE_S:g} s")
+            raise TimeoutError(f"{settings.gate_file} did not let step {step} pass within {GATE_DEADLINE_S:g} s")
         time.sleep(0.05)
 
 
@@ -242,8 +241,7 @@ def train(settings: Settings, rank: int, notes: Notes) -> None:
             **(training.digests() if start else {}),
         )
     for step in range(start + 1, settings.steps + 1):
-        if step == settings.gate_step:
-            wait_at_gate(settings)
+        wait_at_gate(settings, step)
         loss = training.step()
         notes.write("step", step=step, loss=loss_bits(loss), value=loss, **training.digests())
         if keeper is not None:
