@@ -531,22 +531,26 @@ class Abandon(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     SLOT_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    IS_SHORT_OF_SLOTS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Step given up."""
     slot_id: _builtins.str
     """Slot that goes back; "" if there was none."""
     reason: _builtins.str
     """Why, in a sentence."""
+    is_short_of_slots: _builtins.bool
+    """The slot came too late: snapshots are taken faster than they are protected."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         slot_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        is_short_of_slots: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "slot_id", b"slot_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_short_of_slots", b"is_short_of_slots", "reason", b"reason", "slot_id", b"slot_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
