@@ -135,9 +135,9 @@ def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]
         )
     known = [view for view in passed if view.snapshot_id] or passed
     had = "no older step is in memory"
-    remembered = sorted(memory.keys.items(), key=lambda item: item[1], reverse=True)
-    if known and (not remembered or known[0].key >= remembered[0][1]):
+    if known:  # the newest step of which anything is left: what an operator can still look at
         return f" at step {known[0].key.step}: {missing_sentence(context, memory, known[0])}; {had}"
+    remembered = sorted(memory.keys.items(), key=lambda item: item[1], reverse=True)
     if remembered:
         snapshot_id, key = remembered[0]
         nodes = sorted(set(memory.holders.get(snapshot_id, {}).values()), key=natural)
