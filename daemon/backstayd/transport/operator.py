@@ -28,7 +28,7 @@ class OperatorClient:
         try:
             response = self._stub.GetStatus(operator_pb2.GetStatusRequest(), timeout=self._timeout_s)
         except grpc.RpcError as error:
-            raise self._error(error, asked="status") from error
+            raise self._error(error, asked="read the status") from error
         document = json.loads(response.document_json)
         if not isinstance(document, dict):
             raise IntegrityError(f"the coordinator at {self.address} answered a status that is not an object")
@@ -57,7 +57,7 @@ class OperatorClient:
         if not isinstance(error, UnavailableError):
             return error
         return UnavailableError(
-            f"no coordinator answers at {self.address} within {self._timeout_s:g} s; is `backstayd coordinator` "
+            f"no coordinator answers at {self.address} (a call may take {self._timeout_s:g} s); is `backstayd coordinator` "
             f"running there? ({error})",
             reason="no_coordinator",
         )

@@ -27,6 +27,10 @@ from backstay.testing.guardian import guarded
 from backstay.testing.processes import ProcessKeeper
 
 _START_DEADLINE_S: Final = 300.0
+_FOOTNOTE: Final = (
+    "going on after: from the fault to the first step of all ranks, with torchrun's rendezvous and its processes' start,\n"
+    "which take most of it; for a daemon, to the first snapshot that is protected with its help."
+)
 _REFUSALS_DEADLINE_S: Final = 15.0
 
 
@@ -183,7 +187,7 @@ class Demo:
 
     def _judge(self, control: RunNotes | None, notes: RunNotes) -> int:
         report = self.report
-        sys.stdout.write("\n" + report.table() + "\n\n")
+        sys.stdout.write(f"\n{report.table()}\n\n{_FOOTNOTE}\n\n")
         if report.verdict or control is None:
             return self._judge_loss(notes)
         report.comparison = compare(control, notes, steps=self.scenario.steps)
