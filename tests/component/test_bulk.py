@@ -19,12 +19,12 @@ from backstay import record
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES, Manifest
+from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.jobs import CoderEvent
 from backstayd.store.paths import RunPaths
 from backstayd.store.staging import prepare_staging
 from backstayd.store.stored import StoredFragment
 from backstayd.transport.bulk import BulkClient, FragmentRef, ShardRef
-from backstayd.transport.bulk_server import BulkServer
 from backstayd.transport.bulk_wire import BulkReply, BulkRequest, Channel, Timeouts
 from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 

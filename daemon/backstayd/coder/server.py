@@ -16,6 +16,7 @@ from typing import Final
 
 from backstay import record
 from backstay.errors import BackstayError, InvariantError
+from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.context import JobContext
 from backstayd.coder.encode import run_encode
 from backstayd.coder.fetch import run_fetch
@@ -36,7 +37,6 @@ from backstayd.coder.jobs import (
 from backstayd.coder.plans import run_fetch_plan
 from backstayd.coder.rebuild import run_decode
 from backstayd.coder.verify import run_verify_fragment, run_verify_shard
-from backstayd.transport.bulk_server import BulkServer
 
 logger = logging.getLogger(__name__)
 
