@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ _PARTS: Final[dict[str, tuple[str, Callable[[Settings, Path, Collection], None]]
 def run(argv: Sequence[str]) -> int:
     """Parse, measure, report."""
     settings = arguments.parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through the clean-up below
     found = Collection()
     scratch = Path(tempfile.mkdtemp(prefix=f"backstay-bench-{os.getpid()}-", dir="/dev/shm"))
     try:
@@ -44,6 +46,9 @@ def run(argv: Sequence[str]) -> int:
     except (BackstayError, DeadlineError) as error:
         print(f"the benchmark failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted; everything it had started was ended", file=sys.stderr)
+        return 130
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(report.table(result, found))
