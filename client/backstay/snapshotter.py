@@ -19,15 +19,18 @@ from typing import Any, Final, Self
 import torch
 
 import backstay
-from backstay import capture as capturing
-from backstay import local, optimizer_state, plan, restore, sources, world
-from backstay.capture import Capture, Filler
+from backstay import local
+from backstay.capture import filling as capturing
+from backstay.capture import plan
+from backstay.capture.fence import Fence
+from backstay.capture.filling import Capture, Filler
+from backstay.capture.session import Identity, Session
 from backstay.control import DaemonConnection
 from backstay.errors import BackstayError, UnavailableError, UsageError
-from backstay.fence import Fence
 from backstay.ids import DEFAULT_JOB, RunKey, check_name
-from backstay.restore import RestoreResult, Target
-from backstay.session import Identity, Session
+from backstay.restore import apply, ask
+from backstay.restore.apply import RestoreResult, Target
+from backstay.trainer import optimizer_state, sources, world
 
 _log = logging.getLogger("backstay")
 
@@ -170,17 +173,17 @@ class Snapshotter:
             needs=holdings.needs, model_signature=target.signature, collective_timeout_s=place.collective_timeout_s,
             client_version=backstay.__version__,
         )  # fmt: skip
-        connection, attached, restored, fds = restore.ask(
+        connection, attached, restored, fds = ask.ask(
             self._socket_path, attach, allow_fresh=allow_fresh, deadline_s=deadline_s
         )
         try:
             if restored.outcome != "NONE":
-                restore.apply(target, restored, fds)
+                apply.apply(target, restored, fds)
         except BaseException:
             connection.close()
             raise
         finally:
-            restore.close_all(fds)
+            apply.close_all(fds)
         self._begin_session(target, attach, attached, restored, connection)
         return _result(restored, time.monotonic() - begin_s)
 
@@ -351,7 +354,7 @@ class Snapshotter:
             if made is not None and is_current
             else sources.collect(target.model, target.optimizers, rank=target.rank)
         )
-        state, dynamic = restore.read_dynamic(target, holdings)
+        state, dynamic = apply.read_dynamic(target, holdings)
         if made is None or not is_current or not made.fits(dynamic, state):
             metadata = {optimizer_state.METADATA_KEY: optimizer_state.describe(target.optimizers, holdings)}
             made = self._plan = plan.build(

@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from backstay import plan, shard, sources, state
-from backstay.capture import Capture, Filler, changed_tensors
+from backstay import shard
+from backstay.capture import plan
+from backstay.capture.filling import Capture, Filler, changed_tensors
 from backstay.digest import verify_chunks
 from backstay.errors import UsageError
-from backstay.memory import Mapping
+from backstay.trainer import sources, state
+from backstay.trainer.memory import Mapping
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,

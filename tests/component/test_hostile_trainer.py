@@ -410,7 +410,7 @@ def test_an_optimizer_that_hides_its_state_is_refused_by_name(daemon: LocalDaemo
 
 
 def test_a_model_on_several_gpus_of_one_process_is_refused() -> None:
-    from backstay import sources
+    from backstay.trainer import sources
 
     tensors = sources.collect(nn.Linear(2, 2), [], rank=0).tensors
     gpus: list[Any] = [SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1)]
@@ -485,7 +485,7 @@ def test_a_foreign_server_on_the_socket_does_not_disturb_training(caplog: pytest
 
 def test_a_masked_array_is_refused_and_not_stripped_of_its_mask() -> None:
     numpy = pytest.importorskip("numpy")
-    from backstay import state
+    from backstay.trainer import state
 
     with pytest.raises(UsageError, match=r"loader\.m is a numpy.*MaskedArray"):
         state.encode({"m": numpy.ma.array([1, 2], mask=[0, 1])}, "loader", {})

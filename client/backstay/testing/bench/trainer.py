@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 import backstay
-from backstay import local, record, restore
+from backstay import local, record
+from backstay.restore import apply
 from backstay.testing.bench import peers, state
 from backstay.testing.bench.baselines import Memcpy
 from backstay.testing.bench.contract import TrainerSettings
@@ -73,10 +74,10 @@ class LoadClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._apply = restore.apply
-        restore.apply = self._timed
+        self._apply = apply.apply
+        apply.apply = self._timed
 
-    def _timed(self, target: restore.Target, restored: local.Restored, fds: Sequence[int]) -> None:
+    def _timed(self, target: apply.Target, restored: local.Restored, fds: Sequence[int]) -> None:
         begin = time.perf_counter()
         try:
             self._apply(target, restored, fds)

@@ -11,8 +11,9 @@ from typing import Final
 
 import torch
 
-from backstay import memory, shard
-from backstay.sources import Holdings, LocalTensor, model_signature
+from backstay import shard
+from backstay.trainer import memory
+from backstay.trainer.sources import Holdings, LocalTensor, model_signature
 
 SPLIT_BYTES: Final = 64 * 1024  # a replicated tensor below this is written whole by one replica
 JSON_GRAIN_BYTES: Final = 4096

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from backstay import faults, local, memory, record, shard
-from backstay.capture import Capture, Digests, Filler
+from backstay import faults, local, record, shard
+from backstay.capture.filling import Capture, Digests, Filler
 from backstay.control import DaemonConnection
 from backstay.errors import BackstayError, InvariantError, StaleGenerationError, UnavailableError
+from backstay.trainer import memory
 
 _log = logging.getLogger("backstay")
 

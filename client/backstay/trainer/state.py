@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from backstay import memory
 from backstay.errors import IntegrityError, UsageError
+from backstay.trainer import memory
 
 _MAX_DEPTH = 64
 

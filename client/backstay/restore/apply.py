@@ -1,14 +1,11 @@
-"""restore(): ask the daemon for the world's decision, then put it into model, optimizers, extras and generators.
+"""Putting the decided snapshot into model, optimizers, extras and generators.
 
 All or an error. Must not guess: whatever does not fit or cannot be verified raises.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +13,13 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from backstay import local, optimizer_state, record, rng, shard, sources, state
-from backstay.control import DaemonConnection
+from backstay import local, record, shard
 from backstay.digest import verify_chunks
-from backstay.errors import IntegrityError, UnavailableError
-from backstay.load import OpenShard, load, true_dtype, true_shape
+from backstay.errors import IntegrityError
 from backstay.manifest import CHUNK_BYTES, Manifest
+from backstay.restore.load import OpenShard, load, true_dtype, true_shape
+from backstay.trainer import optimizer_state, rng, sources, state
 
-_log = logging.getLogger("backstay")
 STATE_FORMAT = 1
 
 
@@ -57,37 +53,6 @@ class Target:
     world_size: int
     run: str
     signature: str
-
-
-def ask(
-    socket_path: str, attach: local.Attach, *, allow_fresh: bool, deadline_s: float
-) -> tuple[DaemonConnection, local.Attached, local.Restored, list[int]]:
-    """Attach and wait for the decision, again and again until the deadline while the daemon is unavailable.
-
-    Returns:
-        The open connection, its Attached, the decision, and the shards' descriptors, which the caller closes.
-    """
-    deadline = time.monotonic() + deadline_s
-    progress = _Progress(attach.rank)
-    while True:
-        left = deadline - time.monotonic()
-        connection = None
-        try:
-            connection = DaemonConnection(socket_path, timeout_s=min(5.0, max(0.1, left)))
-            attached = connection.attach(attach, deadline_s=min(10.0, max(0.1, left)))
-            request = local.Restore(allow_fresh=allow_fresh, deadline_s=max(0.1, left), world_size=attach.world_size)
-            restored, fds = connection.restore(request, progress)
-            return connection, attached, restored, list(fds)
-        except BaseException as error:
-            if connection is not None:
-                connection.close()
-            is_final = not isinstance(error, (UnavailableError, OSError)) or time.monotonic() + 0.2 >= deadline
-            if is_final and isinstance(error, OSError):
-                raise UnavailableError(f"{socket_path}: {error}; restore() gives up after {deadline_s:g} s") from error
-            if is_final:
-                raise
-            progress.say(f"daemon at {socket_path} is not available ({error}); trying again for {left:.0f} s")
-            _pause(0.2)
 
 
 def apply(target: Target, restored: local.Restored, fds: Sequence[int]) -> None:
@@ -141,35 +106,6 @@ def read_dynamic(target: Target, holdings: sources.Holdings) -> tuple[bytes, dic
     named = {f"{prefix}extra.{path}": t._local_tensor if isinstance(t, DTensor) else t for path, t in tensors.items()}
     named.update({f"{prefix}rng.{kind}": tensor for kind, tensor in generators.items()})
     return state.dumps(document), named
-
-
-class _Progress:
-    """Says once a second what is being waited for: to the log if someone listens, else rank 0 to stderr."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._begin_s = time.monotonic()
-        self._said_s = self._begin_s
-        self._last = ""
-
-    def __call__(self, progress: local.Progress) -> None:
-        amount = f" {progress.done_bytes >> 20} of {progress.total_bytes >> 20} MiB" if progress.total_bytes else ""
-        self.say(f"{progress.phase}{amount}{': ' if progress.detail else ''}{progress.detail}")
-
-    def say(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self._said_s < 1.0 or (text == self._last and now - self._said_s < 10.0):
-            return
-        self._said_s, self._last = now, text
-        line = f"backstay restore, rank {self._rank}, {now - self._begin_s:.0f} s: {text}"
-        if _log.isEnabledFor(logging.INFO):
-            _log.info("%s", line)
-        elif self._rank == 0:
-            print(line, file=sys.stderr, flush=True)
-
-
-def _pause(seconds: float) -> None:
-    time.sleep(seconds)
 
 
 def _open(target: Target, restored: local.Restored, fd: int, body: Mapping[str, Any]) -> OpenShard:

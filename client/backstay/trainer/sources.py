@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from backstay import memory
 from backstay.errors import UsageError
+from backstay.trainer import memory
 
 _STRIDED = "_StridedShard"
 

@@ -12,9 +12,9 @@ from typing import Any, Final
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from backstay import state
 from backstay.errors import IntegrityError
-from backstay.sources import Holdings, optimizer_prefix
+from backstay.trainer import state
+from backstay.trainer.sources import Holdings, optimizer_prefix
 
 METADATA_KEY: Final = "backstay.optimizers"
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from backstay import memory
-from backstay.plan import Piece
+from backstay.capture.plan import Piece
+from backstay.trainer import memory
 
 _log = logging.getLogger(__name__)
 _BOUNCE_BYTES = 16 * 1024 * 1024

@@ -16,10 +16,10 @@ from typing import Final
 import torch
 from crc32c import crc32c
 
-from backstay import memory
 from backstay.errors import IntegrityError
 from backstay.manifest import CHUNK_BYTES, Manifest, TensorEntry
-from backstay.sources import LocalTensor
+from backstay.trainer import memory
+from backstay.trainer.sources import LocalTensor
 
 WINDOW_BYTES: Final = 4 * CHUNK_BYTES
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, shape

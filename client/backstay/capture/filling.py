@@ -18,10 +18,12 @@ from typing import Final
 
 import torch
 
-from backstay import cuda, faults, memory
+from backstay import faults
+from backstay.capture import cuda
+from backstay.capture.plan import Piece, Plan
 from backstay.digest import Digester
 from backstay.manifest import CHUNK_BYTES
-from backstay.plan import Piece, Plan
+from backstay.trainer import memory
 
 WINDOW_BYTES: Final = (
     4 * CHUNK_BYTES
