@@ -24,7 +24,8 @@ $(STAMP): pyproject.toml
 		apt-get update -q && apt-get install -q -y python3-venv && $(PYTHON) -m venv --clear $(VENV); } || { \
 		rm -rf $(VENV); echo "cannot make a virtual environment: apt-get install python3-venv, then try again" >&2; exit 1; }
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable '.[dev,test]'
+	$(BIN)/pip install --quiet --editable '.[dev,test]' setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation deepspeed==0.19.8
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## break a real training run and watch it recover (ARGS="--nodes 4 ...")

@@ -40,6 +40,9 @@ class Attach:
     model_signature: str = ""  # SHA-256 over tensor names, global shapes and dtypes; "" = not checked
     collective_timeout_s: float = 0.0
     client_version: str = ""
+    layout: str = (
+        ""  # SHA-256 over which boxes of which model tensors this rank holds; "" = any, whole shards are taken
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +57,137 @@ class Attached:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restore:
-    """Ask for the world's decision. Answered by Progress messages and one Restored or Error."""
+    """Ask for the world's decision. Answered by Progress messages and one Restored, Offer or Error.
+
+    ``staged``: the decision of the last Offer, when everything this trainer needs of it was fetched.
+    """
 
     allow_fresh: bool = False
     deadline_s: float = 600.0
     world_size: int = 0
+    staged: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """The decided snapshot was written in another layout: its manifests, from which the trainer chooses chunks.
+
+    The trainer answers with any number of Fetch requests and then Restore(staged=decision_id).
+    """
+
+    decision_id: str
+    step: int
+    base_attempt: int
+    base_world_size: int
+    snapshot_id: str
+    manifests: tuple[dict[str, Any], ...]  # in rank order, each checked against its digest
+    kinds: tuple[str, ...] = ()  # by rank: "local", "peer", "rebuild", "persisted"
+    details: tuple[str, ...] = ()  # by rank: which nodes, or the url
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRanges:
+    """Chunks of the shard of ``rank``: ``firsts[i]`` and the ``counts[i] - 1`` that follow it; ascending, disjoint."""
+
+    rank: int
+    firsts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """Have chunks of the offered snapshot on this node; answered by Progress messages and one Fetched or Error."""
+
+    decision_id: str
+    shards: tuple[ChunkRanges, ...]
+    deadline_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchedShard:
+    """A file of the shard's size and layout in which the fetched chunks lie (others may be holes), read-only."""
+
+    rank: int
+    fd_index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """All chunks are here and were verified as they came; a descriptor for each shard of the request."""
+
+    shards: tuple[FetchedShard, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateEntryBody:
+    name: str
+    ranks: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateDetailBody:
+    entry: str
+    names: tuple[str, ...]
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What this rank loaded, to be compared with the other ranks before the first step. ``failure``: it could not load.
+
+    Answered by Progress messages and one GateAnswer or Error.
+    """
+
+    decision_id: str
+    entries: tuple[GateEntryBody, ...] = ()
+    details: tuple[GateDetailBody, ...] = ()
+    failure: str = ""
+    deadline_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateAnswer:
+    """``state``: "passed", "failed" (``message``), or "detail": send Gate again with details of ``entries``."""
+
+    state: str
+    entries: tuple[str, ...] = ()
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distrust:
+    """What was restored led to NaN or infinity: it must not be restored again. Answered by Done."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persist:
+    """Copy the newest protected snapshot to durable storage now (SIGTERM of the job). Answered by Done at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """All files of ``step`` are written (file store): every rank commits its part. Answered by Done."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwaitSeal:
+    """Wait up to ``wait_s`` until a step after ``after_step`` was sealed by some rank; answered by Sealed."""
+
+    after_step: int
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealed:
+    step: int = 0  # 0: none
+    protected_step: int = 0
+    complete_step: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +219,9 @@ class Restored:
     message: str = ""
     shards: tuple[RestoredShard, ...] = ()
     interval_steps: int = 1
+    decision_id: str = ""
+    base_world_size: int = 0
+    probation_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +324,8 @@ class Error:
 MESSAGES: Final[dict[str, type[Any]]] = {
     cls.__name__: cls
     for cls in (
-        Attach, Attached, Restore, Progress, Restored, Reserve, Reserved, Skipped, Commit, Committed,
+        Attach, Attached, Restore, Progress, Restored, Offer, Fetch, Fetched, Gate, GateAnswer, Distrust, Persist, Seal,
+        AwaitSeal, Sealed, Reserve, Reserved, Skipped, Commit, Committed,
         Abandon, Finish, Status, StatusBody, Done, Error,
     )
 }  # fmt: skip

@@ -58,6 +58,7 @@ class Manifest:
     aliases: dict[str, str] = field(default_factory=dict)  # tied weights: name -> name of the stored tensor
     model_signature: str = ""
     writer: str = ""  # "backstay 0.1.0, pid 123"
+    layout: str = ""  # which boxes of which model tensors the writer held (as in Attach); "" = not known
 
     @property
     def digest(self) -> str:

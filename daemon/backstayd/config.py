@@ -146,6 +146,12 @@ def _parity(value: Any) -> int | None:
         raise ValueError(f"is neither 'auto' nor a number from 0 to {MAX_PARITY}") from None
 
 
+def _url(value: Any) -> str:
+    if not isinstance(value, str) or (value and not re.match(r"([a-z][a-z0-9+.-]*://|/).+\Z", value)):
+        raise ValueError("is neither empty nor a URL such as file:///mnt/ckpt or s3://bucket/prefix")
+    return value.rstrip("/") if value else ""
+
+
 def _choice(*names: str) -> Parser:
     def parse(value: Any) -> str:
         if value not in names:
@@ -247,6 +253,34 @@ class CoordinatorConfig:
     keep: int = _setting(1, _count(1, 100), "Protected snapshots kept per run.")
     job_ttl_s: float = _setting(
         86400.0, _ttl, "Seconds after its last trainer left until a run's memory is freed everywhere; 0: never."
+    )
+    probation_steps: int = _setting(
+        3, _count(0, 10_000), "Steps after a restore in which NaN or infinity distrusts what was restored; 0: none."
+    )
+    restore_loop_limit: int = _setting(
+        10, _count(0, 10_000), "Restores of the same snapshot without progress after which a run stops; 0: no limit."
+    )
+    persist_url: str = _setting(
+        "",
+        _url,
+        "Durable storage that nodes copy protected snapshots to and restore from: an fsspec URL such as "
+        "'file:///mnt/ckpt' or 's3://bucket/prefix'; empty: none. Credentials come from the nodes' environment.",
+        metavar="URL",
+    )
+    persist_every_s: float = _setting(1800.0, _ttl, "Seconds between persisted snapshots of a run; 0: not by time.")
+    persist_every_steps: int = _setting(
+        0, _count(0, 1_000_000_000), "Steps between persisted snapshots of a run; 0: not by steps."
+    )
+    persist_keep_last: int = _setting(3, _count(1, 1_000_000), "Newest persisted snapshots kept per run.")
+    persist_keep_every: int = _setting(
+        0, _count(0, 1_000_000), "Besides, every n-th persisted snapshot is kept for good; 0: none."
+    )
+    persist_bandwidth_bytes_per_s: int = _setting(
+        0,
+        parse_size,
+        "Most bytes a second that a node sends to durable storage, such as '200MB'; 0: no cap.",
+        flag="--persist-bandwidth",
+        metavar="SIZE",
     )
     lease_s: float = _setting(3.0, _seconds, _LEASE)
     log_format: str = _setting("text", _choice("text", "json"), "Form of the log on stderr: text or json.")

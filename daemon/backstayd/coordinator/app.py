@@ -70,6 +70,14 @@ class CoordinatorProcess:
             keep=config.keep,
             lease_s=config.lease_s,
             job_ttl_s=config.job_ttl_s,
+            probation_steps=config.probation_steps,
+            restore_loop_limit=config.restore_loop_limit,
+            persist_url=config.persist_url,
+            persist_every_s=config.persist_every_s,
+            persist_every_steps=config.persist_every_steps,
+            persist_keep_last=config.persist_keep_last,
+            persist_keep_every=config.persist_keep_every,
+            persist_bandwidth_bytes_per_s=config.persist_bandwidth_bytes_per_s,
         )
         self.core = Coordinator(policy, new_incarnation(), now_s=self._clock.monotonic_s())
         self.metrics = Metrics(role="coordinator", version=__version__)

@@ -14,6 +14,14 @@ class CorePolicy:
     keep: int = 1
     lease_s: float = 3.0
     job_ttl_s: float = 86400.0  # a run without trainers is forgotten after so long; 0: never
+    probation_steps: int = 3
+    restore_loop_limit: int = 10  # restores of one snapshot without progress, then the run stops; 0: no limit
+    persist_url: str = ""  # "" = no durable storage
+    persist_every_s: float = 0.0  # 0: not by time
+    persist_every_steps: int = 0  # 0: not by steps
+    persist_keep_last: int = 3
+    persist_keep_every: int = 0  # besides, every n-th is kept for good; 0: none
+    persist_bandwidth_bytes_per_s: int = 0  # per node; 0: no cap
 
     def wanted_parity(self, node_count: int) -> int:
         """Parity fragments per stripe for a job on ``node_count`` nodes."""

@@ -72,6 +72,7 @@ class ShardRecord:
     size_bytes: int
     digest: str
     world_id: str = ""  # who wrote it (from the manifest): shards of two worlds are never one snapshot
+    layout: str = ""  # of its manifest: which boxes of which tensors that rank held; "" = not known
 
     @property
     def key(self) -> SnapshotKey:
@@ -85,6 +86,7 @@ class VolumeShard:
     rank: int
     size_bytes: int
     digest: str
+    layout: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,62 @@ class FragmentRecord:
     index: int
 
 
+class GateState(enum.StrEnum):
+    WAITING = "waiting"  # not every rank has said what it loaded
+    DETAIL = "detail"  # some entries differ: their ranks say which tensors
+    PASSED = "passed"
+    FAILED = "failed"  # ``message`` says what differs; nobody trains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateEntry:
+    """One statement on which ``ranks`` must agree: ``digest`` is the same on all of them, or the layout is wrong."""
+
+    name: str
+    ranks: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateDetail:
+    """What is behind one entry: a digest per tensor (``names[i]`` has ``digests[i]``), bounded."""
+
+    entry: str
+    names: tuple[str, ...]
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateReport:
+    """What one rank says of the state it loaded under a decision, before its first step. ``failure``: it could not load."""
+
+    decision_id: str
+    entries: tuple[GateEntry, ...] = ()
+    details: tuple[GateDetail, ...] = ()
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateVerdict:
+    """The coordinator's answer to the ranks of one decision; ``entries`` names those whose details it wants."""
+
+    decision_id: str
+    state: GateState
+    entries: tuple[str, ...] = ()
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distrusted:
+    """A snapshot that verified and yet led to NaN, or did not pass the gate: it, and what was trained from it, is not
+    restored again."""
+
+    snapshot_id: str
+    attempt: int
+    step: int
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionRecord:
     """A live trainer connected to a node. A dead trainer's session is absent from the report."""
@@ -155,6 +213,9 @@ class SessionRecord:
     skipped_step: int = 0  # newest step this rank skipped or abandoned (0: none)
     skip_reason: str = ""
     is_short_of_slots: bool = False  # that step was skipped because no slot came free in time: snapshots come too fast
+    gate: GateReport | None = None
+    wants_persist: bool = False  # the trainer asked for the newest protected snapshot on durable storage, now
+    sealed_step: int = 0  # the newest step whose files this rank declared whole (file store); 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +225,8 @@ class Base:
     attempt: int
     step: int
     snapshot_id: str
+    world_size: int = 0  # ranks that wrote it; 0: as many as the world that restores
+    url: str = ""  # its directory on durable storage, where sources of kind PERSISTED are read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +257,79 @@ class ShardSource:
     digest: str
     kind: SourceKind
     holders: tuple[str, ...] = ()
+    layout: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PersistedSnapshot:
+    """The completion record of a snapshot on durable storage: written last, atomically, as ``snapshot.json`` beside the
+    shards. Its directory holds a snapshot only if this is there.
+
+    ``lineage`` is that of the decision it was trained under; ``serial`` counts the persisted snapshots of the run.
+    """
+
+    run: str
+    attempt: int
+    step: int
+    world_size: int
+    snapshot_id: str
+    shards: tuple[VolumeShard, ...]
+    lineage: tuple[Lineage, ...] = ()
+    serial: int = 0
+    unix_s: float = 0.0
+    writer: str = ""
+
+    @property
+    def key(self) -> SnapshotKey:
+        return SnapshotKey(self.attempt, self.step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What one node found of a run under ``url``. ``is_known``: something lies there, whole or not."""
+
+    url: str
+    is_done: bool = False
+    error: str = ""
+    is_known: bool = False
+    snapshots: tuple[PersistedSnapshot, ...] = ()
+
+
+class UploadState(enum.StrEnum):
+    UPLOADING = "uploading"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """How far one shard is on its way from a node to durable storage."""
+
+    snapshot_id: str
+    rank: int
+    state: UploadState
+    done_bytes: int = 0
+    total_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadTask:
+    """Copy the shards of ``ranks`` of ``snapshot`` to storage; ``is_last``: all shards are there, write the record now."""
+
+    snapshot: PersistedSnapshot
+    ranks: tuple[int, ...] = ()
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageDesired:
+    """What a node does with durable storage for one run. ``url`` is the run's directory; ``prune`` is deleted, record first."""
+
+    url: str
+    uploads: tuple[UploadTask, ...] = ()
+    prune: tuple[SnapshotKey, ...] = ()
+    bandwidth_bytes_per_s: int = 0  # 0: no cap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +351,7 @@ class Decision:
     placements: tuple[Placement, ...] = ()
     sources: tuple[ShardSource, ...] = ()
     message: str = ""
+    tries: int = 0  # decisions before this one that restored the same snapshot, with nothing protected since
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +445,9 @@ class RunReport:
     rebuilt_bytes: int = 0
     rebuild_total_bytes: int = 0
     is_forgotten: bool = False  # finished or forgotten here; nothing of it is kept
+    survey: Survey | None = None
+    uploads: tuple[Upload, ...] = ()
+    distrusted: tuple[Distrusted, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +496,11 @@ class RunDesired:
     keep: int = 1  # protected snapshots kept; a rank has one slot more
     suspects: tuple[Quarantined, ...] = ()  # sources of this node that a reader found corrupt: verify them now
     parity_fraction: float = 0.0  # m / k of the run's groups: parity per byte of state, for admission; 0 = not known
+    storage: StorageDesired | None = None
+    gate: GateVerdict | None = None
+    distrusted: tuple[Distrusted, ...] = ()  # every host remembers them
+    probation_steps: int = 0  # steps after a restore in which NaN distrusts what was restored
+    sealed_step: int = 0  # files of this step are whole: every rank commits its part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

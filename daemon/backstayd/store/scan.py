@@ -237,6 +237,7 @@ def read_shard(paths: RunPaths, key: SnapshotKey, *, rank: int, world_size: int)
         size_bytes=manifest.size_bytes,
         digest=digest,
         world_id=manifest.world_id,
+        layout=manifest.layout,
     )
     return HeldShard(record=shard, slot_id=slot_id_of(status))
 

@@ -203,6 +203,7 @@ class Slots:
             size_bytes=manifest.size_bytes,
             digest=self._store.digest(raw),
             world_id=manifest.world_id,
+            layout=manifest.layout,
         )
         index.shards[key, grant.rank] = HeldShard(record=shard, slot_id=grant.slot_id)
         self._end_grant(grant)

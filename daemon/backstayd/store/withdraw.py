@@ -193,6 +193,7 @@ def publish_staged(store: Store, run: str, *, rank: int, world_size: int, digest
         size_bytes=manifest.size_bytes,
         digest=hashlib.sha256(raw).hexdigest(),
         world_id=manifest.world_id,
+        layout=manifest.layout,
     )
     index.shards[key, rank] = HeldShard(record=shard, slot_id=slot_id_of(target.lstat()))
     return shard

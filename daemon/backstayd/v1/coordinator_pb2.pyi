@@ -181,6 +181,66 @@ DECISION_PHASE_REFUSE: DecisionPhase.ValueType  # 4
 """refuse."""
 Global___DecisionPhase: _TypeAlias = DecisionPhase  # noqa: Y015
 
+class _GateState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GateStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GateState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GATE_STATE_UNSPECIFIED: _GateState.ValueType  # 0
+    """Never sent."""
+    GATE_STATE_WAITING: _GateState.ValueType  # 1
+    """waiting."""
+    GATE_STATE_DETAIL: _GateState.ValueType  # 2
+    """detail."""
+    GATE_STATE_PASSED: _GateState.ValueType  # 3
+    """passed."""
+    GATE_STATE_FAILED: _GateState.ValueType  # 4
+    """failed."""
+
+class GateState(_GateState, metaclass=_GateStateEnumTypeWrapper):
+    """How far the comparison of what the ranks loaded is."""
+
+GATE_STATE_UNSPECIFIED: GateState.ValueType  # 0
+"""Never sent."""
+GATE_STATE_WAITING: GateState.ValueType  # 1
+"""waiting."""
+GATE_STATE_DETAIL: GateState.ValueType  # 2
+"""detail."""
+GATE_STATE_PASSED: GateState.ValueType  # 3
+"""passed."""
+GATE_STATE_FAILED: GateState.ValueType  # 4
+"""failed."""
+Global___GateState: _TypeAlias = GateState  # noqa: Y015
+
+class _UploadState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UploadStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UploadState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UPLOAD_STATE_UNSPECIFIED: _UploadState.ValueType  # 0
+    """Never sent."""
+    UPLOAD_STATE_UPLOADING: _UploadState.ValueType  # 1
+    """uploading."""
+    UPLOAD_STATE_DONE: _UploadState.ValueType  # 2
+    """done."""
+    UPLOAD_STATE_FAILED: _UploadState.ValueType  # 3
+    """failed."""
+
+class UploadState(_UploadState, metaclass=_UploadStateEnumTypeWrapper):
+    """How far an upload is."""
+
+UPLOAD_STATE_UNSPECIFIED: UploadState.ValueType  # 0
+"""Never sent."""
+UPLOAD_STATE_UPLOADING: UploadState.ValueType  # 1
+"""uploading."""
+UPLOAD_STATE_DONE: UploadState.ValueType  # 2
+"""done."""
+UPLOAD_STATE_FAILED: UploadState.ValueType  # 3
+"""failed."""
+Global___UploadState: _TypeAlias = UploadState  # noqa: Y015
+
 @_typing.final
 class SyncRequest(_message.Message):
     """One report of a node."""
@@ -315,6 +375,9 @@ class SessionRecord(_message.Message):
     SKIPPED_STEP_FIELD_NUMBER: _builtins.int
     SKIP_REASON_FIELD_NUMBER: _builtins.int
     IS_SHORT_OF_SLOTS_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
+    WANTS_PERSIST_FIELD_NUMBER: _builtins.int
+    SEALED_STEP_FIELD_NUMBER: _builtins.int
     world_id: _builtins.str
     """The set of processes that train together."""
     rank: _builtins.int
@@ -333,9 +396,17 @@ class SessionRecord(_message.Message):
     """Why it was skipped."""
     is_short_of_slots: _builtins.bool
     """That step was skipped because no slot came free in time: snapshots come too fast."""
+    wants_persist: _builtins.bool
+    """The trainer asked for the newest protected snapshot on durable storage."""
+    sealed_step: _builtins.int
+    """The newest step whose files this rank declared whole; 0 if none."""
     @_builtins.property
     def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks whose shards this rank may read at restore."""
+
+    @_builtins.property
+    def gate(self) -> Global___GateReport:
+        """What this rank says of the state it loaded; absent before."""
 
     def __init__(
         self,
@@ -350,10 +421,13 @@ class SessionRecord(_message.Message):
         skipped_step: _builtins.int = ...,
         skip_reason: _builtins.str = ...,
         is_short_of_slots: _builtins.bool = ...,
+        gate: Global___GateReport | None = ...,
+        wants_persist: _builtins.bool = ...,
+        sealed_step: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "is_short_of_slots", b"is_short_of_slots", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "gate", b"gate", "is_short_of_slots", b"is_short_of_slots", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "sealed_step", b"sealed_step", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "wants_persist", b"wants_persist", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -372,6 +446,7 @@ class ShardRecord(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     WORLD_ID_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Number of the history within the run."""
     step: _builtins.int
@@ -386,6 +461,8 @@ class ShardRecord(_message.Message):
     """SHA-256 of the shard's manifest: the identity of its bytes."""
     world_id: _builtins.str
     """The set of processes that train together."""
+    layout: _builtins.str
+    """Which boxes of which tensors that rank held; empty if not known."""
     def __init__(
         self,
         *,
@@ -396,10 +473,11 @@ class ShardRecord(_message.Message):
         size_bytes: _builtins.int = ...,
         digest: _builtins.str = ...,
         world_id: _builtins.str = ...,
+        layout: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "rank", b"rank", "size_bytes", b"size_bytes", "step", b"step", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "layout", b"layout", "rank", b"rank", "size_bytes", b"size_bytes", "step", b"step", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -414,22 +492,26 @@ class VolumeShard(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank within the world."""
     size_bytes: _builtins.int
     """Size of the shard file."""
     digest: _builtins.str
     """SHA-256 of the shard's manifest: the identity of its bytes."""
+    layout: _builtins.str
+    """Which boxes of which tensors that rank held; empty if not known."""
     def __init__(
         self,
         *,
         rank: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         digest: _builtins.str = ...,
+        layout: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "layout", b"layout", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -570,22 +652,30 @@ class Base(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Number of the history within the run."""
     step: _builtins.int
     """Completed optimizer step."""
     snapshot_id: _builtins.str
     """SHA-256 over attempt, step, world size and all shard digests."""
+    world_size: _builtins.int
+    """Ranks that wrote it; 0: as many as the world that restores."""
+    url: _builtins.str
+    """Its directory on durable storage."""
     def __init__(
         self,
         *,
         attempt: _builtins.int = ...,
         step: _builtins.int = ...,
         snapshot_id: _builtins.str = ...,
+        world_size: _builtins.int = ...,
+        url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "snapshot_id", b"snapshot_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "snapshot_id", b"snapshot_id", "step", b"step", "url", b"url", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -662,6 +752,7 @@ class ShardSource(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     HOLDERS_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank within the world."""
     size_bytes: _builtins.int
@@ -670,6 +761,8 @@ class ShardSource(_message.Message):
     """SHA-256 of the shard's manifest: the identity of its bytes."""
     kind: Global___SourceKind.ValueType
     """How the shard is had."""
+    layout: _builtins.str
+    """Which boxes of which tensors that rank held; empty if not known."""
     @_builtins.property
     def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of nodes that hold the shard or will."""
@@ -682,10 +775,11 @@ class ShardSource(_message.Message):
         digest: _builtins.str = ...,
         kind: Global___SourceKind.ValueType = ...,
         holders: _abc.Iterable[_builtins.str] | None = ...,
+        layout: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "holders", b"holders", "kind", b"kind", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "holders", b"holders", "kind", b"kind", "layout", b"layout", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -709,6 +803,7 @@ class Decision(_message.Message):
     PLACEMENTS_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    TRIES_FIELD_NUMBER: _builtins.int
     decision_id: _builtins.str
     """Identity of the decision."""
     run: _builtins.str
@@ -723,6 +818,8 @@ class Decision(_message.Message):
     """What restore() answers."""
     message: _builtins.str
     """One sentence for people."""
+    tries: _builtins.int
+    """Decisions before this one that restored the same snapshot."""
     @_builtins.property
     def generation(self) -> Global___Generation:
         """Fence: a higher number wins."""
@@ -758,10 +855,11 @@ class Decision(_message.Message):
         placements: _abc.Iterable[Global___Placement] | None = ...,
         sources: _abc.Iterable[Global___ShardSource] | None = ...,
         message: _builtins.str = ...,
+        tries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base", b"base", "decision_id", b"decision_id", "generation", b"generation", "lineage", b"lineage", "message", b"message", "outcome", b"outcome", "placements", b"placements", "run", b"run", "sources", b"sources", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base", b"base", "decision_id", b"decision_id", "generation", b"generation", "lineage", b"lineage", "message", b"message", "outcome", b"outcome", "placements", b"placements", "run", b"run", "sources", b"sources", "tries", b"tries", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -888,6 +986,9 @@ class RunReport(_message.Message):
     REBUILT_BYTES_FIELD_NUMBER: _builtins.int
     REBUILD_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     IS_FORGOTTEN_FIELD_NUMBER: _builtins.int
+    SURVEY_FIELD_NUMBER: _builtins.int
+    UPLOADS_FIELD_NUMBER: _builtins.int
+    DISTRUSTED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     rebuilt_bytes: _builtins.int
@@ -928,6 +1029,18 @@ class RunReport(_message.Message):
     def failed_plans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Plans this node could not encode."""
 
+    @_builtins.property
+    def survey(self) -> Global___Survey:
+        """What durable storage has of the run; absent if nobody asked."""
+
+    @_builtins.property
+    def uploads(self) -> _containers.RepeatedCompositeFieldContainer[Global___Upload]:
+        """Shards on their way to durable storage."""
+
+    @_builtins.property
+    def distrusted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Distrusted]:
+        """Snapshots that are not restored again."""
+
     def __init__(
         self,
         *,
@@ -943,10 +1056,13 @@ class RunReport(_message.Message):
         rebuilt_bytes: _builtins.int = ...,
         rebuild_total_bytes: _builtins.int = ...,
         is_forgotten: _builtins.bool = ...,
+        survey: Global___Survey | None = ...,
+        uploads: _abc.Iterable[Global___Upload] | None = ...,
+        distrusted: _abc.Iterable[Global___Distrusted] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "staging", b"staging"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "staging", b"staging", "survey", b"survey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "plans", b"plans", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "plans", b"plans", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1233,6 +1349,11 @@ class RunDesired(_message.Message):
     KEEP_FIELD_NUMBER: _builtins.int
     PARITY_FRACTION_FIELD_NUMBER: _builtins.int
     SUSPECTS_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
+    DISTRUSTED_FIELD_NUMBER: _builtins.int
+    PROBATION_STEPS_FIELD_NUMBER: _builtins.int
+    SEALED_STEP_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     world_id: _builtins.str
@@ -1251,6 +1372,10 @@ class RunDesired(_message.Message):
     """Protected snapshots kept; a rank has one slot more."""
     parity_fraction: _builtins.float
     """Parity per byte of state (m / k), for admission; 0 if not known."""
+    probation_steps: _builtins.int
+    """Steps after a restore in which NaN distrusts what was restored."""
+    sealed_step: _builtins.int
+    """Files of this step are whole: every rank commits its part."""
     @_builtins.property
     def decision(self) -> Global___Decision:
         """The decision of the world; absent if none."""
@@ -1279,6 +1404,18 @@ class RunDesired(_message.Message):
     def suspects(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quarantined]:
         """Sources of this node that a reader found corrupt."""
 
+    @_builtins.property
+    def storage(self) -> Global___StorageDesired:
+        """What to do with durable storage; absent: nothing."""
+
+    @_builtins.property
+    def gate(self) -> Global___GateVerdict:
+        """Answer to what the ranks loaded; absent if none."""
+
+    @_builtins.property
+    def distrusted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Distrusted]:
+        """Snapshots that are not restored again."""
+
     def __init__(
         self,
         *,
@@ -1298,10 +1435,15 @@ class RunDesired(_message.Message):
         keep: _builtins.int | None = ...,
         parity_fraction: _builtins.float = ...,
         suspects: _abc.Iterable[Global___Quarantined] | None = ...,
+        storage: Global___StorageDesired | None = ...,
+        gate: Global___GateVerdict | None = ...,
+        distrusted: _abc.Iterable[Global___Distrusted] | None = ...,
+        probation_steps: _builtins.int = ...,
+        sealed_step: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "is_release_possible", b"is_release_possible", "keep", b"keep", "schedule", b"schedule"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "schedule", b"schedule", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "decision_phase", b"decision_phase", "drop_plans", b"drop_plans", "forget", b"forget", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "suspects", b"suspects", "world_id", b"world_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "decision_phase", b"decision_phase", "distrusted", b"distrusted", "drop_plans", b"drop_plans", "forget", b"forget", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "probation_steps", b"probation_steps", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "sealed_step", b"sealed_step", "storage", b"storage", "suspects", b"suspects", "world_id", b"world_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__is_release_possible: _TypeAlias = _typing.Literal["is_release_possible"]  # noqa: Y015
     _WhichOneofArgType__is_release_possible: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible"]  # noqa: Y015
@@ -1375,3 +1517,393 @@ class NodeDesired(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeDesired: _TypeAlias = NodeDesired  # noqa: Y015
+
+@_typing.final
+class GateEntry(_message.Message):
+    """One statement on which ranks must agree."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What it is about."""
+    digest: _builtins.str
+    """Digest of the statement."""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ranks that must give the same digest."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "ranks", b"ranks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateEntry: _TypeAlias = GateEntry  # noqa: Y015
+
+@_typing.final
+class GateDetail(_message.Message):
+    """What is behind one entry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    entry: _builtins.str
+    """Name of the entry."""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tensors."""
+
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """One digest per tensor."""
+
+    def __init__(
+        self,
+        *,
+        entry: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "entry", b"entry", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateDetail: _TypeAlias = GateDetail  # noqa: Y015
+
+@_typing.final
+class GateReport(_message.Message):
+    """What one rank says of the state it loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_ID_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    decision_id: _builtins.str
+    """Identity of the decision."""
+    failure: _builtins.str
+    """Why the rank could not load; empty if it could."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateEntry]:
+        """Statements."""
+
+    @_builtins.property
+    def details(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateDetail]:
+        """Details that were asked for."""
+
+    def __init__(
+        self,
+        *,
+        decision_id: _builtins.str = ...,
+        entries: _abc.Iterable[Global___GateEntry] | None = ...,
+        details: _abc.Iterable[Global___GateDetail] | None = ...,
+        failure: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision_id", b"decision_id", "details", b"details", "entries", b"entries", "failure", b"failure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateReport: _TypeAlias = GateReport  # noqa: Y015
+
+@_typing.final
+class GateVerdict(_message.Message):
+    """The coordinator's answer to what the ranks loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    decision_id: _builtins.str
+    """Identity of the decision."""
+    state: Global___GateState.ValueType
+    """How far the comparison is."""
+    message: _builtins.str
+    """What differs, in words."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Entries whose details are wanted."""
+
+    def __init__(
+        self,
+        *,
+        decision_id: _builtins.str = ...,
+        state: Global___GateState.ValueType = ...,
+        entries: _abc.Iterable[_builtins.str] | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision_id", b"decision_id", "entries", b"entries", "message", b"message", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateVerdict: _TypeAlias = GateVerdict  # noqa: Y015
+
+@_typing.final
+class Distrusted(_message.Message):
+    """A snapshot that is not restored again, nor what was trained from it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    snapshot_id: _builtins.str
+    """SHA-256 over attempt, step, world size and all shard digests."""
+    attempt: _builtins.int
+    """Number of the history within the run."""
+    step: _builtins.int
+    """Completed optimizer step."""
+    reason: _builtins.str
+    """Why, in words."""
+    def __init__(
+        self,
+        *,
+        snapshot_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason", "snapshot_id", b"snapshot_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Distrusted: _TypeAlias = Distrusted  # noqa: Y015
+
+@_typing.final
+class PersistedSnapshot(_message.Message):
+    """The completion record of a snapshot on durable storage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
+    SERIAL_FIELD_NUMBER: _builtins.int
+    UNIX_S_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """job/run_id."""
+    attempt: _builtins.int
+    """Number of the history within the run."""
+    step: _builtins.int
+    """Completed optimizer step."""
+    world_size: _builtins.int
+    """Ranks that wrote it."""
+    snapshot_id: _builtins.str
+    """SHA-256 over attempt, step, world size and all shard digests."""
+    serial: _builtins.int
+    """Counts the persisted snapshots of the run."""
+    unix_s: _builtins.float
+    """When it was written."""
+    writer: _builtins.str
+    """Who wrote it."""
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___VolumeShard]:
+        """Shards, in rank order."""
+
+    @_builtins.property
+    def lineage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lineage]:
+        """Every live ancestor attempt, newest first."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        step: _builtins.int = ...,
+        world_size: _builtins.int = ...,
+        snapshot_id: _builtins.str = ...,
+        shards: _abc.Iterable[Global___VolumeShard] | None = ...,
+        lineage: _abc.Iterable[Global___Lineage] | None = ...,
+        serial: _builtins.int = ...,
+        unix_s: _builtins.float = ...,
+        writer: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "lineage", b"lineage", "run", b"run", "serial", b"serial", "shards", b"shards", "snapshot_id", b"snapshot_id", "step", b"step", "unix_s", b"unix_s", "world_size", b"world_size", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PersistedSnapshot: _TypeAlias = PersistedSnapshot  # noqa: Y015
+
+@_typing.final
+class Survey(_message.Message):
+    """What one node found of a run on durable storage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    IS_DONE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    IS_KNOWN_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """Directory of the run."""
+    is_done: _builtins.bool
+    """Whether the listing has ended."""
+    error: _builtins.str
+    """Why it could not be listed; empty if it could."""
+    is_known: _builtins.bool
+    """Whether something lies there, whole or not."""
+    @_builtins.property
+    def snapshots(self) -> _containers.RepeatedCompositeFieldContainer[Global___PersistedSnapshot]:
+        """Snapshots with a completion record."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        is_done: _builtins.bool = ...,
+        error: _builtins.str = ...,
+        is_known: _builtins.bool = ...,
+        snapshots: _abc.Iterable[Global___PersistedSnapshot] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "is_done", b"is_done", "is_known", b"is_known", "snapshots", b"snapshots", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Survey: _TypeAlias = Survey  # noqa: Y015
+
+@_typing.final
+class Upload(_message.Message):
+    """One shard on its way to durable storage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    snapshot_id: _builtins.str
+    """SHA-256 over attempt, step, world size and all shard digests."""
+    rank: _builtins.int
+    """Rank within the world that wrote it."""
+    state: Global___UploadState.ValueType
+    """How far it is."""
+    done_bytes: _builtins.int
+    """Bytes done."""
+    total_bytes: _builtins.int
+    """Bytes to do."""
+    reason: _builtins.str
+    """Why it failed, in words."""
+    def __init__(
+        self,
+        *,
+        snapshot_id: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        state: Global___UploadState.ValueType = ...,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "rank", b"rank", "reason", b"reason", "snapshot_id", b"snapshot_id", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Upload: _TypeAlias = Upload  # noqa: Y015
+
+@_typing.final
+class UploadTask(_message.Message):
+    """Shards a node copies to durable storage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    IS_LAST_FIELD_NUMBER: _builtins.int
+    is_last: _builtins.bool
+    """All shards are there: write the record."""
+    @_builtins.property
+    def snapshot(self) -> Global___PersistedSnapshot:
+        """The completion record to be."""
+
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ranks whose shards this node copies."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: Global___PersistedSnapshot | None = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        is_last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_last", b"is_last", "ranks", b"ranks", "snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadTask: _TypeAlias = UploadTask  # noqa: Y015
+
+@_typing.final
+class StorageDesired(_message.Message):
+    """What a node does with durable storage for one run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    UPLOADS_FIELD_NUMBER: _builtins.int
+    PRUNE_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """Directory of the run."""
+    bandwidth_bytes_per_s: _builtins.int
+    """Cap of this node; 0: none."""
+    @_builtins.property
+    def uploads(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadTask]:
+        """What to copy."""
+
+    @_builtins.property
+    def prune(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotKey]:
+        """What to delete, record first."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        uploads: _abc.Iterable[Global___UploadTask] | None = ...,
+        prune: _abc.Iterable[Global___SnapshotKey] | None = ...,
+        bandwidth_bytes_per_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "prune", b"prune", "uploads", b"uploads", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StorageDesired: _TypeAlias = StorageDesired  # noqa: Y015

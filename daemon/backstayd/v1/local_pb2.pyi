@@ -70,6 +70,7 @@ class Attach(_message.Message):
     MODEL_SIGNATURE_FIELD_NUMBER: _builtins.int
     COLLECTIVE_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     CLIENT_VERSION_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """Version of this protocol; a daemon speaks N and N-1."""
     run: _builtins.str
@@ -88,6 +89,8 @@ class Attach(_message.Message):
     """The trainer's collective timeout; 0 is unknown."""
     client_version: _builtins.str
     """Version of the trainer's package."""
+    layout: _builtins.str
+    """Which boxes of which model tensors this rank holds; "" is any."""
     @_builtins.property
     def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks whose shards this one loads besides its own."""
@@ -105,10 +108,11 @@ class Attach(_message.Message):
         model_signature: _builtins.str = ...,
         collective_timeout_s: _builtins.float = ...,
         client_version: _builtins.str = ...,
+        layout: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "client_version", b"client_version", "collective_timeout_s", b"collective_timeout_s", "model_signature", b"model_signature", "needs", b"needs", "protocol", b"protocol", "rank", b"rank", "run", b"run", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "client_version", b"client_version", "collective_timeout_s", b"collective_timeout_s", "layout", b"layout", "model_signature", b"model_signature", "needs", b"needs", "protocol", b"protocol", "rank", b"rank", "run", b"run", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -165,22 +169,26 @@ class Restore(_message.Message):
     ALLOW_FRESH_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     allow_fresh: _builtins.bool
     """Start over where nothing can be restored."""
     deadline_s: _builtins.float
     """How long the trainer waits."""
     world_size: _builtins.int
     """Number of ranks, again."""
+    staged: _builtins.str
+    """The decision of the last Offer, when all that is needed of it was fetched."""
     def __init__(
         self,
         *,
         allow_fresh: _builtins.bool = ...,
         deadline_s: _builtins.float = ...,
         world_size: _builtins.int = ...,
+        staged: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "deadline_s", b"deadline_s", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "deadline_s", b"deadline_s", "staged", b"staged", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,6 +282,9 @@ class Restored(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
     INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
+    DECISION_ID_FIELD_NUMBER: _builtins.int
+    BASE_WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    PROBATION_STEPS_FIELD_NUMBER: _builtins.int
     outcome: _builtins.str
     """EXACT, EXACT_OLDER or NONE."""
     attempt: _builtins.int
@@ -288,6 +299,12 @@ class Restored(_message.Message):
     """The decision in a sentence."""
     interval_steps: _builtins.int
     """Which steps to snapshot."""
+    decision_id: _builtins.str
+    """Identity of the decision."""
+    base_world_size: _builtins.int
+    """Ranks that wrote the snapshot."""
+    probation_steps: _builtins.int
+    """Steps in which NaN distrusts what was restored."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___RestoredShard]:
         """The rank's own shard and those it needs."""
@@ -303,10 +320,13 @@ class Restored(_message.Message):
         message: _builtins.str = ...,
         shards: _abc.Iterable[Global___RestoredShard] | None = ...,
         interval_steps: _builtins.int = ...,
+        decision_id: _builtins.str = ...,
+        base_world_size: _builtins.int = ...,
+        probation_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_attempt", b"base_attempt", "interval_steps", b"interval_steps", "message", b"message", "outcome", b"outcome", "shards", b"shards", "snapshot_id", b"snapshot_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_attempt", b"base_attempt", "base_world_size", b"base_world_size", "decision_id", b"decision_id", "interval_steps", b"interval_steps", "message", b"message", "outcome", b"outcome", "probation_steps", b"probation_steps", "shards", b"shards", "snapshot_id", b"snapshot_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -665,3 +685,436 @@ class Error(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Error: _TypeAlias = Error  # noqa: Y015
+
+@_typing.final
+class Offer(_message.Message):
+    """The decided snapshot was written in another layout: the trainer chooses chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    BASE_ATTEMPT_FIELD_NUMBER: _builtins.int
+    BASE_WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    MANIFESTS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    decision_id: _builtins.str
+    """Identity of the decision."""
+    step: _builtins.int
+    """Step of the snapshot."""
+    base_attempt: _builtins.int
+    """History that the snapshot is of."""
+    base_world_size: _builtins.int
+    """Ranks that wrote it."""
+    snapshot_id: _builtins.str
+    """Identity of the snapshot."""
+    @_builtins.property
+    def manifests(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Struct]:
+        """Manifests in rank order."""
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """By rank: local, peer, rebuild or persisted."""
+
+    @_builtins.property
+    def details(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """By rank: which nodes, or the url."""
+
+    def __init__(
+        self,
+        *,
+        decision_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+        base_attempt: _builtins.int = ...,
+        base_world_size: _builtins.int = ...,
+        snapshot_id: _builtins.str = ...,
+        manifests: _abc.Iterable[_struct_pb2.Struct] | None = ...,
+        kinds: _abc.Iterable[_builtins.str] | None = ...,
+        details: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_attempt", b"base_attempt", "base_world_size", b"base_world_size", "decision_id", b"decision_id", "details", b"details", "kinds", b"kinds", "manifests", b"manifests", "snapshot_id", b"snapshot_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Offer: _TypeAlias = Offer  # noqa: Y015
+
+@_typing.final
+class ChunkRanges(_message.Message):
+    """Chunks of one shard: runs that begin at firsts and have counts chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    FIRSTS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rank that wrote the shard."""
+    @_builtins.property
+    def firsts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """First chunk of each run."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Chunks of each run."""
+
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        firsts: _abc.Iterable[_builtins.int] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "firsts", b"firsts", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChunkRanges: _TypeAlias = ChunkRanges  # noqa: Y015
+
+@_typing.final
+class Fetch(_message.Message):
+    """Have chunks of the offered snapshot on this node; answered by Progress messages and one Fetched or Error."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_ID_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    decision_id: _builtins.str
+    """Identity of the decision."""
+    deadline_s: _builtins.float
+    """When to give up."""
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChunkRanges]:
+        """What is needed."""
+
+    def __init__(
+        self,
+        *,
+        decision_id: _builtins.str = ...,
+        shards: _abc.Iterable[Global___ChunkRanges] | None = ...,
+        deadline_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "decision_id", b"decision_id", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fetch: _TypeAlias = Fetch  # noqa: Y015
+
+@_typing.final
+class FetchedShard(_message.Message):
+    """A file in which the fetched chunks lie."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    FD_INDEX_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rank that wrote the shard."""
+    fd_index: _builtins.int
+    """Which of the frame's descriptors."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        fd_index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fd_index", b"fd_index", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchedShard: _TypeAlias = FetchedShard  # noqa: Y015
+
+@_typing.final
+class Fetched(_message.Message):
+    """All chunks are here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___FetchedShard]:
+        """One for each shard of the request."""
+
+    def __init__(
+        self,
+        *,
+        shards: _abc.Iterable[Global___FetchedShard] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fetched: _TypeAlias = Fetched  # noqa: Y015
+
+@_typing.final
+class GateEntryBody(_message.Message):
+    """One statement on which ranks must agree."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What it is about."""
+    digest: _builtins.str
+    """Digest of the statement."""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ranks that must give the same digest."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "ranks", b"ranks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateEntryBody: _TypeAlias = GateEntryBody  # noqa: Y015
+
+@_typing.final
+class GateDetailBody(_message.Message):
+    """What is behind one entry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    entry: _builtins.str
+    """Name of the entry."""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tensors."""
+
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """One digest per tensor."""
+
+    def __init__(
+        self,
+        *,
+        entry: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "entry", b"entry", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateDetailBody: _TypeAlias = GateDetailBody  # noqa: Y015
+
+@_typing.final
+class Gate(_message.Message):
+    """What this rank loaded; answered by Progress messages and one GateAnswer or Error."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_ID_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    decision_id: _builtins.str
+    """Identity of the decision."""
+    failure: _builtins.str
+    """Why the rank could not load; "" if it could."""
+    deadline_s: _builtins.float
+    """When to give up."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateEntryBody]:
+        """Statements."""
+
+    @_builtins.property
+    def details(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateDetailBody]:
+        """Details that were asked for."""
+
+    def __init__(
+        self,
+        *,
+        decision_id: _builtins.str = ...,
+        entries: _abc.Iterable[Global___GateEntryBody] | None = ...,
+        details: _abc.Iterable[Global___GateDetailBody] | None = ...,
+        failure: _builtins.str = ...,
+        deadline_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "decision_id", b"decision_id", "details", b"details", "entries", b"entries", "failure", b"failure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gate: _TypeAlias = Gate  # noqa: Y015
+
+@_typing.final
+class GateAnswer(_message.Message):
+    """How the comparison of all ranks came out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """passed, failed or detail."""
+    message: _builtins.str
+    """What differs, in words."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Entries whose details are wanted."""
+
+    def __init__(
+        self,
+        *,
+        state: _builtins.str = ...,
+        entries: _abc.Iterable[_builtins.str] | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "message", b"message", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateAnswer: _TypeAlias = GateAnswer  # noqa: Y015
+
+@_typing.final
+class Distrust(_message.Message):
+    """What was restored led to NaN or infinity; answered by Done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Step at which it was seen."""
+    reason: _builtins.str
+    """Why, in a sentence."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Distrust: _TypeAlias = Distrust  # noqa: Y015
+
+@_typing.final
+class Persist(_message.Message):
+    """Copy the newest protected snapshot to durable storage now; answered by Done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Persist: _TypeAlias = Persist  # noqa: Y015
+
+@_typing.final
+class Seal(_message.Message):
+    """All files of the step are written; answered by Done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The step."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Seal: _TypeAlias = Seal  # noqa: Y015
+
+@_typing.final
+class AwaitSeal(_message.Message):
+    """Wait until a later step is sealed; answered by Sealed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_STEP_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    after_step: _builtins.int
+    """The last step known."""
+    wait_s: _builtins.float
+    """How long."""
+    def __init__(
+        self,
+        *,
+        after_step: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_step", b"after_step", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AwaitSeal: _TypeAlias = AwaitSeal  # noqa: Y015
+
+@_typing.final
+class Sealed(_message.Message):
+    """The newest sealed step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    PROTECTED_STEP_FIELD_NUMBER: _builtins.int
+    COMPLETE_STEP_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """0: none."""
+    protected_step: _builtins.int
+    """Newest protected step of the run."""
+    complete_step: _builtins.int
+    """Newest complete step of the run."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        protected_step: _builtins.int = ...,
+        complete_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_step", b"complete_step", "protected_step", b"protected_step", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sealed: _TypeAlias = Sealed  # noqa: Y015
