@@ -177,17 +177,21 @@ class Seal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AwaitSeal:
-    """Wait up to ``wait_s`` until a step after ``after_step`` was sealed by some rank; answered by Sealed."""
+    """Wait up to ``wait_s`` until a step after ``after_step`` was sealed by some rank; answered by Sealed.
+
+    ``complete_step``: what is waited for instead is that this step, or a later one of this world, is complete.
+    """
 
     after_step: int
     wait_s: float = 0.0
+    complete_step: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sealed:
     step: int = 0  # 0: none
     protected_step: int = 0
-    complete_step: int = 0
+    complete_step: int = 0  # newest of the history that this world writes, the base included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -501,6 +501,7 @@ class RunDesired:
     distrusted: tuple[Distrusted, ...] = ()  # every host remembers them
     probation_steps: int = 0  # steps after a restore in which NaN distrusts what was restored
     sealed_step: int = 0  # files of this step are whole: every rank commits its part
+    complete_step: int = 0  # newest step of which every shard is held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

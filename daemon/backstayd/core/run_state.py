@@ -59,6 +59,7 @@ class RunState:
     head: Decision | None = None
     evaluation: Evaluation | None = None
     context: RunContext | None = None
+    sealed: tuple[str, int] = ("", 0)  # world, and the newest step that one of its ranks declared whole
     known_sessions: dict[int, str] = field(default_factory=dict)
     known_marks: set[tuple[str, str, int, int]] = field(default_factory=set)
 
@@ -79,6 +80,7 @@ class RunState:
         self.recovery.update(context, self.memory)
         if self.recovery.world_id != before:
             self.pace.restart()
+        self._note_seals(context)
         hosts = self._hosts(context)
         wanted = self.policy.wanted_parity(len(hosts))
         target = self.protection.target(host_count=len(hosts), present_count=len(nodes))
@@ -121,6 +123,8 @@ class RunState:
             protected_step=evaluation.protected_step,
             is_release_possible=self._is_release_possible(context),
             suspects=tuple(m for m in suspects_of(self.run, context.nodes.values()).values() if m.node == node),
+            sealed_step=self.sealed[1] if self.sealed[0] == self.recovery.world_id else 0,
+            complete_step=evaluation.complete_step,
         )
 
     def check_invariants(self) -> None:
@@ -248,6 +252,12 @@ class RunState:
             self.again("session_lost")
             self.say("session_lost", f"{counted(gone, 'rank')} on {where} died")
         self.known_sessions = now
+
+    def _note_seals(self, context: RunContext) -> None:
+        """What one rank declared whole stays so when that rank is gone: others may have heard of it."""
+        world_id, step = self.sealed
+        steps = [session.record.sealed_step for session in self._world(context).values()]
+        self.sealed = (self.recovery.world_id, max([*steps, step if world_id == self.recovery.world_id else 0]))
 
     def _world(self, context: RunContext) -> World:
         return context.worlds.get(self.recovery.world_id, {})

@@ -55,6 +55,11 @@ class Requests:
         elif isinstance(message, local.Abandon):
             self._abandon(session, message)
             await self._send(local.Done())
+        elif isinstance(message, local.Seal):
+            self._seal(session, message)
+            await self._send(local.Done())
+        elif isinstance(message, local.AwaitSeal):
+            await self._send(await self._await_seal(session, message))
         elif isinstance(message, local.Finish):
             self._finish(session, message)
             await self._send(local.Done())
@@ -246,6 +251,39 @@ class Requests:
         session.skip(grant.step, reason)
         self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
         self._context.changed()
+
+    def _seal(self, session: Session, message: local.Seal) -> None:
+        """One rank says that all files of a step are written; every rank of the world hears it through the coordinator."""
+        self._check_current(session)
+        if message.step <= session.base_step:
+            raise UsageError(
+                f"step {message.step} cannot be sealed: this world began from step {session.base_step}",
+                reason="step_not_increasing",
+            )
+        session.sealed_step = max(session.sealed_step, message.step)
+        self._context.changed()
+
+    async def _await_seal(self, session: Session, message: local.AwaitSeal) -> local.Sealed:
+        context, loop = self._context, asyncio.get_running_loop()
+        deadline = loop.time() + min(message.wait_s, MAX_WAIT_S)
+        while True:
+            self._check_current(session)
+            desired = context.run_desired(session.run)
+            is_ours = desired.world_id == session.world_id
+            here = [s.sealed_step for s in self._sessions.of_run(session.run) if s.world_id == session.world_id]
+            sealed = local.Sealed(
+                step=max([*here, desired.sealed_step if is_ours else 0]),
+                protected_step=desired.protected_step,
+                complete_step=desired.complete_step if is_ours else 0,
+            )
+            is_there = (
+                sealed.complete_step >= message.complete_step
+                if message.complete_step
+                else sealed.step > message.after_step
+            )
+            if is_there or loop.time() >= deadline or self._connection.is_lost:
+                return sealed
+            await context.bell.wait(min(PROGRESS_S, deadline - loop.time()))
 
     def _finish(self, session: Session, message: local.Finish) -> None:
         self._sessions.put_back(session)

@@ -47,6 +47,7 @@ class Session:
     skipped_step: int = 0
     skip_reason: str = ""
     is_short_of_slots: bool = False
+    sealed_step: int = 0  # file store: the newest step this rank declared whole
     grants: dict[str, Grant] = field(default_factory=dict)  # by slot id
     answer: asyncio.Future[RestoreAnswer] | None = None
     lost_at_s: float = 0.0  # monotonic time at which the connection was lost; 0 while it stands
@@ -67,6 +68,7 @@ class Session:
             skipped_step=self.skipped_step,
             skip_reason=self.skip_reason,
             is_short_of_slots=self.is_short_of_slots,
+            sealed_step=self.sealed_step,
         )
 
     def skip(self, step: int, reason: str, *, is_short_of_slots: bool = False) -> None:

@@ -1071,19 +1071,23 @@ class AwaitSeal(_message.Message):
 
     AFTER_STEP_FIELD_NUMBER: _builtins.int
     WAIT_S_FIELD_NUMBER: _builtins.int
+    COMPLETE_STEP_FIELD_NUMBER: _builtins.int
     after_step: _builtins.int
     """The last step known."""
     wait_s: _builtins.float
     """How long."""
+    complete_step: _builtins.int
+    """Wait for this step, or a later one of this world, to be complete instead; 0: wait for a seal."""
     def __init__(
         self,
         *,
         after_step: _builtins.int = ...,
         wait_s: _builtins.float = ...,
+        complete_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_step", b"after_step", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_step", b"after_step", "complete_step", b"complete_step", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
