@@ -45,6 +45,10 @@ def test_every_module_says_what_it_is_for() -> None:
     assert not silent
 
 
+# An unpickler that knows only the record classes of DCP's metadata (docs/decisions/0018-importing-dcp.md).
+MAY_IMPORT_PICKLE = {"client/backstay/convert/foreign.py"}
+
+
 def test_no_code_runs_a_shell_or_unpickles() -> None:
     """Law 9, by syntax: no ``import pickle``, no ``shell=True``."""
     found = []
@@ -55,6 +59,8 @@ def test_no_code_runs_a_shell_or_unpickles() -> None:
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
+            if str(path.relative_to(ROOT)) in MAY_IMPORT_PICKLE:
+                names = [name for name in names if name != "pickle"]
             shell = isinstance(node, ast.keyword) and node.arg == "shell"
             if shell or {name.partition(".")[0] for name in names} & {"pickle", "marshal", "shelve", "cPickle"}:
                 found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
