@@ -286,13 +286,16 @@ class PersistedSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What one node found of a run under ``url``. ``is_known``: something lies there, whole or not."""
+    """What one node found of a run under ``url``. ``is_known``: something lies there, whole or not; ``partial``: directories
+    of snapshots without a completion record."""
 
     url: str
     is_done: bool = False
     error: str = ""
     is_known: bool = False
     snapshots: tuple[PersistedSnapshot, ...] = ()
+    survey_id: str = ""
+    partial: tuple[SnapshotKey, ...] = ()
 
 
 class UploadState(enum.StrEnum):
@@ -303,7 +306,7 @@ class UploadState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """How far one shard is on its way from a node to durable storage."""
+    """How far one shard is on its way from a node to durable storage; ``rank`` -1 is the completion record."""
 
     snapshot_id: str
     rank: int
@@ -324,12 +327,14 @@ class UploadTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageDesired:
-    """What a node does with durable storage for one run. ``url`` is the run's directory; ``prune`` is deleted, record first."""
+    """What a node does with durable storage for one run. ``url`` is the run's directory; ``prune`` is deleted, record first;
+    ``survey_id``: list what lies there and answer under this name ("": no need)."""
 
     url: str
     uploads: tuple[UploadTask, ...] = ()
     prune: tuple[SnapshotKey, ...] = ()
     bandwidth_bytes_per_s: int = 0  # 0: no cap
+    survey_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,6 +452,7 @@ class RunReport:
     is_forgotten: bool = False  # finished or forgotten here; nothing of it is kept
     survey: Survey | None = None
     uploads: tuple[Upload, ...] = ()
+    pruned: tuple[SnapshotKey, ...] = ()  # of those to be pruned: gone now
     distrusted: tuple[Distrusted, ...] = ()
 
 

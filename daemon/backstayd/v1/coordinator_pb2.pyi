@@ -989,6 +989,7 @@ class RunReport(_message.Message):
     SURVEY_FIELD_NUMBER: _builtins.int
     UPLOADS_FIELD_NUMBER: _builtins.int
     DISTRUSTED_FIELD_NUMBER: _builtins.int
+    PRUNED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     rebuilt_bytes: _builtins.int
@@ -1041,6 +1042,10 @@ class RunReport(_message.Message):
     def distrusted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Distrusted]:
         """Snapshots that are not restored again."""
 
+    @_builtins.property
+    def pruned(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotKey]:
+        """Snapshots that were to be pruned from durable storage and are gone now."""
+
     def __init__(
         self,
         *,
@@ -1059,10 +1064,11 @@ class RunReport(_message.Message):
         survey: Global___Survey | None = ...,
         uploads: _abc.Iterable[Global___Upload] | None = ...,
         distrusted: _abc.Iterable[Global___Distrusted] | None = ...,
+        pruned: _abc.Iterable[Global___SnapshotKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "staging", b"staging", "survey", b"survey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "plans", b"plans", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1769,6 +1775,8 @@ class Survey(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     IS_KNOWN_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    SURVEY_ID_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """Directory of the run."""
     is_done: _builtins.bool
@@ -1777,9 +1785,15 @@ class Survey(_message.Message):
     """Why it could not be listed; empty if it could."""
     is_known: _builtins.bool
     """Whether something lies there, whole or not."""
+    survey_id: _builtins.str
+    """The survey that was asked for."""
     @_builtins.property
     def snapshots(self) -> _containers.RepeatedCompositeFieldContainer[Global___PersistedSnapshot]:
         """Snapshots with a completion record."""
+
+    @_builtins.property
+    def partial(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotKey]:
+        """Directories of snapshots without a completion record."""
 
     def __init__(
         self,
@@ -1789,10 +1803,12 @@ class Survey(_message.Message):
         error: _builtins.str = ...,
         is_known: _builtins.bool = ...,
         snapshots: _abc.Iterable[Global___PersistedSnapshot] | None = ...,
+        survey_id: _builtins.str = ...,
+        partial: _abc.Iterable[Global___SnapshotKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "is_done", b"is_done", "is_known", b"is_known", "snapshots", b"snapshots", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "is_done", b"is_done", "is_known", b"is_known", "partial", b"partial", "snapshots", b"snapshots", "survey_id", b"survey_id", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1884,10 +1900,13 @@ class StorageDesired(_message.Message):
     UPLOADS_FIELD_NUMBER: _builtins.int
     PRUNE_FIELD_NUMBER: _builtins.int
     BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    SURVEY_ID_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """Directory of the run."""
     bandwidth_bytes_per_s: _builtins.int
     """Cap of this node; 0: none."""
+    survey_id: _builtins.str
+    """List what lies there under this name; empty: no need."""
     @_builtins.property
     def uploads(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadTask]:
         """What to copy."""
@@ -1903,10 +1922,11 @@ class StorageDesired(_message.Message):
         uploads: _abc.Iterable[Global___UploadTask] | None = ...,
         prune: _abc.Iterable[Global___SnapshotKey] | None = ...,
         bandwidth_bytes_per_s: _builtins.int = ...,
+        survey_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "prune", b"prune", "uploads", b"uploads", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "prune", b"prune", "survey_id", b"survey_id", "uploads", b"uploads", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,64 @@
+"""How a snapshot is called on durable storage: URLs of runs and snapshots, names of the files in them. Pure.
+
+``<persist_url>/<job>/<run_id>/attempt-0003/step-00001200/rank-00003-of-00008.safetensors`` and ``.manifest.json``, with
+``snapshot.json`` written last: a directory without it holds no snapshot.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from backstay.ids import RunKey, SnapshotKey
+
+RECORD_NAME: Final = "snapshot.json"
+
+_ATTEMPT = re.compile(r"attempt-(\d{4,18})\Z")
+_STEP = re.compile(r"step-(\d{8,18})\Z")
+_KEY = re.compile(r"(.*)/attempt-(\d{4,18})/step-(\d{8,18})\Z")
+
+
+def run_url(persist_url: str, run: str) -> str:
+    """The directory of a run below the operator's URL."""
+    RunKey.parse(run)
+    return f"{persist_url.rstrip('/')}/{run}"
+
+
+def root_of(run_url: str) -> str:
+    """The operator's URL of a run's directory: what must be there before anything is written."""
+    return run_url.rstrip("/").rsplit("/", 2)[0]
+
+
+def snapshot_name(key: SnapshotKey) -> str:
+    """The directory of a snapshot below its run's."""
+    return f"attempt-{key.attempt:04d}/step-{key.step:08d}"
+
+
+def snapshot_url(run_url: str, key: SnapshotKey) -> str:
+    return f"{run_url}/{snapshot_name(key)}"
+
+
+def split_snapshot_url(url: str) -> tuple[str, SnapshotKey]:
+    """The run's URL and the key of a snapshot's directory; raises ValueError for another."""
+    match = _KEY.match(url)
+    if match is None:
+        raise ValueError(f"{url} is not the directory of a snapshot")
+    return match[1], SnapshotKey(int(match[2]), int(match[3]))
+
+
+def attempt_of(name: str) -> int | None:
+    match = _ATTEMPT.match(name)
+    return int(match[1]) if match else None
+
+
+def step_of(name: str) -> int | None:
+    match = _STEP.match(name)
+    return int(match[1]) if match else None
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def manifest_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}.manifest.json"

@@ -1,0 +1,237 @@
+"""Directories on durable storage: the kernel's file systems, a real S3 server, and any other through fsspec."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from backstay import record
+from backstay.errors import BackstayError, ConfigError, IntegrityError, SnapshotNotFoundError, UnavailableError
+from backstayd.core.storage_names import manifest_name, shard_name
+from backstayd.storage.place import Place, check_url, open_place
+from backstayd.storage.reader import open_shard
+from backstayd.store.stored import ShardChunks, parse_manifest
+from tests.kit.object_store import ObjectStore, object_store
+from tests.kit.shards import MadeShard, make_shard
+
+pytest.importorskip("s3fs")
+KINDS = ("local", "fsspec", "s3")
+SNAPSHOT = "job/run/attempt-0001/step-00000012"
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[ObjectStore]:
+    with pytest.MonkeyPatch.context() as patch, object_store() as store:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path, s3: ObjectStore) -> str:
+    if request.param == "s3":
+        s3.empty()
+        s3.make_bucket()
+        return s3.url
+    return f"{'file' if request.param == 'local' else 'local'}://{tmp_path}/storage"
+
+
+@dataclass
+class Source:
+    """A shard in this process; ``cut_after`` bytes it fails."""
+
+    shard: MadeShard
+    cut_after: int = 1 << 60
+    spent: int = 0
+    done: int = 0
+    offsets: list[int] = field(default_factory=list)
+
+    @property
+    def chunks(self) -> ShardChunks:
+        return parse_manifest(record.dumps(self.shard.manifest), digest=self.shard.manifest.digest)
+
+    def read_verified(self, offset: int, view: memoryview) -> None:
+        view[:] = self.shard.data[offset : offset + len(view)]
+
+    def spend(self, size_bytes: int) -> None:
+        if self.spent + size_bytes > self.cut_after:
+            raise UnavailableError("the daemon is gone", reason="cancelled")
+        self.spent += size_bytes
+
+    def note_done(self, size_bytes: int) -> None:
+        self.done += size_bytes
+
+
+def put(place: Place, shard: MadeShard, *, mark: str = "n0") -> Source:
+    """Upload a shard and its manifest."""
+    source = Source(shard)
+    place.put_shard(shard_name(0, 1), source, mark=mark)
+    place.put_small(manifest_name(0, 1), record.dumps(shard.manifest))
+    return source
+
+
+def test_a_shard_comes_back_as_it_was_put_and_each_byte_is_sent_once(url: str) -> None:
+    shard = make_shard(step=12, payload_bytes=20 * MIB + 12345)
+    source = put(open_place(f"{url}/{SNAPSHOT}"), shard)
+    assert (source.spent, source.done) == (len(shard.data), len(shard.data))
+    opened = open_shard(f"{url}/{SNAPSHOT}", rank=0, world_size=1, digest=shard.manifest.digest)
+    try:
+        whole = memoryview(bytearray(len(shard.data)))
+        opened.read_into(0, whole)
+        assert bytes(whole) == shard.data
+        first, last = memoryview(bytearray(300)), memoryview(bytearray(1))
+        opened.read_ranges([(1000, first), (len(shard.data) - 1, last)])
+        assert (bytes(first), bytes(last)) == (shard.data[1000:1300], shard.data[-1:])
+        assert record.dumps(shard.manifest) == opened.manifest_bytes
+        with pytest.raises(IntegrityError):
+            opened.read_into(len(shard.data) - 10, memoryview(bytearray(20)))
+    finally:
+        opened.close()
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_an_upload_that_was_cut_off_goes_on_where_it_stopped(kind: str, tmp_path: Path, s3: ObjectStore) -> None:
+    url = s3.url if kind == "s3" else f"file://{tmp_path}"
+    place = open_place(f"{url}/cut/{SNAPSHOT}")
+    shard = make_shard(step=12, payload_bytes=40 * MIB)
+    with pytest.raises(UnavailableError, match="the daemon is gone"):
+        place.put_shard(shard_name(0, 1), Source(shard, cut_after=25 * MIB), mark="n0")
+    assert place.size_of(shard_name(0, 1)) is None
+    source = put(place, shard)
+    assert 0 < source.spent < len(shard.data), "only what was missing is sent"
+    assert source.done == len(shard.data)
+    opened = open_shard(place.url, rank=0, world_size=1, digest=shard.manifest.digest)
+    whole = memoryview(bytearray(len(shard.data)))
+    opened.read_into(0, whole)
+    opened.close()
+    assert bytes(whole) == shard.data
+    assert "<Upload>" not in s3.unfinished()
+
+
+def test_a_part_file_with_wrong_bytes_is_written_again_from_there(tmp_path: Path) -> None:
+    place = open_place(f"file://{tmp_path}/{SNAPSHOT}")
+    shard = make_shard(step=12, payload_bytes=12 * MIB)
+    with pytest.raises(UnavailableError):
+        place.put_shard(shard_name(0, 1), Source(shard, cut_after=9 * MIB), mark="n0")
+    (part,) = (tmp_path / SNAPSHOT).glob(".*.part")
+    with part.open("r+b") as file:
+        file.seek(5 * MIB)
+        file.write(b"spoilt")
+    source = put(place, shard)
+    assert source.spent >= len(shard.data) - 5 * MIB
+    assert (tmp_path / SNAPSHOT / shard_name(0, 1)).read_bytes() == shard.data
+    assert not list((tmp_path / SNAPSHOT).glob(".*"))
+
+
+def test_parts_of_other_bytes_are_not_taken_for_this_shards(s3: ObjectStore) -> None:
+    place = open_place(f"{s3.url}/other/{SNAPSHOT}")
+    old, new = (make_shard(step=12, payload_bytes=20 * MIB, seed=seed) for seed in (1, 2))
+    with pytest.raises(UnavailableError):
+        place.put_shard(shard_name(0, 1), Source(old, cut_after=17 * MIB), mark="n0")
+    assert put(place, new).spent == len(new.data)
+    opened = open_shard(place.url, rank=0, world_size=1, digest=new.manifest.digest)
+    whole = memoryview(bytearray(len(new.data)))
+    opened.read_into(0, whole)
+    opened.close()
+    assert bytes(whole) == new.data
+
+
+def test_a_record_is_created_once(url: str) -> None:
+    place = open_place(f"{url}/{SNAPSHOT}")
+    assert place.create("snapshot.json", b"first")
+    assert not place.create("snapshot.json", b"second")
+    assert place.read_small("snapshot.json") == b"first"
+
+
+def test_small_files_are_replaced_listed_and_removed(url: str) -> None:
+    run = open_place(f"{url}/job/run")
+    assert (run.list(), run.size_of("attempt-0001")) == ([], None)
+    place = open_place(f"{url}/{SNAPSHOT}")
+    place.put_small("a.json", b"1")
+    place.put_small("a.json", b"22")
+    place.put_small("b.json", b"333")
+    assert sorted((entry.name, entry.size_bytes) for entry in place.list()) == [("a.json", 2), ("b.json", 3)]
+    assert [(entry.name, entry.is_directory) for entry in run.list()] == [("attempt-0001", True)]
+    place.remove("a.json")
+    place.remove("a.json")
+    assert place.size_of("a.json") is None
+    with pytest.raises(SnapshotNotFoundError):
+        place.read_small("a.json")
+    run.remove_tree("attempt-0001/step-00000012")
+    run.remove_tree("attempt-0001/step-00000012")
+    assert [entry for entry in run.list("attempt-0001") if not entry.is_directory] == []
+    assert place.list() == []
+
+
+def test_a_shard_without_manifest_with_another_or_cut_short_is_refused(url: str) -> None:
+    shard, other = make_shard(step=12), make_shard(step=12, seed=1)
+    place = open_place(f"{url}/{SNAPSHOT}")
+    place.put_shard(shard_name(0, 1), Source(shard), mark="n0")
+    arguments = {"rank": 0, "world_size": 1, "digest": shard.manifest.digest}
+    with pytest.raises(SnapshotNotFoundError):
+        open_shard(place.url, **arguments)
+    place.put_small(manifest_name(0, 1), record.dumps(other.manifest))
+    with pytest.raises(IntegrityError, match="digest"):
+        open_shard(place.url, **arguments)
+    place.put_small(manifest_name(0, 1), record.dumps(shard.manifest))
+    place.put_small(shard_name(0, 1), shard.data[:-1])
+    with pytest.raises(IntegrityError, match=f"has {len(shard.data) - 1} bytes"):
+        open_shard(place.url, **arguments)
+
+
+def test_a_root_that_is_not_there_is_named_and_not_made(tmp_path: Path, s3: ObjectStore) -> None:
+    with pytest.raises(UnavailableError, match="mount or create it") as local:
+        open_place(f"file://{tmp_path}/not-mounted").require_root()
+    with pytest.raises(UnavailableError, match="bucket nowhere does not exist") as remote:
+        open_place("s3://nowhere/x").require_root()
+    assert (local.value.reason, remote.value.reason) == ("no_root", "no_root")
+    assert not (tmp_path / "not-mounted").exists()
+    open_place(f"file://{tmp_path}").require_root()
+    s3.make_bucket()
+    open_place(s3.url).require_root()
+
+
+def test_a_scheme_or_package_that_is_missing_is_named_with_the_next_step() -> None:
+    with pytest.raises(ConfigError, match="scheme 'foo' is not known"):
+        check_url("foo://bar/x")
+    with pytest.raises(ConfigError, match=r"pip install 'backstay\[storage\]'"):
+        check_url("gs://bucket/x")
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not hasattr(os, "seteuid"), reason="needs another user")
+def test_no_permission_says_who_needs_it(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    target = tmp_path / "locked"
+    target.mkdir(mode=0o500)
+    is_root = os.geteuid() == 0
+    for parent in [tmp_path, *tmp_path.parents]:
+        if is_root and parent.stat().st_mode & 0o005 != 0o005 and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(BackstayError, match="let the user that runs backstayd") as caught:
+            open_place(f"file://{target}/{SNAPSHOT}").put_small("x", b"1")
+    finally:
+        if is_root:
+            os.seteuid(0)
+    assert caught.value.reason == "no_permission"
+
+
+def test_random_cuts_never_leave_a_shard_that_is_not_whole(tmp_path: Path) -> None:
+    generator = random.Random(7)
+    shard = make_shard(step=12, payload_bytes=9 * MIB + 77)
+    place = open_place(f"file://{tmp_path}/{SNAPSHOT}")
+    for _ in range(12):
+        try:
+            place.put_shard(shard_name(0, 1), Source(shard, cut_after=generator.randrange(0, 12 * MIB)), mark="n0")
+        except UnavailableError:
+            assert place.size_of(shard_name(0, 1)) in (None, len(shard.data))
+    put(place, shard)
+    assert (tmp_path / SNAPSHOT / shard_name(0, 1)).read_bytes() == shard.data
