@@ -58,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("run", metavar="RUN", help="job/run_id, or run_id alone when it is the only one of that name")
     forget = command("forget", "free the memory of RUN on every node; its state is gone then")
     forget.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    distrust = command("distrust", "never restore STEP of RUN again, nor what was trained from it")
+    distrust.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    distrust.add_argument("step", type=int, metavar="STEP", help="the step of the snapshot")
+    distrust.add_argument("--reason", required=True, metavar="TEXT", help="why, for those who read it later")
+    trust = command("trust", "take back every distrust of RUN and count its restores anew")
+    trust.add_argument("run", metavar="RUN", help="job/run_id, in full")
     _add_doctor(command("doctor", "check this machine and its daemon; exit status 1 when something is wrong"))
     # Listed for --help; dispatch() hands them on before this parser sees them.
     commands.add_parser("demo", help="break a real training run and watch it recover", add_help=False)

@@ -1,4 +1,4 @@
-"""What the subcommands ask of a coordinator: its status document, one run of it, and forgetting.
+"""What the subcommands ask of a coordinator: its status document, one run of it, forgetting, and distrust.
 
 Everything about the wire is in ``backstayd.transport``.
 """
@@ -32,6 +32,28 @@ def forget(arguments: argparse.Namespace, run: str) -> None:
     with OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s) as client:
         try:
             client.forget(run)
+        except UnavailableError as error:
+            raise unreachable(error) from error
+
+
+def distrust(arguments: argparse.Namespace, run: str) -> str:
+    """Have the step of ``arguments`` never restored again; returns what a restart would do now."""
+    from backstayd.transport.operator import OperatorClient
+
+    with OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s) as client:
+        try:
+            return client.distrust(run, arguments.step, arguments.reason)
+        except UnavailableError as error:
+            raise unreachable(error) from error
+
+
+def trust(arguments: argparse.Namespace, run: str) -> int:
+    """Take back every distrust of ``run``; returns how many there were."""
+    from backstayd.transport.operator import OperatorClient
+
+    with OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s) as client:
+        try:
+            return client.trust(run)
         except UnavailableError as error:
             raise unreachable(error) from error
 

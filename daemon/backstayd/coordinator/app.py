@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 COALESCE_S: Final = 0.003  # reports that arrive together are evaluated once
 DOCUMENT_TIMEOUT_S: Final = 2.0
-WARNING_KINDS: Final = frozenset({"node_lost", "session_lost", "abandoned", "quarantined", "interval_raised"})
-ERROR_KINDS: Final = frozenset({"refused"})
+WARNING_KINDS: Final = frozenset(
+    {"node_lost", "session_lost", "abandoned", "quarantined", "interval_raised", "distrusted"}
+)
+ERROR_KINDS: Final = frozenset({"refused", "gate_failed"})
 
 
 def run(config: CoordinatorConfig) -> int:
@@ -135,6 +137,16 @@ class CoordinatorProcess:
         self.core.forget(run)
         self._evaluate()
 
+    def distrust(self, run: str, step: int, reason: str) -> str:
+        message = self.core.distrust(run, step, reason)
+        self._spread()
+        return message
+
+    def trust(self, run: str) -> int:
+        count = self.core.trust(run)
+        self._evaluate()
+        return count
+
     # -- driving the core ---------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
@@ -147,8 +159,11 @@ class CoordinatorProcess:
         if self._evaluation is not None:
             self._evaluation.cancel()
             self._evaluation = None
-        if not self.core.evaluate():
-            return
+        if self.core.evaluate():
+            self._spread()
+
+    def _spread(self) -> None:
+        """Tell people and nodes what the core has decided."""
         for event in self.core.take_events():
             self._tell(event)
         self._gauges.update(self.core, unix_s=self._clock.unix_s())

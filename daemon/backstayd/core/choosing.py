@@ -64,7 +64,7 @@ def choose(
     """The newest restorable snapshot of the live history; ``world_size`` 0 takes that of the snapshot."""
     passed: list[SnapshotView] = []
     for view in context.live_views:
-        if not view.is_restorable or view.snapshot_id in excluded:
+        if not view.is_restorable or view.snapshot_id in excluded or view.key in context.tainted:
             passed.append(view)
             continue
         if world_size and view.world_size != world_size:
@@ -99,7 +99,7 @@ def _restore(context: RunContext, memory: Memory, view: SnapshotView, passed: li
 
 def _was_promised(context: RunContext, memory: Memory, view: SnapshotView) -> bool:
     """Whether a newer snapshot that cannot be restored had been protected, or was spoilt by corruption."""
-    if view.snapshot_id and view.snapshot_id in memory.protected:
+    if view.key in context.tainted or (view.snapshot_id and view.snapshot_id in memory.protected):
         return True
     return any(SnapshotKey(mark.attempt, mark.step) == view.key for _, mark in context.quarantined())
 
@@ -135,6 +135,11 @@ def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]
         )
     known = [view for view in passed if view.snapshot_id] or passed
     had = "no older step is in memory"
+    if any(view.key in context.tainted for view in passed):
+        had += (
+            f". Keep two (keep = 2 of the coordinator) or a durable copy (persist_url) to have an older one next time; "
+            f"`backstay trust {context.run}` has it restored all the same"
+        )
     if known:  # the newest step of which anything is left: what an operator can still look at
         return f" at step {known[0].key.step}: {missing_sentence(context, memory, known[0])}; {had}"
     remembered = sorted(memory.keys.items(), key=lambda item: item[1], reverse=True)
@@ -152,7 +157,7 @@ def missing_sentence(context: RunContext, memory: Memory, view: SnapshotView) ->
     """Which ranks' shards cannot be had, since which nodes are gone, and what the parity covers; "" if all can."""
     lost = view.lost_ranks
     if not lost:
-        return ""
+        return context.tainted.get(view.key, "")
     is_one = len(lost) == 1
     subject = f"{counted(lost, 'rank')} {'is' if is_one else 'are'}"
     remembered = memory.holders_of(view)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from backstay.ids import Generation
+from backstay.ids import Generation, SnapshotKey
 from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView
 from backstayd.core.nodes import NodeState
 from backstayd.core.records import Decision, Lineage, Quarantined, SessionPhase, SessionRecord
+from backstayd.core.trust import Trust
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,18 @@ class RunContext:
     worlds: Mapping[str, World]
     generation: Generation
     has_long_memory: bool  # this coordinator is up for a lease: every node that lives has had time to report
+    tainted: Mapping[SnapshotKey, str] = field(default_factory=dict)  # not to be restored although they verify, and why
+    trust: Trust = field(default_factory=Trust)
+    restore_loop_limit: int = 0
 
     @property
     def live_views(self) -> list[SnapshotView]:
         return [view for index, view in enumerate(self.views) if index in self.live]
+
+    @property
+    def sound_views(self) -> list[SnapshotView]:
+        """Live views that may be restored as far as trust goes."""
+        return [view for view in self.live_views if view.key not in self.tainted]
 
     def view_of(self, snapshot_id: str) -> SnapshotView | None:
         return next((view for view in self.views if view.snapshot_id == snapshot_id), None)

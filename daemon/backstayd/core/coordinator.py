@@ -13,7 +13,7 @@ from backstay.ids import Generation
 from backstayd.core.catalog import ShapeCache
 from backstayd.core.nodes import NodeState, NodeTable
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import NodeDesired, NodeReport, Peer, RunDesired, SessionPhase
+from backstayd.core.records import Base, NodeDesired, NodeReport, Peer, RunDesired, SessionPhase
 from backstayd.core.recovery import Stage
 from backstayd.core.run_state import RunState
 from backstayd.core.sentences import listed
@@ -137,6 +137,49 @@ class Coordinator:
         self._say(run, "abandoned", "the operator forgets the run on every node")
         state.is_forgetting = True
         self._is_dirty = True
+
+    def distrust(self, run: str, step: int, reason: str) -> str:
+        """Never restore ``step`` of ``run`` again, nor what was trained from it. Returns what a restart would do now.
+
+        Raises:
+            SnapshotNotFoundError: no such run, or no whole snapshot of that step is known.
+        """
+        state = self._known(run)
+        context = state.context
+        assert context is not None
+        view = next((v for v in context.live_views if v.key.step == step and v.snapshot_id), None)
+        if view is None:
+            steps = sorted({v.key.step for v in context.live_views if v.snapshot_id})
+            known = f"steps {listed(steps)}" if steps else "none at all"
+            raise SnapshotNotFoundError(
+                f"{run} has no snapshot of step {step}; there are {known}", reason="unknown_step"
+            )
+        base = Base(attempt=view.key.attempt, step=step, snapshot_id=view.snapshot_id)
+        state.probation.distrust(base, reason or "an operator said so")
+        self._say(run, "distrusted", f"step {step} of attempt {view.key.attempt} is not restored again: {reason}")
+        self._is_dirty = True
+        self.evaluate()
+        return state.outlook()
+
+    def trust(self, run: str) -> int:
+        """Take back every distrust of ``run`` and count its restores anew; returns how many there were.
+
+        Raises:
+            SnapshotNotFoundError: no such run.
+        """
+        state = self._known(run)
+        count = len(state.probation.distrusted)
+        state.probation.trust.clear(state.probation.distrusted)
+        self._say(run, "trusted", f"the operator trusts {count} snapshots again, and restores are counted anew")
+        self._is_dirty = True
+        return count
+
+    def _known(self, run: str) -> RunState:
+        state = self.runs.get(run)
+        if state is None or state.context is None:
+            known = listed(sorted(self.runs)) or "none at all"
+            raise SnapshotNotFoundError(f"no node knows a run {run}; known: {known}", reason="unknown_run")
+        return state
 
     def partly_recorded(self) -> dict[str, str]:
         """Runs whose decision some hosts have recorded and others not: run to decision id."""

@@ -152,7 +152,11 @@ class GateState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateEntry:
-    """One statement on which ``ranks`` must agree: ``digest`` is the same on all of them, or the layout is wrong."""
+    """One statement on which ``ranks`` must agree: each of them makes it, with the same ``digest``, or the layout is wrong.
+
+    ``name`` is its kind, a colon, and what it is about. ``ranks`` () means the whole world. A rank that names only itself
+    claims something that no other rank may have.
+    """
 
     name: str
     ranks: tuple[int, ...]
@@ -170,7 +174,10 @@ class GateDetail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateReport:
-    """What one rank says of the state it loaded under a decision, before its first step. ``failure``: it could not load."""
+    """What one rank says of the state it loaded under a decision, before its first step. ``failure``: it could not load.
+
+    A report with neither entries nor failure: the rank was told that the gate is passed.
+    """
 
     decision_id: str
     entries: tuple[GateEntry, ...] = ()
@@ -508,6 +515,8 @@ class RunDesired:
     probation_steps: int = 0  # steps after a restore in which NaN distrusts what was restored
     sealed_step: int = 0  # files of this step are whole: every rank commits its part
     complete_step: int = 0  # newest step of which every shard is held
+    trusted: tuple[str, ...] = ()  # snapshot ids that an operator trusts again: strike them out
+    extra_slots: int = 0  # slots above keep + 1 that a rank may have if there is room: its base is on probation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

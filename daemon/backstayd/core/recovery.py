@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from backstay import record
 from backstay.ids import Generation
+from backstayd.core.catalog import SnapshotView
 from backstayd.core.choosing import Choice, Memory, choose, sources_of
 from backstayd.core.context import RunContext, World, is_waiting
 from backstayd.core.lineage import extend
@@ -30,6 +31,7 @@ from backstayd.core.records import (
     StagingState,
 )
 from backstayd.core.sentences import counted, listed
+from backstayd.core.trust import count_tries, loop_message
 
 SAME_FAILURES = 3  # so many failed stagings of one snapshot with nothing new quarantined, and it is passed over
 CLOSED_WORLDS = 64
@@ -213,10 +215,21 @@ class Recovery:
         )
         if choice.outcome in (Outcome.NONE, Outcome.REFUSED) and not context.has_long_memory:
             return  # a node that could say otherwise may still be on its way
+        if choice.view is not None and self._is_looping(context, memory, choice.view):
+            tries = self._tries(context, memory, choice.view)
+            message = loop_message(context.run, choice.view.key.step, tries, context.trust.last_reason)
+            choice = Choice(outcome=Outcome.REFUSED, message=message)
         memory.is_proved_empty = choice.is_proved_empty
         self.decision = self._make(context, memory, choice, world)
         self.stage = Stage.REFUSED if choice.outcome is Outcome.REFUSED else Stage.PREPARE
         self.say("refused" if choice.outcome is Outcome.REFUSED else "decided", _describe(self.decision))
+
+    def _tries(self, context: RunContext, memory: Memory, view: SnapshotView) -> int:
+        return count_tries(context.head, view.snapshot_id, newest=memory.newest_complete, trust=context.trust)
+
+    def _is_looping(self, context: RunContext, memory: Memory, view: SnapshotView) -> bool:
+        """Whether the same snapshot was restored as often as is allowed, and nothing came of it."""
+        return 0 < context.restore_loop_limit <= self._tries(context, memory, view)
 
     def _make(self, context: RunContext, memory: Memory, choice: Choice, world: World) -> Decision:
         placements = {rank: session.node for rank, session in sorted(world.items())}
@@ -244,6 +257,7 @@ class Recovery:
             placements=tuple(Placement(rank=rank, node=node) for rank, node in placements.items()),
             sources=sources_of(view, placements) if view is not None else (),
             message=choice.message,
+            tries=self._tries(context, memory, view) if view is not None else 0,
         )
         return replace(bare, decision_id=hashlib.sha256(record.dumps(bare)).hexdigest()[:32])
 
@@ -284,6 +298,7 @@ class Recovery:
             self.say("recorded", f"the decision is recorded on {listed(recorded)}")
             self.say("released", _describe(self.decision))
             self.stage = Stage.RELEASED
+            context.trust.begin_world()
             return
         for host in self._hosts():
             staging = self._staging(context, host)

@@ -20,6 +20,8 @@ def releasable(
     keep: int,
     target: int,
     abandoned: Collection[SnapshotKey],
+    tainted: Collection[SnapshotKey] = (),
+    held: Collection[SnapshotKey] = (),
 ) -> dict[int, str]:
     """Which of ``views`` (newest first) may be released, by index, and why.
 
@@ -29,6 +31,8 @@ def releasable(
         keep: how many snapshots that protect are held.
         target: the spares that new snapshots reach. Where a job has shrunk, no more can be asked of the newer one.
         abandoned: steps that can never become complete, because a rank went past them without a shard.
+        tainted: distrusted ones: for a sound one they are no substitute.
+        held: never released: what was restored and is still on probation.
     """
     chosen: dict[int, str] = {}
     for index, view in enumerate(views):
@@ -39,11 +43,13 @@ def releasable(
         elif view.key in abandoned and not view.is_restorable:
             reason = "a rank went past it without a snapshot"
         else:
+            is_tainted = view.key in tainted
             newer = [other for place, other in enumerate(views[:index]) if place in live and other.is_restorable]
+            newer = [other for other in newer if is_tainted or not view.is_restorable or other.key not in tainted]
             good = [other for other in newer if other.spares >= (target if view.is_restorable else 0)]
-            is_enough = len(good) >= (keep if view.is_restorable else 1)
+            is_enough = len(good) >= (keep if view.is_restorable and not is_tainted else 1)
             reason = f"step {good[0].key.step} is as well protected ({good[0].spares} spares)" if is_enough else ""
-        if reason:
+        if reason and view.key not in held:
             chosen[index] = reason
     return chosen
 

@@ -7,19 +7,21 @@ from dataclasses import dataclass, field
 
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, suspects_of, take_inventory
-from backstayd.core.choosing import Memory
+from backstayd.core.choosing import Memory, choose
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.nodes import Liveness, NodeState
 from backstayd.core.pace import Pace
 from backstayd.core.placement import group_count
 from backstayd.core.policy import CorePolicy
+from backstayd.core.probation import Probation, has_both
 from backstayd.core.protection import Protection
 from backstayd.core.rebuilding import choose_targets, is_still_possible, open_targets, plan_rebuilds
 from backstayd.core.records import Decision, Rebuild, RunDesired, SessionPhase, SessionRecord
 from backstayd.core.recovery import Recovery, Say, Stage
 from backstayd.core.retention import abandoned_keys, releasable
 from backstayd.core.sentences import any_nodes, counted, listed
+from backstayd.core.trust import tainted_views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ class RunState:
     again: Callable[[str], None]  # the state that the last sentence of this kind described has passed
     protection: Protection = field(init=False)
     recovery: Recovery = field(init=False)
+    probation: Probation = field(init=False)
     pace: Pace = field(default_factory=Pace)
     memory: Memory = field(default_factory=Memory)
     rebuilds: dict[str, Rebuild] = field(default_factory=dict)
@@ -66,6 +69,7 @@ class RunState:
     def __post_init__(self) -> None:
         self.protection = Protection(self.policy)
         self.recovery = Recovery(self.raise_generation, self.say)
+        self.probation = Probation(steps=self.policy.probation_steps)
 
     def evaluate(
         self, nodes: Mapping[str, NodeState], *, generation: Generation, has_long_memory: bool, now_s: float
@@ -81,6 +85,8 @@ class RunState:
         if self.recovery.world_id != before:
             self.pace.restart()
         self._note_seals(context)
+        if self.recovery.stage is Stage.RELEASED and self.recovery.decision is not None:
+            self.probation.judge(self.recovery.decision, self._world(context), context, self.say)
         hosts = self._hosts(context)
         wanted = self.policy.wanted_parity(len(hosts))
         target = self.protection.target(host_count=len(hosts), present_count=len(nodes))
@@ -118,6 +124,11 @@ class RunState:
             rebuilds=rebuilds,
             schedule=self.pace.schedule,
             keep=self.policy.keep,
+            extra_slots=int(bool(self._held(context)) or has_both(context)),
+            gate=self.probation.gate.verdict if is_host and decision is not None else None,
+            distrusted=self.probation.distrusted,
+            trusted=tuple(sorted(self.probation.trust.cleared)),
+            probation_steps=self.policy.probation_steps,
             parity_fraction=self._parity_fraction(evaluation),
             redundancy=evaluation.redundancy,
             protected_step=evaluation.protected_step,
@@ -134,8 +145,8 @@ class RunState:
         evaluation = self.evaluation
         if evaluation is None or self.is_forgetting:
             return
-        kept = [view for view in evaluation.context.live_views if view.key not in evaluation.release]
-        best = max((view.spares for view in evaluation.context.live_views), default=-1)
+        kept = [view for view in evaluation.context.sound_views if view.key not in evaluation.release]
+        best = max((view.spares for view in evaluation.context.sound_views), default=-1)
         if best >= 0:
             assert max((view.spares for view in kept), default=-1) >= min(best, evaluation.target), "law 1"
 
@@ -162,6 +173,7 @@ class RunState:
         known = [decision for decision, _ in inventory.decisions.values()]
         self.head = newest_decision([*known, *([self.head] if self.head is not None else [])])
         lineage = live_lineage(self.head, views, known)
+        distrusted = self.probation.unite(self.run, nodes)
         return RunContext(
             run=self.run,
             now_s=now_s,
@@ -176,7 +188,15 @@ class RunState:
             worlds=find_worlds(self.run, nodes),
             generation=generation,
             has_long_memory=has_long_memory,
+            tainted=tainted_views(views, lineage, distrusted),
+            trust=self.probation.trust,
+            restore_loop_limit=self.policy.restore_loop_limit,
         )
+
+    def outlook(self) -> str:
+        """What a restart would be told now."""
+        assert self.context is not None
+        return choose(self.context, self.memory, world_size=0, is_fresh_allowed=False).message
 
     def forgotten_in_s(self) -> float | None:
         """Time until the run's memory is freed because no trainer comes back; None: not as things are."""
@@ -227,6 +247,7 @@ class RunState:
         self.protection = Protection(self.policy)
         self.recovery = Recovery(self.raise_generation, self.say)
         self.pace, self.memory = Pace(), Memory()
+        self.probation = Probation(steps=self.policy.probation_steps)
         self.rebuilds, self.missing_since, self.ended = {}, {}, {}
         self.head, self.evaluation = None, None
 
@@ -249,6 +270,7 @@ class RunState:
         gone = sorted(rank for rank in self.known_sessions if rank not in now)
         if gone and self.recovery.world_id not in self.ended:
             where = listed(sorted({self.known_sessions[rank] for rank in gone}))
+            self.probation.trust.note_end(f"{counted(gone, 'rank')} on {where} died")
             self.again("session_lost")
             self.say("session_lost", f"{counted(gone, 'rank')} on {where} died")
         self.known_sessions = now
@@ -258,6 +280,11 @@ class RunState:
         world_id, step = self.sealed
         steps = [session.record.sealed_step for session in self._world(context).values()]
         self.sealed = (self.recovery.world_id, max([*steps, step if world_id == self.recovery.world_id else 0]))
+
+    def _held(self, context: RunContext) -> set[SnapshotKey]:
+        """What is on probation."""
+        is_released = self.recovery.stage is Stage.RELEASED
+        return self.probation.held(self.recovery.decision, self._world(context)) if is_released else set()
 
     def _world(self, context: RunContext) -> World:
         return context.worlds.get(self.recovery.world_id, {})
@@ -276,8 +303,13 @@ class RunState:
         if self.recovery.is_active:  # nothing new is begun while a world decides
             wanted, goal = [view for view in wanted if view.snapshot_id in self.protection.sets], 0
         else:
-            good = [index for index, view in enumerate(wanted) if view.is_restorable and view.spares >= target]
-            wanted, goal = wanted[: good[: self.policy.keep][-1] + 1 if len(good) >= self.policy.keep else None], target
+            good = [
+                index for index, view in enumerate(wanted)
+                if view.is_restorable and view.spares >= target and view.key not in context.tainted
+            ]  # fmt: skip
+            last = [index for index, view in enumerate(wanted) if view.key in self._held(context)]
+            enough = max([good[: self.policy.keep][-1], *last]) + 1 if len(good) >= self.policy.keep else None
+            wanted, goal = wanted[:enough], target
         notes = self.protection.update(
             wanted,
             target=goal,
@@ -342,7 +374,7 @@ class RunState:
             return (view if view is not None and view.is_restorable else None), self.recovery.placements()
         best = max(
             (view for view in context.live_views if view.is_restorable),
-            key=lambda view: (view.spares, view.key),
+            key=lambda view: (view.key not in context.tainted, view.spares, view.key),
             default=None,
         )
         if best is None or best.is_complete:
@@ -372,6 +404,8 @@ class RunState:
             keep=self.policy.keep,
             target=target,
             abandoned=abandoned_keys(context.live_views, attempt=attempt, sessions=sessions),
+            tainted=context.tainted,
+            held=self._held(context),
         )
         kept = {view.key for index, view in enumerate(context.views) if index not in chosen}
         release = {context.views[i].key: reason for i, reason in chosen.items() if context.views[i].key not in kept}
@@ -448,7 +482,7 @@ class RunState:
         return is_whole and all(is_heard.get(node) for node in self._hosts(context))
 
     def _describe(self, context: RunContext, *, target: int, wanted: int, release: Mapping[SnapshotKey, str]) -> None:
-        live = [view for view in context.live_views if view.is_restorable]
+        live = [view for view in context.sound_views if view.is_restorable]
         spares = max((view.spares for view in live), default=-1)
         protected = next((view for view in live if view.spares >= target), None)
         redundancy, reason = self._redundancy(context, spares=spares, wanted=wanted)
@@ -472,7 +506,11 @@ class RunState:
             ranks = sorted(t.rank for rebuild in self.rebuilds.values() for t in rebuild.targets)
             return f"REBUILDING {percent} %", f"the shards of {counted(ranks, 'rank')} are being rebuilt"
         if spares < 0:
-            return "UNPROTECTED", "no snapshot is restorable"
+            return "UNPROTECTED", f"no {'other ' if context.tainted else ''}snapshot is restorable" + (
+                f"; step {max(context.tainted).step}: {context.tainted[max(context.tainted)]}"
+                if context.tainted
+                else ""
+            )
         if spares >= wanted:
             return f"PROTECTED({spares})", f"{any_nodes(spares)} may be lost" if spares else "parity is off"
         if spares > 0:

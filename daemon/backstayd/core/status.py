@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from backstay import record
 from backstayd.core.catalog import SnapshotView
 from backstayd.core.choosing import choose, missing_sentence, sources_of
 from backstayd.core.context import RunContext
@@ -66,6 +67,8 @@ def _run(state: RunState) -> dict[str, Any]:
         "snapshots": [],
         "groups": [],
         "quarantined": [],
+        "distrusted": [record.to_json(item) for item in state.probation.distrusted],
+        "gate": "",
         "explain": None,
     }
     context, evaluation = state.context, state.evaluation
@@ -86,6 +89,7 @@ def _run(state: RunState) -> dict[str, Any]:
         ],
         snapshots=[_snapshot(state, context, index) for index in range(len(context.views))],
         groups=_groups(state, context),
+        gate=state.probation.gate.verdict.state.value if state.probation.gate.verdict is not None else "",
         quarantined=_quarantined(context),
         explain=_explain(state, context),
     )
@@ -103,6 +107,7 @@ def _decision(state: RunState) -> dict[str, Any] | None:
         "attempt": decision.attempt,
         "base": _base(decision),
         "message": decision.message,
+        "tries": decision.tries,
         "placements": [{"rank": place.rank, "node": place.node} for place in decision.placements],
         "sources": _sources(decision.sources),
     }

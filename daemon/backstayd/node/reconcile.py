@@ -32,9 +32,10 @@ from backstayd.core.records import (
     NodeDesired,
     Outcome,
     Quarantined,
+    RunDesired,
     Staging,
 )
-from backstayd.node import planning
+from backstayd.node import planning, trust
 from backstayd.node.context import NodeContext
 from backstayd.node.planning import Action, StagedState, View
 from backstayd.node.requests import close_fds
@@ -103,10 +104,20 @@ class Reconciler:
         self._context.desired = runs
         for run, wanted in runs.items():
             self._store.parity_fraction[run] = wanted.parity_fraction
+            if not wanted.forget:
+                self._remember(run, wanted)
         self.forgotten = {run for run in self.forgotten if run in runs and runs[run].forget}
         if is_new:
             self._context.bell.ring()
         self.kick()
+
+    def _remember(self, run: str, wanted: RunDesired) -> None:
+        """Keep what nobody should restore, as long as anything of the run is here."""
+        try:
+            if run in self._store.runs:
+                trust.remember(self._context, run, wanted.distrusted, wanted.trusted)
+        except OSError as error:
+            logger.error("run %s: cannot keep which snapshots are distrusted: %s", run, error)
 
     def on_event(self, event: CoderEvent) -> None:
         """Take what a coder stored into the index."""
@@ -476,6 +487,9 @@ class Reconciler:
             message=decision.message,
             shards=tuple(shards),
             interval_steps=self._context.run_desired(session.run).schedule.interval_steps,
+            decision_id=decision.decision_id,
+            base_world_size=base.world_size if base else 0,
+            probation_steps=self._context.run_desired(session.run).probation_steps,
         )
         return RestoreAnswer(
             message=message, fds=tuple(fds), attempt=decision.attempt, base_step=base.step if base else 0

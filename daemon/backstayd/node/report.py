@@ -78,6 +78,7 @@ class Reporter:
             failed_plans=tuple(self._reconciler.failed_plans.get(run, ())),
             rebuilt_bytes=done,
             rebuild_total_bytes=total,
+            distrusted=index.distrusted,
             is_forgotten=run in self._reconciler.forgotten and not view.has_memory,
         )
 

@@ -20,10 +20,12 @@ from backstay.errors import (
     UsageError,
 )
 from backstay.manifest import Manifest
-from backstayd.core.records import SessionPhase
+from backstayd.core.records import RunDesired, SessionPhase
+from backstayd.node import trust
 from backstayd.node.connection import Connection
 from backstayd.node.context import NodeContext
 from backstayd.node.session import Session
+from backstayd.store.index import RunIndex
 from backstayd.store.slots import Allocation, Grant, allocate
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 PROGRESS_S: Final = 1.0
 MAX_WAIT_S: Final = 600.0
+MAX_GATE_S: Final = 3600.0
 MAX_REASON: Final = 500  # characters; it travels in every report
 READER_POLL_S: Final = 0.05  # a reader that lets go of a slot rings no bell
 
@@ -60,6 +63,12 @@ class Requests:
             await self._send(local.Done())
         elif isinstance(message, local.AwaitSeal):
             await self._send(await self._await_seal(session, message))
+        elif isinstance(message, local.Gate):
+            await self._gate(session, message)
+        elif isinstance(message, local.Distrust):
+            self._check_current(session)
+            trust.take_distrust(self._context, session, message)
+            await self._send(local.Done())
         elif isinstance(message, local.Finish):
             self._finish(session, message)
             await self._send(local.Done())
@@ -138,6 +147,29 @@ class Requests:
                 reason="stale_world",
             )
 
+    async def _gate(self, session: Session, message: local.Gate) -> None:
+        """Wait until the coordinator has compared what all ranks loaded."""
+        self._check_current(session)
+        context, loop = self._context, asyncio.get_running_loop()
+        trust.take_gate(session, message)
+        context.changed()
+        deadline, told_at = loop.time() + min(message.deadline_s, MAX_GATE_S), 0.0
+        while (answer := trust.answer_gate(session, context.run_desired(session.run))) is None:
+            if loop.time() > deadline:
+                raise UnavailableError(
+                    f"run {session.run}: not all ranks said within {message.deadline_s:g} s what they loaded",
+                    reason="deadline",
+                )
+            if self._connection.is_lost:
+                raise ConnectionError("the trainer left while it was waiting")
+            if loop.time() - told_at >= PROGRESS_S:
+                await self._send(local.Progress(phase="comparing", detail="what all ranks loaded"))
+                told_at = loop.time()
+            await context.bell.wait(min(PROGRESS_S, max(0.0, deadline - loop.time())))
+            self._check_current(session)
+        context.changed()
+        await self._send(answer)
+
     async def _reserve(self, session: Session, message: local.Reserve) -> None:
         self._check_current(session)
         desired = self._context.run_desired(session.run)
@@ -165,7 +197,8 @@ class Requests:
                 reason = "no slot is free, and none is released while the coordinator is away"
             elif not desired.is_release_possible:
                 reason = "no slot is free, and none can be released now"
-            session.skip(message.step, reason, is_short_of_slots=can_come)
+            # a rank that keeps its base for the time of its probation says nothing of how fast snapshots come
+            session.skip(message.step, reason, is_short_of_slots=can_come and desired.extra_slots == 0)
             self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
             self._context.changed()
             await self._send(local.Skipped(reason=reason, schedule=schedule, **words))
@@ -182,14 +215,7 @@ class Requests:
         deadline = loop.time() + min(message.wait_s, MAX_WAIT_S)
         while True:
             desired = context.run_desired(session.run)
-            found = context.store.slots.take(
-                index,
-                rank=session.rank,
-                step=message.step,
-                size_bytes=message.size_bytes,
-                holder=session.holder.record,
-                limit=desired.keep + 1,
-            )
+            found = self._take(session, message, index, desired)
             if isinstance(found, Grant):
                 return found
             if isinstance(found, Allocation):
@@ -199,6 +225,29 @@ class Requests:
                 return None
             await context.bell.wait(min(READER_POLL_S, deadline - loop.time()))
             self._check_current(session)
+
+    def _take(
+        self, session: Session, message: local.Reserve, index: RunIndex, desired: RunDesired
+    ) -> Grant | Allocation | None:
+        """A slot, or one to make; of the extra ones only if there is room."""
+
+        def take(limit: int) -> Grant | Allocation | None:
+            return self._context.store.slots.take(
+                index,
+                rank=session.rank,
+                step=message.step,
+                size_bytes=message.size_bytes,
+                holder=session.holder.record,
+                limit=limit,
+            )
+
+        found = take(desired.keep + 1)
+        if found is not None or desired.extra_slots == 0:
+            return found
+        try:
+            return take(desired.keep + 1 + desired.extra_slots)
+        except CapacityError:
+            return None
 
     async def _allocate(self, session: Session, allocation: Allocation, step: int) -> Grant:
         slots = self._context.store.slots
@@ -240,7 +289,8 @@ class Requests:
 
     def _abandon(self, session: Session, message: local.Abandon) -> None:
         reason = message.reason[:MAX_REASON] or "abandoned"
-        session.skip(message.step, reason, is_short_of_slots=message.is_short_of_slots)
+        is_short = message.is_short_of_slots and self._context.run_desired(session.run).extra_slots == 0
+        session.skip(message.step, reason, is_short_of_slots=is_short)
         for grant in [grant for grant in session.grants.values() if grant.step == message.step]:
             self._give_back(session, grant, reason)
         self._context.changed()

@@ -9,7 +9,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from backstayd.core.records import SessionPhase, SessionRecord
+from backstayd.core.records import GateReport, SessionPhase, SessionRecord
 from backstayd.node.connection import Connection
 from backstayd.store.holder import Holder
 from backstayd.store.slots import Grant
@@ -48,6 +48,7 @@ class Session:
     skip_reason: str = ""
     is_short_of_slots: bool = False
     sealed_step: int = 0  # file store: the newest step this rank declared whole
+    gate: GateReport | None = None  # what it says it loaded
     grants: dict[str, Grant] = field(default_factory=dict)  # by slot id
     answer: asyncio.Future[RestoreAnswer] | None = None
     lost_at_s: float = 0.0  # monotonic time at which the connection was lost; 0 while it stands
@@ -69,6 +70,7 @@ class Session:
             skip_reason=self.skip_reason,
             is_short_of_slots=self.is_short_of_slots,
             sealed_step=self.sealed_step,
+            gate=self.gate,
         )
 
     def skip(self, step: int, reason: str, *, is_short_of_slots: bool = False) -> None:

@@ -193,6 +193,7 @@ class Sessions:
             session.last_step = max(session.base_step, index.last_step(message.attempt, message.rank))
         if former is not None:
             session.skipped_step, session.skip_reason = former.skipped_step, former.skip_reason
+            session.gate = former.gate
             self._drop(former)
         self._add(session)
         logger.info(

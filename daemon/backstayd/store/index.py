@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from backstay.errors import InvariantError
 from backstay.ids import SnapshotKey
-from backstayd.core.records import Decision, FragmentRecord, Plan, Quarantined, ShardRecord
+from backstayd.core.records import Decision, Distrusted, FragmentRecord, Plan, Quarantined, ShardRecord
 from backstayd.store.holder import HolderRecord
 
 UNKNOWN_UID = -1
@@ -48,6 +48,7 @@ class RunIndex:
     run: str
     owner_uid: int = UNKNOWN_UID
     decision: Decision | None = None
+    distrusted: tuple[Distrusted, ...] = ()
     shards: dict[tuple[SnapshotKey, int], HeldShard] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     fragments: dict[FragmentRecord, int] = field(default_factory=dict)  # -> bytes

@@ -3,6 +3,7 @@
     <memory_dir>/<job>/<run_id>/
         owner.json                                        uid that owns the run; checked at attach
         decision.json                                     newest recorded decision, replaced by rename
+        distrusted.json                                   snapshots that must not be restored, replaced by rename
         attempt-0003/step-00001200/
             rank-00003-of-00008.safetensors               a committed shard (data first, by rename)
             rank-00003-of-00008.manifest.json             its commit record (published last, by rename)
@@ -54,6 +55,10 @@ class RunPaths:
     @property
     def decision(self) -> Path:
         return self.root / "decision.json"
+
+    @property
+    def distrusted(self) -> Path:
+        return self.root / "distrusted.json"
 
     @property
     def slots(self) -> Path:

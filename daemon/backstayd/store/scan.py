@@ -19,7 +19,7 @@ from backstay.errors import BackstayError, IntegrityError
 from backstay.ids import RunKey, SnapshotKey
 from backstay.manifest import Manifest
 from backstayd.core import geometry
-from backstayd.core.records import Decision, FragmentRecord, Plan, Quarantined, ShardRecord
+from backstayd.core.records import Decision, Distrusted, FragmentRecord, Plan, Quarantined, ShardRecord
 from backstayd.store import paths as names
 from backstayd.store.holder import HolderRecord
 from backstayd.store.index import HeldShard, RunIndex, Slot, StagedFile
@@ -36,6 +36,13 @@ class Owner:
     """Contents of owner.json."""
 
     uid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distrust:
+    """Contents of distrusted.json."""
+
+    snapshots: tuple[Distrusted, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +112,9 @@ def _scan_run(paths: RunPaths, findings: list[Finding]) -> RunIndex:
             index.owner_uid = owner.uid if owner else index.owner_uid
         elif path == paths.decision:
             index.decision = _load_decision(path, paths.run, findings)
+        elif path == paths.distrusted:
+            distrust = _load(path, Distrust, paths.run, findings)
+            index.distrusted = distrust.snapshots if distrust else ()
         elif path == paths.slots and _is_directory(path):
             _scan_slots(path, index, findings)
         elif path == paths.staging and _is_directory(path):

@@ -17,11 +17,20 @@ from pathlib import Path
 from backstay import record
 from backstay.errors import BackstayError, CapacityError, ConfigError, InvariantError, UsageError
 from backstay.ids import Generation, RunKey
-from backstayd.core.records import Decision
+from backstayd.core.records import Decision, Distrusted
 from backstayd.store import room
 from backstayd.store.index import UNKNOWN_UID, RunIndex
 from backstayd.store.paths import RunPaths
-from backstayd.store.scan import GENERATION_NAME, LOCK_NAME, Finding, FindingKind, Owner, QuarantineRecord, scan
+from backstayd.store.scan import (
+    GENERATION_NAME,
+    LOCK_NAME,
+    Distrust,
+    Finding,
+    FindingKind,
+    Owner,
+    QuarantineRecord,
+    scan,
+)
 from backstayd.store.slots import Slots
 from backstayd.store.stored import make_directory, read_small, write_atomically
 
@@ -124,6 +133,17 @@ class Store:
         make_directory(self.paths(decision.run).root)
         write_atomically(self.paths(decision.run).decision, record.dumps(decision), incarnation=self.incarnation)
         index.decision = decision
+
+    def record_distrust(self, run: str, distrusted: tuple[Distrusted, ...]) -> bool:
+        """Keep which snapshots of ``run`` must not be restored; survives this daemon. False if that was known."""
+        index = self.index(run)
+        if index.distrusted == distrusted:
+            return False
+        make_directory(self.paths(run).root)
+        raw = record.dumps(Distrust(snapshots=distrusted))
+        write_atomically(self.paths(run).distrusted, raw, incarnation=self.incarnation)
+        index.distrusted = distrusted
+        return True
 
     def forget(self, run: str) -> None:
         """Delete everything of a run; mappings that trainers still have keep their pages until they go."""

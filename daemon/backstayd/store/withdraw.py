@@ -106,6 +106,10 @@ def drop_vanished(store: Store) -> list[str]:
         if index.decision is not None and not paths.decision.exists():
             names.append(paths.decision.name)
             index.decision = None
+        if index.distrusted and not paths.distrusted.exists():
+            names.append(paths.distrusted.name)
+            known, index.distrusted = index.distrusted, ()
+            store.record_distrust(run, known)
         if index.owner_uid != UNKNOWN_UID and not paths.owner.exists():
             names.append(paths.owner.name)
             store.write_owner(run, index.owner_uid)

@@ -44,6 +44,12 @@ class CoordinatorBackend(Protocol):
     def forget(self, run: str) -> None:
         """Forget ``run``; raises SnapshotNotFoundError if nobody knows it."""
 
+    def distrust(self, run: str, step: int, reason: str) -> str:
+        """Never restore that step again; returns what a restart would do. Raises SnapshotNotFoundError."""
+
+    def trust(self, run: str) -> int:
+        """Take back every distrust of ``run``; returns how many. Raises SnapshotNotFoundError."""
+
 
 def check_protocol(report: NodeReport) -> None:
     """Raise ConfigError if the node's protocol is not this version's or the one before."""
@@ -165,6 +171,22 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         except BackstayError as error:
             await _abort(context, error)
         return operator_pb2.ForgetResponse()
+
+    async def Distrust(self, request: Any, context: Any) -> operator_pb2.DistrustResponse:
+        message = ""
+        try:
+            message = self._backend.distrust(request.run, request.step, request.reason)
+        except BackstayError as error:
+            await _abort(context, error)
+        return operator_pb2.DistrustResponse(message=message)
+
+    async def Trust(self, request: Any, context: Any) -> operator_pb2.TrustResponse:
+        count = 0
+        try:
+            count = self._backend.trust(request.run)
+        except BackstayError as error:
+            await _abort(context, error)
+        return operator_pb2.TrustResponse(count=count)
 
 
 async def _abort(context: Any, error: BackstayError) -> None:

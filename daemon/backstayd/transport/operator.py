@@ -41,6 +41,21 @@ class OperatorClient:
         except grpc.RpcError as error:
             raise self._error(error, asked=f"forget {run}") from error
 
+    def distrust(self, run: str, step: int, reason: str) -> str:
+        """Have ``step`` never restored again; returns what a restart would do now."""
+        request = operator_pb2.DistrustRequest(run=run, step=step, reason=reason)
+        try:
+            return str(self._stub.Distrust(request, timeout=self._timeout_s).message)
+        except grpc.RpcError as error:
+            raise self._error(error, asked=f"distrust step {step} of {run}") from error
+
+    def trust(self, run: str) -> int:
+        """Take back every distrust of ``run``; returns how many snapshots were distrusted."""
+        try:
+            return int(self._stub.Trust(operator_pb2.TrustRequest(run=run), timeout=self._timeout_s).count)
+        except grpc.RpcError as error:
+            raise self._error(error, asked=f"trust {run}") from error
+
     def close(self) -> None:
         self._channel.close()
 

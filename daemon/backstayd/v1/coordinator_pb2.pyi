@@ -1361,6 +1361,8 @@ class RunDesired(_message.Message):
     PROBATION_STEPS_FIELD_NUMBER: _builtins.int
     SEALED_STEP_FIELD_NUMBER: _builtins.int
     COMPLETE_STEP_FIELD_NUMBER: _builtins.int
+    TRUSTED_FIELD_NUMBER: _builtins.int
+    EXTRA_SLOTS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     world_id: _builtins.str
@@ -1385,6 +1387,8 @@ class RunDesired(_message.Message):
     """Files of this step are whole: every rank commits its part."""
     complete_step: _builtins.int
     """Newest step of which every shard is held."""
+    extra_slots: _builtins.int
+    """Slots above keep + 1 that a rank may have if there is room."""
     @_builtins.property
     def decision(self) -> Global___Decision:
         """The decision of the world; absent if none."""
@@ -1425,6 +1429,10 @@ class RunDesired(_message.Message):
     def distrusted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Distrusted]:
         """Snapshots that are not restored again."""
 
+    @_builtins.property
+    def trusted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Snapshot ids that an operator trusts again: strike them out."""
+
     def __init__(
         self,
         *,
@@ -1450,10 +1458,12 @@ class RunDesired(_message.Message):
         probation_steps: _builtins.int = ...,
         sealed_step: _builtins.int = ...,
         complete_step: _builtins.int = ...,
+        trusted: _abc.Iterable[_builtins.str] | None = ...,
+        extra_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "schedule", b"schedule", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "complete_step", b"complete_step", "decision", b"decision", "decision_phase", b"decision_phase", "distrusted", b"distrusted", "drop_plans", b"drop_plans", "forget", b"forget", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "probation_steps", b"probation_steps", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "sealed_step", b"sealed_step", "storage", b"storage", "suspects", b"suspects", "world_id", b"world_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "complete_step", b"complete_step", "decision", b"decision", "decision_phase", b"decision_phase", "distrusted", b"distrusted", "drop_plans", b"drop_plans", "extra_slots", b"extra_slots", "forget", b"forget", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "probation_steps", b"probation_steps", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "sealed_step", b"sealed_step", "storage", b"storage", "suspects", b"suspects", "trusted", b"trusted", "world_id", b"world_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__is_release_possible: _TypeAlias = _typing.Literal["is_release_possible"]  # noqa: Y015
     _WhichOneofArgType__is_release_possible: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible"]  # noqa: Y015

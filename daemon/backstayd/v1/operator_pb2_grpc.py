@@ -45,6 +45,16 @@ class OperatorServiceStub(object):
                 request_serializer=backstayd_dot_v1_dot_operator__pb2.ForgetRequest.SerializeToString,
                 response_deserializer=backstayd_dot_v1_dot_operator__pb2.ForgetResponse.FromString,
                 _registered_method=True)
+        self.Distrust = channel.unary_unary(
+                '/backstayd.v1.OperatorService/Distrust',
+                request_serializer=backstayd_dot_v1_dot_operator__pb2.DistrustRequest.SerializeToString,
+                response_deserializer=backstayd_dot_v1_dot_operator__pb2.DistrustResponse.FromString,
+                _registered_method=True)
+        self.Trust = channel.unary_unary(
+                '/backstayd.v1.OperatorService/Trust',
+                request_serializer=backstayd_dot_v1_dot_operator__pb2.TrustRequest.SerializeToString,
+                response_deserializer=backstayd_dot_v1_dot_operator__pb2.TrustResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -65,6 +75,20 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Distrust(self, request, context):
+        """Distrust has a snapshot, and what was trained from it, never restored again; harmless when repeated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trust(self, request, context):
+        """Trust takes back every distrust of a run and counts its restores anew; harmless when repeated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +101,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.Forget,
                     request_deserializer=backstayd_dot_v1_dot_operator__pb2.ForgetRequest.FromString,
                     response_serializer=backstayd_dot_v1_dot_operator__pb2.ForgetResponse.SerializeToString,
+            ),
+            'Distrust': grpc.unary_unary_rpc_method_handler(
+                    servicer.Distrust,
+                    request_deserializer=backstayd_dot_v1_dot_operator__pb2.DistrustRequest.FromString,
+                    response_serializer=backstayd_dot_v1_dot_operator__pb2.DistrustResponse.SerializeToString,
+            ),
+            'Trust': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trust,
+                    request_deserializer=backstayd_dot_v1_dot_operator__pb2.TrustRequest.FromString,
+                    response_serializer=backstayd_dot_v1_dot_operator__pb2.TrustResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +168,60 @@ class OperatorService(object):
             '/backstayd.v1.OperatorService/Forget',
             backstayd_dot_v1_dot_operator__pb2.ForgetRequest.SerializeToString,
             backstayd_dot_v1_dot_operator__pb2.ForgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Distrust(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backstayd.v1.OperatorService/Distrust',
+            backstayd_dot_v1_dot_operator__pb2.DistrustRequest.SerializeToString,
+            backstayd_dot_v1_dot_operator__pb2.DistrustResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trust(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backstayd.v1.OperatorService/Trust',
+            backstayd_dot_v1_dot_operator__pb2.TrustRequest.SerializeToString,
+            backstayd_dot_v1_dot_operator__pb2.TrustResponse.FromString,
             options,
             channel_credentials,
             insecure,

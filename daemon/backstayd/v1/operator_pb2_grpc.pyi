@@ -37,6 +37,10 @@ class OperatorServiceStub:
     """GetStatus answers the status document."""
     Forget: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ForgetRequest, _operator_pb2.ForgetResponse]
     """Forget deletes everything of a run on every node; harmless when repeated."""
+    Distrust: _grpc.UnaryUnaryMultiCallable[_operator_pb2.DistrustRequest, _operator_pb2.DistrustResponse]
+    """Distrust has a snapshot, and what was trained from it, never restored again; harmless when repeated."""
+    Trust: _grpc.UnaryUnaryMultiCallable[_operator_pb2.TrustRequest, _operator_pb2.TrustResponse]
+    """Trust takes back every distrust of a run and counts its restores anew; harmless when repeated."""
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -47,6 +51,10 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """GetStatus answers the status document."""
     Forget: _aio.UnaryUnaryMultiCallable[_operator_pb2.ForgetRequest, _operator_pb2.ForgetResponse]  # type: ignore[assignment]
     """Forget deletes everything of a run on every node; harmless when repeated."""
+    Distrust: _aio.UnaryUnaryMultiCallable[_operator_pb2.DistrustRequest, _operator_pb2.DistrustResponse]  # type: ignore[assignment]
+    """Distrust has a snapshot, and what was trained from it, never restored again; harmless when repeated."""
+    Trust: _aio.UnaryUnaryMultiCallable[_operator_pb2.TrustRequest, _operator_pb2.TrustResponse]  # type: ignore[assignment]
+    """Trust takes back every distrust of a run and counts its restores anew; harmless when repeated."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """The coordinator, as an operator sees it."""
@@ -66,5 +74,21 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.ForgetResponse, _abc.Awaitable[_operator_pb2.ForgetResponse]]:
         """Forget deletes everything of a run on every node; harmless when repeated."""
+
+    @_abc_1.abstractmethod
+    def Distrust(
+        self,
+        request: _operator_pb2.DistrustRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.DistrustResponse, _abc.Awaitable[_operator_pb2.DistrustResponse]]:
+        """Distrust has a snapshot, and what was trained from it, never restored again; harmless when repeated."""
+
+    @_abc_1.abstractmethod
+    def Trust(
+        self,
+        request: _operator_pb2.TrustRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.TrustResponse, _abc.Awaitable[_operator_pb2.TrustResponse]]:
+        """Trust takes back every distrust of a run and counts its restores anew; harmless when repeated."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

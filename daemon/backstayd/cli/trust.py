@@ -1,0 +1,19 @@
+"""`backstay trust RUN`: take back every distrust of a run and count its restores anew."""
+
+from __future__ import annotations
+
+import argparse
+
+from backstayd.cli import coordinator
+from backstayd.cli.distrust import full_name
+from backstayd.cli.tables import as_json
+
+
+def run(arguments: argparse.Namespace) -> int:
+    run_ = full_name(arguments.run, "trust")
+    count = coordinator.trust(arguments, run_)
+    if arguments.json:
+        print(as_json({"run": run_, "trusted": count}))
+    else:
+        print(f"{run_}: {count} snapshot{'' if count == 1 else 's'} trusted again; its restores are counted anew")
+    return 0
