@@ -81,27 +81,48 @@ class DaemonConnection:
         on_progress: Callable[[local.Progress], None],
         *,
         silence_s: float = DEFAULT_SILENCE_S,
-    ) -> tuple[local.Restored, list[int]]:
+    ) -> tuple[local.Restored | local.Offer, list[int]]:
         """Wait for the world's decision, up to ``message.deadline_s`` and no longer than ``silence_s`` without a sign of life.
 
         Returns:
-            The decision and the shards' descriptors (``RestoredShard.fd_index`` counts in them), which the caller closes.
+            The decision and the shards' descriptors (``RestoredShard.fd_index`` counts in them), which the caller closes; or,
+            without any, an Offer of a snapshot in another layout.
 
         Raises:
             As :meth:`call`. What ``on_progress`` raises ends the session.
         """
         deadline = time.monotonic() + message.deadline_s + RESTORE_GRACE_S
         reply, fds = self._exchange(message, deadline, silence_s=silence_s, on_progress=on_progress)
-        fd_count = len(fds)
-        if not isinstance(reply, local.Restored) or any(not 0 <= s.fd_index < fd_count for s in reply.shards):
+        if isinstance(reply, local.Offer):
             local.close_fds(fds)
-            self.close()
-            raise IntegrityError(
-                f"daemon at {self.socket_path} answered Restore with {type(reply).__name__} and {fd_count} descriptors, "
-                "not with one for each shard; not used",
-                reason="bad_reply",
-            )
+            return reply, fds
+        self._check_descriptors(message, reply, fds, local.Restored)
         return reply, fds
+
+    def fetch(
+        self,
+        message: local.Fetch,
+        on_progress: Callable[[local.Progress], None],
+        *,
+        silence_s: float = DEFAULT_SILENCE_S,
+    ) -> tuple[local.Fetched, list[int]]:
+        """Have chunks of an offered snapshot brought here; returns and raises as :meth:`restore`."""
+        deadline = time.monotonic() + message.deadline_s + RESTORE_GRACE_S
+        reply, fds = self._exchange(message, deadline, silence_s=silence_s, on_progress=on_progress)
+        self._check_descriptors(message, reply, fds, local.Fetched)
+        return reply, fds
+
+    def _check_descriptors(self, message: Any, reply: Any, fds: list[int], kind: type[Any]) -> None:
+        fd_count = len(fds)
+        if isinstance(reply, kind) and all(0 <= s.fd_index < fd_count for s in reply.shards):
+            return
+        local.close_fds(fds)
+        self.close()
+        raise IntegrityError(
+            f"daemon at {self.socket_path} answered {type(message).__name__} with {type(reply).__name__} and {fd_count} "
+            "descriptors, not with one for each shard; not used",
+            reason="bad_reply",
+        )
 
     def close(self) -> None:
         """End the session; a call that waits in another thread gets UnavailableError. Idempotent."""

@@ -8,7 +8,7 @@ import time
 
 from backstay import local
 from backstay.control import DaemonConnection
-from backstay.errors import UnavailableError
+from backstay.errors import IntegrityError, UnavailableError
 
 _log = logging.getLogger("backstay")
 
@@ -31,6 +31,8 @@ def ask(
             attached = connection.attach(attach, deadline_s=min(10.0, max(0.1, left)))
             request = local.Restore(allow_fresh=allow_fresh, deadline_s=max(0.1, left), world_size=attach.world_size)
             restored, fds = connection.restore(request, progress)
+            if not isinstance(restored, local.Restored):
+                raise IntegrityError("the snapshot was written in another layout", reason="layout_mismatch")
             return connection, attached, restored, list(fds)
         except BaseException as error:
             if connection is not None:
