@@ -136,6 +136,24 @@ class DaemonConnection:
             self._socket.close()
             self._lock.release()
 
+    def gate(
+        self,
+        message: local.Gate,
+        on_progress: Callable[[local.Progress], None],
+        *,
+        silence_s: float = DEFAULT_SILENCE_S,
+    ) -> local.GateAnswer:
+        """Wait until what all ranks loaded was compared; deadlines and errors as :meth:`restore`."""
+        deadline = time.monotonic() + message.deadline_s + RESTORE_GRACE_S
+        reply, fds = self._exchange(message, deadline, silence_s=silence_s, on_progress=on_progress)
+        local.close_fds(fds)
+        if not isinstance(reply, local.GateAnswer):
+            self.close()
+            raise IntegrityError(
+                f"daemon at {self.socket_path} answered Gate with {type(reply).__name__}", reason="bad_reply"
+            )
+        return reply
+
     def close_in_child(self) -> None:
         """Drop a forked child's copy of the socket; the parent's session goes on. Takes no lock: it may be held for ever."""
         self._is_closed = True

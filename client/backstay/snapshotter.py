@@ -28,8 +28,9 @@ from backstay.capture.session import Identity, Session
 from backstay.control import DaemonConnection
 from backstay.errors import BackstayError, UnavailableError, UsageError
 from backstay.ids import DEFAULT_JOB, RunKey, check_name
-from backstay.restore import apply, ask
+from backstay.restore import apply, ask, gate, statements
 from backstay.restore.apply import RestoreResult, Target
+from backstay.restore.probation import Probation
 from backstay.trainer import optimizer_state, sources, world
 
 _log = logging.getLogger("backstay")
@@ -131,6 +132,7 @@ class Snapshotter:
         self._previous: Capture | None = None  # fenced; may still be hashed or committed
         self._fence_lock = threading.RLock()
         self._is_closed = False
+        self._probation: Probation | None = None
         self._last_step = -1
         self._last_started: tuple[int, float] | None = None
         self._counts = {"started": 0, "refused": 0, "skipped": 0}
@@ -176,16 +178,32 @@ class Snapshotter:
         connection, attached, restored, fds = ask.ask(
             self._socket_path, attach, allow_fresh=allow_fresh, deadline_s=deadline_s
         )
+        left_s = deadline_s - (time.monotonic() - begin_s)
+        check = gate.Gate(connection, attach, restored, deadline_s=left_s)
         try:
             if restored.outcome != "NONE":
-                apply.apply(target, restored, fds)
-        except BaseException:
-            connection.close()
+                loaded = apply.apply(target, restored, fds)
+                check.pass_with(statements.make(target, restored, loaded), ask.Progress(place.rank))
+        except BaseException as error:
+            check.report_failure(error)
+            check.connection.close()
             raise
         finally:
             apply.close_all(fds)
+        connection = check.connection
         self._begin_session(target, attach, attached, restored, connection)
+        if restored.outcome != "NONE":
+            self._begin_probation(restored)
         return _result(restored, time.monotonic() - begin_s)
+
+    def report_loss(self, loss: float | torch.Tensor) -> None:
+        """Have the loss of the step under way looked at, for the first steps after a restore; free afterwards.
+
+        NaN or infinity then means that what was restored is bad: the next restore() takes an older snapshot. Never stops
+        training. Gradients are looked at without this, where the optimizer runs step hooks.
+        """
+        if self._probation is not None and os.getpid() == self._pid:
+            self._probation.see_loss(loss)
 
     def snapshot(self, step: int) -> SnapshotStatus:
         """Capture the state after ``step`` completed optimizer steps; returns at once.
@@ -307,6 +325,8 @@ class Snapshotter:
 
     def _snapshot(self, session: Session, step: int) -> SnapshotStatus:
         self._last_step = step
+        if self._probation is not None:
+            self._probation.note_step(step)
         if not session.is_due(step):
             return SnapshotStatus(step=step, state=NOT_SCHEDULED)
         if self._capture is not None:
@@ -452,8 +472,20 @@ class Snapshotter:
         self._counts = dict.fromkeys(self._counts, 0)
         self._blocked_s = self._fence_s = 0.0
 
+    def _begin_probation(self, restored: local.Restored) -> None:
+        assert self._target is not None
+        assert self._session is not None
+        holdings = sources.collect(self._target.model, self._optimizers, rank=self._target.rank)
+        self._probation = Probation(
+            self._optimizers, holdings.names, base_step=restored.step, steps=restored.probation_steps,
+            tell=self._session.distrust,
+        )  # fmt: skip
+
     def _end_session(self) -> None:
         """Cancel what is under way and let go of everything of the session."""
+        if self._probation is not None:
+            self._probation.close()
+            self._probation = None
         capture, self._capture, self._previous = self._capture, None, None
         if capture is not None and not capture.drop("cancelled"):
             capture.launched.wait(30.0 + capture.plan.layout.size_bytes / COPY_FLOOR_BYTES_PER_S)

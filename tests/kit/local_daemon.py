@@ -21,6 +21,8 @@ from backstay import local, record
 from backstay.errors import BackstayError, CapacityError, IntegrityError, StaleGenerationError, UsageError
 from backstay.manifest import Manifest
 from backstay.shard import check_file
+from backstayd.core.gate import conflicts_of
+from backstayd.core.records import GateEntry, GateReport
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Run:
     free: dict[int, list[Path]] = field(default_factory=dict)
     abandoned: list[tuple[int, int, str]] = field(default_factory=list)  # rank, step, reason
     finished: set[int] = field(default_factory=set)
+    gates: dict[str, dict[int, GateReport]] = field(default_factory=dict)  # by decision and rank
+    distrusted: list[tuple[int, int, str]] = field(default_factory=list)  # rank, step, reason
 
 
 class LocalDaemon:
@@ -54,6 +58,7 @@ class LocalDaemon:
         self.hold_slots = False
         self.is_full = False
         self.interval_steps = 1
+        self.probation_steps = 3
         self.commit_count = 0
         self._lock = threading.Condition()
         self._numbers = iter(range(1, 1_000_000))
@@ -158,6 +163,11 @@ class LocalDaemon:
                 return self._restore(run, attach, message)
             if run.world_id != attach.world_id:
                 raise StaleGenerationError(f"world {attach.world_id} is over", reason="stale_world")
+            if isinstance(message, local.Gate):
+                return self._gate(run, attach, message), ()
+            if isinstance(message, local.Distrust):
+                run.distrusted.append((attach.rank, message.step, message.reason))
+                return local.Done(), ()
             if isinstance(message, local.Reserve):
                 return self._reserve(run, attach, message)
             if isinstance(message, local.Commit):
@@ -196,8 +206,29 @@ class LocalDaemon:
             for index, rank in enumerate(ranks)
         )
         return local.Restored(
-            outcome="EXACT", attempt=attempt, step=base[1], base_attempt=base[0], snapshot_id="id", shards=listed
-        ), fds
+            outcome="EXACT", attempt=attempt, step=base[1], base_attempt=base[0], snapshot_id="id", shards=listed,
+            decision_id=attach.world_id, probation_steps=self.probation_steps,
+        ), fds  # fmt: skip
+
+    def _gate(self, run: Run, attach: local.Attach, message: local.Gate) -> local.GateAnswer:
+        """Compare as the coordinator does."""
+        run.gates.setdefault(message.decision_id, {})[attach.rank] = GateReport(
+            decision_id=message.decision_id,
+            entries=tuple(GateEntry(name=e.name, ranks=e.ranks, digest=e.digest) for e in message.entries),
+            failure=message.failure,
+        )
+        reports = run.gates[message.decision_id]
+        self._lock.notify_all()
+
+        def is_said() -> bool:
+            return len(reports) == attach.world_size or any(report.failure for report in reports.values())
+
+        self._lock.wait_for(is_said, message.deadline_s)
+        failures = [f"rank {rank}: {report.failure}" for rank, report in reports.items() if report.failure]
+        conflicts = conflicts_of(reports, reports)
+        if not failures and not conflicts:
+            return local.GateAnswer(state="passed")
+        return local.GateAnswer(state="failed", message="; ".join([*failures, *(str(c) for c in conflicts)]))
 
     def _reserve(self, run: Run, attach: local.Attach, message: local.Reserve) -> tuple[Any, tuple[int, ...]]:
         schedule = local.ScheduleBody(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)

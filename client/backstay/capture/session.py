@@ -31,6 +31,7 @@ MAX_AHEAD_WAIT_S: Final = 60.0
 ATTACH_DEADLINE_S: Final = 5.0
 MAX_MAPPINGS: Final = 4
 MAX_CAPTURES: Final = 2
+DISTRUST_DEADLINE_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -65,8 +66,9 @@ class _MappedSlot:
 class Session:
     """One rank's line to its daemon, from restore() to close().
 
-    Invariant: only the session's thread uses the connection and the slots. ``is_responsive`` is False from the moment a call
-    failed or overran until the daemon answered again; a step never waits for an unresponsive daemon.
+    Invariant: only the session's thread uses the slots, and the connection but for :meth:`distrust`. ``is_responsive`` is
+    False from the moment a call failed or overran until the daemon answered again; a step never waits for an unresponsive
+    daemon.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Session:
         self._slots: dict[str, _MappedSlot] = {}
         self._held: tuple[int, str] | None = None  # (step, slot id) of a slot that is granted and not yet used
         self._ahead: tuple[int, int, float] | None = None  # (step, bytes, wait) to reserve ahead
+        self._distrust: local.Distrust | None = None  # to be said when the daemon is back
         self._captures: deque[Capture] = deque()
         self._is_busy = False
         self._is_stopping = False
@@ -134,6 +137,24 @@ class Session:
     def note_stall(self) -> None:
         """A step waited its time for an answer: the next ones do not wait until there is one."""
         self.is_responsive = False
+
+    def distrust(self, step: int, reason: str) -> bool:
+        """Tell the daemon at once that what was restored is bad: this process may end soon. False if it does not answer.
+
+        Called by the training thread, for up to two seconds; a connection serves one call at a time. What could not be said is
+        said by the session's thread when it is attached again.
+        """
+        message = local.Distrust(step=step, reason=reason[:500])
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(BackstayError, OSError):
+                _, fds = connection.call(message, deadline_s=DISTRUST_DEADLINE_S)
+                local.close_fds(fds)
+                return True
+        with self._wake:
+            self._distrust = message
+            self._wake.notify_all()
+        return False
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is under way; False if the time is over."""
@@ -215,8 +236,8 @@ class Session:
             self._abandon(self._held[0], "the keeper was closed")
 
     def _has_work(self) -> bool:
-        wants_slot = self._ahead is not None and self._connection is not None
-        return self._is_stopping or bool(self._captures) or wants_slot or self._is_attach_due()
+        has_request = (self._ahead or self._distrust) is not None and self._connection is not None
+        return self._is_stopping or bool(self._captures) or has_request or self._is_attach_due()
 
     def _idle_s(self) -> float | None:
         if self._connection is None and not self._is_banned:
@@ -229,6 +250,11 @@ class Session:
     def _work(self, capture: Capture | None, ahead: tuple[int, int, float] | None) -> None:
         if self._is_attach_due() and not self._is_stopping:
             self._attach()
+        if self._distrust is not None and self._connection is not None:
+            message, self._distrust = self._distrust, None
+            reply, _ = self._call(message, self.identity.lease_s)
+            if reply is None and not self.is_responsive and not self._is_banned:
+                self._distrust = message  # for the next daemon
         if capture is not None:
             self._process(capture)
         elif ahead is not None and self._connection is not None and not self._is_stopping:

@@ -55,7 +55,21 @@ class Target:
     signature: str
 
 
-def apply(target: Target, restored: local.Restored, fds: Sequence[int]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What was loaded, for the gate to hold against what is there afterwards.
+
+    ``description``: of the optimizers' state, as in the header. ``streams``: logical ranks whose random streams this rank
+    goes on with; ``cursors``: extras that are a position of one rank alone, and of which; ``generators``: as they were set.
+    """
+
+    description: str
+    streams: tuple[int, ...]
+    cursors: Mapping[str, int] = field(default_factory=dict)
+    generators: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def apply(target: Target, restored: local.Restored, fds: Sequence[int]) -> Loaded:
     """Load the decided snapshot from its shards.
 
     Raises:
@@ -75,7 +89,8 @@ def apply(target: Target, restored: local.Restored, fds: Sequence[int]) -> None:
     private = _read_private(own, prefix)
     document = _document(private.pop(f"{prefix}state.json", None), own)
     _check_extras(target, document)
-    states = optimizer_state.make_states(target.optimizers, holdings, metadata.get(optimizer_state.METADATA_KEY, "[]"))
+    description = metadata.get(optimizer_state.METADATA_KEY, "[]")
+    states = optimizer_state.make_states(target.optimizers, holdings, description)
     wanted = sources.collect(target.model, target.optimizers, rank=target.rank, states=states)
     load(shards, wanted.tensors, {})
     tensors = _named_by_path(private, f"{prefix}extra.", document, target)
@@ -86,6 +101,12 @@ def apply(target: Target, restored: local.Restored, fds: Sequence[int]) -> None:
     start = f"{prefix}rng."
     generators = {name.removeprefix(start): tensor for name, tensor in private.items() if name.startswith(start)}
     rng.write(state.decode(document["rng"], tensors), generators)  # last: all of the above may draw
+    return Loaded(
+        description=description,
+        streams=(own.manifest.rank,),
+        cursors=dict.fromkeys(target.extra, own.manifest.rank),
+        generators=generators,
+    )
 
 
 def read_dynamic(target: Target, holdings: sources.Holdings) -> tuple[bytes, dict[str, torch.Tensor]]:

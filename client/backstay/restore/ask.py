@@ -22,7 +22,7 @@ def ask(
         The open connection, its Attached, the decision, and the shards' descriptors, which the caller closes.
     """
     deadline = time.monotonic() + deadline_s
-    progress = _Progress(attach.rank)
+    progress = Progress(attach.rank)
     while True:
         left = deadline - time.monotonic()
         connection = None
@@ -46,7 +46,7 @@ def ask(
             _pause(0.2)
 
 
-class _Progress:
+class Progress:
     """Says once a second what is being waited for: to the log if someone listens, else rank 0 to stderr."""
 
     def __init__(self, rank: int) -> None:

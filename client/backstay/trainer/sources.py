@@ -109,7 +109,7 @@ class _Collector:
         self.used.add(name)
         if id(living) in self.stored:
             target = self.stored[id(living)]
-            self.aliases[target.removesuffix(_without_rank(target)) + name] = target
+            self.aliases[target.removesuffix(bare_name(target)) + name] = target
             return None
         tensor = _place(name, living, owner, key, replicas=replicas, is_eager=is_eager)
         self.stored[id(living)] = tensor.name
@@ -161,15 +161,14 @@ def optimizer_prefix(index: int, count: int) -> str:
 def model_signature(holdings: Holdings) -> str:
     """SHA-256 over names, global shapes and dtypes of parameters and buffers; 64 hex digits, the same on all replicas."""
     lines = [
-        f"{_without_rank(t.name)} {t.global_shape} {t.local.dtype}"
-        for t in holdings.tensors
-        if ".model." in f".{t.name}"
+        f"{bare_name(t.name)} {t.global_shape} {t.local.dtype}" for t in holdings.tensors if ".model." in f".{t.name}"
     ]
-    lines += [f"{_without_rank(alias)} = {_without_rank(name)}" for alias, name in holdings.aliases.items()]
+    lines += [f"{bare_name(alias)} = {bare_name(name)}" for alias, name in holdings.aliases.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def _without_rank(name: str) -> str:
+def bare_name(name: str) -> str:
+    """``name`` without the rank that it is private to."""
     return name[11:] if name.startswith("rank-") and name[10:11] == "." else name
 
 

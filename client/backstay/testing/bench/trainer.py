@@ -77,10 +77,10 @@ class LoadClock:
         self._apply = apply.apply
         apply.apply = self._timed
 
-    def _timed(self, target: apply.Target, restored: local.Restored, fds: Sequence[int]) -> None:
+    def _timed(self, target: apply.Target, restored: local.Restored, fds: Sequence[int]) -> apply.Loaded:
         begin = time.perf_counter()
         try:
-            self._apply(target, restored, fds)
+            return self._apply(target, restored, fds)
         finally:
             self.seconds = time.perf_counter() - begin
 
