@@ -69,10 +69,22 @@ class Restore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """Visit a complete snapshot of any run of the same user, without a world; needs no Attach. Answered by Offer or Error.
+
+    Fetch works as for a decision as long as this connection stands; ``step`` 0 is the newest that can be read.
+    """
+
+    run: str
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
     """The decided snapshot was written in another layout: its manifests, from which the trainer chooses chunks.
 
-    The trainer answers with any number of Fetch requests and then Restore(staged=decision_id).
+    The trainer answers with any number of Fetch requests and then Restore(staged=decision_id). A visit ends with its
+    connection.
     """
 
     decision_id: str
@@ -96,7 +108,11 @@ class ChunkRanges:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetch:
-    """Have chunks of the offered snapshot on this node; answered by Progress messages and one Fetched or Error."""
+    """Have chunks of the offered snapshot on this node; answered by Progress messages and one Fetched or Error.
+
+    At most MAX_FDS shards in one request. An Error with reason ``decision_changed`` means: another snapshot or other
+    sources are decided; send Restore without ``staged`` again, which is answered by a new Offer.
+    """
 
     decision_id: str
     shards: tuple[ChunkRanges, ...]
@@ -328,7 +344,7 @@ class Error:
 MESSAGES: Final[dict[str, type[Any]]] = {
     cls.__name__: cls
     for cls in (
-        Attach, Attached, Restore, Progress, Restored, Offer, Fetch, Fetched, Gate, GateAnswer, Distrust, Persist, Seal,
+        Attach, Attached, Restore, Progress, Restored, Open, Offer, Fetch, Fetched, Gate, GateAnswer, Distrust, Persist, Seal,
         AwaitSeal, Sealed, Reserve, Reserved, Skipped, Commit, Committed,
         Abandon, Finish, Status, StatusBody, Done, Error,
     )

@@ -197,28 +197,6 @@ def test_a_late_write_into_a_committed_slot_never_reaches_a_tensor(local_cluster
         _check_restored(second.restore(), second, step=2)
 
 
-def test_a_wrong_world_size_is_refused_and_the_right_one_still_restores(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
-    with light_world(cluster, RUN) as first, light_world(cluster, RUN, nodes=(0, 1)) as smaller:
-        _start_fresh(first)
-        _protect_steps(cluster, first, range(1, 3))
-        first.kill()
-        for rank in smaller.ranks:
-            rank.send("attach", world_id=smaller.world_id)
-        refused = [rank.receive() for rank in smaller.ranks]
-        if all("error" not in answer for answer in refused):
-            refused = smaller.ask_all("restore")
-        for answer in refused:
-            assert "error" in answer, answer
-            assert "2" in answer["message"], answer
-            assert "3" in answer["message"], answer
-        smaller.kill()
-        with light_world(cluster, RUN) as second:
-            _check_restored(second.restore(), second, step=2)
-
-
 def test_a_name_that_is_no_run_and_a_protocol_from_before_are_refused_by_name(
     local_cluster_factory: LocalClusterFactory,
 ) -> None:

@@ -214,18 +214,6 @@ def test_a_trainer_of_another_protocol_or_user_is_refused_by_name(node: NodeThre
     theirs.close()
 
 
-def test_the_wrong_world_size_is_refused_before_anything_is_decided(node: NodeThread) -> None:
-    node.start_world()
-    trainer = trainer_of(node)
-    trainer.snapshot(1)
-    trainer.close()
-    other = PlainTrainer(node.socket, world_id="next", rank=0, world_size=3)
-    other.attach()
-    with pytest.raises(UsageError, match="written by 1 ranks, this world has 3"):
-        other.restore()
-    other.close()
-
-
 def test_a_refusal_reaches_the_trainer_word_for_word(node: NodeThread) -> None:
     decision = fresh_decision("n1", world_id="world", attempt=1, world_size=1)
     decision = type(decision)(

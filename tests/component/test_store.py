@@ -44,7 +44,7 @@ def open_store(tmpfs_dir: Path) -> Iterator[Opener]:
             store.close()
         number = len(opened) + 1
         opened.append(Store(tmpfs_dir / "memory", incarnation=f"{number:016x}", **more))  # type: ignore[arg-type]
-        opened[-1].slots.hosted = {(RUN, rank) for rank in range(8)}
+        opened[-1].slots.hosted = {(RUN, rank): 1 for rank in range(8)}
         return opened[-1]
 
     yield open_
@@ -170,7 +170,7 @@ from backstay.ids import SnapshotKey
 from backstayd.store import withdraw
 from tests.component import test_store as t
 store = t.Store(Path({memory!r}), incarnation="dd" * 8)
-store.slots.hosted = {{(t.RUN, 0)}}
+store.slots.hosted = {{(t.RUN, 0): 1}}
 t.commit(store, t.make_shard())
 if {is_release}:
     withdraw.release_snapshot(store, t.RUN, t.KEY)
@@ -461,7 +461,7 @@ def test_unused_slots_are_given_up_for_what_needs_room(open_store: Opener) -> No
         CapacityError, match=f"staging: {3 * size} bytes wanted, {2 * size} of {3 * size} free under quota"
     ):
         store.require_room(3 * size, "staging")
-    store.slots.hosted = set()
+    store.slots.hosted = {}
     child = subprocess.Popen(["sleep", "60"])
     child.kill()
     child.wait()

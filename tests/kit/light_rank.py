@@ -13,11 +13,12 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from typing import Any
 
 from backstay import local, record
 from backstay.digest import Digester
-from backstay.manifest import CHUNK_BYTES
+from backstay.manifest import CHUNK_BYTES, Manifest
 from backstay.shard import Layout, TensorSpec, build_manifest, plan_layout
 
 ANSWER_DEADLINE_S = 120.0
@@ -33,6 +34,14 @@ def content_of(layout: Layout, seed: str, step: int, rank: int) -> bytes:
     length = layout.size_bytes - layout.header_bytes
     block = hashlib.shake_256(f"{seed}/{step}/{rank}".encode()).digest(4096)
     return layout.header + (block * (length // len(block) + 1))[:length]
+
+
+def digest_of_chunks(content: bytes, runs: list[list[int]]) -> str:
+    """SHA-256 of the chunks of ``runs``, each (first, count)."""
+    digest = hashlib.sha256()
+    for first, count in runs:
+        digest.update(content[first * CHUNK_BYTES : (first + count) * CHUNK_BYTES])
+    return digest.hexdigest()
 
 
 class RefusedError(Exception):
@@ -53,12 +62,15 @@ class LightRank:
         self.slots: dict[str, mmap.mmap] = {}
         self.reserved: local.Reserved | None = None
         self.manifest: dict[str, Any] = {}
-        self.world_id = ""
+        self.world_id = self.boxes = ""
         self.attempt = 0
+        self.offer: local.Offer | None = None
         self._message_id = 0
         self._socket: socket.socket | None = None
 
-    def do_attach(self, world_id: str, attempt: int = 0, protocol: int = local.PROTOCOL_VERSION) -> dict[str, Any]:
+    def do_attach(
+        self, world_id: str, attempt: int = 0, protocol: int = local.PROTOCOL_VERSION, layout: str = ""
+    ) -> dict[str, Any]:
         """Connect anew and attach."""
         if self._socket is not None:
             self._socket.close()
@@ -73,14 +85,20 @@ class LightRank:
             world_size=self.world_size,
             attempt=attempt,
             protocol=protocol,
+            layout=layout,
         )
+        self.boxes = layout
         answer, _ = self._ask(attach)
         return {"node": answer.node, "session_id": answer.session_id}
 
-    def do_restore(self, allow_fresh: bool = False, deadline_s: float = 60.0) -> dict[str, Any]:
-        """Ask for the world's decision and read every shard that comes with it."""
-        request = local.Restore(allow_fresh=allow_fresh, deadline_s=deadline_s, world_size=self.world_size)
+    def do_restore(self, allow_fresh: bool = False, deadline_s: float = 60.0, staged: str = "") -> dict[str, Any]:
+        """Ask for the world's decision and read every shard that comes with it, or keep the offer."""
+        request = local.Restore(
+            allow_fresh=allow_fresh, deadline_s=deadline_s, world_size=self.world_size, staged=staged
+        )
         answer, fds = self._ask(request)
+        if isinstance(answer, local.Offer):
+            return self._take_offer(answer)
         shards = {}
         for shard in answer.shards:
             with open(fds[shard.fd_index], "rb") as file:
@@ -93,6 +111,52 @@ class LightRank:
             "base_attempt": answer.base_attempt,
             "message": answer.message,
             "shards": shards,
+        }
+
+    def do_open(self, run: str, step: int = 0) -> dict[str, Any]:
+        """Visit a snapshot without a world, over a connection of its own."""
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._socket.settimeout(ANSWER_DEADLINE_S)
+            self._socket.connect(self.socket_path)
+        answer, _ = self._ask(local.Open(run=run, step=step))
+        return self._take_offer(answer)
+
+    def do_fetch(self, wanted: dict[str, list[list[int]]] | None = None, deadline_s: float = 60.0) -> dict[str, Any]:
+        """Have chunks fetched, ``wanted[rank]`` lists (first, count), all by default; the SHA-256 of these bytes by rank."""
+        assert self.offer is not None
+        manifests = [record.from_json(Manifest, manifest) for manifest in self.offer.manifests]
+        if wanted is None:
+            wanted = {str(m.rank): [[0, m.chunk_count]] for m in manifests}
+        ranges = tuple(
+            local.ChunkRanges(rank=int(rank), firsts=tuple(f for f, _ in runs), counts=tuple(c for _, c in runs))
+            for rank, runs in wanted.items()
+        )
+        request = local.Fetch(decision_id=self.offer.decision_id, shards=ranges, deadline_s=deadline_s)
+        answer, fds = self._ask(request)
+        digests = {}
+        for shard in answer.shards:
+            with open(fds[shard.fd_index], "rb") as file:
+                content = file.read()
+            assert len(content) == manifests[shard.rank].size_bytes
+            digests[str(shard.rank)] = digest_of_chunks(content, wanted[str(shard.rank)])
+        return {"digests": digests}
+
+    def do_staged(self, deadline_s: float = 60.0) -> dict[str, Any]:
+        """Say that everything needed of the offer is here, and wait for the other ranks."""
+        assert self.offer is not None
+        return self.do_restore(deadline_s=deadline_s, staged=self.offer.decision_id)
+
+    def _take_offer(self, offer: local.Offer) -> dict[str, Any]:
+        self.offer = offer
+        return {
+            "decision_id": offer.decision_id,
+            "step": offer.step,
+            "base_world_size": offer.base_world_size,
+            "ranks": [manifest["rank"] for manifest in offer.manifests],
+            "sizes": [manifest["size_bytes"] for manifest in offer.manifests],
+            "kinds": list(offer.kinds),
+            "details": list(offer.details),
         }
 
     def do_reserve(self, step: int, wait_s: float = 20.0) -> dict[str, Any]:
@@ -127,7 +191,7 @@ class LightRank:
             chunk_crcs=chunk_crcs,
             tensor_crcs=tensor_crcs,
         )
-        self.manifest = record.to_json(manifest)
+        self.manifest = record.to_json(replace(manifest, layout=self.boxes))
         return {"sha256": hashlib.sha256(content).hexdigest()}
 
     def do_slots(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from backstay.ids import new_incarnation
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
 from backstay.testing.node import WORK_ROLE
-from tests.kit.light_rank import content_of, layout_of
+from tests.kit.light_rank import content_of, digest_of_chunks, layout_of
 
 SCRIPT = Path(__file__).with_name("light_rank.py")
 SIZE_BYTES = 3 * 256 * 1024 + 1000
@@ -98,6 +98,10 @@ class Rank:
         """SHA-256 of the shard file this rank writes for ``seed`` and ``step``."""
         return hashlib.sha256(content_of(layout_of(self.rank, self.size_bytes), seed, step, self.rank)).hexdigest()
 
+    def expected_chunks(self, seed: str, step: int, rank: int, runs: list[list[int]]) -> str:
+        """SHA-256 of these chunks (first, count) of what ``rank`` wrote."""
+        return digest_of_chunks(content_of(layout_of(rank, self.size_bytes), seed, step, rank), runs)
+
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
 
@@ -125,9 +129,9 @@ class Ranks:
         self.ranks = list(ranks)
         self.world_id = world_id
 
-    def attach(self) -> None:
+    def attach(self, **arguments: Any) -> None:
         for rank in self.ranks:
-            rank.ask("attach", world_id=self.world_id)
+            rank.ask("attach", world_id=self.world_id, **arguments)
 
     def ask_all(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
         for rank in self.ranks:

@@ -18,8 +18,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from backstay import local, record
-from backstay.errors import BackstayError, CapacityError, IntegrityError, StaleGenerationError, UsageError
-from backstay.manifest import Manifest
+from backstay.errors import (
+    BackstayError,
+    CapacityError,
+    IntegrityError,
+    StaleGenerationError,
+    UnavailableError,
+    UsageError,
+)
+from backstay.manifest import CHUNK_BYTES, Manifest
 from backstay.shard import check_file
 from backstayd.core.gate import conflicts_of
 from backstayd.core.records import GateEntry, GateReport
@@ -43,6 +50,8 @@ class Run:
     finished: set[int] = field(default_factory=set)
     gates: dict[str, dict[int, GateReport]] = field(default_factory=dict)  # by decision and rank
     distrusted: list[tuple[int, int, str]] = field(default_factory=list)  # rank, step, reason
+    staged: dict[str, set[int]] = field(default_factory=dict)  # world to ranks that have all they need
+    sparse: dict[tuple[int, int, int], set[int]] = field(default_factory=dict)  # attempt, step, rank to chunks fetched
 
 
 class LocalDaemon:
@@ -60,6 +69,7 @@ class LocalDaemon:
         self.interval_steps = 1
         self.probation_steps = 3
         self.commit_count = 0
+        self.fetched_bytes = 0  # of chunks of another layout, each once
         self._lock = threading.Condition()
         self._numbers = iter(range(1, 1_000_000))
         self._connections: set[socket.socket] = set()
@@ -161,6 +171,8 @@ class LocalDaemon:
             run = self.runs[attach.run]
             if isinstance(message, local.Restore):
                 return self._restore(run, attach, message)
+            if isinstance(message, local.Fetch):
+                return self._fetch(run, attach, message)
             if run.world_id != attach.world_id:
                 raise StaleGenerationError(f"world {attach.world_id} is over", reason="stale_world")
             if isinstance(message, local.Gate):
@@ -199,6 +211,11 @@ class LocalDaemon:
         if base is None:
             return local.Restored(outcome="NONE", attempt=attempt, interval_steps=self.interval_steps), ()
         shards = run.snapshots[base]
+        own = shards[attach.rank].manifest.get("layout", "") if attach.rank in shards else ""
+        is_other = attach.layout and own and attach.layout != own
+        if len(shards) != attach.world_size or is_other:
+            return self._restore_elsewhere(run, attach, message), ()
+        run.staged.setdefault(attach.world_id, set()).add(attach.rank)
         ranks = sorted({attach.rank, *attach.needs})
         fds = tuple(os.open(shards[rank].path, os.O_RDONLY) for rank in ranks)
         listed = tuple(
@@ -229,6 +246,61 @@ class LocalDaemon:
         if not failures and not conflicts:
             return local.GateAnswer(state="passed")
         return local.GateAnswer(state="failed", message="; ".join([*failures, *(str(c) for c in conflicts)]))
+
+    def _restore_elsewhere(self, run: Run, attach: local.Attach, message: local.Restore) -> Any:
+        """Offer the snapshot to a rank of another layout; let it go once every rank has what it needs."""
+        attempt, base = run.decisions[attach.world_id]
+        assert base is not None
+        shards = run.snapshots[base]
+        decision_id = attach.world_id
+        if message.staged != decision_id:
+            return local.Offer(
+                decision_id=decision_id,
+                step=base[1],
+                base_attempt=base[0],
+                base_world_size=len(shards),
+                snapshot_id="id",
+                manifests=tuple(shards[rank].manifest for rank in range(len(shards))),
+                kinds=("local",) * len(shards),
+                details=("double",) * len(shards),
+            )
+        staged = run.staged.setdefault(attach.world_id, set())
+        staged.add(attach.rank)
+        self._lock.notify_all()
+        self._lock.wait_for(lambda: len(staged) == attach.world_size, message.deadline_s)
+        return local.Restored(
+            outcome="EXACT",
+            attempt=attempt,
+            step=base[1],
+            base_attempt=base[0],
+            snapshot_id="id",
+            decision_id=decision_id,
+            base_world_size=len(shards),
+            probation_steps=self.probation_steps,
+        )
+
+    def _fetch(self, run: Run, attach: local.Attach, message: local.Fetch) -> tuple[Any, tuple[int, ...]]:
+        """Copy the chunks asked for into sparse files, each once."""
+        _, base = run.decisions[attach.world_id]
+        assert base is not None
+        if message.decision_id != attach.world_id:
+            raise UnavailableError("that decision is over; ask again", reason="decision_changed")
+        fds = []
+        for ranges in message.shards:
+            shard = run.snapshots[base][ranges.rank]
+            path = self.directory / f"sparse-{base[0]}-{base[1]}-{ranges.rank}"
+            present = run.sparse.setdefault((*base, ranges.rank), set())
+            with open(path, "r+b" if path.exists() else "w+b") as sparse, open(shard.path, "rb") as whole:
+                sparse.truncate(shard.manifest["size_bytes"])
+                for first, count in zip(ranges.firsts, ranges.counts, strict=True):
+                    for chunk in set(range(first, first + count)) - present:
+                        for file in (sparse, whole):
+                            file.seek(chunk * CHUNK_BYTES)
+                        self.fetched_bytes += sparse.write(whole.read(CHUNK_BYTES))
+                        present.add(chunk)
+            fds.append(os.open(path, os.O_RDONLY))
+        shards = tuple(local.FetchedShard(rank=r.rank, fd_index=index) for index, r in enumerate(message.shards))
+        return local.Fetched(shards=shards), tuple(fds)
 
     def _reserve(self, run: Run, attach: local.Attach, message: local.Reserve) -> tuple[Any, tuple[int, ...]]:
         schedule = local.ScheduleBody(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)

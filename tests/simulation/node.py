@@ -26,6 +26,7 @@ from backstayd.core.records import (
     SessionPhase,
     SessionRecord,
     ShardRecord,
+    ShardSource,
     SourceKind,
     Staging,
     StagingState,
@@ -417,6 +418,8 @@ class Node:
         work, memory = self.work[decision.run], self.memory[decision.run]
         if work.staging is None or work.staging.decision_id != decision.decision_id:
             return True
+        if decision.base is not None and decision.base.world_size != decision.world_size:
+            return self._stage_chunks(decision)
         ranks = {place.rank for place in decision.placements if place.node == self.name}
         for source in decision.sources:
             if source.rank not in ranks or decision.base is None:
@@ -432,6 +435,31 @@ class Node:
             if not self._fetch(decision, source.rank):
                 return self._staged(decision, StagingState.FAILED, f"no holder serves rank {source.rank}")
         return self._staged(decision, StagingState.READY, "")
+
+    def _stage_chunks(self, decision: Decision) -> bool:
+        """Ranks of another layout read parts of every shard, here or elsewhere; nothing is published for it."""
+        for source in decision.sources:
+            readable = [
+                self._read_source(decision, source, name) for name in dict.fromkeys((self.name, *source.holders))
+            ]
+            if "ok" in readable:
+                continue
+            if "corrupt" in readable or source.kind is not SourceKind.REBUILD:
+                return self._staged(decision, StagingState.FAILED, f"no holder serves rank {source.rank}")
+            return False  # its owner is not there yet
+        return self._staged(decision, StagingState.READY, "")
+
+    def _read_source(self, decision: Decision, source: ShardSource, name: str) -> str:
+        assert decision.base is not None
+        node = self.cluster.reach(name)
+        memory = node.memory.get(decision.run, RunMemory()) if node is not None else RunMemory()
+        shard = memory.shards.get((decision.base.attempt, decision.base.step, source.rank))
+        if node is None or shard is None or shard.digest != source.digest:
+            return "absent"
+        if shard.digest in memory.corrupt:
+            node.quarantine_shard(decision.run, shard)
+            return "corrupt"
+        return "ok"
 
     def _fetch(self, decision: Decision, rank: int) -> bool:
         assert decision.base is not None
@@ -503,7 +531,11 @@ class Node:
 
     def free_slots(self, trainer: Trainer) -> int:
         memory = self.memory.get(trainer.run, RunMemory())
-        used = sum(1 for _, _, rank in memory.shards if rank == trainer.rank)
+        used = sum(
+            1
+            for (_, _, rank), shard in memory.shards.items()
+            if rank == trainer.rank and shard.world_size == trainer.world_size
+        )
         return SLOTS_PER_RANK - used - trainer.capturing
 
     def may_write(self, trainer: Trainer) -> bool:

@@ -11,7 +11,7 @@ from tests.simulation.engine import Engine, Network
 
 FAULTS = (
     "kill_trainer", "restart_daemon", "destroy", "destroy_two", "crash_coordinator", "second_coordinator", "cut", "pause",
-    "corrupt", "destroy_for_good",
+    "corrupt", "destroy_for_good", "resize", "resize",
 )  # fmt: skip
 
 
@@ -83,8 +83,19 @@ class Scenario:
             cluster.cut(name, engine.between(0.1, 3.0))
         elif fault == "pause" and cluster.nodes[name].is_running:
             cluster.pause(name, engine.between(0.1, 3.0))
+        elif fault == "resize":
+            self._resize(engine, cluster)
         elif fault == "corrupt" and self.is_harsh:
             cluster.corrupt(name)
+
+    def _resize(self, engine: Engine, cluster: Cluster) -> None:
+        """The job comes back with another number of ranks, on some of the nodes."""
+        job = engine.random.choice(cluster.jobs)
+        names = engine.random.sample(sorted(cluster.nodes), engine.random.randint(1, len(cluster.nodes)))
+        ranks = engine.random.randint(len(names), len(names) + 1)
+        job.placements = {rank: names[rank % len(names)] for rank in range(ranks)}
+        for trainer in [t for t in job.trainers.values() if t.is_alive]:
+            cluster.kill_trainer(trainer)
 
     def _destroy(self, engine: Engine, cluster: Cluster, fault: str) -> None:
         """Never more than every job survives, unless the scenario is harsh."""

@@ -7,7 +7,7 @@ import pytest
 from backstay.errors import UsageError
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import Outcome, SessionPhase
+from backstayd.core.records import Outcome, SessionPhase, SourceKind
 from backstayd.core.recovery import Stage
 from tests.simulation.cluster import Cluster, Control, Job
 from tests.simulation.engine import Engine
@@ -291,16 +291,57 @@ def test_two_jobs_at_once_do_not_see_each_other() -> None:
     assert cluster.is_training(jobs[1]), "the other job was not disturbed"
 
 
-def test_a_world_of_another_size_is_refused_with_both_sizes() -> None:
-    engine, cluster, job = training(4)
+def resized(cluster: Cluster, job: Job, nodes: list[str]) -> Job:
+    """The job ends and comes back with a rank on each of ``nodes``."""
     job.is_stopped = True
     for trainer in list(job.trainers.values()):
         cluster.kill_trainer(trainer)
-    smaller = Job(RUN, {0: "n1", 1: "n2", 2: "n3"})
-    cluster.start_job(smaller)
-    assert engine.run_until(lambda: bool(smaller.refusals), limit_s=20)
-    smaller.is_stopped = True
-    assert "was made by 4 ranks and this world has 3" in smaller.refusals[0]
+    later = Job(RUN, dict(enumerate(nodes)))
+    cluster.start_job(later)
+    return later
+
+
+@pytest.mark.parametrize("nodes", [["n1", "n2", "n3"], ["n2"], ["n1", "n2", "n3", "n4", "n1", "n2"]])
+def test_a_world_of_another_size_restores_what_was_protected_and_the_old_layout_goes(nodes: list[str]) -> None:
+    engine, cluster, job = training(4)
+    later = resized(cluster, job, nodes)
+    assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
+    assert cluster.outcome(later) is Outcome.EXACT
+    assert later.decision is not None
+    assert later.decision.base is not None
+    assert (later.decision.base.world_size, later.decision.world_size) == (4, len(nodes))
+    assert engine.run_until(lambda: len({k.attempt for k in cluster.kept_keys(RUN)}) == 1, limit_s=20), "old bytes went"
+    assert cluster.is_protected(RUN)
+
+
+def test_a_lost_shard_of_a_world_of_another_size_is_rebuilt_where_the_decision_says() -> None:
+    engine, cluster, job = training(4)
+    job.is_stopped = True
+    cluster.destroy("n4", replace_after_s=None)
+    later = resized(cluster, job, ["n1", "n2"])
+    assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
+    assert later.decision is not None
+    (lost,) = [source for source in later.decision.sources if source.kind is SourceKind.REBUILD] or [None]
+    if lost is not None:  # else it was rebuilt before the world came
+        assert lost.rank == 3
+        assert len(lost.holders) == 1
+        assert lost.holders[0] in cluster.nodes
+
+
+def test_a_coordinator_that_dies_while_shards_are_rebuilt_for_another_layout_is_replaced() -> None:
+    engine, cluster, job = training(5)
+    cluster.work_s = (0.5, 0.9)
+    job.is_stopped = True
+    cluster.destroy("n5", replace_after_s=None)
+    later = resized(cluster, job, ["n1", "n2"])
+    state = cluster.core().runs[RUN]
+
+    def is_rebuilding() -> bool:
+        return state.recovery.stage is Stage.PREPARE and bool(state.rebuilds)
+
+    assert engine.run_until(is_rebuilding, limit_s=20)
+    cluster.crash_coordinator(0.2)  # the next one names owners of its own
+    assert engine.run_until(lambda: cluster.is_training(later), limit_s=40), later.refusals
 
 
 def test_a_finished_run_is_forgotten_everywhere_and_its_name_can_be_used_again() -> None:

@@ -25,9 +25,9 @@ from backstay.manifest import CHUNK_BYTES
 from backstayd.coder.jobs import CoderEvent, fragment_event, shard_event
 from backstayd.store.fragments import FragmentWriter
 from backstayd.store.paths import RunPaths
-from backstayd.store.published import open_fragment, open_shard
+from backstayd.store.published import find_manifest, open_fragment, open_shard
 from backstayd.store.staging import StagedShard
-from backstayd.store.stored import read_manifest, read_small
+from backstayd.store.stored import read_small
 from backstayd.transport.bulk_wire import CRC_BYTES, BulkReply, BulkRequest, Channel, Timeouts, enlarge_buffers
 
 logger = logging.getLogger(__name__)
@@ -245,9 +245,8 @@ class _Exchange:
 
     def _get_manifest(self) -> None:
         request = self._request
-        path = self._paths.manifest(self._key, request.rank, request.world_size)
-        read_manifest(path, digest=request.digest)
-        self._send_document(read_small(path))
+        place = {"rank": request.rank, "world_size": request.world_size}
+        self._send_document(find_manifest(self._paths, self._key, **place, digest=request.digest))
 
     def _send_document(self, data: bytes) -> None:
         self._channel.send_record(BulkReply(payload_bytes=len(data), total_bytes=len(data)))

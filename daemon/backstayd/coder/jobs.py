@@ -60,6 +60,42 @@ class FetchShard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FetchManifests:
+    """Put the manifests of shards of one snapshot into staging here: ``digests[i]`` of ``ranks[i]``, from the first of
+    ``addresses`` that has it."""
+
+    run: str
+    attempt: int
+    step: int
+    world_size: int
+    ranks: tuple[int, ...]
+    digests: tuple[str, ...]
+    addresses: tuple[str, ...]
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchChunks:
+    """Bring chunks of a shard into its sparse staging here, from the first of ``addresses`` that serves them verified.
+
+    ``firsts[i]`` and the ``counts[i] - 1`` chunks after it. ``is_here``: the shard is published on this node, they are only
+    verified.
+    """
+
+    run: str
+    attempt: int
+    step: int
+    rank: int
+    world_size: int
+    digest: str
+    firsts: tuple[int, ...]
+    counts: tuple[int, ...]
+    addresses: tuple[str, ...] = ()
+    is_here: bool = False
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyShard:
     """Check every chunk of a shard on this node against its manifest (``is_staged``: the one in staging)."""
 
@@ -83,7 +119,7 @@ class VerifyFragment:
     deadline_s: float = 600.0
 
 
-Job = EncodeStripe | FetchPlan | DecodeStripe | FetchShard | VerifyShard | VerifyFragment
+Job = EncodeStripe | FetchPlan | DecodeStripe | FetchShard | FetchManifests | FetchChunks | VerifyShard | VerifyFragment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +208,11 @@ def fragment_event(kind: str, stored: StoredFragment) -> CoderEvent:
 
 
 JOB_KINDS: dict[str, type[Job]] = {
-    cls.__name__: cls for cls in (EncodeStripe, FetchPlan, DecodeStripe, FetchShard, VerifyShard, VerifyFragment)
-}
+    cls.__name__: cls
+    for cls in (
+        EncodeStripe, FetchPlan, DecodeStripe, FetchShard, FetchManifests, FetchChunks, VerifyShard, VerifyFragment,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,11 +20,15 @@ from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.context import JobContext
 from backstayd.coder.encode import run_encode
 from backstayd.coder.fetch import run_fetch
+from backstayd.coder.fetch_chunks import run_fetch_chunks
+from backstayd.coder.fetch_manifests import run_fetch_manifests
 from backstayd.coder.jobs import (
     Answer,
     CoderEvent,
     DecodeStripe,
     EncodeStripe,
+    FetchChunks,
+    FetchManifests,
     FetchPlan,
     FetchShard,
     Job,
@@ -140,6 +144,10 @@ def _dispatch(context: JobContext, job: Job) -> None:
         run_decode(context, job)
     elif isinstance(job, FetchShard):
         run_fetch(context, job)
+    elif isinstance(job, FetchChunks):
+        run_fetch_chunks(context, job)
+    elif isinstance(job, FetchManifests):
+        run_fetch_manifests(context, job)
     elif isinstance(job, FetchPlan):
         run_fetch_plan(context, job)
     elif isinstance(job, VerifyShard):

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from crc32c import crc32c
 
@@ -23,6 +24,7 @@ from backstayd.store.published import open_fragment, open_shard
 from backstayd.store.stored import ShardChunks, StoredFragment
 from backstayd.transport.bulk import FragmentRef, ShardRef
 
+RANGES_AHEAD: Final = 8  # requests that a peer has before it is asked for more: a round trip costs nothing then
 _SUSPICIOUS = ("wrong_identity", "truncated", "bad_record", "bad_manifest", "bad_format")
 
 
@@ -89,7 +91,7 @@ class LocalShards:
 
 
 class RemoteShards:
-    """Chunks of a peer's shards, range after range, over one connection. The next range is asked for ahead."""
+    """Chunks of a peer's shards, range after range, over one connection. The next ranges are asked for ahead."""
 
     def __init__(self, context: JobContext, address: str, ranges: Sequence[ShardRange]) -> None:
         self._context = context
@@ -98,7 +100,8 @@ class RemoteShards:
         self._ahead = iter(ranges)
         self._current: ShardRange | None = None
         self._client = context.client(address)
-        self._ask()
+        for _ in range(RANGES_AHEAD):
+            self._ask()
 
     def read_into(self, view: memoryview) -> int:
         shard, chunk = next(self._items)

@@ -14,7 +14,7 @@ from backstay.ids import SnapshotKey, snapshot_id
 from backstayd.core import geometry
 from backstayd.core.nodes import NodeState
 from backstayd.core.placement import natural
-from backstayd.core.records import Decision, Plan, Quarantined, ShardRecord
+from backstayd.core.records import Decision, Plan, Quarantined, ShardRecord, VolumeShard
 
 NOT_RECOVERABLE = -1
 
@@ -151,6 +151,7 @@ class SnapshotView:
     holders: Mapping[int, tuple[str, ...]]
     plans: tuple[PlanState, ...]
     rank_spares: Mapping[int, int]
+    layouts: Mapping[int, str] = field(default_factory=dict)  # by rank, where it is known
 
     @property
     def is_complete(self) -> bool:
@@ -203,6 +204,13 @@ class _Table:
     digests: dict[int, str] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     plans: list[Plan] = field(default_factory=list)
+    layouts: dict[int, str] = field(default_factory=dict)
+
+    def add(self, shard: ShardRecord | VolumeShard) -> None:
+        """Take in a shard; its digest must be the rank's."""
+        self.digests[shard.rank] = shard.digest
+        self.sizes[shard.rank] = shard.size_bytes
+        self.layouts[shard.rank] = shard.layout or self.layouts.get(shard.rank, "")
 
 
 def _tables(key: SnapshotKey, records: list[ShardRecord], plans: list[Plan]) -> list[_Table]:
@@ -213,8 +221,7 @@ def _tables(key: SnapshotKey, records: list[ShardRecord], plans: list[Plan]) -> 
         table.plans.append(plan)
         for member in plan.members:
             for shard in member.shards:
-                table.digests[shard.rank] = shard.digest
-                table.sizes[shard.rank] = shard.size_bytes
+                table.add(shard)
     worlds: dict[tuple[str, int], list[ShardRecord]] = defaultdict(list)
     for record in records:
         worlds[record.world_id, record.world_size].append(record)
@@ -238,9 +245,9 @@ def _loose_table(
         return None
     loose = _Table(world_size, world_id)
     for shard in shards if len(unplanned) == len(shards) else unplanned:
-        if not 0 <= shard.rank < world_size or loose.digests.setdefault(shard.rank, shard.digest) != shard.digest:
+        if not 0 <= shard.rank < world_size or loose.digests.get(shard.rank, shard.digest) != shard.digest:
             return None
-        loose.sizes[shard.rank] = shard.size_bytes
+        loose.add(shard)
     if len(loose.digests) == world_size:
         digests = [loose.digests[rank] for rank in range(world_size)]
         loose.snapshot_id = snapshot_id(key=key, world_size=world_size, shard_digests=digests)
@@ -255,9 +262,8 @@ def _complete_from(table: _Table, key: SnapshotKey, shards: list[ShardRecord]) -
         return
     digests = [table.digests.get(rank) or found[rank].digest for rank in range(table.world_size)]
     if snapshot_id(key=key, world_size=table.world_size, shard_digests=digests) == table.snapshot_id:
-        for rank, shard in found.items():
-            table.digests[rank] = shard.digest
-            table.sizes[rank] = shard.size_bytes
+        for shard in found.values():
+            table.add(shard)
 
 
 def _view(key: SnapshotKey, table: _Table, inventory: Inventory, shapes: ShapeCache) -> SnapshotView:
@@ -280,6 +286,7 @@ def _view(key: SnapshotKey, table: _Table, inventory: Inventory, shapes: ShapeCa
         holders=holders,
         plans=plans,
         rank_spares=spares,
+        layouts=table.layouts,
     )
 
 

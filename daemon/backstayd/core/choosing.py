@@ -57,22 +57,15 @@ def choose(
     context: RunContext,
     memory: Memory,
     *,
-    world_size: int,
     is_fresh_allowed: bool,
     excluded: Collection[str] = (),
 ) -> Choice:
-    """The newest restorable snapshot of the live history; ``world_size`` 0 takes that of the snapshot."""
+    """The newest restorable snapshot of the live history, however many ranks wrote it."""
     passed: list[SnapshotView] = []
     for view in context.live_views:
         if not view.is_restorable or view.snapshot_id in excluded or view.key in context.tainted:
             passed.append(view)
             continue
-        if world_size and view.world_size != world_size:
-            return _refuse(
-                context,
-                f"the snapshot of step {view.key.step} was made by {view.world_size} ranks and this world has "
-                f"{world_size}; start it with {view.world_size} ranks",
-            )
         return _restore(context, memory, view, passed)
     if not memory.is_known and context.inventory.is_empty:
         message = f"no node knows {context.run}: it starts from scratch"
@@ -217,19 +210,33 @@ def _keys_on(context: RunContext, node: str) -> set[SnapshotKey]:
     return {shard.key for shard in report.shards} if report is not None else set()
 
 
-def sources_of(view: SnapshotView, placements: Mapping[int, str]) -> tuple[ShardSource, ...]:
-    """Where each shard of ``view`` comes from: the rank's own node, a peer, or a rebuild on the rank's node."""
+def sources_of(
+    view: SnapshotView, *, readers: Mapping[int, str], targets: Mapping[int, str]
+) -> tuple[ShardSource, ...]:
+    """Where each shard of ``view`` comes from.
+
+    Args:
+        readers: The one node that reads the shard of a rank, where there is just one: the rank runs there again.
+        targets: The owner-to-be of each shard that nobody holds; whoever needs chunks of it asks there.
+    """
     sources = []
     for rank in range(view.world_size):
-        host = placements.get(rank, "")
+        host = readers.get(rank, "")
         holders = view.holders.get(rank, ())
         if host in holders:
             kind, named = SourceKind.LOCAL, (host, *(name for name in holders if name != host))
         elif holders:
             kind, named = SourceKind.PEER, holders
         else:
-            kind, named = SourceKind.REBUILD, (host,) if host else ()
+            kind, named = SourceKind.REBUILD, (targets[rank],) if targets.get(rank) else ()
         sources.append(
-            ShardSource(rank=rank, size_bytes=view.sizes[rank], digest=view.digests[rank], kind=kind, holders=named)
+            ShardSource(
+                rank=rank,
+                size_bytes=view.sizes[rank],
+                digest=view.digests[rank],
+                kind=kind,
+                holders=named,
+                layout=view.layouts.get(rank, ""),
+            )
         )
     return tuple(sources)

@@ -5,7 +5,7 @@ A set that loses a member before it is protected is dropped whole groups at a ti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backstay.manifest import CHUNK_BYTES
@@ -52,7 +52,7 @@ class Protection:
         views: Sequence[SnapshotView],
         *,
         target: int,
-        placements: Mapping[int, str],
+        placements_of: Callable[[int], Mapping[int, str]],
         nodes: Mapping[str, NodeState],
         inventory: Inventory,
         shapes: ShapeCache,
@@ -63,6 +63,7 @@ class Protection:
 
         Args:
             views: live snapshots that are wanted, newest first.
+            placements_of: where the ranks of a snapshot of so many ranks run now.
 
         Returns:
             One sentence per set that was dropped.
@@ -92,7 +93,7 @@ class Protection:
                 continue
             if now_s < self.retry_s.get(view.snapshot_id, now_s):
                 continue
-            plans = self._plan(view, target, placements, nodes, run)
+            plans = self._plan(view, target, placements_of(view.world_size), nodes, run)
             if plans:
                 self._begin(view, plans, now_s)
                 under_way += 1
@@ -268,7 +269,12 @@ def _make_plan(
             incarnation=nodes[name].identity.incarnation,
             bulk_address=nodes[name].identity.bulk_address,
             shards=tuple(
-                VolumeShard(rank=rank, size_bytes=view.sizes[rank], digest=view.digests[rank])
+                VolumeShard(
+                    rank=rank,
+                    size_bytes=view.sizes[rank],
+                    digest=view.digests[rank],
+                    layout=view.layouts.get(rank, ""),
+                )
                 for rank in range(view.world_size)
                 if owner[rank] == name
             ),

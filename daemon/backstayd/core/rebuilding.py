@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, StripeShape, stripe_holders
 from backstayd.core.nodes import NodeState
@@ -12,12 +12,17 @@ from backstayd.core.records import FragmentSource, Plan, Rebuild, RebuildTarget,
 
 
 def choose_targets(
-    view: SnapshotView, *, placements: Mapping[int, str], nodes: Mapping[str, NodeState], inventory: Inventory
+    view: SnapshotView,
+    *,
+    placements: Mapping[int, str],
+    nodes: Mapping[str, NodeState],
+    inventory: Inventory,
+    preferred: Collection[str] = (),
 ) -> dict[int, str]:
     """A node for every shard that nobody holds.
 
-    Where the rank runs now, else the present node that holds least of this snapshot (its shards and parity share stripes
-    with the lost one), then the one with most room.
+    Where the rank that wrote it runs now, else, of ``preferred`` (nodes that will read it) if one has room, the present node
+    that holds least of this snapshot (its shards and parity share stripes with the lost one), then the one with most room.
     """
     weight: Counter[str] = Counter()
     for holders in view.holders.values():
@@ -32,6 +37,7 @@ def choose_targets(
         owner = placements.get(rank, "")
         if owner not in nodes:
             fitting = [name for name in nodes if room[name] >= size] or list(nodes)
+            fitting = [name for name in fitting if name in preferred] or fitting
             owner = min(fitting, key=lambda name: (weight[name], -room[name], natural(name)), default="")
         if owner:
             targets[rank] = owner

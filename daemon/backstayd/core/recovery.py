@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from backstay import record
@@ -16,8 +16,10 @@ from backstay.ids import Generation
 from backstayd.core.catalog import SnapshotView
 from backstayd.core.choosing import Choice, Memory, choose, sources_of
 from backstayd.core.context import RunContext, World, is_waiting
+from backstayd.core.layouts import base_size, readers_of
 from backstayd.core.lineage import extend
 from backstayd.core.placement import natural
+from backstayd.core.rebuilding import choose_targets
 from backstayd.core.records import (
     Base,
     Decision,
@@ -26,11 +28,12 @@ from backstayd.core.records import (
     Placement,
     RunReport,
     SessionPhase,
+    ShardSource,
     SourceKind,
     Staging,
     StagingState,
 )
-from backstayd.core.sentences import counted, listed
+from backstayd.core.sentences import amount, counted, listed
 from backstayd.core.trust import count_tries, loop_message
 
 SAME_FAILURES = 3  # so many failed stagings of one snapshot with nothing new quarantined, and it is passed over
@@ -87,6 +90,11 @@ class Recovery:
         """Rank to node of the current decision."""
         return {place.rank: place.node for place in self.decision.placements} if self.decision else {}
 
+    def placements_of(self, world_size: int) -> dict[int, str]:
+        """Where the ranks of a snapshot run now: nowhere, if it was written by another number of ranks."""
+        placements = self.placements()
+        return placements if len(placements) == world_size else {}
+
     def update(self, context: RunContext, memory: Memory) -> None:
         """Go as far as the reports allow."""
         if self._is_news(context):
@@ -122,7 +130,7 @@ class Recovery:
         assert (decision.base is not None) == (decision.outcome in (Outcome.EXACT, Outcome.EXACT_OLDER))
         if decision.base is not None:
             assert decision.base.attempt < decision.attempt
-            assert len(decision.sources) == decision.world_size
+            assert [source.rank for source in decision.sources] == list(range(base_size(decision)))
         assert [place.rank for place in decision.placements] == list(range(decision.world_size))
 
     def _hosts(self) -> list[str]:
@@ -209,7 +217,6 @@ class Recovery:
         choice = choose(
             context,
             memory,
-            world_size=len(world),
             is_fresh_allowed=all(session.record.allow_fresh for session in world.values()),
             excluded=self._excluded(context),
         )
@@ -235,9 +242,7 @@ class Recovery:
         placements = {rank: session.node for rank, session in sorted(world.items())}
         view = choice.view
         attempt = self._next_attempt(context, memory)
-        base = (
-            None if view is None else Base(attempt=view.key.attempt, step=view.key.step, snapshot_id=view.snapshot_id)
-        )
+        base = None if view is None else _base(view)
         lineage = extend(
             context.lineage,
             attempt=attempt,
@@ -255,7 +260,7 @@ class Recovery:
             base=base,
             lineage=lineage,
             placements=tuple(Placement(rank=rank, node=node) for rank, node in placements.items()),
-            sources=sources_of(view, placements) if view is not None else (),
+            sources=_sources(context, view, placements) if view is not None else (),
             message=choice.message,
             tries=self._tries(context, memory, view) if view is not None else 0,
         )
@@ -327,14 +332,24 @@ class Recovery:
         if view is None or not view.is_restorable:
             return f"step {base.step} can no longer be restored"
         for source in self.decision.sources:
-            holders = set(view.holders.get(source.rank, ()))
-            owner = self.placements()[source.rank]
-            if owner not in hosts or owner in holders or holders & set(source.holders):
-                continue
-            if source.kind is not SourceKind.REBUILD:
-                return f"{listed(source.holders)} no longer has the shard of rank {source.rank}"
-            if holders:
-                return f"the shard of rank {source.rank} is back on {listed(sorted(holders))}"
+            problem = self._why_unreadable(context, source, set(view.holders.get(source.rank, ())), set(hosts))
+            if problem:
+                return problem
+        return ""
+
+    def _why_unreadable(self, context: RunContext, source: ShardSource, holders: set[str], hosts: set[str]) -> str:
+        """Why some of ``hosts`` cannot get what they need of this shard, which ``holders`` have; "" if all can."""
+        assert self.decision is not None
+        reader = readers_of(self.decision).get(source.rank)
+        readers = hosts & {reader} if reader is not None else hosts
+        if readers <= holders or holders & set(source.holders):
+            return ""
+        if source.kind is not SourceKind.REBUILD:
+            return f"{listed(source.holders)} no longer has the shard of rank {source.rank}"
+        if holders:
+            return f"the shard of rank {source.rank} is back on {listed(sorted(holders))}"
+        if not any(name in context.nodes for name in source.holders):
+            return f"{listed(source.holders) or 'nobody'} is left to own the rebuilt shard of rank {source.rank}"
         return ""
 
     def _report(self, context: RunContext, host: str) -> RunReport | None:
@@ -367,6 +382,23 @@ def _runs_where_decided(world: World, decision: Decision) -> bool:
     return {rank: s.node for rank, s in world.items()} == {place.rank: place.node for place in decision.placements}
 
 
+def _base(view: SnapshotView) -> Base:
+    return Base(attempt=view.key.attempt, step=view.key.step, snapshot_id=view.snapshot_id, world_size=view.world_size)
+
+
+def _sources(context: RunContext, view: SnapshotView, placements: Mapping[int, str]) -> tuple[ShardSource, ...]:
+    """Where the world of ``placements`` reads each shard; the owners of what must be rebuilt are settled with it."""
+    readers = placements if view.world_size == len(placements) else {}
+    targets = choose_targets(
+        view,
+        placements=readers,
+        nodes=context.nodes,
+        inventory=context.inventory,
+        preferred=frozenset(placements.values()),
+    )
+    return sources_of(view, readers=readers, targets=targets)
+
+
 def _describe(decision: Decision) -> str:
     if decision.outcome is Outcome.REFUSED:
         return decision.message
@@ -374,9 +406,11 @@ def _describe(decision: Decision) -> str:
         return f"attempt {decision.attempt} from scratch: {decision.message}"
     kinds = [f"{kind.value} for {counted(ranks, 'rank')}" for kind, ranks in _by_kind(decision).items() if ranks]
     older = f"; {decision.message}" if decision.outcome is Outcome.EXACT_OLDER else ""
+    size = base_size(decision)
+    other = f" ({amount(size, 'rank')} then, {decision.world_size} now)" if size != decision.world_size else ""
     return (
         f"{decision.outcome.value}: attempt {decision.attempt} from step {decision.base.step} of attempt "
-        f"{decision.base.attempt}, {', '.join(kinds)}{older}"
+        f"{decision.base.attempt}{other}, {', '.join(kinds)}{older}"
     )
 
 

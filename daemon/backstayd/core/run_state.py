@@ -17,7 +17,7 @@ from backstayd.core.policy import CorePolicy
 from backstayd.core.probation import Probation, has_both
 from backstayd.core.protection import Protection
 from backstayd.core.rebuilding import choose_targets, is_still_possible, open_targets, plan_rebuilds
-from backstayd.core.records import Decision, Rebuild, RunDesired, SessionPhase, SessionRecord
+from backstayd.core.records import Decision, Rebuild, RunDesired, SessionPhase, SessionRecord, SourceKind
 from backstayd.core.recovery import Recovery, Say, Stage
 from backstayd.core.retention import abandoned_keys, releasable
 from backstayd.core.sentences import any_nodes, counted, listed
@@ -196,7 +196,7 @@ class RunState:
     def outlook(self) -> str:
         """What a restart would be told now."""
         assert self.context is not None
-        return choose(self.context, self.memory, world_size=0, is_fresh_allowed=False).message
+        return choose(self.context, self.memory, is_fresh_allowed=False).message
 
     def forgotten_in_s(self) -> float | None:
         """Time until the run's memory is freed because no trainer comes back; None: not as things are."""
@@ -313,7 +313,7 @@ class RunState:
         notes = self.protection.update(
             wanted,
             target=goal,
-            placements=self.recovery.placements(),
+            placements_of=self.recovery.placements_of,
             nodes=context.nodes,
             inventory=context.inventory,
             shapes=self.shapes,
@@ -352,7 +352,7 @@ class RunState:
         under_way = {t.rank for rebuild in self.rebuilds.values() for t in rebuild.targets}
         if not set(view.unheld_ranks) - under_way:
             return
-        targets = choose_targets(view, placements=placements, nodes=context.nodes, inventory=context.inventory)
+        targets = self._targets(context, view, placements)
         left = {rank: node for rank, node in targets.items() if rank not in under_way}
         for rebuild in plan_rebuilds(
             view, targets=left, nodes=context.nodes, inventory=context.inventory, shapes=self.shapes
@@ -363,15 +363,29 @@ class RunState:
                 decoders = sorted({task.decoder for task in rebuild.tasks})
                 self.say("rebuild", f"rebuilding step {view.key.step}: {owners}, decoded by {listed(decoders)}")
 
+    def _targets(self, context: RunContext, view: SnapshotView, placements: Mapping[int, str]) -> dict[int, str]:
+        """Owners of the shards that nobody holds; while a world decides just those that its decision names."""
+        if self.recovery.is_active:
+            return {r: node for r, node in placements.items() if r in view.unheld_ranks and node in context.nodes}
+        return choose_targets(
+            view,
+            placements=placements,
+            nodes=context.nodes,
+            inventory=context.inventory,
+            preferred=self._hosts(context),
+        )
+
     def _rebuild_view(self, context: RunContext) -> tuple[SnapshotView | None, dict[int, str]]:
-        """Which snapshot's shards should be rebuilt now, and where its ranks run."""
+        """Which snapshot's shards should be rebuilt now, and where each is wanted."""
         decision = self.recovery.decision
         if self.recovery.stage is Stage.FENCING:
             return None, {}
         if self.recovery.is_active:
             base = decision.base if decision is not None else None
             view = context.view_of(base.snapshot_id) if base is not None else None
-            return (view if view is not None and view.is_restorable else None), self.recovery.placements()
+            sources = decision.sources if decision is not None else ()
+            owners = {s.rank: s.holders[0] for s in sources if s.kind is SourceKind.REBUILD and s.holders}
+            return (view if view is not None and view.is_restorable else None), owners
         best = max(
             (view for view in context.live_views if view.is_restorable),
             key=lambda view: (view.key not in context.tainted, view.spares, view.key),
@@ -383,8 +397,8 @@ class RunState:
         since = self.missing_since.setdefault(best.snapshot_id, context.now_s)
         if best.spares > 0 and context.now_s - since < self.policy.lease_s:
             return None, {}  # a new world may be on its way and choose better places
-        present = {rank: node for rank, node in self.recovery.placements().items() if node in context.nodes}
-        return best, present
+        placements = self.recovery.placements_of(best.world_size)
+        return best, {rank: node for rank, node in placements.items() if node in context.nodes}
 
     def _release(self, context: RunContext, target: int) -> dict[SnapshotKey, str]:
         """Snapshots to delete, with reasons.

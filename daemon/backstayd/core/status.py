@@ -115,7 +115,14 @@ def _decision(state: RunState) -> dict[str, Any] | None:
 
 def _base(decision: Decision) -> dict[str, Any] | None:
     base = decision.base
-    return None if base is None else {"attempt": base.attempt, "step": base.step, "snapshot_id": base.snapshot_id}
+    if base is None:
+        return None
+    return {
+        "attempt": base.attempt,
+        "step": base.step,
+        "snapshot_id": base.snapshot_id,
+        "world_size": base.world_size or decision.world_size,
+    }
 
 
 def _sources(sources: tuple[ShardSource, ...]) -> list[dict[str, Any]]:
@@ -185,16 +192,17 @@ def _quarantined(context: RunContext) -> list[dict[str, Any]]:
 
 def _explain(state: RunState, context: RunContext) -> dict[str, Any]:
     """What a world that asked now would be told."""
-    choice = choose(context, state.memory, world_size=0, is_fresh_allowed=False)
+    choice = choose(context, state.memory, is_fresh_allowed=False)
     view = choice.view
     placements = state.recovery.placements() or (
         {place.rank: place.node for place in state.head.placements} if state.head is not None else {}
     )
-    present = {rank: node for rank, node in placements.items() if node in context.nodes}
+    is_same = view is not None and view.world_size == len(placements)
+    readers = {rank: node for rank, node in placements.items() if is_same and node in context.nodes}
     return {
         "outcome": choice.outcome.value,
         "attempt": view.key.attempt if view is not None else 0,
         "step": view.key.step if view is not None else 0,
         "message": choice.message,
-        "sources": _sources(sources_of(view, present)) if view is not None else [],
+        "sources": _sources(sources_of(view, readers=readers, targets=readers)) if view is not None else [],
     }

@@ -27,6 +27,7 @@ from backstayd.core.records import NodeIdentity
 from backstayd.node.bell import Bell
 from backstayd.node.context import NodeContext
 from backstayd.node.listener import listen
+from backstayd.node.offers import Offers
 from backstayd.node.reconcile import Reconciler
 from backstayd.node.report import Reporter
 from backstayd.node.sessions import Sessions
@@ -111,8 +112,10 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         )
         sessions = Sessions(context)
         reconciler = Reconciler(context, sessions)
+        offers = context.offers = Offers(context, reconciler)
         reporter = Reporter(context, sessions, reconciler)
         context.progress, context.document = reconciler.progress, reporter.document
+        context.offer_due, reconciler.tidy = reconciler.offer_due, offers.tidy
         http = start_http(config.http, document=lambda: _from_thread(loop, reporter), registry=context.metrics.registry)
         stack.push_async_callback(asyncio.to_thread, http.close)
         pool = CoderPool(
@@ -125,6 +128,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         await pool.start()
         stack.push_async_callback(pool.close)
         reconciler.attach_pool(pool)
+        offers.attach_pool(pool)
         stack.push_async_callback(reconciler.close)
         stack.push_async_callback(sessions.close)
         link = CoordinatorLink(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from backstay import local
 from backstayd.clock import Clock
@@ -14,6 +14,9 @@ from backstayd.node.session import Session
 from backstayd.node.timeline import Timeline
 from backstayd.store.store import Store
 from backstayd.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from backstayd.node.offers import Offers
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +37,8 @@ class NodeContext:
     is_coordinator_connected: Callable[[], bool] = lambda: False
     document: Callable[[], dict[str, Any]] = dict
     progress: Callable[[Session], local.Progress] = lambda session: local.Progress(phase="waiting")
+    offer_due: Callable[[Session], Decision | None] = lambda session: None
+    offers: Offers = field(init=False)
 
     def changed(self) -> None:
         """Something that others wait for or report has changed."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, Job, VerifyFragment, VerifyShard
 from backstayd.core.geometry import fragment_bytes
+from backstayd.core.layouts import base_size, takes_whole
 from backstayd.core.records import (
     Decision,
     DecisionPhase,
@@ -115,6 +116,16 @@ class StagedState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Restoring:
+    """A trainer here that restores: which boxes it holds, and the decision of which it has fetched what it needs."""
+
+    world_id: str
+    rank: int
+    layout: str = ""
+    staged: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """One run as this node sees it.
 
@@ -130,6 +141,7 @@ class View:
     plans: Mapping[str, Plan] = field(default_factory=dict)
     decision: Decision | None = None
     sessions: tuple[SessionRecord, ...] = ()
+    restoring: tuple[Restoring, ...] = ()
     waiting_worlds: frozenset[str] = frozenset()  # worlds with a restore() that has no answer yet
     granted_worlds: frozenset[str] = frozenset()  # worlds with a slot in hand
     staged: tuple[StagedState, ...] = ()
@@ -182,7 +194,7 @@ def staging_of(view: View) -> Staging | None:
         return Staging(decision_id=decision.decision_id, state=StagingState.FAILED, reason=reason)
     sources = _sources(view, decision)
     done = [source for source in sources if (decision.decision_id, source.digest) in view.verified]
-    is_ready = len(done) == len(sources)
+    is_ready = len(done) == len(sources) and not unstaged_ranks(view, decision)
     return Staging(
         decision_id=decision.decision_id,
         state=StagingState.READY if is_ready else StagingState.STAGING,
@@ -192,12 +204,33 @@ def staging_of(view: View) -> Staging | None:
 
 
 def wanted_ranks(view: View, decision: Decision) -> frozenset[int]:
-    """Ranks whose shards the trainers of that world on this node will read."""
-    ranks = {place.rank for place in decision.placements if place.node == view.node}
+    """Ranks whose whole shards the trainers of that world on this node will read."""
+    if base_size(decision) != decision.world_size:
+        return frozenset()
+    choosing = _choosing(view, decision)
+    ranks = {place.rank for place in decision.placements if place.node == view.node} - set(choosing)
     for session in view.sessions:
-        if session.world_id == decision.world_id:
+        if session.world_id == decision.world_id and session.rank not in choosing:
             ranks |= {session.rank, *session.needs}
     return frozenset(ranks)
+
+
+def unstaged_ranks(view: View, decision: Decision) -> frozenset[int]:
+    """Ranks of that world on this node that choose chunks of another layout and have not said that they have them all."""
+    choosing = _choosing(view, decision)
+    ranks = {rank for rank, staged in choosing.items() if staged != decision.decision_id}
+    if decision.base is not None and base_size(decision) != decision.world_size:
+        ranks |= {place.rank for place in decision.placements if place.node == view.node} - set(choosing)
+    return frozenset(ranks)
+
+
+def _choosing(view: View, decision: Decision) -> dict[int, str]:
+    """Ranks here that hold another layout than the base, and the decision each has staged."""
+    return {
+        trainer.rank: trainer.staged
+        for trainer in view.restoring
+        if trainer.world_id == decision.world_id and not takes_whole(decision, rank=trainer.rank, layout=trainer.layout)
+    }
 
 
 def rebuilt_bytes(view: View) -> tuple[int, int]:
@@ -347,7 +380,7 @@ def _verify(decision: Decision, source: ShardSource) -> StartJob:
         attempt=decision.base.attempt,
         step=decision.base.step,
         rank=source.rank,
-        world_size=decision.world_size,
+        world_size=base_size(decision),
         digest=source.digest,
         deadline_s=deadline_s(source.size_bytes),
     )
@@ -365,7 +398,7 @@ def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | No
         attempt=decision.base.attempt,
         step=decision.base.step,
         rank=source.rank,
-        world_size=decision.world_size,
+        world_size=base_size(decision),
         size_bytes=source.size_bytes,
         digest=source.digest,
         addresses=tuple(view.peers[name] for name in holders),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from backstay import local
@@ -25,6 +25,7 @@ from backstayd.coder.jobs import (
     VerifyShard,
 )
 from backstayd.coder.pool import CoderPool
+from backstayd.core.layouts import base_size, takes_whole
 from backstayd.core.records import (
     Decision,
     DecisionPhase,
@@ -33,11 +34,12 @@ from backstayd.core.records import (
     Outcome,
     Quarantined,
     RunDesired,
+    SessionPhase,
     Staging,
 )
 from backstayd.node import planning, trust
 from backstayd.node.context import NodeContext
-from backstayd.node.planning import Action, StagedState, View
+from backstayd.node.planning import Action, Restoring, StagedState, View
 from backstayd.node.requests import close_fds
 from backstayd.node.session import RestoreAnswer, Session
 from backstayd.node.sessions import Sessions
@@ -73,6 +75,7 @@ class Reconciler:
         self._is_kicked = False
         self._is_closed = False
         self._pool: CoderPool | None = None
+        self.tidy: Callable[[Mapping[str, set[str]]], None] = lambda wanted: None
 
     def attach_pool(self, pool: CoderPool) -> None:
         self._pool = pool
@@ -157,7 +160,16 @@ class Reconciler:
             plans=dict(index.plans),
             decision=index.decision,
             sessions=tuple(session.record() for session in sessions),
-            waiting_worlds=frozenset(s.world_id for s in sessions if s.answer is not None and not s.answer.done()),
+            restoring=tuple(
+                Restoring(world_id=s.world_id, rank=s.rank, layout=s.layout, staged=s.staged)
+                for s in sessions
+                if s.phase is SessionPhase.RESTORING
+            ),
+            waiting_worlds=frozenset(
+                s.world_id
+                for s in sessions
+                if s.answer is not None and not s.answer.done() and self.offer_due(s) is None
+            ),
             granted_worlds=frozenset(session.world_id for session in sessions if session.grants),
             staged=self._staged(index),
             running=self.tasks.running(run),
@@ -168,6 +180,26 @@ class Reconciler:
             failed=self._failed,
             has_memory=bool(index.shards or index.plans or index.slots or index.staged or index.decision),
         )
+
+    def offer_due(self, session: Session) -> Decision | None:
+        """The decision whose snapshot a waiting trainer must choose chunks of; None if it need not."""
+        desired = self._context.run_desired(session.run)
+        decision = desired.decision
+        if (
+            decision is None
+            or decision.base is None
+            or decision.world_id != session.world_id
+            or desired.decision_phase is DecisionPhase.REFUSE
+            or decision.decision_id in (session.staged, *self._failed)
+            or takes_whole(decision, rank=session.rank, layout=session.layout)
+        ):
+            return None
+        return decision
+
+    def is_current(self, run: str, decision_id: str) -> bool:
+        """Whether the coordinator still wants that decision, and this node has not given it up."""
+        decision = self._context.run_desired(run).decision
+        return decision is not None and decision.decision_id == decision_id and decision_id not in self._failed
 
     def staging(self, run: str) -> Staging | None:
         return planning.staging_of(self.view(run))
@@ -224,8 +256,19 @@ class Reconciler:
                     self._do(run, action)
                 except (BackstayError, OSError) as error:
                     logger.error("run %s: %s failed: %s", run, type(action).__name__, error)
+        self.tidy(self._restored_digests())
         if has_acted:
             self._context.notify()
+
+    def _restored_digests(self) -> dict[str, set[str]]:
+        """Per run the shards that some trainer here still restores from: of its offer and of the decision now."""
+        wanted: dict[str, set[str]] = {}
+        for session in self._sessions:
+            if session.phase is SessionPhase.RESTORING:
+                for origin in (session.offered, self._context.run_desired(session.run).decision):
+                    sources = origin.sources if origin is not None else ()
+                    wanted.setdefault(session.run, set()).update(source.digest for source in sources)
+        return wanted
 
     def _do(self, run: str, action: Action) -> None:
         store = self._store
@@ -269,7 +312,7 @@ class Reconciler:
                 return
         result = await self._pool.run(job)
         for corrupt in result.corrupt:
-            self._quarantine(corrupt)
+            self.quarantine(corrupt)
         if result.flipped_in_flight:
             self._context.metrics.corrupt.labels(where="in_flight").inc(result.flipped_in_flight)
         if result.error_class:
@@ -341,12 +384,15 @@ class Reconciler:
 
     def _fail_staging(self, run: str, key: str, reason: str) -> None:
         """The decision that ``key`` names cannot be staged here: the coordinator decides anew."""
-        decision_id = key.split(":")[1]
+        self.tasks.settle(key, run)
+        self.fail_decision(run, key.split(":")[1], reason)
+
+    def fail_decision(self, run: str, decision_id: str, reason: str) -> None:
+        """That decision cannot be staged here: the coordinator decides anew."""
         logger.error("run %s: decision %s cannot be staged here: %s", run, decision_id[:8], reason)
         while len(self._failed) > MAX_REMOTE_MARKS:
             del self._failed[next(iter(self._failed))]
         self._failed[decision_id] = reason
-        self.tasks.settle(key, run)
         self._context.changed()
 
     async def _prepare(self, run: str, action: planning.PrepareTarget) -> None:
@@ -383,7 +429,7 @@ class Reconciler:
         remove_staging(self._store.paths(run), rank=action.rank, world_size=action.world_size, digest=action.digest16)
         self._store.index(run).staged.pop((action.rank, action.digest16), None)
 
-    def _quarantine(self, corrupt: Corrupt) -> None:
+    def quarantine(self, corrupt: Corrupt) -> None:
         """Put a bad local source aside; name a bad remote one to the coordinator."""
         own = self._context.identity.bulk_address
         key = SnapshotKey(corrupt.attempt, corrupt.step)
@@ -443,7 +489,11 @@ class Reconciler:
             self._context.changed()
 
     def _release_world(self, decision: Decision) -> None:
-        waiting = self._sessions.waiting(decision.run, decision.world_id)
+        waiting = [
+            session
+            for session in self._sessions.waiting(decision.run, decision.world_id)
+            if self.offer_due(session) is None
+        ]
         for session in waiting:
             assert session.answer is not None
             try:
@@ -461,8 +511,9 @@ class Reconciler:
         if base is not None:
             key = SnapshotKey(base.attempt, base.step)
             sources = {source.rank: source for source in decision.sources}
+            is_whole = takes_whole(decision, rank=session.rank, layout=session.layout)
             try:
-                for rank in session.needed_ranks:
+                for rank in session.needed_ranks if is_whole else ():
                     fd, manifest = withdraw.open_for_trainer(self._store, session.run, key, rank=rank)
                     fds.append(fd)
                     source = sources[rank]
@@ -486,10 +537,10 @@ class Reconciler:
             snapshot_id=base.snapshot_id if base else "",
             message=decision.message,
             shards=tuple(shards),
-            interval_steps=self._context.run_desired(session.run).schedule.interval_steps,
             decision_id=decision.decision_id,
-            base_world_size=base.world_size if base else 0,
+            base_world_size=base_size(decision) if base else 0,
             probation_steps=self._context.run_desired(session.run).probation_steps,
+            interval_steps=self._context.run_desired(session.run).schedule.interval_steps,
         )
         return RestoreAnswer(
             message=message, fds=tuple(fds), attempt=decision.attempt, base_step=base.step if base else 0

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from backstay import local, record
@@ -24,12 +26,15 @@ from backstayd.core.records import RunDesired, SessionPhase
 from backstayd.node import trust
 from backstayd.node.connection import Connection
 from backstayd.node.context import NodeContext
+from backstayd.node.offered import CHANGED, Offered, Work
 from backstayd.node.session import Session
 from backstayd.store.index import RunIndex
 from backstayd.store.slots import Allocation, Grant, allocate
 
 if TYPE_CHECKING:
     from backstayd.node.sessions import Sessions
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_S: Final = 1.0
 MAX_WAIT_S: Final = 600.0
@@ -51,6 +56,8 @@ class Requests:
         """Answer ``message``; raises BackstayError for a refusal, ConnectionError when the trainer is gone."""
         if isinstance(message, local.Restore):
             await self._restore(session, message)
+        elif isinstance(message, local.Fetch):
+            await self._fetch(session, message)
         elif isinstance(message, local.Reserve):
             await self._reserve(session, message)
         elif isinstance(message, local.Commit):
@@ -84,8 +91,8 @@ class Requests:
             raise UsageError(
                 f"rank {session.rank} restored already; a new restore needs a new world", reason="restored_already"
             )
-        self._check_world_size(session, message)
         session.phase, session.allow_fresh = SessionPhase.RESTORING, message.allow_fresh
+        session.staged = message.staged
         answer = session.answer = asyncio.get_running_loop().create_future()
         context.changed()
         loop = asyncio.get_running_loop()
@@ -107,6 +114,11 @@ class Requests:
             if progress != told or loop.time() - told_at >= PROGRESS_S:
                 await self._send(progress)
                 told, told_at = progress, loop.time()
+            offer = await self._try_offer(session)
+            if offer is not None and not answer.done():
+                session.answer = None
+                await self._send(offer)
+                return
             await context.bell.wait(min(PROGRESS_S, deadline - loop.time()))
         session.answer = None
         if answer.cancelled():
@@ -125,16 +137,64 @@ class Requests:
         finally:
             close_fds(result.fds)
 
-    def _check_world_size(self, session: Session, message: local.Restore) -> None:
-        """Refuse at once what this node knows to be of another world size; the coordinator does so for the others."""
-        index = self._context.store.index(session.run)
-        found = {held.record.world_size for held in index.shards.values()}
-        if found and session.world_size not in found and not message.allow_fresh:
-            raise UsageError(
-                f"run {session.run} was written by {max(found)} ranks, this world has {session.world_size}: start "
-                f"{max(found)} ranks, or begin anew with another run_id or restore(allow_fresh=True)",
-                reason="wrong_world_size",
+    async def _try_offer(self, session: Session) -> local.Offer | None:
+        """The offer that a trainer of another layout must be made now; None without one, or while it cannot be made yet."""
+        context = self._context
+        decision = context.offer_due(session)
+        if decision is None:
+            return None
+        offered = context.offers.of_decision(decision)
+        making = asyncio.create_task(context.offers.offer(offered))
+        try:
+            await self._while_working(making, lambda: local.Progress(phase="staging", detail="gathering manifests"))
+            offer = making.result()
+        except UnavailableError as error:
+            logger.info("run %s: no offer for rank %d yet: %s", session.run, session.rank, error)
+            return None
+        if context.offer_due(session) is not decision:
+            return None
+        session.offered = offered
+        return offer
+
+    async def _fetch(self, session: Session, message: local.Fetch) -> None:
+        offered = session.offered
+        if session.phase is not SessionPhase.RESTORING or offered is None or offered.offer_id != message.decision_id:
+            raise UnavailableError(
+                f"rank {session.rank} was not offered decision {message.decision_id:.40}; ask with Restore",
+                reason=CHANGED,
             )
+        await self.answer_fetch(offered, message)
+
+    async def answer_fetch(self, offered: Offered, message: local.Fetch) -> None:
+        """Have the chunks here, saying how far that is, and send their descriptors."""
+        work = Work()
+        fetching = asyncio.create_task(self._context.offers.fetch(offered, message, work))
+        await self._while_working(
+            fetching,
+            lambda: local.Progress(
+                phase="staging",
+                detail=f"chunks of step {offered.base.step}",
+                done_bytes=work.done_bytes,
+                total_bytes=work.total_bytes,
+            ),
+        )
+        answer, fds = fetching.result()
+        try:
+            await self._send(answer, fds)
+        finally:
+            close_fds(fds)
+
+    async def _while_working(self, task: asyncio.Task[Any], progress: Callable[[], local.Progress]) -> None:
+        """Until ``task`` is done, tell the trainer about it now and then; ends it when the trainer has gone."""
+        try:
+            while not (await asyncio.wait({task}, timeout=PROGRESS_S))[0]:
+                if self._connection.is_lost:
+                    raise ConnectionError("the trainer left while it was waiting")
+                await self._send(progress())
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
 
     def _check_current(self, session: Session) -> None:
         current = self._context.current_world(session.run)
@@ -239,6 +299,7 @@ class Requests:
                 size_bytes=message.size_bytes,
                 holder=session.holder.record,
                 limit=limit,
+                world_size=session.world_size,
             )
 
         found = take(desired.keep + 1)

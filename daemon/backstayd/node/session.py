@@ -11,6 +11,7 @@ from typing import Any
 
 from backstayd.core.records import GateReport, SessionPhase, SessionRecord
 from backstayd.node.connection import Connection
+from backstayd.node.offered import Offered
 from backstayd.store.holder import Holder
 from backstayd.store.slots import Grant
 
@@ -35,6 +36,7 @@ class Session:
     rank: int
     world_size: int
     needs: tuple[int, ...]
+    layout: str  # which boxes of which tensors it holds; "": it takes whole shards
     collective_timeout_s: float  # of its torch.distributed, for the operator; 0: not known
     uid: int
     holder: Holder
@@ -51,6 +53,8 @@ class Session:
     gate: GateReport | None = None  # what it says it loaded
     grants: dict[str, Grant] = field(default_factory=dict)  # by slot id
     answer: asyncio.Future[RestoreAnswer] | None = None
+    offered: Offered | None = None  # the snapshot of another layout that it was offered last
+    staged: str = ""  # the decision of which it has fetched all that it needs
     lost_at_s: float = 0.0  # monotonic time at which the connection was lost; 0 while it stands
 
     @property

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WORLD_SIZE: Final = 1 << 20
 MAX_WORLD_ID: Final = 100  # characters; it travels in every report
+MAX_LAYOUT: Final = 100  # it travels in the reports of its shards
 MAX_UNATTACHED: Final = 64  # connections of nobody we know
 ATTACH_TIMEOUT_S: Final = 10.0  # such a connection says what it wants, or is closed
 
@@ -181,6 +182,7 @@ class Sessions:
             rank=message.rank,
             world_size=message.world_size,
             needs=message.needs,
+            layout=message.layout,
             collective_timeout_s=message.collective_timeout_s,
             uid=credentials.uid,
             holder=holder,
@@ -292,7 +294,7 @@ class Sessions:
             asyncio.get_running_loop().remove_reader(session.holder.pidfd)
 
     def _host(self) -> None:
-        hosted = {(session.run, session.rank) for session in self}
+        hosted = {(session.run, session.rank): session.world_size for session in self}
         self._context.store.slots.hosted = hosted
         counts: dict[str, int] = {}
         for run, _ in hosted:
@@ -311,6 +313,8 @@ def _check_attach(message: local.Attach) -> None:
     RunKey.parse(message.run)
     if not 0 < message.world_size <= MAX_WORLD_SIZE or not 0 <= message.rank < message.world_size:
         raise UsageError(f"rank {message.rank} of {message.world_size} is no rank", reason="bad_rank")
+    if len(message.layout) > MAX_LAYOUT:
+        raise UsageError(f"a layout has at most {MAX_LAYOUT} characters", reason="bad_attach")
     if not 0 < len(message.world_id) <= MAX_WORLD_ID:
         raise UsageError(f"a world id has 1 to {MAX_WORLD_ID} characters", reason="bad_attach")
     if any(not 0 <= rank < message.world_size for rank in message.needs):

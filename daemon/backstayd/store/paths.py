@@ -15,6 +15,9 @@
         staging/rank-00003-of-00008.<digest16>.part       a shard being fetched or rebuilt
         staging/rank-00003-of-00008.<digest16>.json       its manifest: puts are accepted only once it is here
         staging/rank-00003-of-00008.<digest16>.stripe-02  empty marker: that stripe's range is complete
+        staging/rank-00003-of-00008.<digest16>.sparse     chunks of a shard for ranks of another layout; others are holes
+        staging/rank-00003-of-00008.<digest16>.sparse.json   its manifest
+        staging/rank-00003-of-00008.<digest16>.sparse.marks  a byte for each chunk: 1 once it is there
         quarantine/<name>.json                            what failed verification, why, and its manifest (its bytes are freed)
 
 Temporary names end in ``.<incarnation>.tmp``; a starting daemon removes those of others. Pure path arithmetic.
@@ -32,7 +35,9 @@ _SHARD = re.compile(r"rank-(\d{5,})-of-(\d{5,})\.safetensors\Z")
 _STEP = re.compile(r"attempt-(\d{4,})/step-(\d{8,})\Z")
 _SLOT = re.compile(r"rank-(\d{5,})\.(\d+)\Z")
 _HOLDER = re.compile(r"holder-([0-9a-f]+-[0-9a-f]+)\.json\Z")
-_STAGED = re.compile(r"rank-(\d{5,})-of-(\d{5,})\.([0-9a-f]{16})\.(?:part|json|stripe-\d{2,})\Z")
+_STAGED = re.compile(
+    r"rank-(\d{5,})-of-(\d{5,})\.([0-9a-f]{16})\.(?:part|json|stripe-\d{2,}|sparse(?:\.json|\.marks)?)\Z"
+)
 _FRAGMENT = re.compile(r"plan-([0-9a-f]{32})\.stripe-(\d{2,})\.index-(\d+)\Z")
 
 
@@ -108,6 +113,15 @@ class RunPaths:
 
     def staged_stripe(self, rank: int, world_size: int, *, digest: str, stripe: int) -> Path:
         return self.staging / f"{_rank_name(rank, world_size)}.{digest[:16]}.stripe-{stripe:02d}"
+
+    def sparse(self, rank: int, world_size: int, digest: str) -> Path:
+        return self.staging / f"{_rank_name(rank, world_size)}.{digest[:16]}.sparse"
+
+    def sparse_manifest(self, rank: int, world_size: int, digest: str) -> Path:
+        return self.staging / f"{_rank_name(rank, world_size)}.{digest[:16]}.sparse.json"
+
+    def sparse_marks(self, rank: int, world_size: int, digest: str) -> Path:
+        return self.staging / f"{_rank_name(rank, world_size)}.{digest[:16]}.sparse.marks"
 
 
 def parse_snapshot(path: Path) -> SnapshotKey | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,15 @@ from backstay.errors import IntegrityError, SnapshotNotFoundError
 from backstay.ids import SnapshotKey
 from backstayd.core.records import Plan
 from backstayd.store.paths import RunPaths
-from backstayd.store.stored import ShardChunks, StoredFragment, StoredPlan, read_manifest, read_small
+from backstayd.store.stored import (
+    ShardChunks,
+    StoredFragment,
+    StoredPlan,
+    canonical_bytes,
+    parse_manifest,
+    read_manifest,
+    read_small,
+)
 
 
 @contextlib.contextmanager
@@ -51,6 +61,38 @@ def open_fragment(
         stored = record.loads(StoredFragment, read_small(record_path))
         _check_same_file(path, fd, size_bytes=stored.size_bytes)
         yield fd, stored
+
+
+def find_manifest(paths: RunPaths, key: SnapshotKey, *, rank: int, world_size: int, digest: str) -> bytes:
+    """The manifest of that digest, wherever on this node it lies: published, in staging, or in a plan of its group.
+
+    Raises:
+        SnapshotNotFoundError: it is nowhere here.
+    """
+    for path in (
+        paths.manifest(key, rank, world_size),
+        paths.sparse_manifest(rank, world_size, digest),
+        paths.staged_manifest(rank, world_size, digest),
+    ):
+        with contextlib.suppress(SnapshotNotFoundError, IntegrityError):
+            raw = read_small(path)
+            parse_manifest(raw, digest=digest)
+            return raw
+    for path in sorted(paths.parity(key).glob("plan-*.json")):
+        if "stripe" not in path.name:
+            with contextlib.suppress(OSError, SnapshotNotFoundError, IntegrityError):
+                status = path.lstat()
+                found = _manifests_of_plan(path, (status.st_ino, status.st_mtime_ns, status.st_size)).get(digest)
+                if found is not None:
+                    return found
+    raise SnapshotNotFoundError(f"the manifest of rank {rank} ({digest[:16]}) is not here", reason="gone")
+
+
+@functools.lru_cache(maxsize=8)
+def _manifests_of_plan(path: Path, _version: tuple[int, ...]) -> dict[str, bytes]:
+    stored = record.loads(StoredPlan, read_small(path))
+    raws = map(canonical_bytes, stored.manifests)
+    return {hashlib.sha256(raw).hexdigest(): raw for raw in raws}
 
 
 def read_plan(paths: RunPaths, plan: Plan) -> tuple[StoredPlan, dict[str, ShardChunks]]:

@@ -154,11 +154,13 @@ def _scan_slots(directory: Path, index: RunIndex, findings: list[Finding]) -> No
 def _scan_staging(directory: Path, index: RunIndex, findings: list[Finding]) -> None:
     parts = {}
     children = list(_children(directory))
-    manifests = {path.stem for path in children if path.suffix == ".json"}
+    manifests = {path.stem for path in children if path.suffix == ".json" and ".sparse" not in path.name}
     for path in children:
         place = names.parse_staged(path)
         if place is None or not _is_file(path):
             findings.append(_stray(path, index.run))
+        elif ".sparse" in path.name:
+            findings.append(_leftover(path, index.run, "chunks for a restore that ended with its daemon"))
         elif path.name.rpartition(".")[0] not in manifests:
             findings.append(_leftover(path, index.run, "staging without its manifest"))
         elif path.suffix == ".part":

@@ -87,7 +87,7 @@ class Slots:
         self._store = store
         self._reader_wait_s = reader_wait_s
         self.grants: dict[str, Grant] = {}  # by slot id
-        self.hosted: set[tuple[str, int]] = set()  # (run, rank) of the trainers attached here
+        self.hosted: dict[tuple[str, int], int] = {}  # (run, rank) of the trainers attached here to their world's size
         self.pending_bytes = 0  # being allocated now
         self._pending: dict[tuple[str, int, int], Allocation] = {}
         self._shelved_at: dict[str, float] = {}  # slot id -> when it became free
@@ -112,12 +112,21 @@ class Slots:
         return True
 
     def take(
-        self, index: RunIndex, *, rank: int, step: int, size_bytes: int, holder: HolderRecord, limit: int
+        self,
+        index: RunIndex,
+        *,
+        rank: int,
+        step: int,
+        size_bytes: int,
+        holder: HolderRecord,
+        limit: int,
+        world_size: int = 0,
     ) -> Grant | Allocation | None:
         """A slot of exactly ``size_bytes`` for ``holder``, or one to allocate, or None: none is free yet.
 
         Args:
             limit: Inodes this rank may have, shards and slots together.
+            world_size: Shards of a rank of that number in a world of another size are not this rank's; 0 counts all.
 
         Raises:
             CapacityError: a new slot is needed and there is no room for it and what follows from it.
@@ -125,7 +134,7 @@ class Slots:
         usable = [
             slot for slot in self._free(index) if slot.rank == rank and self._may_have(index, slot.slot_id, holder)
         ]
-        surplus = self._own_count(index, rank, holder) - limit
+        surplus = self._own_count(index, rank, holder, world_size) - limit
         for slot in usable:
             if slot.size_bytes != size_bytes or (surplus > 0 and slot is not usable[-1]):
                 surplus -= 1
@@ -135,7 +144,7 @@ class Slots:
             elif time.monotonic() - self._shelved_at.get(slot.slot_id, 0.0) > self._reader_wait_s:
                 logger.warning("run %s: a reader holds slot %s too long; rank %d gets another", index.run, slot, rank)
                 self.discard(index, slot)
-        own = self._own_count(index, rank, holder)
+        own = self._own_count(index, rank, holder, world_size)
         if own >= limit:
             return None
         for slot in list(self._free(index)):
@@ -272,8 +281,12 @@ class Slots:
         former = index.holders.get(slot_id)
         return former is None or former == holder or not self.is_alive(former)
 
-    def _own_count(self, index: RunIndex, rank: int, holder: HolderRecord) -> int:
-        inodes = [shard.slot_id for (_, owner), shard in index.shards.items() if owner == rank]
+    def _own_count(self, index: RunIndex, rank: int, holder: HolderRecord, world_size: int) -> int:
+        inodes = [
+            shard.slot_id
+            for (_, owner), shard in index.shards.items()
+            if owner == rank and world_size in (0, shard.record.world_size)
+        ]
         inodes += [slot.slot_id for slot in index.slots.values() if slot.rank == rank]
         own = [slot_id for slot_id in inodes if self._may_have(index, slot_id, holder)]
         pending = sum(1 for run, owner, _ in self._pending if (run, owner) == (index.run, rank))

@@ -72,6 +72,8 @@ class Store:
         self.corrupt_count = 0
         self.generation = Generation()
         self.parity_fraction: dict[str, float] = {}  # m / k by run, for admission
+        self.fetched_bytes = 0  # chunks in sparse staging, and
+        self.fetching_bytes = 0  # those on their way there
         self._cgroup_root = cgroup_root
         self._capacity = (0, float("-inf"))  # (bytes, when it was read)
         self._lock_fd = _lock(memory_dir, must_be_tmpfs)
@@ -160,7 +162,8 @@ class Store:
 
     @property
     def used_bytes(self) -> int:
-        return sum(index.used_bytes for index in self.runs.values()) + self.slots.pending_bytes
+        held = sum(index.used_bytes for index in self.runs.values())
+        return held + self.slots.pending_bytes + self.fetched_bytes + self.fetching_bytes
 
     @property
     def capacity_bytes(self) -> int:
@@ -178,7 +181,7 @@ class Store:
         """
         for is_last_try in (False, True):
             tightest = min(self._limits(), key=lambda limit: limit.free_bytes)
-            free = tightest.free_bytes - self.slots.pending_bytes
+            free = tightest.free_bytes - self.slots.pending_bytes - self.fetching_bytes
             if free >= wanted_bytes:
                 return
             if is_last_try or self.slots.reclaim(wanted_bytes - free) == 0:
@@ -201,7 +204,7 @@ class Store:
                 raise InvariantError(f"grant {grant} is of a slot that is not there")
 
     def _limits(self) -> tuple[room.Limit, ...]:
-        used = self.used_bytes - self.slots.pending_bytes
+        used = self.used_bytes - self.slots.pending_bytes - self.fetching_bytes
         return room.limits(
             self.memory_dir, quota_bytes=self.quota_bytes, used_bytes=used, cgroup_root=self._cgroup_root
         )

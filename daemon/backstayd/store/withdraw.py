@@ -54,7 +54,7 @@ def _withdraw_shard(store: Store, index: RunIndex, key: SnapshotKey, rank: int, 
     del index.shards[key, rank]
     faults.reach("mid_release", step=key.step, rank=rank)
     path = paths.shard(key, rank, shard.record.world_size)
-    if (index.run, rank) in store.slots.hosted and path.exists():
+    if store.slots.hosted.get((index.run, rank)) == shard.record.world_size and path.exists():
         store.slots.shelve(index, path, rank=rank)
     else:
         path.unlink(missing_ok=True)

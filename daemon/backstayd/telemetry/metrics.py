@@ -38,6 +38,15 @@ class Metrics:
         )
         self.put_bytes = Counter("backstay_put_bytes", "Bytes received from peers.", registry=registry)
         self.read_bytes = Counter("backstay_read_bytes", "Bytes served to peers.", registry=registry)
+        self.reshard_needed_bytes = Counter(
+            "backstay_reshard_needed_bytes",
+            "Bytes of chunks that trainers of another layout asked for here, each once, by where they were (local, remote).",
+            ("training_job", "place"),
+            registry=registry,
+        )
+        self.reshard_moved_bytes = Counter(
+            "backstay_reshard_moved_bytes", "Bytes of such chunks that came over the network.", _RUN, registry=registry
+        )
         self.sessions = Gauge("backstay_sessions", "Trainers attached to this node.", _RUN, registry=registry)
 
         self.shards_committed = Counter(
@@ -84,6 +93,7 @@ class Metrics:
         """Drop the series of a run that is gone, so that a daemon that lives long does not grow."""
         for metric in (
             self.sessions,
+            self.reshard_moved_bytes,
             self.shards_committed,
             self.shards_abandoned,
             self.snapshots_complete,
@@ -96,3 +106,4 @@ class Metrics:
         ):
             metric.remove_by_labels({"training_job": run})
         self.recoveries.remove_by_labels({"training_job": run})
+        self.reshard_needed_bytes.remove_by_labels({"training_job": run})

@@ -687,6 +687,32 @@ class Error(_message.Message):
 Global___Error: _TypeAlias = Error  # noqa: Y015
 
 @_typing.final
+class Open(_message.Message):
+    """Visit a snapshot of any run of the same user, without a world; needs no Attach. Answered by Offer or Error."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """"job/run_id"."""
+    step: _builtins.int
+    """0: the newest that can be read."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Open: _TypeAlias = Open  # noqa: Y015
+
+@_typing.final
 class Offer(_message.Message):
     """The decided snapshot was written in another layout: the trainer chooses chunks."""
 

@@ -1,0 +1,39 @@
+"""What a trainer of another layout was offered, and how far a Fetch of it is: values, shared by session and offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from backstay.ids import SnapshotKey
+from backstayd.core.records import Base, ShardSource
+
+CHANGED: Final = "decision_changed"  # ask again: another snapshot, or other sources, may be decided
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offered:
+    """A snapshot that trainers here read chunks of. ``addresses``: of the nodes that its sources name."""
+
+    offer_id: str
+    run: str
+    base: Base
+    sources: tuple[ShardSource, ...]
+    addresses: Mapping[str, str]
+
+    @property
+    def key(self) -> SnapshotKey:
+        return SnapshotKey(self.base.attempt, self.base.step)
+
+
+@dataclass(slots=True)
+class Work:
+    """One Fetch under way: how much it asked for and how much of that was not here."""
+
+    total_bytes: int = 0
+    missing: Callable[[], int] = lambda: 0
+
+    @property
+    def done_bytes(self) -> int:
+        return self.total_bytes - self.missing()
