@@ -14,6 +14,7 @@ from tests.kit.light_world import Ranks, light_world, wait_protected
 
 RUN = "default/resharded"
 LEASE_S = 1.0
+PROBATION_STEPS = 3  # the coordinator's default
 CHUNKS = 5  # of a light rank's shard: header, three whole ones, a short one
 
 
@@ -45,14 +46,15 @@ def check_fetched(writers: Ranks, answer: dict[str, Any], wanted: dict[str, list
 
 
 def go_on(cluster: LocalCluster, world: Ranks, *, step: int) -> None:
-    """Every rank has what it needs: all are let go on together, and the next step is protected."""
+    """Every rank has what it needs: all are let go on together, and beyond probation the old layout is given up."""
     for answer in world.ask_all("staged"):
         assert (answer.get("outcome"), answer.get("step"), answer.get("shards")) == ("EXACT", step, {}), answer
-    for later in (step + 1, step + 2):
+    last = step + PROBATION_STEPS
+    for later in range(step + 1, last + 1):
         world.publish(later)
-    wait_protected(cluster, RUN, step + 2)
+    wait_protected(cluster, RUN, last)
     cluster.wait_until(
-        lambda: [s["step"] for s in cluster.run_status(RUN)["snapshots"]] == [step + 2],
+        lambda: [s["step"] for s in cluster.run_status(RUN)["snapshots"]] == [last],
         deadline_s=30,
         why="the old layout's snapshot to be released everywhere",
     )
