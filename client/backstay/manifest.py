@@ -40,6 +40,16 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnchangedRange:
+    """The writer's word that ``chunk_count`` chunks from ``first_chunk`` on have the bytes that they had at every step it
+    committed since ``since_step``, in this attempt and world and at this size of the shard."""
+
+    first_chunk: int
+    chunk_count: int
+    since_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Commit record of one shard; immutable once published."""
 
@@ -58,6 +68,7 @@ class Manifest:
     aliases: dict[str, str] = field(default_factory=dict)  # tied weights: name -> name of the stored tensor
     model_signature: str = ""
     writer: str = ""  # "backstay 0.1.0, pid 123"
+    unchanged: tuple[UnchangedRange, ...] = ()  # ascending; what else changed is not said
     layout: str = ""  # which boxes of which model tensors the writer held (as in Attach); "" = not known
 
     @property
@@ -102,6 +113,7 @@ class Manifest:
         if not _HEXADECIMAL.fullmatch(self.chunk_crcs):
             raise IntegrityError("manifest has chunk digests that are not hexadecimal", reason="bad_manifest")
         self._check_tensors()
+        self._check_unchanged()
 
     def _check_tensors(self) -> None:
         position = self.header_bytes
@@ -113,3 +125,15 @@ class Manifest:
                     reason="bad_manifest",
                 )
             position = entry.end
+
+    def _check_unchanged(self) -> None:
+        position = 0
+        for one in self.unchanged:
+            end = one.first_chunk + one.chunk_count
+            if not position <= one.first_chunk < end <= self.chunk_count or not 0 <= one.since_step < self.step:
+                raise IntegrityError(
+                    f"manifest of step {self.step} with {self.chunk_count} chunks says that chunks {one.first_chunk} to {end} "
+                    f"are unchanged since step {one.since_step}",
+                    reason="bad_manifest",
+                )
+            position = end

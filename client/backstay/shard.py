@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from backstay.errors import IntegrityError, UsageError
-from backstay.manifest import Manifest, TensorEntry
+from backstay.manifest import Manifest, TensorEntry, UnchangedRange
 
 PAGE_BYTES: Final = 4096  # header_bytes is a multiple: tensor data starts on a page
 ALIGNMENT_BYTES: Final = 64
@@ -82,7 +82,8 @@ _TORCH_DTYPES: Final = {dtype: f"torch.{name}" for name, dtype in _NATIVE.items(
 class TensorSpec:
     """One local chunk to store: ``shape`` elements at ``offsets`` of a tensor of ``global_shape``.
 
-    ``torch_dtype`` is ``str(tensor.dtype)``, such as ``"torch.bfloat16"``.
+    ``torch_dtype`` is ``str(tensor.dtype)``, such as ``"torch.bfloat16"``. ``is_frozen``: laid beside others that do not
+    change, so that few chunks hold both.
     """
 
     name: str
@@ -90,6 +91,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     global_shape: tuple[int, ...]
+    is_frozen: bool = False
 
     @classmethod
     def whole(cls, name: str, torch_dtype: str, shape: Iterable[int]) -> TensorSpec:
@@ -137,7 +139,8 @@ def plan_layout(
 ) -> Layout:
     """Lay out one rank's tensors; a function of the set of specs, not of their order.
 
-    Safetensors forbids holes, so tensors whose size is a multiple of 64 come first, then the others by descending item size.
+    Safetensors forbids holes, so tensors whose size is a multiple of 64 come first (of these the frozen
+    ones), then the others by descending item size.
     Chunks that are empty while their tensor is not are left out (and aliases to them); zero-size tensors are stored.
 
     Raises:
@@ -179,6 +182,7 @@ def build_manifest(
     world_id: str,
     chunk_crcs: str,
     tensor_crcs: Mapping[str, int],
+    unchanged: tuple[UnchangedRange, ...] = (),
     model_signature: str = "",
     writer: str = "",
 ) -> Manifest:
@@ -202,6 +206,7 @@ def build_manifest(
         chunk_crcs=chunk_crcs,
         tensors=tensors,
         aliases=dict(layout.aliases),
+        unchanged=unchanged,
         model_signature=model_signature,
         writer=writer,
     )
@@ -316,9 +321,10 @@ def _spec_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * STORAGE_RULES[spec.torch_dtype].item_bytes
 
 
-def _placement(spec: TensorSpec) -> tuple[int, int, str]:
+def _placement(spec: TensorSpec) -> tuple[int, int, bool, str]:
     is_odd = _spec_bytes(spec) % ALIGNMENT_BYTES != 0
-    return (1, -STORAGE_RULES[spec.torch_dtype].item_bytes, spec.name) if is_odd else (0, 0, spec.name)
+    item_bytes = STORAGE_RULES[spec.torch_dtype].item_bytes
+    return (1, -item_bytes, spec.is_frozen, spec.name) if is_odd else (0, 0, not spec.is_frozen, spec.name)
 
 
 def _place(specs: Iterable[TensorSpec], begin: int) -> tuple[tuple[TensorEntry, ...], int]:

@@ -61,7 +61,8 @@ class SnapshotStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Sums since restore(). ``blocked_s`` is the time in snapshot(), ``fence_s`` that in the fence: what the trainer paid."""
+    """Sums since restore(). ``blocked_s`` is the time in snapshot(), ``fence_s`` that in the fence: what the trainer paid.
+    ``copied_bytes`` went into slots, ``hashed_bytes`` were digested, ``kept_bytes`` were neither: their slot held them."""
 
     blocked_s: float
     fence_s: float
@@ -71,6 +72,9 @@ class Stats:
     abandoned: int
     refused: int
     last_committed_step: int
+    copied_bytes: int
+    hashed_bytes: int
+    kept_bytes: int
     protected_step: int
     redundancy: str
     last_problem: str
@@ -310,6 +314,9 @@ class Snapshotter:
             abandoned=tally.abandoned if tally else 0,
             refused=self._counts["refused"],
             last_committed_step=tally.last_committed_step if tally else -1,
+            copied_bytes=tally.copied_bytes if tally else 0,
+            hashed_bytes=tally.hashed_bytes if tally else 0,
+            kept_bytes=tally.kept_bytes if tally else 0,
             protected_step=tally.protected_step if tally else 0,
             redundancy=tally.redundancy if tally else "",
             last_problem=tally.last_problem if tally else "",
@@ -433,7 +440,18 @@ class Snapshotter:
 
     def _check_bytes(self, capture: Capture) -> None:
         changed = capturing.changed_tensors(capture)
-        if changed:
+        if stale := capture.kept_names(changed):
+            assert self._filler is not None
+            self._filler.fill_whole()
+            _log.error(
+                "backstay: %s was to be unchanged since an earlier snapshot and is not (%d tensors in all); this snapshot is "
+                "discarded, and from now on every snapshot copies everything. Earlier ones may hold these tensors as they were "
+                "before; please report this",
+                stale[0],
+                len(stale),
+            )
+            capture.spoil(f"not copied although changed: {', '.join(stale[:5])}")
+        elif changed:
             self._is_synchronous = True
             capture.spoil(f"changed before the fence: {', '.join(changed[:5])}")
             _log.warning(

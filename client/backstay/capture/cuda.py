@@ -6,6 +6,7 @@ Inert where there is no GPU: nothing here touches CUDA before a tensor on a GPU 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from backstay.trainer import memory
 
 _log = logging.getLogger(__name__)
 _BOUNCE_BYTES = 16 * 1024 * 1024
+_SUM_WORDS = 4 * 1024 * 1024  # one launch of the checksum; its scratch takes three times as many bytes as the words
 
 
 class DeviceCopier:
@@ -28,6 +30,7 @@ class DeviceCopier:
         self._stream = torch.cuda.Stream(device)
         self._registered: dict[int, bool] = {}  # address -> whether registration worked
         self._bounce: torch.Tensor | None = None
+        self._weights: torch.Tensor | None = None
 
     def mark_ready(self) -> torch.cuda.Event:
         """An event behind everything the training stream was given so far."""
@@ -49,6 +52,15 @@ class DeviceCopier:
             done = torch.cuda.Event()
             done.record(self._stream)
         return done
+
+    def checksums(self, pieces: Sequence[Piece], ready: torch.cuda.Event) -> list[int]:
+        """A checksum of each (contiguous) piece as it is behind ``ready``, computed where it lies; blocking."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.no_grad():
+            self._stream.wait_event(ready)
+            if self._weights is None:
+                self._weights = make_weights(self.device)
+            sums = torch.stack([checksum(piece.source, self._weights) for piece in pieces]).cpu()
+        return [int(one) for one in sums.tolist()]
 
     def hold_stream(self, done: torch.cuda.Event) -> None:
         """Make the training stream wait for ``done``; the host goes on."""
@@ -89,3 +101,37 @@ def is_same_on_device(piece: Piece, slot: memory.Mapping) -> bool:
     stored = slot.tensor(piece.begin, piece.end, piece.source.dtype, tuple(piece.source.shape)).to(piece.source.device)
     left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (stored, piece.source))
     return torch.equal(left, right)
+
+
+def make_weights(device: torch.device, words: int = _SUM_WORDS) -> torch.Tensor:
+    """Random 64-bit weights for :func:`checksum`, drawn from a generator of its own."""
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(os.urandom(7)))
+    return torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, generator=generator).to(device)
+
+
+def checksum(tensor: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """A 0-dim int64 sum over 32-bit words, each times a random 64-bit weight, modulo 2**64.
+
+    Words differ by less than 2**32, so whatever changed, few in 2**32 draws of the weights give the same sum (multilinear
+    hashing: Lemire and Kaser, "Strongly universal string hashing is fast", 2014). Blocks have a random factor each.
+    """
+    raw = tensor.reshape(-1).view(torch.uint8)
+    block_bytes = 4 * weights.numel()
+    scratch = torch.empty(min(weights.numel(), -(-raw.numel() // 4)), dtype=torch.int64, device=raw.device)
+    sums = []
+    for begin in range(0, raw.numel(), block_bytes):
+        words = _words(raw[begin : begin + block_bytes])
+        products = torch.mul(words, weights[: words.numel()], out=scratch[: words.numel()])
+        sums.append(products.sum())
+    factors = weights[torch.arange(len(sums), device=raw.device) % weights.numel()] | 1
+    return (torch.stack(sums) * factors).sum()
+
+
+def _words(raw: torch.Tensor) -> torch.Tensor:
+    """Bytes as 32-bit words; copied if they do not begin or end with one."""
+    if raw.numel() % 4 == 0 and raw.storage_offset() % 4 == 0:
+        return raw.view(torch.int32)
+    padded = torch.zeros(-(-raw.numel() // 4) * 4, dtype=torch.uint8, device=raw.device)
+    padded[: raw.numel()] = raw
+    return padded.view(torch.int32)

@@ -1,4 +1,5 @@
-"""Filling a slot: each byte is copied once and hashed right behind the copy, while it is still in the cache.
+"""Filling a slot: each byte is copied once and hashed right behind the copy, while it is still in the cache. What did not
+change since this slot was filled last is left as it is.
 
 Bound: one thread that copies and hashes reaches 0.61-0.67 of one-thread memcpy; two threads share the windows, so
 that with a core to spare a commit runs at memcpy speed or above. Must not talk to the daemon.
@@ -15,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import torch
 
 from backstay import faults
-from backstay.capture import cuda
+from backstay.capture import cuda, frozen
 from backstay.capture.plan import Piece, Plan
 from backstay.digest import Digester
 from backstay.manifest import CHUNK_BYTES
@@ -51,6 +53,9 @@ class Capture:
         self.ready = ready
         self.slot: memory.Mapping | None = None
         self.device_done: torch.cuda.Event | None = None
+        self.stamps: Sequence[int] = ()  # by piece: the step since which it is unchanged
+        self.kept = frozen.Kept()  # what of it the slot held already
+        self.copied_bytes = self.hashed_bytes = 0
         self.drop_reason = ""
         self.is_late = False  # dropped because its slot did not come in time
         self.settled = threading.Event()  # copied or dropped: neither living tensors nor staging are read any more
@@ -85,6 +90,11 @@ class Capture:
             event.set()
         return True
 
+    def kept_names(self, names: Sequence[str]) -> list[str]:
+        """Those of ``names`` that were not copied because the slot held them already."""
+        held = {self.plan.pieces[index].name for index in self.kept.pieces}
+        return [name for name in names if name in held]
+
     def spoil(self, reason: str) -> None:
         """Whatever was copied must not be committed."""
         self.drop_reason = self.drop_reason or reason
@@ -107,6 +117,8 @@ class Filler:
         self._thread_count = min(2, cores) if thread_count is None else thread_count
         self._pool: ThreadPoolExecutor | None = None
         self.copiers: dict[torch.device, cuda.DeviceCopier] = {}
+        self._tracker = frozen.Tracker()
+        self._contents: WeakKeyDictionary[memory.Mapping, frozen.SlotContent] = WeakKeyDictionary()
 
     def copier(self, device: torch.device) -> cuda.DeviceCopier:
         if device not in self.copiers:
@@ -114,15 +126,17 @@ class Filler:
         return self.copiers[device]
 
     def fill(self, capture: Capture, slot: memory.Mapping) -> Digests:
-        """Copy the whole shard into ``slot`` and hash it; marks the capture copied as soon as no source is read any more."""
+        """Copy into ``slot`` what it does not hold already, and hash that; marks the capture copied as soon as no source is
+        read any more."""
         plan = capture.plan
         layout = plan.layout
-        device_pieces = [p for p in plan.pieces if p.source.device.type == "cuda" and p.end > p.begin]
+        pieces = self._changed_pieces(capture, slot)
+        device_pieces = [p for p in pieces if p.source.device.type == "cuda" and p.end > p.begin]
         if device_pieces:
             assert capture.ready is not None
             capture.device_done = self.copier(device_pieces[0].source.device).copy(device_pieces, slot, capture.ready)
         with torch.no_grad():
-            for piece in plan.pieces:
+            for piece in pieces:
                 if (
                     piece.source.device.type == "cpu"
                     and not memory.is_plain_memory(piece.source)
@@ -130,26 +144,60 @@ class Filler:
                 ):
                     target = slot.tensor(piece.begin, piece.end, piece.source.dtype, tuple(piece.source.shape))
                     target.copy_(piece.source)
-        plain = [p for p in plan.pieces if p.end > p.begin and memory.is_plain_memory(p.source)]
+        plain = [p for p in pieces if p.end > p.begin and memory.is_plain_memory(p.source)]
         if capture.device_done is not None and all(p.is_eager for p in plain):
             for piece in plain:  # small, and at once: the next snapshot may stage over them after the fence
                 memory.copy_bytes(slot.address + piece.begin, piece.source.data_ptr(), piece.end - piece.begin)
             plain = []
             capture.launched.set()  # the fence makes the training stream wait for device_done
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        digester = Digester(layout)
-        windows = _Windows(plain, slot, header, digester, capture, self._rank)
+        windows = _Windows(plain, slot, header, capture.kept.digester(layout), capture, self._rank)
         if capture.device_done is not None:
             capture.device_done.synchronize()
         self._run(windows.work)
         capture.mark_copied()
-        chunk_crcs, tensor_crcs = digester.finish()
+        chunk_crcs, tensor_crcs = windows.digester.finish()
+        capture.copied_bytes = sum(p.end - p.begin for p in pieces)
+        capture.hashed_bytes = windows.hashed_bytes
         return Digests(chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
 
+    def vouch(self, capture: Capture, digests: Digests) -> None:
+        """The capture was committed: its slot holds it until it is filled again."""
+        assert capture.slot is not None
+        self._contents[capture.slot] = frozen.SlotContent(
+            layout=capture.plan.layout,
+            stamps=tuple(capture.stamps),
+            chunk_crcs=digests.chunk_crcs,
+            tensor_crcs=digests.tensor_crcs,
+        )
+
+    def forget_slots(self) -> None:
+        """Nothing is known of what the slots hold."""
+        self._contents.clear()
+
+    def fill_whole(self) -> None:
+        """For good: a tensor that was to be unchanged was not."""
+        self._tracker.is_enabled = False  # by another thread than the one that uses it: that one closes it
+
     def close(self) -> None:
+        self._tracker.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
             self._pool = None
+
+    def _changed_pieces(self, capture: Capture, slot: memory.Mapping) -> list[Piece]:
+        """Decide what is copied; from here on the slot holds nothing that is known."""
+        plan = capture.plan
+        content = self._contents.pop(slot, None)
+        capture.stamps = self._tracker.look(plan, capture.step, lambda pieces: self._device_sums(pieces, capture))
+        capture.kept = frozen.kept(plan, capture.stamps, content)
+        return [piece for index, piece in enumerate(plan.pieces) if index not in capture.kept.pieces]
+
+    def _device_sums(self, pieces: Sequence[Piece], capture: Capture) -> list[int]:
+        if not pieces:
+            return []
+        assert capture.ready is not None
+        return self.copier(pieces[0].source.device).checksums(pieces, capture.ready)
 
     def _run(self, work: Callable[[], None]) -> None:
         if self._thread_count == 1:
@@ -179,26 +227,30 @@ class _Windows:
         capture: Capture,
         rank: int,
     ) -> None:
-        self._slot, self._digester, self._capture, self._rank = slot, digester, capture, rank
+        self._slot, self._capture, self._rank = slot, capture, rank
+        self.digester = digester
         self._header = header  # keeps the memory that the first run points to
-        self._size = capture.plan.layout.size_bytes
-        self._count = -(-self._size // WINDOW_BYTES)
+        self._spans = _windows(capture.kept.chunks, capture.plan.layout.size_bytes)
+        self._count = len(self._spans)
         self._next: Iterator[int] = itertools.count()
         self._copied: Iterator[int] = itertools.count(1)
         self._runs = [(0, header.numel(), header.data_ptr())]
         self._runs += [(p.begin, p.end, p.source.data_ptr()) for p in pieces]
         self._begins = [begin for begin, _, _ in self._runs]
 
+    @property
+    def hashed_bytes(self) -> int:
+        return sum(end - begin for begin, end in self._spans)
+
     def work(self) -> None:
         while (index := next(self._next)) < self._count:
             if index == self._count // 2:
                 faults.reach("mid_copy", rank=self._rank, step=self._capture.step)
-            begin = index * WINDOW_BYTES
-            end = min(begin + WINDOW_BYTES, self._size)
+            begin, end = self._spans[index]
             self._copy(begin, end)
             if next(self._copied) == self._count:
                 self._capture.mark_copied()  # the last digest need not hold up the fence
-            self._digester.update_span(self._slot.view(begin, end), begin // CHUNK_BYTES)
+            self.digester.update_span(self._slot.view(begin, end), begin // CHUNK_BYTES)
 
     def _copy(self, begin: int, end: int) -> None:
         position = bisect_right(self._begins, begin) - 1
@@ -208,6 +260,20 @@ class _Windows:
             if low < high:
                 memory.copy_bytes(self._slot.address + low, address + low - first, high - low)
             position += 1
+
+
+def _windows(kept: Sequence[range], size_bytes: int) -> list[tuple[int, int]]:
+    """Bytes of the windows to copy and hash: all chunks but those that the slot keeps."""
+    chunk_count = -(-size_bytes // CHUNK_BYTES)
+    gaps, begin = [], 0
+    for chunks in (*kept, range(chunk_count, chunk_count)):
+        gaps.append(range(begin, chunks.start))
+        begin = chunks.stop
+    return [
+        (first * CHUNK_BYTES, min(first * CHUNK_BYTES + WINDOW_BYTES, gap.stop * CHUNK_BYTES, size_bytes))
+        for gap in gaps
+        for first in range(gap.start, gap.stop, WINDOW_BYTES // CHUNK_BYTES)
+    ]
 
 
 def changed_tensors(capture: Capture) -> list[str]:

@@ -28,6 +28,7 @@ class Piece:
     end: int
     source: torch.Tensor
     is_eager: bool
+    is_frozen: bool = False  # nothing is meant to change it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,7 @@ def build(
     )
     staging: dict[str, torch.Tensor] = {state_name: torch.empty(capacity, dtype=torch.uint8)}
     specs, sources, eager = [], {}, []
+    frozen = {tensor.name for tensor, _, _ in boxes if tensor.is_frozen}
     for tensor, box, offsets in boxes:
         specs.append(_spec(tensor, box, offsets))
         sources[tensor.name] = box
@@ -111,7 +113,14 @@ def build(
     else:
         layout = shard.plan_layout(specs, metadata=metadata, aliases=aliases)
     pieces = tuple(
-        Piece(name=e.name, begin=e.begin, end=e.end, source=sources[e.name], is_eager=e.name in staging)
+        Piece(
+            name=e.name,
+            begin=e.begin,
+            end=e.end,
+            source=sources[e.name],
+            is_eager=e.name in staging,
+            is_frozen=e.name in frozen,
+        )
         for e in layout.entries
     )
     return Plan(
@@ -173,7 +182,9 @@ def _divide(local: torch.Tensor, load: list[int]) -> list[tuple[int, int]]:
 
 
 def _spec(tensor: LocalTensor, box: torch.Tensor, offsets: tuple[int, ...]) -> shard.TensorSpec:
-    return shard.TensorSpec(tensor.name, str(box.dtype), tuple(box.shape), offsets, tensor.global_shape)
+    return shard.TensorSpec(
+        tensor.name, str(box.dtype), tuple(box.shape), offsets, tensor.global_shape, tensor.is_frozen
+    )
 
 
 def _capacity(size: int) -> int:

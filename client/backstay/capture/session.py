@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from backstay import faults, local, record, shard
+from backstay.capture import frozen
 from backstay.capture.filling import Capture, Digests, Filler
 from backstay.control import DaemonConnection
 from backstay.errors import BackstayError, InvariantError, StaleGenerationError, UnavailableError
@@ -42,6 +43,9 @@ class Tally:
     skipped: int = 0
     abandoned: int = 0
     last_committed_step: int = -1
+    copied_bytes: int = 0
+    hashed_bytes: int = 0
+    kept_bytes: int = 0
     redundancy: str = ""
     protected_step: int = 0
     last_problem: str = ""
@@ -277,6 +281,9 @@ class Session:
         slot_id = self._held[1]
         faults.reach("after_slot", rank=self.identity.attach.rank, step=capture.step)
         digests = self._filler.fill(capture, slot)
+        self.tally.copied_bytes += capture.copied_bytes
+        self.tally.hashed_bytes += capture.hashed_bytes
+        self.tally.kept_bytes += capture.plan.layout.size_bytes - capture.hashed_bytes
         capture.verdict.wait()  # ends with the next fence, finish() or close()
         if capture.drop_reason:
             self.tally.abandoned += 1
@@ -360,6 +367,8 @@ class Session:
             world_id=attach.world_id,
             chunk_crcs=digests.chunk_crcs,
             tensor_crcs=digests.tensor_crcs,
+            # Nothing is said of a checked capture: its parity is made anew from bytes that are read and verified again.
+            unchanged=() if capture.is_checked else frozen.unchanged(capture.plan, capture.stamps, capture.step),
             model_signature=capture.plan.signature,
             writer=self.identity.writer,
         )
@@ -368,6 +377,7 @@ class Session:
         reply, _ = self._call(request, self.identity.lease_s + 10.0)
         if isinstance(reply, local.Committed):
             self._said = ""
+            self._filler.vouch(capture, digests)
             self.tally.committed += 1
             self.tally.last_committed_step = capture.step
             self._note(reply.schedule, reply.redundancy, reply.protected_step)
@@ -419,6 +429,7 @@ class Session:
         if self._connection is not None:
             self._connection.close()
         self._connection, self._held = None, None
+        self._filler.forget_slots()
         self._fail(error)
         self.is_responsive = False
         self._next_attach_s = time.monotonic() + self._backoff_s

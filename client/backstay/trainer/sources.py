@@ -6,6 +6,7 @@ reshard) nor an optimizer's (DCP's getter would step it).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ class LocalTensor:
 
     ``local`` is the detached local part, a box of shape ``local.shape`` at ``offsets`` of the whole tensor of ``global_shape``.
     ``replicas`` are the ranks that declare to hold the same bytes, in order, this rank among them. ``is_eager``: may change
-    before the next fence. ``owner[key]`` is where the living object (``living``) was found.
+    before the next fence; ``is_frozen``: nothing trains it (no gradient, in no group of an optimizer). ``owner[key]`` is where
+    the living object (``living``) was found.
     """
 
     name: str
@@ -38,11 +40,12 @@ class LocalTensor:
     is_eager: bool
     owner: dict[Any, Any]
     key: Any
+    is_frozen: bool = False
 
     def is_current(self) -> bool:
-        """Whether the object in its place still is this memory."""
+        """Whether the object in its place still is this memory, and frozen if it was."""
         found = self.owner.get(self.key)
-        if found is not self.living:
+        if found is not self.living or (self.is_frozen and (found.requires_grad or found.grad is not None)):
             return False
         local = found._local_tensor if isinstance(found, DTensor) else found
         return (
@@ -87,6 +90,7 @@ class Holdings:
 @dataclass(slots=True)
 class _Collector:
     rank: int
+    trained: frozenset[int] = frozenset()  # ids of the parameters that optimizers have
     tensors: list[LocalTensor] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
@@ -112,6 +116,8 @@ class _Collector:
             self.aliases[target.removesuffix(bare_name(target)) + name] = target
             return None
         tensor = _place(name, living, owner, key, replicas=replicas, is_eager=is_eager)
+        if isinstance(living, torch.nn.Parameter) and not living.requires_grad and living.grad is None:
+            tensor = dataclasses.replace(tensor, is_frozen=id(living) not in self.trained)
         self.stored[id(living)] = tensor.name
         self.tensors.append(tensor)
         return tensor
@@ -132,7 +138,8 @@ def collect(
     Raises:
         UsageError: for FSDP1, lazy or sparse tensors, partial DTensors, unsharded FSDP2 parameters, naming the tensor.
     """
-    collector = _Collector(rank)
+    trained = frozenset(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    collector = _Collector(rank, trained)
     with torch.no_grad():
         for clean, module, replicas, ignored in _walk(model, "", (rank,), frozenset()):
             _add_module(collector, clean, module, replicas=replicas, ignored=ignored)

@@ -12,7 +12,7 @@ from backstay.errors import UsageError
 
 _UNITS = {"": 1, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
 _QUICK_BYTES = 8 * 1024**2
-PARTS = ("solo", "pair", "protect")
+PARTS = ("solo", "frozen", "pair", "protect")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> Settings:
     parser.add_argument("--protect-nodes", type=int, default=6, help="n of the protected group (default 6)")
     parser.add_argument("--parity", type=int, default=2, help="m of the protected group (default 2)")
     parser.add_argument("--no-peers", action="store_true", help="leave out torch.distributed.checkpoint")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which of solo,pair,protect to run")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(PARTS)} to run")
     parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="keep the daemons' and trainers' logs here")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: does it run at all")
     given = parser.parse_args(list(argv))

@@ -17,6 +17,7 @@ class TrainerSettings:
     size_bytes: int
     scratch: str  # a directory on tmpfs, for baselines and peers
     max_wait_s: float = 60.0
+    frozen: float = 0.0  # part of the parameters that is not trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,8 +130,8 @@ class World:
         self.close()
 
 
-def start_trainers(cluster: LocalCluster, *, run_id: str, size_bytes: int, scratch: Path) -> World:
-    """A gloo world with one trainer on each node."""
+def start_trainers(cluster: LocalCluster, *, run_id: str, size_bytes: int, scratch: Path, frozen: float = 0.0) -> World:
+    """A gloo world with one trainer on each node; ``frozen`` is the part of the parameters that is not trained."""
     port = free_port()
     module = "backstay.testing.bench.trainer"
     processes = []
@@ -144,6 +144,7 @@ def start_trainers(cluster: LocalCluster, *, run_id: str, size_bytes: int, scrat
             run_id=run_id,
             size_bytes=size_bytes,
             scratch=str(scratch),
+            frozen=frozen,
         )
         processes.append(
             CommandProcess(module, settings, _environment(cluster, node.name), _log(cluster, f"{run_id}-{rank}"))

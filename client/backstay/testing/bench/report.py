@@ -16,6 +16,7 @@ from backstay.testing.bench.measure import Collection, MeasurementError
 
 OWN_KEYS: Final[dict[str, tuple[str, ...]]] = {
     "solo": ("commit_vs_memcpy", "commit_vs_memcpy_busy", "restore_vs_memcpy"),
+    "frozen": ("frozen_cost", "frozen_bytes"),
     "pair": ("block_ms", "step_overhead_waiting", "step_overhead_cpu"),
     "protect": ("protect_vs_tcp", "rebuild_vs_tcp", "memory_vs_state"),
 }
@@ -37,6 +38,8 @@ _MEANING: Final = {
     "commit_vs_memcpy": "capture + digest + commit / one-thread memcpy, a core to spare",
     "commit_vs_memcpy_busy": "the same, the other core busy",
     "restore_vs_memcpy": "load from local memory / one-thread memcpy",
+    "frozen_cost": "commit with 99 % of parameters frozen / without, same size",
+    "frozen_bytes": "bytes copied and digested for it, the same",
     "protect_vs_tcp": "state protected per second, all nodes / raw TCP",
     "rebuild_vs_tcp": "lost shards rebuilt per second / raw TCP",
     "memory_vs_state": "tmpfs held / state",
@@ -52,6 +55,7 @@ def bars(settings: Settings) -> dict[str, dict[str, Any]]:
         "commit_vs_memcpy": {"at_least": 0.7},
         "commit_vs_memcpy_busy": {"at_least": 0.55},
         "restore_vs_memcpy": {"at_least": 0.7},
+        "frozen_cost": {"at_most": 0.05},
         "protect_vs_tcp": {"at_least": 0.12},
         "rebuild_vs_tcp": {"at_least": 0.12},
         "memory_vs_state": {"at_most": round(1.05 * 2 * (1 + settings.parity / data), 4)},

@@ -16,6 +16,7 @@ from typing import Final
 from backstay.errors import BackstayError
 from backstay.testing.bench import arguments, report
 from backstay.testing.bench.arguments import Settings
+from backstay.testing.bench.frozen import measure_frozen
 from backstay.testing.bench.measure import Collection
 from backstay.testing.bench.protection import measure_protection
 from backstay.testing.bench.training import measure_solo, measure_steps
@@ -23,6 +24,7 @@ from backstay.testing.wait import DeadlineError
 
 _PARTS: Final[dict[str, tuple[str, Callable[[Settings, Path, Collection], None]]]] = {
     "solo": ("commit and restore, one rank", measure_solo),
+    "frozen": ("a frozen backbone", measure_frozen),
     "pair": ("step time", measure_steps),
     "protect": ("protect and rebuild", measure_protection),
 }

@@ -40,7 +40,7 @@ class TrainingState:
         time.sleep(seconds)
         for parameter in self.model.parameters():
             parameter.grad = None
-        bias = next(p for name, p in self.model.named_parameters() if name.endswith("bias"))
+        bias = next(p for name, p in self.model.named_parameters() if name.endswith("bias") and p.requires_grad)
         bias.grad = torch.ones_like(bias)
         self.optimizer.step()
         bias.grad = None
@@ -53,6 +53,24 @@ def build(size_bytes: int, *, seed: int) -> TrainingState:
     width = max(16, 16 * round(math.sqrt(per_layer) / 16))
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(LAYER_COUNT)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    state = TrainingState(model, optimizer, torch.randn(8, width))
+    state.cpu_step()
+    return state
+
+
+def build_frozen(size_bytes: int, *, frozen: float, seed: int) -> TrainingState:
+    """As :func:`build`, but only ``1 - frozen`` of the parameters are trained, as with LoRA: the rest is a frozen backbone."""
+    torch.manual_seed(seed)
+    count = size_bytes / (4 * frozen + _BYTES_PER_PARAMETER * (1 - frozen))
+    width = max(64, 16 * round(math.sqrt(count * frozen / LAYER_COUNT) / 16))
+    backbone = [torch.nn.Linear(width, width) for _ in range(LAYER_COUNT)]
+    for parameter in torch.nn.ModuleList(backbone).parameters():
+        parameter.requires_grad_(False)
+    rows = max(
+        1, round(sum(p.numel() for layer in backbone for p in layer.parameters()) * (1 - frozen) / frozen / (width + 1))
+    )
+    model = torch.nn.Sequential(*backbone, torch.nn.Linear(width, rows))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     state = TrainingState(model, optimizer, torch.randn(8, width))
     state.cpu_step()
     return state
@@ -83,6 +101,6 @@ def tensors(state: TrainingState, *, prefix: str) -> dict[str, torch.Tensor]:
     named = dict(state.model.named_parameters())
     flat: dict[str, torch.Tensor] = {f"{prefix}model.{name}": parameter.detach() for name, parameter in named.items()}
     for name, parameter in named.items():
-        for key, value in state.optimizer.state[parameter].items():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
             flat[f"{prefix}optimizer.{name}.{key}"] = value
     return flat

@@ -91,7 +91,11 @@ class Trainer:
     def __init__(self, settings: TrainerSettings) -> None:
         self.settings = settings
         self.step = 0
-        self.training = state.build(settings.size_bytes, seed=settings.rank)
+        self.training = (
+            state.build_frozen(settings.size_bytes, frozen=settings.frozen, seed=settings.rank)
+            if settings.frozen
+            else state.build(settings.size_bytes, seed=settings.rank)
+        )
         self.scratch = Path(settings.scratch)
         self.backstay: BackstaySaver | None = None
         self.load_clock = LoadClock()
@@ -172,6 +176,7 @@ class Trainer:
         if saver is None:
             raise MeasurementError("nothing to save with", reason="bad_method")
         self.training.waiting_step(0.0)
+        hashed_before = saver.keeper.stats().hashed_bytes if isinstance(saver, BackstaySaver) else 0
         self.step += 1
         with stopwatch() as watch:
             saver.save(self.step)
@@ -184,6 +189,7 @@ class Trainer:
         answer: dict[str, Any] = {"seconds": watch.seconds, "stolen_s": watch.stolen_s, "is_taken": True}
         if isinstance(saver, BackstaySaver):
             stats = saver.keeper.stats()
+            answer["hashed_bytes"] = stats.hashed_bytes - hashed_before
             answer |= {"is_taken": stats.last_committed_step == self.step, "why_not": str(stats)}
         return answer
 
