@@ -173,7 +173,7 @@ def _sentence(conflict: Conflict, reports: Mapping[int, GateReport]) -> str:
     }
     differing = _differing(details)
     if conflict.absent:
-        return f"{what}: {_ranks(conflict.ranks)} hold it together with {_ranks(conflict.absent)}, which do not say so"
+        return f"{what}: stated by {_ranks(conflict.ranks)} only, expected of {_ranks(conflict.absent)} too"
     if not differing:
         return f"{what}: {_ranks(conflict.ranks)} differ"
     shown = "; ".join(_difference(name, details) for name in differing[:MAX_NAMED])
