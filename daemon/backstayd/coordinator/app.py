@@ -18,6 +18,7 @@ from backstayd.clock import Clock
 from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.gauges import Gauges
 from backstayd.core.coordinator import Coordinator
+from backstayd.core.locating import Located
 from backstayd.core.policy import CorePolicy
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.core.timeline import Event
@@ -141,6 +142,9 @@ class CoordinatorProcess:
         message = self.core.distrust(run, step, reason)
         self._spread()
         return message
+
+    def locate(self, run: str, step: int) -> Located:
+        return self.core.locate(run, step)
 
     def trust(self, run: str) -> int:
         count = self.core.trust(run)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backstay.errors import SnapshotNotFoundError, UsageError
+from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import Generation
 from backstayd.core.catalog import ShapeCache
+from backstayd.core.locating import Located, locate
 from backstayd.core.nodes import NodeState, NodeTable
 from backstayd.core.policy import CorePolicy
 from backstayd.core.records import Base, NodeDesired, NodeReport, Peer, RunDesired, SessionPhase
@@ -160,6 +161,19 @@ class Coordinator:
         self._is_dirty = True
         self.evaluate()
         return state.outlook()
+
+    def locate(self, run: str, step: int) -> Located:
+        """Where the shards of a complete snapshot are; ``step`` 0 is the newest.
+
+        Raises:
+            SnapshotNotFoundError: there is none. UnavailableError: not now.
+        """
+        if not self.is_settled:
+            raise UnavailableError("the coordinator has just started and gathers reports; try again", reason="settling")
+        state = self.runs.get(run)
+        if state is None or state.context is None or state.is_forgetting:
+            raise SnapshotNotFoundError(f"no node knows run {run}", reason="unknown_run")
+        return locate(state.context, step)
 
     def trust(self, run: str) -> int:
         """Take back every distrust of ``run`` and count its restores anew; returns how many there were.

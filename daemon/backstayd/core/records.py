@@ -461,6 +461,7 @@ class RunReport:
     uploads: tuple[Upload, ...] = ()
     pruned: tuple[SnapshotKey, ...] = ()  # of those to be pruned: gone now
     distrusted: tuple[Distrusted, ...] = ()
+    owner: str = ""  # the user whose run it is, a number; "" = not known here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

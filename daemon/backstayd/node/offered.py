@@ -28,6 +28,15 @@ class Offered:
 
 
 @dataclass(slots=True)
+class Totals:
+    """Bytes of chunks that trainers of another layout needed on this node, each once, and those that came to it for them."""
+
+    needed_local_bytes: int = 0
+    needed_remote_bytes: int = 0
+    moved_bytes: int = 0
+
+
+@dataclass(slots=True)
 class Work:
     """One Fetch under way: how much it asked for and how much of that was not here."""
 

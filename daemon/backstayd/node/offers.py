@@ -21,12 +21,13 @@ from backstayd.coder.jobs import Corrupt, FetchChunks, FetchManifests, JobResult
 from backstayd.coder.pool import CoderPool
 from backstayd.core.records import Decision, ShardSource, SourceKind
 from backstayd.node.context import NodeContext
-from backstayd.node.offered import CHANGED, Offered, Work
+from backstayd.node.offered import CHANGED, Offered, Totals, Work
 from backstayd.node.planning import BASE_DEADLINE_S, deadline_s
 from backstayd.store import withdraw
 from backstayd.store.index import RunIndex
 from backstayd.store.published import find_manifest
 from backstayd.store.sparse import missing_runs, prepare_sparse, read_marks, remove_sparse, run_bytes
+from backstayd.store.store import remove_empty
 from backstayd.store.stored import ShardChunks, parse_manifest
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,21 @@ class Offers:
         self._manifests: dict[tuple[str, str], bytes] = {}  # (run, digest)
         self._parts: dict[tuple[str, str], _Part] = {}
         self._visits: set[str] = set()
+        self._totals: dict[str, Totals] = {}
 
     def attach_pool(self, pool: CoderPool) -> None:
         self._pool = pool
+
+    def totals(self, run: str) -> Totals:
+        """What was needed and what was moved for one run, since this daemon started."""
+        return self._totals.setdefault(run, Totals())
+
+    def begin_visit(self, offered: Offered) -> None:
+        """Chunks of it may be fetched until :meth:`end_visit`."""
+        self._visits.add(offered.offer_id)
+
+    def end_visit(self, offered: Offered) -> None:
+        self._visits.discard(offered.offer_id)
 
     # -- offering ------------------------------------------------------------------------------------------------------
 
@@ -216,9 +229,11 @@ class Offers:
             fresh = missing_runs(part.asked, runs)
             for run in fresh:
                 part.asked[run.start : run.stop] = b"\x01" * len(run)
-            place = "local" if part.chunks.digest in here else "remote"
-            counter = self._context.metrics.reshard_needed_bytes.labels(training_job=offered.run, place=place)
-            counter.inc(run_bytes(part.chunks, fresh))
+            place, size = "local" if part.chunks.digest in here else "remote", run_bytes(part.chunks, fresh)
+            self._context.metrics.reshard_needed_bytes.labels(training_job=offered.run, place=place).inc(size)
+            totals = self.totals(offered.run)
+            totals.needed_local_bytes += size if place == "local" else 0
+            totals.needed_remote_bytes += size if place == "remote" else 0
 
     async def _bring(self, offered: Offered, source: ShardSource, runs: Sequence[range]) -> None:
         """Have the chunks of one shard here, verified; a source that fails is asked again for a while."""
@@ -306,6 +321,7 @@ class Offers:
             metrics.corrupt.labels(where="in_flight").inc(result.flipped_in_flight)
         if not is_here:
             metrics.reshard_moved_bytes.labels(training_job=offered.run).inc(result.done_bytes)
+            self.totals(offered.run).moved_bytes += result.done_bytes
         elif not result.error_class:
             for run in runs:
                 part.verified[run.start : run.stop] = b"\x01" * len(run)
@@ -357,10 +373,16 @@ class Offers:
                 raw = self._manifests.pop((run, digest))
                 self._remove(run, parse_manifest(raw, digest=digest))
 
+        for run in [run for run in self._totals if run not in self._context.store.runs and not self._visits]:
+            del self._totals[run]
+            self._context.metrics.forget_run(run)
+
     def _remove(self, run: str, chunks: ShardChunks) -> None:
-        remove_sparse(
-            self._context.store.paths(run), rank=chunks.rank, world_size=chunks.world_size, digest=chunks.digest
-        )
+        store, paths = self._context.store, self._context.store.paths(run)
+        remove_sparse(paths, rank=chunks.rank, world_size=chunks.world_size, digest=chunks.digest)
+        if run not in store.runs:  # it was visited only
+            for directory in (paths.staging, paths.root, paths.root.parent):
+                remove_empty(directory)
 
     def _recount(self, run: str, part: _Part) -> None:
         if not part.is_prepared:

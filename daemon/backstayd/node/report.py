@@ -11,7 +11,7 @@ from backstayd.node import planning
 from backstayd.node.context import NodeContext
 from backstayd.node.reconcile import Reconciler
 from backstayd.node.sessions import Sessions
-from backstayd.store.index import RunIndex
+from backstayd.store.index import UNKNOWN_UID, RunIndex
 
 
 class Reporter:
@@ -79,6 +79,7 @@ class Reporter:
             rebuilt_bytes=done,
             rebuild_total_bytes=total,
             distrusted=index.distrusted,
+            owner=str(index.owner_uid) if index.owner_uid != UNKNOWN_UID else "",
             is_forgotten=run in self._reconciler.forgotten and not view.has_memory,
         )
 
@@ -109,6 +110,7 @@ class Reporter:
             "shards": [record.to_json(held.record) for _, held in sorted(index.shards.items())],
             "fragments": [record.to_json(f) | {"size_bytes": size} for f, size in sorted_fragments(index)],
             "plans": sorted(index.plans),
+            "reshard": record.to_json(context.offers.totals(run)),
             "slots": [
                 {
                     "rank": slot.rank,

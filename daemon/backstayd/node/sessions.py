@@ -11,6 +11,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 from backstay import local
@@ -19,8 +20,10 @@ from backstay.ids import RunKey
 from backstayd.core.records import SessionPhase
 from backstayd.node.connection import Connection
 from backstayd.node.context import NodeContext
+from backstayd.node.offered import Offered
 from backstayd.node.requests import Requests
 from backstayd.node.session import RestoreAnswer, Session
+from backstayd.node.visits import Visits
 from backstayd.store.holder import Holder, peer_credentials, peer_holder
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,20 @@ MAX_UNATTACHED: Final = 64  # connections of nobody we know
 ATTACH_TIMEOUT_S: Final = 10.0  # such a connection says what it wants, or is closed
 
 
+@dataclass(slots=True)
+class _Caller:
+    """Who speaks on one connection: an attached trainer, somebody who reads a snapshot, both, or nobody yet."""
+
+    sock: socket.socket
+    connection: Connection
+    bound: list[Session]
+    visit: Offered | None = None
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self.bound) or self.visit is not None
+
+
 class Sessions:
     """All sessions of the node. Invariant: one session per (run, world, rank)."""
 
@@ -40,11 +57,13 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._open: set[Connection] = set()
+        self._visits = Visits(context)
         self.attach_timeout_s = ATTACH_TIMEOUT_S
 
     @property
     def _unattached(self) -> int:
-        return len(self._connections) - sum(1 for s in self._sessions.values() if s.connection is not None)
+        attached = sum(1 for session in self._sessions.values() if session.connection is not None)
+        return len(self._connections) - attached - self._visits.count
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
@@ -122,24 +141,13 @@ class Sessions:
     async def _serve_connection(self, sock: socket.socket) -> None:
         bound: list[Session] = []
         connection = Connection(sock, lambda: self._lost(bound))
+        caller = _Caller(sock, connection, bound)
         self._open.add(connection)
         try:
-            while (received := await self._next_frame(connection, is_attached=bool(bound))) is not None:
+            while (received := await self._next_frame(connection, is_known=caller.is_known)) is not None:
                 message, message_id = received
-                requests = Requests(self._context, self, connection, message_id)
                 try:
-                    if isinstance(message, local.Attach):
-                        session, reply = self._attach(sock, connection, message)
-                        bound[:] = [session]
-                        connection.max_frame_bytes = local.MAX_FRAME_BYTES
-                        await connection.send(reply, message_id=message_id)
-                    elif isinstance(message, local.Status):
-                        body = local.StatusBody(document=self._context.document())
-                        await connection.send(body, message_id=message_id)
-                    elif not bound or self._sessions.get(bound[0].session_id) is not bound[0]:
-                        raise UnavailableError("not attached (any more): attach first", reason="not_attached")
-                    else:
-                        await requests.handle(bound[0], message)
+                    await self._answer(caller, message, message_id)
                 except BackstayError as error:
                     reply_error = local.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
                     await connection.send(reply_error, message_id=message_id)
@@ -148,11 +156,39 @@ class Sessions:
         except Exception:  # the boundary of a trainer's connection: the daemon goes on
             logger.exception("a trainer's request failed; its connection is closed")
         finally:
+            self._end_visit(caller)
             self._open.discard(connection)
             connection.close()
 
-    async def _next_frame(self, connection: Connection, *, is_attached: bool) -> tuple[Any, int] | None:
-        async with asyncio.timeout(None if is_attached else self.attach_timeout_s):
+    async def _answer(self, caller: _Caller, message: Any, message_id: int) -> None:
+        connection, bound, visit = caller.connection, caller.bound, caller.visit
+        requests = Requests(self._context, self, connection, message_id)
+        if isinstance(message, local.Attach):
+            session, reply = self._attach(caller.sock, connection, message)
+            bound[:] = [session]
+            connection.max_frame_bytes = local.MAX_FRAME_BYTES
+            await connection.send(reply, message_id=message_id)
+        elif isinstance(message, local.Status):
+            await connection.send(local.StatusBody(document=self._context.document()), message_id=message_id)
+        elif isinstance(message, local.Open):
+            self._end_visit(caller)
+            caller.visit, offer = await self._visits.open(message, uid=peer_credentials(caller.sock).uid)
+            connection.max_frame_bytes = local.MAX_FRAME_BYTES
+            await connection.send(offer, message_id=message_id)
+        elif visit is not None and isinstance(message, local.Fetch) and message.decision_id == visit.offer_id:
+            await requests.answer_fetch(visit, message)
+        elif not bound or self._sessions.get(bound[0].session_id) is not bound[0]:
+            raise UnavailableError("not attached (any more): attach first", reason="not_attached")
+        else:
+            await requests.handle(bound[0], message)
+
+    def _end_visit(self, caller: _Caller) -> None:
+        if caller.visit is not None:
+            self._visits.close(caller.visit)
+            caller.visit = None
+
+    async def _next_frame(self, connection: Connection, *, is_known: bool) -> tuple[Any, int] | None:
+        async with asyncio.timeout(None if is_known else self.attach_timeout_s):
             return await connection.receive()
 
     def _attach(

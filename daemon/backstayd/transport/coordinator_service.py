@@ -14,7 +14,9 @@ from typing import Any, Final, Protocol
 
 import grpc
 
+from backstay import record
 from backstay.errors import BackstayError, ConfigError, InvariantError
+from backstayd.core.locating import Located
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.transport import convert, errors
 from backstayd.transport.channel import server_options
@@ -49,6 +51,9 @@ class CoordinatorBackend(Protocol):
 
     def trust(self, run: str) -> int:
         """Take back every distrust of ``run``; returns how many. Raises SnapshotNotFoundError."""
+
+    def locate(self, run: str, step: int) -> Located:
+        """Where a complete snapshot is; raises SnapshotNotFoundError or UnavailableError."""
 
 
 def check_protocol(report: NodeReport) -> None:
@@ -187,6 +192,13 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         except BackstayError as error:
             await _abort(context, error)
         return operator_pb2.TrustResponse(count=count)
+
+    async def Locate(self, request: Any, context: Any) -> operator_pb2.LocateResponse:
+        try:
+            located = self._backend.locate(request.run, request.step)
+        except BackstayError as error:
+            await _abort(context, error)
+        return operator_pb2.LocateResponse(document_json=record.dumps(located).decode())
 
 
 async def _abort(context: Any, error: BackstayError) -> None:

@@ -8,7 +8,9 @@ from typing import Any, Self
 
 import grpc
 
+from backstay import record
 from backstay.errors import IntegrityError, UnavailableError
+from backstayd.core.locating import Located
 from backstayd.transport import errors
 from backstayd.transport.channel import channel_options
 from backstayd.v1 import operator_pb2, operator_pb2_grpc
@@ -55,6 +57,15 @@ class OperatorClient:
             return int(self._stub.Trust(operator_pb2.TrustRequest(run=run), timeout=self._timeout_s).count)
         except grpc.RpcError as error:
             raise self._error(error, asked=f"trust {run}") from error
+
+    def locate(self, run: str, step: int) -> Located:
+        """Where the shards of a complete snapshot are; 0: the newest. Raises what the coordinator answers."""
+        request = operator_pb2.LocateRequest(run=run, step=step)
+        try:
+            response = self._stub.Locate(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise self._error(error, asked=f"find step {step or 'newest'} of {run}") from error
+        return record.loads(Located, response.document_json)
 
     def close(self) -> None:
         self._channel.close()

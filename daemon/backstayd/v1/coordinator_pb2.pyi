@@ -990,6 +990,7 @@ class RunReport(_message.Message):
     UPLOADS_FIELD_NUMBER: _builtins.int
     DISTRUSTED_FIELD_NUMBER: _builtins.int
     PRUNED_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     rebuilt_bytes: _builtins.int
@@ -998,6 +999,8 @@ class RunReport(_message.Message):
     """Bytes to rebuild."""
     is_forgotten: _builtins.bool
     """Finished or forgotten here; nothing of it is kept."""
+    owner: _builtins.str
+    """The user whose run it is, a number; empty if not known here."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionRecord]:
         """Live trainers of this run on the node."""
@@ -1065,10 +1068,11 @@ class RunReport(_message.Message):
         uploads: _abc.Iterable[Global___Upload] | None = ...,
         distrusted: _abc.Iterable[Global___Distrusted] | None = ...,
         pruned: _abc.Iterable[Global___SnapshotKey] | None = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "staging", b"staging", "survey", b"survey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "owner", b"owner", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,6 +55,11 @@ class OperatorServiceStub(object):
                 request_serializer=backstayd_dot_v1_dot_operator__pb2.TrustRequest.SerializeToString,
                 response_deserializer=backstayd_dot_v1_dot_operator__pb2.TrustResponse.FromString,
                 _registered_method=True)
+        self.Locate = channel.unary_unary(
+                '/backstayd.v1.OperatorService/Locate',
+                request_serializer=backstayd_dot_v1_dot_operator__pb2.LocateRequest.SerializeToString,
+                response_deserializer=backstayd_dot_v1_dot_operator__pb2.LocateResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -89,6 +94,13 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Locate(self, request, context):
+        """Locate says where the shards of a complete snapshot are, for a node that reads it without taking part in its run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.Trust,
                     request_deserializer=backstayd_dot_v1_dot_operator__pb2.TrustRequest.FromString,
                     response_serializer=backstayd_dot_v1_dot_operator__pb2.TrustResponse.SerializeToString,
+            ),
+            'Locate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Locate,
+                    request_deserializer=backstayd_dot_v1_dot_operator__pb2.LocateRequest.FromString,
+                    response_serializer=backstayd_dot_v1_dot_operator__pb2.LocateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,33 @@ class OperatorService(object):
             '/backstayd.v1.OperatorService/Trust',
             backstayd_dot_v1_dot_operator__pb2.TrustRequest.SerializeToString,
             backstayd_dot_v1_dot_operator__pb2.TrustResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Locate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backstayd.v1.OperatorService/Locate',
+            backstayd_dot_v1_dot_operator__pb2.LocateRequest.SerializeToString,
+            backstayd_dot_v1_dot_operator__pb2.LocateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class OperatorServiceStub:
     """Distrust has a snapshot, and what was trained from it, never restored again; harmless when repeated."""
     Trust: _grpc.UnaryUnaryMultiCallable[_operator_pb2.TrustRequest, _operator_pb2.TrustResponse]
     """Trust takes back every distrust of a run and counts its restores anew; harmless when repeated."""
+    Locate: _grpc.UnaryUnaryMultiCallable[_operator_pb2.LocateRequest, _operator_pb2.LocateResponse]
+    """Locate says where the shards of a complete snapshot are, for a node that reads it without taking part in its run."""
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -55,6 +57,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """Distrust has a snapshot, and what was trained from it, never restored again; harmless when repeated."""
     Trust: _aio.UnaryUnaryMultiCallable[_operator_pb2.TrustRequest, _operator_pb2.TrustResponse]  # type: ignore[assignment]
     """Trust takes back every distrust of a run and counts its restores anew; harmless when repeated."""
+    Locate: _aio.UnaryUnaryMultiCallable[_operator_pb2.LocateRequest, _operator_pb2.LocateResponse]  # type: ignore[assignment]
+    """Locate says where the shards of a complete snapshot are, for a node that reads it without taking part in its run."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """The coordinator, as an operator sees it."""
@@ -90,5 +94,13 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.TrustResponse, _abc.Awaitable[_operator_pb2.TrustResponse]]:
         """Trust takes back every distrust of a run and counts its restores anew; harmless when repeated."""
+
+    @_abc_1.abstractmethod
+    def Locate(
+        self,
+        request: _operator_pb2.LocateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.LocateResponse, _abc.Awaitable[_operator_pb2.LocateResponse]]:
+        """Locate says where the shards of a complete snapshot are, for a node that reads it without taking part in its run."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

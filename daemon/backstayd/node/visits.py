@@ -1,0 +1,77 @@
+"""Reading a snapshot without taking part in its run: the coordinator says where it is, chunks come as for another layout.
+
+A visit belongs to one connection and ends with it. Changes nothing of the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from typing import Final
+
+from backstay import local
+from backstay.errors import CapacityError, UsageError
+from backstay.ids import RunKey
+from backstayd.core.locating import Located
+from backstayd.node.context import NodeContext
+from backstayd.node.offered import Offered
+from backstayd.transport.operator import OperatorClient
+
+MAX_VISITS: Final = 64
+ASK_S: Final = 5.0
+
+
+class Visits:
+    """Those under way. Invariant: each is of the user who owns the run."""
+
+    def __init__(self, context: NodeContext) -> None:
+        self._context = context
+        self.count = 0
+
+    async def open(self, message: local.Open, *, uid: int) -> tuple[Offered, local.Offer]:
+        """Find the snapshot and make an offer of it; :meth:`close` it.
+
+        Raises:
+            SnapshotNotFoundError, UnavailableError: there is none to read now. UsageError: it is another user's.
+        """
+        RunKey.parse(message.run)
+        if message.step < 0:
+            raise UsageError(f"step {message.step} is none", reason="bad_step")
+        if self.count >= MAX_VISITS:
+            raise CapacityError(f"{self.count} snapshots are being read here already; try later", reason="busy")
+        self.count += 1
+        offered: Offered | None = None
+        try:
+            located = await asyncio.to_thread(self._locate, message)
+            _check_owner(located, uid)
+            offered = Offered(
+                offer_id=f"visit-{secrets.token_hex(8)}",
+                run=located.run,
+                base=located.base,
+                sources=located.sources,
+                addresses={peer.name: peer.bulk_address for peer in located.peers},
+            )
+            self._context.offers.begin_visit(offered)
+            return offered, await self._context.offers.offer(offered)
+        except BaseException:
+            self.close(offered)
+            raise
+
+    def close(self, offered: Offered | None) -> None:
+        """The visitor has gone."""
+        self.count -= 1
+        if offered is not None:
+            self._context.offers.end_visit(offered)
+            self._context.kick()
+
+    def _locate(self, message: local.Open) -> Located:
+        with OperatorClient(self._context.coordinator_address, timeout_s=ASK_S) as client:
+            return client.locate(message.run, message.step)
+
+
+def _check_owner(located: Located, uid: int) -> None:
+    """The run's user may read it, and whoever can read the daemons' memory anyway."""
+    if located.owners != (str(uid),) and uid not in (0, os.geteuid()):
+        owners = ", ".join(located.owners) or "nobody known"
+        raise UsageError(f"run {located.run} belongs to user {owners}, not to user {uid}", reason="not_owner")
