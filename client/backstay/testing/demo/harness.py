@@ -19,7 +19,7 @@ from backstay.errors import BackstayError, UsageError
 from backstay.testing.cluster import LocalCluster
 from backstay.testing.demo.injection import RECOVERY_DEADLINE_S, FaultRecord, Injector, coordinator_faults
 from backstay.testing.demo.launch import TorchRun, write_text
-from backstay.testing.demo.notes import RunNotes, compare
+from backstay.testing.demo.notes import RunNotes, compare, compare_shrunk
 from backstay.testing.demo.report import Report, stolen_core_seconds
 from backstay.testing.demo.scenario import Scenario, parse
 from backstay.testing.demo.watch import LostForGoodError, Printer, Watch
@@ -27,6 +27,7 @@ from backstay.testing.guardian import guarded
 from backstay.testing.processes import ProcessKeeper
 
 _START_DEADLINE_S: Final = 300.0
+LOSS_TOLERANCE: Final = 1e-3  # relative; float32 sums in another order, carried through the steps that follow
 _FOOTNOTE: Final = (
     "going on after: from the fault to the first step of all ranks, with torchrun's rendezvous and its processes' start,\n"
     "which take most of it; for a daemon, to the first snapshot that is protected with its help."
@@ -190,6 +191,8 @@ class Demo:
         sys.stdout.write(f"\n{report.table()}\n\n{_FOOTNOTE}\n\n")
         if report.verdict or control is None:
             return self._judge_loss(notes)
+        if self.scenario.shrink:
+            return self._judge_shrunk(control, notes)
         report.comparison = compare(control, notes, steps=self.scenario.steps)
         interrupted = [record.what for record in report.faults if record.outcome == "INTERRUPTED"]
         report.bitwise_equal = report.comparison.is_equal
@@ -210,6 +213,22 @@ class Demo:
         )
         sys.stdout.write(f"\n{report.verdict}\n")
         return 0 if compared.is_equal and not interrupted else 1
+
+    def _judge_shrunk(self, control: RunNotes, notes: RunNotes) -> int:
+        """A world that lost ranks for good: states as they were, bit by bit; losses but for the order of additions."""
+        found = self.report.shrinkage = compare_shrunk(control, notes, steps=self.scenario.steps)
+        worlds = " → ".join(map(str, found.worlds))
+        is_near = found.loss_difference <= LOSS_TOLERANCE
+        if found.first_difference:
+            self.report.verdict = f"NOT what it was: {found.first_difference}"
+        else:
+            self.report.verdict = (
+                f"ranks {worlds}: {found.restored_states} restored states bitwise what they were, {found.equal_steps} steps"
+                f" bitwise the control run's; losses differ from it by at most {found.loss_difference:.1e} (relative)"
+                + ("" if is_near else f", MORE than {LOSS_TOLERANCE:g}")
+            )
+        sys.stdout.write(f"\n{self.report.verdict}\n")
+        return 0 if is_near and not found.first_difference else 1
 
     def _judge_loss(self, notes: RunNotes) -> int:
         """The end of a run that lost more than m: the product's message, and proof that no rank went on."""

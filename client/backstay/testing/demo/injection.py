@@ -150,12 +150,18 @@ class Injector:
         self.watch.destroyed |= set(fault.targets)
         self.cluster.destroy_nodes(fault.targets)
         self._pause(_REPLACEMENT_DELAY_S)
+        if self.scenario.shrink:
+            self.watch.notes.active_count -= len(fault.targets) * self.scenario.ranks_per_node
+        else:
+            self._replace(fault)
+        self._see_recovery(record, "node_lost")
+
+    def _replace(self, fault: Fault) -> None:
         for node in fault.targets:
             self.cluster.replace_node(node, is_waiting=False)
             self.run.start_agent(node)
         self.watch.destroyed -= set(fault.targets)
         self.watch.replaced = set(fault.targets)
-        self._see_recovery(record, "node_lost")
 
     def _coordinator(self, fault: Fault, record: FaultRecord) -> None:
         process = self.cluster.coordinator_process

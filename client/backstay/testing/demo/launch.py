@@ -21,9 +21,10 @@ _FIRST_ADDRESS: Final = (
 )
 HEAD_WIDTH: Final = 32
 _RENDEZVOUS: Final = (
-    "is_host=0,join_timeout=300,last_call_timeout=1,close_timeout=10,read_timeout=60,"
+    "is_host=0,join_timeout=300,close_timeout=10,read_timeout=60,"
     "keep_alive_interval=1,keep_alive_max_attempt=4"  # a dead agent is given up after 4 s
 )
+_LAST_CALL_S: Final = 12  # for the other agents once the least number is there, when the world may shrink
 PRELOADED_FOR_BACKSTAY: Final = "backstay,backstay.snapshotter"
 
 Spawn = Callable[[int, Sequence[str], Mapping[str, str], str], Popen[bytes]]
@@ -82,13 +83,20 @@ class TorchRun:
         """Start the agent of ``node``; it joins the rendezvous, also in the place of one that was destroyed."""
         argv = [
             *(sys.executable, "-P", str(_HERE / "agent.py")),
-            *(f"--nnodes={self.scenario.nodes}", f"--nproc-per-node={self.scenario.ranks_per_node}"),
+            *(f"--nnodes={self._node_counts()}", f"--nproc-per-node={self.scenario.ranks_per_node}"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}", f"--rdzv-id=demo-{self.name}"),
-            f"--rdzv-conf={_RENDEZVOUS}",
+            f"--rdzv-conf={_RENDEZVOUS},last_call_timeout={_LAST_CALL_S if self.scenario.shrink else 1}",
             *("--max-restarts=100", "--monitor-interval=0.1", "--start-method=fork"),
-            *(f"--local-addr=127.0.0.{_FIRST_ADDRESS + node}", "--run-path", str(_HERE / "train.py")),
+            *(f"--local-addr=127.0.0.{_FIRST_ADDRESS + node}", "--run-path", str(_HERE / self._script())),
         ]
         self.agents[node] = self.spawn(node, argv, self._environment(), f"agent-{self.name}-{node}")
+
+    def _node_counts(self) -> str:
+        scenario = self.scenario
+        return f"{scenario.last_nodes}:{scenario.nodes}" if scenario.shrink else str(scenario.nodes)
+
+    def _script(self) -> str:
+        return "train_elastic.py" if self.scenario.shrink else "train.py"
 
     def _environment(self) -> dict[str, str]:
         scenario = self.scenario
@@ -98,7 +106,7 @@ class TorchRun:
             "layers": scenario.layers,
             "heads": scenario.d_model // HEAD_WIDTH,
             "tokens": scenario.tokens,
-            "batch": scenario.batch,
+            "batch": scenario.batch * (scenario.world_size if scenario.shrink else 1),
             "text": str(self.text),
             "notes_dir": str(self.notes_dir),
             "run_id": self.run_id,

@@ -18,10 +18,12 @@ class RunNotes:
 
     directory: Path
     world_size: int
+    active_count: int = 0  # ranks of the present world; fewer than ``world_size`` once the run has shrunk
     ranks: list[list[Line]] = field(default_factory=list)
     _offsets: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.active_count = self.active_count or self.world_size
         self.ranks = [[] for _ in range(self.world_size)]
         self._offsets = [0] * self.world_size
 
@@ -45,9 +47,14 @@ class RunNotes:
     def of(self, rank: int, kind: str) -> list[Line]:
         return [line for line in self.ranks[rank] if line["kind"] == kind]
 
+    @property
+    def active(self) -> list[list[Line]]:
+        """The lines of the ranks that the present world has."""
+        return self.ranks[: self.active_count]
+
     def pids(self) -> list[int]:
         """The newest trainer's pid of each rank; 0 where none has started."""
-        return [next((line["pid"] for line in reversed(lines) if line["kind"] == "start"), 0) for lines in self.ranks]
+        return [next((line["pid"] for line in reversed(lines) if line["kind"] == "start"), 0) for lines in self.active]
 
     def highest_step(self) -> int:
         """The newest step any rank ever finished."""
@@ -55,12 +62,12 @@ class RunNotes:
 
     def step_reached_by_all(self) -> int:
         """The newest step that every rank has reported (in any world)."""
-        return min(max((line["step"] for line in lines if line["kind"] == "step"), default=0) for lines in self.ranks)
+        return min(max((line["step"] for line in lines if line["kind"] == "step"), default=0) for lines in self.active)
 
     def restored_since(self, time_unix_s: float) -> list[Line | None]:
         """Of each rank, the newest ``restored`` line after ``time_unix_s``."""
         found: list[Line | None] = []
-        for rank in range(self.world_size):
+        for rank in range(self.active_count):
             lines = [line for line in self.of(rank, "restored") if line["time_unix_s"] > time_unix_s]
             found.append(lines[-1] if lines else None)
         return found
@@ -112,6 +119,55 @@ def compare(control: RunNotes, run: RunNotes, *, steps: int) -> Comparison:
         compared_steps=compared,
         redone_steps=redone,
         restored_states=restored,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shrinkage:
+    """How a run that lost ranks for good compares with one that kept them all.
+
+    ``worlds``: sizes in order. ``loss_difference``: the largest relative difference of a step's loss from the control run's.
+    ``losses``: (step, ranks, loss, loss of the control run).
+    """
+
+    first_difference: str
+    worlds: tuple[int, ...]
+    restored_states: int
+    equal_steps: int
+    loss_difference: float
+    losses: tuple[tuple[int, int, float, float], ...]
+
+
+def compare_shrunk(control: RunNotes, run: RunNotes, *, steps: int) -> Shrinkage:
+    """Every restored full state must be, bit for bit, the one that was noted at that step; losses are compared as numbers."""
+    truth = {line["step"]: line for line in control.of(0, "step")}
+    noted: dict[int, Line] = {}
+    losses: dict[int, tuple[int, int, float, float]] = {}
+    worlds: list[int] = []
+    first, restored, equal = "", 0, 0
+    for line in run.ranks[0]:
+        step = line.get("step", 0)
+        if line["kind"] == "start" and (not worlds or worlds[-1] != line["world_size"]):
+            worlds.append(line["world_size"])
+        elif line["kind"] == "step" and step in truth:
+            noted[step] = line
+            equal += all(line[name] == truth[step][name] for name in _DIGESTS)
+            losses[step] = (step, worlds[-1], line["value"], truth[step]["value"])
+        elif line["kind"] == "restored" and step > 0:
+            restored += 1
+            differing = [name for name in _DIGESTS if step in noted and line[name] != noted[step][name]]
+            if differing or step not in noted:
+                first = first or f"what was restored at step {step} is not what was there: {differing or 'never noted'}"
+    missing = [step for step in range(1, steps + 1) if step not in losses]
+    if missing or not run.of(0, "end"):
+        first = first or f"the run never reported step {missing[0] if missing else steps}"
+    return Shrinkage(
+        first_difference=first,
+        worlds=tuple(worlds),
+        restored_states=restored,
+        equal_steps=equal,
+        loss_difference=max((abs(a - b) / abs(b) for _, _, a, b in losses.values()), default=0.0),
+        losses=tuple(losses[step] for step in sorted(losses)),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from backstay.testing.demo.injection import FaultRecord
-from backstay.testing.demo.notes import Comparison
+from backstay.testing.demo.notes import Comparison, Shrinkage
 from backstay.testing.demo.scenario import Scenario
 
 _HEADINGS: Final = (
@@ -34,6 +34,7 @@ class Report:
     verdict: str = ""
     faults: list[FaultRecord] = field(default_factory=list)
     comparison: Comparison | None = None
+    shrinkage: Shrinkage | None = None
     parameter_count: int = 0
     control_s: float = 0.0
     protected_s: float = 0.0
@@ -51,6 +52,7 @@ class Report:
             "verdict": self.verdict,
             "first_difference": self.comparison.first_difference if self.comparison else None,
             "compared": asdict(self.comparison) if self.comparison else None,
+            "shrunk": asdict(self.shrinkage) if self.shrinkage else None,
             "faults": [asdict(record) | {"rebuilt_count": record.rebuilt_count} for record in self.faults],
             "scenario": scenario,
             "control_s": round(self.control_s, 2),

@@ -58,12 +58,19 @@ class Scenario:
     lease_s: float
     deadline_s: float
     lose: int = 0
+    shrink: bool = False
     json_path: Path | None = None
     keep_logs: Path | None = None
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @property
+    def last_nodes(self) -> int:
+        """Nodes that are left at the end: with ``shrink`` what is destroyed is not replaced."""
+        lost = sum(len(fault.targets) for fault in self.faults if fault.is_node_loss)
+        return self.nodes - lost if self.shrink else self.nodes
 
     @property
     def is_beyond_redundancy(self) -> bool:
@@ -85,13 +92,13 @@ def parse(argv: Sequence[str] | None) -> Scenario:
     flags = _parser().parse_args(argv)
     m = flags.m if flags.m is not None else (2 if flags.nodes >= 6 else min(1, flags.nodes - 1))
     k = flags.k if flags.k is not None else flags.nodes - m
-    d_model, layers = MODELS[flags.model]
+    d_model, layers = MODELS[flags.model or ("small" if flags.shrink else "medium")]
     steps = flags.steps if flags.steps is not None else (24 if flags.lose else DEFAULT_STEPS)
-    text = (
-        _default_faults(flags.nodes, m, steps=steps, world_size=flags.nodes * flags.ranks_per_node)
-        if flags.faults is None
-        else flags.faults
-    )
+    text = flags.faults
+    if text is None and flags.shrink:
+        text = _default_shrinking(flags.nodes, steps=steps)
+    elif text is None:
+        text = _default_faults(flags.nodes, m, steps=steps, world_size=flags.nodes * flags.ranks_per_node)
     scenario = Scenario(
         nodes=flags.nodes,
         k=k,
@@ -110,6 +117,7 @@ def parse(argv: Sequence[str] | None) -> Scenario:
         lease_s=flags.lease_s,
         deadline_s=flags.deadline_s,
         lose=flags.lose,
+        shrink=flags.shrink,
         json_path=flags.json,
         keep_logs=flags.keep_logs,
     )
@@ -154,7 +162,17 @@ def _default_faults(nodes: int, m: int, *, steps: int, world_size: int) -> str:
     return ",".join([*faults, f"coordinator#{world_size - 1}@{at[4]}"])
 
 
+def _default_shrinking(nodes: int, *, steps: int) -> str:
+    """A trainer that dies, then two nodes, one after the other: with six nodes FSDP2 over 6, over 5, then FSDP2 × TP over 4."""
+    at = [max(2, round(steps * share)) for share in (0.15, 0.35, 0.65)]
+    return ",".join([f"trainer#2@{at[0]}", f"node#1@{at[1]}", *([f"node#{nodes - 2}@{at[2]}"] if nodes > 3 else [])])
+
+
 def _check(scenario: Scenario) -> None:
+    if scenario.shrink and (scenario.lose or scenario.ranks_per_node != 1):
+        raise UsageError("--shrink goes with one rank per node and without --lose")
+    if scenario.shrink and scenario.last_nodes < 2:
+        raise UsageError(f"--shrink from {scenario.nodes} nodes leaves {scenario.last_nodes}; at least 2 are needed")
     if scenario.nodes < 1 or scenario.m < 0 or scenario.m > 4 or scenario.k < 1:
         raise UsageError(
             f"{scenario.nodes} nodes with k={scenario.k} and m={scenario.m}: k ≥ 1 and 0 ≤ m ≤ 4 are needed"
@@ -188,7 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--k", type=int, help="data blocks of a group (nodes - m)")
     add("--m", type=int, help="node losses a group survives (2 from six nodes on, else 1)")
     add("--ranks-per-node", type=int, default=1, help="trainers on each node (1)")
-    add("--model", choices=sorted(MODELS), default="medium", help="size of the model (medium: 1.9 million parameters)")
+    add(
+        "--model",
+        choices=sorted(MODELS),
+        help="size of the model (medium: 1.9 million parameters; small with --shrink)",
+    )
     add("--d-model", type=int, help="width, instead of the model's")
     add("--layers", type=int, help="layers, instead of the model's")
     add("--tokens", type=int, default=64, help="length of a training window in bytes (64)")
@@ -196,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help=f"optimizer steps ({DEFAULT_STEPS}; 24 with --lose)")
     add("--faults", help="e.g. trainer@10,daemon@16,node@22,nodes:2@34,coordinator@46; with targets: node#0@22; none")
     add("--lose", type=int, default=0, metavar="N", help="instead of the faults: lose N nodes at once")
+    add("--shrink", action="store_true", help="replace no node: the run goes on with the nodes that are left")
     add("--lease-s", type=float, default=3.0, help="lease of the daemons (3)")
     add("--deadline-s", type=float, default=900.0, help="give up after this long (900)")
     add("--json", type=Path, metavar="FILE", help="write the whole report there")

@@ -15,6 +15,7 @@ import random
 import struct
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -212,9 +213,9 @@ def wait_at_gate(settings: Settings, step: int) -> None:
         time.sleep(0.05)
 
 
-def train(settings: Settings, rank: int, notes: Notes) -> None:
+def train(settings: Settings, rank: int, notes: Notes, make: Callable[[Settings, int], Any]) -> None:
     """Train to the last step, from the start (control) or from wherever the run is (protected)."""
-    training = Training(settings, rank)
+    training = make(settings, rank)
     keeper: Any = None
     start = 0
     if settings.run_id:
@@ -253,16 +254,18 @@ def train(settings: Settings, rank: int, notes: Notes) -> None:
         keeper.finish()
 
 
-def main() -> int:
+def main(make: Callable[[Settings, int], Any] = Training) -> int:
     settings = Settings(**json.loads(os.environ["DEMO_SETTINGS"]))
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     notes = Notes(settings, rank)
-    notes.write("start", rank=rank, pid=os.getpid(), node=os.environ.get("BACKSTAY_TEST_NODE", ""))
+    world_size = int(os.environ["WORLD_SIZE"])
+    node = os.environ.get("BACKSTAY_TEST_NODE", "")
+    notes.write("start", rank=rank, world_size=world_size, pid=os.getpid(), node=node)
     dist.init_process_group("gloo")
     try:
-        train(settings, rank, notes)
+        train(settings, rank, notes, make)
     except Exception as error:
         notes.write("error", error=type(error).__name__, message=str(error)[:4000])
         exit_code = getattr(error, "exit_code", None)

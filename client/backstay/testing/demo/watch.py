@@ -109,7 +109,9 @@ class Watch:
         """Wait until every agent left with status 0."""
         agents = self.run.agents
         self.wait(
-            lambda: all(agent.poll() == 0 for agent in agents.values()), deadline_s, "every agent to come to its end"
+            lambda: all(agent.poll() == 0 for node, agent in agents.items() if node not in self.destroyed),
+            deadline_s,
+            "every agent to come to its end",
         )
         self.notes.poll()
 
