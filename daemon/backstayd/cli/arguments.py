@@ -14,11 +14,14 @@ from backstay import __version__
 from backstay.errors import UsageError
 from backstay.local import DEFAULT_SOCKET
 from backstayd.app import CommandParser
+from backstayd.config import parse_size
 
 DEFAULT_COORDINATOR: Final = "127.0.0.1:7070"
 
 # These take their own arguments: nothing after the name is read here.
 _PASSED_ON: Final = {"demo": "backstayd.cli.demo", "bench": "backstayd.cli.bench"}
+
+_MODULES: Final = {"import": "import_checkpoint"}  # a module cannot be called by a keyword
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -26,7 +29,8 @@ def dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] in _PASSED_ON:
         return int(importlib.import_module(_PASSED_ON[argv[0]]).run(argv[1:]))
     arguments = _parser().parse_args(argv)
-    return int(importlib.import_module(f"backstayd.cli.{arguments.command}").run(arguments))
+    module = _MODULES.get(arguments.command, arguments.command)
+    return int(importlib.import_module(f"backstayd.cli.{module}").run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,11 +68,65 @@ def _parser() -> argparse.ArgumentParser:
     distrust.add_argument("--reason", required=True, metavar="TEXT", help="why, for those who read it later")
     trust = command("trust", "take back every distrust of RUN and count its restores anew")
     trust.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    _add_export(command("export", "write the model of a snapshot of RUN as Hugging Face safetensors"))
+    _add_import(command("import", "make a checkpoint of others the first snapshot of RUN, on durable storage"))
     _add_doctor(command("doctor", "check this machine and its daemon; exit status 1 when something is wrong"))
     # Listed for --help; dispatch() hands them on before this parser sees them.
     commands.add_parser("demo", help="break a real training run and watch it recover", add_help=False)
     commands.add_parser("bench", help="measure what a snapshot costs, against peers", add_help=False)
     return parser
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    socket = os.environ.get("BACKSTAY_SOCKET", DEFAULT_SOCKET)
+    export.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    export.add_argument(
+        "--to", type=Path, required=True, metavar="DIR", help="where the model is written; no model may be there"
+    )
+    export.add_argument(
+        "--step", type=_step, default=0, metavar="N", help="the snapshot of this step (default: the newest)"
+    )
+    export.add_argument(
+        "--from", dest="source", default="", metavar="URL", help="read from below this persist_url instead of memory"
+    )
+    export.add_argument("--prefix", default="model.", help="tensors to write, without this in their names (model.)")
+    export.add_argument(
+        "--file-size", type=_size, default=5_000_000_000, metavar="SIZE", help="most bytes per file (5GB)"
+    )
+    export.add_argument("--socket", type=Path, default=Path(socket), help=f"the daemon's socket (default {socket})")
+
+
+def _add_import(importing: argparse.ArgumentParser) -> None:
+    importing.add_argument("run", metavar="RUN", help="job/run_id, in full; one that has no snapshot yet")
+    importing.add_argument(
+        "--from", dest="source", type=Path, required=True, metavar="DIR", help="the checkpoint's directory"
+    )
+    importing.add_argument("--to", required=True, metavar="URL", help="the coordinator's persist_url")
+    importing.add_argument(
+        "--format", default="", choices=("", "huggingface", "dcp", "universal"), metavar="KIND",
+        help="huggingface, dcp or universal (DeepSpeed's); found out when left out",
+    )  # fmt: skip
+    importing.add_argument("--step", type=_step, default=-1, metavar="N", help="its step, if its name does not say")
+    importing.add_argument("--dtype", default="", help="convert the model's floating-point tensors, such as bfloat16")
+    importing.add_argument(
+        "--model-prefix", metavar="TEXT", help="what names of the model begin with in a DCP checkpoint"
+    )
+    importing.add_argument(
+        "--work-dir", type=Path, metavar="DIR", help="room for the converted shards (default: TMPDIR)"
+    )
+
+
+def _step(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"{text!r} is not a step", reason="bad_arguments")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    try:
+        return max(1, parse_size(text))
+    except ValueError as error:
+        raise UsageError(f"--file-size {text!r} {error}", reason="bad_arguments") from None
 
 
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:

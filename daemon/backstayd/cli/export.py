@@ -1,0 +1,65 @@
+"""`backstay export RUN --to DIR`: one Hugging Face model out of a snapshot in memory or on durable storage. Changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from backstay.convert import huggingface
+from backstay.convert.consolidate import Shard, aliases_of, check_manifests, differing_copies, whole_tensors
+from backstay.errors import BackstayError
+from backstay.ids import RunKey
+from backstayd.cli.snapshot_readers import open_in_memory, open_persisted
+from backstayd.cli.tables import as_json
+from backstayd.config import format_size
+
+
+def run(arguments: argparse.Namespace) -> int:
+    run_ = str(RunKey.parse(arguments.run))
+    with _shards(arguments, run_) as shards:
+        check_manifests({shard.manifest.rank: shard.manifest for shard in shards})
+        step = shards[0].manifest.step
+        tensors = whole_tensors(shards, prefix=arguments.prefix)
+        written = huggingface.write_model(tensors, Path(arguments.to), file_bytes=arguments.file_size)
+        differing = differing_copies(shards, prefix=arguments.prefix)
+        aliases = aliases_of(shards, prefix=arguments.prefix)
+    if arguments.json:
+        print(
+            as_json(
+                {
+                    "run": run_,
+                    "step": step,
+                    "files": [str(path) for path in written.files],
+                    "tensors": written.tensor_count,
+                    "size_bytes": written.size_bytes,
+                    "tied": aliases,
+                    "taken_from_one_rank": {name: list(ranks) for name, ranks in differing.items()},
+                }
+            )
+        )
+        return 0
+    print(
+        f"{run_} at step {step}: {written.tensor_count} tensors, {format_size(written.size_bytes)}, in "
+        f"{len(written.files)} files below {arguments.to}"
+    )
+    for name, target in aliases.items():
+        print(f"tied, written once: {name} is {target}")
+    for name, ranks in differing.items():
+        print(f"kept by ranks {', '.join(map(str, ranks))} with bytes of their own: {name} is that of rank {ranks[0]}")
+    return 0
+
+
+@contextlib.contextmanager
+def _shards(arguments: argparse.Namespace, run: str) -> Iterator[list[Shard]]:
+    opened = (
+        open_persisted(arguments.source, run, step=arguments.step)
+        if arguments.source
+        else open_in_memory(str(arguments.socket), run, step=arguments.step, prefix=arguments.prefix)
+    )
+    with opened as shards:
+        try:
+            yield shards
+        except OSError as error:
+            raise BackstayError(f"{arguments.to}: {error.strerror or error}") from error

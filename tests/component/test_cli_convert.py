@@ -1,0 +1,106 @@
+"""`backstay import` and `backstay export` as an operator runs them, against durable storage on a local disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def backstay(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "backstayd.cli", *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def a_model(directory: Path) -> dict[str, Any]:
+    torch.manual_seed(5)
+    tensors = {
+        "layer.0.weight": torch.randn(300, 70),
+        "layer.0.bias": torch.randn(300).bfloat16(),
+        "scale": torch.tensor(2.0),
+    }
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    return tensors
+
+
+def test_what_is_imported_is_exported_bit_for_bit(tmp_path: Path) -> None:
+    tensors = a_model(tmp_path / "hf")
+    (tmp_path / "storage").mkdir()
+    storage = f"file://{tmp_path}/storage"
+    done = backstay("import", "team/llm-1", "--from", str(tmp_path / "hf"), "--to", storage, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["format"], answer["step"], answer["tensors"]) == ("huggingface", 0, 3)
+    assert (tmp_path / "storage/team/llm-1/attempt-0001/step-00000000/snapshot.json").is_file()
+    done = backstay("export", "team/llm-1", "--from", storage, "--to", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "3 tensors" in done.stdout
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_directory_without_its_completion_record_is_no_snapshot(tmp_path: Path) -> None:
+    a_model(tmp_path / "hf")
+    (tmp_path / "storage").mkdir()
+    storage = f"file://{tmp_path}/storage"
+    assert backstay("import", "team/x", "--from", str(tmp_path / "hf"), "--to", storage, "--step", "7").returncode == 0
+    (tmp_path / "storage/team/x/attempt-0001/step-00000007/snapshot.json").unlink()
+    done = backstay("export", "team/x", "--from", storage, "--to", str(tmp_path / "out"))
+    assert done.returncode == 66
+    assert "no complete snapshot of team/x" in done.stderr
+
+
+def test_a_byte_that_changed_on_disk_is_found(tmp_path: Path) -> None:
+    a_model(tmp_path / "hf")
+    (tmp_path / "storage").mkdir()
+    storage = f"file://{tmp_path}/storage"
+    assert backstay("import", "team/x", "--from", str(tmp_path / "hf"), "--to", storage).returncode == 0
+    path = next((tmp_path / "storage").rglob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 4
+    path.write_bytes(data)
+    done = backstay("export", "team/x", "--from", storage, "--to", str(tmp_path / "out"))
+    assert done.returncode == 65, done.stderr
+    assert "chunk" in done.stderr
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "problem"),
+    [
+        (["import", "team/x", "--from", "{hf}", "--to", "file://{tmp}/absent"], 69, "absent"),
+        (["import", "team/x", "--from", "{tmp}/nothing", "--to", "file://{tmp}"], 64, "not a directory"),
+        (["import", "team/x", "--from", "{hf}", "--to", "gopher://x/y"], 78, "scheme"),
+        (["import", "nonsense", "--from", "{hf}", "--to", "file://{tmp}"], 64, "run_id"),
+        (["export", "team/x", "--from", "file://{tmp}", "--to", "{tmp}/out"], 66, "no complete snapshot"),
+        (["export", "team/x", "--to", "{tmp}/out", "--socket", "{tmp}/no.sock"], 69, "no daemon"),
+        (["export", "team/x", "--to", "{tmp}/out", "--file-size", "huge"], 64, "huge"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_words(tmp_path: Path, arguments: list[str], status: int, problem: str) -> None:
+    a_model(tmp_path / "hf")
+    filled = [text.format(tmp=tmp_path, hf=tmp_path / "hf") for text in arguments]
+    done = backstay(*filled)
+    assert done.returncode == status, done.stderr
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_importing_twice_is_refused(tmp_path: Path) -> None:
+    a_model(tmp_path / "hf")
+    (tmp_path / "storage").mkdir()
+    command = ("import", "team/x", "--from", str(tmp_path / "hf"), "--to", f"file://{tmp_path}/storage")
+    assert backstay(*command).returncode == 0
+    done = backstay(*command)
+    assert done.returncode == 64
+    assert "new run_id" in done.stderr
