@@ -152,11 +152,18 @@ def start_trainers(cluster: LocalCluster, *, run_id: str, size_bytes: int, scrat
     return World(processes)
 
 
-def start_publishers(cluster: LocalCluster, *, run: str, world_id: str, size_bytes: int) -> World:
-    """A world of publishers, one on each node."""
-    module = "backstay.testing.bench.publisher"
+def start_publishers(
+    cluster: LocalCluster,
+    *,
+    run: str,
+    world_id: str,
+    size_bytes: int,
+    module: str = "backstay.testing.bench.publisher",
+    ranks: int = 0,
+) -> World:
+    """A world of publishers, one on each node, or on the first ``ranks`` nodes (of the same world size)."""
     processes = []
-    for rank, node in enumerate(cluster.nodes):
+    for rank, node in enumerate(cluster.nodes[: ranks or None]):
         settings = PublisherSettings(
             rank=rank,
             world_size=len(cluster.nodes),

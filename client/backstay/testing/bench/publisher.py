@@ -109,9 +109,8 @@ class Publisher:
             return answer, fds
 
 
-def main(argument: str) -> int:
+def serve(publisher: Publisher) -> int:
     """Serve commands from standard input until it ends."""
-    publisher = Publisher(record.loads(PublisherSettings, argument))
     for line in sys.stdin:
         command = json.loads(line)
         try:
@@ -123,4 +122,4 @@ def main(argument: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(serve(Publisher(record.loads(PublisherSettings, sys.argv[1]))))

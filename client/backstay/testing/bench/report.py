@@ -19,6 +19,7 @@ OWN_KEYS: Final[dict[str, tuple[str, ...]]] = {
     "frozen": ("frozen_cost", "frozen_bytes"),
     "pair": ("block_ms", "step_overhead_waiting", "step_overhead_cpu"),
     "protect": ("protect_vs_tcp", "rebuild_vs_tcp", "memory_vs_state"),
+    "reshard": ("reshard_moved_vs_needed", "reshard_vs_tcp"),
 }
 PEER_KEYS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "solo": {
@@ -43,6 +44,8 @@ _MEANING: Final = {
     "protect_vs_tcp": "state protected per second, all nodes / raw TCP",
     "rebuild_vs_tcp": "lost shards rebuilt per second / raw TCP",
     "memory_vs_state": "tmpfs held / state",
+    "reshard_moved_vs_needed": "4 ranks' state into 3 from memory: bytes moved / bytes needed",
+    "reshard_vs_tcp": "the same: state read per second, all ranks / raw TCP",
 }
 
 
@@ -58,6 +61,8 @@ def bars(settings: Settings) -> dict[str, dict[str, Any]]:
         "frozen_cost": {"at_most": 0.05},
         "protect_vs_tcp": {"at_least": 0.12},
         "rebuild_vs_tcp": {"at_least": 0.12},
+        "reshard_moved_vs_needed": {"at_most": 1.05},
+        "reshard_vs_tcp": {"at_least": 0.2},
         "memory_vs_state": {"at_most": round(1.05 * 2 * (1 + settings.parity / data), 4)},
     }
 
