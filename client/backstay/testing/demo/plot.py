@@ -1,4 +1,4 @@
-"""``python -m backstay.testing.demo.plot REPORT.json PLOT.png``: the losses of a run that shrank over those of one that did not."""
+"""``python -m backstay.testing.demo.plot REPORT.json PLOT.png``: losses of a run that shrank over those of one that did not."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def draw(report: Path, target: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as plt
 
     shrunk = json.loads(report.read_text())["shrunk"]
     steps, ranks, losses, control = (list(column) for column in zip(*shrunk["losses"], strict=True))
     difference = [abs(a - b) / abs(b) for a, b in zip(losses, control, strict=True)]
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 2))
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 2))
     above.plot(steps, control, color="0.7", linewidth=5, label=f"undisturbed, {shrunk['worlds'][0]} ranks")
     above.plot(
         steps, losses, color="tab:blue", linewidth=1.2, label="shrinking: " + " → ".join(map(str, shrunk["worlds"]))
