@@ -14,7 +14,7 @@ from crc32c import crc32c
 
 from backstay import record
 from backstay.ids import SnapshotKey, snapshot_id
-from backstay.manifest import CHUNK_BYTES, Manifest
+from backstay.manifest import CHUNK_BYTES, Manifest, UnchangedRange
 from backstayd.coder.jobs import CoderEvent, EncodeStripe, JobResult
 from backstayd.coder.pool import CoderPool
 from backstayd.core.records import Member, Plan, VolumeShard
@@ -80,7 +80,15 @@ class CoderNode:
         shutil.rmtree(self.directory)
 
 
-def publish_shard(paths: RunPaths, rank: int, data: bytes, *, world_size: int, key: SnapshotKey = KEY) -> Manifest:
+def publish_shard(
+    paths: RunPaths,
+    rank: int,
+    data: bytes,
+    *,
+    world_size: int,
+    key: SnapshotKey = KEY,
+    unchanged: tuple[UnchangedRange, ...] = (),
+) -> Manifest:
     """Put a committed shard of arbitrary bytes where a supervisor would."""
     crcs = "".join(f"{crc32c(data[i : i + CHUNK_BYTES]):08x}" for i in range(0, len(data), CHUNK_BYTES))
     manifest = Manifest(
@@ -94,6 +102,7 @@ def publish_shard(paths: RunPaths, rank: int, data: bytes, *, world_size: int, k
         header_bytes=0,
         chunk_crcs=crcs,
         tensors=(),
+        unchanged=unchanged,
     )
     paths.snapshot(key).mkdir(parents=True, exist_ok=True)
     paths.shard(key, rank, world_size).write_bytes(data)
@@ -101,15 +110,15 @@ def publish_shard(paths: RunPaths, rank: int, data: bytes, *, world_size: int, k
     return manifest
 
 
-def make_plan(nodes: list[CoderNode], volumes: list[list[Manifest]], *, m: int) -> Plan:
+def make_plan(nodes: list[CoderNode], volumes: list[list[Manifest]], *, m: int, key: SnapshotKey = KEY) -> Plan:
     """A sealed plan over ``nodes`` in order."""
     manifests = sorted((mf for volume in volumes for mf in volume), key=lambda mf: mf.rank)
     world = len(manifests)
     return Plan(
         run=RUN,
-        snapshot_id=snapshot_id(key=KEY, world_size=world, shard_digests=[mf.digest for mf in manifests]),
-        attempt=KEY.attempt,
-        step=KEY.step,
+        snapshot_id=snapshot_id(key=key, world_size=world, shard_digests=[mf.digest for mf in manifests]),
+        attempt=key.attempt,
+        step=key.step,
         world_size=world,
         m=m,
         chunk_bytes=CHUNK_BYTES,

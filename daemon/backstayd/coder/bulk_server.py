@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,11 +23,13 @@ from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError
 from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
 from backstayd.coder.jobs import CoderEvent, fragment_event, shard_event
+from backstayd.coder.reuse import OlderFragment
 from backstayd.store.fragments import FragmentWriter
 from backstayd.store.paths import RunPaths
 from backstayd.store.published import find_manifest, open_fragment, open_shard
 from backstayd.store.staging import StagedShard
 from backstayd.store.stored import read_small
+from backstayd.transport.bulk import FragmentRef
 from backstayd.transport.bulk_wire import CRC_BYTES, BulkReply, BulkRequest, Channel, Timeouts, enlarge_buffers
 
 logger = logging.getLogger(__name__)
@@ -159,6 +161,7 @@ class _Exchange:
             "get_plan": self._get_plan,
             "get_manifest": self._get_manifest,
             "put_fragment": self._put_fragment,
+            "renew_fragment": self._renew_fragment,
             "put_shard": self._put_shard,
             "is_staged": self._is_staged,
             "suspect": self._suspect,
@@ -188,6 +191,9 @@ class _Exchange:
             and len(request.digest) in (0, 64)
             and set(request.plan_id) <= digits
             and len(request.plan_id) in (0, 32)
+            and set(request.older_plan_id) <= digits
+            and len(request.older_plan_id) in (0, 32)
+            and 0 <= request.older_step < 1 << 48
             and min(request.attempt, request.step, request.first_chunk, request.chunk_count, request.size_bytes) >= 0
             and max(request.attempt, request.step, request.first_chunk, request.chunk_count) < 1 << 48
             and request.size_bytes <= MAX_FRAGMENT_BYTES
@@ -254,7 +260,28 @@ class _Exchange:
 
     # -- receiving -----------------------------------------------------------------------------------------------------
 
-    def _put_fragment(self) -> None:
+    def _renew_fragment(self) -> None:
+        request = self._request
+        positions = [range(first, first + count) for first, count in request.kept]
+        bounds = [bound for one in positions for bound in (one.start, one.stop)]
+        if (
+            bounds != sorted(bounds)
+            or not bounds
+            or bounds[0] < 0
+            or bounds[-1] > -(-request.size_bytes // CHUNK_BYTES)
+        ):
+            raise UsageError("renewal of chunks that the fragment does not have", reason="bad_request")
+        key = SnapshotKey(request.attempt, request.older_step)
+        ref = FragmentRef(
+            run=request.run, key=key, plan_id=request.older_plan_id, stripe=request.stripe, index=request.index
+        )
+        older = OlderFragment(self._paths, ref, size_bytes=request.size_bytes)
+        try:
+            self._put_fragment(older, positions)
+        finally:
+            older.close()
+
+    def _put_fragment(self, older: OlderFragment | None = None, kept: Sequence[range] = ()) -> None:
         request = self._request
         if request.stripe < 0 or request.index < 0:
             raise UsageError("put of a fragment without stripe and index", reason="bad_request")
@@ -270,7 +297,14 @@ class _Exchange:
         try:
             self._begin_put()
             buffer = memoryview(bytearray(CRC_BYTES + CHUNK_BYTES))
+            is_kept = bytearray(writer.chunk_count)
+            for one in kept:
+                is_kept[one.start : one.stop] = b"\1" * len(one)
             for chunk in range(writer.chunk_count):
+                if older is not None and is_kept[chunk]:
+                    crc, view = older.read_into(chunk, buffer)
+                    writer.write(crc, [view])
+                    continue
                 crc, view = self._receive_chunk(buffer, writer.chunk_length(chunk))
                 if crc32c(view) != crc:
                     raise IntegrityError(f"parity chunk {chunk} arrived damaged", reason="bad_chunk")

@@ -56,6 +56,7 @@ class JobContext:
         self.flipped_in_flight = 0
         self.done_bytes = 0
         self.seconds: dict[str, float] = defaultdict(float)
+        self.moved: dict[str, int] = defaultdict(int)
         self._timeouts = timeouts or Timeouts()
         self._deadline_s = deadline_s
         self._cancelled = threading.Event()

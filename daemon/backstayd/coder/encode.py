@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import itertools
+import logging
+from collections.abc import Callable, Sequence
 
 from backstay import faults
+from backstay.errors import BackstayError
 from backstayd.coder.context import JobContext
 from backstayd.coder.jobs import EncodeStripe, fragment_event
 from backstayd.coder.plans import check_plan, gather_plan
-from backstayd.coder.sinks import ForwardSink, ParitySink
+from backstayd.coder.reuse import NO_OLDER, Older, OlderFragment, find_older, others
+from backstayd.coder.sinks import ForwardSink, OwnParity
 from backstayd.coder.sources import RemoteShards, block_ranges
-from backstayd.coder.windows import ChunkSink, encode_windows
+from backstayd.coder.windows import encode_windows
 from backstayd.core import geometry
 from backstayd.core.records import Plan
 from backstayd.erasure.pyeclib_codec import codec_for
 from backstayd.store.fragments import FragmentWriter
 from backstayd.store.stored import ShardChunks
 from backstayd.transport.bulk import FragmentRef
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_OPERATION = "unknown_operation"  # a peer of an earlier version
 
 
 def run_encode(context: JobContext, job: EncodeStripe) -> None:
@@ -28,55 +36,106 @@ def run_encode(context: JobContext, job: EncodeStripe) -> None:
         by_digest = gather_plan(context, plan, stripe)
     if plan.m == 0:
         return
-    writer = FragmentWriter(
-        context.paths(plan.run),
-        plan.key,
-        plan.plan_id,
-        stripe=stripe,
-        index=0,
-        size_bytes=geometry.fragment_bytes(plan, stripe),
-        incarnation=context.incarnation,
-    )
-    try:
-        _encode(context, plan, stripe, by_digest, writer)
-    finally:
-        writer.abort()
+    older = find_older(context, plan, stripe, by_digest)
+    if older is not None:
+        try:
+            _encode(context, plan, stripe, by_digest, older)
+        except BackstayError as error:
+            if error.reason not in (NO_OLDER, UNKNOWN_OPERATION):
+                raise
+            context.check()
+            logger.info("stripe %d of step %d is encoded in full: %s", stripe, plan.step, error)
+        else:
+            return
+    _encode(context, plan, stripe, by_digest, None)
 
 
 def _encode(
-    context: JobContext, plan: Plan, stripe: int, by_digest: dict[str, ShardChunks], writer: FragmentWriter
+    context: JobContext, plan: Plan, stripe: int, by_digest: dict[str, ShardChunks], older: Older | None
 ) -> None:
-    n = len(plan.members)
-    chunk_count = geometry.stripe_chunks(plan, stripe)
-    forwards = []
-    for index, member in enumerate(geometry.parity_members(stripe, n=n, m=plan.m)):
-        if index == 0:
-            continue
-        ref = FragmentRef(run=plan.run, key=plan.key, plan_id=plan.plan_id, stripe=stripe, index=index)
-        size = geometry.fragment_bytes(plan, stripe)
-        address = plan.members[member].bulk_address
-        forwards.append(ForwardSink(context, address, ref, size_bytes=size, chunk_count=chunk_count))
-    sinks: list[ChunkSink] = [ParitySink(context, writer), *forwards]
+    """Make and publish the parity of ``stripe``; of ``older``, what serves again is taken over by each of its holders."""
+    n, size = len(plan.members), geometry.fragment_bytes(plan, stripe)
     with contextlib.ExitStack() as stack:
-        sources = []
-        for member in geometry.data_members(stripe, n=n, m=plan.m):
-            ranges = block_ranges(plan, member, geometry.block_range(plan, stripe, member), by_digest)
-            source = RemoteShards(context, plan.members[member].bulk_address, ranges)
+        writer = _writer(context, plan, stripe, size)
+        stack.callback(writer.abort)
+        own = _own_sink(context, plan, stripe, writer, older)
+        stack.callback(own.close)
+        forwards = []
+        for index, member in enumerate(geometry.parity_members(stripe, n=n, m=plan.m)):
+            if index > 0:
+                forwards.append(_forward(context, plan, stripe, (index, member), older))
+                stack.callback(forwards[-1].close)
+        chunks = others(older.ranges if older is not None else (), writer.chunk_count)
+        sources = [
+            _source(context, plan, stripe, member, chunks, by_digest)
+            for member in geometry.data_members(stripe, n=n, m=plan.m)
+        ]
+        for source in sources:
             stack.callback(source.close)
-            sources.append(source)
         encode_windows(
             plan,
             stripe,
             codec_for(plan.k, plan.m),
             sources=sources,
-            sinks=sinks,
-            on_chunk=_progress(context, plan, stripe, chunk_count),
+            sinks=[own, *forwards],
+            on_chunk=_progress(context, plan, stripe, writer.chunk_count),
+            chunks=itertools.chain.from_iterable(chunks),
         )
-    stored = writer.commit()
-    context.emit(fragment_event("fragment_stored", stored))
-    for forward in forwards:
-        forward.finish()
-    context.done_bytes += stored.size_bytes * plan.k
+        own.finish()
+        stored = writer.commit()
+        context.emit(fragment_event("fragment_stored", stored))
+        for forward in forwards:
+            forward.finish()
+        context.done_bytes += stored.size_bytes * plan.k
+
+
+def _writer(context: JobContext, plan: Plan, stripe: int, size_bytes: int) -> FragmentWriter:
+    return FragmentWriter(
+        context.paths(plan.run),
+        plan.key,
+        plan.plan_id,
+        stripe=stripe,
+        index=0,
+        size_bytes=size_bytes,
+        incarnation=context.incarnation,
+    )
+
+
+def _own_sink(context: JobContext, plan: Plan, stripe: int, writer: FragmentWriter, older: Older | None) -> OwnParity:
+    if older is None:
+        return OwnParity(context, writer)
+    size = geometry.fragment_bytes(plan, stripe)
+    fragment = OlderFragment(context.paths(plan.run), older.ref(stripe, 0), size_bytes=size)
+    return OwnParity(context, writer, older=fragment, kept=older.ranges)
+
+
+def _forward(context: JobContext, plan: Plan, stripe: int, place: tuple[int, int], older: Older | None) -> ForwardSink:
+    index, member = place
+    return ForwardSink(
+        context,
+        plan.members[member].bulk_address,
+        FragmentRef(run=plan.run, key=plan.key, plan_id=plan.plan_id, stripe=stripe, index=index),
+        size_bytes=geometry.fragment_bytes(plan, stripe),
+        chunk_count=geometry.stripe_chunks(plan, stripe),
+        older=None if older is None else (older.ref(stripe, index), older.ranges),
+    )
+
+
+def _source(
+    context: JobContext,
+    plan: Plan,
+    stripe: int,
+    member: int,
+    chunks: Sequence[range],
+    by_digest: dict[str, ShardChunks],
+) -> RemoteShards:
+    """The data of ``member`` at the positions ``chunks`` of the stripe."""
+    block = geometry.block_range(plan, stripe, member)
+    ranges = [r for one in chunks for r in block_ranges(plan, member, block[one.start : one.stop], by_digest)]
+    context.moved["read"] += sum(
+        r.chunks.chunk_length(chunk) for r in ranges for chunk in range(r.first_chunk, r.first_chunk + r.chunk_count)
+    )
+    return RemoteShards(context, plan.members[member].bulk_address, ranges)
 
 
 def _progress(context: JobContext, plan: Plan, stripe: int, chunk_count: int) -> Callable[[int], None]:

@@ -153,6 +153,9 @@ class JobResult:
     seconds: dict[str, float] = field(
         default_factory=dict
     )  # where the time went: "read", "crc", "encode", "put", "write"
+    moved: dict[str, int] = field(
+        default_factory=dict
+    )  # bytes of an encoding: "read" from members, "encoded" (data put into the codec), "kept" (parity from an older plan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

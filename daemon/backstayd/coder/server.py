@@ -115,6 +115,7 @@ class CoderServer:
                     done_bytes=context.done_bytes,
                     flipped_in_flight=context.flipped_in_flight,
                     seconds=dict(context.seconds),
+                    moved=dict(context.moved),
                 )
             )
         )

@@ -5,6 +5,7 @@ A rebuilt chunk is checked against its manifest before it is put anywhere.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ from crc32c import crc32c
 
 from backstay import faults
 from backstay.errors import IntegrityError, UnavailableError
+from backstay.manifest import CHUNK_BYTES
 from backstayd.coder.context import JobContext
 from backstayd.coder.jobs import shard_event
+from backstayd.coder.reuse import OlderFragment
 from backstayd.coder.sources import ShardRange
 from backstayd.store.fragments import FragmentWriter
 from backstayd.store.staging import StagedShard
@@ -22,30 +25,73 @@ from backstayd.transport.bulk import NOT_READY, BulkClient, FragmentRef
 RETRY_S = 0.05
 
 
-class ParitySink:
-    """Parity of one stripe on this node and its peers share crcs: computed once, in :meth:`write` of each."""
+class OwnParity:
+    """Parity of one stripe on this node; the chunks ``kept`` of it are copied from an older fragment, each in its turn."""
 
-    def __init__(self, context: JobContext, writer: FragmentWriter) -> None:
+    def __init__(
+        self,
+        context: JobContext,
+        writer: FragmentWriter,
+        *,
+        older: OlderFragment | None = None,
+        kept: Sequence[range] = (),
+    ) -> None:
         self._context = context
         self._writer = writer
+        self._older = older
+        self._kept = itertools.chain.from_iterable(kept)
+        self._next = next(self._kept, None)
+        self._buffer = memoryview(bytearray(CHUNK_BYTES))
 
     def write(self, chunk: int, pieces: Sequence[memoryview]) -> None:
+        self._copy_below(chunk)
+        self._context.moved["encoded"] += sum(map(len, pieces))
         with self._context.timed("write"):
             self._writer.write(crc_of(pieces), pieces)
+
+    def finish(self) -> None:
+        """Copy what is kept behind the chunk written last."""
+        self._copy_below(self._writer.chunk_count)
+
+    def close(self) -> None:
+        if self._older is not None:
+            self._older.close()
+
+    def _copy_below(self, limit: int) -> None:
+        if self._older is None:
+            return
+        with self._context.timed("keep"):
+            while self._next is not None and self._next < limit:
+                self._context.check()
+                crc, view = self._older.read_into(self._next, self._buffer)
+                self._writer.write(crc, [view])
+                self._context.moved["kept"] += len(view)
+                self._next = next(self._kept, None)
 
 
 class ForwardSink:
     """A parity fragment streamed to the member that holds it."""
 
     def __init__(
-        self, context: JobContext, address: str, ref: FragmentRef, *, size_bytes: int, chunk_count: int
+        self,
+        context: JobContext,
+        address: str,
+        ref: FragmentRef,
+        *,
+        size_bytes: int,
+        chunk_count: int,
+        older: tuple[FragmentRef, Sequence[range]] | None = None,
     ) -> None:
-        """Blocks until the peer stored the plan and takes the fragment, within the job's deadline."""
+        """Blocks until the peer stored the plan and takes the fragment, within the job's deadline.
+
+        Args:
+            older: A fragment of the peer and the chunks that it takes from there: they are not written here.
+        """
         self._context = context
         self._ref = ref
         self._middle = chunk_count // 2
         self._client = context.client(address)
-        when_ready(context, lambda: self._client.begin_put_fragment(ref, size_bytes=size_bytes))
+        when_ready(context, lambda: self._begin(size_bytes, older))
 
     def write(self, chunk: int, pieces: Sequence[memoryview]) -> None:
         if chunk == self._middle:
@@ -57,7 +103,15 @@ class ForwardSink:
         """Wait until the peer published the fragment."""
         with self._context.timed("put"):
             self._client.end_put()
+
+    def close(self) -> None:
         self._context.release(self._client)
+
+    def _begin(self, size_bytes: int, older: tuple[FragmentRef, Sequence[range]] | None) -> None:
+        if older is None:
+            self._client.begin_put_fragment(self._ref, size_bytes=size_bytes)
+        else:
+            self._client.begin_renew_fragment(self._ref, size_bytes=size_bytes, older=older[0], kept=older[1])
 
 
 @dataclass(frozen=True, slots=True)

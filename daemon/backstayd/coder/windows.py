@@ -5,7 +5,7 @@ Every chunk a reader hands out was verified by it in the buffer it filled; a wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from backstay.manifest import CHUNK_BYTES
@@ -55,12 +55,17 @@ def encode_windows(
     sources: Sequence[ChunkSource],
     sinks: Sequence[ChunkSink],
     on_chunk: Callable[[int], None],
+    chunks: Iterable[int] | None = None,
 ) -> None:
-    """Encode ``stripe``: k data sources in fragment order, m parity sinks in order; ``on_chunk`` before each chunk."""
+    """Encode ``stripe``: k data sources in fragment order, m parity sinks in order; ``on_chunk`` before each chunk.
+
+    Args:
+        chunks: The positions to encode, ascending; all by default. Sources hand out the data of these alone.
+    """
     members = geometry.data_members(stripe, n=len(plan.members), m=plan.m)
     counts = [len(geometry.block_range(plan, stripe, member)) for member in members]
     buffers = [memoryview(bytearray(plan.chunk_bytes)) for _ in sources]
-    for chunk in range(geometry.stripe_chunks(plan, stripe)):
+    for chunk in range(geometry.stripe_chunks(plan, stripe)) if chunks is None else chunks:
         on_chunk(chunk)
         length = geometry.fragment_chunk_bytes(plan, stripe, chunk)
         blocks = [

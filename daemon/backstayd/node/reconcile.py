@@ -315,6 +315,8 @@ class Reconciler:
             self.quarantine(corrupt)
         if result.flipped_in_flight:
             self._context.metrics.corrupt.labels(where="in_flight").inc(result.flipped_in_flight)
+        for what, count in result.moved.items():
+            self._context.metrics.protect_bytes.labels(training_job=run, what=what).inc(count)
         if result.error_class:
             self._job_failed(run, key, job, result)
         else:

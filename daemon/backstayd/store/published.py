@@ -14,9 +14,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from crc32c import crc32c
+
 from backstay import record
 from backstay.errors import IntegrityError, SnapshotNotFoundError
 from backstay.ids import SnapshotKey
+from backstay.manifest import CHUNK_BYTES
 from backstayd.core.records import Plan
 from backstayd.store.paths import RunPaths
 from backstayd.store.stored import (
@@ -105,6 +108,11 @@ def read_plan(paths: RunPaths, plan: Plan) -> tuple[StoredPlan, dict[str, ShardC
     if stored.plan != plan:
         raise IntegrityError(f"stored plan {plan.plan_id[:8]} is not the plan of that id", reason="bad_plan")
     return stored, stored.chunks_by_digest()
+
+
+def read_verified(fd: int, view: memoryview, *, chunk: int, crc: int) -> bool:
+    """Read one chunk into ``view`` (as long as the chunk); whether it is whole and has that crc32c."""
+    return os.preadv(fd, [view], chunk * CHUNK_BYTES) == len(view) and crc32c(view) == crc
 
 
 @contextlib.contextmanager

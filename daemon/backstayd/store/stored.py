@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from backstay import record
 from backstay.errors import CapacityError, IntegrityError, SnapshotNotFoundError
-from backstay.manifest import CHUNK_BYTES, FORMAT_VERSION, Manifest
+from backstay.manifest import CHUNK_BYTES, FORMAT_VERSION, Manifest, UnchangedRange
 from backstayd.core.records import Plan
 
 MAX_RECORD_BYTES: Final = 256 * 1024 * 1024
@@ -40,6 +40,8 @@ class ShardChunks:
     chunk_crcs: str
     format: int = FORMAT_VERSION
     digest: str = ""
+    world_id: str = ""
+    unchanged: tuple[UnchangedRange, ...] = ()
 
     @property
     def chunk_count(self) -> int:
@@ -158,6 +160,8 @@ def _with_digest(chunks: ShardChunks, digest: str) -> ShardChunks:
         chunk_bytes=chunks.chunk_bytes,
         chunk_crcs=chunks.chunk_crcs,
         digest=digest,
+        world_id=chunks.world_id,
+        unchanged=chunks.unchanged,
     )
 
 

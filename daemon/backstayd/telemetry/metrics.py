@@ -38,6 +38,12 @@ class Metrics:
         )
         self.put_bytes = Counter("backstay_put_bytes", "Bytes received from peers.", registry=registry)
         self.read_bytes = Counter("backstay_read_bytes", "Bytes served to peers.", registry=registry)
+        self.protect_bytes = Counter(
+            "backstay_protect_bytes",
+            "Bytes of protection, by what was done: data read from members, parity encoded, parity kept from an older plan.",
+            ("training_job", "what"),
+            registry=registry,
+        )
         self.reshard_needed_bytes = Counter(
             "backstay_reshard_needed_bytes",
             "Bytes of chunks that trainers of another layout asked for here, each once, by where they were (local, remote).",
@@ -107,3 +113,4 @@ class Metrics:
             metric.remove_by_labels({"training_job": run})
         self.recoveries.remove_by_labels({"training_job": run})
         self.reshard_needed_bytes.remove_by_labels({"training_job": run})
+        self.protect_bytes.remove_by_labels({"training_job": run})

@@ -5,6 +5,7 @@ Answers come into the caller's buffers unverified: whoever uses bytes checks the
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import struct
 import threading
@@ -121,6 +122,16 @@ class BulkClient:
         """Announce a parity fragment; raises UnavailableError (``not_ready``) until the peer stored the plan."""
         self._send(_fragment_request("put_fragment", ref, size_bytes=size_bytes))
         self.begin_answer()
+
+    def begin_renew_fragment(
+        self, ref: FragmentRef, *, size_bytes: int, older: FragmentRef, kept: Sequence[range]
+    ) -> None:
+        """As :meth:`begin_put_fragment`, but the peer takes the chunks ``kept`` from its fragment ``older``."""
+        request = _fragment_request("renew_fragment", ref, size_bytes=size_bytes)
+        ranges = tuple((one.start, len(one)) for one in kept)
+        self._send(dataclasses.replace(request, older_plan_id=older.plan_id, older_step=older.key.step, kept=ranges))
+        self.begin_answer()
+        self._checked(lambda channel: channel.allow_work(size_bytes))
 
     def begin_put_shard(self, ref: ShardRef, *, first_chunk: int, chunk_count: int, stripe: int) -> None:
         """Announce a range of a staged shard; raises UnavailableError (``not_ready``) until the peer prepared staging."""

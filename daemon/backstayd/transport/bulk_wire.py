@@ -28,7 +28,9 @@ SOCKET_BUFFER_BYTES: Final = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BulkRequest:
-    """``op`` is one of read_shard, read_fragment, get_plan, get_manifest, put_fragment, put_shard, is_staged, suspect."""
+    """``op`` is one of read_shard, read_fragment, get_plan, get_manifest, put_fragment, renew_fragment, put_shard, is_staged,
+    suspect. To renew is to put a fragment without the chunks ``kept``, ascending (first, count), which the peer takes from the
+    same fragment of its older plan."""
 
     op: str
     protocol: int = 1
@@ -44,6 +46,9 @@ class BulkRequest:
     first_chunk: int = 0
     chunk_count: int = 0
     size_bytes: int = 0
+    older_plan_id: str = ""
+    older_step: int = 0
+    kept: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +103,10 @@ class Channel:
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.set_silence_limit(timeouts.constant_s)
+
+    def allow_work(self, size_bytes: int) -> None:
+        """The peer works on so many bytes before it says a word."""
+        self.set_silence_limit(self._timeouts.of(size_bytes))
 
     def set_silence_limit(self, seconds: float) -> None:
         """Longest time one system call may wait without a byte."""
