@@ -20,6 +20,7 @@ POINTS = (
     "after_slot", "mid_copy", "before_commit", "after_commit",  # trainer
     "before_publish", "after_publish", "mid_release",  # node daemon
     "mid_encode", "mid_forward", "mid_rebuild", "mid_fetch",  # coder
+    "mid_upload", "after_upload", "before_record", "after_record", "mid_prune", "mid_fetch_persisted",  # coder
     "decided", "recorded_on_some",  # coordinator
 )  # fmt: skip
 

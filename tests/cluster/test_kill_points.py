@@ -14,6 +14,7 @@ import pytest
 
 from backstay import faults
 from backstay.testing import LocalCluster
+from tests.cluster.test_kill_storage_points import FETCH_POINTS, UPLOAD_POINTS
 from tests.kit.light_world import Ranks, light_world, wait_protected
 
 RUN = "default/killed"
@@ -159,4 +160,5 @@ def test_a_kill_at_this_point_of_a_recovery_does_not_change_what_is_restored(poi
 
 
 def test_every_fault_point_has_a_scenario() -> None:
-    assert set(faults.POINTS) == {*TRAINER_POINTS, *SNAPSHOT_POINTS, *RECOVERY_POINTS}
+    storage_points = {*UPLOAD_POINTS, *FETCH_POINTS}
+    assert set(faults.POINTS) == {*TRAINER_POINTS, *SNAPSHOT_POINTS, *RECOVERY_POINTS, *storage_points}

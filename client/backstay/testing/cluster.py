@@ -59,6 +59,7 @@ class LocalCluster:
         quota: Memory limit of each daemon, such as "256MiB"; "" sets none.
         keep: Protected snapshots kept per run.
         coders: Coder processes per daemon.
+        settings: Further settings of the coordinator by their names, such as ``{"persist_url": "file:///mnt/checkpoints"}``.
         keep_logs: A directory the logs are moved to at close; None deletes them.
     """
 
@@ -76,6 +77,7 @@ class LocalCluster:
         quota: str = "",
         keep: int = 1,
         coders: int = 1,
+        settings: Mapping[str, object] | None = None,
         keep_logs: Path | str | None = None,
     ) -> None:
         if nodes < 1:
@@ -89,6 +91,7 @@ class LocalCluster:
         self._parity, self._group_size, self._keep, self._coders, self._quota = parity, group_size, keep, coders, quota
         self._env = dict(env or {})
         self._coordinator_env = dict(coordinator_env or {})
+        self._settings = {f"BACKSTAYD_COORDINATOR_{n.upper()}": str(value) for n, value in (settings or {}).items()}
         self._keep_logs = Path(keep_logs) if keep_logs is not None else None
         self.keeper = ProcessKeeper(self.cluster_id, self.root / "logs")
         self._coordinator: subprocess.Popen[bytes] | None = None
@@ -168,8 +171,9 @@ class LocalCluster:
         argv = _daemon_argv("coordinator", "--listen", self.coordinator_address)
         argv += ["--http", f"{_HOST}:{self._coordinator_http_port}", "--parity", str(self._parity)]
         argv += ["--group-size", str(self._group_size), "--keep", str(self._keep), "--lease-s", f"{self.lease_s:g}"]
+        environment = self._daemon_environment(self._settings | dict(env or {}))
         self._coordinator = self.keeper.spawn(
-            argv, name=COORDINATOR, node=COORDINATOR, role=DAEMON_ROLE, env=self._daemon_environment(env)
+            argv, name=COORDINATOR, node=COORDINATOR, role=DAEMON_ROLE, env=environment
         )
 
     def kill_coordinator(self) -> None:

@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 from backstayd.cli.coordinator import find_run, get_status
-from backstayd.cli.tables import as_json, table
+from backstayd.cli.status import describe_storage
+from backstayd.cli.tables import as_json, date_time, table
 from backstayd.config import format_size
 
 
@@ -14,7 +15,7 @@ def run(arguments: argparse.Namespace) -> int:
     document = get_status(arguments)
     runs = [find_run(document, arguments.run)] if arguments.run else document["runs"]
     if arguments.json:
-        print(as_json([{"run": run_["run"], "snapshots": run_["snapshots"]} for run_ in runs]))
+        print(as_json([{"run": r["run"], "snapshots": r["snapshots"], "storage": r.get("storage")} for r in runs]))
     else:
         print("\n\n".join(describe(run_) for run_ in runs) or "no run is known")
     return 0
@@ -39,7 +40,29 @@ def describe(run_: dict[str, Any]) -> str:
     lines = [f"{run_['run']}  {run_['redundancy']}"]
     lines.append(table(("STEP", "ATTEMPT", "STATE", "SPARES", "SHARDS", "SIZE", "SNAPSHOT ID", "RANK@NODES"), rows))
     lines += [f"step {item['step']}: {item['missing']}" for item in snapshots if item["missing"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_persisted(run_.get("storage"))])
+
+
+def _persisted(storage: dict[str, Any] | None) -> list[str]:
+    """What lies on durable storage, newest first."""
+    if storage is None:
+        return []
+    rows = [
+        (
+            item["step"],
+            item["attempt"],
+            "spoilt" if item["problem"] else "persisted",
+            item["world_size"],
+            format_size(item["size_bytes"]),
+            item["snapshot_id"][:12],
+            date_time(item["unix_s"]) if item["unix_s"] else "just now",
+        )
+        for item in storage["snapshots"]
+    ]
+    lines = ["", f"on durable storage in {storage['url']}"]
+    lines.append(table(("STEP", "ATTEMPT", "STATE", "RANKS", "SIZE", "SNAPSHOT ID", "WRITTEN"), rows))
+    lines += describe_storage(storage)[1:]
+    return lines + [f"step {item['step']}: {item['problem']}" for item in storage["snapshots"] if item["problem"]]
 
 
 def _places(shards: list[dict[str, Any]], limit: int = 16) -> str:

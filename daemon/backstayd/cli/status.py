@@ -63,6 +63,27 @@ def _runs(runs: list[dict[str, Any]]) -> str:
     return table(("RUN", "REDUNDANCY", "TRAINERS", "ATTEMPT", "COMPLETE", "PROTECTED", "EVERY"), rows)
 
 
+def describe_storage(storage: dict[str, Any] | None) -> list[str]:
+    """What is on durable storage and on its way there, in sentences."""
+    if storage is None:
+        return []
+    lines = [
+        f"step {storage['step']} of attempt {storage['attempt']} is on durable storage"
+        if storage["step"]
+        else "nothing is on durable storage yet"
+    ]
+    upload = storage["upload"]
+    if upload:
+        done, total = upload["done_bytes"], upload["total_bytes"]
+        lines.append(
+            f"step {upload['step']} is copied to {storage['url']}: {format_size(done)} of {format_size(total)} "
+            f"({100 * done // max(1, total)} %), {upload['shards_done']} of {upload['shards']} shards"
+        )
+    if storage["problem"]:
+        lines.append(f"durable storage: {storage['problem']}")
+    return lines
+
+
 def _notes(run_: dict[str, Any]) -> list[str]:
     notes = []
     if run_["reason"]:
@@ -70,6 +91,7 @@ def _notes(run_: dict[str, Any]) -> list[str]:
     ttl_s = run_.get("forgotten_in_s")
     if ttl_s is not None:
         notes.append(f"{run_['run']}: no trainer is connected; its memory is freed in {ttl_s / 3600:.1f} h")
+    notes += [f"{run_['run']}: {line}" for line in describe_storage(run_.get("storage"))]
     decision = run_["decision"]
     if decision and decision["phase"] != "release" and decision["message"]:
         notes.append(f"{run_['run']}: recovery in phase {decision['phase']}: {decision['message']}")

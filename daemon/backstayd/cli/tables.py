@@ -40,6 +40,11 @@ def clock_time(time_unix_s: float) -> str:
     return moment.strftime("%H:%M:%S.") + f"{moment.microsecond // 1000:03d}"
 
 
+def date_time(time_unix_s: float) -> str:
+    """Local date and time, ``2026-03-01 14:03``."""
+    return datetime.fromtimestamp(time_unix_s, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
 def _cell(value: object) -> str:
     if value is None or value == "":
         return "-"

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--jobs-only", action="store_true", help="serve no peers")
     arguments = parser.parse_args()
     _die_with(arguments.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is for the daemon, which ends us
@@ -42,6 +43,7 @@ def main() -> None:
         memory_dir=arguments.memory_dir,
         incarnation=arguments.incarnation,
         job_count=arguments.jobs,
+        is_serving=not arguments.jobs_only,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from backstay.errors import BackstayError, IntegrityError, UnavailableError
 from backstayd.coder.jobs import CoderEvent, Corrupt
+from backstayd.core.records import PersistedSnapshot, Survey
 from backstayd.store.paths import RunPaths
 from backstayd.transport.bulk import BulkClient, FragmentRef, ShardRef
 from backstayd.transport.bulk_wire import Timeouts
@@ -57,6 +58,8 @@ class JobContext:
         self.done_bytes = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.moved: dict[str, int] = defaultdict(int)
+        self.survey: Survey | None = None
+        self.persisted: PersistedSnapshot | None = None
         self._timeouts = timeouts or Timeouts()
         self._deadline_s = deadline_s
         self._cancelled = threading.Event()

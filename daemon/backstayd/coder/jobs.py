@@ -11,7 +11,8 @@ from typing import Any
 
 from backstay import record
 from backstay.errors import IntegrityError
-from backstayd.core.records import Plan, Rebuild
+from backstayd.coder.storage_jobs import STORAGE_JOBS, StorageJob
+from backstayd.core.records import PersistedSnapshot, Plan, Rebuild, Survey
 from backstayd.store.stored import ShardChunks, StoredFragment
 
 
@@ -119,7 +120,10 @@ class VerifyFragment:
     deadline_s: float = 600.0
 
 
-Job = EncodeStripe | FetchPlan | DecodeStripe | FetchShard | FetchManifests | FetchChunks | VerifyShard | VerifyFragment
+Job = (
+    EncodeStripe | FetchPlan | DecodeStripe | FetchShard | FetchManifests | FetchChunks | VerifyShard | VerifyFragment
+    | StorageJob
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +160,8 @@ class JobResult:
     moved: dict[str, int] = field(
         default_factory=dict
     )  # bytes of an encoding: "read" from members, "encoded" (data put into the codec), "kept" (parity from an older plan)
+    survey: Survey | None = None  # of SurveyStorage
+    persisted: PersistedSnapshot | None = None  # of WriteRecord: as it was written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +170,8 @@ class CoderEvent:
 
     ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of ``stripe``
     of one staged shard is complete), ``"shard_staged"`` (a fetched shard is complete and verified in staging),
-    ``"suspect_shard"`` or ``"suspect_fragment"`` (a peer read bytes of this node that failed verification: verify them and
-    quarantine).
+    ``"shard_uploading"`` (``size_bytes`` of a shard are on durable storage), ``"suspect_shard"`` or
+    ``"suspect_fragment"`` (a peer read bytes of this node that failed verification: verify them and quarantine).
     """
 
     kind: str
@@ -214,6 +220,7 @@ JOB_KINDS: dict[str, type[Job]] = {
     cls.__name__: cls
     for cls in (
         EncodeStripe, FetchPlan, DecodeStripe, FetchShard, FetchManifests, FetchChunks, VerifyShard, VerifyFragment,
+        *STORAGE_JOBS,
     )
 }  # fmt: skip
 

@@ -55,6 +55,7 @@ class CoderPool:
         niceness: Added to the coders' nice value, so that trainers come first.
         jobs_per_coder: Jobs one coder runs at a time; the rest wait here.
         extra_environment: Added to the coders' environment (fault points in tests).
+        is_for_storage: The coders serve no peers, and one that hangs (in a file system that does not answer) is killed.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class CoderPool:
         niceness: int = 5,
         jobs_per_coder: int = 8,
         extra_environment: dict[str, str] | None = None,
+        is_for_storage: bool = False,
     ) -> None:
         self._count = max(1, count)
         self._memory_dir = memory_dir
@@ -77,6 +79,7 @@ class CoderPool:
         self._niceness = niceness
         self._jobs_per_coder = jobs_per_coder
         self._extra_environment = extra_environment or {}
+        self._is_for_storage = is_for_storage
         self._coders: dict[int, _Coder] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
@@ -115,6 +118,8 @@ class CoderPool:
                 return await asyncio.shield(future)
         except TimeoutError:
             self._cancel(coder, job_id)
+            if self._is_for_storage:
+                coder.process.kill()
             return _failed(job_id, "deadline", f"{type(job).__name__} did not end within its {job.deadline_s:.1f} s")
         except asyncio.CancelledError:
             self._cancel(coder, job_id)
@@ -240,6 +245,7 @@ class CoderPool:
                 "--control-fd", str(theirs.fileno()), "--listen-fd", str(listen_fd),
                 "--memory-dir", str(self._memory_dir), "--incarnation", self._incarnation,
                 "--parent", str(os.getpid()), "--nice", str(self._niceness), "--jobs", str(self._jobs_per_coder),
+                *(["--jobs-only"] if self._is_for_storage else []),
             ]  # fmt: skip
             try:
                 process = await asyncio.create_subprocess_exec(

@@ -40,6 +40,7 @@ from backstayd.coder.jobs import (
 )
 from backstayd.coder.plans import run_fetch_plan
 from backstayd.coder.rebuild import run_decode
+from backstayd.coder.storage_jobs import PruneSnapshot, StorageJob, SurveyStorage, UploadShard, WriteRecord
 from backstayd.coder.verify import run_verify_fragment, run_verify_shard
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,10 @@ class CoderServer:
         self._write_lock = threading.Lock()
         self._bulk = BulkServer(listen, memory_dir=memory_dir, incarnation=incarnation, on_event=self._emit)
 
-    def run(self) -> None:
+    def run(self, *, is_serving: bool = True) -> None:
         """Serve until the control socket ends. Then cancels what runs and returns within about END_S."""
-        threading.Thread(target=self._bulk.serve, daemon=True, name="bulk-accept").start()
+        if is_serving:
+            threading.Thread(target=self._bulk.serve, daemon=True, name="bulk-accept").start()
         with contextlib.suppress(OSError), self._control.makefile("rb") as lines:
             for line in lines:
                 self._take(line)
@@ -116,6 +118,8 @@ class CoderServer:
                     flipped_in_flight=context.flipped_in_flight,
                     seconds=dict(context.seconds),
                     moved=dict(context.moved),
+                    survey=context.survey,
+                    persisted=context.persisted,
                 )
             )
         )
@@ -155,6 +159,23 @@ def _dispatch(context: JobContext, job: Job) -> None:
         run_verify_shard(context, job)
     elif isinstance(job, VerifyFragment):
         run_verify_fragment(context, job)
+    else:
+        _dispatch_storage(context, job)
+
+
+def _dispatch_storage(context: JobContext, job: StorageJob) -> None:
+    from backstayd.coder import fetch_persisted, persist  # only a coder that is asked for it loads what stores need
+
+    if isinstance(job, UploadShard):
+        persist.run_upload(context, job)
+    elif isinstance(job, SurveyStorage):
+        context.survey = persist.run_survey(context, job)
+    elif isinstance(job, WriteRecord):
+        context.persisted = persist.run_record(context, job)
+    elif isinstance(job, PruneSnapshot):
+        persist.run_prune(context, job)
+    else:
+        fetch_persisted.run_fetch_persisted(context, job)
 
 
 def _failure(job_id: int, error: BackstayError) -> JobResult:
@@ -162,9 +183,12 @@ def _failure(job_id: int, error: BackstayError) -> JobResult:
     return JobResult(job_id=job_id, error_class=cls.__name__, reason=error.reason, message=str(error))
 
 
-def serve(*, control_fd: int, listen_fd: int, memory_dir: Path, incarnation: str, job_count: int) -> None:
+def serve(
+    *, control_fd: int, listen_fd: int, memory_dir: Path, incarnation: str, job_count: int, is_serving: bool = True
+) -> None:
     """Run a coder on inherited descriptors; never returns."""
     control = socket.socket(fileno=control_fd)
     listen = socket.socket(fileno=listen_fd)
-    CoderServer(control, listen, memory_dir=memory_dir, incarnation=incarnation, job_count=job_count).run()
+    server = CoderServer(control, listen, memory_dir=memory_dir, incarnation=incarnation, job_count=job_count)
+    server.run(is_serving=is_serving)
     os._exit(0)  # connection threads may be blocked in the kernel; nothing of theirs is worth waiting for

@@ -252,6 +252,12 @@ def _items(ranges: Sequence[ShardRange]) -> Iterator[tuple[ShardRange, int]]:
             yield shard, chunk
 
 
+def pread_chunks(fd: int, view: memoryview, offset: int) -> None:
+    """Fill ``view`` from ``offset``; raises UnavailableError (``gone``) for a file that was cut meanwhile."""
+    if os.preadv(fd, [view], offset) != len(view):
+        raise UnavailableError(f"the file was cut at {offset} while it was read", reason="gone")
+
+
 def _pread(fd: int, view: memoryview, chunk: int) -> None:
     if os.preadv(fd, [view], chunk * CHUNK_BYTES) != len(view):
         raise UnavailableError(f"chunk {chunk} was cut while it was read", reason="gone")

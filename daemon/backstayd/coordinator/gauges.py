@@ -17,6 +17,7 @@ class Gauges:
         self._metrics = metrics
         self._runs: set[str] = set()
         self._protected_steps: dict[str, int] = {}
+        self._persisted: dict[str, str] = {}
 
     def count(self, event: Event) -> None:
         """Counters follow events."""
@@ -48,7 +49,15 @@ class Gauges:
             if self._protected_steps.get(run) != evaluation.protected_step:
                 self._protected_steps[run] = evaluation.protected_step
                 metrics.protected_timestamp_seconds.labels(training_job=run).set(unix_s)
+            newest = state.persisting.newest
+            if newest is not None:
+                metrics.persisted_step.labels(training_job=run).set(newest.step)
+                metrics.persisted_size_bytes.labels(training_job=run).set(sum(s.size_bytes for s in newest.shards))
+                if self._persisted.get(run) != newest.snapshot_id:
+                    self._persisted[run] = newest.snapshot_id
+                    metrics.persisted_timestamp_seconds.labels(training_job=run).set(newest.unix_s or unix_s)
         for run in sorted(self._runs - set(core.runs)):
+            self._persisted.pop(run, None)
             metrics.forget_run(run)
             self._runs.discard(run)
             self._protected_steps.pop(run, None)

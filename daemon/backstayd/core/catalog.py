@@ -152,6 +152,7 @@ class SnapshotView:
     plans: tuple[PlanState, ...]
     rank_spares: Mapping[int, int]
     layouts: Mapping[int, str] = field(default_factory=dict)  # by rank, where it is known
+    url: str = ""  # its directory on durable storage, if it lies there whole
 
     @property
     def is_complete(self) -> bool:
@@ -160,7 +161,13 @@ class SnapshotView:
 
     @property
     def is_restorable(self) -> bool:
+        """From memory alone."""
         return self.snapshot_id != "" and self.spares > NOT_RECOVERABLE
+
+    @property
+    def is_available(self) -> bool:
+        """From memory and durable storage together."""
+        return self.is_restorable or (self.snapshot_id != "" and self.url != "")
 
     @property
     def spares(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
-from backstayd.core.catalog import SnapshotView
+from backstayd.core.catalog import NOT_RECOVERABLE, SnapshotView
 from backstayd.core.context import RunContext
 from backstayd.core.placement import natural
 from backstayd.core.records import Outcome, Plan, ShardSource, SourceKind
@@ -62,12 +62,14 @@ def choose(
 ) -> Choice:
     """The newest restorable snapshot of the live history, however many ranks wrote it."""
     passed: list[SnapshotView] = []
-    for view in context.live_views:
-        if not view.is_restorable or view.snapshot_id in excluded or view.key in context.tainted:
+    for view in context.candidates:
+        if not view.is_available or view.snapshot_id in excluded or view.key in context.tainted:
             passed.append(view)
             continue
         return _restore(context, memory, view, passed)
-    if not memory.is_known and context.inventory.is_empty:
+    if context.storage.error:
+        return _refuse(context, f"durable storage may hold it and could not be read: {context.storage.error}")
+    if not memory.is_known and context.inventory.is_empty and not context.storage.is_known:
         message = f"no node knows {context.run}: it starts from scratch"
         return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
     if is_fresh_allowed:
@@ -91,8 +93,10 @@ def _restore(context: RunContext, memory: Memory, view: SnapshotView, passed: li
 
 
 def _was_promised(context: RunContext, memory: Memory, view: SnapshotView) -> bool:
-    """Whether a newer snapshot that cannot be restored had been protected, or was spoilt by corruption."""
+    """Whether a newer snapshot that cannot be restored had been protected or persisted, or was spoilt by corruption."""
     if view.key in context.tainted or (view.snapshot_id and view.snapshot_id in memory.protected):
+        return True
+    if view.snapshot_id in context.storage.problems:
         return True
     return any(SnapshotKey(mark.attempt, mark.step) == view.key for _, mark in context.quarantined())
 
@@ -101,7 +105,7 @@ def _is_proved_empty(context: RunContext, memory: Memory) -> bool:
     """Whether each host of a run that began from scratch is here with its memory, and none ever saw a whole snapshot."""
     if memory.newest_complete is not None or any(view.snapshot_id for view in context.views):
         return False
-    if context.quarantined():
+    if context.quarantined() or context.storage.is_known:
         return False
     if memory.is_proved_empty:
         return True
@@ -127,7 +131,7 @@ def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]
             "of the hosts)"
         )
     known = [view for view in passed if view.snapshot_id] or passed
-    had = "no older step is in memory"
+    had = f"no older step is in memory{' or on durable storage' if context.storage.url else ''}"
     if any(view.key in context.tainted for view in passed):
         had += (
             f". Keep two (keep = 2 of the coordinator) or a durable copy (persist_url) to have an older one next time; "
@@ -141,14 +145,17 @@ def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]
         nodes = sorted(set(memory.holders.get(snapshot_id, {}).values()), key=natural)
         return f" at step {key.step}: no node that is left holds anything of it (it was on {listed(nodes)}); {had}"
     return (
-        "the run is known, but no snapshot of it is in memory anywhere; start over with restore(allow_fresh=True) or "
-        "under a new run_id"
+        f"the run is known, but no snapshot of it is in memory anywhere{_nor_stored(context)}; start over with "
+        "restore(allow_fresh=True) or under a new run_id"
     )
 
 
 def missing_sentence(context: RunContext, memory: Memory, view: SnapshotView) -> str:
     """Which ranks' shards cannot be had, since which nodes are gone, and what the parity covers; "" if all can."""
-    lost = view.lost_ranks
+    lost = [] if view.url else view.lost_ranks
+    problem = context.storage.problems.get(view.snapshot_id, "")
+    if problem and not any(view.holders.values()):
+        return problem
     if not lost:
         return context.tainted.get(view.key, "")
     is_one = len(lost) == 1
@@ -171,6 +178,13 @@ def missing_sentence(context: RunContext, memory: Memory, view: SnapshotView) ->
     else:
         reasons.append("its parity is not complete" if plans else "it was not protected")
     return f"{subject} lost ({'; '.join(reasons)})"
+
+
+def _nor_stored(context: RunContext) -> str:
+    storage = context.storage
+    if not storage.url:
+        return ""
+    return f", and what lies in {storage.url} is no whole snapshot" if storage.is_known else f" or in {storage.url}"
 
 
 def _gone(
@@ -227,8 +241,10 @@ def sources_of(
             kind, named = SourceKind.LOCAL, (host, *(name for name in holders if name != host))
         elif holders:
             kind, named = SourceKind.PEER, holders
-        else:
+        elif view.rank_spares.get(rank, NOT_RECOVERABLE) > NOT_RECOVERABLE or not view.url:
             kind, named = SourceKind.REBUILD, (targets[rank],) if targets.get(rank) else ()
+        else:
+            kind, named = SourceKind.PERSISTED, ()
         sources.append(
             ShardSource(
                 rank=rank,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView
 from backstayd.core.nodes import NodeState
-from backstayd.core.records import Decision, Lineage, Quarantined, SessionPhase, SessionRecord
+from backstayd.core.records import Decision, Lineage, PersistedSnapshot, Quarantined, SessionPhase, SessionRecord
+from backstayd.core.surveying import StorageState
 from backstayd.core.trust import Trust
 
 
@@ -43,6 +44,9 @@ class RunContext:
     tainted: Mapping[SnapshotKey, str] = field(default_factory=dict)  # not to be restored although they verify, and why
     trust: Trust = field(default_factory=Trust)
     restore_loop_limit: int = 0
+    storage: StorageState = field(default_factory=StorageState)
+    stored: tuple[SnapshotView, ...] = ()  # of the live history, on durable storage and not in memory; newest first
+    live_records: tuple[PersistedSnapshot, ...] = ()  # of the live history; newest first
 
     @property
     def live_views(self) -> list[SnapshotView]:
@@ -53,8 +57,14 @@ class RunContext:
         """Live views that may be restored as far as trust goes."""
         return [view for view in self.live_views if view.key not in self.tainted]
 
+    @property
+    def candidates(self) -> list[SnapshotView]:
+        """Snapshots of the live history wherever they lie, newest first; of equal ones that in memory first."""
+        return sorted([*self.live_views, *self.stored], key=lambda view: view.key, reverse=True)
+
     def view_of(self, snapshot_id: str) -> SnapshotView | None:
-        return next((view for view in self.views if view.snapshot_id == snapshot_id), None)
+        """The snapshot of that id, in memory or on durable storage."""
+        return next((view for view in (*self.views, *self.stored) if view.snapshot_id == snapshot_id), None)
 
     def quarantined(self) -> list[tuple[str, Quarantined]]:
         """All that failed verification, each with the node that holds it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from backstayd.core.catalog import SnapshotView
-from backstayd.core.records import Decision, Lineage, Outcome
+from backstayd.core.records import Decision, Lineage, Outcome, PersistedSnapshot
 
 
 def newest_decision(decisions: Iterable[Decision]) -> Decision | None:
@@ -15,14 +15,20 @@ def newest_decision(decisions: Iterable[Decision]) -> Decision | None:
 
 
 def live_lineage(
-    head: Decision | None, views: Sequence[SnapshotView], decisions: Iterable[Decision] = ()
+    head: Decision | None,
+    views: Sequence[SnapshotView],
+    decisions: Iterable[Decision] = (),
+    records: Iterable[PersistedSnapshot] = (),
 ) -> tuple[Lineage, ...]:
-    """The live attempts, newest first.
+    """The live attempts, newest first: those of the newest decision, or of what a later one left on durable storage.
 
     An attempt above the newest decision that belongs to no known decision has lost all its witnesses: where it began is
     not known, so only its own snapshots are trusted.
     """
     known = head.lineage if head is not None else ()
+    for record in records:
+        if record.attempt > (known[0].attempt if known else 0):
+            known = record.lineage or (Lineage(attempt=record.attempt, base_attempt=0, base_step=0),)
     top = known[0].attempt if known else 0
     witnessed = {decision.attempt for decision in decisions}
     newest = max((view.key.attempt for view in views if view.key.attempt not in witnessed), default=0)

@@ -342,6 +342,7 @@ class StorageDesired:
     prune: tuple[SnapshotKey, ...] = ()
     bandwidth_bytes_per_s: int = 0  # 0: no cap
     survey_id: str = ""
+    persisted_step: int = 0  # of the newest persisted snapshot; 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -517,7 +518,9 @@ class RunDesired:
     sealed_step: int = 0  # files of this step are whole: every rank commits its part
     complete_step: int = 0  # newest step of which every shard is held
     trusted: tuple[str, ...] = ()  # snapshot ids that an operator trusts again: strike them out
-    extra_slots: int = 0  # slots above keep + 1 that a rank may have if there is room: its base is on probation
+    extra_slots: int = (
+        0  # slots above keep + 1 that a rank may have if there is room: what is on probation, or uploaded, stays
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

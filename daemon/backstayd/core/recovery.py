@@ -103,7 +103,7 @@ class Recovery:
             self._check_world(context)
         if not self.is_active:
             self._open(context)
-        if self.stage is Stage.FENCING and context.is_fenced(self.fence):
+        if self.stage is Stage.FENCING and context.is_fenced(self.fence) and context.storage.is_ready:
             self._decide(context, memory)
         if self.stage is Stage.PREPARE:
             self._prepare(context)
@@ -269,6 +269,8 @@ class Recovery:
     def _next_attempt(self, context: RunContext, memory: Memory) -> int:
         seen = [view.key.attempt for view in context.views]
         seen.extend(decision.attempt for decision, _ in context.inventory.decisions.values())
+        seen.extend(persisted.attempt for persisted in context.storage.records)
+        seen.extend(entry.attempt for entry in context.lineage)
         memory.newest_attempt = max([memory.newest_attempt, *seen]) + 1
         return memory.newest_attempt
 
@@ -329,10 +331,13 @@ class Recovery:
         if base is None:
             return ""
         view = context.view_of(base.snapshot_id)
-        if view is None or not view.is_restorable:
+        if view is None or not view.is_available:
             return f"step {base.step} can no longer be restored"
         for source in self.decision.sources:
             problem = self._why_unreadable(context, source, set(view.holders.get(source.rank, ())), set(hosts))
+            if source.kind is SourceKind.PERSISTED:
+                gone = context.storage.problems.get(base.snapshot_id, f"step {base.step} left durable storage")
+                problem = "" if view.url else gone
             if problem:
                 return problem
         return ""
@@ -383,7 +388,13 @@ def _runs_where_decided(world: World, decision: Decision) -> bool:
 
 
 def _base(view: SnapshotView) -> Base:
-    return Base(attempt=view.key.attempt, step=view.key.step, snapshot_id=view.snapshot_id, world_size=view.world_size)
+    return Base(
+        attempt=view.key.attempt,
+        step=view.key.step,
+        snapshot_id=view.snapshot_id,
+        world_size=view.world_size,
+        url=view.url,
+    )
 
 
 def _sources(context: RunContext, view: SnapshotView, placements: Mapping[int, str]) -> tuple[ShardSource, ...]:

@@ -12,6 +12,7 @@ from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.nodes import Liveness, NodeState
 from backstayd.core.pace import Pace
+from backstayd.core.persisting import Persisting
 from backstayd.core.placement import group_count
 from backstayd.core.policy import CorePolicy
 from backstayd.core.probation import Probation, has_both
@@ -21,6 +22,7 @@ from backstayd.core.records import Decision, Rebuild, RunDesired, SessionPhase, 
 from backstayd.core.recovery import Recovery, Say, Stage
 from backstayd.core.retention import abandoned_keys, releasable
 from backstayd.core.sentences import any_nodes, counted, listed
+from backstayd.core.surveying import live_records, stored_views, with_urls
 from backstayd.core.trust import tainted_views
 
 
@@ -52,6 +54,7 @@ class RunState:
     protection: Protection = field(init=False)
     recovery: Recovery = field(init=False)
     probation: Probation = field(init=False)
+    persisting: Persisting = field(init=False)
     pace: Pace = field(default_factory=Pace)
     memory: Memory = field(default_factory=Memory)
     rebuilds: dict[str, Rebuild] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class RunState:
         self.protection = Protection(self.policy)
         self.recovery = Recovery(self.raise_generation, self.say)
         self.probation = Probation(steps=self.policy.probation_steps)
+        self.persisting = Persisting(self.run, self.policy, self.say)
 
     def evaluate(
         self, nodes: Mapping[str, NodeState], *, generation: Generation, has_long_memory: bool, now_s: float
@@ -92,6 +96,9 @@ class RunState:
         target = self.protection.target(host_count=len(hosts), present_count=len(nodes))
         self._protect(context, target)
         self._rebuild(context)
+        self.persisting.update(
+            context, self._world(context), target=target, fence=self.recovery.fence, is_busy=self.recovery.is_active
+        )
         release = self._release(context, target)
         self._describe(context, target=target, wanted=wanted, release=release)
         self._adjust_pace(context, target)
@@ -124,7 +131,7 @@ class RunState:
             rebuilds=rebuilds,
             schedule=self.pace.schedule,
             keep=self.policy.keep,
-            extra_slots=int(bool(self._held(context)) or has_both(context)),
+            extra_slots=int(bool(self._held(context)) or has_both(context)) + int(bool(self.persisting.pinned)),
             gate=self.probation.gate.verdict if is_host and decision is not None else None,
             distrusted=self.probation.distrusted,
             trusted=tuple(sorted(self.probation.trust.cleared)),
@@ -136,12 +143,14 @@ class RunState:
             suspects=tuple(m for m in suspects_of(self.run, context.nodes.values()).values() if m.node == node),
             sealed_step=self.sealed[1] if self.sealed[0] == self.recovery.world_id else 0,
             complete_step=evaluation.complete_step,
+            storage=self.persisting.desired(node),
         )
 
     def check_invariants(self) -> None:
         """Raise AssertionError for a mistake of ours."""
         self.protection.check_invariants()
         self.recovery.check_invariants()
+        self.persisting.check_invariants()
         evaluation = self.evaluation
         if evaluation is None or self.is_forgetting:
             return
@@ -172,7 +181,14 @@ class RunState:
         views = tuple(build_views(inventory, self.shapes))
         known = [decision for decision, _ in inventory.decisions.values()]
         self.head = newest_decision([*known, *([self.head] if self.head is not None else [])])
-        lineage = live_lineage(self.head, views, known)
+        surveying = self.persisting.surveying
+        surveying.take(self.run, nodes, now_s)
+        lineage = live_lineage(self.head, views, known, surveying.known.values())
+        live = frozenset(index for index, view in enumerate(views) if is_live(view, lineage))
+        has_memory = any(views[index].is_restorable for index in live)
+        storage = surveying.state(fence=self.recovery.fence, has_memory=has_memory, now_s=now_s)
+        records = live_records(storage, lineage)
+        views, stored = with_urls(views, storage), stored_views(views, records, storage, inventory)
         distrusted = self.probation.unite(self.run, nodes)
         return RunContext(
             run=self.run,
@@ -182,13 +198,16 @@ class RunState:
             inventory=inventory,
             shapes=self.shapes,
             views=views,
-            live=frozenset(index for index, view in enumerate(views) if is_live(view, lineage)),
+            live=live,
             lineage=lineage,
             head=self.head,
             worlds=find_worlds(self.run, nodes),
             generation=generation,
             has_long_memory=has_long_memory,
-            tainted=tainted_views(views, lineage, distrusted),
+            tainted=tainted_views([*views, *stored], lineage, distrusted),
+            storage=storage,
+            stored=stored,
+            live_records=records,
             trust=self.probation.trust,
             restore_loop_limit=self.policy.restore_loop_limit,
         )
@@ -222,7 +241,8 @@ class RunState:
             if ended:
                 self.ended.setdefault(world_id, set()).update(ended)
                 size = next(iter(world.values())).record.world_size
-                if world_id == self.recovery.world_id and len(self.ended[world_id]) >= size and not self.is_forgetting:
+                is_over = world_id == self.recovery.world_id and len(self.ended[world_id]) >= size
+                if is_over and not self.is_forgetting and not self.persisting.is_saving(context):
                     self.say("abandoned", "every rank has finished: the run is forgotten on every node")
                     self.is_forgetting = True
         reports = [node.runs[self.run] for node in context.nodes.values() if self.run in node.runs]
@@ -248,6 +268,7 @@ class RunState:
         self.recovery = Recovery(self.raise_generation, self.say)
         self.pace, self.memory = Pace(), Memory()
         self.probation = Probation(steps=self.policy.probation_steps)
+        self.persisting = Persisting(self.run, self.policy, self.say)
         self.rebuilds, self.missing_since, self.ended = {}, {}, {}
         self.head, self.evaluation = None, None
 
@@ -385,13 +406,15 @@ class RunState:
             view = context.view_of(base.snapshot_id) if base is not None else None
             sources = decision.sources if decision is not None else ()
             owners = {s.rank: s.holders[0] for s in sources if s.kind is SourceKind.REBUILD and s.holders}
-            return (view if view is not None and view.is_restorable else None), owners
+            return (view if view is not None and view.is_available else None), owners
         best = max(
             (view for view in context.live_views if view.is_restorable),
             key=lambda view: (view.key not in context.tainted, view.spares, view.key),
             default=None,
         )
         if best is None or best.is_complete:
+            best = self.persisting.incomplete_view(context)
+        if best is None:
             self.missing_since.clear()
             return None, {}
         since = self.missing_since.setdefault(best.snapshot_id, context.now_s)
@@ -419,7 +442,7 @@ class RunState:
             target=target,
             abandoned=abandoned_keys(context.live_views, attempt=attempt, sessions=sessions),
             tainted=context.tainted,
-            held=self._held(context),
+            held=self._held(context) | self.persisting.pinned,
         )
         kept = {view.key for index, view in enumerate(context.views) if index not in chosen}
         release = {context.views[i].key: reason for i, reason in chosen.items() if context.views[i].key not in kept}

@@ -70,6 +70,7 @@ def _run(state: RunState) -> dict[str, Any]:
         "distrusted": [record.to_json(item) for item in state.probation.distrusted],
         "gate": "",
         "explain": None,
+        "storage": state.persisting.document(),
     }
     context, evaluation = state.context, state.evaluation
     if context is None or evaluation is None or state.is_forgetting:
@@ -122,6 +123,7 @@ def _base(decision: Decision) -> dict[str, Any] | None:
         "step": base.step,
         "snapshot_id": base.snapshot_id,
         "world_size": base.world_size or decision.world_size,
+        "url": base.url,
     }
 
 

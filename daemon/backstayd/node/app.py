@@ -21,9 +21,10 @@ from backstay import __version__
 from backstay.errors import BackstayError, ConfigError, UnavailableError
 from backstay.ids import new_incarnation
 from backstayd.clock import Clock
+from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.pool import CoderPool
 from backstayd.config import NodeConfig, split_address
-from backstayd.core.records import NodeIdentity
+from backstayd.core.records import NodeDesired, NodeIdentity
 from backstayd.node.bell import Bell
 from backstayd.node.context import NodeContext
 from backstayd.node.listener import listen
@@ -31,6 +32,8 @@ from backstayd.node.offers import Offers
 from backstayd.node.reconcile import Reconciler
 from backstayd.node.report import Reporter
 from backstayd.node.sessions import Sessions
+from backstayd.node.storage_coder import StorageCoder
+from backstayd.node.storing import Storing
 from backstayd.node.timeline import Timeline
 from backstayd.store import withdraw
 from backstayd.store.store import Store
@@ -113,7 +116,10 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         sessions = Sessions(context)
         reconciler = Reconciler(context, sessions)
         offers = context.offers = Offers(context, reconciler)
-        reporter = Reporter(context, sessions, reconciler)
+        storage_coder = StorageCoder(config, incarnation, bulk)
+        storing = Storing(context, storage_coder.run, reconciler.quarantine)
+        storage_coder.on_event = lambda event: _on_storage_event(event, reconciler, storing)
+        reporter = Reporter(context, sessions, reconciler, storing)
         context.progress, context.document = reconciler.progress, reporter.document
         context.offer_due, reconciler.tidy = reconciler.offer_due, offers.tidy
         http = start_http(config.http, document=lambda: _from_thread(loop, reporter), registry=context.metrics.registry)
@@ -127,19 +133,21 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         )
         await pool.start()
         stack.push_async_callback(pool.close)
-        reconciler.attach_pool(pool)
+        stack.push_async_callback(storage_coder.close)
+        reconciler.attach_pool(pool, storage_coder.run)
         offers.attach_pool(pool)
         stack.push_async_callback(reconciler.close)
+        stack.push_async_callback(storing.close)
         stack.push_async_callback(sessions.close)
         link = CoordinatorLink(
             config.coordinator,
             report=reporter.report,
-            on_desired=reconciler.on_desired,
+            on_desired=lambda desired: _on_desired(desired, reconciler, storing),
             lease_s=config.lease_s,
             on_state=lambda is_connected: _on_link(context, is_connected),
         )
         context.is_coordinator_connected = lambda: link.is_connected
-        context.notify, context.kick = link.notify, reconciler.kick
+        context.notify, context.kick = link.notify, lambda: _kick(reconciler, storing)
         link.start()
         stack.push_async_callback(link.close)
         for task in (
@@ -152,6 +160,23 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             identity.name, incarnation, config.memory_dir, config.socket, identity.bulk_address, http.address,
         )  # fmt: skip
         yield Node(context=context, sessions=sessions, reconciler=reconciler, reporter=reporter, pool=pool)
+
+
+def _on_desired(desired: NodeDesired, reconciler: Reconciler, storing: Storing) -> None:
+    reconciler.on_desired(desired)
+    storing.kick()
+
+
+def _on_storage_event(event: CoderEvent, reconciler: Reconciler, storing: Storing) -> None:
+    if event.kind == "shard_uploading":
+        storing.on_event(event)
+    else:
+        reconciler.on_event(event)
+
+
+def _kick(reconciler: Reconciler, storing: Storing) -> None:
+    reconciler.kick()
+    storing.kick()
 
 
 def _on_link(context: NodeContext, is_connected: bool) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, Job, VerifyFragment, VerifyShard
+from backstayd.coder.storage_jobs import FetchPersisted
 from backstayd.core.geometry import fragment_bytes
 from backstayd.core.layouts import base_size, takes_whole
 from backstayd.core.records import (
@@ -30,6 +31,8 @@ from backstayd.core.records import (
 
 FLOOR_BYTES_PER_S = 20_000_000  # slower than this and a transfer counts as stuck
 BASE_DEADLINE_S = 30.0
+STORAGE_FLOOR_BYTES_PER_S = 5_000_000
+STORAGE_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,6 +393,8 @@ def _verify(decision: Decision, source: ShardSource) -> StartJob:
 def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | None:
     """Copy from the holders; a shard that is being rebuilt elsewhere is asked for until it is there."""
     assert decision.base is not None
+    if source.kind is SourceKind.PERSISTED and decision.base.url:
+        return _fetch_persisted(decision, source)
     holders = [name for name in source.holders if name != view.node and name in view.peers]
     if not holders or (source.kind is SourceKind.REBUILD and view.node in source.holders):
         return None
@@ -403,6 +408,23 @@ def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | No
         digest=source.digest,
         addresses=tuple(view.peers[name] for name in holders),
         deadline_s=deadline_s(source.size_bytes),
+    )
+    return StartJob(key=f"fetch:{decision.decision_id}:{source.rank}", job=job)
+
+
+def _fetch_persisted(decision: Decision, source: ShardSource) -> StartJob:
+    """Copy from durable storage what is in no memory."""
+    assert decision.base is not None
+    job = FetchPersisted(
+        run=decision.run,
+        attempt=decision.base.attempt,
+        step=decision.base.step,
+        rank=source.rank,
+        world_size=decision.base.world_size or decision.world_size,
+        size_bytes=source.size_bytes,
+        digest=source.digest,
+        url=decision.base.url,
+        deadline_s=STORAGE_DEADLINE_S + source.size_bytes / STORAGE_FLOOR_BYTES_PER_S,
     )
     return StartJob(key=f"fetch:{decision.decision_id}:{source.rank}", job=job)
 

@@ -25,6 +25,7 @@ from backstayd.coder.jobs import (
     VerifyShard,
 )
 from backstayd.coder.pool import CoderPool
+from backstayd.coder.storage_jobs import FetchPersisted
 from backstayd.core.layouts import base_size, takes_whole
 from backstayd.core.records import (
     Decision,
@@ -35,6 +36,7 @@ from backstayd.core.records import (
     Quarantined,
     RunDesired,
     SessionPhase,
+    SourceKind,
     Staging,
 )
 from backstayd.node import planning, trust
@@ -76,9 +78,11 @@ class Reconciler:
         self._is_closed = False
         self._pool: CoderPool | None = None
         self.tidy: Callable[[Mapping[str, set[str]]], None] = lambda wanted: None
+        self._run_storage_job: Callable[[Job], Awaitable[JobResult]] | None = None
 
-    def attach_pool(self, pool: CoderPool) -> None:
+    def attach_pool(self, pool: CoderPool, run_storage_job: Callable[[Job], Awaitable[JobResult]]) -> None:
         self._pool = pool
+        self._run_storage_job = run_storage_job
 
     async def close(self) -> None:
         self._is_closed = True
@@ -304,13 +308,17 @@ class Reconciler:
 
     async def _run_job(self, run: str, key: str, job: Job) -> None:
         assert self._pool is not None
-        if isinstance(job, FetchShard):
+        if isinstance(job, (FetchShard, FetchPersisted)):
             try:
                 self._store.require_room(job.size_bytes, f"run {run}: staging rank {job.rank} of step {job.step}")
             except CapacityError as error:
                 self._fail_staging(run, key, str(error))
                 return
-        result = await self._pool.run(job)
+        if isinstance(job, FetchPersisted):
+            assert self._run_storage_job is not None
+            result = await self._run_storage_job(job)
+        else:
+            result = await self._pool.run(job)
         for corrupt in result.corrupt:
             self.quarantine(corrupt)
         if result.flipped_in_flight:
@@ -333,9 +341,10 @@ class Reconciler:
         if isinstance(job, VerifyShard) and job.is_staged:
             self._publish(run, job)
             self._say("rebuild", run, f"rebuilt rank {job.rank} of step {job.step}")
-        elif isinstance(job, FetchShard):
+        elif isinstance(job, (FetchShard, FetchPersisted)):
             self._publish(run, job)
-            self._say("staged", run, f"copied rank {job.rank} of step {job.step} from a peer")
+            where = job.url if isinstance(job, FetchPersisted) else "a peer"
+            self._say("staged", run, f"copied rank {job.rank} of step {job.step} from {where}")
         elif isinstance(job, VerifyShard):
             self._note_verified(run, job.digest)
         elif isinstance(job, FetchPlan):
@@ -349,7 +358,7 @@ class Reconciler:
         self.tasks.settle(key, run)
         self._context.changed()
 
-    def _publish(self, run: str, job: VerifyShard | FetchShard) -> None:
+    def _publish(self, run: str, job: VerifyShard | FetchShard | FetchPersisted) -> None:
         withdraw.publish_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
         self._note_verified(run, job.digest)
         self._context.changed()
@@ -374,7 +383,7 @@ class Reconciler:
             del plans[:-MAX_REMOTE_MARKS]
         elif isinstance(job, VerifyShard) and job.is_staged and (result.corrupt or count >= MAX_TRIES):
             withdraw.discard_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
-        elif isinstance(job, (FetchShard, VerifyShard)) and not getattr(job, "is_staged", False):
+        elif isinstance(job, (FetchShard, FetchPersisted, VerifyShard)) and not getattr(job, "is_staged", False):
             is_rebuilding = any(
                 target.digest == job.digest
                 for rebuild in self._context.run_desired(run).rebuilds
@@ -525,7 +534,8 @@ class Reconciler:
                             source=source.kind.value,
                             manifest=manifest,
                             fd_index=len(fds) - 1,
-                            detail=", ".join(source.holders),
+                            detail=", ".join(source.holders)
+                            or (base.url if source.kind is SourceKind.PERSISTED else ""),
                         )
                     )
             except BaseException:

@@ -11,16 +11,18 @@ from backstayd.node import planning
 from backstayd.node.context import NodeContext
 from backstayd.node.reconcile import Reconciler
 from backstayd.node.sessions import Sessions
+from backstayd.node.storing import Storing
 from backstayd.store.index import UNKNOWN_UID, RunIndex
 
 
 class Reporter:
     """Makes reports from store, sessions and tasks; each has the next sequence number."""
 
-    def __init__(self, context: NodeContext, sessions: Sessions, reconciler: Reconciler) -> None:
+    def __init__(self, context: NodeContext, sessions: Sessions, reconciler: Reconciler, storing: Storing) -> None:
         self._context = context
         self._sessions = sessions
         self._reconciler = reconciler
+        self._storing = storing
         self._sequence = itertools.count(1)
 
     def report(self) -> NodeReport:
@@ -76,6 +78,9 @@ class Reporter:
             staging=planning.staging_of(view),
             quarantined=(*index.quarantined.values(), *self._reconciler.remote_marks.get(run, ())),
             failed_plans=tuple(self._reconciler.failed_plans.get(run, ())),
+            survey=self._storing.survey(run),
+            uploads=self._storing.uploads(run),
+            pruned=self._storing.pruned(run),
             rebuilt_bytes=done,
             rebuild_total_bytes=total,
             distrusted=index.distrusted,
@@ -111,6 +116,7 @@ class Reporter:
             "fragments": [record.to_json(f) | {"size_bytes": size} for f, size in sorted_fragments(index)],
             "plans": sorted(index.plans),
             "reshard": record.to_json(context.offers.totals(run)),
+            "uploads": [record.to_json(upload) for upload in self._storing.uploads(run)],
             "slots": [
                 {
                     "rank": slot.rank,

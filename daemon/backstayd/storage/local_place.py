@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from crc32c import crc32c
 
 from backstay import faults
-from backstay.errors import CapacityError, IntegrityError, SnapshotNotFoundError, UnavailableError
+from backstay.errors import CapacityError, IntegrityError, UnavailableError
 from backstay.manifest import CHUNK_BYTES
 from backstayd.storage.errors import NO_ROOT, explained
 from backstayd.storage.place import MAX_SMALL_BYTES, Entry, RangeReader
@@ -237,10 +237,7 @@ def _make_directories(path: Path) -> None:
 
 
 def _flush_directory(path: Path) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise SnapshotNotFoundError(f"{path} was removed", reason="gone") from error
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):  # some network file systems cannot, and need not
             os.fsync(fd)

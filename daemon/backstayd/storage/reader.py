@@ -23,11 +23,13 @@ class PersistedShard:
     Attributes:
         manifest_bytes: The manifest as it was committed in memory; its SHA-256 is the shard's digest.
         chunks: Size and chunk digests from it.
+        is_remote: Large reads, in parallel, pay.
     """
 
     def __init__(self, manifest_bytes: bytes, chunks: ShardChunks, reader: RangeReader, *, is_remote: bool) -> None:
         self.manifest_bytes = manifest_bytes
         self.chunks = chunks
+        self.is_remote = is_remote
         self._reader = reader
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="storage") if is_remote else None
 

@@ -130,6 +130,15 @@ class StagedShard:
         if written != expected:
             raise IntegrityError(f"chunk {chunk} of {self._path.name}: {written} of {expected} bytes written")
 
+    def write_verified_range(self, offset: int, view: memoryview) -> None:
+        """Write bytes from ``offset`` on whose chunks the caller verified in this very buffer."""
+        try:
+            written = os.pwrite(self.fd, view, offset)
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+        if written != len(view):
+            raise IntegrityError(f"{self._path.name}: {written} of {len(view)} bytes written at {offset}")
+
     def mark(self, stripe: int) -> None:
         """Say that the range of ``stripe`` is complete; idempotent."""
         marker = self._paths.staged_stripe(

@@ -91,6 +91,27 @@ class Metrics:
             _RUN,
             registry=registry,
         )
+        self.persisted_step = Gauge(
+            "backstay_persisted_step", "Step of the newest snapshot on durable storage.", _RUN, registry=registry
+        )
+        self.persisted_timestamp_seconds = Gauge(
+            "backstay_persisted_timestamp_seconds",
+            "Unix time at which the newest snapshot on durable storage was completed.",
+            _RUN,
+            registry=registry,
+        )
+        self.persisted_size_bytes = Gauge(
+            "backstay_persisted_size_bytes", "Bytes of the newest snapshot on durable storage.", _RUN, registry=registry
+        )
+        self.persisted_bytes = Counter(
+            "backstay_persisted_bytes", "Bytes of shards this node copied to durable storage.", _RUN, registry=registry
+        )
+        self.storage_failures = Counter(
+            "backstay_storage_failures",
+            "Uploads, surveys and removals on durable storage that failed, by reason.",
+            ("training_job", "reason"),
+            registry=registry,
+        )
         self.nodes = Gauge(
             "backstay_nodes", "Nodes known, by state (live, suspect, lost).", ("state",), registry=registry
         )
@@ -109,8 +130,13 @@ class Metrics:
             self.complete_step,
             self.spares,
             self.protected_timestamp_seconds,
+            self.persisted_step,
+            self.persisted_timestamp_seconds,
+            self.persisted_size_bytes,
+            self.persisted_bytes,
         ):
             metric.remove_by_labels({"training_job": run})
         self.recoveries.remove_by_labels({"training_job": run})
         self.reshard_needed_bytes.remove_by_labels({"training_job": run})
         self.protect_bytes.remove_by_labels({"training_job": run})
+        self.storage_failures.remove_by_labels({"training_job": run})

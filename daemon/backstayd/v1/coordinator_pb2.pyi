@@ -1915,12 +1915,15 @@ class StorageDesired(_message.Message):
     PRUNE_FIELD_NUMBER: _builtins.int
     BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     SURVEY_ID_FIELD_NUMBER: _builtins.int
+    PERSISTED_STEP_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """Directory of the run."""
     bandwidth_bytes_per_s: _builtins.int
     """Cap of this node; 0: none."""
     survey_id: _builtins.str
     """List what lies there under this name; empty: no need."""
+    persisted_step: _builtins.int
+    """Step of the newest persisted snapshot; 0: none."""
     @_builtins.property
     def uploads(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadTask]:
         """What to copy."""
@@ -1937,10 +1940,11 @@ class StorageDesired(_message.Message):
         prune: _abc.Iterable[Global___SnapshotKey] | None = ...,
         bandwidth_bytes_per_s: _builtins.int = ...,
         survey_id: _builtins.str = ...,
+        persisted_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "prune", b"prune", "survey_id", b"survey_id", "uploads", b"uploads", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "persisted_step", b"persisted_step", "prune", b"prune", "survey_id", b"survey_id", "uploads", b"uploads", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,239 @@
+"""Doing what is asked of durable storage: surveys, uploads, completion records, pruning.
+
+Each byte of a shard is read once from tmpfs, checked in the buffer it is sent from, and written once. Must not decide what
+is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from crc32c import crc32c
+
+from backstay import __version__, faults, record
+from backstay.errors import IntegrityError, SnapshotNotFoundError, UnavailableError
+from backstay.ids import SnapshotKey
+from backstay.manifest import CHUNK_BYTES
+from backstayd.coder.context import JobContext
+from backstayd.coder.jobs import CoderEvent
+from backstayd.coder.pacing import BUCKET
+from backstayd.coder.sources import pread_chunks
+from backstayd.coder.storage_jobs import PruneSnapshot, SurveyStorage, UploadShard, WriteRecord
+from backstayd.core.records import PersistedSnapshot, Survey
+from backstayd.core.storage_names import (
+    RECORD_NAME,
+    attempt_of,
+    manifest_name,
+    root_of,
+    shard_name,
+    snapshot_name,
+    snapshot_url,
+    step_of,
+)
+from backstayd.core.surveying import why_no_snapshot
+from backstayd.storage.place import Place, open_place
+from backstayd.storage.source import chunk_range
+from backstayd.store.published import open_shard
+from backstayd.store.stored import ShardChunks, parse_manifest, read_small
+from backstayd.transport.bulk import ShardRef
+
+logger = logging.getLogger(__name__)
+
+PARALLEL_SMALL = 8  # records and manifests read at a time
+PROGRESS_S = 0.5
+
+
+def run_survey(context: JobContext, job: SurveyStorage) -> Survey:
+    """Do ``job``. A record that is none is passed over and logged; what cannot be listed raises."""
+    open_place(root_of(job.url)).require_root()
+    place = open_place(job.url)
+    attempts = [entry.name for entry in place.list() if entry.is_directory and attempt_of(entry.name) is not None]
+    keys = []
+    for name in attempts:
+        context.check()
+        attempt = attempt_of(name)
+        for entry in place.list(name):
+            step = step_of(entry.name)
+            if entry.is_directory and attempt is not None and step is not None:
+                keys.append(SnapshotKey(attempt, step))
+    with ThreadPoolExecutor(PARALLEL_SMALL, thread_name_prefix="survey") as pool:
+        found = list(pool.map(lambda key: _read_record(context, place, job.run, key), sorted(keys)))
+    snapshots = tuple(snapshot for snapshot in found if snapshot is not None)
+    whole = {snapshot.key for snapshot in snapshots}
+    return Survey(
+        url=job.url,
+        survey_id=job.survey_id,
+        is_done=True,
+        is_known=bool(attempts),
+        snapshots=snapshots,
+        partial=tuple(key for key in sorted(keys) if key not in whole),
+    )
+
+
+def _read_record(context: JobContext, place: Place, run: str, key: SnapshotKey) -> PersistedSnapshot | None:
+    context.check()
+    name = f"{snapshot_name(key)}/{RECORD_NAME}"
+    try:
+        snapshot = record.loads(PersistedSnapshot, place.read_small(name))
+    except SnapshotNotFoundError:
+        return None
+    except IntegrityError as error:
+        logger.error("%s/%s is no completion record and is passed over: %s", place.url, name, error)
+        return None
+    problem = why_no_snapshot(snapshot, run=run, key=key)
+    if problem:
+        logger.error("%s/%s is passed over: %s", place.url, name, problem)
+        return None
+    return snapshot
+
+
+def run_upload(context: JobContext, job: UploadShard) -> None:
+    """Do ``job``; a shard that lies there whole already is left alone.
+
+    Raises:
+        CorruptSourceError: the shard of this node is corrupt. UnavailableError, CapacityError: the store, in words for people.
+    """
+    open_place(root_of(job.url)).require_root()
+    ref = ShardRef(
+        run=job.run,
+        key=SnapshotKey(job.attempt, job.step),
+        rank=job.rank,
+        world_size=job.world_size,
+        digest=job.digest,
+    )
+    place = open_place(snapshot_url(job.url, ref.key))
+    shard, manifest = shard_name(job.rank, job.world_size), manifest_name(job.rank, job.world_size)
+    paths = context.paths(job.run)
+    raw = read_small(paths.manifest(ref.key, job.rank, job.world_size))
+    if _is_there(place, job, raw):
+        context.done_bytes = job.size_bytes
+        return
+    _require_free(place, ref)
+    with open_shard(paths, ref.key, rank=job.rank, world_size=job.world_size, digest=job.digest) as (fd, chunks):
+        place.remove(manifest)  # of other bytes under the same name: the manifest is what says that a shard is whole
+        source = _TmpfsSource(context, job, ref, fd, chunks)
+        place.put_shard(shard, source, mark=f"{job.digest[:16]}.{job.mark}")
+    faults.reach("after_upload", step=job.step, rank=job.rank)
+    place.put_small(manifest, raw)
+
+
+def _is_there(place: Place, job: UploadShard, raw: bytes) -> bool:
+    try:
+        return (
+            place.read_small(manifest_name(job.rank, job.world_size)) == raw
+            and place.size_of(shard_name(job.rank, job.world_size)) == job.size_bytes
+        )
+    except SnapshotNotFoundError:
+        return False
+
+
+def _require_free(place: Place, ref: ShardRef) -> None:
+    """Never write into the directory of a snapshot that is whole."""
+    if place.size_of(RECORD_NAME) is not None:
+        raise UnavailableError(
+            f"{place.url} holds another snapshot of step {ref.key.step} already; it is not touched. If it is not of this "
+            "run, move it away",
+            reason="occupied",
+        )
+
+
+class _TmpfsSource:
+    """A committed shard as the storage package reads it; see ``storage.source.ShardSource``."""
+
+    def __init__(self, context: JobContext, job: UploadShard, ref: ShardRef, fd: int, chunks: ShardChunks) -> None:
+        self.chunks = chunks
+        self._context, self._job, self._ref, self._fd = context, job, ref, fd
+        self._lock = threading.Lock()
+        self._told_s = 0.0
+
+    def read_verified(self, offset: int, view: memoryview) -> None:
+        self._context.check()
+        pread_chunks(self._fd, view, offset)
+        for chunk in chunk_range(self.chunks, offset, len(view)):
+            begin = chunk * CHUNK_BYTES - offset
+            found = crc32c(view[begin : begin + self.chunks.chunk_length(chunk)])
+            expected = self.chunks.chunk_crc(chunk)
+            if found != expected:
+                detail = f"chunk {chunk} has crc {found:08x}, expected {expected:08x}"
+                raise self._context.blame(self._ref, node="", detail=detail)
+
+    def spend(self, size_bytes: int) -> None:
+        BUCKET.take(size_bytes, self._job.bandwidth_bytes_per_s, pause=self._context.wait)
+
+    def note_done(self, size_bytes: int) -> None:
+        with self._lock:
+            self._context.done_bytes += size_bytes
+            if time.monotonic() - self._told_s < PROGRESS_S:
+                return
+            self._told_s = time.monotonic()
+            event = CoderEvent(
+                kind="shard_uploading",
+                run=self._job.run,
+                attempt=self._job.attempt,
+                step=self._job.step,
+                rank=self._job.rank,
+                digest=self._job.digest,
+                size_bytes=self._context.done_bytes,
+            )
+        self._context.emit(event)
+
+
+def run_record(context: JobContext, job: WriteRecord) -> PersistedSnapshot:
+    """Do ``job``; the snapshot as its record says it. Idempotent.
+
+    Raises:
+        UnavailableError (``incomplete``): a shard is not there whole; (``occupied``): another snapshot's record is there.
+    """
+    snapshot = job.snapshot
+    place = open_place(snapshot_url(job.url, snapshot.key))
+    sizes = {entry.name: entry.size_bytes for entry in place.list()}
+    with ThreadPoolExecutor(PARALLEL_SMALL, thread_name_prefix="record") as pool:
+        ranks = range(snapshot.world_size)
+        problems = list(pool.map(lambda rank: _why_incomplete(context, place, snapshot, rank, sizes), ranks))
+    problem = next(filter(None, problems), "")
+    if problem:
+        raise UnavailableError(f"{place.url} is not complete: {problem}", reason="incomplete")
+    faults.reach("before_record", step=snapshot.step)
+    written = replace(snapshot, unix_s=time.time(), writer=f"backstay {__version__} on {socket.gethostname()}")
+    if not place.create(RECORD_NAME, record.dumps(written)):
+        there = record.loads(PersistedSnapshot, place.read_small(RECORD_NAME))
+        if there.snapshot_id != snapshot.snapshot_id:
+            raise UnavailableError(
+                f"{place.url} holds another snapshot of step {snapshot.step} already; it is not touched",
+                reason="occupied",
+            )
+        written = there
+    faults.reach("after_record", step=snapshot.step)
+    return written
+
+
+def _why_incomplete(
+    context: JobContext, place: Place, snapshot: PersistedSnapshot, rank: int, sizes: dict[str, int]
+) -> str:
+    context.check()
+    shard = snapshot.shards[rank]
+    name = shard_name(rank, snapshot.world_size)
+    if sizes.get(name) != shard.size_bytes:
+        return f"{name} has {sizes.get(name, 'no')} bytes, not {shard.size_bytes}"
+    try:
+        parse_manifest(place.read_small(manifest_name(rank, snapshot.world_size)), digest=shard.digest)
+    except (SnapshotNotFoundError, IntegrityError) as error:
+        return str(error)
+    return ""
+
+
+def run_prune(context: JobContext, job: PruneSnapshot) -> None:
+    """Do ``job``; fine if nothing is there."""
+    context.check()
+    name = snapshot_name(job.key)
+    place = open_place(job.url)
+    place.remove(f"{name}/{RECORD_NAME}")
+    faults.reach("mid_prune", step=job.key.step)
+    with contextlib.suppress(SnapshotNotFoundError):
+        place.remove_tree(name)

@@ -1,0 +1,487 @@
+"""Copying protected snapshots to durable storage: which one, when, which node sends which shard, what may be pruned. Pure.
+
+One upload at a time for a run. A directory becomes a snapshot only by its completion record, which is ordered when every
+shard was reported whole. An upload never costs training a slot: if memory is short, it loses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from backstay.ids import SnapshotKey
+from backstayd.core.catalog import SnapshotView
+from backstayd.core.context import RunContext, World
+from backstayd.core.placement import natural
+from backstayd.core.policy import CorePolicy
+from backstayd.core.records import (
+    Lineage,
+    PersistedSnapshot,
+    SessionPhase,
+    StorageDesired,
+    Upload,
+    UploadState,
+    UploadTask,
+    VolumeShard,
+)
+from backstayd.core.recovery import Say
+from backstayd.core.sentences import listed
+from backstayd.core.storage_names import run_url
+from backstayd.core.surveying import Surveying
+
+RECORD_RANK = -1  # in Upload.rank: the completion record
+FAILED_PAUSE_LEASES = 10  # a snapshot whose upload was given up is not tried again before
+ABANDONED_LEASES = 200  # a partial upload that nobody goes on with is removed after so long
+SAVING_LEASES = 600  # a run that ended waits for its copy no longer
+MAX_PRUNES = 16  # named to a node at a time
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One snapshot on its way. Invariant: every rank in ``done`` was reported whole by a node; the others get an owner."""
+
+    snapshot: PersistedSnapshot
+    begun_s: float
+    is_pinned: bool  # memory has room for one more slot per rank: it is not released meanwhile
+    skipped: Mapping[int, int]  # rank -> newest step it had skipped when this began
+    owners: dict[int, str] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+    failed: dict[tuple[int, str], str] = field(default_factory=dict)  # (rank, node) -> why
+    writer: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.done) == self.snapshot.world_size
+
+
+@dataclass(slots=True)
+class Persisting:
+    """State of one run; a new coordinator makes it again from reports and a survey."""
+
+    run: str
+    policy: CorePolicy
+    say: Say
+    surveying: Surveying = field(init=False)
+    transfer: Transfer | None = None
+    problem: str = ""  # why the newest snapshot is not persisted yet; "" when nothing is wrong
+    last_s: float | None = None  # when the last one was persisted, or the run was first seen
+    first_step: int = 0
+    served: set[tuple[str, int]] = field(default_factory=set)  # (world, rank) whose wish was met
+    passed_over: dict[str, float] = field(default_factory=dict)  # snapshot id -> until when
+    pruning: tuple[SnapshotKey, ...] = ()
+    pruner: str = ""
+    done_bytes: int = 0
+    saving_since_s: float | None = None
+
+    def __post_init__(self) -> None:
+        url = run_url(self.policy.persist_url, self.run) if self.policy.persist_url else ""
+        self.surveying = Surveying(url=url, lease_s=self.policy.lease_s)
+
+    @property
+    def is_on(self) -> bool:
+        return self.surveying.url != ""
+
+    @property
+    def pinned(self) -> set[SnapshotKey]:
+        """The snapshot that must not be released yet."""
+        transfer = self.transfer
+        is_needed = transfer is not None and transfer.is_pinned and not transfer.is_whole
+        return {transfer.snapshot.key} if transfer is not None and is_needed else set()
+
+    @property
+    def newest(self) -> PersistedSnapshot | None:
+        """The newest one that is whole and not spoilt, of whatever history."""
+        sound = [r for name, r in self.surveying.known.items() if name not in self.surveying.problems]
+        return max(sound, key=lambda record: record.key, default=None)
+
+    def update(self, context: RunContext, world: World, *, target: int, fence: int, is_busy: bool) -> None:
+        """Go as far as the reports allow.
+
+        Args:
+            world: the sessions of the current world.
+            target: the spares that a protected snapshot has now.
+            fence: the generation of the newest decision: a survey is made for each.
+            is_busy: a world decides; nothing new is begun.
+        """
+        if not self.is_on:
+            return
+        if self.last_s is None:
+            self.last_s = context.now_s
+        if not self.surveying.survey_id or (is_busy and self.surveying.fence != fence):
+            self.surveying.ask(self.run, context.nodes, context.generation, fence=fence, now_s=context.now_s)
+        self.served &= _wishes(context)
+        self._note_pruned(context)
+        if self.transfer is not None:
+            self._advance(context, world)
+        if self.transfer is None and self.surveying.is_answered and not is_busy:
+            self._begin(context, world, target)
+        self._choose_prunes(context, is_busy=is_busy)
+
+    def desired(self, node: str) -> StorageDesired | None:
+        """What ``node`` should do with durable storage."""
+        if not self.is_on:
+            return None
+        newest = self.newest
+        return StorageDesired(
+            url=self.surveying.url,
+            uploads=self._tasks(node),
+            prune=self.pruning if node == self.pruner else (),
+            bandwidth_bytes_per_s=self.policy.persist_bandwidth_bytes_per_s,
+            survey_id=self.surveying.wants(node),
+            persisted_step=newest.step if newest is not None else 0,
+        )
+
+    def incomplete_view(self, context: RunContext) -> SnapshotView | None:
+        """The snapshot that is being copied, if a shard of it must be rebuilt first."""
+        transfer = self.transfer
+        if transfer is None or transfer.is_whole:
+            return None
+        view = context.view_of(transfer.snapshot.snapshot_id)
+        is_wanted = view is not None and view.is_restorable and not set(view.unheld_ranks) <= transfer.done
+        return view if is_wanted else None
+
+    def is_saving(self, context: RunContext) -> bool:
+        """Whether a run that ended should keep its memory a while: a copy was asked for, or is under way."""
+        if not self.is_on:
+            return False
+        is_wanted = self.transfer is not None or bool(_wishes(context) - self.served)
+        if not is_wanted:
+            self.saving_since_s = None
+            return False
+        if self.saving_since_s is None:
+            self.saving_since_s = context.now_s
+        return context.now_s - self.saving_since_s < SAVING_LEASES * self.policy.lease_s
+
+    def document(self) -> dict[str, Any] | None:
+        """For the status document: what lies on durable storage and what is on its way; None without any."""
+        if not self.is_on:
+            return None
+        newest, transfer = self.newest, self.transfer
+        return {
+            "url": self.surveying.url,
+            "is_surveyed": self.surveying.is_answered,
+            "step": newest.step if newest is not None else 0,
+            "attempt": newest.attempt if newest is not None else 0,
+            "problem": self.surveying.error or self.problem,
+            "upload": None
+            if transfer is None
+            else {
+                "step": transfer.snapshot.step,
+                "attempt": transfer.snapshot.attempt,
+                "done_bytes": self.done_bytes,
+                "total_bytes": sum(shard.size_bytes for shard in transfer.snapshot.shards),
+                "shards_done": len(transfer.done),
+                "shards": transfer.snapshot.world_size,
+                "is_pinned": transfer.is_pinned,
+            },
+            "snapshots": [
+                {
+                    "attempt": record.attempt,
+                    "step": record.step,
+                    "world_size": record.world_size,
+                    "size_bytes": sum(shard.size_bytes for shard in record.shards),
+                    "snapshot_id": record.snapshot_id,
+                    "serial": record.serial,
+                    "unix_s": record.unix_s,
+                    "problem": self.surveying.problems.get(name, ""),
+                }
+                for name, record in sorted(self.surveying.known.items(), key=lambda item: item[1].key, reverse=True)
+            ],
+        }
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError for a mistake of ours."""
+        transfer = self.transfer
+        if transfer is not None:
+            assert not set(transfer.owners) & transfer.done
+            assert transfer.writer == "" or transfer.is_whole, "the record is ordered last"
+        kept = set(self.pruning)
+        newest = self.newest
+        assert newest is None or newest.key not in kept, "the newest persisted snapshot stays"
+
+    # -- one upload ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, context: RunContext, world: World, target: int) -> None:
+        view = self._resumable(context) or self._due(context, target)
+        if view is None:
+            newest = next((view for view in context.live_views if view.is_restorable), None)
+            if newest is not None and newest.snapshot_id in self.surveying.known:
+                self.served |= _wishes(context)  # what they ask for is there already
+            return
+        serial = max((record.serial for record in self.surveying.known.values()), default=0) + 1
+        snapshot = PersistedSnapshot(
+            run=self.run,
+            attempt=view.key.attempt,
+            step=view.key.step,
+            world_size=view.world_size,
+            snapshot_id=view.snapshot_id,
+            shards=tuple(
+                VolumeShard(
+                    rank=rank,
+                    size_bytes=view.sizes[rank],
+                    digest=view.digests[rank],
+                    layout=view.layouts.get(rank, ""),
+                )
+                for rank in range(view.world_size)
+            ),
+            lineage=_lineage_of(context, view),
+            serial=serial,
+        )
+        self.transfer = Transfer(
+            snapshot=snapshot,
+            begun_s=context.now_s,
+            is_pinned=_has_room(context, view),
+            skipped={rank: session.record.skipped_step for rank, session in world.items()},
+        )
+        self.served |= _wishes(context)
+        room = (
+            ""
+            if self.transfer.is_pinned
+            else "; memory has no room for it beside two others, so training may overtake it"
+        )
+        self.say("persisting", f"step {view.key.step} is copied to {self.surveying.url}{room}")
+        self._give_owners(context, view)
+
+    def _resumable(self, context: RunContext) -> SnapshotView | None:
+        """A snapshot that nodes are uploading already, for a coordinator before this one."""
+        for node in context.nodes.values():
+            report = node.runs.get(self.run)
+            for upload in report.uploads if report is not None else ():
+                view = context.view_of(upload.snapshot_id)
+                if view is not None and self._is_candidate(context, view):
+                    return view
+        return None
+
+    def _due(self, context: RunContext, target: int) -> SnapshotView | None:
+        """The snapshot to copy now, if any is due."""
+        sound = [view for view in context.sound_views if view.is_restorable]
+        protected = [view for view in sound if view.spares >= target]
+        is_idle = not any(phase is not SessionPhase.ENDED for w in context.worlds.values() for phase in _phases(w))
+        view = next(iter(protected or (sound if is_idle else [])), None)
+        if view is None or not self._is_candidate(context, view):
+            return None
+        if is_idle or _wishes(context) - self.served:
+            return view
+        policy, newest = self.policy, self._newest_live(context)
+        base = context.head.base.step if context.head is not None and context.head.base is not None else 0
+        last_step = newest.step if newest is not None else base
+        if policy.persist_every_steps and view.key.step - last_step >= policy.persist_every_steps:
+            return view
+        assert self.last_s is not None
+        is_late = policy.persist_every_s > 0 and context.now_s - self.last_s >= policy.persist_every_s
+        return view if is_late else None
+
+    def _is_candidate(self, context: RunContext, view: SnapshotView) -> bool:
+        """Whether ``view`` is newer than what is persisted, live, and not given up a moment ago."""
+        newest = self._newest_live(context)
+        is_newer = newest is None or view.key > newest.key
+        is_live = any(view is other for other in context.live_views)
+        is_fresh = self.passed_over.get(view.snapshot_id, 0.0) <= context.now_s
+        return is_newer and is_live and is_fresh and view.is_restorable and view.snapshot_id not in self.surveying.known
+
+    def _newest_live(self, context: RunContext) -> PersistedSnapshot | None:
+        sound = [r for r in context.live_records if r.snapshot_id not in self.surveying.problems]
+        return max(sound, key=lambda record: record.key, default=None)
+
+    def _advance(self, context: RunContext, world: World) -> None:
+        transfer = self.transfer
+        assert transfer is not None
+        self._take_uploads(context, transfer)
+        if transfer.snapshot.snapshot_id in self.surveying.known:
+            self._finish(context, transfer)
+            return
+        view = context.view_of(transfer.snapshot.snapshot_id)
+        if not transfer.is_whole and (view is None or not view.is_restorable):
+            self._give_up(context, "it was released or lost before every shard was copied")
+            return
+        if transfer.is_pinned and _is_short(transfer, world):
+            transfer.is_pinned = False
+            self.say("persisting", f"step {transfer.snapshot.step} may be released: training is short of slots")
+        if transfer.is_whole:
+            self._order_record(context, transfer)
+        elif view is not None:
+            self._give_owners(context, view)
+        self.problem = self._why_slow(transfer)
+
+    def _take_uploads(self, context: RunContext, transfer: Transfer) -> None:
+        name, sizes = transfer.snapshot.snapshot_id, {s.rank: s.size_bytes for s in transfer.snapshot.shards}
+        progress = dict.fromkeys(sizes, 0)
+        for node in context.nodes.values():
+            report = node.runs.get(self.run)
+            for upload in report.uploads if report is not None else ():
+                if upload.snapshot_id == name:
+                    self._take_upload(node.name, upload, transfer)
+                    if upload.rank in progress:
+                        progress[upload.rank] = max(progress[upload.rank], upload.done_bytes)
+        self.done_bytes = sum(sizes[rank] if rank in transfer.done else done for rank, done in progress.items())
+
+    def _take_upload(self, node: str, upload: Upload, transfer: Transfer) -> None:
+        if upload.rank == RECORD_RANK:
+            if upload.state is UploadState.DONE:
+                self.surveying.note_written(transfer.snapshot)
+            elif upload.state is UploadState.FAILED:
+                transfer.failed[RECORD_RANK, node] = upload.reason
+        elif upload.state is UploadState.DONE and 0 <= upload.rank < transfer.snapshot.world_size:
+            transfer.done.add(upload.rank)
+            transfer.owners.pop(upload.rank, None)
+            transfer.failed.pop((upload.rank, node), None)
+        elif upload.state is UploadState.FAILED:
+            transfer.failed[upload.rank, node] = upload.reason
+
+    def _give_owners(self, context: RunContext, view: SnapshotView) -> None:
+        """A holder for each shard that is not there yet: spread evenly; another when one is gone or has failed."""
+        transfer = self.transfer
+        assert transfer is not None
+        load = Counter(transfer.owners.values())
+        for rank in range(view.world_size):
+            if rank in transfer.done:
+                continue
+            holders = [name for name in view.holders.get(rank, ()) if name in context.nodes]
+            owner = transfer.owners.get(rank, "")
+            able = [name for name in holders if (rank, name) not in transfer.failed] or holders
+            if owner in able:
+                continue
+            transfer.owners.pop(rank, None)
+            if able:  # with none, the shard is being rebuilt
+                chosen = min(able, key=lambda name: (load[name], natural(name)))
+                transfer.owners[rank] = chosen
+                load[chosen] += 1
+
+    def _order_record(self, context: RunContext, transfer: Transfer) -> None:
+        """All shards are there: one node writes the record; another when that one is gone."""
+        if transfer.writer in context.nodes and (RECORD_RANK, transfer.writer) not in transfer.failed:
+            return
+        names = sorted((n for n in context.nodes if self.run in context.nodes[n].runs), key=natural)
+        able = [name for name in names if (RECORD_RANK, name) not in transfer.failed]
+        if names and not able:
+            reason = next(iter(transfer.failed.values()))
+            self._give_up(context, f"its completion record could not be written: {reason}")
+            return
+        transfer.writer = able[0] if able else ""
+
+    def _finish(self, context: RunContext, transfer: Transfer) -> None:
+        snapshot = transfer.snapshot
+        self.say("persisted", f"step {snapshot.step} of attempt {snapshot.attempt} is on durable storage")
+        self.transfer, self.problem, self.done_bytes = None, "", 0
+        self.last_s = context.now_s
+
+    def _give_up(self, context: RunContext, why: str) -> None:
+        transfer = self.transfer
+        assert transfer is not None
+        name = transfer.snapshot.snapshot_id
+        self.passed_over[name] = context.now_s + FAILED_PAUSE_LEASES * self.policy.lease_s
+        while len(self.passed_over) > MAX_PRUNES:
+            del self.passed_over[next(iter(self.passed_over))]
+        self.problem = f"step {transfer.snapshot.step} was not persisted: {why}"
+        self.surveying.partial.setdefault(transfer.snapshot.key, context.now_s)
+        self.say("persist_failed", f"{self.problem}; training goes on and a newer one is tried")
+        self.transfer, self.done_bytes = None, 0
+
+    def _why_slow(self, transfer: Transfer | None) -> str:
+        """What nodes say of uploads that fail; they go on trying."""
+        if transfer is None:
+            return self.problem
+        reasons = {
+            reason for (rank, node), reason in transfer.failed.items() if transfer.owners.get(rank) == node and reason
+        }
+        problem = listed(sorted(reasons)[:2])
+        if problem and problem != self.problem:
+            self.say("persist_failed", f"step {transfer.snapshot.step}: {problem}; it is tried again")
+        return problem
+
+    def _tasks(self, node: str) -> tuple[UploadTask, ...]:
+        transfer = self.transfer
+        if transfer is None:
+            return ()
+        ranks = tuple(sorted(rank for rank, owner in transfer.owners.items() if owner == node))
+        is_last = transfer.writer == node
+        return (UploadTask(snapshot=transfer.snapshot, ranks=ranks, is_last=is_last),) if ranks or is_last else ()
+
+    # -- retention ----------------------------------------------------------------------------------------------------
+
+    def _note_pruned(self, context: RunContext) -> None:
+        report = context.nodes[self.pruner].runs.get(self.run) if self.pruner in context.nodes else None
+        for key in report.pruned if report is not None else ():
+            if key in self.pruning:
+                self.say("pruned", f"step {key.step} of attempt {key.attempt} was removed from durable storage")
+                self.surveying.note_pruned(key)
+        self.pruning = tuple(key for key in self.pruning if report is None or key not in report.pruned)
+
+    def _choose_prunes(self, context: RunContext, *, is_busy: bool) -> None:
+        if is_busy or not self.surveying.is_answered:
+            self.pruning = ()
+            return
+        base = context.head.base if context.head is not None else None
+        kept = {SnapshotKey(base.attempt, base.step)} if base is not None else set()
+        if self.transfer is not None:
+            kept.add(self.transfer.snapshot.key)
+        live = [r for r in context.live_records if r.snapshot_id not in self.surveying.problems]
+        keys = prunable(
+            list(self.surveying.known.values()),
+            live=live,
+            keep_last=self.policy.persist_keep_last,
+            keep_every=self.policy.persist_keep_every,
+        )
+        newest = max((record.key for record in live), default=None)
+        age_s = ABANDONED_LEASES * self.policy.lease_s
+        for key, since_s in self.surveying.partial.items():
+            if newest is not None and key < newest and context.now_s - since_s >= age_s:
+                keys.append(key)
+        self.pruning = tuple(sorted(key for key in keys if key not in kept)[:MAX_PRUNES])
+        if self.pruner not in context.nodes or self.run not in context.nodes[self.pruner].runs:
+            names = [name for name, node in context.nodes.items() if self.run in node.runs]
+            self.pruner = min(names, key=natural, default="")
+
+
+def prunable(
+    known: Sequence[PersistedSnapshot], *, live: Sequence[PersistedSnapshot], keep_last: int, keep_every: int
+) -> list[SnapshotKey]:
+    """Which of ``known`` retention gives up.
+
+    Kept are the newest ``keep_last`` of ``live`` (sound ones of the live history), and every ``keep_every``-th persisted
+    snapshot for good. Without a live one nothing is given up: what is there may be all there is.
+    """
+    newest = sorted(live, key=lambda record: record.key, reverse=True)[:keep_last]
+    if len(newest) < keep_last:
+        return []
+    kept = {record.key for record in newest} | {r.key for r in live if keep_every and r.serial % keep_every == 0}
+    return [record.key for record in known if record.key not in kept and record.key < newest[-1].key]
+
+
+def _wishes(context: RunContext) -> set[tuple[str, int]]:
+    """(world, rank) of the trainers that ask for a copy now."""
+    return {
+        (world_id, rank)
+        for world_id, world in context.worlds.items()
+        for rank, session in world.items()
+        if session.record.wants_persist
+    }
+
+
+def _phases(world: World) -> list[SessionPhase]:
+    return [session.record.phase for session in world.values()]
+
+
+def _lineage_of(context: RunContext, view: SnapshotView) -> tuple[Lineage, ...]:
+    """The live history up to the attempt of ``view``."""
+    places = [index for index, entry in enumerate(context.lineage) if entry.attempt == view.key.attempt]
+    return context.lineage[places[0] :] if places else ()
+
+
+def _has_room(context: RunContext, view: SnapshotView) -> bool:
+    """Whether each node can hold one more slot for each shard of ``view`` that it holds."""
+    wanted: Counter[str] = Counter()
+    for rank, holders in view.holders.items():
+        for name in holders:
+            wanted[name] += view.sizes.get(rank, 0)
+    return all(context.nodes[name].free_bytes >= size for name, size in wanted.items() if name in context.nodes)
+
+
+def _is_short(transfer: Transfer, world: World) -> bool:
+    """Whether a rank skipped a step for want of a slot since the upload began."""
+    return any(
+        session.record.skipped_step > transfer.skipped.get(rank, 0) and "slot" in session.record.skip_reason
+        for rank, session in world.items()
+    )

@@ -1,0 +1,255 @@
+"""What a node does with durable storage: surveys, uploads, completion records, pruning, as the coordinator wants them.
+
+Level-triggered like the rest of the node: wanted and done are compared after every change; what failed is tried again with
+growing pauses. Runs in a coder of its own, so that a store that hangs holds up nothing else. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from backstay.ids import SnapshotKey
+from backstayd.coder.jobs import CoderEvent, Corrupt, Job, JobResult
+from backstayd.coder.storage_jobs import PruneSnapshot, SurveyStorage, UploadShard, WriteRecord
+from backstayd.core.persisting import RECORD_RANK
+from backstayd.core.records import PersistedSnapshot, StorageDesired, Survey, Upload, UploadState
+from backstayd.node.context import NodeContext
+from backstayd.node.tasks import Tasks
+
+logger = logging.getLogger(__name__)
+
+PARALLEL_UPLOADS: Final = 2  # per node, over all runs
+BASE_DEADLINE_S: Final = 60.0
+FLOOR_BYTES_PER_S: Final = 5_000_000  # slower than this and a store counts as stuck
+LAST_PAUSE_LEASES: Final = 3
+LOUD_FAILURES: Final = (1, 2, 4, 8, 16)  # of a task; in between only debug says so
+
+RunJob = Callable[[Job], Awaitable[JobResult]]
+
+
+@dataclass(slots=True)
+class _RunState:
+    """What this daemon did and found for one run."""
+
+    survey: Survey | None = None
+    uploads: dict[tuple[str, int], Upload] = field(default_factory=dict)  # (snapshot id, rank)
+    pruned: set[SnapshotKey] = field(default_factory=set)
+
+
+class Storing:
+    """Owns its tasks and what they found.
+
+    Args:
+        run_job: Runs a job on the storage coder.
+        quarantine: Takes a shard of this node that failed verification out of use.
+    """
+
+    def __init__(self, context: NodeContext, run_job: RunJob, quarantine: Callable[[Corrupt], None]) -> None:
+        self._context = context
+        self._run_job = run_job
+        self._quarantine = quarantine
+        self._runs: dict[str, _RunState] = {}
+        self._is_kicked = False
+        self._is_closed = False
+        self.tasks = Tasks(context.clock, self.kick, last_pause_s=LAST_PAUSE_LEASES * context.lease_s)
+
+    async def close(self) -> None:
+        self._is_closed = True
+        await self.tasks.close()
+
+    def survey(self, run: str) -> Survey | None:
+        state = self._runs.get(run)
+        return state.survey if state is not None else None
+
+    def uploads(self, run: str) -> tuple[Upload, ...]:
+        state = self._runs.get(run)
+        return tuple(upload for _, upload in sorted(state.uploads.items())) if state is not None else ()
+
+    def pruned(self, run: str) -> tuple[SnapshotKey, ...]:
+        state = self._runs.get(run)
+        return tuple(sorted(state.pruned)) if state is not None else ()
+
+    def on_event(self, event: CoderEvent) -> None:
+        """How far an upload is."""
+        state = self._runs.get(event.run)
+        for place, upload in state.uploads.items() if state is not None else ():
+            if upload.state is UploadState.UPLOADING and place[1] == event.rank and state is not None:
+                state.uploads[place] = replace(upload, done_bytes=event.size_bytes)
+                self._context.notify()
+                return
+
+    def kick(self) -> None:
+        """Look again soon."""
+        if not self._is_kicked and not self._is_closed:
+            self._is_kicked = True
+            asyncio.get_running_loop().call_soon(self._pass)
+
+    def _pass(self) -> None:
+        self._is_kicked = False
+        if self._is_closed:
+            return
+        for run in {*self._context.desired, *self._runs}:
+            desired = self._context.desired.get(run)
+            self._pass_run(run, desired.storage if desired is not None else None)
+
+    def _pass_run(self, run: str, desired: StorageDesired | None) -> None:
+        running = self.tasks.running(run)
+        if desired is None:
+            for key in running:
+                self.tasks.cancel(key)
+            self._runs.pop(run, None)
+            return
+        state = self._runs.setdefault(run, _RunState())
+        wanted = {task.snapshot.snapshot_id for task in desired.uploads}
+        state.uploads = {place: upload for place, upload in state.uploads.items() if place[0] in wanted}
+        state.pruned &= set(desired.prune)
+        jobs = self._jobs(run, state, desired)
+        for key in running - set(jobs):
+            self.tasks.cancel(key)
+        settled = self.tasks.settled(run)
+        for key, work in jobs.items():
+            if key not in running and key not in settled and (not key.startswith("upload:") or self._has_place()):
+                self.tasks.start(key, run, work)
+
+    def _has_place(self) -> bool:
+        running = [key for run in self._runs for key in self.tasks.running(run)]
+        return sum(1 for key in running if key.startswith("upload:")) < PARALLEL_UPLOADS
+
+    def _jobs(self, run: str, state: _RunState, desired: StorageDesired) -> dict[str, Callable[[], Awaitable[None]]]:
+        """Everything that is wanted and not done, by the name of its task."""
+        jobs: dict[str, Callable[[], Awaitable[None]]] = {}
+        survey = state.survey
+        is_surveyed = survey is not None and survey.survey_id == desired.survey_id and survey.is_done
+        if desired.survey_id and not is_surveyed:
+            jobs[f"survey:{run}:{desired.survey_id}"] = lambda: self._survey(run, desired)
+        for task in desired.uploads:
+            snapshot = task.snapshot
+            for rank in task.ranks:
+                if not self._is_done(state, snapshot, rank) and self._holds(run, snapshot, rank):
+                    key = f"upload:{run}:{snapshot.snapshot_id}:{rank}"
+                    jobs[key] = lambda key=key, snapshot=snapshot, rank=rank: (  # type: ignore[misc]
+                        self._upload(run, key, snapshot, rank, desired)
+                    )
+            if task.is_last and not self._is_done(state, snapshot, RECORD_RANK):
+                key = f"record:{run}:{snapshot.snapshot_id}"
+                jobs[key] = lambda key=key, snapshot=snapshot: self._record(run, key, snapshot, desired)  # type: ignore[misc]
+        for place in desired.prune:
+            if place not in state.pruned:
+                key = f"prune:{run}:{place.attempt}:{place.step}"
+                jobs[key] = lambda key=key, place=place: self._prune(run, key, place, desired)  # type: ignore[misc]
+        return jobs
+
+    def _is_done(self, state: _RunState, snapshot: PersistedSnapshot, rank: int) -> bool:
+        upload = state.uploads.get((snapshot.snapshot_id, rank))
+        return upload is not None and upload.state is UploadState.DONE
+
+    def _holds(self, run: str, snapshot: PersistedSnapshot, rank: int) -> bool:
+        index = self._context.store.runs.get(run)
+        held = index.shards.get((snapshot.key, rank)) if index is not None else None
+        return held is not None and held.record.digest == snapshot.shards[rank].digest
+
+    async def _survey(self, run: str, desired: StorageDesired) -> None:
+        key = f"survey:{run}:{desired.survey_id}"
+        job = SurveyStorage(run=run, url=desired.url, survey_id=desired.survey_id, deadline_s=BASE_DEADLINE_S)
+        result = await self._run_job(job)
+        state = self._runs.get(run)
+        if state is None:
+            return
+        if result.survey is not None and not result.error_class:
+            state.survey = result.survey
+        else:
+            state.survey = Survey(url=desired.url, survey_id=desired.survey_id, error=result.message)
+            self._failed(run, key, result)
+        self._context.changed()
+
+    async def _upload(
+        self, run: str, key: str, snapshot: PersistedSnapshot, rank: int, desired: StorageDesired
+    ) -> None:
+        shard, rate = snapshot.shards[rank], desired.bandwidth_bytes_per_s
+        slowest = min(FLOOR_BYTES_PER_S, rate / (2 * PARALLEL_UPLOADS)) if rate else FLOOR_BYTES_PER_S
+        job = UploadShard(
+            run=run,
+            attempt=snapshot.attempt,
+            step=snapshot.step,
+            rank=rank,
+            world_size=snapshot.world_size,
+            size_bytes=shard.size_bytes,
+            digest=shard.digest,
+            url=desired.url,
+            mark=self._context.identity.name,
+            bandwidth_bytes_per_s=rate,
+            deadline_s=BASE_DEADLINE_S + shard.size_bytes / slowest,
+        )
+        self._note(run, snapshot, rank, UploadState.UPLOADING, total=shard.size_bytes)
+        result = await self._run_job(job)
+        for corrupt in result.corrupt:
+            self._quarantine(corrupt)
+        if not result.error_class:
+            self._context.metrics.persisted_bytes.labels(training_job=run).inc(shard.size_bytes)
+        self._end(run, key, result, snapshot=snapshot, rank=rank, size_bytes=shard.size_bytes)
+
+    async def _record(self, run: str, key: str, snapshot: PersistedSnapshot, desired: StorageDesired) -> None:
+        deadline_s = BASE_DEADLINE_S + snapshot.world_size
+        result = await self._run_job(WriteRecord(snapshot=snapshot, url=desired.url, deadline_s=deadline_s))
+        if not result.error_class:
+            self._say("persisted", run, f"step {snapshot.step} of attempt {snapshot.attempt} is in {desired.url}")
+        self._end(run, key, result, snapshot=snapshot, rank=RECORD_RANK, size_bytes=0)
+
+    async def _prune(self, run: str, key: str, place: SnapshotKey, desired: StorageDesired) -> None:
+        job = PruneSnapshot(run=run, url=desired.url, key=place, deadline_s=BASE_DEADLINE_S)
+        result = await self._run_job(job)
+        state = self._runs.get(run)
+        if result.error_class or state is None:
+            self._failed(run, key, result)
+        else:
+            state.pruned.add(place)
+            self._say("pruned", run, f"step {place.step} of attempt {place.attempt} was removed from {desired.url}")
+        self._context.changed()
+
+    def _end(
+        self, run: str, key: str, result: JobResult, *, snapshot: PersistedSnapshot, rank: int, size_bytes: int
+    ) -> None:
+        if result.error_class:
+            self._failed(run, key, result)
+            self._note(run, snapshot, rank, UploadState.FAILED, total=size_bytes, reason=result.message)
+        else:
+            self._note(run, snapshot, rank, UploadState.DONE, total=size_bytes, done=size_bytes)
+        self._context.changed()
+
+    def _note(
+        self,
+        run: str,
+        snapshot: PersistedSnapshot,
+        rank: int,
+        state: UploadState,
+        *,
+        total: int,
+        done: int = 0,
+        reason: str = "",
+    ) -> None:
+        runs = self._runs.get(run)
+        if runs is not None:
+            runs.uploads[snapshot.snapshot_id, rank] = Upload(
+                snapshot_id=snapshot.snapshot_id,
+                rank=rank,
+                state=state,
+                done_bytes=done,
+                total_bytes=total,
+                reason=reason,
+            )
+            self._context.notify()
+
+    def _failed(self, run: str, key: str, result: JobResult) -> None:
+        """Say so, less and less often, count it, and try again after a pause."""
+        count = self.tasks.fail(key, run)
+        level = logging.WARNING if count in LOUD_FAILURES else logging.DEBUG
+        logger.log(level, "run %s: %s failed (%d): %s", run, key.partition(":")[0], count, result.message)
+        self._context.metrics.storage_failures.labels(training_job=run, reason=result.reason).inc()
+
+    def _say(self, kind: str, run: str, message: str) -> None:
+        logger.info("run %s: %s: %s", run, kind, message)
+        self._context.timeline.add(kind, run, message)

@@ -1,0 +1,58 @@
+"""Clusters of light ranks with durable storage, and what a test asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from backstay.testing import LocalCluster
+from tests.kit.light_world import Ranks
+
+RUN = "default/durable"
+LEASE_S = 1.0
+
+
+def cluster_with(
+    url: str,
+    tmp_path: Path,
+    *,
+    nodes: int = 3,
+    env: Mapping[str, str] | None = None,
+    keep_last: int = 3,
+    every_steps: int = 1,
+    **settings: object,
+) -> LocalCluster:
+    """A cluster that survives the loss of one node, with ``url`` as durable storage."""
+    chosen = {"persist_url": url, "persist_every_s": 0, "persist_every_steps": every_steps}
+    chosen |= {"persist_keep_last": keep_last} | settings
+    return LocalCluster(nodes, 1, lease_s=LEASE_S, env=env, settings=chosen, keep_logs=tmp_path / "logs")
+
+
+def storage_of(cluster: LocalCluster) -> dict[str, Any]:
+    """What the coordinator says of durable storage."""
+    return dict(cluster.run_status(RUN)["storage"])
+
+
+def wait_persisted(cluster: LocalCluster, step: int) -> None:
+    cluster.wait_until(lambda: storage_of(cluster)["step"] >= step, 60, f"step {step} to be on durable storage")
+
+
+def restore_exactly(world: Ranks, *, step: int, source: str = "") -> list[dict[str, Any]]:
+    """Restore; every rank must get exactly the bytes it wrote at ``step``."""
+    answers = world.restore()
+    for rank, answer in zip(world.ranks, answers, strict=True):
+        assert answer.get("step") == step, answers
+        shard = answer["shards"][str(rank.rank)]
+        assert shard["sha256"] == rank.expected("", step)
+        assert not source or shard["source"] == source, answers
+    return answers
+
+
+def dead_daemons(cluster: LocalCluster) -> list[int]:
+    return [n.index for n in cluster.nodes if n.daemon is not None and n.daemon.poll() is not None]
+
+
+def records_in(directory: Path) -> list[int]:
+    """Steps with a completion record, by listing files."""
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in directory.rglob("snapshot.json"))
