@@ -35,7 +35,12 @@ def run_fetch_chunks(context: JobContext, job: FetchChunks) -> None:
         return
     sparse = SparseShard(context.paths(job.run), rank=job.rank, world_size=job.world_size, digest=job.digest)
     try:
-        _fetch(context, job, sparse, wanted)
+        if job.url:
+            from backstayd.coder.fetch_stored import fetch_stored_chunks  # only where stores are read
+
+            fetch_stored_chunks(context, job, sparse, sparse.missing(wanted))
+        else:
+            _fetch(context, job, sparse, wanted)
     finally:
         sparse.close()
 

@@ -15,6 +15,11 @@ from backstayd.transport.bulk import ShardRef
 
 def run_fetch_manifests(context: JobContext, job: FetchManifests) -> None:
     """Do ``job``. Raises UnavailableError, naming ranks, when no address has the manifests of some."""
+    if job.url:
+        from backstayd.coder.fetch_stored import fetch_stored_manifests  # only where stores are read
+
+        fetch_stored_manifests(context, job)
+        return
     paths, key = context.paths(job.run), SnapshotKey(job.attempt, job.step)
     make_directory(paths.staging)
     left = dict(zip(job.ranks, job.digests, strict=True))

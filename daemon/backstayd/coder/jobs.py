@@ -63,7 +63,7 @@ class FetchShard:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchManifests:
     """Put the manifests of shards of one snapshot into staging here: ``digests[i]`` of ``ranks[i]``, from the first of
-    ``addresses`` that has it."""
+    ``addresses`` that has it, or from ``url``, the snapshot's directory on durable storage."""
 
     run: str
     attempt: int
@@ -71,7 +71,8 @@ class FetchManifests:
     world_size: int
     ranks: tuple[int, ...]
     digests: tuple[str, ...]
-    addresses: tuple[str, ...]
+    addresses: tuple[str, ...] = ()
+    url: str = ""
     deadline_s: float
 
 
@@ -80,7 +81,7 @@ class FetchChunks:
     """Bring chunks of a shard into its sparse staging here, from the first of ``addresses`` that serves them verified.
 
     ``firsts[i]`` and the ``counts[i] - 1`` chunks after it. ``is_here``: the shard is published on this node, they are only
-    verified.
+    verified. ``url``: they are read from the snapshot's directory on durable storage.
     """
 
     run: str
@@ -93,6 +94,7 @@ class FetchChunks:
     counts: tuple[int, ...]
     addresses: tuple[str, ...] = ()
     is_here: bool = False
+    url: str = ""
     deadline_s: float
 
 

@@ -349,6 +349,8 @@ class Recovery:
         readers = hosts & {reader} if reader is not None else hosts
         if readers <= holders or holders & set(source.holders):
             return ""
+        if source.kind is SourceKind.PERSISTED:
+            return ""
         if source.kind is not SourceKind.REBUILD:
             return f"{listed(source.holders)} no longer has the shard of rank {source.rank}"
         if holders:

@@ -91,9 +91,9 @@ class RunState:
         self._note_seals(context)
         if self.recovery.stage is Stage.RELEASED and self.recovery.decision is not None:
             self.probation.judge(self.recovery.decision, self._world(context), context, self.say)
-        hosts = self._hosts(context)
-        wanted = self.policy.wanted_parity(len(hosts))
-        target = self.protection.target(host_count=len(hosts), present_count=len(nodes))
+        host_count = self._host_count(context)
+        wanted = self.policy.wanted_parity(host_count)
+        target = self.protection.target(host_count=host_count, present_count=len(nodes))
         self._protect(context, target)
         self._rebuild(context)
         self.persisting.update(
@@ -318,6 +318,12 @@ class RunState:
         if placements:
             return set(placements.values())
         return {node for view in context.live_views[:1] for nodes in view.holders.values() for node in nodes}
+
+    def _host_count(self, context: RunContext) -> int:
+        """Nodes to protect the job for. One that shrank to a single node stays protected by those that still are there."""
+        count = len(self._hosts(context))
+        was_protected = any(view.is_restorable and view.spares > 0 for view in context.live_views)
+        return 2 if count == 1 and was_protected and len(context.nodes) > 1 else count
 
     def _protect(self, context: RunContext, target: int) -> None:
         wanted = [view for view in context.live_views if view.snapshot_id]

@@ -10,14 +10,14 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from backstay import local
-from backstay.errors import ERROR_CLASSES, BackstayError, CapacityError, UnavailableError, UsageError
+from backstay.errors import ERROR_CLASSES, BackstayError, CapacityError, InvariantError, UnavailableError, UsageError
 from backstay.manifest import CHUNK_BYTES
-from backstayd.coder.jobs import Corrupt, FetchChunks, FetchManifests, JobResult
+from backstayd.coder.jobs import Corrupt, FetchChunks, FetchManifests, Job, JobResult
 from backstayd.coder.pool import CoderPool
 from backstayd.core.records import Decision, ShardSource, SourceKind
 from backstayd.node.context import NodeContext
@@ -30,8 +30,12 @@ from backstayd.store.sparse import missing_runs, prepare_sparse, read_marks, rem
 from backstayd.store.store import remove_empty
 from backstayd.store.stored import ShardChunks, parse_manifest
 
+RunJob = Callable[[Job], Awaitable[JobResult]]
+
 logger = logging.getLogger(__name__)
 
+STORAGE_DEADLINE_S: Final = 60.0
+STORAGE_FLOOR_BYTES_PER_S: Final = 5_000_000
 FIRST_PAUSE_S: Final = 0.05
 LAST_PAUSE_S: Final = 0.5
 MAX_DEADLINE_S: Final = 3600.0
@@ -69,14 +73,16 @@ class Offers:
     def __init__(self, context: NodeContext, supervisor: Supervisor) -> None:
         self._context = context
         self._supervisor = supervisor
-        self._pool: CoderPool | None = None
+        self._run_job: RunJob = _no_coder
+        self._run_storage_job: RunJob = _no_coder
         self._manifests: dict[tuple[str, str], bytes] = {}  # (run, digest)
         self._parts: dict[tuple[str, str], _Part] = {}
         self._visits: set[str] = set()
         self._totals: dict[str, Totals] = {}
 
-    def attach_pool(self, pool: CoderPool) -> None:
-        self._pool = pool
+    def attach_pool(self, pool: CoderPool, run_storage_job: RunJob | None = None) -> None:
+        """``run_storage_job`` runs jobs that read durable storage, if another coder does that."""
+        self._run_job, self._run_storage_job = pool.run, run_storage_job or pool.run
 
     def totals(self, run: str) -> Totals:
         """What was needed and what was moved for one run, since this daemon started."""
@@ -110,23 +116,32 @@ class Offers:
         """
         missing = await asyncio.to_thread(self._look_here, offered)
         if missing:
-            await self._fetch_manifests(offered, missing)
+            stored = [source for source in missing if source.kind is SourceKind.PERSISTED]
+            await self._fetch_manifests(offered, [source for source in missing if source not in stored])
+            await self._fetch_manifests(offered, stored, url=offered.base.url)
             missing = await asyncio.to_thread(self._look_here, offered)
         if missing:
             raise UnavailableError(f"{len(missing)} manifests were withdrawn meanwhile", reason="gone")
         here = self._digests_here(offered.run)
+        manifests = await asyncio.to_thread(self._parse, offered)
         return local.Offer(
             decision_id=offered.offer_id,
             step=offered.base.step,
             base_attempt=offered.base.attempt,
             base_world_size=len(offered.sources),
             snapshot_id=offered.base.snapshot_id,
-            manifests=tuple(json.loads(self._manifests[offered.run, source.digest]) for source in offered.sources),
+            manifests=manifests,
             kinds=tuple(
                 SourceKind.LOCAL.value if source.digest in here else source.kind.value for source in offered.sources
             ),
-            details=tuple(", ".join(source.holders) for source in offered.sources),
+            details=tuple(
+                offered.base.url if source.kind is SourceKind.PERSISTED else ", ".join(source.holders)
+                for source in offered.sources
+            ),
         )
+
+    def _parse(self, offered: Offered) -> tuple[dict[str, Any], ...]:
+        return tuple(json.loads(self._manifests[offered.run, source.digest]) for source in offered.sources)
 
     def _look_here(self, offered: Offered) -> list[ShardSource]:
         """Take the manifests that this node has; returns the sources whose manifest is missing."""
@@ -144,7 +159,9 @@ class Offers:
             self._manifests[offered.run, source.digest] = raw
         return missing
 
-    async def _fetch_manifests(self, offered: Offered, missing: Sequence[ShardSource]) -> None:
+    async def _fetch_manifests(self, offered: Offered, missing: Sequence[ShardSource], *, url: str = "") -> None:
+        if not missing:
+            return
         named = dict.fromkeys(holder for source in missing for holder in source.holders)
         names = [*named, *(name for name in offered.addresses if name not in named)]
         own = self._context.identity.name
@@ -156,10 +173,10 @@ class Offers:
             ranks=tuple(source.rank for source in missing),
             digests=tuple(source.digest for source in missing),
             addresses=tuple(offered.addresses[name] for name in names if name != own and name in offered.addresses),
-            deadline_s=BASE_DEADLINE_S,
+            url=url,
+            deadline_s=STORAGE_DEADLINE_S if url else BASE_DEADLINE_S,
         )
-        assert self._pool is not None
-        _raise_failure(await self._pool.run(job))
+        _raise_failure(await (self._run_storage_job if url else self._run_job)(job))
 
     # -- fetching ------------------------------------------------------------------------------------------------------
 
@@ -242,7 +259,7 @@ class Offers:
         clock = self._context.clock
         async with part.lock:
             while True:
-                self._check(offered)
+                self.check(offered)
                 missing = self._missing(offered.run, part, runs)
                 if not missing:
                     return
@@ -251,13 +268,14 @@ class Offers:
                     continue
                 failing_since = failing_since or clock.monotonic_s()
                 is_over = clock.monotonic_s() - failing_since > 2 * self._context.lease_s
-                is_awaited = source.kind is SourceKind.REBUILD and not result.corrupt
+                is_awaited = source.kind in (SourceKind.REBUILD, SourceKind.PERSISTED)
                 if result.corrupt or (is_over and not is_awaited):
                     self._give_up(offered, source, result)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
-    def _check(self, offered: Offered) -> None:
+    def check(self, offered: Offered) -> None:
+        """Raise UnavailableError (``decision_changed``) once it is not what is restored any more."""
         is_visit = offered.offer_id in self._visits
         if not is_visit and not self._supervisor.is_current(offered.run, offered.offer_id):
             raise UnavailableError(
@@ -274,6 +292,7 @@ class Offers:
         size = run_bytes(part.chunks, missing)
         is_here = source.digest in self._digests_here(offered.run)
         store, own = self._context.store, self._context.identity.name
+        url = offered.base.url if source.kind is SourceKind.PERSISTED and not is_here else ""
         if not is_here:
             self._prepare(offered, source, part, size)
         job = FetchChunks(
@@ -289,12 +308,12 @@ class Offers:
                 offered.addresses[name] for name in source.holders if name != own and name in offered.addresses
             ),
             is_here=is_here,
-            deadline_s=deadline_s(size),
+            url=url,
+            deadline_s=STORAGE_DEADLINE_S + size / STORAGE_FLOOR_BYTES_PER_S if url else deadline_s(size),
         )
         store.fetching_bytes += 0 if is_here else size
         try:
-            assert self._pool is not None
-            result = await self._pool.run(job)
+            result = await (self._run_storage_job if url else self._run_job)(job)
         finally:
             store.fetching_bytes -= 0 if is_here else size
             self._recount(offered.run, part)
@@ -398,6 +417,10 @@ class Offers:
     def _digests_here(self, run: str) -> set[str]:
         index = self._context.store.runs.get(run) or RunIndex(run=run)
         return {held.record.digest for held in index.shards.values()}
+
+
+async def _no_coder(job: Job) -> JobResult:
+    raise InvariantError(f"{type(job).__name__} before there are coders")
 
 
 def _raise_failure(result: JobResult) -> None:

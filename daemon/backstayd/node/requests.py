@@ -167,17 +167,19 @@ class Requests:
 
     async def answer_fetch(self, offered: Offered, message: local.Fetch) -> None:
         """Have the chunks here, saying how far that is, and send their descriptors."""
-        work = Work()
-        fetching = asyncio.create_task(self._context.offers.fetch(offered, message, work))
-        await self._while_working(
-            fetching,
-            lambda: local.Progress(
+        offers, work = self._context.offers, Work()
+
+        def progress() -> local.Progress:
+            offers.check(offered)  # a peer that does not answer is not waited for once something else is decided
+            return local.Progress(
                 phase="staging",
                 detail=f"chunks of step {offered.base.step}",
                 done_bytes=work.done_bytes,
                 total_bytes=work.total_bytes,
-            ),
-        )
+            )
+
+        fetching = asyncio.create_task(offers.fetch(offered, message, work))
+        await self._while_working(fetching, progress)
         answer, fds = fetching.result()
         try:
             await self._send(answer, fds)

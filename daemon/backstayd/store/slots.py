@@ -151,7 +151,7 @@ class Slots:
             is_unused = (index.run, slot.rank) not in self.hosted and slot.size_bytes == size_bytes
             if is_unused and self._may_have(index, slot.slot_id, holder) and self._has_no_reader(index, slot):
                 return self._grant(index, self._rename(index, slot, rank), step=step, holder=holder)
-        return self._plan_allocation(index, rank=rank, size_bytes=size_bytes, more=limit - own)
+        return self._plan_allocation(index, rank=rank, size_bytes=size_bytes, more=limit - own, world_size=world_size)
 
     def add(self, allocation: Allocation, *, step: int, holder: HolderRecord) -> Grant:
         """Grant the slot that :func:`allocate` made."""
@@ -338,9 +338,15 @@ class Slots:
         index.slots[rank, number] = renamed
         return renamed
 
-    def _plan_allocation(self, index: RunIndex, *, rank: int, size_bytes: int, more: int) -> Allocation:
+    def _plan_allocation(
+        self, index: RunIndex, *, rank: int, size_bytes: int, more: int, world_size: int
+    ) -> Allocation:
         parity = int(2 * self._store.parity_fraction.get(index.run, 0.0) * size_bytes)
-        held_parity = sum(index.fragments.values())
+        held_parity = sum(  # parity of another layout stays until this one's protects as well
+            size
+            for fragment, size in index.fragments.items()
+            if world_size in (0, index.plans[fragment.plan_id].world_size)
+        )
         self._store.require_room(
             more * size_bytes + max(0, parity - held_parity),
             f"run {index.run}: rank {rank} needs {more} more slots of {size_bytes} bytes and "
