@@ -34,6 +34,8 @@ class RunTruth:
     was_complete: bool = False
     floor: tuple[int, int, str] | None = None  # newest snapshot that was truly protected: order of world, step, world
     losses: set[int] = field(default_factory=set)  # nodes destroyed since then
+    forgiven_s: float = -1.0  # an operator trusted everything again
+    bad: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)  # writer, step: snapshot id, since when
 
 
 class Checker:
@@ -86,6 +88,10 @@ class Checker:
             any(world == writer and (limit is None or step <= limit) for world, limit in chain),
             f"restored step {step} of dead history {writer}",
         )
+        known = [
+            spot for spot in self._spoilers(truth, writer, step) if self._is_widely_known(trainer.run, *truth.bad[spot])
+        ]
+        self._require(not known, f"restored step {step} of {writer}, spoilt by {known}")
         if decision.base.world_size != decision.world_size:
             return  # its chunks lie in no shard of this node
         shard = node.memory[trainer.run].shards.get((decision.base.attempt, step, trainer.rank))
@@ -94,15 +100,49 @@ class Checker:
             f"rank {trainer.rank} was released without its shard of step {step}",
         )
 
+    def distrusted(self, run: str, world_id: str) -> None:
+        truth = self.runs[run]
+        decision = truth.worlds[world_id].decision
+        assert decision.base is not None
+        spot = (decision.sources[0].digest.split("/")[1], decision.base.step)
+        truth.bad[spot] = (decision.base.snapshot_id, self.cluster.engine.now_s)
+
+    def trusted(self, run: str) -> None:
+        if run in self.runs:
+            self.runs[run].forgiven_s = self.cluster.engine.now_s
+            self.runs[run].bad.clear()
+
+    def _spoilers(self, truth: RunTruth, writer: str, step: int) -> list[tuple[str, int]]:
+        """Distrusted snapshots that (writer, step) is, or was trained from."""
+        found = []
+        while True:
+            found += [spot for spot in truth.bad if spot[0] == writer and spot[1] <= step]
+            decision = truth.worlds[writer].decision
+            if decision.base is None:
+                return found
+            writer, step = decision.sources[0].digest.split("/")[1], decision.base.step
+
+    def _is_widely_known(self, run: str, snapshot_id: str, since_s: float) -> bool:
+        """Whether a node that nothing happened to for a while remembers it, and has for a while."""
+        limit_s = self.cluster.engine.now_s - 3 * self.cluster.lease_s
+        return since_s < limit_s and any(
+            run in node.memory and snapshot_id in node.memory[run].distrusted and node.steady_since_s < limit_s
+            for node in self.cluster.nodes.values()
+        )
+
     def refused(self, decision: Decision) -> None:
         """A refusal is wrong if nodes that nothing has happened to for a while hold enough."""
         engine, lease_s = self.cluster.engine, self.cluster.lease_s
         truth = self.runs.get(decision.run)
+        if truth is not None and truth.forgiven_s > engine.now_s - lease_s:
+            return  # decided before an operator trusted everything again
         if truth is None or not truth.worlds or self.cluster.quiet_since_s > engine.now_s - 3 * lease_s:
             return
         steady = {name for name, node in self.cluster.nodes.items() if node.steady_since_s < engine.now_s - 3 * lease_s}
         chain = self._live_chain(truth)
         for place in self._candidates(decision.run, truth, chain, steady):
+            if self._spoilers(truth, place[2], place[1]):
+                continue
             spares = self._true_spares(decision.run, place, steady)
             self._require(spares < 0, f"refused although step {place[1]} is restorable: {decision.message}")
 

@@ -404,6 +404,23 @@ class Cluster:
             node.resume()
         node.is_paused = False
 
+    def distrust(self, job: Job) -> bool:
+        """A rank of a world that trains sees NaN and says so to its daemon."""
+        trainers = [t for t in job.trainers.values() if t.is_alive and t.phase is SessionPhase.TRAINING]
+        for trainer in trainers:
+            node = self.reach(trainer.node)
+            if node is not None and trainer.is_attached and node.distrust(trainer) is not None:
+                self.checker.distrusted(job.run, trainer.world_id)
+                return True
+        return False
+
+    def trust(self) -> None:
+        """The operator takes everything back."""
+        for job in self.jobs:
+            if self.control is not None and job.run in self.core().runs:
+                self.core().trust(job.run)
+                self.checker.trusted(job.run)
+
     def corrupt(self, name: str) -> bool:
         """Flip a byte of something that the node holds; found out when it is next read."""
         node = self.nodes[name]

@@ -13,6 +13,7 @@ from backstayd.core import geometry
 from backstayd.core.records import (
     Decision,
     DecisionPhase,
+    Distrusted,
     FragmentRecord,
     NodeDesired,
     NodeIdentity,
@@ -72,6 +73,7 @@ class RunMemory:
     corrupt: set[object] = field(default_factory=set)  # digests, (plan id, stripe, index)
     quarantined: list[Quarantined] = field(default_factory=list)
     decision: Decision | None = None
+    distrusted: dict[str, Distrusted] = field(default_factory=dict)  # by snapshot id
     is_forgotten: bool = False
 
 
@@ -191,6 +193,7 @@ class Node:
             staging=work.staging,
             quarantined=tuple(memory.quarantined),
             failed_plans=tuple(sorted(work.failed_plans)),
+            distrusted=tuple(memory.distrusted[key] for key in sorted(memory.distrusted)),
             is_forgotten=memory.is_forgotten,
         )
 
@@ -236,6 +239,7 @@ class Node:
         if desired.forget:
             self._forget(desired.run)
             return
+        self._remember(memory, desired)
         for key in desired.release:
             self._delete(memory, lambda a, s, key=key: (a, s) == (key.attempt, key.step))
         for plan_id in desired.drop_plans:
@@ -250,6 +254,27 @@ class Node:
                     self._job(desired.run, ("rebuild", rebuild.rebuild_id, task.stripe), self._decode, rebuild, task)
         if desired.decision is not None:
             self._follow(desired.decision, desired.decision_phase)
+
+    def _remember(self, memory: RunMemory, desired: RunDesired) -> None:
+        before = dict(memory.distrusted)
+        for item in desired.distrusted:
+            memory.distrusted.setdefault(item.snapshot_id, item)
+        for snapshot_id in desired.trusted:
+            memory.distrusted.pop(snapshot_id, None)
+        if memory.distrusted != before:
+            self.changed()
+
+    def distrust(self, trainer: Trainer) -> Distrusted | None:
+        """A trainer saw NaN: what its world restored is remembered here, and reported."""
+        memory = self.memory.get(trainer.run, RunMemory())
+        decision = memory.decision
+        if decision is None or decision.world_id != trainer.world_id or decision.base is None:
+            return None
+        base = decision.base
+        item = Distrusted(snapshot_id=base.snapshot_id, attempt=base.attempt, step=base.step, reason="nan")
+        memory.distrusted[base.snapshot_id] = item
+        self.changed()
+        return item
 
     def _forget(self, run: str) -> None:
         memory = self.memory[run]
@@ -536,7 +561,9 @@ class Node:
             for (_, _, rank), shard in memory.shards.items()
             if rank == trainer.rank and shard.world_size == trainer.world_size
         )
-        return SLOTS_PER_RANK - used - trainer.capturing
+        desired = self.work.get(trainer.run, RunWork()).desired
+        limit = SLOTS_PER_RANK if desired is None else desired.keep + 1 + desired.extra_slots
+        return limit - used - trainer.capturing
 
     def may_write(self, trainer: Trainer) -> bool:
         """Whether the daemon is there and takes this trainer's world for the current one."""

@@ -11,7 +11,7 @@ from tests.simulation.engine import Engine, Network
 
 FAULTS = (
     "kill_trainer", "restart_daemon", "destroy", "destroy_two", "crash_coordinator", "second_coordinator", "cut", "pause",
-    "corrupt", "destroy_for_good", "resize", "resize",
+    "corrupt", "destroy_for_good", "resize", "resize", "distrust",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ class Scenario:
         policy = CorePolicy(
             parity=draw.choice([None, None, 1, 2]) if node_count > 2 else None,
             group_size=draw.choice([3, 8, 8]),
-            keep=1,
+            keep=draw.choice([1, 1, 2]),
             lease_s=1.5,
         )
         domains = ("a", "b") if draw.random() < 0.3 else ()
@@ -83,6 +83,8 @@ class Scenario:
             cluster.cut(name, engine.between(0.1, 3.0))
         elif fault == "pause" and cluster.nodes[name].is_running:
             cluster.pause(name, engine.between(0.1, 3.0))
+        elif fault == "distrust":
+            self._distrust(engine, cluster)
         elif fault == "resize":
             self._resize(engine, cluster)
         elif fault == "corrupt" and self.is_harsh:
@@ -96,6 +98,14 @@ class Scenario:
         job.placements = {rank: names[rank % len(names)] for rank in range(ranks)}
         for trainer in [t for t in job.trainers.values() if t.is_alive]:
             cluster.kill_trainer(trainer)
+
+    def _distrust(self, engine: Engine, cluster: Cluster) -> None:
+        """NaN after a restore, and, once everybody can know of it, a restart."""
+        job = engine.random.choice(cluster.jobs)
+        if cluster.distrust(job):
+            engine.run_for(engine.between(0.5, 4.0) * cluster.lease_s)
+            for trainer in [t for t in job.trainers.values() if t.is_alive][:1]:
+                cluster.kill_trainer(trainer)
 
     def _destroy(self, engine: Engine, cluster: Cluster, fault: str) -> None:
         """Never more than every job survives, unless the scenario is harsh."""
@@ -115,6 +125,8 @@ class Scenario:
         """All faults end; everything that is still away comes back."""
         engine.run_for(3.2)
         cluster.network = Network()
+        engine.run_for(3.2)  # a coordinator that came last has settled
+        cluster.trust()
         cluster.work_s = (0.005, 0.03)
 
     def _check_liveness(self, engine: Engine, cluster: Cluster) -> None:

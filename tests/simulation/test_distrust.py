@@ -1,0 +1,105 @@
+"""What leads to NaN is not restored again, whoever dies meanwhile; a loop of identical restores ends. On the simulated cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from backstay.ids import SnapshotKey
+from backstayd.core.policy import CorePolicy
+from tests.simulation.cluster import Cluster, Job
+from tests.simulation.engine import Engine
+from tests.simulation.test_traps import RUN, again, training
+
+
+def restarted(cluster: Cluster, engine: Engine, job: Job) -> SnapshotKey:
+    """Kill a rank, wait for the next world to train; what it restored."""
+    world = job.world_id
+    cluster.kill_trainer(job.trainers[0])
+    again(engine, cluster, job, world)
+    return restored(job)
+
+
+def restored(job: Job) -> SnapshotKey:
+    assert job.decision is not None
+    assert job.decision.base is not None
+    return SnapshotKey(job.decision.base.attempt, job.decision.base.step)
+
+
+def nodes_that_know(cluster: Cluster) -> int:
+    return sum(1 for node in cluster.nodes.values() if RUN in node.memory and node.memory[RUN].distrusted)
+
+
+def spread(cluster: Cluster, engine: Engine, job: Job) -> None:
+    assert cluster.distrust(job)
+    assert engine.run_until(lambda: nodes_that_know(cluster) == len(cluster.nodes), limit_s=10), "every host is told"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_next_restart_takes_the_next_older_snapshot_whoever_dies_meanwhile(seed: int) -> None:
+    engine, cluster, job = training(4, seed=seed, policy=CorePolicy(lease_s=1.5, keep=2))
+    assert engine.run_until(lambda: job.step > 4, limit_s=20)
+    base = restarted(cluster, engine, job)
+    assert len({key for key in cluster.kept_keys(RUN) if key <= base}) >= 2
+    spread(cluster, engine, job)
+    if seed % 3 == 2:
+        cluster.destroy("n4", replace_after_s=0.5)  # and so the world restarts
+        again(engine, cluster, job, job.world_id)
+        assert restored(job) < base
+        return
+    if seed % 3 == 1:
+        cluster.crash_coordinator(0.5)
+    engine.run_for(5)
+    assert restarted(cluster, engine, job) < base
+
+
+def test_with_nothing_older_the_run_is_refused_until_an_operator_trusts_it() -> None:
+    engine, cluster, job = training(4)
+    base = restarted(cluster, engine, job)
+    spread(cluster, engine, job)
+    cluster.kill_trainer(job.trainers[0])
+    assert engine.run_until(lambda: bool(job.refusals), limit_s=20)
+    for words in ("distrusted (nan)", "keep = 2", "persist_url", f"backstay trust {RUN}"):
+        assert words in job.refusals[0]
+    cluster.trust()
+    assert engine.run_until(lambda: cluster.is_training(job), limit_s=30), job.refusals
+    assert engine.run_until(lambda: nodes_that_know(cluster) == 0, limit_s=10)
+    assert job.decision is not None
+    assert job.decision.base is not None
+    assert job.decision.base.step >= base.step
+
+
+def test_what_is_on_probation_is_not_released_and_its_slot_is_given_back_afterwards() -> None:
+    engine, cluster, job = training(4, policy=CorePolicy(lease_s=1.5, probation_steps=6))
+    base = restarted(cluster, engine, job)
+    assert engine.run_until(lambda: cluster.checker.protected_step(RUN) > base.step + 2, limit_s=20)
+    assert job.step <= base.step + 6
+    assert base in cluster.kept_keys(RUN), "newer ones are as well protected, and yet it stays"
+    interval = cluster.core().runs[RUN].pace.schedule.interval_steps
+    assert engine.run_until(lambda: base not in cluster.kept_keys(RUN), limit_s=30)
+    assert interval == cluster.core().runs[RUN].pace.schedule.interval_steps == 1
+    assert engine.run_until(lambda: len(cluster.kept_keys(RUN)) <= 2, limit_s=10)
+
+
+def test_identical_restores_are_counted_across_coordinators_and_end_with_a_refusal() -> None:
+    engine, cluster, job = training(3, policy=CorePolicy(lease_s=1.5, restore_loop_limit=4))
+    job.step_s = 1000.0  # it dies before anything new is captured
+    base = restarted(cluster, engine, job)
+    for _ in range(2):
+        cluster.crash_coordinator(0.1)
+        assert restarted(cluster, engine, job) == base
+    assert restarted(cluster, engine, job) == base
+    cluster.kill_trainer(job.trainers[0])
+    assert engine.run_until(lambda: bool(job.refusals), limit_s=20)
+    assert "4 times in a row" in job.refusals[0]
+    cluster.trust()
+    assert engine.run_until(lambda: cluster.is_training(job), limit_s=30), job.refusals
+    assert job.decision is not None
+    assert job.decision.tries == 0
+
+
+def test_progress_begins_the_count_anew() -> None:
+    engine, cluster, job = training(3, policy=CorePolicy(lease_s=1.5, restore_loop_limit=3))
+    for _ in range(5):
+        base = restarted(cluster, engine, job)
+        assert engine.run_until(lambda base=base: cluster.checker.protected_step(RUN) > base.step, limit_s=30)
+    assert job.refusals == []
