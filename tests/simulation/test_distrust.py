@@ -1,4 +1,4 @@
-"""What leads to NaN is not restored again, whoever dies meanwhile; a loop of identical restores ends. On the simulated cluster."""
+"""What leads to NaN is not restored again, whoever dies meanwhile; a loop of identical restores ends. All simulated."""
 
 from __future__ import annotations
 
