@@ -184,6 +184,7 @@ def build_manifest(
     tensor_crcs: Mapping[str, int],
     unchanged: tuple[UnchangedRange, ...] = (),
     model_signature: str = "",
+    layout_signature: str = "",
     writer: str = "",
 ) -> Manifest:
     """The commit record of a shard written in ``layout``; the digests are those of :class:`backstay.digest.Digester`."""
@@ -208,6 +209,7 @@ def build_manifest(
         aliases=dict(layout.aliases),
         unchanged=unchanged,
         model_signature=model_signature,
+        layout=layout_signature,
         writer=writer,
     )
     manifest.check()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ import torch
 import backstay
 from backstay import local
 from backstay.capture import filling as capturing
-from backstay.capture import plan
+from backstay.capture import dynamic, plan
 from backstay.capture.fence import Fence
 from backstay.capture.filling import Capture, Filler
 from backstay.capture.session import Identity, Session
@@ -29,8 +30,9 @@ from backstay.control import DaemonConnection
 from backstay.errors import BackstayError, UnavailableError, UsageError
 from backstay.ids import DEFAULT_JOB, RunKey, check_name
 from backstay.restore import apply, ask, gate, statements
-from backstay.restore.apply import RestoreResult, Target
+from backstay.restore.apply import Target
 from backstay.restore.probation import Probation
+from backstay.restore.result import RestoreResult, make_result
 from backstay.trainer import optimizer_state, sources, world
 
 _log = logging.getLogger("backstay")
@@ -156,7 +158,8 @@ class Snapshotter:
     def restore(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> RestoreResult:
         """Bring model, optimizers, extras and generators to the newest step that all ranks can have, or say: a new run.
 
-        A collective: all ranks call it. Blocks up to ``deadline_s``. Tensors are written in place.
+        A collective: all ranks call it. Blocks up to ``deadline_s``. Tensors are written in place. The snapshot may be of another
+        number of ranks or another parallelism: this rank's parts are put together then.
 
         Args:
             allow_fresh: Start over (step 0) if the run is known but nothing of it can be restored.
@@ -177,28 +180,29 @@ class Snapshotter:
         attach = local.Attach(
             run=str(self._run), world_id=world.agree_on_id(place), rank=place.rank, world_size=place.size,
             needs=holdings.needs, model_signature=target.signature, collective_timeout_s=place.collective_timeout_s,
-            client_version=backstay.__version__,
+            client_version=backstay.__version__, layout=sources.layout_signature(holdings),
         )  # fmt: skip
-        connection, attached, restored, fds = ask.ask(
-            self._socket_path, attach, allow_fresh=allow_fresh, deadline_s=deadline_s
-        )
-        left_s = deadline_s - (time.monotonic() - begin_s)
-        check = gate.Gate(connection, attach, restored, deadline_s=left_s)
+        answer = ask.ask(
+            self._socket_path, attach, functools.partial(apply.prepare, target), allow_fresh=allow_fresh, deadline_s=deadline_s
+        )  # fmt: skip
+        restored, loaded = answer.restored, None
+        check = gate.Gate(answer.connection, attach, restored, deadline_s=deadline_s - (time.monotonic() - begin_s))
         try:
-            if restored.outcome != "NONE":
-                loaded = apply.apply(target, restored, fds)
+            if answer.error is not None:
+                raise answer.error
+            if answer.prepared is not None:
+                loaded = answer.prepared.load()
                 check.pass_with(statements.make(target, restored, loaded), ask.Progress(place.rank))
         except BaseException as error:
             check.report_failure(error)
             check.connection.close()
             raise
         finally:
-            apply.close_all(fds)
-        connection = check.connection
-        self._begin_session(target, attach, attached, restored, connection)
-        if restored.outcome != "NONE":
+            answer.close_snapshot()
+        self._begin_session(target, attach, answer.attached, restored, check.connection)
+        if loaded is not None:
             self._begin_probation(restored)
-        return _result(restored, time.monotonic() - begin_s)
+        return make_result(restored, loaded, seconds=time.monotonic() - begin_s)
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """Have the loss of the step under way looked at, for the first steps after a restore; free afterwards.
@@ -381,12 +385,13 @@ class Snapshotter:
             if made is not None and is_current
             else sources.collect(target.model, target.optimizers, rank=target.rank)
         )
-        state, dynamic = apply.read_dynamic(target, holdings)
-        if made is None or not is_current or not made.fits(dynamic, state):
+        found = dynamic.read(target.optimizers, target.extra, holdings, rank=target.rank)
+        if made is None or not is_current or not made.fits(found.tensors, found.document):
             metadata = {optimizer_state.METADATA_KEY: optimizer_state.describe(target.optimizers, holdings)}
             made = self._plan = plan.build(
-                holdings, rank=target.rank, dynamic=dynamic, state=state, metadata=metadata, previous=made
-            )
+                holdings, rank=target.rank, dynamic=found.tensors, state=found.document, metadata=metadata,
+                places=found.places, previous=made,
+            )  # fmt: skip
             if made.signature != target.signature and "model" not in self._told:
                 self._told.add("model")
                 _log.warning(
@@ -394,7 +399,7 @@ class Snapshotter:
                     "build the model as it is now before it calls restore()"
                 )
         with torch.no_grad():
-            made.stage(dynamic, state)
+            made.stage(found.tensors, found.document)
         return made
 
     def _mark_ready(self, made: plan.Plan) -> torch.cuda.Event | None:
@@ -554,19 +559,6 @@ def _check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
                 f"extra {name!r} is a {type(stateful).__name__} without state_dict() and load_state_dict()"
             )
     return dict(extra)
-
-
-def _result(restored: local.Restored, seconds: float) -> RestoreResult:
-    return RestoreResult(
-        step=restored.step if restored.outcome != "NONE" else 0,
-        outcome=restored.outcome,
-        attempt=restored.attempt,
-        base_attempt=restored.base_attempt,
-        snapshot_id=restored.snapshot_id,
-        sources={s.rank: f"{s.source} {s.detail}".strip() for s in restored.shards},
-        seconds=seconds,
-        message=restored.message,
-    )
 
 
 def _forget_in_child() -> None:

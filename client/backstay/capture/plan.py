@@ -12,8 +12,9 @@ from typing import Final
 import torch
 
 from backstay import shard
+from backstay.capture.dynamic import Place
 from backstay.trainer import memory
-from backstay.trainer.sources import Holdings, LocalTensor, model_signature
+from backstay.trainer.sources import Holdings, LocalTensor, layout_signature, model_signature
 
 SPLIT_BYTES: Final = 64 * 1024  # a replicated tensor below this is written whole by one replica
 JSON_GRAIN_BYTES: Final = 4096
@@ -48,6 +49,7 @@ class Plan:
     state_name: str
     state_bytes: int
     signature: str  # of the model as it is now
+    layout_signature: str  # of which parts of it this rank holds
 
     def stage(self, dynamic: Mapping[str, torch.Tensor], state: bytes) -> None:
         """Copy now what may change before the next fence: a second copy of these bytes, because no slot may be free yet."""
@@ -75,6 +77,7 @@ def build(
     dynamic: Mapping[str, torch.Tensor],
     state: bytes,
     metadata: Mapping[str, str],
+    places: Mapping[str, Place] | None = None,
     previous: Plan | None = None,
 ) -> Plan:
     """Plan the shard of ``rank``.
@@ -84,6 +87,7 @@ def build(
         dynamic: Tensors that are read anew for each snapshot (extras, RNG), by name.
         state: The JSON bytes now; capacity is reserved with room to grow.
         metadata: Own keys of the shard's header.
+        places: Where those of ``dynamic`` lie that are parts of a whole.
         previous: The plan before; its layout is kept if it still fits.
     """
     boxes = own_boxes(holdings.tensors, rank=rank)
@@ -105,7 +109,10 @@ def build(
         staging[name] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     for name in (state_name, *dynamic):
         sources[name] = staging[name]
-        specs.append(shard.TensorSpec.whole(name, str(staging[name].dtype), staging[name].shape))
+        offsets, whole = (places or {}).get(name) or ((0,) * staging[name].ndim, tuple(staging[name].shape))
+        specs.append(
+            shard.TensorSpec(name, str(staging[name].dtype), tuple(staging[name].shape), tuple(offsets), tuple(whole))
+        )
     is_same = previous is not None and previous.specs == tuple(specs) and previous.layout.metadata == dict(metadata)
     aliases = holdings.aliases
     if previous is not None and is_same and previous.holdings.aliases == aliases:
@@ -133,6 +140,7 @@ def build(
         state_name=state_name,
         state_bytes=capacity,
         signature=model_signature(holdings),
+        layout_signature=layout_signature(holdings),
     )
 
 

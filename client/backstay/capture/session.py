@@ -370,6 +370,7 @@ class Session:
             # Nothing is said of a checked capture: its parity is made anew from bytes that are read and verified again.
             unchanged=() if capture.is_checked else frozen.unchanged(capture.plan, capture.stamps, capture.step),
             model_signature=capture.plan.signature,
+            layout_signature=capture.plan.layout_signature,
             writer=self.identity.writer,
         )
         self._held = None

@@ -1,45 +1,29 @@
-"""Putting the decided snapshot into model, optimizers, extras and generators.
+"""Putting a snapshot into model, optimizers, extras and generators.
 
-All or an error. Must not guess: whatever does not fit or cannot be verified raises.
+Everything is planned, checked and brought to this node before the first byte is written. Must not guess: whatever does not fit or
+cannot be verified raises.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from backstay import local, record, shard
-from backstay.digest import verify_chunks
 from backstay.errors import IntegrityError
-from backstay.manifest import CHUNK_BYTES, Manifest
-from backstay.restore.load import OpenShard, load, true_dtype, true_shape
+from backstay.restore import optimizers, private
+from backstay.restore.naming import Naming
+from backstay.restore.opened import OpenedSnapshot, ReadTarget
+from backstay.restore.optimizers import Origin
+from backstay.restore.private import StateReader
+from backstay.restore.reading import Reading
+from backstay.restore.result import Loaded
 from backstay.trainer import optimizer_state, rng, sources, state
 
-STATE_FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestoreResult:
-    """What restore() did.
-
-    ``outcome``: ``EXACT``, ``EXACT_OLDER`` (not the newest step that was begun) or ``NONE`` (a new run: nothing was touched).
-    ``attempt`` is the history this world writes, ``base_attempt`` the one that ``step`` is of. ``sources``: rank of a shard →
-    ``local``, ``peer``, ``rebuild`` or ``persisted``, with the nodes.
-    """
-
-    step: int
-    outcome: str
-    attempt: int
-    base_attempt: int = 0
-    snapshot_id: str = ""
-    sources: dict[int, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    message: str = ""
+IMPORTED_KEY: Final = "backstay.imported"  # in the header of a shard that no trainer of ours wrote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,176 +40,247 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """What was loaded, for the gate to hold against what is there afterwards.
+class _Private:
+    """Decoded state of this rank's own things. ``extras``: name → (method, arguments); ``words`` say where each is from."""
 
-    ``description``: of the optimizers' state, as in the header. ``streams``: logical ranks whose random streams this rank
-    goes on with; ``cursors``: extras that are a position of one rank alone, and of which; ``generators``: as they were set.
-    """
-
-    description: str
-    streams: tuple[int, ...]
-    cursors: Mapping[str, int] = field(default_factory=dict)
-    generators: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    extras: Mapping[str, tuple[str, tuple[Any, ...]]]
+    cursors: Mapping[str, int]
+    rng: tuple[Any, dict[str, torch.Tensor]]
+    rng_words: str
+    words: dict[str, str]
 
 
-def apply(target: Target, restored: local.Restored, fds: Sequence[int]) -> Loaded:
-    """Load the decided snapshot from its shards.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A restore that is planned, checked, and whose bytes are on this node: :meth:`load` is all that is left."""
+
+    target: Target
+    opened: OpenedSnapshot
+    reading: Reading
+    holdings: sources.Holdings
+    optimizers: optimizers.OptimizerPlan | None
+    private: _Private | None
+    notes: tuple[str, ...]
+
+    def load(self) -> Loaded:
+        """Write everything in place.
+
+        Raises:
+            IntegrityError: a chunk differs from its digest; the model is half written then.
+        """
+        opened, target, private = self.opened, self.target, self.private
+        opened.run_plan(self.reading)
+        if self.optimizers is not None:
+            with torch.no_grad():
+                optimizer_state.attach(
+                    target.optimizers, self.holdings, self.optimizers.states, self.optimizers.values
+                )
+        if private is not None:
+            for name, (method, arguments) in private.extras.items():
+                getattr(target.extra[name], method)(*arguments)
+            rng.write(*private.rng)  # last: all of the above may draw
+        return Loaded(
+            description=self.optimizers.description if self.optimizers else "",
+            streams=(target.rank,) if private else (),
+            cursors=private.cursors if private else {},
+            generators=private.rng[1] if private else {},
+            sources={rank: opened.source_of(rank) for rank in sorted(opened.used_ranks)},
+            base_world_size=opened.world_size,
+            is_resharded=opened.is_offered,
+            rng=private.rng_words if private else "untouched",
+            extras=private.words if private else dict.fromkeys(target.extra, "untouched"),
+            notes=self.notes,
+            needed_bytes=opened.needed_bytes if opened.is_offered else 0,
+            fetched_bytes=opened.fetched_bytes if opened.is_offered else 0,
+        )
+
+
+def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
+    """Plan the restore of ``target`` from ``opened`` and have all bytes brought here; writes nothing.
 
     Raises:
-        IntegrityError: naming what does not fit, is missing or is corrupt.
+        IntegrityError: naming what does not fit, is missing, cannot be mapped or is corrupt; nothing was loaded.
     """
-    shards = [_open(target, restored, fds[item.fd_index], item.manifest) for item in restored.shards]
-    own = next((s for s in shards if s.manifest.rank == target.rank), None)
-    if own is None:
-        raise IntegrityError(
-            f"the daemon sent shards of ranks {[s.manifest.rank for s in shards]}, not that of rank {target.rank}",
-            reason="missing_shard",
-        )
     holdings = sources.collect(target.model, target.optimizers, rank=target.rank)
-    _check_signature(target, own, shards, holdings)
-    metadata = _metadata(own)
-    prefix = f"rank-{target.rank:05d}."
-    private = _read_private(own, prefix)
-    document = _document(private.pop(f"{prefix}state.json", None), own)
-    _check_extras(target, document)
-    description = metadata.get(optimizer_state.METADATA_KEY, "[]")
-    states = optimizer_state.make_states(target.optimizers, holdings, description)
-    wanted = sources.collect(target.model, target.optimizers, rank=target.rank, states=states)
-    load(shards, wanted.tensors, {})
-    tensors = _named_by_path(private, f"{prefix}extra.", document, target)
-    with torch.no_grad():
-        optimizer_state.apply(target.optimizers, holdings, states, document["optimizers"], tensors)
-    for name, stateful in target.extra.items():
-        stateful.load_state_dict(state.decode(document["extra"][name], tensors))
-    start = f"{prefix}rng."
-    generators = {name.removeprefix(start): tensor for name, tensor in private.items() if name.startswith(start)}
-    rng.write(state.decode(document["rng"], tensors), generators)  # last: all of the above may draw
-    return Loaded(
-        description=description,
-        streams=(own.manifest.rank,),
-        cursors=dict.fromkeys(target.extra, own.manifest.rank),
-        generators=generators,
+    naming = Naming(opened, rank=target.rank, world_size=target.world_size)
+    is_complete = not opened.is_offered or holds_whole_model(holdings, target.world_size)
+    check_model(target, opened, naming, holdings, is_complete=is_complete)
+    own_rank = target.rank % opened.world_size
+    reader = StateReader(opened, naming)
+    notes = _buffer_notes(naming, holdings, target.world_size != opened.world_size)
+    if IMPORTED_KEY in opened.metadata(own_rank) and reader.find(own_rank) is None:
+        notes += ("imported: model loaded, optimizer fresh, generators and extras untouched",)
+        reading = _plan_reading(opened, naming, holdings, holdings.model_tensors)
+        opened.fetch(reading.chunks)
+        return Prepared(
+            target=target, opened=opened, reading=reading, holdings=holdings, optimizers=None, private=None, notes=notes
+        )
+    origin = Origin(
+        opened=opened,
+        naming=naming,
+        reader=reader,
+        holders=_holders(opened, naming, target, holdings),
+        own_rank=own_rank,
+        is_complete=is_complete,
+    )
+    private = _prepare_private(target, opened, reader, holdings)
+    planned = optimizers.plan(target.optimizers, holdings, origin)
+    wanted = sources.collect(target.model, target.optimizers, rank=target.rank, states=planned.states)
+    reading = _plan_reading(opened, naming, wanted, wanted.tensors)
+    opened.fetch(reading.chunks)
+    return Prepared(
+        target=target, opened=opened, reading=reading, holdings=holdings, optimizers=planned, private=private, notes=notes
     )
 
 
-def read_dynamic(target: Target, holdings: sources.Holdings) -> tuple[bytes, dict[str, torch.Tensor]]:
-    """What a snapshot captures besides the tensors of model and optimizers: JSON bytes, and tensors by their stored name."""
-    tensors: dict[str, torch.Tensor] = {}
-    optimizers = optimizer_state.read_values(target.optimizers, holdings, tensors)
-    extra = {name: state.encode(stateful.state_dict(), name, tensors) for name, stateful in target.extra.items()}
-    distributed = [path for path, tensor in tensors.items() if isinstance(tensor, DTensor)]
-    plain, generators = rng.read()
-    document = {
-        "format": STATE_FORMAT,
-        "optimizers": optimizers,
-        "extra": extra,
-        "distributed": distributed,
-        "rng": state.encode(plain, "rng", tensors),
-    }
-    prefix = f"rank-{target.rank:05d}."
-    named = {f"{prefix}extra.{path}": t._local_tensor if isinstance(t, DTensor) else t for path, t in tensors.items()}
-    named.update({f"{prefix}rng.{kind}": tensor for kind, tensor in generators.items()})
-    return state.dumps(document), named
+def holds_whole_model(holdings: sources.Holdings, world_size: int) -> bool:
+    """Whether each parameter is spread over all ranks, so that each rank knows the whole model (no pipeline stages)."""
+    parameters = [t for t in holdings.tensors if holdings.is_parameter(t)]
+    return world_size == 1 or (bool(parameters) and all(_rank_count(t) == world_size for t in parameters))
 
 
-def _open(target: Target, restored: local.Restored, fd: int, body: Mapping[str, Any]) -> OpenShard:
-    manifest = record.from_json(Manifest, dict(body))
-    found = (manifest.run, manifest.attempt, manifest.step, manifest.world_size)
-    expected = (target.run, restored.base_attempt, restored.step, target.world_size)
-    if found != expected:
+def _rank_count(tensor: sources.LocalTensor) -> int:
+    living = tensor.living
+    return int(living.device_mesh.mesh.numel()) if isinstance(living, DTensor) else len(tensor.replicas)
+
+
+def check_model(
+    target: Target, opened: OpenedSnapshot, naming: Naming, holdings: sources.Holdings, *, is_complete: bool
+) -> None:
+    """Raise IntegrityError unless the snapshot has this very model: names, shapes, dtypes, what is tied to what."""
+    missing, differing, unclear = [], [], []
+    for tensor in holdings.model_tensors:
+        bare = sources.split_name(tensor.name)[1]
+        stored = naming.find(tensor.name, is_own=not holdings.is_parameter(tensor))
+        if stored is None:
+            (unclear if naming.copies(tensor.name) else missing).append(bare)
+            continue
+        there, here = opened.tensor(stored), (tensor.global_shape, tensor.local.dtype)
+        if (there.shape, there.dtype) != here:
+            differing.append(f"{bare}: {there.shape} {there.dtype} in the snapshot, {here[0]} {here[1]} here")
+    for alias, name in holdings.aliases.items():
+        pair = naming.find(alias, is_own=False), naming.find(name, is_own=False)
+        if alias.find("model.") >= 0 and pair[0] and pair[1] and naming.content(pair[0]) != naming.content(pair[1]):
+            differing.append(f"{alias} and {name} are one tensor here, two in the snapshot")
+    lost: set[str] = set()
+    if is_complete and {m.model_signature for m in opened.manifests.values()} != {target.signature}:
+        known = {sources.split_name(t.name)[1] for t in holdings.tensors}
+        known |= {sources.split_name(alias)[1] for alias in holdings.aliases}
+        lost = {name for name in naming.bare_names() if name.startswith("model.")} - known
+    if missing or differing or lost:
         raise IntegrityError(
-            f"shard of rank {manifest.rank} is of (run, attempt, step, world size) {found}, decided was {expected}; "
-            "nothing was loaded",
-            reason="wrong_identity",
+            f"{opened.label} was made by another model: missing here {sorted(lost)[:5]}, missing in the snapshot "
+            f"{sorted(missing)[:5]}, differing {sorted(differing)[:5]}; nothing was loaded. A changed model needs a new run_id",
+            reason="wrong_model",
         )
-    shard.check_file(fd, manifest)
-    return OpenShard(manifest=manifest, fd=fd)
+    if unclear:
+        raise IntegrityError(
+            f"{opened.label} does not say which tensor belongs here: {naming.why_not(unclear[0])} ({len(unclear)} tensors in "
+            f"all); nothing was loaded. Parameters that are each rank's own come back with {opened.world_size} ranks, each in its "
+            "place, or as DTensors, which say what they are parts of",
+            reason="ranks_differ",
+        )
 
 
-def _check_signature(target: Target, own: OpenShard, shards: Sequence[OpenShard], holdings: sources.Holdings) -> None:
-    if not own.manifest.model_signature or own.manifest.model_signature == target.signature:
-        return
-    here = {t.name: (t.global_shape, str(t.local.dtype)) for t in holdings.tensors if ".model." in f".{t.name}"}
-    there = {
-        e.name: (tuple(e.global_shape), e.torch_dtype)
-        for s in shards
-        for e in s.manifest.tensors
-        if e.name.startswith((f"rank-{target.rank:05d}.model.", "model."))
-    }
-    differing = [
-        f"{n}: {there[n]} in the snapshot, {here[n]} here" for n in here.keys() & there.keys() if here[n] != there[n]
-    ]
-    raise IntegrityError(
-        f"{own.label} was made by another model: missing here {sorted(there.keys() - here.keys())[:5]}, "
-        f"missing in the snapshot {sorted(here.keys() - there.keys())[:5]}, differing {sorted(differing)[:5]}; "
-        "nothing was loaded. A changed model needs a new run_id",
-        reason="wrong_model",
+def _plan_reading(
+    opened: OpenedSnapshot, naming: Naming, holdings: sources.Holdings, tensors: Sequence[sources.LocalTensor]
+) -> Reading:
+    targets, unclear = [], []
+    own = {id(t.living) for t in holdings.model_tensors if not holdings.is_parameter(t)}
+    for tensor in tensors:
+        stored = naming.find(tensor.name, is_own=id(tensor.living) in own)
+        if stored is not None:
+            targets.append(ReadTarget(name=stored, tensor=tensor.local, offsets=tensor.offsets))
+        elif tensor.local.numel():
+            unclear.append(naming.why_not(tensor.name))
+    if unclear:
+        raise IntegrityError(
+            f"the {opened.label} does not fit this model: {'; '.join(unclear[:5])} ({len(unclear)} tensors in all); nothing was "
+            "loaded",
+            reason="layout_mismatch",
+        )
+    return opened.plan(targets)
+
+
+def _holders(
+    opened: OpenedSnapshot, naming: Naming, target: Target, holdings: sources.Holdings
+) -> dict[str, frozenset[int]]:
+    """By name of an optimizer's parameter: the ranks of the snapshot that hold parts of what is read of it here."""
+    trained = {id(p) for o in target.optimizers for group in o.param_groups for p in group["params"]}
+    found: dict[str, frozenset[int]] = {}
+    for tensor in holdings.tensors:
+        if id(tensor.living) in trained:
+            stored = naming.find(tensor.name, is_own=False)
+            entries = opened.entries(stored) if stored is not None else ()
+            found[holdings.names[id(tensor.living)]] = frozenset(rank for rank, _ in entries)
+    return found
+
+
+def _buffer_notes(naming: Naming, holdings: sources.Holdings, is_other_size: bool) -> tuple[str, ...]:
+    if not is_other_size:
+        return ()
+    buffers = [t for t in holdings.model_tensors if not holdings.is_parameter(t)]
+    differing = [t.name for t in buffers if not naming.is_one(naming.copies(t.name))]
+    if not differing:
+        return ()
+    stored = naming.find(differing[0], is_own=True) or ""
+    return (
+        f"{len(differing)} buffers differ from rank to rank in the snapshot; taken are those of one rank, such as {stored}",
     )
 
 
-def _metadata(own: OpenShard) -> dict[str, str]:
-    """Own keys of the header, read from bytes that were verified in this very buffer."""
-    manifest = own.manifest
-    end = min(manifest.size_bytes, -(-manifest.header_bytes // CHUNK_BYTES) * CHUNK_BYTES)
-    data = shard.read_range(own.fd, 0, end)
-    verify_chunks(memoryview(data), manifest, 0)
-    return shard.parse_header(data[: manifest.header_bytes], size_bytes=manifest.size_bytes).metadata
-
-
-def _read_private(own: OpenShard, prefix: str) -> dict[str, torch.Tensor]:
-    """This rank's JSON, extras and generator states, by stored name."""
-    starts = (f"{prefix}state.json", f"{prefix}extra.", f"{prefix}rng.")
-    private = {
-        entry.name: torch.empty(true_shape(entry), dtype=true_dtype(entry))
-        for entry in own.manifest.tensors
-        if entry.name.startswith(starts)
-    }
-    load([own], [], private)
-    return private
-
-
-def _document(data: torch.Tensor | None, own: OpenShard) -> dict[str, Any]:
-    if data is None:
-        raise IntegrityError(f"{own.label} has no state of its rank; nothing was loaded", reason="missing_tensor")
-    document = state.loads(bytes(data.tolist()))
-    if not isinstance(document, dict) or document.get("format") != STATE_FORMAT:
-        raise IntegrityError(
-            f"{own.label}: state of a format this version does not read; nothing was loaded", reason="bad_state"
-        )
-    return document
-
-
-def _check_extras(target: Target, document: Mapping[str, Any]) -> None:
+def _prepare_private(
+    target: Target, opened: OpenedSnapshot, reader: StateReader, holdings: sources.Holdings
+) -> _Private:
+    own_rank = target.rank % opened.world_size
+    document = reader.document(own_rank)
     here, there = set(target.extra), set(document["extra"])
     if here != there:
         raise IntegrityError(
             f"the snapshot has extras {sorted(there)}, this Snapshotter {sorted(here)}; nothing was loaded",
             reason="wrong_extras",
         )
+    extras: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    words: dict[str, str] = {}
+    for name, stateful in target.extra.items():
+        if target.world_size != opened.world_size and callable(getattr(stateful, "load_state_dicts", None)):
+            states = [reader.decode(rank, reader.document(rank)["extra"][name]) for rank in range(opened.world_size)]
+            extras[name] = ("load_state_dicts", (states, target.rank, target.world_size))
+            words[name] = f"its load_state_dicts() got the states of all {opened.world_size} ranks"
+            continue
+        encoded = document["extra"][name]
+        templates = _templates(name, stateful, encoded, holdings)
+        extras[name] = ("load_state_dict", (reader.decode(own_rank, encoded, templates),))
+        words[name] = f"state of rank {own_rank} of {opened.world_size}"
+    streams, rng_words = _prepare_rng(target, opened, reader)
+    is_same_size = target.world_size == opened.world_size
+    cursors = dict.fromkeys(target.extra, own_rank) if is_same_size else {}
+    return _Private(extras=extras, cursors=cursors, rng=streams, rng_words=rng_words, words=words)
 
 
-def _named_by_path(
-    private: Mapping[str, torch.Tensor], start: str, document: Mapping[str, Any], target: Target
-) -> dict[str, torch.Tensor]:
-    tensors = {name.removeprefix(start): tensor for name, tensor in private.items() if name.startswith(start)}
-    if document["distributed"]:
-        templates: dict[str, torch.Tensor] = {}
-        for name, stateful in target.extra.items():
-            state.encode(stateful.state_dict(), name, templates)
-        for path in document["distributed"]:
-            template = templates.get(path)
-            if not isinstance(template, DTensor) or template._local_tensor.shape != tensors[path].shape:
-                raise IntegrityError(
-                    f"extra {path} is a DTensor in the snapshot, here it is not or differs", reason="wrong_extras"
-                )
-            tensors[path] = DTensor.from_local(
-                tensors[path].to(template._local_tensor.device), template.device_mesh, template.placements,
-                run_check=False, shape=template.shape, stride=template.stride(),
-            )  # fmt: skip
-    return tensors
+def _templates(name: str, stateful: Any, encoded: Any, holdings: sources.Holdings) -> dict[str, torch.Tensor]:
+    """Tensors that the extra has now, by path: DTensors among them say how to cut. Not asked for where there can be none."""
+    templates: dict[str, torch.Tensor] = {}
+    is_distributed = any(isinstance(t.living, DTensor) for t in holdings.tensors)
+    if state.tensor_paths(encoded) and is_distributed:
+        state.encode(stateful.state_dict(), name, templates)
+    return templates
 
 
-def close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+def _prepare_rng(
+    target: Target, opened: OpenedSnapshot, reader: StateReader
+) -> tuple[tuple[Any, dict[str, torch.Tensor]], str]:
+    """Generator states of this logical rank, each owned by one rank, and words for the result."""
+    if target.rank < opened.world_size:
+        generators = reader.generators(target.rank)
+        plain = reader.decode(target.rank, reader.document(target.rank)["rng"])
+        words = f"stream of rank {target.rank} of {opened.world_size} goes on"
+    else:
+        has_cuda = "cuda" in reader.generators(0)
+        plain, generators = private.derived_streams(opened.snapshot_id, target.rank, has_cuda=has_cuda)
+        words = f"new stream, derived from the snapshot and rank {target.rank}: the snapshot has {opened.world_size} streams"
+    if "cuda" in generators and not torch.cuda.is_available():
+        raise IntegrityError(
+            "the snapshot has a CUDA generator, this process has no GPU; nothing was loaded", reason="missing_device"
+        )
+    return (plain, generators), words

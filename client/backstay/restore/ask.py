@@ -1,25 +1,57 @@
-"""Asking the daemon for the world's decision, until there is one or the deadline has passed. Loads nothing."""
+"""Asking the daemon for the world's decision, until there is one or the deadline has passed.
+
+An Offer of another layout is planned and fetched here, before the decision stands. Loads nothing.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from backstay import local
 from backstay.control import DaemonConnection
 from backstay.errors import IntegrityError, UnavailableError
+from backstay.restore.apply import Prepared
+from backstay.restore.opened import OpenedSnapshot
 
 _log = logging.getLogger("backstay")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The world's decision, and what this rank needs of it.
+
+    ``prepared`` is None for a new run, or if this rank cannot load the snapshot because of ``error``: then the other ranks are to be
+    told, who may be loading.
+    """
+
+    connection: DaemonConnection
+    attached: local.Attached
+    restored: local.Restored
+    prepared: Prepared | None
+    error: Exception | None
+
+    def close_snapshot(self) -> None:
+        """Close the descriptors of the snapshot; the connection stays."""
+        if self.prepared is not None:
+            self.prepared.opened.close()
+
+
 def ask(
-    socket_path: str, attach: local.Attach, *, allow_fresh: bool, deadline_s: float
-) -> tuple[DaemonConnection, local.Attached, local.Restored, list[int]]:
+    socket_path: str,
+    attach: local.Attach,
+    prepare: Callable[[OpenedSnapshot], Prepared],
+    *,
+    allow_fresh: bool,
+    deadline_s: float,
+) -> Answer:
     """Attach and wait for the decision, again and again until the deadline while the daemon is unavailable.
 
-    Returns:
-        The open connection, its Attached, the decision, and the shards' descriptors, which the caller closes.
+    ``prepare`` plans what this rank reads of a snapshot and has it fetched; it is called for each decision.
     """
     deadline = time.monotonic() + deadline_s
     progress = Progress(attach.rank)
@@ -29,11 +61,11 @@ def ask(
         try:
             connection = DaemonConnection(socket_path, timeout_s=min(5.0, max(0.1, left)))
             attached = connection.attach(attach, deadline_s=min(10.0, max(0.1, left)))
-            request = local.Restore(allow_fresh=allow_fresh, deadline_s=max(0.1, left), world_size=attach.world_size)
-            restored, fds = connection.restore(request, progress)
-            if not isinstance(restored, local.Restored):
-                raise IntegrityError("the snapshot was written in another layout", reason="layout_mismatch")
-            return connection, attached, restored, list(fds)
+            conversation = _Conversation(connection, attach, prepare, deadline, progress)
+            restored, prepared = conversation.decide(allow_fresh=allow_fresh)
+            return Answer(
+                connection=connection, attached=attached, restored=restored, prepared=prepared, error=conversation.error
+            )
         except BaseException as error:
             if connection is not None:
                 connection.close()
@@ -44,6 +76,88 @@ def ask(
                 raise
             progress.say(f"daemon at {socket_path} is not available ({error}); trying again for {left:.0f} s")
             _pause(0.2)
+
+
+class _Conversation:
+    """Restore, then Offers and Fetches as often as the decision changes, until it stands."""
+
+    def __init__(
+        self,
+        connection: DaemonConnection,
+        attach: local.Attach,
+        prepare: Callable[[OpenedSnapshot], Prepared],
+        deadline: float,
+        progress: Progress,
+    ) -> None:
+        self._connection, self._attach, self._prepare = connection, attach, prepare
+        self._deadline, self._progress = deadline, progress
+        self._prepared: Prepared | None = None
+        self.error: Exception | None = None
+
+    def decide(self, *, allow_fresh: bool) -> tuple[local.Restored, Prepared | None]:
+        """The decision that stands, and what was prepared for it; :attr:`error` says why nothing was."""
+        staged = ""
+        while True:
+            request = local.Restore(
+                allow_fresh=allow_fresh,
+                deadline_s=max(0.1, self._deadline - time.monotonic()),
+                world_size=self._attach.world_size,
+                staged=staged,
+            )
+            try:
+                reply, fds = self._connection.restore(request, self._progress)
+                if isinstance(reply, local.Restored) and staged and self._stands(reply, staged):
+                    return reply, self._prepared
+            except BaseException:
+                self._drop()
+                raise
+            self._drop()  # the decision changed: what was fetched is of another
+            if isinstance(reply, local.Offer):
+                staged = reply.decision_id
+                self._prepare_with(functools.partial(self._open_offer, reply))
+                continue
+            if reply.outcome == "NONE":
+                local.close_fds(fds)
+            else:
+                self._prepare_with(functools.partial(self._open_whole, reply, fds))
+            return reply, self._prepared
+
+    def _stands(self, restored: local.Restored, staged: str) -> bool:
+        return restored.outcome != "NONE" and not restored.shards and restored.decision_id in ("", staged)
+
+    def _drop(self) -> None:
+        if self._prepared is not None:
+            self._prepared.opened.close()
+        self._prepared, self.error = None, None
+
+    def _prepare_with(self, open_snapshot: Callable[[], OpenedSnapshot]) -> None:
+        """Plan and fetch. What does not fit is kept as the error: the others are told when the decision stands."""
+        try:
+            opened = open_snapshot()
+            try:
+                self._prepared = self._prepare(opened)
+            except BaseException:
+                opened.close()
+                raise
+        except (UnavailableError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - raised by restore() once the others can be told
+            self.error = error
+
+    def _open_offer(self, offer: local.Offer) -> OpenedSnapshot:
+        return OpenedSnapshot.from_offer(
+            self._connection, offer, run=self._attach.run, deadline=self._deadline, on_progress=self._progress
+        )
+
+    def _open_whole(self, restored: local.Restored, fds: list[int]) -> OpenedSnapshot:
+        if not any(item.rank == self._attach.rank for item in restored.shards):
+            local.close_fds(fds)
+            raise IntegrityError(
+                f"the daemon sent shards of ranks {[item.rank for item in restored.shards]}, not that of rank "
+                f"{self._attach.rank}; nothing was loaded",
+                reason="missing_shard",
+            )
+        return OpenedSnapshot.from_shards(restored, fds, run=self._attach.run, world_size=self._attach.world_size)
 
 
 class Progress:

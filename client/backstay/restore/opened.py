@@ -70,7 +70,8 @@ class OpenedSnapshot:
     """One snapshot, open for reading; a context manager that closes its descriptors.
 
     ``manifests`` is by rank; it has all ranks (:attr:`is_whole`) unless the daemon gave this rank's shards alone.
-    ``fetched_bytes`` and ``needed_bytes`` add up over all reads.
+    ``is_offered``: chunks are fetched; else whole shards of the same layout are here. ``fetched_bytes`` and ``needed_bytes``
+    add up over all reads.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class OpenedSnapshot:
         snapshot_id: str = "",
         kinds: Mapping[int, str] | None = None,
         details: Mapping[int, str] | None = None,
+        is_offered: bool = True,
     ) -> None:
+        self.is_offered = is_offered
         self.manifests = {manifest.rank: manifest for manifest in manifests}
         first = next(iter(self.manifests.values()))
         self.run, self.attempt, self.step = first.run, first.attempt, first.step
@@ -140,6 +143,7 @@ class OpenedSnapshot:
             snapshot_id=restored.snapshot_id,
             kinds={item.rank: item.source for item in restored.shards},
             details={item.rank: item.detail for item in restored.shards},
+            is_offered=False,
         )
 
     def __enter__(self) -> Self:
@@ -296,7 +300,7 @@ class OpenedSnapshot:
             return f"{target.name} has shape {whole} in the snapshot; {own[1]} elements at {own[0]} are wanted here"
         missing = [own] if here.numel() else []
         parts: list[Part] = []
-        for rank, entry in sorted(found, key=lambda item: (self._cost(item[0]), item[0])):
+        for rank, entry in sorted(found, key=lambda item: (self.cost(item[0]), item[0])):
             if tuple(entry.global_shape) != whole or entry.torch_dtype != found[0][1].torch_dtype:
                 return (
                     f"{target.name} is {tuple(entry.global_shape)} {entry.torch_dtype} in the shard of rank {rank}, "
@@ -316,7 +320,8 @@ class OpenedSnapshot:
             return f"{target.name}: {count} of the {here.numel()} elements at {own[0]} of {whole} are in no shard"
         return parts
 
-    def _cost(self, rank: int) -> int:
+    def cost(self, rank: int) -> int:
+        """How far away the shard of ``rank`` is; less is nearer."""
         kind = self.kinds.get(rank, "")
         return SOURCE_ORDER.index(kind) if kind in SOURCE_ORDER else len(SOURCE_ORDER)
 

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from backstay import local
 from backstay.errors import IntegrityError
-from backstay.restore.apply import Loaded, Target
+from backstay.restore.apply import Target
+from backstay.restore.result import Loaded
 from backstay.trainer import memory, rng, sources
 from backstay.trainer.sources import Holdings, LocalTensor, bare_name, optimizer_prefix
 
@@ -62,7 +63,8 @@ def make(target: Target, restored: local.Restored, loaded: Loaded) -> list[State
             fit, a generator that is not as it was restored. UsageError: a local part that its mesh does not allow.
     """
     holdings = sources.collect(target.model, target.optimizers, rank=target.rank)
-    check_optimizers(target, holdings, loaded.description)
+    if loaded.description:
+        check_optimizers(target, holdings, loaded.description)
     check_generators(loaded)
     layout, counters = _structure(target, holdings)
     statements = [_identity(target, restored)]

@@ -82,6 +82,15 @@ class Holdings:
         )
 
     @property
+    def model_tensors(self) -> tuple[LocalTensor, ...]:
+        """Parameters and buffers of the model, without the optimizers' state."""
+        return tuple(t for t in self.tensors if split_name(t.name)[1].startswith("model."))
+
+    def is_parameter(self, tensor: LocalTensor) -> bool:
+        """Whether it is one of the model's or the optimizers' parameters, neither buffer nor state."""
+        return id(tensor.living) in self.names
+
+    @property
     def needs(self) -> tuple[int, ...]:
         """Ranks whose shards hold parts of what this rank holds."""
         return tuple(sorted({rank for tensor in self.tensors for rank in tensor.replicas}))
@@ -167,16 +176,35 @@ def optimizer_prefix(index: int, count: int) -> str:
 
 def model_signature(holdings: Holdings) -> str:
     """SHA-256 over names, global shapes and dtypes of parameters and buffers; 64 hex digits, the same on all replicas."""
-    lines = [
-        f"{bare_name(t.name)} {t.global_shape} {t.local.dtype}" for t in holdings.tensors if ".model." in f".{t.name}"
-    ]
+    lines = [f"{bare_name(t.name)} {t.global_shape} {t.local.dtype}" for t in holdings.model_tensors]
     lines += [f"{bare_name(alias)} = {bare_name(name)}" for alias, name in holdings.aliases.items()]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def layout_signature(holdings: Holdings) -> str:
+    """SHA-256 over which boxes of which parameters and buffers this rank holds, and who else does; 64 hex digits.
+
+    Ranks with the same signature as the writer of a shard can take that shard as it is. Optimizer state is not in it: a fresh
+    optimizer has none.
+    """
+    lines = [
+        f"{t.name} {t.global_shape} {t.local.dtype} {t.offsets} {tuple(t.local.shape)} {t.replicas}"
+        for t in holdings.model_tensors
+    ]
+    lines += [f"{alias} = {name}" for alias, name in holdings.aliases.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def bare_name(name: str) -> str:
     """``name`` without the rank that it is private to."""
-    return name[11:] if name.startswith("rank-") and name[10:11] == "." else name
+    return split_name(name)[1]
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """Home rank and bare name of what :func:`private_name` made."""
+    if name.startswith("rank-") and name[5:10].isdigit() and name[10:11] == ".":
+        return int(name[5:10]), name[11:]
+    return 0, name
 
 
 def private_name(name: str, home: int) -> str:
@@ -293,7 +321,7 @@ def _place(
 ) -> LocalTensor:
     home = min(replicas)
     if isinstance(living, DTensor):
-        local, offsets, global_shape, replicas, home = _place_distributed(name, living)
+        local, offsets, global_shape, replicas, home = place_distributed(name, living)
     else:
         _refuse_unsupported(name, living)
         local = living.detach()
@@ -334,7 +362,7 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
         raise UsageError(f"{name} {problem}", reason="unsupported_tensor")
 
 
-def _place_distributed(
+def place_distributed(
     name: str, tensor: DTensor
 ) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """Local part, offsets, global shape, replica ranks and lowest rank of a DTensor, by DCP's own arithmetic."""

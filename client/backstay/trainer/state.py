@@ -51,6 +51,37 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return _decode_tagged(tag, value, tensors)
 
 
+def tensor_paths(value: Any) -> set[str]:
+    """Paths of the tensors that an encoded value refers to."""
+    if isinstance(value, list):
+        return {path for item in value for path in tensor_paths(item)}
+    if not isinstance(value, dict):
+        return set()
+    if "$tensor" in value:
+        return {value["$tensor"]}
+    return {path for item in value.values() for path in tensor_paths(item)}
+
+
+def is_same(left: Any, right: Any) -> bool:
+    """Whether two decoded values are equal, tensors and arrays by their bytes, numbers that are none included."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        is_alike = left.shape == right.shape and left.dtype == right.dtype
+        return is_alike and bool(torch.equal(_bytes_of(left), _bytes_of(right)))
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(is_same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple, collections.deque)):
+        return len(left) == len(right) and all(is_same(a, b) for a, b in zip(left, right, strict=True))
+    if hasattr(left, "tobytes"):
+        return bool(left.tobytes() == right.tobytes())
+    return bool(left == right or (left != left and right != right))
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
 def dumps(value: Any) -> bytes:
     """JSON bytes of an encoded value, keys in their order (dict order is state)."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

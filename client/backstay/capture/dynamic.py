@@ -1,0 +1,62 @@
+"""What a snapshot captures besides the tensors of model and optimizers: extras, generators, hyper-parameters.
+
+Read anew for each snapshot, on the training thread. Must not draw from a generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from backstay.trainer import optimizer_state, rng, sources, state
+
+STATE_FORMAT: Final = 1
+
+Place = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, shape of the whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dynamic:
+    """JSON bytes, and tensors by stored name; ``places``: where those that are parts lie in their whole."""
+
+    document: bytes
+    tensors: Mapping[str, torch.Tensor]
+    places: Mapping[str, Place]
+
+
+def read(
+    optimizers: Sequence[torch.optim.Optimizer],
+    extra: Mapping[str, Any],
+    holdings: sources.Holdings,
+    *,
+    rank: int,
+) -> Dynamic:
+    """Read what lies around the tensors now; the tensors are the living ones, not copies."""
+    found: dict[str, torch.Tensor] = {}
+    encoded = optimizer_state.read_values(optimizers, holdings, found)
+    extras = {name: state.encode(stateful.state_dict(), name, found) for name, stateful in extra.items()}
+    distributed = [path for path, tensor in found.items() if isinstance(tensor, DTensor)]
+    plain, generators = rng.read()
+    document = {
+        "format": STATE_FORMAT,
+        "optimizers": encoded,
+        "extra": extras,
+        "distributed": distributed,
+        "rng": state.encode(plain, "rng", found),
+    }
+    prefix = f"rank-{rank:05d}."
+    tensors: dict[str, torch.Tensor] = {}
+    places: dict[str, Place] = {}
+    for path, tensor in found.items():
+        if isinstance(tensor, DTensor):
+            local, offsets, whole, _, home = sources.place_distributed(path, tensor)
+            name = sources.private_name(f"extra.{path}", home)
+            tensors[name], places[name] = local, (offsets, whole)
+        else:
+            tensors[f"{prefix}extra.{path}"] = tensor
+    tensors.update({f"{prefix}rng.{kind}": tensor for kind, tensor in generators.items()})
+    return Dynamic(document=state.dumps(document), tensors=tensors, places=places)
