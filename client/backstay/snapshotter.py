@@ -21,8 +21,8 @@ import torch
 
 import backstay
 from backstay import local
-from backstay.capture import filling as capturing
 from backstay.capture import dynamic, plan
+from backstay.capture import filling as capturing
 from backstay.capture.fence import Fence
 from backstay.capture.filling import Capture, Filler
 from backstay.capture.session import Identity, Session
@@ -158,8 +158,8 @@ class Snapshotter:
     def restore(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> RestoreResult:
         """Bring model, optimizers, extras and generators to the newest step that all ranks can have, or say: a new run.
 
-        A collective: all ranks call it. Blocks up to ``deadline_s``. Tensors are written in place. The snapshot may be of another
-        number of ranks or another parallelism: this rank's parts are put together then.
+        A collective: all ranks call it. Blocks up to ``deadline_s``. Tensors are written in place. The snapshot may be of
+        another number of ranks or another parallelism: this rank's parts are put together then.
 
         Args:
             allow_fresh: Start over (step 0) if the run is known but nothing of it can be restored.

@@ -1,7 +1,7 @@
 """Putting a snapshot into model, optimizers, extras and generators.
 
-Everything is planned, checked and brought to this node before the first byte is written. Must not guess: whatever does not fit or
-cannot be verified raises.
+Everything is planned, checked and brought to this node before the first byte is written. Must not guess: whatever does not
+fit or cannot be verified raises.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ class Prepared:
         opened.run_plan(self.reading)
         if self.optimizers is not None:
             with torch.no_grad():
-                optimizer_state.attach(
-                    target.optimizers, self.holdings, self.optimizers.states, self.optimizers.values
-                )
+                optimizer_state.attach(target.optimizers, self.holdings, self.optimizers.states, self.optimizers.values)
         if private is not None:
             for name, (method, arguments) in private.extras.items():
                 getattr(target.extra[name], method)(*arguments)
@@ -129,7 +127,13 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
     reading = _plan_reading(opened, naming, wanted, wanted.tensors)
     opened.fetch(reading.chunks)
     return Prepared(
-        target=target, opened=opened, reading=reading, holdings=holdings, optimizers=planned, private=private, notes=notes
+        target=target,
+        opened=opened,
+        reading=reading,
+        holdings=holdings,
+        optimizers=planned,
+        private=private,
+        notes=notes,
     )
 
 
@@ -148,7 +152,9 @@ def check_model(
     target: Target, opened: OpenedSnapshot, naming: Naming, holdings: sources.Holdings, *, is_complete: bool
 ) -> None:
     """Raise IntegrityError unless the snapshot has this very model: names, shapes, dtypes, what is tied to what."""
-    missing, differing, unclear = [], [], []
+    missing: list[str] = []
+    differing: list[str] = []
+    unclear: list[str] = []
     for tensor in holdings.model_tensors:
         bare = sources.split_name(tensor.name)[1]
         stored = naming.find(tensor.name, is_own=not holdings.is_parameter(tensor))
@@ -176,8 +182,8 @@ def check_model(
     if unclear:
         raise IntegrityError(
             f"{opened.label} does not say which tensor belongs here: {naming.why_not(unclear[0])} ({len(unclear)} tensors in "
-            f"all); nothing was loaded. Parameters that are each rank's own come back with {opened.world_size} ranks, each in its "
-            "place, or as DTensors, which say what they are parts of",
+            f"all); nothing was loaded. Parameters that are each rank's own come back with {opened.world_size} ranks, each in "
+            "its place, or as DTensors, which say what they are parts of",
             reason="ranks_differ",
         )
 
@@ -195,8 +201,8 @@ def _plan_reading(
             unclear.append(naming.why_not(tensor.name))
     if unclear:
         raise IntegrityError(
-            f"the {opened.label} does not fit this model: {'; '.join(unclear[:5])} ({len(unclear)} tensors in all); nothing was "
-            "loaded",
+            f"the {opened.label} does not fit this model: {'; '.join(unclear[:5])} ({len(unclear)} tensors in all); nothing "
+            "was loaded",
             reason="layout_mismatch",
         )
     return opened.plan(targets)

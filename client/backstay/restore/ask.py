@@ -25,8 +25,8 @@ _log = logging.getLogger("backstay")
 class Answer:
     """The world's decision, and what this rank needs of it.
 
-    ``prepared`` is None for a new run, or if this rank cannot load the snapshot because of ``error``: then the other ranks are to be
-    told, who may be loading.
+    ``prepared`` is None for a new run, or if this rank cannot load the snapshot because of ``error``: then the other ranks
+    are to be told, who may be loading.
     """
 
     connection: DaemonConnection

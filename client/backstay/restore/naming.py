@@ -82,7 +82,9 @@ class Naming:
     def _distance(self, stored: str) -> tuple[int, int]:
         """Copies that are on this node come first; others are spread over the ranks that ask."""
         entries = self._opened.entries(stored)
-        return max(self._opened.cost(rank) for rank, _ in entries), (entries[0][0] - self._rank) % self._opened.world_size
+        return max(self._opened.cost(rank) for rank, _ in entries), (
+            entries[0][0] - self._rank
+        ) % self._opened.world_size
 
 
 def _digest(entries: list[TensorEntry]) -> Hashable:

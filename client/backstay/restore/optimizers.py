@@ -1,7 +1,7 @@
 """The optimizers' state as the snapshot has it, made to fit this rank's parameters: united over the ranks that hold them.
 
-A state tensor of its parameter's whole shape is cut like the parameter here, whatever it was cut like there. Must not guess: what
-cannot be mapped is refused by name. Attaches nothing.
+A state tensor of its parameter's whole shape is cut like the parameter here, whatever it was cut like there. Must not
+guess: what cannot be mapped is refused by name. Attaches nothing.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from backstay.trainer import optimizer_state, state
 from backstay.trainer.optimizer_state import METADATA_KEY, KeySchema, Values
 from backstay.trainer.sources import Holdings, States, optimizer_prefix
 
-MAX_CONSULTED: Final = 16  # ranks whose hyper-parameters are compared; beyond, as many as hold all of this rank's parameters
+MAX_CONSULTED: Final = (
+    16  # ranks whose hyper-parameters are compared; beyond, as many as hold all of this rank's parameters
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerPlan:
     """What the optimizers get: ``states`` are to be filled, "value" keys hold None until attached. ``description``: of them."""
 
-    states: list[States]
-    values: list[Values]
+    states: Sequence[States]
+    values: Sequence[Values]
     description: str
 
 
@@ -44,7 +46,7 @@ class _Described:
     of: dict[str, int]
     distributed: frozenset[str]
     places: dict[str, tuple[int, int]]
-    encoded: dict[str, Any]
+    encoded: Mapping[str, Any]
 
     def schema(self, fqn: str) -> list[KeySchema] | None:
         return self.schemas[self.of[fqn]] if fqn in self.of else None
@@ -54,8 +56,9 @@ class _Described:
 class Origin:
     """Where the state of this rank's parameters is read from.
 
-    ``holders``: by parameter name, the ranks of the snapshot that hold parts of it. ``own_rank``: the rank of the snapshot that
-    this rank goes on from. ``is_complete``: this rank holds all that those ranks held, so nothing of theirs may be missing here.
+    ``holders``: by parameter name, the ranks of the snapshot that hold parts of it. ``own_rank``: the rank of the snapshot
+    that this rank goes on from. ``is_complete``: this rank holds all that those ranks held, so nothing of theirs may be
+    missing here.
     """
 
     opened: OpenedSnapshot
@@ -240,7 +243,7 @@ class _One:
         return [d for d in knowing if d.rank in holders] or knowing
 
     def _make(self, name: str, schema: KeySchema, parameter: torch.Tensor, existing: Any, was_distributed: bool) -> Any:
-        key, kind, dtype_name, device_type, _, placements = schema
+        _, kind, dtype_name, device_type, _, placements = schema
         if kind == "value":
             return None
         shape = self._whole_shape(name, schema, parameter)
@@ -270,13 +273,15 @@ class _One:
             own = [copies[home] for home in (self._origin.own_rank, 0) if home in copies]
             shapes = {self._origin.opened.tensor(own[0]).shape} if own else shapes
         if len(shapes) != 1:
-            raise self._cannot(name, f"has a {key!r} of shapes {sorted(shapes)[:3]} in the snapshot: each rank made its own")
+            raise self._cannot(
+                name, f"has a {key!r} of shapes {sorted(shapes)[:3]} in the snapshot: each rank made its own"
+            )
         return shapes.pop()
 
     def _cannot(self, name: str, what: str) -> IntegrityError:
         return IntegrityError(
-            f"optimizer {self._index}: the state of {name} {what}; it cannot be cut anew and nothing was loaded. Restore it with "
-            "the ranks and the parallelism that it was written with",
+            f"optimizer {self._index}: the state of {name} {what}; it cannot be cut anew and nothing was loaded. Restore it "
+            "with the ranks and the parallelism that it was written with",
             reason="state_not_mappable",
         )
 

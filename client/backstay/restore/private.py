@@ -1,7 +1,8 @@
-"""What belongs to one rank alone: its JSON state, extras and generators, read from the snapshot and given to the rank that follows.
+"""What belongs to one rank alone: its JSON state, extras and generators, read from the snapshot and given to the rank that
+follows.
 
-Streams and positions are keyed by logical rank: rank r goes on where rank r of the snapshot stopped. Must not touch the trainer's
-objects.
+Streams and positions are keyed by logical rank: rank r goes on where rank r of the snapshot stopped. Must not touch the
+trainer's objects.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def derived_streams(snapshot_id: str, rank: int, *, has_cuda: bool) -> tuple[dic
     """Generator states, as ``trainer.rng`` has them, of a logical rank that the snapshot had none of: the same each time."""
     seed = hashlib.sha256(f"backstay stream {snapshot_id} {rank}".encode()).digest()
     number = int.from_bytes(seed[:8], "big")
-    plain: dict[str, Any] = {"python": random.Random(number).getstate()}
+    plain: dict[str, Any] = {"python": random.Random(number).getstate()}  # noqa: S311 - a stream to train with
     if "numpy.random" in sys.modules:
         import numpy as np
 

@@ -14,12 +14,13 @@ from backstay import local
 class RestoreResult:
     """What restore() did.
 
-    ``outcome``: ``EXACT``, ``EXACT_OLDER`` (not the newest step that was begun) or ``NONE`` (a new run: nothing was touched).
-    ``attempt`` is the history this world writes, ``base_attempt`` the one that ``step`` is of, ``base_world_size`` the number of
-    ranks that wrote it. ``sources``: rank of a shard that was read → ``local``, ``peer``, ``rebuild`` or ``persisted``, with the
-    nodes. ``is_resharded``: it was written in another layout, and parts of it were put together. ``rng`` and ``extras`` (by name)
-    say in words where each stream and each extra came from. ``needed_bytes`` were taken by this rank, ``fetched_bytes`` had to be
-    here for that (chunks are whole); both 0 where whole shards were taken.
+    ``outcome``: ``EXACT``, ``EXACT_OLDER`` (not the newest step that was begun) or ``NONE`` (a new run: nothing was
+    touched). ``attempt`` is the history this world writes, ``base_attempt`` the one that ``step`` is of,
+    ``base_world_size`` the number of ranks that wrote it. ``sources``: rank of a shard that was read → ``local``, ``peer``,
+    ``rebuild`` or ``persisted``, with the nodes. ``is_resharded``: it was written in another layout, and parts of it were
+    put together. ``rng`` and ``extras`` (by name) say in words where each stream and each extra came from. ``needed_bytes``
+    were taken by this rank, ``fetched_bytes`` had to be here for that (chunks are whole); both 0 where whole shards were
+    taken.
     """
 
     step: int
@@ -42,9 +43,9 @@ class RestoreResult:
 class Loaded:
     """What was loaded, for the gate to hold against what is there afterwards, and in words for :class:`RestoreResult`.
 
-    ``description``: of the optimizers' state, as in the header; "" if it was left alone. ``streams``: logical ranks whose random
-    streams this rank goes on with; ``cursors``: extras that are a position of one rank alone, and of which; ``generators``: as
-    they were set.
+    ``description``: of the optimizers' state, as in the header; "" if it was left alone. ``streams``: logical ranks whose
+    random streams this rank goes on with; ``cursors``: extras that are a position of one rank alone, and of which;
+    ``generators``: as they were set.
     """
 
     description: str

@@ -49,7 +49,7 @@ def describe(
                     schema = json.dumps([_describe_key(key, value, parameter) for key, value in found.items()])
                     of[holdings.names[id(parameter)]] = schemas.setdefault(schema, len(schemas))
         body = {"groups": groups, "schemas": [json.loads(schema) for schema in schemas], "of": of}
-        if any(key[1] == "plain" and key[4] for schema in body["schemas"] for key in schema):  # type: ignore[attr-defined]
+        if any(key[1] == "plain" and key[4] for schema in body["schemas"] for key in schema):
             body["distributed"] = distributed
         described.append(body)
     return json.dumps(described, separators=(",", ":"))
@@ -87,7 +87,8 @@ def read_values(
 class Values:
     """One optimizer's state besides the tensors of its parameters, decoded.
 
-    ``scalars``: name of a parameter → key → value. ``other``: state of no parameter. ``groups``: hyper-parameters of each group.
+    ``scalars``: name of a parameter → key → value. ``other``: state of no parameter. ``groups``: hyper-parameters of
+    each group.
     """
 
     scalars: Mapping[str, Mapping[Any, Any]]

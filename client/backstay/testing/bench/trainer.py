@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 import backstay
-from backstay import local, record
+from backstay import record
 from backstay.restore import apply
+from backstay.restore.opened import OpenedSnapshot
+from backstay.restore.result import Loaded
 from backstay.testing.bench import peers, state
 from backstay.testing.bench.baselines import Memcpy
 from backstay.testing.bench.contract import TrainerSettings
@@ -74,15 +76,23 @@ class LoadClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._apply = apply.apply
-        apply.apply = self._timed
+        self._prepare, self._load = apply.prepare, apply.Prepared.load
+        apply.prepare = self._timed_prepare
+        apply.Prepared.load = self._timed_load  # type: ignore[method-assign, assignment]
 
-    def _timed(self, target: apply.Target, restored: local.Restored, fds: Sequence[int]) -> apply.Loaded:
+    def _timed_prepare(self, target: apply.Target, opened: OpenedSnapshot) -> apply.Prepared:
         begin = time.perf_counter()
         try:
-            return self._apply(target, restored, fds)
+            return self._prepare(target, opened)
         finally:
             self.seconds = time.perf_counter() - begin
+
+    def _timed_load(self, prepared: apply.Prepared) -> Loaded:
+        begin = time.perf_counter()
+        try:
+            return self._load(prepared)
+        finally:
+            self.seconds += time.perf_counter() - begin
 
 
 class Trainer:
