@@ -1,0 +1,100 @@
+"""What four ranks state of the same model in every wrapping: they agree, see one changed bit, and need no collective for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backstay.restore.statements import WINDOW_BYTES, crc_of
+from backstayd.core.gate import Conflict, conflicts_of
+from backstayd.core.records import GateEntry, GateReport
+from tests.kit.local_daemon import LocalDaemon
+from tests.kit.statement_ranks import KINDS, RANKS
+
+SCRIPT = Path(__file__).parents[1] / "kit" / "statement_ranks.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """By kind, and by rank, what the script wrote."""
+    out = tmp_path_factory.mktemp("statements")
+    with LocalDaemon() as daemon:
+        command = [sys.executable, str(SCRIPT), "--out", str(out), "--socket", daemon.socket_path]
+        environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-6000:]
+        yield {kind: [json.loads((out / f"{kind}-{r}.json").read_text()) for r in range(RANKS)] for kind in KINDS}
+
+
+def conflicts(found: dict[str, list[dict[str, Any]]], kind: str, variant: str) -> list[Conflict]:
+    reports = {
+        rank: GateReport(
+            decision_id="d",
+            entries=tuple(
+                GateEntry(name=e["name"], ranks=tuple(e.get("ranks", ())), digest=e["digest"]) for e in of_rank[variant]
+            ),
+        )
+        for rank, of_rank in enumerate(found[kind])
+    }
+    assert all(report.entries for report in reports.values())
+    return conflicts_of(reports, range(RANKS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_restored_the_same_snapshot_agree_on_everything(
+    found: dict[str, list[dict[str, Any]]], kind: str
+) -> None:
+    assert conflicts(found, kind, "clean") == []
+    names = {entry["name"].partition(":")[0] for entry in found[kind][0]["clean"]}
+    assert {"identity", "layout", "steps", "rng"} <= names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restore_has_one_collective_and_the_gate_none(found: dict[str, list[dict[str, Any]]], kind: str) -> None:
+    for of_rank in found[kind]:
+        assert of_rank["collectives"] == ["broadcast_.default"], "the world id, and nothing else"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_bit_that_differs_between_replicas_is_seen_where_there_are_replicas(
+    found: dict[str, list[dict[str, Any]]], kind: str
+) -> None:
+    seen = conflicts(found, kind, "bit")
+    expected = {"ddp": ["replicas: all ranks"], "hsdp": ["replicas: ranks 1, 3"]}.get(kind, [])
+    assert [conflict.name for conflict in seen] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_counter_that_differs_between_ranks_that_share_a_parameter_is_seen(
+    found: dict[str, list[dict[str, Any]]], kind: str
+) -> None:
+    seen = [conflict.name for conflict in conflicts(found, kind, "steps")]
+    assert "steps: all ranks" in seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_that_are_missing_are_refused_by_the_rank_itself(
+    found: dict[str, list[dict[str, Any]]], kind: str
+) -> None:
+    assert "optimizer.state.0.weight.exp_avg is missing" in found[kind][RANKS - 1]["moments"]
+    assert isinstance(found[kind][0]["moments"], list)
+
+
+def test_the_digest_of_a_tensor_depends_on_its_elements_and_not_on_how_they_lie() -> None:
+    whole = torch.arange(WINDOW_BYTES // 4 * 2 + 12, dtype=torch.float32).view(-1, 4)
+    turned = whole.t().contiguous().t()
+    assert not turned.is_contiguous()
+    assert crc_of(turned) == crc_of(whole)
+    assert crc_of(whole.to(torch.complex64)) != crc_of(whole)
+    changed = turned.clone()
+    changed[7, 2] += 1
+    assert crc_of(changed) != crc_of(whole)
+    assert crc_of(torch.tensor(3.0)) == crc_of(torch.tensor([3.0]))
