@@ -65,6 +65,7 @@ class LightRank:
         self.world_id = self.boxes = ""
         self.attempt = 0
         self.offer: local.Offer | None = None
+        self.decision_id = ""
         self._message_id = 0
         self._socket: socket.socket | None = None
 
@@ -103,7 +104,7 @@ class LightRank:
         for shard in answer.shards:
             with open(fds[shard.fd_index], "rb") as file:
                 shards[str(shard.rank)] = {"sha256": hashlib.sha256(file.read()).hexdigest(), "source": shard.source}
-        self.attempt = answer.attempt
+        self.attempt, self.decision_id = answer.attempt, answer.decision_id
         return {
             "outcome": answer.outcome,
             "attempt": answer.attempt,
@@ -158,6 +159,21 @@ class LightRank:
             "kinds": list(offer.kinds),
             "details": list(offer.details),
         }
+
+    def do_gate(self, entries: list[list[Any]], failure: str = "", deadline_s: float = 60.0) -> dict[str, Any]:
+        """Say what was loaded, as (name, ranks, digest), and wait for the verdict."""
+        message = local.Gate(
+            decision_id=self.decision_id,
+            entries=tuple(local.GateEntryBody(name=n, ranks=tuple(r), digest=d) for n, r, d in entries),
+            failure=failure,
+            deadline_s=deadline_s,
+        )
+        answer, _ = self._ask(message)
+        return {"state": answer.state, "entries": list(answer.entries), "message": answer.message}
+
+    def do_distrust(self, step: int, reason: str = "nan") -> dict[str, Any]:
+        self._ask(local.Distrust(step=step, reason=reason))
+        return {}
 
     def do_reserve(self, step: int, wait_s: float = 20.0) -> dict[str, Any]:
         request = local.Reserve(

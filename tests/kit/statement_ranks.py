@@ -102,7 +102,13 @@ def state(kind: str, socket: str) -> dict[str, Any]:
             found["collectives"] = seen.names
             holdings = sources.collect(model, [optimizer], rank=place.rank)
             target = apply.Target(
-                model=model, optimizers=[optimizer], extra={}, rank=place.rank, world_size=place.size, run="r", signature="s"
+                model=model,
+                optimizers=[optimizer],
+                extra={},
+                rank=place.rank,
+                world_size=place.size,
+                run="r",
+                signature="s",
             )
             loaded = apply.Loaded(description=optimizer_state.describe([optimizer], holdings), streams=(place.rank,))
             change(variant, place.rank, model, optimizer)
@@ -135,7 +141,7 @@ def main() -> int:
         if pid == 0:
             try:
                 run(rank, arguments)
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - a forked child must end here, whatever happened
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)

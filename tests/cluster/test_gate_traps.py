@@ -1,0 +1,141 @@
+"""The gate and distrust when ranks, daemons and the coordinator die in between. Ranks are light; daemons are real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from backstay.testing import LocalCluster
+from backstay.testing.cluster import process_environment
+from backstay.testing.fixtures import LocalClusterFactory
+from tests.kit.light_world import Ranks, light_world, wait_protected
+
+RUN = "default/gate"
+LEASE_S = 1.5
+SAID = [["identity: x", [], "same"]]
+
+
+def _cluster(factory: LocalClusterFactory, **options: Any) -> LocalCluster:
+    return factory(2, 1, lease_s=LEASE_S, **options)
+
+
+def _train(cluster: LocalCluster, last_step: int) -> None:
+    with light_world(cluster, RUN) as ranks:
+        assert [answer["outcome"] for answer in ranks.restore()] == ["NONE", "NONE"]
+        for step in range(1, last_step + 1):
+            ranks.publish(step)
+            wait_protected(cluster, RUN, step)
+
+
+def _restore(ranks: Ranks, step: int) -> None:
+    answers = ranks.restore()
+    assert [(answer.get("outcome"), answer.get("step")) for answer in answers] == [("EXACT", step)] * 2, answers
+
+
+def _backstay(cluster: LocalCluster, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "backstayd.cli", *arguments, "--coordinator", cluster.coordinator_address],
+        env=process_environment(), capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_two_ranks_that_go_on_with_one_random_stream_are_both_refused(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = _cluster(local_cluster_factory)
+    _train(cluster, 1)
+    with light_world(cluster, RUN) as ranks:
+        _restore(ranks, 1)
+        for rank in ranks.ranks:
+            rank.send("gate", entries=[*SAID, ["rng: stream 0", [rank.rank], ""]])
+        answers = [rank.receive() for rank in ranks.ranks]
+        assert [answer["state"] for answer in answers] == ["failed"] * 2
+        assert "rng: stream 0 is owned by ranks 0 and 1, expected one owner" in answers[0]["message"]
+    distrusted = cluster.run_status(RUN)["distrusted"]
+    assert [item["step"] for item in distrusted] == [1], "its state says that it has one stream twice"
+
+
+def test_a_rank_that_dies_before_it_has_spoken_does_not_leave_the_others_waiting(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = _cluster(local_cluster_factory)
+    _train(cluster, 1)
+    with light_world(cluster, RUN) as ranks:
+        _restore(ranks, 1)
+        ranks.ranks[0].send("gate", entries=SAID, deadline_s=600.0)
+        ranks.ranks[1].kill()
+        answer = ranks.ranks[0].receive(deadline_s=60)
+        assert answer["state"] == "failed"
+        assert "rank 1 died after loading step 1" in answer["message"]
+    assert cluster.run_status(RUN)["distrusted"] == [], "that says nothing of the snapshot"
+
+
+def test_a_rank_that_never_asks_and_trains_is_not_waited_for(local_cluster_factory: LocalClusterFactory) -> None:
+    cluster = _cluster(local_cluster_factory)
+    _train(cluster, 1)
+    with light_world(cluster, RUN) as ranks:
+        _restore(ranks, 1)
+        ranks.ranks[0].send("gate", entries=SAID)
+        ranks.ranks[1].ask("publish", step=2)
+        assert ranks.ranks[0].receive()["state"] == "passed"
+
+
+def test_a_coordinator_and_a_daemon_that_die_in_the_middle_of_the_gate_end_with_the_same_verdict(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(2, 1, lease_s=4.0)
+    _train(cluster, 1)
+    with light_world(cluster, RUN) as ranks:
+        _restore(ranks, 1)
+        ranks.ranks[0].send("gate", entries=SAID)
+        cluster.restart_coordinator()
+        cluster.kill_daemon(1)
+        cluster.restart_daemon(1)
+        ranks.ranks[1].ask("attach", world_id=ranks.world_id, attempt=2)
+        assert ranks.ranks[1].ask("gate", entries=SAID)["state"] == "passed"
+        assert ranks.ranks[0].receive()["state"] == "passed"
+        ranks.publish(2)
+        wait_protected(cluster, RUN, 2)
+
+
+def test_distrust_survives_every_daemon_and_the_coordinator_until_an_operator_takes_it_back(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = _cluster(local_cluster_factory, keep=2)
+    _train(cluster, 3)
+    with light_world(cluster, RUN) as ranks:
+        _restore(ranks, 3)
+        ranks.ranks[1].ask("distrust", step=4)
+    files = [cluster.nodes[index].memory_dir / RUN / "distrusted.json" for index in range(2)]
+    cluster.wait_until(lambda: all(file.exists() for file in files), 30, "every host to remember it")
+    assert json.loads(files[0].read_text())["snapshots"][0]["reason"] == "rank 1 at step 4: nan"
+    cluster.kill_coordinator()
+    for index in range(2):
+        cluster.restart_daemon(index, is_waiting=False)
+    cluster.restart_coordinator()
+    cluster.wait_live()
+    with light_world(cluster, RUN) as ranks:
+        answers = ranks.restore()
+        assert [(answer["outcome"], answer["step"]) for answer in answers] == [("EXACT_OLDER", 2)] * 2
+        assert "it is distrusted (rank 1 at step 4: nan)" in answers[0]["message"]
+        assert "1 snapshot trusted again" in _backstay(cluster, "trust", RUN)
+        cluster.wait_until(lambda: cluster.run_status(RUN)["distrusted"] == [], 30, "nobody to distrust anything")
+
+
+def test_an_operator_has_an_older_step_restored_and_a_deleted_note_is_written_again(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = _cluster(local_cluster_factory, keep=2)
+    _train(cluster, 3)
+    said = _backstay(cluster, "distrust", RUN, "3", "--reason", "the loss jumped")
+    assert "step 3 of default/gate, and what was trained from it, is not restored again" in said
+    assert "restoring step 2, not 3: it is distrusted (the loss jumped)" in said
+    file = cluster.nodes[0].memory_dir / RUN / "distrusted.json"
+    cluster.wait_until(file.exists, 30, "the host to remember it")
+    file.unlink()
+    cluster.wait_until(file.exists, 30, "the note to be written again")
+    with light_world(cluster, RUN) as ranks:
+        assert [answer["step"] for answer in ranks.restore()] == [2, 2]
