@@ -328,10 +328,19 @@ class Checker:
     # -- questions of scenarios ---------------------------------------------------------------------------------------
 
     def can_lose(self, count: int) -> bool:
-        """Whether every run survives ``count`` more losses, by what was truly protected last."""
+        """Whether every run survives ``count`` more losses, by what was truly protected last.
+
+        A node that is silent for a lease is taken for lost by everybody, whatever it still holds.
+        """
         self.check()
+        silent = sum(
+            1
+            for node in self.cluster.nodes.values()
+            if self.cluster.engine.now_s - node.heard_s >= self.cluster.lease_s
+        )
         return all(
-            truth.floor is not None and len(truth.losses) + count <= self._parity(truth) for truth in self.runs.values()
+            truth.floor is not None and len(truth.losses) + silent + count <= self._parity(truth)
+            for truth in self.runs.values()
         ) and len(self.runs) == len(self.cluster.jobs)
 
     def forget(self, run: str) -> None:

@@ -132,6 +132,8 @@ class Cluster:
 
     def send_report(self, node: Node, report: NodeReport) -> None:
         control = self.control
+        if not node.is_cut:
+            node.heard_s = self.engine.now_s
         if control is not None and not node.is_cut:
             for delay_s in self.fates():
                 self.engine.after(delay_s, control.receive, report)

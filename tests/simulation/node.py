@@ -104,6 +104,7 @@ class Node:
         self.is_report_due = False
         self.missed: list[NodeDesired] = []
         self.steady_since_s = cluster.engine.now_s
+        self.heard_s = cluster.engine.now_s  # when it last sent a report that was not cut off
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
