@@ -10,7 +10,7 @@ import pytest
 
 from backstay.errors import SnapshotNotFoundError, UsageError
 from backstayd import cli
-from backstayd.cli import explain, snapshots, status, tables
+from backstayd.cli import arguments, explain, snapshots, status, tables
 from backstayd.cli.coordinator import find_run
 
 
@@ -121,6 +121,17 @@ def test_status_shows_redundancy_reason_quarantine_and_the_last_events(document:
     assert "shard rank 1 of step 12 on node-01 is quarantined: chunk 3 crc" in text
     assert "decided" in text
     assert "node_lost" not in text, "only the last event was asked for"
+
+
+def test_status_says_what_is_distrusted_and_why(document: dict[str, Any]) -> None:
+    document["runs"][0]["distrusted"] = [{"snapshot_id": "x", "attempt": 2, "step": 12, "reason": "the loss is nan"}]
+    assert "default/gpt: step 12 of attempt 2 is distrusted: the loss is nan" in status.describe(document, events=0)
+
+
+@pytest.mark.parametrize("command", [["distrust", "gpt", "12", "--reason", "x"], ["trust", "gpt"]])
+def test_what_changes_a_run_does_not_guess_which(command: list[str]) -> None:
+    with pytest.raises(UsageError, match="name the run in full, such as default/gpt"):
+        arguments.dispatch(command)
 
 
 def test_status_says_while_the_coordinator_settles(document: dict[str, Any]) -> None:

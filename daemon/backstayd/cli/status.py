@@ -96,6 +96,10 @@ def _notes(run_: dict[str, Any]) -> list[str]:
     if decision and decision["phase"] != "release" and decision["message"]:
         notes.append(f"{run_['run']}: recovery in phase {decision['phase']}: {decision['message']}")
     notes += [
+        f"{run_['run']}: step {item['step']} of attempt {item['attempt']} is distrusted: {item['reason']}"
+        for item in run_.get("distrusted", ())
+    ]
+    notes += [
         f"{run_['run']}: {item['what']} on {item['node']} is quarantined: {item['reason']}"
         for item in run_["quarantined"]
     ]

@@ -137,6 +137,7 @@ def _snapshot(state: RunState, context: RunContext, index: int) -> dict[str, Any
     return {
         "attempt": view.key.attempt,
         "step": view.key.step,
+        "is_distrusted": view.key in context.tainted,
         "state": _snapshot_state(view, is_live=index in context.live, wanted=state.evaluation.wanted),
         "spares": view.spares,
         "snapshot_id": view.snapshot_id,
