@@ -1,0 +1,46 @@
+"""Joining the world of a run: attach, wait for the world's decision, keep the line. Loads nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import backstay
+from backstay import local
+from backstay.direct.line import Line
+from backstay.direct.source import Source, open_restored
+from backstay.restore import ask
+from backstay.trainer.world import World
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entered:
+    """One rank in its world: the line it writes by, and the snapshot it begins from (None: a new run)."""
+
+    line: Line
+    source: Source | None
+    restored: local.Restored
+
+
+def enter(run: str, place: World, world_id: str, *, socket_path: str, allow_fresh: bool, deadline_s: float) -> Entered:
+    """Wait until all ranks of the world asked and one decision was made for all of them.
+
+    Raises:
+        UnavailableError: no daemon, or not all ranks in time. UnrecoverableError: a known run without a restorable snapshot.
+        IntegrityError: what the daemon gave is not what was decided.
+    """
+    attach = local.Attach(
+        run=run, world_id=world_id, rank=place.rank, world_size=place.size, needs=tuple(range(place.size)),
+        collective_timeout_s=place.collective_timeout_s, client_version=backstay.__version__,
+    )  # fmt: skip
+    connection, attached, restored, fds = ask.ask(socket_path, attach, allow_fresh=allow_fresh, deadline_s=deadline_s)
+    try:
+        source = None
+        if restored.outcome != "NONE":
+            source = open_restored(restored, fds, run=run, own_rank=place.rank)
+    except BaseException:
+        connection.close()
+        raise
+    written = dataclasses.replace(attach, attempt=restored.attempt)
+    line = Line(connection, written, lease_s=attached.lease_s, socket_path=socket_path)
+    return Entered(line=line, source=source, restored=restored)
