@@ -64,6 +64,7 @@ class Line:
         self._sealed_step = 0
         self._ban: StaleGenerationError | None = None
         self._is_closed = False
+        self._pid = os.getpid()
         self._lock = threading.RLock()
         self._unregister = register_child_cleanup(self._forget_in_child)
 
@@ -159,7 +160,9 @@ class Line:
         self._expect(local.Finish(keep=keep), local.Done, timeout_s)
 
     def close(self) -> None:
-        """Detach and unmap; what is committed stays in memory. Idempotent."""
+        """Detach and unmap; what is committed stays in memory. Idempotent; nothing in a forked child."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             if self._is_closed:
                 return

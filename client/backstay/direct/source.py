@@ -59,6 +59,15 @@ class Source:
         load([held], [], {name: tensor})
         return tensor
 
+    def read_bytes(self, rank: int, name: str) -> bytearray:
+        """One stored uint8 tensor of one rank's shard."""
+        held = next(s for s in self._shards if s.manifest.rank == rank)
+        entry = next(e for e in held.manifest.tensors if e.name == name)
+        data = bytearray(entry.end - entry.begin)
+        if data:
+            load([held], [], {name: torch.frombuffer(data, dtype=torch.uint8)})
+        return data
+
     def close(self) -> None:
         """Let go of the descriptors. Idempotent."""
         shards, self._shards = self._shards, []

@@ -1,0 +1,375 @@
+"""Files as a rank's shard: written by any number of ranks, kept as one snapshot when one of them says that a step is whole.
+
+    store = FileStore(run_id="gpt-7b-3")
+    step = store.begin()                       # None: a new run
+    store.write(100, "model.pt", data)         # buffered in this process until the step is sealed
+    store.seal(100)                            # by one rank: every rank commits what it wrote; returns when all have
+    store.read("model.pt")                     # after a restart: what any rank wrote
+
+Knows nothing of fsspec or of folders. Must not interpret what is in a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+
+from backstay import shard
+from backstay.direct.entering import enter
+from backstay.direct.filling import fill
+from backstay.direct.line import POLL_S, Line, socket_path
+from backstay.direct.source import Source
+from backstay.errors import BackstayError, StaleGenerationError, UnavailableError, UsageError
+from backstay.ids import DEFAULT_JOB, RunKey
+from backstay.trainer import world
+from backstay.trainer.world import World
+
+_log = logging.getLogger("backstay")
+
+KIND: Final = "files"  # the layout in manifests
+PREFIX: Final = "file."
+CARRIED: Final = "carried."
+PADDING: Final = "backstay.padding"
+DEFAULT_MAX_WAIT_S: Final = 10.0
+DEFAULT_COMPLETE_S: Final = 120.0
+RETRY_S: Final = 0.5
+LINGER_S: Final = 2.0
+
+
+class FileStore:
+    """One rank's files of one run; thread-safe.
+
+    Invariant: the files of at most one step are buffered and not committed (``open_step``); a committed step never changes.
+
+    Args:
+        run_id: The training run whose files these are; a new one for a run that starts from scratch.
+        job: Name of the job the run belongs to.
+        socket: Path of the daemon's socket; default ``$BACKSTAY_SOCKET``, then ``/run/backstay/backstayd.sock``.
+        max_wait_s: How long a commit may wait for a free slot.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        job: str = DEFAULT_JOB,
+        socket: str | None = None,
+        max_wait_s: float = DEFAULT_MAX_WAIT_S,
+    ) -> None:
+        self.run = RunKey(job, run_id)
+        self._socket_path = socket_path(socket)
+        self._max_wait_s = max_wait_s
+        self.step: int | None = None  # what this world began from; None: nothing
+        self.last_problem = ""
+        self.open_step: int | None = None
+        self.open_folder = ""  # for who maps folders to steps
+        self._carried: dict[str, Any] = {}  # files that belong to no step: in every snapshot of this rank
+        self._files: dict[str, Any] = {}  # name -> bytes-like
+        self._busy = 0  # files that are being written: a step with such a file is not committed
+        self._committed = 0  # newest step that this rank committed or gave up
+        self._sealed: dict[str, int] = {}  # name -> size of what this rank committed last
+        self._line: Line | None = None
+        self._source: Source | None = None
+        self._pid = os.getpid()
+        self._state = threading.Condition()
+        self._commit = threading.RLock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ---- the world
+
+    def begin(
+        self, *, place: World | None = None, world_id: str = "", allow_fresh: bool = False, deadline_s: float = 600.0
+    ) -> int | None:
+        """Join the world of the run and learn which step its files are of; None for a run that is provably new.
+
+        All ranks of torch.distributed call it; a collective unless ``world_id`` (the same on all ranks) is given.
+
+        Raises:
+            UnavailableError: no daemon, or no decision in time. UnrecoverableError: a known run without a restorable snapshot.
+        """
+        self.close()
+        place = place or world.current()
+        entered = enter(
+            str(self.run), place, world_id or world.agree_on_id(place), socket_path=self._socket_path,
+            allow_fresh=allow_fresh, deadline_s=deadline_s,
+        )  # fmt: skip
+        self._line, self._source = entered.line, entered.source
+        self.step = entered.source.step if entered.source is not None else None
+        self._committed, self._sealed = self.step or 0, {}
+        self._carried = self._carried_before(place)
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._watch, args=(entered.line,), name="backstay-files", daemon=True)
+        self._thread.start()
+        return self.step
+
+    @property
+    def newest_step(self) -> int:
+        """The newest step that this rank committed, or began from; 0: none."""
+        return self._committed
+
+    # ---- files
+
+    def write(self, step: int, name: str, data: Any) -> None:
+        """Buffer a file of ``step`` (bytes-like; kept, not copied). The name may have slashes; writing it again replaces it.
+
+        Raises:
+            UsageError: the step is committed, or files of another step are open.
+        """
+        with self._state:
+            self._open(step, name)
+            self._files[name] = data
+
+    def carry(self, name: str, data: Any) -> None:
+        """Keep a file that belongs to no step: it becomes part of every snapshot from the next one on."""
+        with self._state:
+            self._current()
+            self._carried[name] = data
+
+    def hold(self, step: int, name: str) -> None:
+        """A file of ``step`` is being written: the step is not committed before :meth:`release`."""
+        with self._state:
+            self._open(step, name)
+            self._busy += 1
+
+    def release(self) -> None:
+        """The file of a :meth:`hold` was written, or given up."""
+        with self._state:
+            self._busy -= 1
+            self._state.notify_all()
+
+    def remove(self, name: str) -> bool:
+        """Forget a buffered file; False if there is none. What is committed stays as it is."""
+        with self._state:
+            return self._files.pop(name, self._carried.pop(name, None)) is not None
+
+    def rename(self, name: str, new_name: str) -> bool:
+        """Rename a buffered file; False if there is none."""
+        with self._state:
+            if name not in self._files:
+                return False
+            self._files[new_name] = self._files.pop(name)
+            return True
+
+    def names(self) -> dict[str, int]:
+        """Name and size of every file that can be seen: buffered here, committed here, and of the snapshot begun from."""
+        with self._state:
+            own = self._carried | self._files
+            found = {name: len(memoryview(data).cast("B")) for name, data in own.items()}
+            sealed = dict(self._sealed)
+            if not sealed and self._source is not None:
+                for stored, _, entry in self._source.entries():
+                    if (name := _name_of(stored)) is not None:
+                        sealed.setdefault(name, entry.end - entry.begin)
+        return sealed | found
+
+    def read(self, name: str) -> memoryview:
+        """The bytes of a file; of a snapshot's, verified as they are read, whichever rank wrote it (own ones first).
+
+        Raises:
+            FileNotFoundError: no such file. IntegrityError: a byte is wrong.
+        """
+        with self._state:
+            own = self._carried | self._files
+            if name in own:
+                return memoryview(own[name]).cast("B")
+            source = self._source
+            is_old = name not in self._sealed
+        if source is not None and is_old:
+            for stored, rank, _ in source.entries():
+                if _name_of(stored) == name:
+                    return memoryview(source.read_bytes(rank, stored))
+        raise FileNotFoundError(f"{self.run}: no file {name!r} in memory (newest step {self.newest_step})")
+
+    # ---- whole steps
+
+    def seal(self, step: int, *, timeout_s: float = DEFAULT_COMPLETE_S) -> None:
+        """Declare that all ranks wrote all files of ``step``: every rank commits its part; returns when all have.
+
+        Raises:
+            UnavailableError: not complete within ``timeout_s``: the step counts as not written, the one before stays.
+        """
+        self.commit(step, is_sealing=True)
+        line = self._current()
+        if not line.wait_complete(step, timeout_s):
+            raise UnavailableError(
+                f"{self.run}: step {step} is not complete after {timeout_s:g} s: a rank did not commit its files (its log says "
+                f"why); the step counts as not written, the newest complete one is {line.complete_step()}",
+                reason="incomplete",
+            )
+
+    def commit(self, step: int, *, is_sealing: bool = False) -> None:
+        """Commit this rank's files of ``step``, none if it wrote none. ``is_sealing``: and tell the other ranks to.
+
+        Raises:
+            BackstayError: they cannot be kept; the step is given up, here and so everywhere.
+        """
+        line = self._current()
+        with self._commit:
+            if step <= self._committed:
+                if is_sealing:
+                    line.seal(step)
+                return
+            with self._state:
+                if not self._state.wait_for(lambda: self._busy == 0, DEFAULT_COMPLETE_S):
+                    raise UsageError(f"step {step} of {self.run} was sealed while {self._busy} of its files are open")
+                if self.open_step is not None and self.open_step < step:
+                    self._give_up(line, step)
+                files = dict(self._files) if self.open_step == step else {}
+            if is_sealing:
+                line.seal(step)
+            self._commit_files(line, step, files)
+
+    def linger(self, timeout_s: float = LINGER_S) -> None:
+        """Before leaving: wait a little for what another rank seals as it leaves, and commit this rank's part of it."""
+        line = self._current()
+        if line.place.size > 1:
+            before, deadline = self._committed, time.monotonic() + timeout_s
+            while self._committed == before and time.monotonic() < deadline and not self._stop.is_set():
+                self._stop.wait(POLL_S)
+
+    def finish(self, *, keep: bool = False) -> None:
+        """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and detach."""
+        if self._line is not None:
+            self._line.finish(keep=keep)
+        self.close()
+
+    def close(self) -> None:
+        """Detach; what is committed stays in memory, what is buffered is dropped. Idempotent."""
+        self._stop.set()
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread() and os.getpid() == self._pid:
+            thread.join(30.0)
+        line, self._line = self._line, None
+        source, self._source = self._source, None
+        if line is not None:
+            line.close()
+        if source is not None:
+            source.close()
+        self._files, self.open_step, self._busy = {}, None, 0
+
+    # ---- inside
+
+    def _current(self) -> Line:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                "this file store belongs to another process; a forked child must not use it", reason="forked"
+            )
+        if self._line is None:
+            raise UsageError("this file store has not begun (or was closed): call begin() on all ranks first")
+        return self._line
+
+    def _carried_before(self, place: World) -> dict[str, Any]:
+        """The carried files of the snapshot begun from: its own, and for rank 0 those of ranks that are no more."""
+        found: dict[str, Any] = {}
+        source = self._source
+        for stored, rank, _ in source.entries() if source is not None else ():
+            is_ours = rank == place.rank or (place.rank == 0 and rank >= place.size)
+            if source is not None and stored.startswith(CARRIED) and is_ours:
+                found.setdefault(stored.removeprefix(CARRIED), source.read_bytes(rank, stored))
+        return found
+
+    def _open(self, step: int, name: str) -> None:
+        self._current()
+        if step <= self._committed:
+            began = " and is what this world began from" if step == self.step else ""
+            raise UsageError(
+                f"{name} cannot be written: step {self._committed} of {self.run} is sealed{began}, files of step {step} do not "
+                "change any more; write into the folder of a later step",
+                reason="sealed",
+            )
+        if self.open_step not in (None, step):
+            raise UsageError(
+                f"{name} of step {step} cannot be written while files of step {self.open_step} of {self.run} are open; seal "
+                "that step first",
+                reason="two_steps_open",
+            )
+        self.open_step = step
+
+    def _commit_files(self, line: Line, step: int, files: Mapping[str, Any]) -> None:
+        try:
+            carried = dict(self._carried)
+            sources = {PREFIX + name: _as_tensor(data) for name, data in files.items()}
+            sources |= {CARRIED + name: _as_tensor(data) for name, data in carried.items()}
+            layout = _layout(sources)
+            slot = line.reserve(step, layout.size_bytes, wait_s=self._max_wait_s)
+            digests = fill(line.filler, slot.mapping, layout, sources, step=step)
+            line.commit(slot, layout, digests, kind=KIND)
+            sizes = {name: sources[PREFIX + name].numel() for name in files}
+        except BaseException as error:
+            line.abandon(step, str(error))
+            self._close_step(step, files, self._sealed)
+            raise
+        self._close_step(step, files, sizes)
+
+    def _give_up(self, line: Line, step: int) -> None:
+        stale = self.open_step
+        reason = f"step {step} of {self.run} was sealed while files of step {stale} are open: both are given up"
+        line.abandon(step, reason)
+        self._committed, self._files, self.open_step = step, {}, None
+        raise UsageError(reason, reason="two_steps_open")
+
+    def _close_step(self, step: int, files: Mapping[str, Any], sealed: dict[str, int]) -> None:
+        with self._state:
+            self._committed, self._sealed = step, sealed
+            for name, data in files.items():
+                if self._files.get(name) is data:
+                    del self._files[name]
+            if self.open_step == step:
+                self.open_step = None
+
+    def _watch(self, line: Line) -> None:
+        """Commit what this rank wrote, or nothing, of every step that another rank sealed."""
+        while not self._stop.is_set():
+            try:
+                sealed = line.await_seal(self._committed, wait_s=POLL_S)
+                if sealed.step > self._committed:
+                    self.commit(sealed.step)
+            except StaleGenerationError as error:
+                self._note(error)
+                return
+            except Exception as error:  # noqa: BLE001 - the thread's boundary: training must go on
+                if not self._stop.is_set():
+                    self._note(error)
+                self._stop.wait(RETRY_S)
+
+    def _note(self, error: Exception) -> None:
+        text = str(error) if isinstance(error, BackstayError) else f"{type(error).__name__}: {error}"
+        if text != self.last_problem:
+            _log.warning("backstay: files of %s: %s", self.run, text)
+        self.last_problem = text
+
+
+def _name_of(stored: str) -> str | None:
+    """The name of the file that a tensor is; None: it is none."""
+    start = next((prefix for prefix in (PREFIX, CARRIED) if stored.startswith(prefix)), None)
+    return stored.removeprefix(start) if start is not None else None
+
+
+def _as_tensor(data: Any) -> torch.Tensor:
+    view = memoryview(data).cast("B")
+    if not view.nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    if view.readonly:  # torch warns of read-only memory though it is only read here
+        return _from_readonly(view)
+    return torch.frombuffer(view, dtype=torch.uint8)
+
+
+def _from_readonly(view: memoryview) -> torch.Tensor:
+    return torch.frombuffer(bytearray(view), dtype=torch.uint8)
+
+
+def _layout(sources: dict[str, torch.Tensor]) -> shard.Layout:
+    """The files, and as much padding that a step with slightly larger files takes the same slots."""
+    specs = [shard.TensorSpec.whole(name, "torch.uint8", tensor.shape) for name, tensor in sources.items()]
+    size = shard.plan_layout(specs).size_bytes
+    grain = max(shard.PAGE_BYTES, 1 << max(0, size.bit_length() - 5))
+    padding = -size % grain
+    sources[PADDING] = torch.zeros(padding, dtype=torch.uint8)
+    return shard.plan_layout([*specs, shard.TensorSpec.whole(PADDING, "torch.uint8", (padding,))])
