@@ -35,10 +35,11 @@ from backstay.direct import items, staging
 from backstay.direct.entering import enter
 from backstay.direct.filling import fill, hash_in_place, put
 from backstay.direct.line import Line, Slot, socket_path
-from backstay.direct.source import Source, box
+from backstay.direct.source import Source
 from backstay.errors import BackstayError, SnapshotNotFoundError, UsageError
 from backstay.ids import DEFAULT_JOB, RunKey
-from backstay.restore.load import true_dtype, true_shape
+from backstay.restore.opened import OpenedSnapshot, ReadTarget
+from backstay.restore.reading import true_shape
 from backstay.trainer import world
 
 _log = logging.getLogger("backstay")
@@ -187,7 +188,7 @@ class BackstayWriter(StorageWriter):
         staged = save.take(self.step)
         slot: Slot | None = staged.slot if staged is not None else None
         try:
-            found = items.resolve(plan, planner, save.byte_capacities)
+            found = items.resolve(plan, planner, rank=store.line.place.rank, capacities=save.byte_capacities)
             if staged is not None and staged.problem is not None:
                 raise staged.problem
             if staged is not None and staged.layout is not None and slot is not None:
@@ -245,33 +246,38 @@ class BackstayReader(StorageReader):
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._places: dict[MetadataIndex, items.Place] = {}
+        self._places: dict[MetadataIndex, tuple[str, tuple[int, ...]]] = {}  # stored name, and where its box begins
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """A checkpoint_id means nothing here: what is read was decided in begin()."""
 
     def read_metadata(self, *args: Any, **_: Any) -> Metadata:
         """What the manifests say is there."""
+        return self._store.source.read(self._describe)
+
+    def _describe(self, opened: OpenedSnapshot) -> Metadata:
         found: dict[str, Any] = {}
         self._places = {}
-        for name, rank, entry in self._store.source.entries():
-            if name.startswith(items.BYTES_PREFIX):
-                name = name.removeprefix(items.BYTES_PREFIX)
-                found.setdefault(name, BytesStorageMetadata())
-                self._places.setdefault(MetadataIndex(name), items.Place(rank, entry))
+        own = self._store.line.place.rank
+        for name in [*opened.names(), *opened.aliases()]:
+            thing = items.object_of(name)
+            if thing is not None:
+                rank, fqn = thing
+                found.setdefault(fqn, BytesStorageMetadata())
+                if rank == own or MetadataIndex(fqn) not in self._places:
+                    self._places[MetadataIndex(fqn)] = (name, ())
                 continue
-            index = MetadataIndex(name, entry.offsets)
-            if index in self._places:
-                continue  # a replica
-            self._places[index] = items.Place(rank, entry)
-            chunk = ChunkStorageMetadata(offsets=torch.Size(entry.offsets), sizes=torch.Size(true_shape(entry)))
-            tensor = found.setdefault(
-                name,
-                TensorStorageMetadata(
-                    properties=TensorProperties(dtype=true_dtype(entry)), size=torch.Size(entry.global_shape), chunks=[]
-                ),
+            stored = opened.tensor(name)
+            tensor = TensorStorageMetadata(
+                properties=TensorProperties(dtype=stored.dtype), size=torch.Size(stored.shape), chunks=[]
             )
-            tensor.chunks.append(chunk)
+            for _, entry in opened.entries(name):
+                index = MetadataIndex(name, entry.offsets)
+                if index not in self._places:  # else a replica
+                    self._places[index] = (name, entry.offsets)
+                    sizes = torch.Size(true_shape(entry))
+                    tensor.chunks.append(ChunkStorageMetadata(offsets=torch.Size(entry.offsets), sizes=sizes))
+            found[name] = tensor
         return Metadata(state_dict_metadata=found, storage_data=dict(self._places), storage_meta=StorageMeta())
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -292,22 +298,23 @@ class BackstayReader(StorageReader):
         source = self._store.source
         tensors = [item for item in plan.items if item.type is not LoadItemType.BYTE_IO]
         targets = [planner.resolve_tensor(item).detach() for item in tensors]
-        source.load([self._target(item, target) for item, target in zip(tensors, targets, strict=True)])
+        boxes = [self._target(item, target) for item, target in zip(tensors, targets, strict=True)]
+        source.read(lambda opened: opened.read(boxes))
         for item, target in zip(tensors, targets, strict=True):
             planner.commit_tensor(item, target)
         for item in plan.items:
             if item.type is LoadItemType.BYTE_IO:
-                place = self._places[item.storage_index]
-                packed = source.read_whole(place.rank, place.entry.name)
-                planner.load_bytes(item, io.BytesIO(items.unpack(packed, item.storage_index.fqn)))
+                name, _ = self._places[item.storage_index]
+                data = items.unpack(source.read_bytes(name), item.storage_index.fqn)
+                planner.load_bytes(item, io.BytesIO(data))
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
-    def _target(self, item: ReadItem, target: torch.Tensor) -> Any:
-        entry = self._places[item.storage_index].entry
-        offsets = [a + b for a, b in zip(entry.offsets, item.storage_offsets, strict=True)]
-        return box(entry.name, target, offsets=offsets, global_shape=entry.global_shape)
+    def _target(self, item: ReadItem, target: torch.Tensor) -> ReadTarget:
+        name, begin = self._places[item.storage_index]
+        offsets = tuple(a + b for a, b in zip(begin, item.storage_offsets, strict=True))
+        return ReadTarget(name=name, tensor=target, offsets=offsets)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

@@ -128,9 +128,9 @@ class BackstayFileSystem(AbstractFileSystem):
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         path = self._strip_protocol(path)
-        own = self.info(path)
-        if own["type"] == "file":
-            return [own] if detail else [path]
+        itself = self.info(path)
+        if itself["type"] == "file":
+            return [itself] if detail else [path]
         run, name = _split_path(path)
         start = f"{name}/" if name else ""
         found: dict[str, dict[str, Any]] = {}
@@ -142,7 +142,8 @@ class BackstayFileSystem(AbstractFileSystem):
         for directory in self._directories:
             if self._parent(directory) == path:
                 found.setdefault(directory, {"name": directory, "size": 0, "type": "directory"})
-        return [found[name] for name in sorted(found)] if detail else sorted(found)
+        names = sorted(found)
+        return [found[each] for each in names] if detail else names
 
     def exists(self, path: str, **_: Any) -> bool:
         try:

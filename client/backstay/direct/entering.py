@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import backstay
 from backstay import local
 from backstay.direct.line import Line
-from backstay.direct.source import Source, open_restored
+from backstay.direct.source import Source
 from backstay.restore import ask
+from backstay.restore.opened import OpenedSnapshot
 from backstay.trainer.world import World
 
 
@@ -37,7 +38,12 @@ def enter(run: str, place: World, world_id: str, *, socket_path: str, allow_fres
     try:
         source = None
         if restored.outcome != "NONE":
-            source = open_restored(restored, fds, run=run, own_rank=place.rank)
+            opened = OpenedSnapshot.from_shards(
+                restored, fds, run=run, world_size=restored.base_world_size or place.size
+            )
+            source = Source(
+                run=run, step=restored.step, socket_path=socket_path, snapshot_id=restored.snapshot_id, opened=opened
+            )
     except BaseException:
         connection.close()
         raise

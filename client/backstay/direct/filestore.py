@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -27,19 +28,24 @@ from backstay.direct.line import POLL_S, Line, socket_path
 from backstay.direct.source import Source
 from backstay.errors import BackstayError, StaleGenerationError, UnavailableError, UsageError
 from backstay.ids import DEFAULT_JOB, RunKey
+from backstay.restore.opened import OpenedSnapshot
 from backstay.trainer import world
 from backstay.trainer.world import World
 
 _log = logging.getLogger("backstay")
 
 KIND: Final = "files"  # the layout in manifests
-PREFIX: Final = "file."
-CARRIED: Final = "carried."
-PADDING: Final = "backstay.padding"
+FILE: Final = "file"
+CARRIED: Final = "carried"
+_NAME: Final = re.compile(rf"rank-(\d{{5,}})\.({FILE}|{CARRIED})\.(.*)", re.DOTALL)
+PADDING: Final = "padding"
 DEFAULT_MAX_WAIT_S: Final = 10.0
 DEFAULT_COMPLETE_S: Final = 120.0
 RETRY_S: Final = 0.5
 LINGER_S: Final = 2.0
+
+
+Index = dict[str, tuple[str, int]]
 
 
 class FileStore:
@@ -75,10 +81,13 @@ class FileStore:
         self._committed = 0  # newest step that this rank committed or gave up
         self._sealed: dict[str, int] = {}  # name -> size of what this rank committed last
         self._line: Line | None = None
+        self._complete = 0  # newest complete step, as far as this rank heard
         self._source: Source | None = None
+        self._index: Index | None = None  # what is in ``_source``
         self._pid = os.getpid()
         self._state = threading.Condition()
         self._commit = threading.RLock()
+        self._reading = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -100,9 +109,10 @@ class FileStore:
             str(self.run), place, world_id or world.agree_on_id(place), socket_path=self._socket_path,
             allow_fresh=allow_fresh, deadline_s=deadline_s,
         )  # fmt: skip
-        self._line, self._source = entered.line, entered.source
+        self._line, self._source, self._index = entered.line, entered.source, None
         self.step = entered.source.step if entered.source is not None else None
-        self._committed, self._sealed = self.step or 0, {}
+        self._committed = self._complete = self.step or 0
+        self._sealed = {}
         self._carried = self._carried_before(place)
         self._stop.clear()
         self._thread = threading.Thread(target=self._watch, args=(entered.line,), name="backstay-files", daemon=True)
@@ -158,16 +168,14 @@ class FileStore:
             return True
 
     def names(self) -> dict[str, int]:
-        """Name and size of every file that can be seen: buffered here, committed here, and of the snapshot begun from."""
+        """Name and size of every file that can be seen: of the newest complete step (all ranks'), and written here since."""
+        _, index = self._newest()
+        found = {name: size for name, (_, size) in index.items()}
         with self._state:
+            if self._committed > self._complete:
+                found |= self._sealed
             own = self._carried | self._files
-            found = {name: len(memoryview(data).cast("B")) for name, data in own.items()}
-            sealed = dict(self._sealed)
-            if not sealed and self._source is not None:
-                for stored, _, entry in self._source.entries():
-                    if (name := _name_of(stored)) is not None:
-                        sealed.setdefault(name, entry.end - entry.begin)
-        return sealed | found
+        return found | {name: len(memoryview(data).cast("B")) for name, data in own.items()}
 
     def read(self, name: str) -> memoryview:
         """The bytes of a file; of a snapshot's, verified as they are read, whichever rank wrote it (own ones first).
@@ -179,13 +187,10 @@ class FileStore:
             own = self._carried | self._files
             if name in own:
                 return memoryview(own[name]).cast("B")
-            source = self._source
-            is_old = name not in self._sealed
-        if source is not None and is_old:
-            for stored, rank, _ in source.entries():
-                if _name_of(stored) == name:
-                    return memoryview(source.read_bytes(rank, stored))
-        raise FileNotFoundError(f"{self.run}: no file {name!r} in memory (newest step {self.newest_step})")
+        source, index = self._newest()
+        if source is None or name not in index:
+            raise FileNotFoundError(f"{self.run}: no file {name!r} in memory (newest complete step {self._complete})")
+        return memoryview(source.read_bytes(index[name][0]))
 
     # ---- whole steps
 
@@ -197,7 +202,9 @@ class FileStore:
         """
         self.commit(step, is_sealing=True)
         line = self._current()
-        if not line.wait_complete(step, timeout_s):
+        if line.wait_complete(step, timeout_s):
+            self._complete = max(self._complete, step)
+        else:
             raise UnavailableError(
                 f"{self.run}: step {step} is not complete after {timeout_s:g} s: a rank did not commit its files (its log says "
                 f"why); the step counts as not written, the newest complete one is {line.complete_step()}",
@@ -269,11 +276,27 @@ class FileStore:
         """The carried files of the snapshot begun from: its own, and for rank 0 those of ranks that are no more."""
         found: dict[str, Any] = {}
         source = self._source
-        for stored, rank, _ in source.entries() if source is not None else ():
-            is_ours = rank == place.rank or (place.rank == 0 and rank >= place.size)
-            if source is not None and stored.startswith(CARRIED) and is_ours:
-                found.setdefault(stored.removeprefix(CARRIED), source.read_bytes(rank, stored))
+        for stored in source.read(lambda opened: opened.names()) if source is not None else ():
+            named = _NAME.fullmatch(stored)
+            if source is not None and named and named.group(2) == CARRIED:
+                rank = int(named.group(1))
+                if rank == place.rank or (place.rank == 0 and rank >= place.size):
+                    found.setdefault(named.group(3), source.read_bytes(stored))
         return found
+
+    def _newest(self) -> tuple[Source | None, Index]:
+        """The newest complete snapshot, opened when it is first looked at."""
+        line = self._current()
+        with self._reading:
+            source = self._source
+            if self._complete > (source.step if source is not None else 0):
+                if source is not None:
+                    source.close()
+                source = Source(run=str(self.run), step=self._complete, socket_path=self._socket_path)
+                self._source, self._index = source, None
+            if source is not None and self._index is None:
+                self._index = source.read(lambda opened: _index(opened, line.place.rank))
+            return source, self._index or {}
 
     def _open(self, step: int, name: str) -> None:
         self._current()
@@ -295,13 +318,14 @@ class FileStore:
     def _commit_files(self, line: Line, step: int, files: Mapping[str, Any]) -> None:
         try:
             carried = dict(self._carried)
-            sources = {PREFIX + name: _as_tensor(data) for name, data in files.items()}
-            sources |= {CARRIED + name: _as_tensor(data) for name, data in carried.items()}
-            layout = _layout(sources)
+            start = f"rank-{line.place.rank:05d}."
+            sources = {f"{start}{FILE}.{name}": _as_tensor(data) for name, data in files.items()}
+            sources |= {f"{start}{CARRIED}.{name}": _as_tensor(data) for name, data in carried.items()}
+            sizes = {name: sources[f"{start}{FILE}.{name}"].numel() for name in files}
+            layout = _layout(sources, f"{start}{PADDING}")
             slot = line.reserve(step, layout.size_bytes, wait_s=self._max_wait_s)
             digests = fill(line.filler, slot.mapping, layout, sources, step=step)
             line.commit(slot, layout, digests, kind=KIND)
-            sizes = {name: sources[PREFIX + name].numel() for name in files}
         except BaseException as error:
             line.abandon(step, str(error))
             self._close_step(step, files, self._sealed)
@@ -329,6 +353,7 @@ class FileStore:
         while not self._stop.is_set():
             try:
                 sealed = line.await_seal(self._committed, wait_s=POLL_S)
+                self._complete = max(self._complete, sealed.complete_step)
                 if sealed.step > self._committed:
                     self.commit(sealed.step)
             except StaleGenerationError as error:
@@ -346,10 +371,14 @@ class FileStore:
         self.last_problem = text
 
 
-def _name_of(stored: str) -> str | None:
-    """The name of the file that a tensor is; None: it is none."""
-    start = next((prefix for prefix in (PREFIX, CARRIED) if stored.startswith(prefix)), None)
-    return stored.removeprefix(start) if start is not None else None
+def _index(opened: OpenedSnapshot, own_rank: int) -> Index:
+    """File → tensor and size; of a file that several ranks wrote, the own one, else that of the lowest rank."""
+    found: Index = {}
+    for stored in opened.names():
+        named = _NAME.fullmatch(stored)
+        if named and (named.group(3) not in found or int(named.group(1)) == own_rank):
+            found[named.group(3)] = (stored, opened.tensor(stored).shape[0])
+    return found
 
 
 def _as_tensor(data: Any) -> torch.Tensor:
@@ -365,11 +394,11 @@ def _from_readonly(view: memoryview) -> torch.Tensor:
     return torch.frombuffer(bytearray(view), dtype=torch.uint8)
 
 
-def _layout(sources: dict[str, torch.Tensor]) -> shard.Layout:
+def _layout(sources: dict[str, torch.Tensor], padding_name: str) -> shard.Layout:
     """The files, and as much padding that a step with slightly larger files takes the same slots."""
     specs = [shard.TensorSpec.whole(name, "torch.uint8", tensor.shape) for name, tensor in sources.items()]
     size = shard.plan_layout(specs).size_bytes
     grain = max(shard.PAGE_BYTES, 1 << max(0, size.bit_length() - 5))
     padding = -size % grain
-    sources[PADDING] = torch.zeros(padding, dtype=torch.uint8)
-    return shard.plan_layout([*specs, shard.TensorSpec.whole(PADDING, "torch.uint8", (padding,))])
+    sources[padding_name] = torch.zeros(padding, dtype=torch.uint8)
+    return shard.plan_layout([*specs, shard.TensorSpec.whole(padding_name, "torch.uint8", (padding,))])

@@ -1,36 +1,29 @@
 """What DCP planned for one rank, as tensors of its shard: names are DCP's fqns, boxes are its chunks, objects are bytes.
 
-An object is stored as torch saved it, behind its length, in a uint8 tensor ``bytes:<fqn>`` with room to grow; only what
-``torch.load(weights_only=True)`` accepts is written or read. Must not talk to the daemon.
+An object is stored as torch saved it, behind its length, in a uint8 tensor ``rank-00003.bytes.<fqn>`` with room to grow; only
+what ``torch.load(weights_only=True)`` accepts is written or read. Must not talk to the daemon.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from backstay import shard
 from backstay.errors import IntegrityError, UsageError
-from backstay.manifest import TensorEntry
 from backstay.trainer import memory
 
-BYTES_PREFIX: Final = "bytes:"
+_BYTES_NAME: Final = re.compile(r"rank-(\d{5,})\.bytes\.(.*)", re.DOTALL)
 _GRAIN_BYTES: Final = 512
 _LENGTH: Final = struct.Struct("<Q")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a stored box or object lies: in the shard of ``rank``."""
-
-    rank: int
-    entry: TensorEntry
 
 
 @dataclass(slots=True)
@@ -40,9 +33,10 @@ class Found:
     specs: dict[str, shard.TensorSpec] = field(default_factory=dict)
     sources: dict[str, torch.Tensor] = field(default_factory=dict)
     payloads: dict[str, torch.Tensor] = field(default_factory=dict)
+    sizes: dict[MetadataIndex, int] = field(default_factory=dict)
 
     def size_of(self, item: WriteItem) -> int:
-        return memory.byte_count(self.sources[_name_of(item)])
+        return self.sizes[item.index]
 
     def add(self, spec: shard.TensorSpec, source: torch.Tensor) -> None:
         if spec.name in self.specs:
@@ -54,10 +48,11 @@ class Found:
         self.specs[spec.name], self.sources[spec.name] = spec, source
 
 
-def resolve(plan: SavePlan, planner: SavePlanner, capacities: Mapping[str, int]) -> Found:
+def resolve(plan: SavePlan, planner: SavePlanner, *, rank: int, capacities: Mapping[str, int]) -> Found:
     """The tensors and objects behind a plan.
 
     Args:
+        rank: Whose they are: objects may differ from rank to rank.
         capacities: Sizes that objects had in the save before; kept where they still fit, so that the layout stays.
 
     Raises:
@@ -67,12 +62,14 @@ def resolve(plan: SavePlan, planner: SavePlanner, capacities: Mapping[str, int])
     for item in plan.items:
         data: Any = planner.resolve_data(item)
         if item.type is WriteItemType.BYTE_IO:
-            name = _name_of(item)
+            name = bytes_name(rank, item.index.fqn)
             packed = _pack(bytes(data.getbuffer()), item.index.fqn, capacities.get(name, 0))
             found.add(shard.TensorSpec.whole(name, "torch.uint8", packed.shape), packed)
             found.payloads[name] = packed
+            found.sizes[item.index] = packed.numel()
         else:
             found.add(_spec(item, data), data.detach())
+            found.sizes[item.index] = memory.byte_count(data)
     return found
 
 
@@ -80,18 +77,17 @@ def layout_of(found: Found) -> shard.Layout:
     return shard.plan_layout(found.specs.values())
 
 
-def unpack(packed: torch.Tensor, fqn: str) -> bytes:
+def unpack(packed: bytearray, fqn: str) -> bytes:
     """The object's bytes, made anew from what is safe to load: what DCP unpickles then is our own writing.
 
     Raises:
         IntegrityError: not such bytes, or a type that ``weights_only`` does not accept.
     """
-    view = memory.view_at(packed.data_ptr(), packed.numel())
-    (length,) = _LENGTH.unpack(view[: _LENGTH.size]) if packed.numel() >= _LENGTH.size else (1 << 62,)
-    if _LENGTH.size + length > packed.numel():
-        raise IntegrityError(f"{fqn}: {packed.numel()} bytes that hold no object; not used", reason="bad_state")
+    (length,) = _LENGTH.unpack(packed[: _LENGTH.size]) if len(packed) >= _LENGTH.size else (1 << 62,)
+    if _LENGTH.size + length > len(packed):
+        raise IntegrityError(f"{fqn}: {len(packed)} bytes that hold no object; not used", reason="bad_state")
     try:
-        value = torch.load(io.BytesIO(view[_LENGTH.size : _LENGTH.size + length]), weights_only=True)
+        value = torch.load(io.BytesIO(memoryview(packed)[_LENGTH.size : _LENGTH.size + length]), weights_only=True)
     except Exception as error:
         raise IntegrityError(
             f"{fqn} is of a type that is not loaded: {str(error)[:300]}; if you trust it, allow it by "
@@ -103,8 +99,14 @@ def unpack(packed: torch.Tensor, fqn: str) -> bytes:
     return again.getvalue()
 
 
-def _name_of(item: WriteItem) -> str:
-    return f"{BYTES_PREFIX}{item.index.fqn}" if item.type is WriteItemType.BYTE_IO else item.index.fqn
+def bytes_name(rank: int, fqn: str) -> str:
+    return f"rank-{rank:05d}.bytes.{fqn}"
+
+
+def object_of(name: str) -> tuple[int, str] | None:
+    """Rank and fqn of a stored object; None for the name of a tensor."""
+    found = _BYTES_NAME.fullmatch(name)
+    return (int(found.group(1)), found.group(2)) if found else None
 
 
 def _spec(item: WriteItem, data: torch.Tensor) -> shard.TensorSpec:
@@ -112,8 +114,8 @@ def _spec(item: WriteItem, data: torch.Tensor) -> shard.TensorSpec:
     why = memory.why_not_stored(data)
     if why:
         raise UsageError(f"{name} {why}", reason="bad_tensor")
-    if name.startswith(BYTES_PREFIX):
-        raise UsageError(f"a tensor cannot be called {name!r}: names with {BYTES_PREFIX!r} are of objects")
+    if object_of(name):
+        raise UsageError(f"a tensor cannot be called {name!r}: objects are stored under such names")
     if planned is None or tuple(data.shape) != tuple(planned.chunk.sizes):
         raise UsageError(f"{name}: planned as {planned}, found with shape {tuple(data.shape)}", reason="bad_tensor")
     return shard.TensorSpec(name, str(data.dtype), tuple(data.shape), tuple(planned.chunk.offsets), tuple(planned.size))

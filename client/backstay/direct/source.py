@@ -1,117 +1,99 @@
-"""The snapshot that a world began from, read tensor by tensor: every byte verified in the memory it is used from.
+"""A snapshot of a run, opened for reading when something is read: whole shards that came with the decision, or a visit.
 
-Must not decide what to restore, and must not write.
+A visit is a connection of its own and needs no world. Must not decide what to restore, and must not write.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import torch
 
-from backstay import local, record, shard
-from backstay.errors import IntegrityError
-from backstay.manifest import Manifest, TensorEntry
-from backstay.restore.load import OpenShard, load, true_dtype, true_shape
-from backstay.trainer.sources import LocalTensor
+from backstay import local
+from backstay.control import DaemonConnection
+from backstay.errors import IntegrityError, UnavailableError
+from backstay.restore.opened import OpenedSnapshot, ReadTarget
+
+T = TypeVar("T")
+OPEN_DEADLINE_S: Final = 60.0
+READ_DEADLINE_S: Final = 1e6  # each fetch is bounded by the daemon, and by its silence
 
 
 class Source:
-    """All shards of one snapshot, as this node has them.
+    """One snapshot of a run; thread-safe.
 
-    Invariant: ``manifests`` are those of every rank that wrote it.
+    Args:
+        snapshot_id: What was decided; a visit of anything else is refused. "": whatever the daemon has of that step.
+        opened: The snapshot, if it is open already; its descriptors are the source's from now on.
     """
 
-    def __init__(self, shards: Sequence[OpenShard], *, step: int, own_rank: int) -> None:
-        self.step = step
-        # The own rank's first: of what several ranks hold under one name, each rank gets its own.
-        self._shards = sorted(shards, key=lambda s: (s.manifest.rank != own_rank, s.manifest.rank))
+    def __init__(
+        self, *, run: str, step: int, socket_path: str, snapshot_id: str = "", opened: OpenedSnapshot | None = None
+    ) -> None:
+        self.run, self.step, self._snapshot_id = run, step, snapshot_id
+        self._socket_path = socket_path
+        self._opened = opened
+        self._connection: DaemonConnection | None = None
+        self._lock = threading.RLock()
 
-    @property
-    def manifests(self) -> list[Manifest]:
-        """The own rank's first, then by rank."""
-        return [s.manifest for s in self._shards]
+    def read(self, work: Callable[[OpenedSnapshot], T]) -> T:
+        """Do ``work`` with the open snapshot; a visit that broke is made anew once."""
+        with self._lock:
+            is_fresh = self._opened is None
+            try:
+                return work(self._open())
+            except UnavailableError:
+                if is_fresh or self._connection is None:
+                    raise
+                self.close()
+                return work(self._open())
 
-    def entries(self) -> Iterator[tuple[str, int, TensorEntry]]:
-        """Name, rank that wrote it and place of every stored tensor; an alias is one more name of its tensor."""
-        for manifest in self.manifests:
-            by_name = {entry.name: entry for entry in manifest.tensors}
-            for name, entry in by_name.items():
-                yield name, manifest.rank, entry
-            for alias, name in manifest.aliases.items():
-                if name in by_name:
-                    yield alias, manifest.rank, by_name[name]
+    def read_bytes(self, name: str) -> bytearray:
+        """One stored uint8 tensor."""
 
-    def load(self, targets: Sequence[LocalTensor]) -> None:
-        """Fill boxes of tensors from whatever shards hold parts of them.
+        def work(opened: OpenedSnapshot) -> bytearray:
+            data = bytearray(opened.tensor(name).shape[0])
+            if data:
+                opened.read([ReadTarget(name=name, tensor=torch.frombuffer(data, dtype=torch.uint8), offsets=(0,))])
+            return data
 
-        Raises:
-            IntegrityError: a box is not covered, of another dtype, or its bytes are wrong.
-        """
-        load(self._shards, targets, {})
-
-    def read_whole(self, rank: int, name: str) -> torch.Tensor:
-        """One stored tensor of one rank's shard."""
-        held = next(s for s in self._shards if s.manifest.rank == rank)
-        entry = next(e for e in held.manifest.tensors if e.name == name)
-        tensor = torch.empty(true_shape(entry), dtype=true_dtype(entry))
-        load([held], [], {name: tensor})
-        return tensor
-
-    def read_bytes(self, rank: int, name: str) -> bytearray:
-        """One stored uint8 tensor of one rank's shard."""
-        held = next(s for s in self._shards if s.manifest.rank == rank)
-        entry = next(e for e in held.manifest.tensors if e.name == name)
-        data = bytearray(entry.end - entry.begin)
-        if data:
-            load([held], [], {name: torch.frombuffer(data, dtype=torch.uint8)})
-        return data
+        return self.read(work)
 
     def close(self) -> None:
-        """Let go of the descriptors. Idempotent."""
-        shards, self._shards = self._shards, []
-        for held in shards:
-            os.close(held.fd)
+        """Let go of descriptors and connection. Idempotent; reading opens again."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()
+            if self._connection is not None:
+                self._connection.close()
+            self._opened = self._connection = None
 
+    def _open(self) -> OpenedSnapshot:
+        if self._opened is None:
+            connection = DaemonConnection(self._socket_path, timeout_s=OPEN_DEADLINE_S)
+            try:
+                self._opened = self._visit(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._opened
 
-def open_restored(restored: local.Restored, fds: Sequence[int], *, run: str, own_rank: int) -> Source:
-    """The shards that came with a decision; takes the descriptors over.
-
-    Raises:
-        IntegrityError: one of them is not what was decided, or is missing.
-    """
-    try:
-        shards = [_open(restored, fds[item.fd_index], item.manifest, run) for item in restored.shards]
-        world_size = restored.base_world_size or (shards[0].manifest.world_size if shards else 0)
-        missing = sorted(set(range(world_size)) - {s.manifest.rank for s in shards})
-        if missing or not shards:
+    def _visit(self, connection: DaemonConnection) -> OpenedSnapshot:
+        offer, fds = connection.call(local.Open(run=self.run, step=self.step), deadline_s=OPEN_DEADLINE_S)
+        local.close_fds(fds)
+        if not isinstance(offer, local.Offer) or (offer.step != self.step and self.step):
             raise IntegrityError(
-                f"step {restored.step} of {run}: the daemon sent no shard of ranks {missing}", reason="missing_shard"
+                f"{self.run}: step {self.step} was asked for, the daemon answered {type(offer).__name__}; not used",
+                reason="bad_reply",
             )
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
-    return Source(shards, step=restored.step, own_rank=own_rank)
-
-
-def box(name: str, tensor: torch.Tensor, *, offsets: Sequence[int], global_shape: Sequence[int]) -> LocalTensor:
-    """``tensor`` as the box at ``offsets`` of a stored tensor, for :meth:`Source.load`."""
-    return LocalTensor(
-        name=name, living=tensor, local=tensor, offsets=tuple(offsets), global_shape=tuple(global_shape), replicas=(0,),
-        is_eager=False, owner={}, key=None,
-    )  # fmt: skip
-
-
-def _open(restored: local.Restored, fd: int, body: Mapping[str, object], run: str) -> OpenShard:
-    manifest = record.from_json(Manifest, dict(body))
-    found = (manifest.run, manifest.attempt, manifest.step)
-    expected = (run, restored.base_attempt, restored.step)
-    if found != expected:
-        raise IntegrityError(
-            f"shard of rank {manifest.rank} is of (run, attempt, step) {found}, decided was {expected}; nothing was loaded",
-            reason="wrong_identity",
-        )
-    shard.check_file(fd, manifest)
-    return OpenShard(manifest=manifest, fd=fd)
+        if self._snapshot_id not in ("", offer.snapshot_id):
+            raise IntegrityError(
+                f"{self.run}: step {self.step} in memory is not the snapshot that was decided; nothing was loaded",
+                reason="wrong_identity",
+            )
+        deadline = time.monotonic() + READ_DEADLINE_S
+        return OpenedSnapshot.from_offer(connection, offer, run=self.run, deadline=deadline, on_progress=lambda _: None)
