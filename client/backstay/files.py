@@ -136,12 +136,9 @@ class BackstayFileSystem(AbstractFileSystem):
         found: dict[str, dict[str, Any]] = {}
         for file, size in (self._store(run).names() if run else {}).items():
             if file.startswith(start):
-                first, _, rest = file[len(start) :].partition("/")
+                first, _slash, rest = file[len(start) :].partition("/")
                 full = f"{run}/{start}{first}"
                 found[full] = {"name": full, "size": 0 if rest else size, "type": "directory" if rest else "file"}
-        for directory in self._directories:
-            if self._parent(directory) == path:
-                found.setdefault(directory, {"name": directory, "size": 0, "type": "directory"})
         names = sorted(found)
         return [found[each] for each in names] if detail else names
 

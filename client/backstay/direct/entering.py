@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import backstay
 from backstay import local
-from backstay.direct.line import Line
+from backstay.control import DaemonConnection
+from backstay.direct.line import BY_CHUNKS, Line
 from backstay.direct.source import Source
 from backstay.restore import ask
-from backstay.restore.opened import OpenedSnapshot
 from backstay.trainer.world import World
 
 
@@ -31,22 +31,20 @@ def enter(run: str, place: World, world_id: str, *, socket_path: str, allow_fres
         IntegrityError: what the daemon gave is not what was decided.
     """
     attach = local.Attach(
-        run=run, world_id=world_id, rank=place.rank, world_size=place.size, needs=tuple(range(place.size)),
+        run=run, world_id=world_id, rank=place.rank, world_size=place.size, layout=BY_CHUNKS,
         collective_timeout_s=place.collective_timeout_s, client_version=backstay.__version__,
     )  # fmt: skip
-    connection, attached, restored, fds = ask.ask(socket_path, attach, allow_fresh=allow_fresh, deadline_s=deadline_s)
-    try:
-        source = None
-        if restored.outcome != "NONE":
-            opened = OpenedSnapshot.from_shards(
-                restored, fds, run=run, world_size=restored.base_world_size or place.size
-            )
-            source = Source(
-                run=run, step=restored.step, socket_path=socket_path, snapshot_id=restored.snapshot_id, opened=opened
-            )
-    except BaseException:
-        connection.close()
-        raise
+    connection, attached, restored, fds = ask.ask(
+        socket_path, attach, allow_fresh=allow_fresh, deadline_s=deadline_s, stage=_stage_nothing
+    )
+    local.close_fds(fds)  # shards written by a version that named no layout come whole; they are read by chunks as well
+    source = None
+    if restored.outcome != "NONE":
+        source = Source(run=run, step=restored.step, socket_path=socket_path, snapshot_id=restored.snapshot_id)
     written = dataclasses.replace(attach, attempt=restored.attempt)
     line = Line(connection, written, lease_s=attached.lease_s, socket_path=socket_path)
     return Entered(line=line, source=source, restored=restored)
+
+
+def _stage_nothing(_connection: DaemonConnection, _offer: local.Offer, _deadline: float) -> None:
+    """What is needed is not known yet: it is read when the tool asks for it, by a visit."""

@@ -1,6 +1,6 @@
-"""A snapshot of a run, opened for reading when something is read: whole shards that came with the decision, or a visit.
+"""A snapshot of a run, opened when something of it is read: a visit, a connection of its own that needs no world.
 
-A visit is a connection of its own and needs no world. Must not decide what to restore, and must not write.
+Must not decide what to restore, and must not write.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from backstay.errors import IntegrityError, UnavailableError
 from backstay.restore.opened import OpenedSnapshot, ReadTarget
 
 T = TypeVar("T")
-OPEN_DEADLINE_S: Final = 60.0
+OPEN_DEADLINE_S: Final = 120.0
+ASK_DEADLINE_S: Final = 30.0
+RETRY_S: Final = 0.3
 READ_DEADLINE_S: Final = 1e6  # each fetch is bounded by the daemon, and by its silence
 
 
@@ -27,15 +29,12 @@ class Source:
 
     Args:
         snapshot_id: What was decided; a visit of anything else is refused. "": whatever the daemon has of that step.
-        opened: The snapshot, if it is open already; its descriptors are the source's from now on.
     """
 
-    def __init__(
-        self, *, run: str, step: int, socket_path: str, snapshot_id: str = "", opened: OpenedSnapshot | None = None
-    ) -> None:
+    def __init__(self, *, run: str, step: int, socket_path: str, snapshot_id: str = "") -> None:
         self.run, self.step, self._snapshot_id = run, step, snapshot_id
         self._socket_path = socket_path
-        self._opened = opened
+        self._opened: OpenedSnapshot | None = None
         self._connection: DaemonConnection | None = None
         self._lock = threading.RLock()
 
@@ -72,18 +71,25 @@ class Source:
             self._opened = self._connection = None
 
     def _open(self) -> OpenedSnapshot:
-        if self._opened is None:
-            connection = DaemonConnection(self._socket_path, timeout_s=OPEN_DEADLINE_S)
+        """Open it, and wait a while for shards that are being rebuilt."""
+        deadline = time.monotonic() + OPEN_DEADLINE_S
+        while self._opened is None:
+            connection = DaemonConnection(self._socket_path, timeout_s=ASK_DEADLINE_S)
             try:
                 self._opened = self._visit(connection)
+                self._connection = connection
+            except UnavailableError:
+                connection.close()
+                if time.monotonic() + RETRY_S > deadline:
+                    raise
+                threading.Event().wait(RETRY_S)
             except BaseException:
                 connection.close()
                 raise
-            self._connection = connection
         return self._opened
 
     def _visit(self, connection: DaemonConnection) -> OpenedSnapshot:
-        offer, fds = connection.call(local.Open(run=self.run, step=self.step), deadline_s=OPEN_DEADLINE_S)
+        offer, fds = connection.call(local.Open(run=self.run, step=self.step), deadline_s=ASK_DEADLINE_S)
         local.close_fds(fds)
         if not isinstance(offer, local.Offer) or (offer.step != self.step and self.step):
             raise IntegrityError(

@@ -1,0 +1,196 @@
+"""A store of one process against one real daemon: what is refused, what is bounded, what other readers find."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+import backstay.dcp
+from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
+from backstay.testing import LocalCluster
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(1, 0, lease_s=1.0) as running:
+        yield running
+
+
+@pytest.fixture
+def store(cluster: LocalCluster, request: pytest.FixtureRequest) -> Iterator[backstay.dcp.Store]:
+    """A store of a run of its own, begun."""
+    made = store_of(cluster, request.node.name)
+    assert made.begin() is None
+    warnings.simplefilter("ignore", UserWarning)  # DCP's, about a single process
+    yield made
+    made.close()
+
+
+def store_of(cluster: LocalCluster, name: str) -> backstay.dcp.Store:
+    run_id = name.removeprefix("test_")[:90]
+    return backstay.dcp.Store(run_id=run_id, socket=str(cluster.nodes[0].socket), strict=True)
+
+
+def again(cluster: LocalCluster, store: backstay.dcp.Store, name: str) -> backstay.dcp.Store:
+    """The next life of the run."""
+    store.close()
+    return store_of(cluster, name)
+
+
+def shards(cluster: LocalCluster, name: str) -> list[Path]:
+    run_id = name.removeprefix("test_")[:90]
+    return sorted((cluster.nodes[0].memory_dir / "default" / run_id).glob("attempt-*/step-*/*.safetensors"))
+
+
+def state(value: float, count: int = 1000) -> dict[str, Any]:
+    return {"w": torch.full((count,), value), "nested": {"b": torch.full((3, 5), value).t()}, "n": int(value)}
+
+
+def test_a_new_run_has_nothing_to_load_and_says_so(store: backstay.dcp.Store) -> None:
+    with pytest.raises(SnapshotNotFoundError, match="nothing to load"):
+        store.reader().read_metadata()
+    with pytest.raises(CheckpointException):
+        dcp.load(state(0), storage_reader=store.reader())
+
+
+def test_a_truncated_shard_is_refused_and_nothing_is_loaded(
+    cluster: LocalCluster, store: backstay.dcp.Store, request: pytest.FixtureRequest
+) -> None:
+    """Complaint 5: a checkpoint is accepted although a shard file is truncated, because ``.metadata`` exists."""
+    dcp.save(state(1, 1 << 20), storage_writer=store.writer(1))
+    assert store.wait_complete(1)
+    second = again(cluster, store, request.node.name)
+    assert second.begin() == 1
+    target = state(7, 1 << 20)
+    (path,) = shards(cluster, request.node.name)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises((CheckpointException, UnavailableError)):
+        dcp.load(target, storage_reader=second.reader())
+    assert torch.equal(target["w"], torch.full((1 << 20,), 7.0))
+    second.close()
+
+
+def test_a_flipped_byte_is_refused(
+    cluster: LocalCluster, store: backstay.dcp.Store, request: pytest.FixtureRequest
+) -> None:
+    dcp.save(state(1), storage_writer=store.writer(1))
+    assert store.wait_complete(1)
+    second = again(cluster, store, request.node.name)
+    assert second.begin() == 1
+    (path,) = shards(cluster, request.node.name)
+    with path.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-101, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1, byte[0] ^ 1]))
+    with pytest.raises(CheckpointException):
+        dcp.load(state(7), storage_reader=second.reader())
+    second.close()
+
+
+def test_memory_does_not_grow_with_the_number_of_saves(
+    cluster: LocalCluster, store: backstay.dcp.Store, request: pytest.FixtureRequest
+) -> None:
+    """Complaint 6: memory grows at every save. Slots are fixed files, and staging goes into them."""
+    size = 16 * MIB
+    full, stager = state(0, size // 4), store.stager()
+    process, rss, used, inodes = psutil.Process(), [], [], set[int]()
+    for step in range(1, 31):
+        full["w"].fill_(step)
+        dcp.async_save(full, storage_writer=store.writer(step), async_stager=stager).result()
+        assert store.wait_complete(step)
+        inodes |= {path.stat().st_ino for path in shards(cluster, request.node.name)}
+        rss.append(process.memory_info().rss)
+        used.append(sum(f.stat().st_size for f in cluster.nodes[0].memory_dir.rglob("*") if f.is_file()))
+    assert len(inodes) <= 2, "a slot keeps its inode"
+    assert max(used[5:]) <= 2.5 * size + min(used[5:])
+    assert max(rss[10:]) - rss[10] < size // 2, [value // MIB for value in rss]
+
+
+def test_what_was_saved_is_read_by_plain_dcp_without_backstay(
+    cluster: LocalCluster, store: backstay.dcp.Store, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    dcp.save(state(3), storage_writer=store.writer(1))
+    assert store.wait_complete(1)
+    for path in shards(cluster, request.node.name):
+        shutil.copy(path, tmp_path)
+    target = {"w": torch.zeros(1000), "nested": {"b": torch.zeros(5, 3)}}
+    dcp.load(target, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
+    assert torch.equal(target["w"], state(3)["w"])
+    assert torch.equal(target["nested"]["b"], state(3)["nested"]["b"])
+
+
+class Own:
+    """A type that nobody allowed."""
+
+
+def test_what_could_only_be_unpickled_is_refused_when_it_is_saved(store: backstay.dcp.Store) -> None:
+    with pytest.raises(CheckpointException, match=r"nested\.thing cannot be saved"):
+        dcp.save({"nested": {"thing": Own()}}, storage_writer=store.writer(1))
+    dcp.save(state(2), storage_writer=store.writer(2))
+    assert store.wait_complete(2)
+
+
+def test_a_missing_tensor_and_one_of_another_dtype_are_named(
+    cluster: LocalCluster, store: backstay.dcp.Store, request: pytest.FixtureRequest
+) -> None:
+    dcp.save({"w": torch.ones(8)}, storage_writer=store.writer(1))
+    assert store.wait_complete(1)
+    second = again(cluster, store, request.node.name)
+    assert second.begin() == 1
+    with pytest.raises(CheckpointException, match="other"):
+        dcp.load({"other": torch.ones(8)}, storage_reader=second.reader())
+    with pytest.raises(CheckpointException, match=r"torch\.float32 in the snapshot, torch\.float64 here"):
+        dcp.load({"w": torch.ones(8, dtype=torch.float64)}, storage_reader=second.reader())
+    second.close()
+
+
+def test_a_state_that_changes_its_shape_between_async_saves_is_saved_whole(
+    cluster: LocalCluster, store: backstay.dcp.Store, request: pytest.FixtureRequest
+) -> None:
+    stager = store.stager()
+    for step, count in ((1, 1000), (2, 1000), (3, 3000), (4, 3000)):
+        full = state(step, count)
+        future = dcp.async_save(full, storage_writer=store.writer(step), async_stager=stager)
+        full["w"].zero_()
+        future.result()
+        assert store.wait_complete(step)
+    second = again(cluster, store, request.node.name)
+    assert second.begin() == 4
+    target = state(0, 3000)
+    dcp.load(target, storage_reader=second.reader())
+    assert torch.equal(target["w"], torch.full((3000,), 4.0))
+    assert target["n"] == 4
+    second.close()
+
+
+def test_steps_must_increase_and_a_writer_is_for_one_save(store: backstay.dcp.Store) -> None:
+    dcp.save(state(5), storage_writer=store.writer(5))
+    with pytest.raises(CheckpointException, match="not after step 5"):
+        dcp.save(state(5), storage_writer=store.writer(5))
+    with pytest.raises(UsageError, match="make a writer for each save"):
+        store.stager().stage(state(6))
+    with pytest.raises(UsageError, match="THREAD"):
+        store.writer(7).__reduce__()
+
+
+def test_before_begin_everything_says_what_to_do(cluster: LocalCluster) -> None:
+    idle = store_of(cluster, "test_idle")
+    with pytest.raises(UsageError, match=r"begin\(\)"):
+        idle.writer(1)
+    nowhere = backstay.dcp.Store(run_id="x", socket="/nonexistent/backstay.sock")
+    with pytest.raises(UnavailableError, match="no daemon listens"):
+        nowhere.begin(deadline_s=0.5)
