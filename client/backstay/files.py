@@ -187,7 +187,7 @@ class BackstayFileSystem(AbstractFileSystem):
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
         for given in [path] if isinstance(path, str) else path:
             each = str(self._strip_protocol(given))
-            if self.info(each)["type"] == "file":
+            if each in self._handles or self.info(each)["type"] == "file":
                 self.rm_file(each)
             elif recursive:
                 run, name = _split_path(each)
@@ -271,6 +271,8 @@ class _View(io.RawIOBase):
 class _Writer(io.RawIOBase):
     """A file being written; it is there when it is closed."""
 
+    _is_ready = False  # an object whose making failed is closed too, when it dies
+
     def __init__(self, owner: BackstayFileSystem, path: str, store: FileStore, begin: bytes) -> None:
         super().__init__()
         self._owner, self._path, self._store = owner, path, store
@@ -281,6 +283,7 @@ class _Writer(io.RawIOBase):
         self._step = _enter_step(self._name, store)
         if self._step is not None:
             store.hold(self._step, self._name)
+        self._is_ready = True
 
     def discard(self) -> None:
         """Whatever is written to it, there will be no file."""
@@ -309,6 +312,8 @@ class _Writer(io.RawIOBase):
         if self.closed:
             return
         super().close()
+        if not self._is_ready:
+            return
         self._owner.forget(self._path, self)
         try:
             if self._is_discarded:

@@ -75,7 +75,9 @@ def test_a_save_that_fails_on_one_rank_hangs_nobody(local_cluster_factory: Local
     back.touch()
     world.join()
     assert world.all("refused", "step") == [[2], [2]]
-    assert all("no daemon" in error or "is gone" in error for errors in world.all("refused", "error") for error in errors)
+    assert all(
+        "no daemon" in error or "is gone" in error for errors in world.all("refused", "error") for error in errors
+    )
     assert world.all("complete", "is_complete") == [[True, True], [True, True]]
 
 

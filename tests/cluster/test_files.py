@@ -1,0 +1,242 @@
+"""The fsspec scheme: tools that only know folders write into memory and read from it. Real daemons, one and several ranks."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import backstay.files
+from backstay.direct.filestore import FileStore
+from backstay.errors import UnavailableError, UsageError
+from backstay.testing import LocalCluster
+from backstay.testing.fixtures import LocalClusterFactory
+from backstay.trainer.world import World as Place
+from tests.kit.dcp_world import World
+
+ROOT = Path(__file__).parents[2]
+RUN = "default/dcp"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(1, 0, lease_s=1.0) as running:
+        yield running
+
+
+@pytest.fixture
+def url(cluster: LocalCluster, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a run of its own; forgotten at the end."""
+    monkeypatch.setenv("BACKSTAY_SOCKET", str(cluster.nodes[0].socket))
+    warnings.simplefilter("ignore", UserWarning)  # DCP's, about a single process
+    made = f"backstay://files/{request.node.name.removeprefix('test_')[:90]}"
+    yield made
+    backstay.files.finish(made)
+
+
+def write(url: str, data: bytes) -> None:
+    with fsspec.open(url, "wb") as file:
+        file.write(data)
+
+
+def read(url: str) -> bytes:
+    with fsspec.open(url, "rb") as file:
+        return bytes(file.read())
+
+
+def test_a_model_folder_comes_back_after_a_restart(url: str) -> None:
+    """What a tool does that only knows files: torch.save, JSON, a subfolder, an empty file, listing."""
+    weights = {"w": torch.randn(100, 7), "b": torch.ones(3, dtype=torch.bfloat16)}
+    with fsspec.open(f"{url}/checkpoint-500/pytorch_model.bin", "wb") as file:
+        torch.save(weights, file)
+    with fsspec.open(f"{url}/checkpoint-500/config.json", "w") as file:
+        json.dump({"name": "é"}, file)
+    write(f"{url}/checkpoint-500/tokenizer/empty", b"")
+    backstay.files.seal(f"{url}/checkpoint-500")
+    assert backstay.files.begin(url) == 500
+    fs = fsspec.filesystem("backstay")
+    assert fs.ls(url, detail=False) == [f"{url}/checkpoint-500".removeprefix("backstay://")]
+    assert [path.rpartition("checkpoint-500/")[2] for path in fs.find(url)] == [
+        "config.json",
+        "pytorch_model.bin",
+        "tokenizer/empty",
+    ]
+    with fsspec.open(f"{url}/checkpoint-500/pytorch_model.bin", "rb") as file:
+        found = torch.load(file, weights_only=True)
+    assert torch.equal(found["w"], weights["w"])
+    assert torch.equal(found["b"], weights["b"])
+    with fsspec.open(f"{url}/checkpoint-500/config.json", "r") as file:
+        assert json.load(file) == {"name": "é"}
+    assert read(f"{url}/checkpoint-500/tokenizer/empty") == b""
+    assert fs.isdir(f"{url}/checkpoint-500/tokenizer")
+    assert fs.isfile(f"{url}/checkpoint-500/config.json")
+    assert not fs.exists(f"{url}/checkpoint-400")
+
+
+def test_a_folder_of_dcp_is_written_read_and_written_again_without_another_word(url: str) -> None:
+    state = {"a": torch.arange(1000.0), "n": 3}
+    for step in (10, 20):
+        state["a"] += step
+        dcp.save(state, checkpoint_id=f"{url}/step-{step}")
+    future = dcp.async_save(state, checkpoint_id=f"{url}/step-30")
+    future.result()
+    here = {"a": torch.zeros(1000), "n": 0}
+    dcp.load(here, checkpoint_id=f"{url}/step-30")  # in the same life
+    assert torch.equal(here["a"], torch.arange(1000.0) + 30)
+    backstay.files.begin(url)
+    later = {"a": torch.zeros(1000), "n": 0}
+    dcp.load(later, checkpoint_id=f"{url}/step-30")
+    assert torch.equal(later["a"], torch.arange(1000.0) + 30)
+    assert later["n"] == 3
+
+
+def test_a_sealed_folder_does_not_change_and_two_are_not_open_at_once(url: str) -> None:
+    write(f"{url}/step-2/a", b"2")
+    with pytest.raises(UsageError, match="cannot be written while files of step 2"):
+        write(f"{url}/step-1/a", b"1")
+    backstay.files.seal(f"{url}/step-2")
+    with pytest.raises(UsageError, match=r"step 2 .* is sealed"):
+        write(f"{url}/step-2/b", b"2")
+    fs = fsspec.filesystem("backstay")
+    with pytest.raises(PermissionError, match="sealed"):
+        fs.rm(f"{url}/step-2/a")
+    with pytest.raises(PermissionError, match="cannot be renamed"):
+        fs.mv(f"{url}/step-2/a", f"{url}/step-2/b")
+    assert read(f"{url}/step-2/a") == b"2"
+
+
+def test_the_first_file_of_a_later_folder_says_that_the_one_before_is_whole(url: str) -> None:
+    write(f"{url}/runs/global_step1/mp_rank_00/x", b"1")
+    write(f"{url}/runs/global_step2/mp_rank_00/x", b"2")
+    assert backstay.files.store_of(url).newest_step == 1
+    assert backstay.files.begin(url) == 1, "step 2 was not sealed"
+    assert read(f"{url}/runs/global_step1/mp_rank_00/x") == b"1"
+    write(f"{url}/final/x", b"after")
+    backstay.files.seal(f"{url}/final")
+    assert backstay.files.begin(url) == 2, "a folder without a number is the next step"
+    assert read(f"{url}/final/x") == b"after"
+
+
+def test_a_file_outside_of_folders_is_carried_from_snapshot_to_snapshot(url: str) -> None:
+    write(f"{url}/latest", b"step-1")
+    write(f"{url}/step-1/a", b"1")
+    backstay.files.seal(f"{url}/step-1")
+    backstay.files.begin(url)
+    assert read(f"{url}/latest") == b"step-1"
+    write(f"{url}/step-2/a", b"2")
+    backstay.files.seal(f"{url}/step-2")
+    backstay.files.begin(url)
+    assert read(f"{url}/latest") == b"step-1"
+    assert read(f"{url}/step-2/a") == b"2"
+
+
+def test_open_files_are_renamed_removed_appended_to_and_copied(url: str) -> None:
+    fs = fsspec.filesystem("backstay")
+    fs.makedirs(f"{url}/step-1", exist_ok=True)
+    write(f"{url}/step-1/a.tmp", b"one")
+    fs.mv(f"{url}/step-1/a.tmp", f"{url}/step-1/a")
+    with fs.open(f"{url}/step-1/a", "ab") as file:
+        file.write(b" two")
+    fs.cp_file(f"{url}/step-1/a", f"{url}/step-1/b")
+    write(f"{url}/step-1/c", b"gone")
+    fs.rm(f"{url}/step-1/c")
+    with pytest.raises(FileExistsError):
+        fs.open(f"{url}/step-1/a", "xb")
+    with fs.open(f"{url}/step-1/d", "wb") as file:  # as DCP does when a write fails
+        file.write(b"half")
+        fs.rm(f"{url}/step-1/d")
+    backstay.files.seal(f"{url}/step-1")
+    backstay.files.begin(url)
+    assert sorted(path.rpartition("/")[2] for path in fs.find(f"{url}/step-1")) == ["a", "b"]
+    assert read(f"{url}/step-1/b") == b"one two"
+
+
+def test_without_a_daemon_the_error_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    store = FileStore(run_id="nowhere", socket=str(tmp_path / "sock"))
+    with pytest.raises(UnavailableError, match=r"no daemon listens at .*sock"):
+        store.begin(deadline_s=0.5)
+    with pytest.raises(UsageError, match=r"begin\(\)"):
+        store.write(1, "x", b"")
+
+
+def test_a_url_without_a_run_is_refused() -> None:
+    with pytest.raises(UsageError, match="names no run"):
+        backstay.files.seal("backstay://job")
+
+
+def test_the_scheme_is_declared_to_fsspec() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["fsspec.specs"] == {"backstay": "backstay.files:BackstayFileSystem"}
+
+
+def _ranks(cluster: LocalCluster, run_id: str, world_id: str, size: int) -> list[FileStore]:
+    """One store for each rank, all in this process."""
+    stores = [FileStore(run_id=run_id, job="files", socket=str(cluster.nodes[0].socket)) for _ in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        begun = [
+            pool.submit(store.begin, place=Place(rank=rank, size=size), world_id=world_id)
+            for rank, store in enumerate(stores)
+        ]
+        assert len({future.result() for future in begun}) == 1
+    return stores
+
+
+def _close(stores: list[FileStore]) -> None:
+    for store in stores:
+        store.close()
+
+
+def test_a_rank_that_wrote_nothing_commits_its_empty_part_and_reads_what_others_wrote(cluster: LocalCluster) -> None:
+    stores = _ranks(cluster, "ranks", "w1", 3)
+    stores[0].write(7, "all/of/it", b"from 0")
+    stores[2].write(7, "other", b"from 2")
+    stores[0].seal(7, timeout_s=30)
+    _close(stores)
+    for size in (3, 1, 2):
+        stores = _ranks(cluster, "ranks", f"again-{size}", size)
+        for store in stores:
+            assert store.step == 7
+            assert store.names() == {"all/of/it": 6, "other": 6}
+            assert bytes(store.read("other")) == b"from 2"
+        _close(stores)
+
+
+def test_ranks_with_files_of_another_step_open_do_not_make_a_whole_one(cluster: LocalCluster) -> None:
+    stores = _ranks(cluster, "mixed", "w1", 2)
+    stores[0].write(1, "a", b"0")
+    stores[0].seal(1, timeout_s=30)
+    stores[1].write(2, "late", b"1")
+    stores[0].write(3, "a", b"0")
+    with pytest.raises(UnavailableError, match=r"step 3 is not complete .* the newest complete one is 1"):
+        stores[0].seal(3, timeout_s=3)
+    assert "files of step 2 are open" in stores[1].last_problem
+    _close(stores)
+    stores = _ranks(cluster, "mixed", "w2", 2)
+    assert stores[0].step == 1
+    _close(stores)
+
+
+def test_a_rank_killed_in_the_middle_of_a_folder_leaves_the_folder_before(
+    local_cluster_factory: LocalClusterFactory, tmp_path: Path
+) -> None:
+    """Two ranks, dcp.save and async_save by checkpoint_id alone; then one rank in another life reads what both wrote."""
+    cluster = local_cluster_factory(2, 1, lease_s=1.0)
+    never = str(tmp_path / "never")
+    do: list[list[Any]] = [["save_files", 1], ["async_save_files", 2], ["write_part", 3], ["await_file", never]]
+    world = World(cluster, tmp_path, do, ranks=2)
+    cluster.wait_until(lambda: all(world.lines(rank, "part") for rank in (0, 1)), 120, "both ranks to be in step 3")
+    for process in world.processes:
+        process.kill()
+        process.wait(30)
+    alone = World(cluster, tmp_path, [["begin_files"], ["load_files", 2]], ranks=1).join()
+    assert alone.all("begun", "step") == [[2]]
+    assert alone.all("loaded", "differing") == [[[]]]
