@@ -1,17 +1,28 @@
-"""Joining the world of a run: attach, wait for the world's decision, keep the line. Loads nothing."""
+"""Joining the world of a run: attach, wait for the world's decision, keep the line. Loads nothing.
+
+What a tool will read is not known yet. So nothing of an offered snapshot is fetched here: it is read when the tool asks for it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from dataclasses import dataclass
+from typing import Final
 
 import backstay
 from backstay import local
 from backstay.control import DaemonConnection
 from backstay.direct.line import BY_CHUNKS, Line
 from backstay.direct.source import Source
-from backstay.restore import ask
+from backstay.errors import UnavailableError
+from backstay.restore.ask import Progress
 from backstay.trainer.world import World
+
+RETRY_S: Final = 0.2
+CONNECT_S: Final = 5.0
+ATTACH_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,23 +39,52 @@ def enter(run: str, place: World, world_id: str, *, socket_path: str, allow_fres
 
     Raises:
         UnavailableError: no daemon, or not all ranks in time. UnrecoverableError: a known run without a restorable snapshot.
-        IntegrityError: what the daemon gave is not what was decided.
     """
     attach = local.Attach(
         run=run, world_id=world_id, rank=place.rank, world_size=place.size, layout=BY_CHUNKS,
         collective_timeout_s=place.collective_timeout_s, client_version=backstay.__version__,
     )  # fmt: skip
-    connection, attached, restored, fds = ask.ask(
-        socket_path, attach, allow_fresh=allow_fresh, deadline_s=deadline_s, stage=_stage_nothing
-    )
-    local.close_fds(fds)  # shards written by a version that named no layout come whole; they are read by chunks as well
+    request = local.Restore(allow_fresh=allow_fresh, deadline_s=deadline_s, world_size=place.size)
+    connection, attached, restored = _ask(socket_path, attach, request)
+    written = dataclasses.replace(attach, attempt=restored.attempt)
+    line = Line(connection, written, lease_s=attached.lease_s, socket_path=socket_path)
     source = None
     if restored.outcome != "NONE":
         source = Source(run=run, step=restored.step, socket_path=socket_path, snapshot_id=restored.snapshot_id)
-    written = dataclasses.replace(attach, attempt=restored.attempt)
-    line = Line(connection, written, lease_s=attached.lease_s, socket_path=socket_path)
     return Entered(line=line, source=source, restored=restored)
 
 
-def _stage_nothing(_connection: DaemonConnection, _offer: local.Offer, _deadline: float) -> None:
-    """What is needed is not known yet: it is read when the tool asks for it, by a visit."""
+def _ask(
+    socket_path: str, attach: local.Attach, request: local.Restore
+) -> tuple[DaemonConnection, local.Attached, local.Restored]:
+    """Again and again until the deadline, while the daemon is unavailable."""
+    deadline = time.monotonic() + request.deadline_s
+    progress = Progress(attach.rank)
+    while True:
+        connection = None
+        try:
+            left = max(0.1, deadline - time.monotonic())
+            connection = DaemonConnection(socket_path, timeout_s=min(CONNECT_S, left))
+            attached = connection.attach(attach, deadline_s=min(ATTACH_S, left))
+            return connection, attached, _decide(connection, request, deadline, progress)
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if not isinstance(error, UnavailableError) or time.monotonic() + RETRY_S >= deadline:
+                raise
+            progress.say(f"daemon at {socket_path} is not available ({error}); trying again for {left:.0f} s")
+            threading.Event().wait(RETRY_S)
+
+
+def _decide(
+    connection: DaemonConnection, request: local.Restore, deadline: float, progress: Progress
+) -> local.Restored:
+    """The decision that stands, whatever was offered before."""
+    staged = ""
+    while True:
+        left = max(0.1, deadline - time.monotonic())
+        reply, fds = connection.restore(dataclasses.replace(request, staged=staged, deadline_s=left), progress)
+        local.close_fds(fds)  # shards of an older version, without a layout, come whole; they too are read by chunks
+        if isinstance(reply, local.Restored):
+            return reply
+        staged = reply.decision_id

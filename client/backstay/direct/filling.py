@@ -33,7 +33,7 @@ def fill(
     )
     plan = Plan(
         holdings=_NOTHING, layout=layout, specs=(), pieces=pieces, staging={}, eager=(), state_name="", state_bytes=0,
-        signature="",
+        signature="", layout_signature="",
     )  # fmt: skip
     device = next((p.source.device for p in pieces if p.source.device.type == "cuda"), None)
     ready = filler.copier(device).mark_ready() if device is not None else None
