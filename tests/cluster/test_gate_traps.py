@@ -10,7 +10,8 @@ from typing import Any
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
 from backstay.testing.fixtures import LocalClusterFactory
-from tests.kit.light_world import Ranks, light_world, wait_protected
+from tests.kit.light_rank import layout_of
+from tests.kit.light_world import SIZE_BYTES, Ranks, light_world, wait_protected
 
 RUN = "default/gate"
 LEASE_S = 1.5
@@ -139,3 +140,20 @@ def test_an_operator_has_an_older_step_restored_and_a_deleted_note_is_written_ag
     cluster.wait_until(file.exists, 30, "the note to be written again")
     with light_world(cluster, RUN) as ranks:
         assert [answer["step"] for answer in ranks.restore()] == [2, 2]
+
+
+def test_a_base_on_probation_takes_a_slot_more_only_where_there_is_room_and_never_slows_the_snapshots(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    state_bytes = layout_of(0, SIZE_BYTES).size_bytes
+    cluster = _cluster(local_cluster_factory, quota=f"{9 * state_bytes // 2}")  # two slots, two parities, half a slot
+    _train(cluster, 3)
+    with light_world(cluster, RUN) as ranks:
+        _restore(ranks, 3)
+        skipped = 0
+        for step in range(4, 12):
+            answers = ranks.ask_all("publish", step=step, wait_s=1.0)
+            skipped += sum("skipped" in answer for answer in answers)
+            assert cluster.run_status(RUN)["interval_steps"] == 1
+        wait_protected(cluster, RUN, 11)
+        assert skipped, "there was no room for the base, a newer one and one being filled"

@@ -121,3 +121,28 @@ def test_a_gpu_update_past_the_fence_is_discarded(daemon: LocalDaemon) -> None:
         assert keeper.wait_committed()
         assert keeper.stats().is_synchronous
         assert daemon.committed_steps("default/torn") == []
+
+
+def test_the_digest_of_a_gpu_tensor_is_that_of_its_bytes_and_goes_through_a_window() -> None:
+    from backstay.restore.statements import WINDOW_BYTES, crc_of
+
+    host = torch.randn(WINDOW_BYTES // 4 + 4096, 4)
+    assert crc_of(host.cuda()) == crc_of(host)
+    assert crc_of(host.cuda().t().contiguous().t()) == crc_of(host)
+
+
+def test_nan_in_a_gpu_gradient_after_a_restore_is_told_and_stops_nothing(daemon: LocalDaemon) -> None:
+    for part in ("first", "second"):
+        model, optimizer = build("fused")
+        with backstay.Snapshotter(model, optimizer, run_id="nan", socket=daemon.socket_path) as keeper:
+            base = keeper.restore().step
+            train(model, optimizer)
+            if part == "second":
+                next(model.parameters()).grad[0, 0] = float("nan")  # type: ignore[index]
+                optimizer.step()
+            keeper.snapshot(base + 1)
+            keeper.fence()
+            keeper.wait_committed()
+    told = daemon.runs["default/nan"].distrusted
+    assert [(rank, step) for rank, step, _ in told] == [(0, 3)]
+    assert "gradients of 0.weight" in told[0][2]

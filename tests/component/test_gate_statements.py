@@ -80,6 +80,11 @@ def test_a_counter_that_differs_between_ranks_that_share_a_parameter_is_seen(
     assert "steps: all ranks" in seen
 
 
+def test_a_replica_of_another_model_is_seen(found: dict[str, list[dict[str, Any]]]) -> None:
+    names = [conflict.name for conflict in conflicts(found, "ddp", "model")]
+    assert "layout: all ranks" in names
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_moments_that_are_missing_are_refused_by_the_rank_itself(
     found: dict[str, list[dict[str, Any]]], kind: str

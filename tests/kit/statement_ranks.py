@@ -29,7 +29,7 @@ from backstay.restore import apply, statements
 from backstay.trainer import optimizer_state, sources, world
 
 KINDS = ("ddp", "fsdp2", "hsdp", "fsdp2_tp")
-VARIANTS = ("clean", "bit", "steps", "moments")
+VARIANTS = ("clean", "bit", "steps", "moments", "model")
 RANKS = 4
 
 
@@ -70,7 +70,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def change(variant: str, rank: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """On the last rank: one bit of a weight, one counter, or the moments of one parameter."""
+    """On the last rank: one bit of a weight, one counter, the moments of one parameter, or the model itself."""
     parameter = next(iter(model.parameters()))
     if rank != RANKS - 1:
         return
@@ -79,6 +79,9 @@ def change(variant: str, rank: int, model: nn.Module, optimizer: torch.optim.Opt
         values.view(torch.int32).view(-1)[3] ^= 1
     elif variant == "steps":
         optimizer.state[parameter]["step"] -= 1
+    elif variant == "model":
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        inner.register_parameter("more", nn.Parameter(torch.zeros(3)))
     elif variant == "moments":
         del optimizer.state[parameter]["exp_avg"]
 

@@ -68,8 +68,8 @@ def tainted_views(
     views: Iterable[SnapshotView], lineage: Sequence[Lineage], distrusted: Sequence[Distrusted]
 ) -> dict[SnapshotKey, str]:
     """Why each of ``views`` must not be restored; those that may are left out."""
-    found = {}
-    for view in views:
+    found: dict[SnapshotKey, str] = {}
+    for view in views if distrusted else ():
         reason = why_tainted(view.key, view.snapshot_id, lineage, distrusted)
         if reason:
             found[view.key] = reason
