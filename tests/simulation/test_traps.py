@@ -314,6 +314,23 @@ def test_a_world_of_another_size_restores_what_was_protected_and_the_old_layout_
     assert cluster.is_protected(RUN)
 
 
+def test_a_job_that_shrinks_to_one_node_is_protected_by_the_others_as_long_as_they_are_there() -> None:
+    engine, cluster, job = training(4)
+    later = resized(cluster, job, ["n2"])
+    assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
+    assert engine.run_until(lambda: len({k.attempt for k in cluster.kept_keys(RUN)}) == 1, limit_s=20)
+    assert cluster.redundancy(RUN) == "PROTECTED(1)"
+    later.is_stopped = True
+    step = cluster.checker.protected_step(RUN)
+    cluster.destroy("n2", replace_after_s=None)
+    again_elsewhere = Job(RUN, {0: "n1"})
+    cluster.start_job(again_elsewhere)
+    assert engine.run_until(lambda: cluster.is_training(again_elsewhere), limit_s=20), again_elsewhere.refusals
+    assert again_elsewhere.decision is not None
+    assert again_elsewhere.decision.base is not None
+    assert again_elsewhere.decision.base.step >= step
+
+
 def test_a_lost_shard_of_a_world_of_another_size_is_rebuilt_where_the_decision_says() -> None:
     engine, cluster, job = training(4)
     job.is_stopped = True

@@ -135,7 +135,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         stack.push_async_callback(pool.close)
         stack.push_async_callback(storage_coder.close)
         reconciler.attach_pool(pool, storage_coder.run)
-        offers.attach_pool(pool)
+        offers.attach_pool(pool, storage_coder.run)
         stack.push_async_callback(reconciler.close)
         stack.push_async_callback(storing.close)
         stack.push_async_callback(sessions.close)
