@@ -34,6 +34,7 @@ from backstay.restore.apply import Target
 from backstay.restore.probation import Probation
 from backstay.restore.result import RestoreResult, make_result
 from backstay.trainer import optimizer_state, sources, world
+from backstay.trainer.sigterm import SigtermHook
 
 _log = logging.getLogger("backstay")
 
@@ -103,6 +104,7 @@ class Snapshotter:
         max_wait_s: How long a step may wait for a free slot, at the fence.
         strict: Raise where a snapshot fails, instead of a warning.
         check_every: One in so many snapshots is compared byte for byte at the fence (and the first two are).
+        persist_on_sigterm: On SIGTERM, ask for a durable copy (:meth:`persist`), then do what the signal did before.
 
     Raises:
         UsageError: for names that cannot be used and for models that cannot be captured.
@@ -120,6 +122,7 @@ class Snapshotter:
         max_wait_s: float = DEFAULT_MAX_WAIT_S,
         strict: bool = False,
         check_every: int = DEFAULT_CHECK_EVERY,
+        persist_on_sigterm: bool = False,
     ) -> None:
         self._model = model
         self._optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
@@ -139,6 +142,8 @@ class Snapshotter:
         self._fence_lock = threading.RLock()
         self._is_closed = False
         self._probation: Probation | None = None
+        self._sigterm: SigtermHook | None = None
+        self._has_sigterm = persist_on_sigterm
         self._last_step = -1
         self._last_started: tuple[int, float] | None = None
         self._counts = {"started": 0, "refused": 0, "skipped": 0}
@@ -200,6 +205,8 @@ class Snapshotter:
         finally:
             answer.close_snapshot()
         self._begin_session(target, attach, answer.attached, restored, check.connection)
+        if self._has_sigterm and self._sigterm is None:
+            self._sigterm = SigtermHook(lambda: self._session)
         if loaded is not None:
             self._begin_probation(restored)
         return make_result(restored, loaded, seconds=time.monotonic() - begin_s)
@@ -274,6 +281,14 @@ class Snapshotter:
                 self._fence_s += time.perf_counter() - begin_s
             self._raise_if_strict(session)
 
+    def persist(self) -> None:
+        """Have the newest protected snapshot copied to durable storage now, by the daemons; returns at once.
+
+        The copy goes on when the trainer is gone. Needs ``persist_url`` of the coordinator; without, a warning says so.
+        """
+        if self._session is not None and os.getpid() == self._pid:
+            self._session.persist()
+
     def finish(self, *, keep: bool = False, timeout_s: float = 60.0) -> None:
         """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and close."""
         if os.getpid() != self._pid or self._is_closed:
@@ -297,6 +312,8 @@ class Snapshotter:
         finally:
             self._is_closed = True
             self._fence.remove()
+            if self._sigterm is not None:
+                self._sigterm.remove()
             self._end_session()
 
     def __enter__(self) -> Self:

@@ -98,6 +98,7 @@ class Session:
         self._held: tuple[int, str] | None = None  # (step, slot id) of a slot that is granted and not yet used
         self._ahead: tuple[int, int, float] | None = None  # (step, bytes, wait) to reserve ahead
         self._distrust: local.Distrust | None = None  # to be said when the daemon is back
+        self._wants_persist = False  # to be said as soon as the daemon can hear it
         self._captures: deque[Capture] = deque()
         self._is_busy = False
         self._is_stopping = False
@@ -159,6 +160,16 @@ class Session:
             self._distrust = message
             self._wake.notify_all()
         return False
+
+    def persist(self, timeout_s: float = 0.0) -> bool:
+        """Have the newest protected snapshot copied to durable storage; whether the daemon was told within ``timeout_s``.
+
+        The session's thread says it, so this may be called by a signal handler.
+        """
+        with self._wake:
+            self._wants_persist = True
+            self._wake.notify_all()
+            return timeout_s > 0 and self._wake.wait_for(lambda: not self._wants_persist, timeout_s)
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is under way; False if the time is over."""
@@ -240,7 +251,8 @@ class Session:
             self._abandon(self._held[0], "the keeper was closed")
 
     def _has_work(self) -> bool:
-        has_request = (self._ahead or self._distrust) is not None and self._connection is not None
+        has_request = self._ahead is not None or self._distrust is not None or self._wants_persist
+        has_request = has_request and self._connection is not None
         return self._is_stopping or bool(self._captures) or has_request or self._is_attach_due()
 
     def _idle_s(self) -> float | None:
@@ -259,12 +271,21 @@ class Session:
             reply, _ = self._call(message, self.identity.lease_s)
             if reply is None and not self.is_responsive and not self._is_banned:
                 self._distrust = message  # for the next daemon
+        if self._wants_persist and self._connection is not None:
+            self._say_persist()
         if capture is not None:
             self._process(capture)
         elif ahead is not None and self._connection is not None and not self._is_stopping:
             self._ahead = None if self._ahead == ahead else self._ahead
             step, size_bytes, wait_s = ahead
             self._reserve(step, size_bytes, wait_s)
+
+    def _say_persist(self) -> None:
+        reply, _ = self._call(local.Persist(), self.identity.lease_s)
+        if reply is not None or self.is_responsive or self._is_banned:  # heard, or refused for good
+            with self._wake:
+                self._wants_persist = False
+                self._wake.notify_all()
 
     def _process(self, capture: Capture) -> None:
         slot = None

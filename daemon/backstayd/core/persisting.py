@@ -34,6 +34,7 @@ from backstayd.core.surveying import Surveying
 RECORD_RANK = -1  # in Upload.rank: the completion record
 FAILED_PAUSE_LEASES = 10  # a snapshot whose upload was given up is not tried again before
 ABANDONED_LEASES = 200  # a partial upload that nobody goes on with is removed after so long
+STALL_LEASES = 20  # an upload that gets nowhere makes way for a newer snapshot after so long
 SAVING_LEASES = 600  # a run that ended waits for its copy no longer
 MAX_PRUNES = 16  # named to a node at a time
 
@@ -50,6 +51,8 @@ class Transfer:
     done: set[int] = field(default_factory=set)
     failed: dict[tuple[int, str], str] = field(default_factory=dict)  # (rank, node) -> why
     writer: str = ""
+    seen_bytes: int = 0
+    progress_s: float = 0.0  # when that changed
 
     @property
     def is_whole(self) -> bool:
@@ -232,6 +235,7 @@ class Persisting:
         self.transfer = Transfer(
             snapshot=snapshot,
             begun_s=context.now_s,
+            progress_s=context.now_s,
             is_pinned=_has_room(context, view),
             skipped={rank: session.record.skipped_step for rank, session in world.items()},
         )
@@ -292,6 +296,9 @@ class Persisting:
         if transfer.snapshot.snapshot_id in self.surveying.known:
             self._finish(context, transfer)
             return
+        if self._is_stalled(context, transfer):
+            self._give_up(context, self.problem or "nothing of it came through")
+            return
         view = context.view_of(transfer.snapshot.snapshot_id)
         if not transfer.is_whole and (view is None or not view.is_restorable):
             self._give_up(context, "it was released or lost before every shard was copied")
@@ -304,6 +311,14 @@ class Persisting:
         elif view is not None:
             self._give_owners(context, view)
         self.problem = self._why_slow(transfer)
+
+    def _is_stalled(self, context: RunContext, transfer: Transfer) -> bool:
+        """Whether nothing came through for long and a newer snapshot could be copied instead."""
+        if self.done_bytes != transfer.seen_bytes:
+            transfer.seen_bytes, transfer.progress_s = self.done_bytes, context.now_s
+        newer = (view for view in context.sound_views if view.is_restorable and view.key > transfer.snapshot.key)
+        is_late = context.now_s - transfer.progress_s >= STALL_LEASES * self.policy.lease_s
+        return is_late and next(newer, None) is not None
 
     def _take_uploads(self, context: RunContext, transfer: Transfer) -> None:
         name, sizes = transfer.snapshot.snapshot_id, {s.rank: s.size_bytes for s in transfer.snapshot.shards}

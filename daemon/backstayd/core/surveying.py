@@ -64,7 +64,7 @@ def with_urls(views: Sequence[SnapshotView], storage: StorageState) -> tuple[Sna
 
 def live_records(storage: StorageState, lineage: Sequence[Lineage]) -> tuple[PersistedSnapshot, ...]:
     """Those of the live history, newest first."""
-    return tuple(record for record in storage.records if is_live(_bare_view(record), lineage))
+    return tuple(record for record in storage.records if is_live(view_of_record(record), lineage))
 
 
 def stored_views(
@@ -81,11 +81,12 @@ def stored_views(
             }
             spares = {rank: len(nodes) - 1 for rank, nodes in holders.items()}
             url = storage.url_of(record)
-            found.append(replace(_bare_view(record), holders=holders, rank_spares=spares, url=url))
+            found.append(replace(view_of_record(record), holders=holders, rank_spares=spares, url=url))
     return tuple(found)
 
 
-def _bare_view(record: PersistedSnapshot) -> SnapshotView:
+def view_of_record(record: PersistedSnapshot) -> SnapshotView:
+    """The snapshot of a completion record, with nothing known of where it lies."""
     own = next((entry for entry in record.lineage if entry.attempt == record.attempt), None)
     return SnapshotView(
         key=record.key,

@@ -68,9 +68,11 @@ class Reporter:
         index = self._context.store.runs.get(run) or RunIndex(run=run)
         view = self._reconciler.view(run)
         done, total = planning.rebuilt_bytes(view)
+        storage = self._context.run_desired(run).storage
+        persisted_step = storage.persisted_step if storage is not None else 0
         return RunReport(
             run=run,
-            sessions=tuple(session.record() for session in self._sessions.of_run(run)),
+            sessions=tuple(session.record(persisted_step=persisted_step) for session in self._sessions.of_run(run)),
             shards=tuple(held.record for _, held in sorted(index.shards.items())),
             plans=tuple(plan for _, plan in sorted(index.plans.items())),
             fragments=tuple(sorted(index.fragments, key=lambda f: (f.plan_id, f.stripe, f.index))),

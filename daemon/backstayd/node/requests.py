@@ -76,6 +76,9 @@ class Requests:
             self._check_current(session)
             trust.take_distrust(self._context, session, message)
             await self._send(local.Done())
+        elif isinstance(message, local.Persist):
+            self._persist(session)
+            await self._send(local.Done())
         elif isinstance(message, local.Finish):
             self._finish(session, message)
             await self._send(local.Done())
@@ -363,6 +366,17 @@ class Requests:
         self._context.store.slots.put_back(grant)
         session.skip(grant.step, reason)
         self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
+        self._context.changed()
+
+    def _persist(self, session: Session) -> None:
+        """Say to the coordinator that the newest protected snapshot should be on durable storage now."""
+        self._check_current(session)
+        desired = self._context.run_desired(session.run)
+        if desired.storage is None and self._context.is_coordinator_connected():
+            raise UsageError(
+                "the coordinator has no durable storage; set persist_url in its configuration", reason="no_storage"
+            )
+        session.wish_step = max(1, desired.protected_step)
         self._context.changed()
 
     def _seal(self, session: Session, message: local.Seal) -> None:

@@ -49,6 +49,7 @@ class Session:
     skipped_step: int = 0
     skip_reason: str = ""
     is_short_of_slots: bool = False
+    wish_step: int = 0  # the trainer asked for this step, or a newer one, on durable storage; 0: it did not
     sealed_step: int = 0  # file store: the newest step this rank declared whole
     gate: GateReport | None = None  # what it says it loaded
     grants: dict[str, Grant] = field(default_factory=dict)  # by slot id
@@ -61,7 +62,7 @@ class Session:
     def needed_ranks(self) -> tuple[int, ...]:
         return tuple(sorted({self.rank, *self.needs}))
 
-    def record(self) -> SessionRecord:
+    def record(self, *, persisted_step: int = 0) -> SessionRecord:
         return SessionRecord(
             world_id=self.world_id,
             rank=self.rank,
@@ -74,6 +75,7 @@ class Session:
             skip_reason=self.skip_reason,
             is_short_of_slots=self.is_short_of_slots,
             sealed_step=self.sealed_step,
+            wants_persist=self.wish_step > persisted_step,
             gate=self.gate,
         )
 
