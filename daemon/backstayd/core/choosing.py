@@ -96,7 +96,7 @@ def _was_promised(context: RunContext, memory: Memory, view: SnapshotView) -> bo
     """Whether a newer snapshot that cannot be restored had been protected or persisted, or was spoilt by corruption."""
     if view.key in context.tainted or (view.snapshot_id and view.snapshot_id in memory.protected):
         return True
-    if view.snapshot_id in context.storage.problems:
+    if context.storage.problem_at(view.key):
         return True
     return any(SnapshotKey(mark.attempt, mark.step) == view.key for _, mark in context.quarantined())
 
@@ -153,8 +153,8 @@ def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]
 def missing_sentence(context: RunContext, memory: Memory, view: SnapshotView) -> str:
     """Which ranks' shards cannot be had, since which nodes are gone, and what the parity covers; "" if all can."""
     lost = [] if view.url else view.lost_ranks
-    problem = context.storage.problems.get(view.snapshot_id, "")
-    if problem and not any(view.holders.values()):
+    problem = context.storage.problem_at(view.key)
+    if problem and lost:
         return problem
     if not lost:
         return context.tainted.get(view.key, "")

@@ -38,6 +38,12 @@ class StorageState:
         """Its directory; "" if what lies there is spoilt."""
         return "" if record.snapshot_id in self.problems else snapshot_url(self.url, record.key)
 
+    def problem_at(self, key: SnapshotKey) -> str:
+        """Why what lies there for ``key`` cannot be read; "" if it can, or nothing does."""
+        return next(
+            (self.problems[r.snapshot_id] for r in self.records if r.key == key and r.snapshot_id in self.problems), ""
+        )
+
 
 def why_no_snapshot(record: PersistedSnapshot, *, run: str, key: SnapshotKey) -> str:
     """What is wrong with a completion record found in the directory ``key``; "" for a sound one."""

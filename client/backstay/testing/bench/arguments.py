@@ -12,7 +12,7 @@ from backstay.errors import UsageError
 
 _UNITS = {"": 1, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
 _QUICK_BYTES = 8 * 1024**2
-PARTS = ("solo", "frozen", "pair", "protect", "reshard")
+PARTS = ("solo", "frozen", "pair", "protect", "reshard", "persist")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

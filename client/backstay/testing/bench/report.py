@@ -20,6 +20,7 @@ OWN_KEYS: Final[dict[str, tuple[str, ...]]] = {
     "pair": ("block_ms", "step_overhead_waiting", "step_overhead_cpu"),
     "protect": ("protect_vs_tcp", "rebuild_vs_tcp", "memory_vs_state"),
     "reshard": ("reshard_moved_vs_needed", "reshard_vs_tcp"),
+    "persist": ("persist_vs_cp", "persisted_restore_vs_dcp_load", "step_overhead_persisting"),
 }
 PEER_KEYS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "solo": {
@@ -46,6 +47,9 @@ _MEANING: Final = {
     "memory_vs_state": "tmpfs held / state",
     "reshard_moved_vs_needed": "4 ranks' state into 3 from memory: bytes moved / bytes needed",
     "reshard_vs_tcp": "the same: state read per second, all ranks / raw TCP",
+    "persist_vs_cp": "durable copy to a disk / cp and sync to it",
+    "persisted_restore_vs_dcp_load": "dcp.load from a disk / whole restore() from a copy on it, nothing in memory",
+    "step_overhead_persisting": "steps that wait, copying all the time / without copies",
 }
 
 
@@ -63,6 +67,9 @@ def bars(settings: Settings) -> dict[str, dict[str, Any]]:
         "rebuild_vs_tcp": {"at_least": 0.12},
         "reshard_moved_vs_needed": {"at_most": 1.05},
         "reshard_vs_tcp": {"at_least": 0.2},
+        "persist_vs_cp": {"at_least": 0.8},
+        "persisted_restore_vs_dcp_load": {"at_least": 1.0},
+        "step_overhead_persisting": {"at_most": 1.02},
         "memory_vs_state": {"at_most": round(1.05 * 2 * (1 + settings.parity / data), 4)},
     }
 

@@ -18,6 +18,7 @@ from backstay.testing.bench import arguments, report
 from backstay.testing.bench.arguments import Settings
 from backstay.testing.bench.frozen import measure_frozen
 from backstay.testing.bench.measure import Collection
+from backstay.testing.bench.persisting import measure_persisting
 from backstay.testing.bench.protection import measure_protection
 from backstay.testing.bench.resharding import measure_resharding
 from backstay.testing.bench.training import measure_solo, measure_steps
@@ -29,6 +30,7 @@ _PARTS: Final[dict[str, tuple[str, Callable[[Settings, Path, Collection], None]]
     "pair": ("step time", measure_steps),
     "protect": ("protect and rebuild", measure_protection),
     "reshard": ("restore into another world size", measure_resharding),
+    "persist": ("durable copies", measure_persisting),
 }
 
 
