@@ -105,13 +105,13 @@ def _wait_copied(cluster: LocalCluster) -> tuple[int, float]:
 def _copy_round(cluster: LocalCluster, world: World, disk: Path, found: Collection) -> None:
     """``cp`` of the shard from tmpfs, flushed, and the product's copy of the next one."""
     stolen = stolen_cpu_s()
-    (shard,) = [path for path in cluster.nodes[0].memory_dir.rglob("*.safetensors") if "attempt" in str(path)][-1:]
+    shard = max(cluster.nodes[0].memory_dir.glob(f"{RUN}/attempt-*/step-*/*.safetensors"))  # the newest
+    size = shard.stat().st_size
     target = disk / "copied.safetensors"
     with stopwatch() as watch:
         subprocess.run(["/bin/cp", str(shard), str(target)], check=True)
         subprocess.run(["/bin/sync", str(target)], check=True)
     target.unlink()
-    size = shard.stat().st_size
     _, seconds = _persist(cluster, world)
     stolen = stolen_cpu_s() - stolen
     found.add("cp", size / watch.seconds, unit="bytes/s", stolen_s=stolen)
