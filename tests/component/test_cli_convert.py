@@ -13,6 +13,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from backstay import Snapshotter  # noqa: E402
+from backstay.testing.cluster import LocalCluster  # noqa: E402
+
 
 def backstay(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -104,3 +107,34 @@ def test_importing_twice_is_refused(tmp_path: Path) -> None:
     done = backstay(*command)
     assert done.returncode == 64
     assert "new run_id" in done.stderr
+
+
+@pytest.mark.cluster
+def test_a_run_in_memory_is_exported_through_any_node(tmp_path: Path) -> None:
+    """From the node that trains, and from one that has no part in the run; the trainer goes on meanwhile."""
+    torch.manual_seed(6)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Linear(300, 8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with LocalCluster(3, parity=1, lease_s=2.0) as cluster:
+        with Snapshotter(model, optimizer, run_id="gpt", job="team", socket=str(cluster.nodes[0].socket)) as keeper:
+            keeper.restore()
+            for step in (1, 2):
+                optimizer.zero_grad()
+                model(torch.randn(4, 64)).sum().backward()
+                optimizer.step()
+                keeper.snapshot(step)
+            keeper.fence()
+            assert keeper.wait_committed()
+            protected = lambda: cluster.run_status("team/gpt")["protected_step"] == 2  # noqa: E731
+            cluster.wait_until(protected, 60, "step 2 to be protected")
+            for index in (0, 2):
+                target = tmp_path / f"from-{index}"
+                done = backstay("export", "team/gpt", "--to", str(target), "--socket", str(cluster.nodes[index].socket))
+                assert done.returncode == 0, done.stderr
+                assert "at step 2" in done.stdout
+                found = load_file(target / "model.safetensors")
+                assert found.keys() == model.state_dict().keys()
+                assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+        done = backstay("export", "team/other", "--to", str(tmp_path / "x"), "--socket", str(cluster.nodes[1].socket))
+        assert done.returncode == 66, done.stderr
+        assert "Traceback" not in done.stderr
