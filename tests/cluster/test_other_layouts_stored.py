@@ -77,3 +77,21 @@ def test_ranks_of_another_layout_wait_for_a_lost_shard_and_get_its_chunks_where_
             check_everything(reader, writers, step=1)
         for answer in readers.ask_all("staged"):
             assert (answer.get("outcome"), answer.get("step")) == ("EXACT", 1), answer
+
+
+def test_a_lost_shard_is_rebuilt_on_an_empty_replacement_and_the_others_find_it_there(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(4, 1, lease_s=2.0)
+    with light_world(cluster, RUN) as writers:
+        write(writers, cluster, step=1)
+        cluster.destroy_node(3)
+        cluster.replace_node(3)
+        with light_world(cluster, RUN, nodes=(0, 3)) as readers:
+            for offer in offered(readers):
+                if offer["kinds"][3] == "rebuild":  # else somebody else had repaired it before
+                    assert offer["details"][3] == cluster.nodes[3].name, offer
+            for reader in readers.ranks:
+                check_everything(reader, writers, step=1)
+            for answer in readers.ask_all("staged"):
+                assert (answer.get("outcome"), answer.get("step")) == ("EXACT", 1), answer

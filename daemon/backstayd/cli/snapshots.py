@@ -30,7 +30,7 @@ def describe(run_: dict[str, Any]) -> str:
             snapshot["attempt"],
             snapshot["state"],
             snapshot["spares"],
-            f"{len(snapshot['shards'])}/{run_['world_size']}",
+            f"{sum(1 for shard in snapshot['shards'] if shard['nodes'])}/{len(snapshot['shards'])}",
             format_size(sum(shard["size_bytes"] for shard in snapshot["shards"])),
             (snapshot["snapshot_id"] or "")[:12],
             _places(snapshot["shards"]),

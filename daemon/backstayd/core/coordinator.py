@@ -285,6 +285,8 @@ class Coordinator:
         names = {name for name, node in present.items() if state.run in node.runs}
         names.update(member.node for plan in desired.plans for member in plan.members)
         names.update(target.node for rebuild in desired.rebuilds for target in rebuild.targets)
+        if desired.decision is not None:
+            names.update(holder for source in desired.decision.sources for holder in source.holders)
         return {
             name: Peer(name=name, bulk_address=present[name].identity.bulk_address) for name in names & set(present)
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from backstay.ids import SnapshotKey
@@ -14,13 +14,13 @@ CHANGED: Final = "decision_changed"  # ask again: another snapshot, or other sou
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offered:
-    """A snapshot that trainers here read chunks of. ``addresses``: of the nodes that its sources name."""
+    """A snapshot that trainers here read chunks of. ``addresses``: for a visit; those of a decision are the node's peers."""
 
     offer_id: str
     run: str
     base: Base
     sources: tuple[ShardSource, ...]
-    addresses: Mapping[str, str]
+    addresses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> SnapshotKey:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -105,7 +105,6 @@ class Offers:
             run=decision.run,
             base=decision.base,
             sources=decision.sources,
-            addresses=self._supervisor.peers,
         )
 
     async def offer(self, offered: Offered) -> local.Offer:
@@ -162,9 +161,7 @@ class Offers:
     async def _fetch_manifests(self, offered: Offered, missing: Sequence[ShardSource], *, url: str = "") -> None:
         if not missing:
             return
-        named = dict.fromkeys(holder for source in missing for holder in source.holders)
-        names = [*named, *(name for name in offered.addresses if name not in named)]
-        own = self._context.identity.name
+        named = [holder for source in missing for holder in source.holders]
         job = FetchManifests(
             run=offered.run,
             attempt=offered.base.attempt,
@@ -172,11 +169,19 @@ class Offers:
             world_size=len(offered.sources),
             ranks=tuple(source.rank for source in missing),
             digests=tuple(source.digest for source in missing),
-            addresses=tuple(offered.addresses[name] for name in names if name != own and name in offered.addresses),
+            addresses=self._addresses(offered, [*named, *self._peers(offered)]),
             url=url,
             deadline_s=STORAGE_DEADLINE_S if url else BASE_DEADLINE_S,
         )
         _raise_failure(await (self._run_storage_job if url else self._run_job)(job))
+
+    def _peers(self, offered: Offered) -> Mapping[str, str]:
+        return offered.addresses if offered.offer_id in self._visits else self._supervisor.peers
+
+    def _addresses(self, offered: Offered, names: Iterable[str]) -> tuple[str, ...]:
+        """Where these nodes serve their peers now; this one and those that are away are left out."""
+        peers, own = self._peers(offered), self._context.identity.name
+        return tuple(peers[name] for name in dict.fromkeys(names) if name != own and name in peers)
 
     # -- fetching ------------------------------------------------------------------------------------------------------
 
@@ -291,7 +296,7 @@ class Offers:
     async def _run(self, offered: Offered, source: ShardSource, part: _Part, missing: Sequence[range]) -> JobResult:
         size = run_bytes(part.chunks, missing)
         is_here = source.digest in self._digests_here(offered.run)
-        store, own = self._context.store, self._context.identity.name
+        store = self._context.store
         url = offered.base.url if source.kind is SourceKind.PERSISTED and not is_here else ""
         if not is_here:
             self._prepare(offered, source, part, size)
@@ -304,9 +309,7 @@ class Offers:
             digest=source.digest,
             firsts=tuple(run.start for run in missing),
             counts=tuple(len(run) for run in missing),
-            addresses=tuple(
-                offered.addresses[name] for name in source.holders if name != own and name in offered.addresses
-            ),
+            addresses=self._addresses(offered, source.holders),
             is_here=is_here,
             url=url,
             deadline_s=STORAGE_DEADLINE_S + size / STORAGE_FLOOR_BYTES_PER_S if url else deadline_s(size),
