@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from torch.utils.data import IterableDataset
 
 from backstay.errors import IntegrityError, UsageError
 from backstay.testing import LocalCluster
-from backstay.testing.ports import free_port
 from tests.kit.documented import write_example
+from tests.kit.loops import start_loop
 
 pytest.importorskip("torchtitan")
 
@@ -264,52 +263,22 @@ def test_a_process_that_only_reads_or_seeds_files_is_not_the_run(
     first.manager.close()
 
 
-def _start(cluster: LocalCluster, script: Path, name: str, **env: str) -> list[subprocess.Popen[bytes]]:
-    port = str(free_port())
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "GLOO_SOCKET_IFNAME": "lo"}
-    return [
-        cluster.run_on_node(
-            0, [sys.executable, str(script)], shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | env,
-            name=f"{name}-{rank}",
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-
-
-def _lines(cluster: LocalCluster, name: str, rank: int) -> list[dict[str, Any]]:
-    path = cluster.keeper.log_dir / f"{name}-{rank}.log"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.startswith("{")]
-
-
-def _digests(cluster: LocalCluster, name: str, rank: int) -> dict[int, str]:
-    return {line["step"]: line["digest"] for line in _lines(cluster, name, rank) if line["event"] == "step"}
-
-
-def _wait(cluster: LocalCluster, processes: list[subprocess.Popen[bytes]]) -> None:
-    cluster.wait_until(lambda: all(p.poll() is not None for p in processes), 120, "the loops to end")
-    assert [p.returncode for p in processes] == [0] * RANKS, cluster.evidence()
-
-
 def test_a_killed_torchtitan_loop_goes_on_bit_for_bit(cluster: LocalCluster, tmp_path: Path) -> None:
     script = write_example("integrations/torchtitan.md", "titan_loop.py", tmp_path)
     env = {"RUN_ID": "killed", "DUMP": str(tmp_path)}
-    processes = _start(cluster, script, "killed", STEPS="1000000", **env)
+    killed = start_loop(cluster, script, "killed", STEPS="1000000", **env)
     cluster.wait_until(lambda: cluster.run_status("default/killed")["protected_step"] >= 5, 120, "five steps")
-    for process in processes:
-        process.kill()
-        process.wait()
-    reached = max(max(_digests(cluster, "killed", rank)) for rank in range(RANKS))
+    killed.kill()
+    reached = max(max(killed.digests(rank)) for rank in range(RANKS))
     last = str(reached + 5)
-    again = _start(cluster, script, "again", STEPS=last, **env)
-    _wait(cluster, again)
-    control = _start(cluster, script, "control", STEPS=last, KEEP="0", **env)
-    _wait(cluster, control)
+    again = start_loop(cluster, script, "again", STEPS=last, **env)
+    assert again.wait_ended() == [0] * RANKS, cluster.evidence()
+    control = start_loop(cluster, script, "control", STEPS=last, KEEP="0", **env)
+    assert control.wait_ended() == [0] * RANKS, cluster.evidence()
     for rank in range(RANKS):
-        loaded = _lines(cluster, "again", rank)[0]["step"]
+        loaded = again.loaded(rank)
         assert 5 <= loaded <= reached
-        expected = _digests(cluster, "control", rank)
-        found = _digests(cluster, "again", rank)
+        expected, found = control.digests(rank), again.digests(rank)
         assert sorted(found) == list(range(loaded + 1, reached + 6))
         assert found == {step: expected[step] for step in found}
 
