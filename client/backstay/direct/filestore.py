@@ -233,6 +233,14 @@ class FileStore:
                 line.seal(step)
             self._commit_files(line, step, files)
 
+    def abandon(self, step: int, reason: str) -> None:
+        """Drop the files of ``step`` that are not committed: this rank will have none of it, so it will not be complete."""
+        line = self._current()
+        with self._commit:
+            if self.open_step == step:
+                line.abandon(step, reason)
+                self._close_step(step, dict(self._files), self._sealed)
+
     def linger(self, timeout_s: float = LINGER_S) -> None:
         """Before leaving: wait a little for what another rank seals as it leaves, and commit this rank's part of it."""
         line = self._current()
