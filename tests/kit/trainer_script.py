@@ -1,7 +1,8 @@
 """A tiny deterministic training: one process a rank, gloo between them, a JSON line for every step with a digest of the state.
 
 ``python tests/kit/trainer_script.py OPTIONS`` where OPTIONS is JSON: rank, world_size, port, run_id, log, stop (a file that
-ends it), last_step, pause_s, is_attached. With ``is_attached`` false backstay is never imported: the control run.
+ends it), last_step, pause_s, is_attached, frozen (width of a frozen
+backbone, 0: none). With ``is_attached`` false backstay is never imported: the control run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def main(options: dict[str, Any]) -> int:
     model = torch.nn.Sequential(
         torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64), torch.nn.Dropout(0.1), torch.nn.Linear(64, 64)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if options.get("frozen"):
+        backbone = [torch.nn.Linear(64, options["frozen"]), torch.nn.Linear(options["frozen"], 64)]
+        model = torch.nn.Sequential(*(layer.requires_grad_(False) for layer in backbone), *model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.9)
     keeper: Any = None
     first = 0
