@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 from crc32c import crc32c
 
 from backstay import faults
@@ -17,6 +20,7 @@ from backstayd.store.staging import StagedShard, prepare_staging
 from backstayd.transport.bulk import ShardRef
 
 LOCAL_BYTES = 4 * 1024 * 1024  # read at once from a file system of this machine
+LOCAL_THREADS = 2  # reading and checking beside writing
 REMOTE_BYTES = PARALLEL_REQUESTS * MIN_RANGE_BYTES
 
 
@@ -44,23 +48,33 @@ def run_fetch_persisted(context: JobContext, job: FetchPersisted) -> None:
 
 
 def _copy(context: JobContext, job: FetchPersisted, ref: ShardRef, shard: PersistedShard) -> None:
+    """Block after block by a few threads, each with one buffer that is read into, checked and written from."""
     paths = context.paths(job.run)
     prepare_staging(paths, shard.manifest_bytes, digest=job.digest, incarnation=context.incarnation)
     staged = StagedShard(paths, rank=job.rank, world_size=job.world_size, digest=job.digest)
-    buffer = memoryview(bytearray(REMOTE_BYTES if shard.is_remote else LOCAL_BYTES))
-    try:
-        chunks = staged.chunks
-        for offset in range(0, chunks.size_bytes, len(buffer)):
-            context.check()
-            view = buffer[: min(len(buffer), chunks.size_bytes - offset)]
-            with context.timed("read"):
-                _read(context, ref, job.url, shard, offset, view)
-            if offset <= chunks.size_bytes // 2 < offset + len(view):
-                faults.reach("mid_fetch_persisted", step=job.step, rank=job.rank)
-            with context.timed("write"):
-                staged.write_verified_range(offset, view)
+    length, threads = (REMOTE_BYTES, 1) if shard.is_remote else (LOCAL_BYTES, LOCAL_THREADS)
+    buffers, lock = threading.local(), threading.Lock()
+
+    def copy(offset: int) -> None:
+        context.check()
+        if not hasattr(buffers, "whole"):
+            buffers.whole = memoryview(bytearray(length))
+        view = buffers.whole[: min(length, staged.chunks.size_bytes - offset)]
+        _read(context, ref, job.url, shard, offset, view)
+        if offset <= job.size_bytes // 2 < offset + len(view):
+            faults.reach("mid_fetch_persisted", step=job.step, rank=job.rank)
+        staged.write_verified_range(offset, view)
+        with lock:
             context.done_bytes += len(view)
-        context.emit(shard_event("shard_staged", chunks))
+
+    try:
+        with context.timed("copy"), ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
+            try:
+                list(pool.map(copy, range(0, staged.chunks.size_bytes, length)))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        context.emit(shard_event("shard_staged", staged.chunks))
     finally:
         staged.close()
 

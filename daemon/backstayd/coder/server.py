@@ -6,6 +6,7 @@ Stateless: everything it produces is files. Must not decide anything: what to do
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import socket
@@ -67,6 +68,9 @@ class CoderServer:
         """Serve until the control socket ends. Then cancels what runs and returns within about END_S."""
         if is_serving:
             threading.Thread(target=self._bulk.serve, daemon=True, name="bulk-accept").start()
+        else:  # of jobs about storage: a world that restores waits for the first
+            importlib.import_module("backstayd.coder.persist")
+            importlib.import_module("backstayd.coder.fetch_persisted")
         with contextlib.suppress(OSError), self._control.makefile("rb") as lines:
             for line in lines:
                 self._take(line)

@@ -113,6 +113,7 @@ class Coordinator:
             generation=self.generation,
             runs=tuple(sorted(wanted, key=lambda run: run.run)),
             peers=tuple(peers[name] for name in sorted(peers)),
+            has_storage=self.policy.persist_url != "",
         )
 
     def forget(self, run: str) -> None:

@@ -536,3 +536,4 @@ class NodeDesired:
     generation: Generation
     runs: tuple[RunDesired, ...] = ()
     peers: tuple[Peer, ...] = ()  # live nodes of the same jobs, so that holders named in a decision have addresses
+    has_storage: bool = False  # there is durable storage: a node gets ready to use it

@@ -142,7 +142,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         link = CoordinatorLink(
             config.coordinator,
             report=reporter.report,
-            on_desired=lambda desired: _on_desired(desired, reconciler, storing),
+            on_desired=lambda desired: _on_desired(desired, reconciler, storing, storage_coder),
             lease_s=config.lease_s,
             on_state=lambda is_connected: _on_link(context, is_connected),
         )
@@ -162,8 +162,10 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         yield Node(context=context, sessions=sessions, reconciler=reconciler, reporter=reporter, pool=pool)
 
 
-def _on_desired(desired: NodeDesired, reconciler: Reconciler, storing: Storing) -> None:
+def _on_desired(desired: NodeDesired, reconciler: Reconciler, storing: Storing, storage_coder: StorageCoder) -> None:
     reconciler.on_desired(desired)
+    if desired.has_storage:
+        storage_coder.warm_up()
     storing.kick()
 
 

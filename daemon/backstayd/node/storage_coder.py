@@ -34,24 +34,33 @@ class StorageCoder:
         )
         self._start = asyncio.Lock()
         self._is_started = False
+        self._warming: asyncio.Task[None] | None = None
 
     def _hear(self, event: CoderEvent) -> None:
         self.on_event(event)
 
     async def run(self, job: Job) -> JobResult:
         """As ``CoderPool.run``."""
-        async with self._start:
-            if not self._is_started:
-                try:
-                    await self._pool.start()
-                except OSError as error:
-                    message = f"cannot start the coder for durable storage: {error}"
-                    return JobResult(
-                        job_id=0, error_class=UnavailableError.__name__, reason="coder_died", message=message
-                    )
-                self._is_started = True
+        try:
+            await self._be_ready()
+        except OSError as error:
+            message = f"cannot start the coder for durable storage: {error}"
+            return JobResult(job_id=0, error_class=UnavailableError.__name__, reason="coder_died", message=message)
         return await self._pool.run(job)
 
+    def warm_up(self) -> None:
+        """Start the coder before it is needed: a world that restores waits for its first job."""
+        if self._warming is None:
+            self._warming = asyncio.create_task(self._be_ready(), name="storage-coder")
+
     async def close(self) -> None:
+        if self._warming is not None:
+            await asyncio.gather(self._warming, return_exceptions=True)
         if self._is_started:
             await self._pool.close()
+
+    async def _be_ready(self) -> None:
+        async with self._start:
+            if not self._is_started:
+                await self._pool.start()
+                self._is_started = True

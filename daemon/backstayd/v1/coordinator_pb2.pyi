@@ -1515,6 +1515,9 @@ class NodeDesired(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    HAS_STORAGE_FIELD_NUMBER: _builtins.int
+    has_storage: _builtins.bool
+    """Whether there is durable storage: a node gets ready to use it."""
     @_builtins.property
     def generation(self) -> Global___Generation:
         """Fence: a higher number wins."""
@@ -1533,10 +1536,11 @@ class NodeDesired(_message.Message):
         generation: Global___Generation | None = ...,
         runs: _abc.Iterable[Global___RunDesired] | None = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
+        has_storage: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "peers", b"peers", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "has_storage", b"has_storage", "peers", b"peers", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
