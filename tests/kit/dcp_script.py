@@ -142,6 +142,17 @@ class Rank:
         else:
             self.say("saved", step=step)
 
+    def save_until_kept(self, step: int) -> None:
+        """Step after step, as training does: right after a fault a slot may not be free yet."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            self.try_save(step)
+            if json.loads(self.log.read_text().splitlines()[-1])["event"] == "saved":
+                break
+            step += 1
+            time.sleep(0.2)
+        self.complete(step)
+
     def save_files(self, step: int) -> None:
         fill(self.state, step)
         dcp.save(self.state, checkpoint_id=f"{self.url}/step-{step}")
