@@ -1,4 +1,4 @@
-"""Ranks in many layouts, one world after the other: forked from one process that has imported torch and run nothing.
+"""Ranks in many layouts, one world after the other: forked from one process that has imported all and run nothing.
 
 ``python -m tests.kit.layout_ranks`` reads one JSON world a line and answers with the list of its ranks' results, so that twenty
 worlds of up to six ranks cost seconds, not twenty starts of torch each.
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
-import backstay
+import backstay.snapshotter
 from tests.kit import layouts
 from tests.kit.stored import raw_bytes
 
@@ -49,6 +50,24 @@ class Ledger(Cursor):
         self.state = {"samples": samples[rank::world_size]}
 
 
+class Average:
+    """A moving average of some parameters, cut as they are."""
+
+    def __init__(self, training: layouts.Training, factor: float) -> None:
+        parameters = dict(training.model.named_parameters())
+        clean = {name.removeprefix("module."): parameter for name, parameter in parameters.items()}
+        self.state = {
+            name: clean[name].detach() * factor for name in ("big.weight", "up.weight", "short") if name in clean
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in self.state.items():
+            value.copy_(state[name])
+
+
 def digest(tensor: torch.Tensor) -> str:
     """Of bytes, dtype and shape."""
     body = f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + raw_bytes(tensor)
@@ -64,12 +83,14 @@ def run_rank(order: dict[str, Any], rank: int, rendezvous: str) -> dict[str, Any
     training = layouts.build(order["kind"], tuple(order["sizes"]), seed=order["seed"])
     torch.manual_seed(order["seed"] + 50 + rank)
     random.seed(order["seed"] + 50 + rank)
-    extra: dict[str, Any] = {"cursor": Cursor(rank), "ledger": Ledger(rank)}
+    extra: dict[str, Any] = {"cursor": Cursor(rank), "ledger": Ledger(rank), "average": Average(training, 0.5)}
     if order["do"] == "load":
-        extra = {"cursor": Cursor(77), "ledger": Ledger(77)}
+        extra = {"cursor": Cursor(77), "ledger": Ledger(77), "average": Average(training, 0.0)}
+    if order["kind"] == "pipeline" or order["other"] == "pipeline":
+        extra["average"] = Cursor(0)  # each stage would have its own
         for group in training.optimizer.param_groups:
             group["lr"] = 0.7
-    keeper = backstay.Snapshotter(
+    keeper = backstay.snapshotter.Snapshotter(
         training.model, training.optimizer, run_id=order["run"], socket=order["sockets"][rank], extra=extra
     )
     with keeper:
@@ -82,7 +103,9 @@ def run_rank(order: dict[str, Any], rank: int, rendezvous: str) -> dict[str, Any
                 assert keeper.wait_committed()
             assert keeper.stats().last_committed_step == 2, keeper.stats().last_problem
         draws = [torch.rand(1).item(), random.random()]
+        average = extra["average"].state if isinstance(extra["average"], Average) else {}
         answer = {
+            "average": {name: digest(layouts.whole(tensor)) for name, tensor in average.items()},
             "outcome": result.outcome,
             "step": result.step,
             "is_resharded": result.is_resharded,

@@ -149,9 +149,9 @@ def gathered(training: Training) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, parameter in training.model.named_parameters():
         clean = name.removeprefix("module.")
-        found[clean] = _whole(parameter)
+        found[clean] = whole(parameter)
         for key, value in (training.optimizer.state.get(parameter) or {}).items():
-            found[f"{clean}.{key}"] = _whole(value)
+            found[f"{clean}.{key}"] = whole(value)
     return found
 
 
@@ -165,6 +165,7 @@ def hyper_parameters(training: Training) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    return whole.detach().clone()
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A plain copy of the whole tensor; a collective."""
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    return full.detach().clone()

@@ -195,7 +195,8 @@ class LocalDaemon:
         raise UsageError(f"unknown request {type(message).__name__}")
 
     def _restore(self, run: Run, attach: local.Attach, message: local.Restore) -> tuple[Any, tuple[int, ...]]:
-        run.waiting.add(attach.rank)
+        if attach.world_id not in run.decisions:
+            run.waiting.add(attach.rank)
         self._lock.notify_all()
         self._lock.wait_for(
             lambda: attach.world_id in run.decisions or len(run.waiting) == attach.world_size, message.deadline_s

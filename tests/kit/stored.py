@@ -87,13 +87,20 @@ def open_stored(
     directory: Path,
     ranks: Sequence[Mapping[str, Stored]],
     *,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> tuple[OpenedSnapshot, ChunkSource, list[Path]]:
     """A snapshot of these shards, open for reading through chunks."""
     paths = [directory / f"rank-{rank}" for rank in range(len(ranks))]
     manifests = [
-        write_shard(path, tensors, rank=rank, world_size=len(ranks), metadata=metadata, aliases=aliases)
+        write_shard(
+            path,
+            tensors,
+            rank=rank,
+            world_size=len(ranks),
+            aliases=aliases,
+            metadata=metadata[rank] if isinstance(metadata, Sequence) else metadata,
+        )
         for rank, (path, tensors) in enumerate(zip(paths, ranks, strict=True))
     ]
     source = ChunkSource(directory, paths)

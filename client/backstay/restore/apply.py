@@ -255,7 +255,8 @@ def _prepare_private(
             words[name] = f"its load_state_dicts() got the states of all {opened.world_size} ranks"
             continue
         encoded = document["extra"][name]
-        templates = _templates(name, stateful, encoded, holdings)
+        is_cut_there = not state.tensor_paths(encoded).isdisjoint(document["distributed"])
+        templates = _templates(name, stateful, encoded, holdings, is_cut_there=is_cut_there)
         extras[name] = ("load_state_dict", (reader.decode(own_rank, encoded, templates),))
         words[name] = f"state of rank {own_rank} of {opened.world_size}"
     streams, rng_words = _prepare_rng(target, opened, reader)
@@ -264,11 +265,13 @@ def _prepare_private(
     return _Private(extras=extras, cursors=cursors, rng=streams, rng_words=rng_words, words=words)
 
 
-def _templates(name: str, stateful: Any, encoded: Any, holdings: sources.Holdings) -> dict[str, torch.Tensor]:
+def _templates(
+    name: str, stateful: Any, encoded: Any, holdings: sources.Holdings, *, is_cut_there: bool
+) -> dict[str, torch.Tensor]:
     """Tensors that the extra has now, by path: DTensors among them say how to cut. Not asked for where there can be none."""
     templates: dict[str, torch.Tensor] = {}
-    is_distributed = any(isinstance(t.living, DTensor) for t in holdings.tensors)
-    if state.tensor_paths(encoded) and is_distributed:
+    is_cut_here = any(isinstance(t.living, DTensor) for t in holdings.tensors)
+    if is_cut_there or (is_cut_here and state.tensor_paths(encoded)):
         state.encode(stateful.state_dict(), name, templates)
     return templates
 
