@@ -1,0 +1,197 @@
+"""Lightning: a callback that keeps a Trainer's state in memory, and a CheckpointIO that stores checkpoints without pickle.
+
+    callback = backstay.lightning.BackstayCallback(run_id="mine")
+    trainer = Trainer(..., callbacks=[callback])
+    trainer.fit(model, loader)                   # after a crash, the same script goes on from the last step
+
+Must not change the training. Imported by those who use it, never by ``import backstay``. Works with ``lightning`` and
+``pytorch_lightning``, whichever the program imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from backstay.errors import UsageError
+from backstay.snapshotter import RestoreResult, Snapshotter
+from backstay.trainer import lightning_state
+from backstay.trainer.position import Place, Position, follow, place_of
+
+_log = logging.getLogger("backstay")
+_HAS_NEW_NAME = find_spec("lightning") is not None
+
+try:
+    if _HAS_NEW_NAME and "pytorch_lightning" not in sys.modules:
+        from lightning.pytorch.callbacks import Callback
+    else:
+        from pytorch_lightning.callbacks import Callback
+except ImportError as error:
+    raise ImportError("backstay.lightning needs Lightning: pip install 'backstay[lightning]'") from error
+
+__all__ = ["BackstayCallback"]
+
+_UNSUPPORTED = {
+    "FSDPStrategy": "FSDP1: use ModelParallelStrategy (FSDP2) or DDPStrategy",
+    "DeepSpeedStrategy": "DeepSpeed, which keeps its own optimizer state: use DDPStrategy or ModelParallelStrategy",
+    "XLAStrategy": "XLA",
+    "XLAFSDPStrategy": "XLA",
+}
+
+
+class BackstayCallback(Callback):
+    """Restores when fit() begins, captures after each optimizer step, frees the run's memory when fit() ends well.
+
+    A step is captured right before the batch after it is fetched: validation, schedulers and all hooks of the step are behind
+    it then. One callback serves one fit().
+
+    Args:
+        run_id: The training run whose state this is; a new one for a run that starts from scratch.
+        allow_fresh: Start over if the run is known but nothing of it can be restored.
+        deadline_s: How long restoring may take.
+        keep: Keep the run's memory (until ``job_ttl_s``) when fit() ends well.
+        **options: As of :class:`backstay.Snapshotter`: ``job``, ``extra``, ``socket``, ``max_wait_s``, ``strict``...
+    """
+
+    def __init__(
+        self, *, run_id: str, allow_fresh: bool = False, deadline_s: float = 600.0, keep: bool = False, **options: Any
+    ) -> None:
+        self.keeper: Snapshotter | None = None
+        self.restored: RestoreResult | None = None
+        self._run_id, self._options = run_id, options
+        self._extra: Mapping[str, Any] = options.pop("extra", None) or {}
+        self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
+        self._trainer: Any = None
+        self._position = Position(self._places)
+        self._last_step = 0
+        self._goes_on = False
+        self._undo: Callable[[], None] | None = None
+
+    # ---- hooks of Lightning, in their order
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self.restored is not None:
+            raise UsageError(
+                f"the callback of run {self._run_id!r} has served a fit() already; make another, with a new run_id",
+                reason="used_twice",
+            )
+        if sum(isinstance(callback, BackstayCallback) for callback in trainer.callbacks) > 1:
+            raise UsageError("the Trainer has two BackstayCallbacks; give it one", reason="attached_twice")
+        kind = type(trainer.strategy).__name__
+        if kind in _UNSUPPORTED:
+            raise UsageError(f"strategy {kind} is {_UNSUPPORTED[kind]}", reason="unsupported_strategy")
+        self._trainer = trainer
+        self._follow_loaders(trainer)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        parts = lightning_state.LightningState(trainer, self._position, _batches_ahead)
+        self.keeper = Snapshotter(
+            trainer.strategy.model,
+            trainer.optimizers,
+            run_id=self._run_id,
+            extra={"lightning": parts, **self._extra},
+            **self._options,
+        )
+        self.restored = self.keeper.restore(allow_fresh=self._allow_fresh, deadline_s=self._deadline_s)
+        if self.restored.outcome == "NONE":
+            return
+        lightning_state.pass_over_checkpoint(trainer, self.restored.step)
+        self._position.arm()
+        self._last_step, self._goes_on = self.restored.step, True
+        _log.info(
+            "backstay: run %s goes on after step %d (%s)", self._run_id, self.restored.step, self.restored.outcome
+        )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._goes_on:
+            lightning_state.begin_pass(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._goes_on:
+            self._goes_on = False
+            lightning_state.end_of_restart(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.keeper is not None:
+            self.keeper.fence()  # Lightning moves the model next
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.keeper is not None:
+            self.keeper.finish(keep=self._keep)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """What is in memory stays there; after a fit() that ended well there is nothing any more."""
+        if stage != "fit":
+            return
+        if self.keeper is not None:
+            self.keeper.close()
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    # ---- the data, and the moment of a snapshot
+
+    def _follow_loaders(self, trainer: Any) -> None:
+        """Have Lightning pass each loader it has made by us, before it makes an iterator of it."""
+        strategy = trainer.strategy
+        process = strategy.process_dataloader
+
+        def process_dataloader(loader: object) -> object:
+            followed = follow(process(loader), self._position)
+            place = place_of(followed)
+            assert place is not None
+            place.before_fetch = self._at_fetch
+            place.keeps_states = not hasattr(loader, "__len__") or _has_no_length(loader)
+            return followed
+
+        def undo() -> None:
+            with contextlib.suppress(AttributeError):
+                del strategy.process_dataloader
+
+        strategy.process_dataloader = process_dataloader
+        self._undo = undo
+
+    def _places(self) -> list[Place]:
+        combined = self._trainer.fit_loop._combined_loader if self._trainer is not None else None
+        loaders = combined.flattened if combined is not None else []
+        return [place for loader in loaders if (place := place_of(loader)) is not None]
+
+    def _at_fetch(self, place: Place) -> None:
+        trainer, keeper = self._trainer, self.keeper
+        if keeper is None or self.restored is None or not trainer.training or trainer.global_step <= self._last_step:
+            return
+        places = self._places()
+        if places and places[0] is place and lightning_state.is_within_epoch(trainer):
+            self._last_step = trainer.global_step
+            keeper.snapshot(trainer.global_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.keeper is not None:
+            raise UsageError(
+                "a BackstayCallback in use cannot be copied to another process; use a strategy whose processes start before "
+                "fit(), such as ddp",
+                reason="unsupported_strategy",
+            )
+        return self.__dict__
+
+
+def _batches_ahead(place: Place) -> int:
+    """Lightning fetches one batch ahead of a loader without a length."""
+    return min(place.fetched, 1) if place.keeps_states else 0
+
+
+def _has_no_length(loader: Any) -> bool:
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return True
+    return False
