@@ -11,15 +11,19 @@ Must not change the training. Imported by those who use it, never by ``import ba
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from backstay.errors import UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
-from backstay.trainer import lightning_state
+from backstay.trainer import lightning_state, state_file
 from backstay.trainer.position import Place, Position, follow, place_of
 
 _log = logging.getLogger("backstay")
@@ -27,13 +31,17 @@ _HAS_NEW_NAME = find_spec("lightning") is not None
 
 try:
     if _HAS_NEW_NAME and "pytorch_lightning" not in sys.modules:
+        from lightning.fabric.plugins import CheckpointIO
         from lightning.pytorch.callbacks import Callback
     else:
+        from lightning_fabric.plugins import CheckpointIO
         from pytorch_lightning.callbacks import Callback
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
 except ImportError as error:
     raise ImportError("backstay.lightning needs Lightning: pip install 'backstay[lightning]'") from error
 
-__all__ = ["BackstayCallback"]
+__all__ = ["BackstayCallback", "BackstayCheckpointIO"]
 
 _UNSUPPORTED = {
     "FSDPStrategy": "FSDP1: use ModelParallelStrategy (FSDP2) or DDPStrategy",
@@ -117,6 +125,11 @@ class BackstayCallback(Callback):
             self._goes_on = False
             lightning_state.end_of_restart(trainer)
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if self.keeper is not None and isinstance(loss, torch.Tensor):
+            self.keeper.report_loss(loss)
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.keeper is not None:
             self.keeper.fence()  # Lightning moves the model next
@@ -182,6 +195,58 @@ class BackstayCallback(Callback):
                 reason="unsupported_strategy",
             )
         return self.__dict__
+
+
+class BackstayCheckpointIO(CheckpointIO):
+    """Stores what ``trainer.save_checkpoint()`` and ModelCheckpoint save as safetensors, without pickle, verified when read.
+
+    For ``Trainer(plugins=[BackstayCheckpointIO()])``. A path may be a URL of any fsspec file system. Its files are checkpoints
+    of their own, and no steps of a run: BackstayCallback neither writes nor reads them.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint``; a file that is there is replaced at once or not at all, where the file system can do so.
+
+        Raises:
+            UsageError: naming what in ``checkpoint`` would need pickle; nothing is written then.
+        """
+        file_system, plain = url_to_fs(str(path), **(storage_options or {}))
+        file_system.makedirs(file_system._parent(plain), exist_ok=True)
+        is_local = isinstance(file_system, LocalFileSystem)
+        written = f"{plain}.{os.getpid()}.part" if is_local else plain
+        buffer = io.BytesIO()
+        try:
+            with file_system.open(written, "wb") if is_local else buffer as file:
+                state_file.write(file, checkpoint, name="checkpoint")
+                if not is_local:
+                    file_system.pipe_file(plain, buffer.getvalue())
+            if is_local:
+                os.replace(written, plain)
+        except BaseException:
+            if is_local:
+                with contextlib.suppress(OSError):
+                    os.unlink(written)
+            raise
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """What was saved, tensors on the CPU; ``weights_only`` makes no difference, for nothing is ever unpickled.
+
+        Raises:
+            IntegrityError: if a byte is wrong, or the file is not of this class.
+        """
+        file_system, plain = url_to_fs(str(path))
+        if not file_system.exists(plain):
+            raise FileNotFoundError(f"checkpoint {path} does not exist")
+        with file_system.open(plain, "rb") as file:
+            loaded: dict[str, Any] = state_file.read(file, size_bytes=file_system.size(plain), label=str(path))
+        return loaded
+
+    def remove_checkpoint(self, path: Any) -> None:
+        file_system, plain = url_to_fs(str(path))
+        if file_system.exists(plain):
+            file_system.rm(plain, recursive=True)
 
 
 def _batches_ahead(place: Place) -> int:

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.kit.adapter_runs import Run, digest, run_all
 
-CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "stateful": 1, "stream": 1, "ddp": 2}
-DIE_AT = {"plain": 5, "epoch_end": 8, "workers": 5, "stateful": 5, "stream": 5, "ddp": 6}
+CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "stateful": 1, "stream": 1, "ddp": 2, "dispatched": 2}
+DIE_AT = {"plain": 5, "epoch_end": 8, "workers": 5, "stateful": 5, "stream": 5, "ddp": 6, "dispatched": 6}
 ITEMS, EPOCHS, ACCUMULATE = 30, 3, 2
 
 
@@ -50,9 +50,9 @@ def train(run: Run) -> None:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
-    data: Any = Stream() if run.case == "stream" else Noisy()
+    data: Any = Stream() if run.case in ("stream", "dispatched") else Noisy()
     loader: Any = DataLoader(
-        data, batch_size=3 // run.world_size + 1, shuffle=None if run.case == "stream" else True,
+        data, batch_size=3 // run.world_size + 1, shuffle=None if run.case in ("stream", "dispatched") else True,
         num_workers=2 if run.case == "workers" else 0,
     )  # fmt: skip
     evaluation: Any = DataLoader(Noisy(), batch_size=10)

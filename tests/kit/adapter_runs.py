@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # DDP and Trainers load it; once here is quicker than once a process
 from torch import nn
 
 PARTS = ("control", "first", "second")
@@ -145,7 +146,19 @@ def _run_part(
             die_at=dies,
         )
         children.append(_fork(train, run, port))
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return _wait(children)
+
+
+def _wait(children: list[int]) -> list[int]:
+    """Exit codes; when one fails, the others are killed: they would wait for it."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child] > 0:
+            for other in set(children) - set(codes):
+                os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
 
 
 def _fork(train: Callable[[Run], None], run: Run, port: int) -> int:

@@ -94,8 +94,8 @@ def pass_over_checkpoint(trainer: Any, step: int) -> None:
     loaded = connector._loaded_checkpoint
     if loaded and loaded.get("global_step", 0) > step:
         raise UsageError(
-            f"fit(ckpt_path=...) gave a checkpoint of step {loaded['global_step']}, memory holds step {step} of this run; leave "
-            "ckpt_path out to go on from memory, or take a new run_id to go on from the file",
+            f"fit(ckpt_path=...) gave a checkpoint of step {loaded['global_step']}, memory holds step {step} of this run; "
+            "leave ckpt_path out to go on from memory, or take a new run_id to go on from the file",
             reason="checkpoint_is_newer",
         )
     connector._loaded_checkpoint, connector._ckpt_path = {}, None

@@ -77,7 +77,7 @@ class Place:
         self.source: Any = loader if _keeps_own_state(loader) else None
         self.keeps_states = False
         self.fetched = 0
-        self.loader = weakref.proxy(loader)
+        self.loader: Any = weakref.proxy(loader)
         self.prepared: Any = None  # what a framework made of it
         self._position = position
         self._start: dict[str, Any] = {}
@@ -254,7 +254,8 @@ def follow(loader: Any, position: Position, *, depth: int = 1) -> Any:
     if place_of(loader) is not None:
         return loader
     if isinstance(loader, DataLoader) and "__class__" not in type(loader).__dict__:
-        loader.__class__ = _followed_class(type(loader))
+        kind: Any = type(loader)
+        loader.__class__ = _followed_class(kind)
     else:
         loader = FollowedSized(loader) if hasattr(loader, "__len__") else Followed(loader)
     loader.__dict__[_PLACE] = Place(loader, position, depth)
@@ -296,7 +297,7 @@ def _from_bytes(data: bytes) -> torch.Tensor:
 
 
 @functools.cache
-def _followed_class(kind: type[Any]) -> type[Any]:
+def _followed_class(kind: Any) -> type[Any]:
     def begin(self: Any) -> Iterator[Any]:
         place = self.__dict__.get(_PLACE)
         make = functools.partial(kind.__iter__, self)

@@ -1,0 +1,105 @@
+"""Lightning, Transformers and Accelerate with the real packages and real daemons: nothing changes, and a killed run goes on
+bit for bit."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backstay.testing import LocalCluster
+from tests.kit import accelerate_training, lightning_training, transformers_training
+from tests.kit.adapter_tests import QUIET, check_goes_on, check_unchanged, run_script
+from tests.kit.documented import write_example
+
+KITS: dict[str, Any] = {
+    "accelerate": accelerate_training,
+    "lightning": lightning_training,
+    "transformers": transformers_training,
+}
+RUNS = [(name, case, rank) for name, kit in KITS.items() for case, size in kit.CASES.items() for rank in range(size)]
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(1, 0, lease_s=1.0) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Logs of every case of each framework, run when first asked for."""
+    made: dict[str, Path] = {}
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            out = made.setdefault(name, tmp_path_factory.mktemp(name))
+            self[name] = out
+            run_script(KITS[name].__file__, cluster, out)
+            return out
+
+    return Runs()
+
+
+@pytest.mark.parametrize(("name", "case", "rank"), RUNS)
+def test_an_attached_framework_takes_the_same_steps_as_one_alone(
+    runs: dict[str, Path], name: str, case: str, rank: int
+) -> None:
+    check_unchanged(runs[name], case, rank)
+
+
+@pytest.mark.parametrize(("name", "case", "rank"), RUNS)
+def test_a_killed_framework_goes_on_bit_for_bit(runs: dict[str, Path], name: str, case: str, rank: int) -> None:
+    check_goes_on(runs[name], case, rank, KITS[name].DIE_AT[case])
+
+
+def _example(cluster: LocalCluster, directory: Path, page: str) -> tuple[int, str, str]:
+    """Run a page's example, kill it after five steps, run it again; the step it went on after, its end, and a control's."""
+    script = write_example(f"integrations/{page}.md", f"{page}_example.py", directory)
+
+    def start(part: str, run_id: str) -> subprocess.Popen[bytes]:
+        environment = {**QUIET, "RUN_ID": run_id, "OUT": str(directory / part)}
+        return cluster.run_on_node(0, [sys.executable, str(script)], environment, name=f"{page}-{part}")
+
+    def wait(process: subprocess.Popen[bytes], part: str) -> tuple[int, str]:
+        cluster.wait_until(lambda: process.poll() is not None, 120, f"the example of {page} to end")
+        text = (cluster.keeper.log_dir / f"{page}-{part}.log").read_text()
+        found = re.search(r"went on after step (\d+) and ended with (\w+)", text)
+        assert found, text[-4000:]
+        return int(found[1]), found[2]
+
+    first = start("first", page)
+    control = start("control", f"{page}-control")
+    cluster.wait_until(lambda: cluster.run_status(f"default/{page}")["protected_step"] >= 5, 120, "five steps")
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    step, end = wait(start("second", page), "second")
+    none, wanted = wait(control, "control")
+    assert none == 0
+    return step, end, wanted
+
+
+def test_the_example_of_the_lightning_page_survives_a_kill(cluster: LocalCluster, tmp_path: Path) -> None:
+    step, end, wanted = _example(cluster, tmp_path, "lightning")
+    assert step >= 5
+    assert end == wanted
+    assert (tmp_path / "second").stat().st_size > 1000
+
+
+def test_the_example_of_the_transformers_page_survives_a_kill(cluster: LocalCluster, tmp_path: Path) -> None:
+    step, end, wanted = _example(cluster, tmp_path, "transformers")
+    assert step >= 5
+    assert end == wanted
+
+
+def test_the_example_of_the_accelerate_page_survives_a_kill(cluster: LocalCluster, tmp_path: Path) -> None:
+    step, end, wanted = _example(cluster, tmp_path, "accelerate")
+    assert step >= 5
+    assert end == wanted
