@@ -61,3 +61,19 @@ def test_losing_more_nodes_than_parity_ends_with_the_products_own_message(tmp_pa
     assert "step" in fault["message"]
     assert "rank" in fault["message"]
     assert "no rank went on" in output
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_a_run_that_gets_no_replacement_goes_on_with_the_ranks_that_are_left(tmp_path: Path) -> None:
+    """Four ranks of FSDP2 × TP, then three of FSDP2, then two: what each begins with is bit for bit what the last one had."""
+    flags = ["--nodes", "4", "--m", "1", "--steps", "24", "--shrink"]
+    status, output, report = _demo(tmp_path, *flags)
+    assert status == 0, output
+    shrunk = report["shrunk"]
+    assert shrunk["first_difference"] == ""
+    assert shrunk["worlds"] == [4, 3, 2]
+    assert shrunk["restored_states"] == 3, "after a trainer's death, and after each lost node"
+    assert shrunk["equal_steps"] >= 8, "as long as no node was lost, the bits are the control run's"
+    assert shrunk["loss_difference"] < 1e-3
+    lost = [fault for fault in report["faults"] if fault["kind"] == "node"]
+    assert [fault["outcome"] for fault in lost] == ["EXACT", "EXACT"]
