@@ -115,7 +115,7 @@ def test_complaint_3_a_conversion_never_starts_from_scratch_in_silence(tmp_path:
     assert "torch.bfloat16 here" in str(refused(snapshot_of(tmp_path, [stage("a"), stage("b")]), half))
 
 
-def test_complaint_11_optimizer_state_is_never_left_out(tmp_path: Path) -> None:
+def test_optimizer_state_is_never_left_out(tmp_path: Path) -> None:
     """A parameter that was in no optimizer, or whose state was made for one rank's part, is refused by name."""
     model, _ = stage("a", "b")
     trained_in_part = model, torch.optim.AdamW(model["a"].parameters())
