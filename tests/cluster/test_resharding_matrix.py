@@ -6,11 +6,7 @@ alone would be another one). What must come out is what a plain process holds th
 
 from __future__ import annotations
 
-import json
 import math
-import select
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +14,8 @@ from typing import Any
 import pytest
 
 from backstay.testing import LocalCluster
-from backstay.testing.cluster import process_environment
+from tests.kit.layout_world import Layout, LayoutRanks
 from tests.kit.light_world import wait_protected
-
-Layout = tuple[str, tuple[int, ...]]
 
 PLAIN: Layout = ("plain", (1,))
 PAIRS: list[tuple[Layout, Layout]] = [
@@ -51,51 +45,6 @@ PAIRS: list[tuple[Layout, Layout]] = [
 ]
 AFTER_A_LOSS = [0, 4, 7, 9, 13, 17, 20, 22]  # rows of PAIRS that are tried again when a node is lost
 NODES = 3
-
-
-class LayoutRanks:
-    """The process that forks the ranks; see ``tests.kit.layout_ranks``."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        root = str(Path(__file__).parents[2])
-        environment = process_environment()
-        environment["PYTHONPATH"] = f"{root}:{environment['PYTHONPATH']}"
-        with log.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.kit.layout_ranks"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True,
-            )  # fmt: skip
-
-    def run(
-        self, do: str, layout: Layout, run: str, sockets: list[str], *, seed: int, other: str = ""
-    ) -> list[dict[str, Any]]:
-        """One world: build, restore, and for ``do="save"`` train and snapshot; fails on any rank's error.
-
-        ``other``: what kind of layout the snapshot is of.
-        """
-        kind, sizes = layout
-        order = {
-            "do": do, "kind": kind, "sizes": sizes, "world_size": math.prod(sizes), "run": run, "sockets": sockets,
-            "seed": seed, "other": other,
-        }  # fmt: skip
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(order).encode() + b"\n")
-        self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], 150)
-        assert ready, f"{do} of {layout} did not end: {self.log.read_text()[-2000:]}"
-        answers: list[dict[str, Any]] = json.loads(self.process.stdout.readline())
-        errors = [f"rank {r}: {a['error']}\n{a.get('trace', '')}" for r, a in enumerate(answers) if "error" in a]
-        assert not errors, f"{do} of {layout}: " + "\n".join(errors)
-        return answers
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait(20)
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
 
 
 def name_of(layout: Layout) -> str:

@@ -81,6 +81,8 @@ def run_rank(order: dict[str, Any], rank: int, rendezvous: str) -> dict[str, Any
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     training = layouts.build(order["kind"], tuple(order["sizes"]), seed=order["seed"])
+    if rank == order["spoilt"]:
+        training.model.get_submodule("odd").double()
     torch.manual_seed(order["seed"] + 50 + rank)
     random.seed(order["seed"] + 50 + rank)
     extra: dict[str, Any] = {"cursor": Cursor(rank), "ledger": Ledger(rank), "average": Average(training, 0.5)}
