@@ -88,10 +88,10 @@ def run_rank(order: dict[str, Any], rank: int, rendezvous: str) -> dict[str, Any
     extra: dict[str, Any] = {"cursor": Cursor(rank), "ledger": Ledger(rank), "average": Average(training, 0.5)}
     if order["do"] == "load":
         extra = {"cursor": Cursor(77), "ledger": Ledger(77), "average": Average(training, 0.0)}
-    if order["kind"] == "pipeline" or order["other"] == "pipeline":
-        extra["average"] = Cursor(0)  # each stage would have its own
         for group in training.optimizer.param_groups:
             group["lr"] = 0.7
+    if order["kind"] == "pipeline" or order["other"] == "pipeline":
+        extra["average"] = Cursor(0)  # each stage would have its own
     keeper = backstay.snapshotter.Snapshotter(
         training.model, training.optimizer, run_id=order["run"], socket=order["sockets"][rank], extra=extra
     )
