@@ -90,8 +90,10 @@ def run_rank(order: dict[str, Any], rank: int, rendezvous: str) -> dict[str, Any
         extra = {"cursor": Cursor(77), "ledger": Ledger(77), "average": Average(training, 0.0)}
         for group in training.optimizer.param_groups:
             group["lr"] = 0.7
-    if order["kind"] == "pipeline" or order["other"] == "pipeline":
+    if order["other"] == "pipeline" or (order["kind"] == "pipeline" and order["do"] == "save"):
         extra["average"] = Cursor(0)  # each stage would have its own
+    elif order["kind"] == "pipeline":
+        extra["average"] = Average(layouts.Training(layouts.Net(), training.optimizer), 0.0)  # whole on each stage
     keeper = backstay.snapshotter.Snapshotter(
         training.model, training.optimizer, run_id=order["run"], socket=order["sockets"][rank], extra=extra
     )
