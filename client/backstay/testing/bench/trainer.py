@@ -78,7 +78,8 @@ class LoadClock:
         self.seconds = 0.0
         self._prepare, self._load = apply.prepare, apply.Prepared.load
         apply.prepare = self._timed_prepare
-        apply.Prepared.load = self._timed_load  # type: ignore[method-assign, assignment]
+        # a function, not a bound method: the instance is what a class attribute is called with
+        apply.Prepared.load = lambda prepared: self._timed_load(prepared)  # type: ignore[method-assign, assignment]
 
     def _timed_prepare(self, target: apply.Target, opened: OpenedSnapshot) -> apply.Prepared:
         begin = time.perf_counter()
