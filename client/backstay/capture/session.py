@@ -320,7 +320,6 @@ class Session:
             step, slot_id = self._held
             if step == capture.step and self._slots[slot_id].mapping.size_bytes == size:
                 return self._slots[slot_id].mapping
-            self._abandon(step, f"reserved ahead; the snapshot is of step {capture.step} with {size} bytes")
         if self._reserve(capture.step, size, self._max_wait_s) and self._held is not None:
             return self._slots[self._held[1]].mapping
         return None
@@ -331,7 +330,9 @@ class Session:
             held_step, held_id = self._held
             if held_step == step and self._slots[held_id].mapping.size_bytes == size_bytes:
                 return True
-            self._abandon(held_step, f"reserved ahead; the next snapshot is of step {step} with {size_bytes} bytes")
+            if held_step != step:
+                self._abandon(held_step, f"reserved ahead; the next snapshot is of step {step}")
+            self._held = None  # of the same step: the daemon takes it back for one of the right size
         self._prune(size_bytes)
         request = local.Reserve(step=step, size_bytes=size_bytes, wait_s=wait_s, known_slots=tuple(self._slots))
         reply, fds = self._call(request, wait_s + self.identity.lease_s)

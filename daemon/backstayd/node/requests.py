@@ -235,9 +235,17 @@ class Requests:
         context.changed()
         await self._send(answer)
 
+    def _exchange(self, session: Session, message: local.Reserve) -> None:
+        """A slot reserved ahead turned out to be of the wrong size: take it back, its step may be reserved again."""
+        for grant in [grant for grant in session.grants.values() if grant.step == message.step]:
+            del session.grants[grant.slot_id]
+            self._context.store.slots.put_back(grant)
+            session.last_step = min(session.last_step, message.step - 1)
+
     async def _reserve(self, session: Session, message: local.Reserve) -> None:
         self._check_current(session)
         desired = self._context.run_desired(session.run)
+        self._exchange(session, message)
         if message.step <= session.last_step or message.step <= session.skipped_step:
             raise UsageError(
                 f"step {message.step} is not after step {max(session.last_step, session.skipped_step)}",
