@@ -6,6 +6,7 @@ measure anything but itself: cluster-wide figures are the driver's.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -76,10 +77,9 @@ class LoadClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._prepare, self._load = apply.prepare, apply.Prepared.load
+        self._prepare, self.load = apply.prepare, apply.Prepared.load
         apply.prepare = self._timed_prepare
-        # a function, not a bound method: the instance is what a class attribute is called with
-        apply.Prepared.load = lambda prepared: self._timed_load(prepared)  # type: ignore[method-assign, assignment]
+        apply.Prepared.load = functools.partialmethod(_timed_load, self)  # type: ignore[method-assign, assignment]
 
     def _timed_prepare(self, target: apply.Target, opened: OpenedSnapshot) -> apply.Prepared:
         begin = time.perf_counter()
@@ -88,12 +88,13 @@ class LoadClock:
         finally:
             self.seconds = time.perf_counter() - begin
 
-    def _timed_load(self, prepared: apply.Prepared) -> Loaded:
-        begin = time.perf_counter()
-        try:
-            return self._load(prepared)
-        finally:
-            self.seconds += time.perf_counter() - begin
+
+def _timed_load(prepared: apply.Prepared, clock: LoadClock) -> Loaded:
+    begin = time.perf_counter()
+    try:
+        return clock.load(prepared)
+    finally:
+        clock.seconds += time.perf_counter() - begin
 
 
 class Trainer:
