@@ -124,6 +124,7 @@ def _manifest(
         rank=place[0],
         world_size=place[1],
         world_id="imported",
+        layout_signature="imported",  # no trainer's: whoever restores it chooses chunks
         chunk_crcs=chunk_crcs,
         tensor_crcs=tensor_crcs,
         writer=identity.writer,
