@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from backstay.errors import IntegrityError
-from backstay.restore import optimizers, private
+from backstay.restore import imported, optimizers, private
+from backstay.restore.imported import IMPORTED_KEY, ImportedPlan
 from backstay.restore.naming import Naming
 from backstay.restore.opened import OpenedSnapshot, ReadTarget
 from backstay.restore.optimizers import Origin
@@ -22,8 +23,6 @@ from backstay.restore.private import StateReader
 from backstay.restore.reading import Reading
 from backstay.restore.result import Loaded
 from backstay.trainer import optimizer_state, rng, sources, state
-
-IMPORTED_KEY: Final = "backstay.imported"  # in the header of a shard that no trainer of ours wrote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +60,7 @@ class Prepared:
     optimizers: optimizers.OptimizerPlan | None
     private: _Private | None
     notes: tuple[str, ...]
+    imported: ImportedPlan | None = None
 
     def load(self) -> Loaded:
         """Write everything in place.
@@ -70,15 +70,19 @@ class Prepared:
         """
         opened, target, private = self.opened, self.target, self.private
         opened.run_plan(self.reading)
-        if self.optimizers is not None:
-            with torch.no_grad():
+        description = ""
+        with torch.no_grad():
+            if self.optimizers is not None:
                 optimizer_state.attach(target.optimizers, self.holdings, self.optimizers.states, self.optimizers.values)
+                description = self.optimizers.description
+            if self.imported is not None:
+                description = imported.settle(self.imported, target.optimizers, self.holdings)
         if private is not None:
             for name, (method, arguments) in private.extras.items():
                 getattr(target.extra[name], method)(*arguments)
             rng.write(*private.rng)  # last: all of the above may draw
         return Loaded(
-            description=self.optimizers.description if self.optimizers else "",
+            description=description,
             streams=(target.rank,) if private else (),
             cursors=private.cursors if private else {},
             generators=private.rng[1] if private else {},
@@ -102,17 +106,15 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
     holdings = sources.collect(target.model, target.optimizers, rank=target.rank)
     naming = Naming(opened, rank=target.rank, world_size=target.world_size)
     is_complete = not opened.is_offered or holds_whole_model(holdings, target.world_size)
-    check_model(target, opened, naming, holdings, is_complete=is_complete)
     own_rank = target.rank % opened.world_size
     reader = StateReader(opened, naming)
+    is_import = IMPORTED_KEY in opened.metadata(own_rank) and reader.find(own_rank) is None
+    if is_import:
+        naming.rename(imported.stored_names(holdings, opened))
+    check_model(target, opened, naming, holdings, is_complete=is_complete)
     notes = _buffer_notes(naming, holdings, target.world_size != opened.world_size)
-    if IMPORTED_KEY in opened.metadata(own_rank) and reader.find(own_rank) is None:
-        notes += ("imported: model loaded, optimizer fresh, generators and extras untouched",)
-        reading = _plan_reading(opened, naming, holdings, holdings.model_tensors)
-        opened.fetch(reading.chunks)
-        return Prepared(
-            target=target, opened=opened, reading=reading, holdings=holdings, optimizers=None, private=None, notes=notes
-        )
+    if is_import:
+        return _prepare_import(target, opened, naming, holdings)
     origin = Origin(
         opened=opened,
         naming=naming,
@@ -124,7 +126,7 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
     private = _prepare_private(target, opened, reader, holdings)
     planned = optimizers.plan(target.optimizers, holdings, origin)
     wanted = sources.collect(target.model, target.optimizers, rank=target.rank, states=planned.states)
-    reading = _plan_reading(opened, naming, wanted, wanted.tensors)
+    reading = opened.plan(_targets(opened, naming, wanted, wanted.tensors))
     opened.fetch(reading.chunks)
     return Prepared(
         target=target,
@@ -135,6 +137,17 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
         private=private,
         notes=notes,
     )
+
+
+def _prepare_import(target: Target, opened: OpenedSnapshot, naming: Naming, holdings: sources.Holdings) -> Prepared:
+    """Model and, where the snapshot has some, tensors of the optimizers; everything else stays the script's."""
+    found = imported.plan(target.optimizers, holdings, opened, target.rank % opened.world_size)
+    reading = opened.plan([*_targets(opened, naming, holdings, holdings.model_tensors), *found.targets])
+    opened.fetch(reading.chunks)
+    return Prepared(
+        target=target, opened=opened, reading=reading, holdings=holdings, optimizers=None, private=None, notes=(found.note,),
+        imported=found,
+    )  # fmt: skip
 
 
 def holds_whole_model(holdings: sources.Holdings, world_size: int) -> bool:
@@ -188,9 +201,9 @@ def check_model(
         )
 
 
-def _plan_reading(
+def _targets(
     opened: OpenedSnapshot, naming: Naming, holdings: sources.Holdings, tensors: Sequence[sources.LocalTensor]
-) -> Reading:
+) -> list[ReadTarget]:
     targets, unclear = [], []
     own = {id(t.living) for t in holdings.model_tensors if not holdings.is_parameter(t)}
     for tensor in tensors:
@@ -205,7 +218,7 @@ def _plan_reading(
             "was loaded",
             reason="layout_mismatch",
         )
-    return opened.plan(targets)
+    return targets
 
 
 def _holders(

@@ -29,6 +29,11 @@ class Naming:
             home, bare = split_name(alias)
             self._copies.setdefault(bare, {}).setdefault(home, name)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Have each name also stand for what is stored under the other."""
+        for name, stored in names.items():
+            self._copies.setdefault(split_name(name)[1], {}).update(self.copies(stored))
+
     def copies(self, name: str) -> Mapping[int, str]:
         """Home rank → stored name, for all copies of a name with or without home."""
         return self._copies.get(split_name(name)[1], {})

@@ -95,6 +95,7 @@ def plan(optimizers: Sequence[torch.optim.Optimizer], holdings: Holdings, origin
             )
         encoded = origin.reader.document(rank)["optimizers"]
         for index, body in enumerate(bodies):
+            _check_class(index, optimizers[index], body)
             described[index].append(_read_description(rank, body, encoded[index]))
     states, values = [], []
     for index, optimizer in enumerate(optimizers):
@@ -105,6 +106,17 @@ def plan(optimizers: Sequence[torch.optim.Optimizer], holdings: Holdings, origin
         values.append(one.values(groups, matched))
     description = optimizer_state.describe(optimizers, holdings, states)
     return OptimizerPlan(states=states, values=values, description=description)
+
+
+def _check_class(index: int, optimizer: torch.optim.Optimizer, body: Mapping[str, Any]) -> None:
+    """Another class would keep what it does not read, and begin what it reads from nothing, without a word."""
+    there, here = body.get("class", ""), type(optimizer).__name__
+    if there and there != here:
+        raise IntegrityError(
+            f"optimizer {index} is a {here}, the snapshot's is a {there}, whose state means nothing to it; nothing was loaded. "
+            f"Build a {there}, in the order of before if there are several, or take a new run_id",
+            reason="wrong_optimizers",
+        )
 
 
 def _cover(sets: Sequence[frozenset[int]]) -> list[int]:

@@ -178,7 +178,7 @@ def _structure(target: Target, holdings: Holdings) -> tuple[dict[Scope, dict[str
             if len(scope) > 1 and isinstance(state, dict):
                 name = f"{prefix}.state.{holdings.names[id(parameter)]}"
                 layout[scope][name] = ", ".join(sorted(f"{key} {_kind(value)}" for key, value in state.items()))
-                counted += [(scope, f"{name}.{key}", value) for key, value in state.items() if _is_counter(value)]
+                counted += [(scope, f"{name}.{key}", value) for key, value in state.items() if _is_counter(key, value)]
     for (scope, name, _), value in zip(counted, _read_scalars([v for _, _, v in counted]), strict=True):
         counters[scope][name] = value
     return layout, counters
@@ -207,7 +207,10 @@ def _kind(value: Any) -> str:
     return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _is_counter(value: Any) -> bool:
+def _is_counter(key: Any, value: Any) -> bool:
+    """Counts steps. Other numbers may be statistics of this rank's part alone, and differ by right."""
+    if "step" not in str(key):
+        return False
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not isinstance(value, DTensor)
     return isinstance(value, (int, float)) and not isinstance(value, bool)

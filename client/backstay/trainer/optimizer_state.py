@@ -28,7 +28,7 @@ KeySchema = list[Any]
 def describe(
     optimizers: Sequence[torch.optim.Optimizer], holdings: Holdings, states: Sequence[States] | None = None
 ) -> str:
-    """Static description for the shard's header: parameters of each group, and the schema of each parameter's state.
+    """Static description for the shard's header: class, parameters of each group, and the schema of each parameter's state.
 
     ``states`` stand in for the optimizers' own (a restore that is not yet applied).
     """
@@ -48,7 +48,8 @@ def describe(
                 if isinstance(found, dict) and found:
                     schema = json.dumps([_describe_key(key, value, parameter) for key, value in found.items()])
                     of[holdings.names[id(parameter)]] = schemas.setdefault(schema, len(schemas))
-        body = {"groups": groups, "schemas": [json.loads(schema) for schema in schemas], "of": of}
+        body: dict[str, Any] = {"class": type(optimizer).__name__, "groups": groups}
+        body |= {"schemas": [json.loads(schema) for schema in schemas], "of": of}
         if any(key[1] == "plain" and key[4] for schema in body["schemas"] for key in schema):
             body["distributed"] = distributed
         described.append(body)

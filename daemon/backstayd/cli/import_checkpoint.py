@@ -88,7 +88,7 @@ def _convert(arguments: argparse.Namespace, run_: str, directory: Path) -> dict[
 def _record(run_: str, manifests: list[Manifest]) -> PersistedSnapshot:
     manifests = sorted(manifests, key=lambda manifest: manifest.rank)
     first = manifests[0]
-    rows = tuple(VolumeShard(rank=m.rank, size_bytes=m.size_bytes, digest=m.digest) for m in manifests)
+    rows = tuple(VolumeShard(rank=m.rank, size_bytes=m.size_bytes, digest=m.digest, layout=m.layout) for m in manifests)
     found = PersistedSnapshot(
         run=run_,
         attempt=first.attempt,
