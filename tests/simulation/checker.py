@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from backstay.ids import SnapshotKey
 from backstayd.core import geometry
-from backstayd.core.records import Decision, Outcome, Plan, ShardRecord
+from backstayd.core.records import Decision, Outcome, PersistedSnapshot, Plan, ShardRecord
 
 if TYPE_CHECKING:
     from tests.simulation.cluster import Cluster
@@ -65,7 +66,13 @@ class Checker:
             hosts <= self.recorded_at.get(decision.decision_id, set()), "released before every host had recorded"
         )
         if decision.outcome is Outcome.NONE:
-            self._require(not truth.was_complete or trainer.allow_fresh, "NONE for a run that had a whole snapshot")
+            is_stored = bool(self.cluster.storage.runs.get(trainer.run))
+            self._require(not is_stored or trainer.allow_fresh, "NONE for a run that storage knows")
+            is_forgotten = self.cluster.policy.persist_url != "" and not is_stored  # and so is what lay nowhere else
+            self._require(
+                not truth.was_complete or trainer.allow_fresh or is_forgotten,
+                "NONE for a run that had a whole snapshot",
+            )
         else:
             self._check_base(node, trainer, decision, truth)
         if trainer.world_id not in truth.worlds:
@@ -138,6 +145,7 @@ class Checker:
             return  # decided before an operator trusted everything again
         if truth is None or not truth.worlds or self.cluster.quiet_since_s > engine.now_s - 3 * lease_s:
             return
+        self._check_stored(decision, truth)
         steady = {name for name, node in self.cluster.nodes.items() if node.steady_since_s < engine.now_s - 3 * lease_s}
         chain = self._live_chain(truth)
         for place in self._candidates(decision.run, truth, chain, steady):
@@ -145,6 +153,38 @@ class Checker:
                 continue
             spares = self._true_spares(decision.run, place, steady)
             self._require(spares < 0, f"refused although step {place[1]} is restorable: {decision.message}")
+
+    def pruned(self, run: str, key: SnapshotKey) -> None:
+        """A copy is given up only if a newer one of the live history, that may be restored, lies there."""
+        truth = self.runs[run]
+        limits = dict(self._live_chain(truth))
+        newer = [
+            record
+            for record in self.cluster.storage.records(run)
+            if record.key > key and self._is_alive(limits, record) and not self._spoilers(truth, *self._spot(record))
+        ]
+        self._require(bool(newer), f"{key} was pruned, and nothing newer of the live history is left")
+
+    def _spot(self, record: PersistedSnapshot) -> tuple[str, int]:
+        return record.shards[0].digest.split("/")[1], record.step
+
+    def _stored_places(
+        self, run: str, truth: RunTruth, chain: list[tuple[str, int | None]]
+    ) -> list[tuple[int, int, str]]:
+        spots = [self._spot(r) for r in self.cluster.storage.records(run) if self._is_alive(dict(chain), r)]
+        return [(truth.order.index(writer), step, writer) for writer, step in spots]
+
+    def _is_alive(self, limits: dict[str, int | None], record: PersistedSnapshot) -> bool:
+        limit = limits.get(self._spot(record)[0], -1)
+        return limit is None or record.step <= limit
+
+    def _check_stored(self, decision: Decision, truth: RunTruth) -> None:
+        """What lies on storage, sound, of the live history and for long, is reason enough not to refuse."""
+        limits = dict(self._live_chain(truth))
+        for record in self.cluster.storage.records(decision.run) if self.cluster.storage.is_up else ():
+            is_sound = self._is_alive(limits, record) and not self._spoilers(truth, *self._spot(record))
+            is_steady = self.cluster.storage.down_until_s < self.cluster.engine.now_s - 15 * self.cluster.lease_s
+            self._require(not (is_sound and is_steady), f"refused with {record.key} on storage: {decision.message}")
 
     def committed(self, run: str, shard: ShardRecord) -> None:
         truth = self.runs[run]
@@ -181,6 +221,7 @@ class Checker:
             if is_owed and not self.is_tolerant_of_corruption:
                 assert truth.floor is not None
                 alive = any(place >= truth.floor and self._true_spares(run, place) >= 0 for place in candidates)
+                alive = alive or any(place >= truth.floor for place in self._stored_places(run, truth, chain))
                 self._require(
                     alive,
                     f"step {truth.floor[1]} of {run} was protected, {len(truth.losses)} nodes were lost: all gone",

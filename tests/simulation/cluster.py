@@ -20,6 +20,7 @@ from backstayd.core.records import (
 from tests.simulation.checker import Checker
 from tests.simulation.engine import Engine, Network
 from tests.simulation.node import Node, RunMemory, Trainer
+from tests.simulation.storage import Storage
 
 EVALUATE_COALESCE_S = 0.005
 
@@ -110,6 +111,8 @@ class Cluster:
         self.nodes: dict[str, Node] = {}
         self.jobs: list[Job] = []
         self.checker = Checker(self)
+        self.storage = Storage()
+        self.away: list[Node] = []  # switched off with all they hold
         self.quiet_since_s = engine.now_s  # no coordinator was disturbed since
         self.control: Control | None = None
         for index in range(node_count):
@@ -341,6 +344,42 @@ class Cluster:
         if replace_after_s is not None:
             self.engine.after(replace_after_s, self._replace, new_name or name, node.domain)
         self.supervise()
+
+    def black_out(self, survivors: int) -> None:
+        """Every machine and the coordinator go at once; new ones come. ``survivors`` can be switched on again later."""
+        for name in sorted(self.nodes):
+            node = self.nodes.pop(name)
+            self.checker.destroyed(node)
+            if len(self.away) < survivors:
+                node.stop()
+                for trainer in node.trainers:
+                    trainer.is_alive = False
+                node.trainers = []
+                self.away.append(node)
+            else:
+                node.destroy()
+            self._replace(f"{name}y", node.domain)
+        self.crash_coordinator(self.engine.between(0.05, 1.0))
+        self.supervise()
+
+    def bring_back(self) -> None:
+        """Switch on again what outlived a black-out: it remembers another time."""
+        while self.away:
+            node = self.away.pop()
+            if node.name not in self.nodes:
+                self.nodes[node.name] = node
+                node.is_paused = node.is_cut = False
+                node.start()
+
+    def disturb_storage(self, for_s: float) -> None:
+        """Storage does not answer for a while."""
+        self.storage.is_up = False
+        self.storage.down_until_s = self.engine.now_s + for_s
+        self.engine.after(for_s, self._restore_storage)
+
+    def _restore_storage(self) -> None:
+        if self.engine.now_s >= self.storage.down_until_s - 1e-9:
+            self.storage.is_up = True
 
     def _replace(self, name: str, domain: str) -> None:
         if name not in self.nodes:

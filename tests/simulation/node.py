@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from backstay.ids import Generation
+from backstay.ids import Generation, SnapshotKey
 from backstayd.core import geometry
 from backstayd.core.records import (
     Decision,
@@ -31,7 +31,10 @@ from backstayd.core.records import (
     SourceKind,
     Staging,
     StagingState,
+    Survey,
+    Upload,
 )
+from tests.simulation.storing import fetch_stored, is_stored, keep_stored
 
 if TYPE_CHECKING:
     from tests.simulation.cluster import Cluster
@@ -85,6 +88,9 @@ class RunWork:
     staging: Staging | None = None
     failed_plans: set[str] = field(default_factory=set)
     jobs: set[object] = field(default_factory=set)
+    survey: Survey | None = None
+    uploads: dict[tuple[str, int], Upload] = field(default_factory=dict)
+    pruned: set[SnapshotKey] = field(default_factory=set)
 
 
 class Node:
@@ -196,6 +202,9 @@ class Node:
             failed_plans=tuple(sorted(work.failed_plans)),
             distrusted=tuple(memory.distrusted[key] for key in sorted(memory.distrusted)),
             is_forgotten=memory.is_forgotten,
+            survey=work.survey,
+            uploads=tuple(work.uploads[place] for place in sorted(work.uploads)),
+            pruned=tuple(sorted(work.pruned)),
         )
 
     def _session(self, trainer: Trainer) -> SessionRecord:
@@ -252,7 +261,9 @@ class Node:
         for rebuild in desired.rebuilds:
             for task in rebuild.tasks:
                 if task.decoder == self.name:
-                    self._job(desired.run, ("rebuild", rebuild.rebuild_id, task.stripe), self._decode, rebuild, task)
+                    self.job(desired.run, ("rebuild", rebuild.rebuild_id, task.stripe), self._decode, rebuild, task)
+        if desired.storage is not None:
+            keep_stored(self, desired.run, desired.storage)
         if desired.decision is not None:
             self._follow(desired.decision, desired.decision_phase)
 
@@ -299,7 +310,7 @@ class Node:
             for trainer in self.trainers:
                 self.cluster.slot_freed(trainer)
 
-    def _job(self, run: str, name: object, action: object, *arguments: object) -> None:
+    def job(self, run: str, name: object, action: object, *arguments: object) -> None:
         """Start a job once; it says itself when it is over (:meth:`_done`)."""
         assert callable(action)
         work = self.work[run]
@@ -331,7 +342,7 @@ class Node:
         if ("encoded", plan.plan_id) not in work.jobs and plan.plan_id not in work.failed_plans:
             if plan.plan_id in memory.plans and self._parity_done(plan, index):
                 return
-            self._job(plan.run, ("encode", plan.plan_id), self._encode, plan, index)
+            self.job(plan.run, ("encode", plan.plan_id), self._encode, plan, index)
 
     def _parity_done(self, plan: Plan, stripe: int) -> bool:
         memory = self.memory[plan.run]
@@ -431,7 +442,7 @@ class Node:
             return
         if work.staging is None or work.staging.decision_id != decision.decision_id:
             work.staging = Staging(decision_id=decision.decision_id, state=StagingState.STAGING)
-            self._job(decision.run, ("stage", decision.decision_id), self._stage, decision)
+            self.job(decision.run, ("stage", decision.decision_id), self._stage, decision)
             self.changed()
         if phase is DecisionPhase.RECORD and work.staging.state is StagingState.READY:
             memory.decision = decision
@@ -458,6 +469,10 @@ class Node:
                 continue
             if source.kind is SourceKind.REBUILD:
                 return False
+            if source.kind is SourceKind.PERSISTED:
+                if not fetch_stored(self, decision, source):
+                    return self._staged(decision, StagingState.FAILED, f"rank {source.rank} cannot be read there")
+                continue
             if not self._fetch(decision, source.rank):
                 return self._staged(decision, StagingState.FAILED, f"no holder serves rank {source.rank}")
         return self._staged(decision, StagingState.READY, "")
@@ -468,7 +483,7 @@ class Node:
             readable = [
                 self._read_source(decision, source, name) for name in dict.fromkeys((self.name, *source.holders))
             ]
-            if "ok" in readable:
+            if "ok" in readable or (source.kind is SourceKind.PERSISTED and is_stored(self, decision, source)):
                 continue
             if "corrupt" in readable or source.kind is not SourceKind.REBUILD:
                 return self._staged(decision, StagingState.FAILED, f"no holder serves rank {source.rank}")

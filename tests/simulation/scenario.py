@@ -8,11 +8,15 @@ from backstayd.core.policy import CorePolicy
 from tests.simulation.checker import BrokenPromiseError
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine, Network
+from tests.simulation.storage import URL
 
 FAULTS = (
     "kill_trainer", "restart_daemon", "destroy", "destroy_two", "crash_coordinator", "second_coordinator", "cut", "pause",
     "corrupt", "destroy_for_good", "resize", "resize", "distrust",
 )  # fmt: skip
+
+
+STORAGE_FAULTS = (*FAULTS, "storage", "black_out", "black_out", "bring_back", "bring_back")
 
 
 @dataclass(slots=True)
@@ -21,6 +25,7 @@ class Scenario:
 
     seed: int
     is_harsh: bool = False  # loses more than parity covers, and corrupts
+    has_storage: bool = False  # which can be down; whole clusters are lost, and parts of them come back
 
     def run(self) -> Cluster:
         """Play it; raises BrokenPromiseError, with the seed in its text."""
@@ -44,6 +49,9 @@ class Scenario:
             group_size=draw.choice([3, 8, 8]),
             keep=draw.choice([1, 1, 2]),
             lease_s=1.5,
+            persist_url=URL if self.has_storage else "",
+            persist_every_steps=draw.choice([1, 2, 3]) if self.has_storage else 0,
+            persist_keep_last=draw.choice([1, 2, 3]) if self.has_storage else 3,
         )
         domains = ("a", "b") if draw.random() < 0.3 else ()
         cluster = Cluster(engine, node_count=node_count, policy=policy, domains=domains)
@@ -65,7 +73,7 @@ class Scenario:
 
     def _break(self, engine: Engine, cluster: Cluster) -> None:
         draw = engine.random
-        fault = draw.choice(FAULTS)
+        fault = draw.choice(STORAGE_FAULTS if self.has_storage else FAULTS)
         name = draw.choice(sorted(cluster.nodes))
         if fault == "kill_trainer":
             trainers = [t for job in cluster.jobs for t in job.trainers.values() if t.is_alive]
@@ -83,12 +91,23 @@ class Scenario:
             cluster.cut(name, engine.between(0.1, 3.0))
         elif fault == "pause" and cluster.nodes[name].is_running:
             cluster.pause(name, engine.between(0.1, 3.0))
+        elif fault in STORAGE_FAULTS[len(FAULTS) :]:
+            self._break_storage(engine, cluster, fault)
         elif fault == "distrust":
             self._distrust(engine, cluster)
         elif fault == "resize":
             self._resize(engine, cluster)
         elif fault == "corrupt" and self.is_harsh:
             cluster.corrupt(name)
+
+    def _break_storage(self, engine: Engine, cluster: Cluster, fault: str) -> None:
+        if fault == "storage":
+            cluster.disturb_storage(engine.between(0.5, 6.0))
+        elif fault == "bring_back":
+            cluster.bring_back()
+        elif all(cluster.storage.records(job.run) for job in cluster.jobs):
+            cluster.black_out(engine.random.randint(0, 2))
+            engine.run_for(engine.between(0.5, 12.0))
 
     def _resize(self, engine: Engine, cluster: Cluster) -> None:
         """The job comes back with another number of ranks, on some of the nodes."""

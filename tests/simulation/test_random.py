@@ -30,3 +30,10 @@ def test_promises_hold_under_the_faults_of_one_seed() -> None:
     cluster = Scenario(int(ONE_SEED), is_harsh=int(ONE_SEED) % 3 == 2).run()
     for event in cluster.core().timeline.all():
         print(f"{event.at_s - 1000:8.3f}  {event.run:14} {event.kind:18} {event.message}", file=sys.stderr)
+
+
+@pytest.mark.skipif(bool(ONE_SEED), reason="one seed was asked for")
+@pytest.mark.parametrize("part", range(TESTS // 2))
+def test_promises_hold_with_durable_storage_when_clusters_are_lost_and_parts_of_them_return(part: int) -> None:
+    for seed in seeds_of(part):
+        Scenario(seed, is_harsh=seed % 3 == 2, has_storage=True).run()

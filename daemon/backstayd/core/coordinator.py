@@ -238,8 +238,8 @@ class Coordinator:
             again=lambda kind: self.timeline.allow_again(run, kind),
         )
 
-    def _raise_generation(self) -> Generation:
-        self.generation = Generation(self.generation.number + 1, self.incarnation)
+    def _raise_generation(self, above: int) -> Generation:
+        self.generation = Generation(max(self.generation.number, above) + 1, self.incarnation)
         return self.generation
 
     def _has_long_memory(self) -> bool:

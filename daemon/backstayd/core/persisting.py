@@ -99,7 +99,9 @@ class Persisting:
         sound = [r for name, r in self.surveying.known.items() if name not in self.surveying.problems]
         return max(sound, key=lambda record: record.key, default=None)
 
-    def update(self, context: RunContext, world: World, *, target: int, fence: int, is_busy: bool) -> None:
+    def update(
+        self, context: RunContext, world: World, *, target: int, fence: int, is_busy: bool, is_proving: bool = False
+    ) -> None:
         """Go as far as the reports allow.
 
         Args:
@@ -107,6 +109,7 @@ class Persisting:
             target: the spares that a protected snapshot has now.
             fence: the generation of the newest decision: a survey is made for each.
             is_busy: a world decides; nothing new is begun.
+            is_proving: what was restored is on probation: what is newer may have to be distrusted, so nothing is pruned.
         """
         if not self.is_on:
             return
@@ -120,7 +123,7 @@ class Persisting:
             self._advance(context, world)
         if self.transfer is None and self.surveying.is_answered and not is_busy:
             self._begin(context, world, target)
-        self._choose_prunes(context, is_busy=is_busy)
+        self._choose_prunes(context, is_waiting=is_busy or is_proving)
 
     def desired(self, node: str) -> StorageDesired | None:
         """What ``node`` should do with durable storage."""
@@ -231,6 +234,7 @@ class Persisting:
             ),
             lineage=_lineage_of(context, view),
             serial=serial,
+            generation=context.head.generation.number if context.head is not None else context.generation.number,
         )
         self.transfer = Transfer(
             snapshot=snapshot,
@@ -286,8 +290,12 @@ class Persisting:
         return is_newer and is_live and is_fresh and view.is_restorable and view.snapshot_id not in self.surveying.known
 
     def _newest_live(self, context: RunContext) -> PersistedSnapshot | None:
-        sound = [r for r in context.live_records if r.snapshot_id not in self.surveying.problems]
-        return max(sound, key=lambda record: record.key, default=None)
+        return max(self._sound(context), key=lambda record: record.key, default=None)
+
+    def _sound(self, context: RunContext) -> list[PersistedSnapshot]:
+        """Copies of the live history that a restart could use."""
+        problems = self.surveying.problems
+        return [r for r in context.live_records if r.snapshot_id not in problems and r.key not in context.tainted]
 
     def _advance(self, context: RunContext, world: World) -> None:
         transfer = self.transfer
@@ -424,15 +432,15 @@ class Persisting:
                 self.surveying.note_pruned(key)
         self.pruning = tuple(key for key in self.pruning if report is None or key not in report.pruned)
 
-    def _choose_prunes(self, context: RunContext, *, is_busy: bool) -> None:
-        if is_busy or not self.surveying.is_answered:
+    def _choose_prunes(self, context: RunContext, *, is_waiting: bool) -> None:
+        if is_waiting or not self.surveying.is_answered:
             self.pruning = ()
             return
         base = context.head.base if context.head is not None else None
         kept = {SnapshotKey(base.attempt, base.step)} if base is not None else set()
         if self.transfer is not None:
             kept.add(self.transfer.snapshot.key)
-        live = [r for r in context.live_records if r.snapshot_id not in self.surveying.problems]
+        live = self._sound(context)
         keys = prunable(
             list(self.surveying.known.values()),
             live=live,

@@ -272,7 +272,8 @@ class PersistedSnapshot:
     """The completion record of a snapshot on durable storage: written last, atomically, as ``snapshot.json`` beside the
     shards. Its directory holds a snapshot only if this is there.
 
-    ``lineage`` is that of the decision it was trained under; ``serial`` counts the persisted snapshots of the run.
+    ``lineage`` is that of the decision it was trained under, and ``generation`` the number of the newest decision then;
+    ``serial`` counts the persisted snapshots of the run.
     """
 
     run: str
@@ -285,6 +286,7 @@ class PersistedSnapshot:
     serial: int = 0
     unix_s: float = 0.0
     writer: str = ""
+    generation: int = 0
 
     @property
     def key(self) -> SnapshotKey:

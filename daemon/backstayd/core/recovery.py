@@ -38,6 +38,8 @@ from backstayd.core.trust import count_tries, loop_message
 
 SAME_FAILURES = 3  # so many failed stagings of one snapshot with nothing new quarantined, and it is passed over
 CLOSED_WORLDS = 64
+LEAP_GENERATIONS = 1_000_000  # further than any cluster gets between two durable copies
+LEAP_ATTEMPTS = 1000
 
 Say = Callable[[str, str], None]  # kind, message
 
@@ -67,7 +69,7 @@ class Recovery:
     Invariant: ``decision`` is of ``world_id``; its stage never goes back from RELEASED but by another world.
     """
 
-    raise_generation: Callable[[], Generation]
+    raise_generation: Callable[[int], Generation]  # above this number, too
     say: Say
     stage: Stage = Stage.IDLE
     world_id: str = ""
@@ -208,11 +210,15 @@ class Recovery:
             return
         self._fence()
 
-    def _fence(self) -> None:
+    def _fence(self, above: int = 0) -> None:
         self.stage, self.decision = Stage.FENCING, None
-        self.fence = self.raise_generation().number
+        self.fence = self.raise_generation(above).number
 
     def _decide(self, context: RunContext, memory: Memory) -> None:
+        floor = _generation_floor(context)
+        if context.generation.number <= floor:
+            self._fence(above=floor)
+            return
         world = context.worlds[self.world_id]
         choice = choose(
             context,
@@ -269,7 +275,8 @@ class Recovery:
     def _next_attempt(self, context: RunContext, memory: Memory) -> int:
         seen = [view.key.attempt for view in context.views]
         seen.extend(decision.attempt for decision, _ in context.inventory.decisions.values())
-        seen.extend(persisted.attempt for persisted in context.storage.records)
+        leap = LEAP_ATTEMPTS - 1 if context.storage.is_ahead_of(context.head) else 0
+        seen.append(context.storage.newest_attempt + leap)
         seen.extend(entry.attempt for entry in context.lineage)
         memory.newest_attempt = max([memory.newest_attempt, *seen]) + 1
         return memory.newest_attempt
@@ -387,6 +394,16 @@ class Recovery:
 def _runs_where_decided(world: World, decision: Decision) -> bool:
     """Whether each rank of the world is on the node that the decision names."""
     return {rank: s.node for rank, s in world.items()} == {place.rank: place.node for place in decision.placements}
+
+
+def _generation_floor(context: RunContext) -> int:
+    """What the generation of a decision must be above: that of every decision which a node of an old cluster may bring back.
+
+    Where storage is ahead of what nodes remember, the nodes that decided last are away, and had decided on since their
+    last durable copy.
+    """
+    storage = context.storage
+    return storage.newest_generation + (LEAP_GENERATIONS if storage.is_ahead_of(context.head) else 0)
 
 
 def _base(view: SnapshotView) -> Base:

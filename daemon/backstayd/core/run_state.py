@@ -48,7 +48,7 @@ class RunState:
     run: str
     policy: CorePolicy
     shapes: ShapeCache
-    raise_generation: Callable[[], Generation]
+    raise_generation: Callable[[int], Generation]
     say: Say
     again: Callable[[str], None]  # the state that the last sentence of this kind described has passed
     protection: Protection = field(init=False)
@@ -97,7 +97,12 @@ class RunState:
         self._protect(context, target)
         self._rebuild(context)
         self.persisting.update(
-            context, self._world(context), target=target, fence=self.recovery.fence, is_busy=self.recovery.is_active
+            context,
+            self._world(context),
+            target=target,
+            fence=self.recovery.fence,
+            is_busy=self.recovery.is_active,
+            is_proving=bool(self._held(context)),
         )
         release = self._release(context, target)
         self._describe(context, target=target, wanted=wanted, release=release)

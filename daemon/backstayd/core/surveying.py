@@ -15,7 +15,7 @@ from backstayd.core.catalog import Inventory, SnapshotView
 from backstayd.core.lineage import is_live
 from backstayd.core.nodes import Liveness, NodeState
 from backstayd.core.placement import natural
-from backstayd.core.records import Lineage, PersistedSnapshot, RunReport, Survey
+from backstayd.core.records import Decision, Lineage, PersistedSnapshot, RunReport, Survey
 from backstayd.core.storage_names import snapshot_url
 
 WAIT_LEASES = 10  # for a survey when memory has nothing to restore
@@ -33,6 +33,15 @@ class StorageState:
     is_known: bool = False  # something of the run lies there, whole or not
     records: tuple[PersistedSnapshot, ...] = ()  # newest first
     problems: Mapping[str, str] = field(default_factory=dict)  # snapshot id -> why it cannot be read
+    newest_attempt: int = 0  # of all that lies there, whole or not
+
+    @property
+    def newest_generation(self) -> int:
+        return max((record.generation for record in self.records), default=0)
+
+    def is_ahead_of(self, head: Decision | None) -> bool:
+        """Whether attempts lie there that began after ``head``, the newest decision that a node remembers."""
+        return self.newest_attempt > (head.attempt if head is not None else 0)
 
     def url_of(self, record: PersistedSnapshot) -> str:
         """Its directory; "" if what lies there is spoilt."""
@@ -178,7 +187,11 @@ class Surveying:
             is_known=self.is_known,
             records=tuple(sorted(self.known.values(), key=lambda record: record.key, reverse=True)),
             problems=dict(self.problems),
+            newest_attempt=max((key.attempt for key in self._keys()), default=0),
         )
+
+    def _keys(self) -> list[SnapshotKey]:
+        return [*self.partial, *(record.key for record in self.known.values())]
 
     def note_written(self, record: PersistedSnapshot) -> None:
         """Its completion record is there."""

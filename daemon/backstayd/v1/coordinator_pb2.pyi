@@ -1736,6 +1736,7 @@ class PersistedSnapshot(_message.Message):
     SERIAL_FIELD_NUMBER: _builtins.int
     UNIX_S_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     attempt: _builtins.int
@@ -1752,6 +1753,8 @@ class PersistedSnapshot(_message.Message):
     """When it was written."""
     writer: _builtins.str
     """Who wrote it."""
+    generation: _builtins.int
+    """Generation of the newest decision when it was ordered."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___VolumeShard]:
         """Shards, in rank order."""
@@ -1773,10 +1776,11 @@ class PersistedSnapshot(_message.Message):
         serial: _builtins.int = ...,
         unix_s: _builtins.float = ...,
         writer: _builtins.str = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "lineage", b"lineage", "run", b"run", "serial", b"serial", "shards", b"shards", "snapshot_id", b"snapshot_id", "step", b"step", "unix_s", b"unix_s", "world_size", b"world_size", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "lineage", b"lineage", "run", b"run", "serial", b"serial", "shards", b"shards", "snapshot_id", b"snapshot_id", "step", b"step", "unix_s", b"unix_s", "world_size", b"world_size", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

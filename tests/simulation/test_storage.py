@@ -1,0 +1,62 @@
+"""A cluster that lost everything goes on from durable storage, whatever its old nodes bring back. All simulated."""
+
+from __future__ import annotations
+
+import pytest
+
+from backstayd.core.policy import CorePolicy
+from tests.simulation.cluster import Cluster, Job
+from tests.simulation.engine import Engine
+from tests.simulation.storage import URL
+from tests.simulation.test_traps import RUN, again, training
+
+POLICY = CorePolicy(lease_s=1.5, persist_url=URL, persist_every_steps=1, persist_keep_last=2)
+
+
+def stored_step(cluster: Cluster) -> int:
+    return max((record.step for record in cluster.storage.records(RUN)), default=0)
+
+
+def recover(engine: Engine, cluster: Cluster, job: Job) -> int:
+    """Kill a rank; the step that the next world begins from."""
+    world = job.world_id
+    cluster.kill_trainer(job.trainers[0])
+    again(engine, cluster, job, world)
+    assert job.decision is not None
+    return job.decision.base.step if job.decision.base is not None else 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nodes_of_a_lost_cluster_that_return_with_newer_decisions_bring_no_dead_history_back(seed: int) -> None:
+    engine, cluster, job = training(4, seed=seed, policy=POLICY)
+    assert engine.run_until(lambda: stored_step(cluster) >= 2, limit_s=20)
+    cluster.disturb_storage(1000.0)  # the lost cluster decides on without a copy
+    for _ in range(3):
+        step = recover(engine, cluster, job)
+        assert engine.run_until(lambda step=step: cluster.checker.protected_step(RUN) > step, limit_s=30)
+    lost_generation = cluster.core().generation.number
+    cluster.black_out(survivors=1 + seed % 2)
+    cluster.disturb_storage(0.0)
+    world = job.world_id
+    again(engine, cluster, job, world)
+    assert job.decision is not None
+    assert job.decision.generation.number > lost_generation
+    begun = job.decision
+    assert engine.run_until(lambda: cluster.checker.protected_step(RUN) > begun.base.step + 1, limit_s=30)  # type: ignore[union-attr]
+    cluster.bring_back()
+    engine.run_for(6.0)
+    assert job.decision == begun, "the world that trains is left alone"
+    newest = cluster.checker.protected_step(RUN)
+    assert recover(engine, cluster, job) >= newest - 1
+    assert job.decision.lineage[1].attempt == begun.attempt, "it goes on with the new cluster's history"
+
+
+def test_distrust_has_the_older_copy_restored_when_memory_has_nothing_older() -> None:
+    engine, cluster, job = training(4, policy=POLICY)
+    assert engine.run_until(lambda: len(cluster.storage.records(RUN)) >= 2, limit_s=20)
+    step = recover(engine, cluster, job)
+    assert cluster.distrust(job)
+    engine.run_for(4.0)
+    older = recover(engine, cluster, job)
+    assert 0 < older < step
+    assert cluster.checker.protected_step(RUN) >= older

@@ -1,0 +1,102 @@
+"""Histories of a run on durable storage: distrusted copies, and old nodes that come back after the cluster was lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from backstay.ids import Generation, SnapshotKey
+from backstayd.core.records import (
+    Distrusted,
+    Lineage,
+    NodeIdentity,
+    NodeReport,
+    Outcome,
+    Placement,
+    RunReport,
+    SourceKind,
+)
+from backstayd.core.recovery import LEAP_ATTEMPTS
+from tests.unit.test_persisting import NAMES, RUN, Cluster, persisted, shard
+
+
+def test_a_distrusted_copy_is_no_substitute_for_a_sound_older_one() -> None:
+    cluster = Cluster(persist_keep_last=1)
+    found = [persisted(step, serial=step) for step in (1, 2, 3)]
+    cluster.storage = {record.snapshot_id: record for record in found}
+    bad = Distrusted(snapshot_id=found[1].snapshot_id, attempt=1, step=2, reason="nan")
+    cluster.set("n0", distrusted=(bad,))
+    cluster.open_world()
+    cluster.run()
+    decision = cluster.decision()
+    assert decision.base is not None
+    assert (decision.base.step, decision.outcome) == (1, Outcome.EXACT_OLDER), "3 was trained from 2"
+    cluster.train_to(4)
+    assert cluster.prunes() == [(), ()], "of 2 and 3 nothing may be restored: 1 stays, though it is the oldest"
+
+
+def test_distrust_during_probation_finds_the_older_copy_still_there() -> None:
+    cluster = Cluster(persist_keep_last=1)
+    cluster.storage = {record.snapshot_id: record for record in (persisted(1, serial=1), persisted(2, serial=2))}
+    cluster.open_world()
+    cluster.run()
+    base = cluster.decision().base
+    assert base is not None
+    assert base.step == 2
+    cluster.set("n1", distrusted=(Distrusted(snapshot_id=base.snapshot_id, attempt=1, step=2, reason="nan"),))
+    for name in NAMES:
+        cluster.set(name, shards=(), sessions=(), staging=None)
+    cluster.open_world("w2")
+    cluster.run()
+    decision = cluster.decision()
+    assert decision.base is not None
+    assert (decision.world_id, decision.base.step) == ("w2", 1)
+    assert {source.kind for source in decision.sources} == {SourceKind.PERSISTED}
+
+
+@pytest.mark.parametrize("generation", [0, 700])
+def test_a_node_of_the_lost_cluster_that_comes_back_with_a_newer_decision_does_not_take_over(generation: int) -> None:
+    """It had recovered often since its last durable copy: its generation and attempt are above everything on storage."""
+    cluster = Cluster(probation_steps=0)
+    record = replace(persisted(4), generation=generation)
+    cluster.storage = {record.snapshot_id: record}
+    cluster.open_world()
+    cluster.run()
+    decision = cluster.decision()
+    cluster.commit(5, attempt=decision.attempt)
+    cluster.train_to(5)
+    old = replace(
+        decision,
+        decision_id="old",
+        generation=Generation(generation + 900, "the coordinator of then"),
+        world_id="old",
+        attempt=9,
+        lineage=(Lineage(attempt=9, base_attempt=1, base_step=4), Lineage(attempt=1, base_attempt=0, base_step=0)),
+        placements=(Placement(rank=0, node="n2"), Placement(rank=1, node="n3")),
+    )
+    cluster.visitor = NodeReport(
+        node=NodeIdentity(name="n2", incarnation="inc-n2", bulk_address="n2:1"),
+        sequence=1,
+        generation=old.generation,
+        runs=(RunReport(run=RUN, decision=old, shards=(replace(shard(8, 0, attempt=9), world_id="old"),)),),
+    )
+    cluster.run(rounds=20, seconds=0.2)
+    assert cluster.core.runs[RUN].head == decision
+    assert cluster.decision() == decision, "the world that trains goes on under its own"
+    for name in NAMES:
+        cluster.set(name, sessions=(), staging=None)
+    cluster.open_world("newer")
+    cluster.run()
+    base = cluster.decision().base
+    assert base is not None
+    assert (base.attempt, base.step) == (decision.attempt, 5), "nothing newer was lost, nothing older restored"
+
+
+def test_partial_copies_count_for_the_number_of_the_next_attempt() -> None:
+    cluster = Cluster()
+    cluster.partial = (SnapshotKey(7, 3),)
+    cluster.open_world(allow_fresh=True)
+    cluster.run()
+    assert cluster.decision().outcome is Outcome.NONE
+    assert cluster.decision().attempt == 7 + LEAP_ATTEMPTS, "its directories hold no shards of another history"
