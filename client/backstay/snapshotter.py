@@ -33,7 +33,7 @@ from backstay.restore import apply, ask, gate, statements
 from backstay.restore.apply import Target
 from backstay.restore.probation import Probation
 from backstay.restore.result import RestoreResult, make_result
-from backstay.trainer import optimizer_state, sources, world
+from backstay.trainer import optimizer_state, sources, uncaptured, world
 from backstay.trainer.sigterm import SigtermHook
 
 _log = logging.getLogger("backstay")
@@ -177,6 +177,7 @@ class Snapshotter:
         begin_s = time.monotonic()
         self._end_session()
         place = world.current()
+        uncaptured.warn(self._model)
         holdings = sources.collect(self._model, self._optimizers, rank=place.rank)
         target = Target(
             model=self._model, optimizers=self._optimizers, extra=self._extra, rank=place.rank, world_size=place.size,

@@ -80,6 +80,11 @@ def test_a_counter_that_differs_between_ranks_that_share_a_parameter_is_seen(
     assert "steps: all ranks" in seen
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ddp"])
+def test_a_statistic_of_each_ranks_own_part_may_differ(found: dict[str, list[dict[str, Any]]], kind: str) -> None:
+    assert conflicts(found, kind, "statistic") == []
+
+
 def test_a_replica_of_another_model_is_seen(found: dict[str, list[dict[str, Any]]]) -> None:
     names = [conflict.name for conflict in conflicts(found, "ddp", "model")]
     assert "layout: all ranks" in names

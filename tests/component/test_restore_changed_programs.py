@@ -350,3 +350,70 @@ def test_tensors_that_lie_in_memory_in_any_way_come_back_bit_for_bit(daemon: Loc
     train(saved)
     train(again)
     check_equal(saved, again)
+
+
+def muon_and_adam(model: Any) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    return [torch.optim.Muon(matrices, lr=0.05), torch.optim.AdamW([p for p in model.parameters() if p.ndim != 2])]
+
+
+def test_complaint_2_muon_beside_another_optimizer_goes_on_as_the_same_model(daemon: LocalDaemon) -> None:
+    saved = save(daemon, experts(muon_and_adam))
+    again = experts(muon_and_adam)
+    with keep(daemon, again) as keeper:
+        assert keeper.restore().step == 2
+    check_equal(saved, again)
+    for training in (saved, again):
+        torch.manual_seed(9)
+        train(training)
+        train(training)
+    check_equal(saved, again)
+
+
+def test_complaint_2_an_optimizer_that_would_begin_anew_is_refused(daemon: LocalDaemon) -> None:
+    save(daemon, experts(muon_and_adam))
+    for make in (
+        lambda m: muon_and_adam(m)[::-1],
+        lambda m: [torch.optim.SGD(g.param_groups[0]["params"], lr=0.1, momentum=0.9) for g in muon_and_adam(m)],
+        lambda m: torch.optim.AdamW(m.parameters()),
+    ):
+        other = experts(make)
+        before = [p.detach().clone() for p in other[0].parameters()]
+        with keep(daemon, other) as keeper, pytest.raises(IntegrityError, match="nothing was loaded"):
+            keeper.restore()
+        assert all(torch.equal(a, b) for a, b in zip(before, other[0].parameters(), strict=True))
+
+
+def test_complaint_4_what_is_written_after_snapshot_returned_is_in_no_snapshot(daemon: LocalDaemon) -> None:
+    """The next optimizer step begins at once, and waits for nothing that the user calls."""
+    training = experts()
+    expected: dict[str, torch.Tensor] = {}
+    with keep(daemon, training) as keeper:
+        keeper.restore()
+        for step in range(1, 8):
+            train(training)
+            if keeper.snapshot(step).state == "started":
+                started, expected = step, {n: p.detach().clone() for n, p in training[0].named_parameters()}
+        train(training)
+        assert keeper.wait_committed()
+        assert keeper.stats().last_committed_step == started
+    again = experts()
+    with keep(daemon, again) as keeper:
+        assert keeper.restore().step == started
+    assert all(torch.equal(value, expected[name]) for name, value in again[0].named_parameters())
+
+
+class Scaled(nn.Linear):
+    """Keeps a scale that is neither parameter nor buffer, as FP8 modules do."""
+
+    def get_extra_state(self) -> Any:
+        raise AssertionError("its code must not run")
+
+
+def test_state_that_only_the_module_knows_is_said_to_be_left_out(
+    daemon: LocalDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), Scaled(2, 2))
+    with keep(daemon, (model, torch.optim.AdamW(model.parameters()))) as keeper:
+        keeper.restore()
+    assert "1 have a get_extra_state(), which is not captured" in caplog.text

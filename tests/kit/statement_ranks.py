@@ -29,7 +29,7 @@ from backstay.restore import apply, statements
 from backstay.trainer import optimizer_state, sources, world
 
 KINDS = ("ddp", "fsdp2", "hsdp", "fsdp2_tp")
-VARIANTS = ("clean", "bit", "steps", "moments", "model")
+VARIANTS = ("clean", "bit", "steps", "moments", "model", "statistic")
 RANKS = 4
 
 
@@ -103,6 +103,9 @@ def state(kind: str, socket: str) -> dict[str, Any]:
             with Collectives() as seen:
                 assert keeper.restore(deadline_s=60).step == 1
             found["collectives"] = seen.names
+            if variant == "statistic":  # of this rank's part alone, as some optimizers keep
+                for parameter in model.parameters():
+                    optimizer.state[parameter]["rms"] = torch.tensor(0.5 + place.rank)
             holdings = sources.collect(model, [optimizer], rank=place.rank)
             target = apply.Target(
                 model=model,
