@@ -2,7 +2,8 @@
 
 ``python tests/kit/trainer_script.py OPTIONS`` where OPTIONS is JSON: rank, world_size, port, run_id, log, stop (a file that
 ends it), last_step, pause_s, is_attached, frozen (width of a frozen
-backbone, 0: none). With ``is_attached`` false backstay is never imported: the control run.
+backbone, 0: none), persist (a file: asks for a durable copy), sigterm ("": not watched; "default"; else a file, and what
+SIGTERM did before is to make it). With ``is_attached`` false backstay is never imported: the control run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,6 +35,11 @@ def state_digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sched
     return digest.hexdigest()
 
 
+def note_sigterm(path: str) -> None:
+    """What a job may do itself on SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda _number, _frame: Path(path).touch())
+
+
 def main(options: dict[str, Any]) -> int:
     rank, world_size = options["rank"], options["world_size"]
     torch.set_num_threads(1)
@@ -54,9 +61,13 @@ def main(options: dict[str, Any]) -> int:
         if options["is_attached"]:
             import backstay
 
+            sigterm = options.get("sigterm", "")
+            if sigterm not in ("", "default"):
+                note_sigterm(sigterm)
             keeper = backstay.Snapshotter(
-                model, optimizer, run_id=options["run_id"], extra={"scheduler": scheduler}, max_wait_s=1.0
-            )
+                model, optimizer, run_id=options["run_id"], extra={"scheduler": scheduler}, max_wait_s=1.0,
+                persist_on_sigterm=bool(sigterm),
+            )  # fmt: skip
             result = keeper.restore()
             first = result.step
             restored = {"event": "restored", "step": first, "outcome": str(result.outcome), "attempt": result.attempt}
@@ -75,6 +86,9 @@ def main(options: dict[str, Any]) -> int:
             line = {"event": "step", "step": step, "digest": state_digest(model, optimizer, scheduler)}
             if keeper is not None:
                 keeper.snapshot(step)
+                if options.get("persist") and Path(options["persist"]).exists():
+                    keeper.persist()
+                    options["persist"] = ""
             log.write(json.dumps({**line, "seconds": time.perf_counter() - begin}) + "\n")
             time.sleep(options["pause_s"])
             must_stop = torch.tensor([float(Path(options["stop"]).exists())])

@@ -161,9 +161,14 @@ class Checker:
         newer = [
             record
             for record in self.cluster.storage.records(run)
-            if record.key > key and self._is_alive(limits, record) and not self._spoilers(truth, *self._spot(record))
+            if record.key > key and self._is_alive(limits, record) and not self._known_spoilers(run, truth, record)
         ]
         self._require(bool(newer), f"{key} was pruned, and nothing newer of the live history is left")
+
+    def _known_spoilers(self, run: str, truth: RunTruth, record: PersistedSnapshot) -> list[tuple[str, int]]:
+        """Those that a node still remembers: distrust does not outlive the loss of the whole cluster."""
+        spots = self._spoilers(truth, *self._spot(record))
+        return [spot for spot in spots if self._is_widely_known(run, *truth.bad[spot])]
 
     def _spot(self, record: PersistedSnapshot) -> tuple[str, int]:
         return record.shards[0].digest.split("/")[1], record.step

@@ -100,3 +100,29 @@ def test_partial_copies_count_for_the_number_of_the_next_attempt() -> None:
     cluster.run()
     assert cluster.decision().outcome is Outcome.NONE
     assert cluster.decision().attempt == 7 + LEAP_ATTEMPTS, "its directories hold no shards of another history"
+
+
+@pytest.mark.parametrize("where", ["memory", "storage"])
+def test_complaint_11_what_was_saved_in_part_is_reason_enough_not_to_start_from_scratch(where: str) -> None:
+    cluster = Cluster()
+    if where == "memory":
+        cluster.set("n0", shards=(shard(3, 0),))  # of two ranks
+    else:
+        cluster.partial = (SnapshotKey(1, 3),)
+    cluster.open_world("w2")
+    cluster.run(rounds=60)
+    decision = cluster.decision()
+    assert decision.outcome is Outcome.REFUSED
+    assert "cannot restore" in decision.message
+
+
+def test_complaint_14_the_newest_step_is_that_of_the_record_and_a_copy_in_part_is_never_chosen() -> None:
+    cluster = Cluster()
+    whole = persisted(4)
+    cluster.storage = {whole.snapshot_id: whole}
+    cluster.partial = (SnapshotKey(1, 9),)
+    cluster.open_world()
+    cluster.run()
+    base = cluster.decision().base
+    assert base is not None
+    assert base.step == cluster.status()["step"] == 4

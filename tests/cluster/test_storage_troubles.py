@@ -1,0 +1,119 @@
+"""Durable storage that is forbidden or vanishes, with real daemons: it is said, training goes on, copies resume."""
+
+from __future__ import annotations
+
+import subprocess
+import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from backstay.testing import LocalCluster
+from backstayd import cli
+from tests.kit.light_world import light_world, wait_protected
+from tests.kit.object_store import BUCKET, object_store
+from tests.kit.storage_world import RUN, cluster_with, records_in, restore_exactly, storage_of, wait_persisted
+
+
+def wait_problem(cluster: LocalCluster, words: str) -> None:
+    cluster.wait_until(lambda: words in storage_of(cluster)["problem"], 60, f"the status to say: {words}")
+
+
+def wait_log(cluster: LocalCluster, words: str) -> None:
+    """The node that could not, or the coordinator, says it in its log."""
+    cluster.wait_until(
+        lambda: any(words in path.read_text(errors="replace") for path in cluster.keeper.log_dir.rglob("*.log")),
+        30,
+        f"a log to say: {words}",
+    )
+
+
+@contextmanager
+def mounted(path: Path) -> Iterator[Path]:
+    """A file system of its own: even root may not write there while it is read-only."""
+    path.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=64m", "storage", str(path)]
+    done = subprocess.run(argv, capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount here: {done.stderr.decode().strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def remount(path: Path, mode: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(path)], check=True)
+
+
+def test_storage_that_may_not_be_written_is_said_and_copied_to_once_it_may(tmp_path: Path) -> None:
+    words = "let the user that runs backstayd read and write there"
+    with mounted(tmp_path / "storage") as directory:
+        remount(directory, "ro")
+        with cluster_with(f"file://{directory}", tmp_path) as cluster, light_world(cluster, RUN) as world:
+            world.restore()
+            world.publish(1)
+            wait_problem(cluster, words)
+            wait_log(cluster, words)
+            for step in (2, 3):
+                world.publish(step)
+                wait_protected(cluster, RUN, step)
+            assert records_in(directory) == []
+            remount(directory, "rw")
+            wait_persisted(cluster, 1)
+            cluster.wait_until(lambda: storage_of(cluster)["problem"] == "", 60, "the reason to be gone")
+
+
+def test_a_bucket_that_vanishes_is_said_and_copied_to_again_when_it_is_back(tmp_path: Path) -> None:
+    pytest.importorskip("s3fs")
+    words = f"the bucket {BUCKET} does not exist; create it or correct persist_url"
+    with object_store() as store:
+        with (
+            cluster_with(store.url, tmp_path, env=store.environment) as cluster,
+            light_world(cluster, RUN) as world,
+        ):
+            world.restore()
+            world.publish(1)
+            wait_persisted(cluster, 1)
+            store.empty()
+            with pytest.raises(urllib.error.HTTPError):
+                store.listing()
+            world.publish(2)
+            wait_problem(cluster, words)
+            wait_log(cluster, words)
+            for step in (3, 4):
+                world.publish(step)
+                wait_protected(cluster, RUN, step)
+            store.make_bucket()
+            wait_persisted(cluster, 2)
+            wait_persisted(cluster, 4)
+        assert "snapshot.json" in store.listing(bucket=BUCKET)
+        with (
+            cluster_with(store.url, tmp_path, env=store.environment) as cluster,
+            light_world(cluster, RUN) as world,
+        ):
+            restore_exactly(world, step=4, source="persisted")
+
+
+def test_a_distrusted_step_gives_way_to_the_older_copy_on_storage(tmp_path: Path) -> None:
+    directory = tmp_path / "storage"
+    directory.mkdir()
+    with cluster_with(f"file://{directory}", tmp_path) as cluster:
+        with light_world(cluster, RUN) as world:
+            world.restore()
+            for step in (1, 2):
+                world.publish(step)
+                wait_protected(cluster, RUN, step)
+                wait_persisted(cluster, step)
+            world.kill()
+        cluster.wait_until(
+            lambda: [s["step"] for s in cluster.run_status(RUN)["snapshots"]] == [2], 30, "memory to hold step 2 alone"
+        )
+        argv = ["distrust", RUN, "2", "--reason", "loss is NaN", "--coordinator", cluster.coordinator_address]
+        assert cli.main(argv) == 0
+        with light_world(cluster, RUN) as world:
+            answers = restore_exactly(world, step=1, source="persisted")
+            assert {answer["outcome"] for answer in answers} == {"EXACT_OLDER"}
+            assert "distrusted (loss is NaN)" in answers[0]["message"]
