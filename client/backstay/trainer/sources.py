@@ -373,6 +373,7 @@ def place_distributed(
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise UsageError(f"{name} is a DTensor on a mesh that does not contain this rank", reason="unsupported_tensor")
+    _refuse_disorder(name, tensor, coordinate)
     _refuse_unsupported(name, tensor._local_tensor)
     local = tensor._local_tensor.detach()
     shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
@@ -388,6 +389,19 @@ def place_distributed(
     if 0 in shape and 0 not in tensor.shape:
         offsets = tuple(min(o, g - s) for o, g, s in zip(offsets, tensor.shape, shape, strict=True))
     return local, tuple(offsets), tuple(tensor.shape), replicas, int(mesh.mesh.min())
+
+
+def _refuse_disorder(name: str, tensor: DTensor, coordinate: Sequence[int]) -> None:
+    """Process groups sort their ranks: FSDP2 cuts by the place in the group, DTensor's arithmetic by that in the mesh."""
+    ranks = tensor.device_mesh.mesh
+    for dim, placement in enumerate(tensor.placements):
+        line = ranks[tuple(slice(None) if d == dim else at for d, at in enumerate(coordinate))].tolist()
+        if not isinstance(placement, Replicate) and line != sorted(line):
+            raise UsageError(
+                f"{name} is sharded over the ranks {line[:8]} of a mesh, in this order; torch's process group has them sorted, "
+                "so that it is not certain which part this rank holds; build the mesh with ascending ranks in each dimension",
+                reason="unsupported_tensor",
+            )
 
 
 def _refuse_placements(name: str, tensor: DTensor) -> None:
