@@ -60,6 +60,7 @@ class JobContext:
         self.moved: dict[str, int] = defaultdict(int)
         self.survey: Survey | None = None
         self.persisted: PersistedSnapshot | None = None
+        self.file_id = ""
         self._timeouts = timeouts or Timeouts()
         self._deadline_s = deadline_s
         self._cancelled = threading.Event()

@@ -164,6 +164,7 @@ class JobResult:
     )  # bytes of an encoding: "read" from members, "encoded" (data put into the codec), "kept" (parity from an older plan)
     survey: Survey | None = None  # of SurveyStorage
     persisted: PersistedSnapshot | None = None  # of WriteRecord: as it was written
+    file_id: str = ""  # of VerifyPersisted: which file was read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

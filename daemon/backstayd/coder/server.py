@@ -41,7 +41,14 @@ from backstayd.coder.jobs import (
 )
 from backstayd.coder.plans import run_fetch_plan
 from backstayd.coder.rebuild import run_decode
-from backstayd.coder.storage_jobs import PruneSnapshot, StorageJob, SurveyStorage, UploadShard, WriteRecord
+from backstayd.coder.storage_jobs import (
+    PruneSnapshot,
+    StorageJob,
+    SurveyStorage,
+    UploadShard,
+    VerifyPersisted,
+    WriteRecord,
+)
 from backstayd.coder.verify import run_verify_fragment, run_verify_shard
 
 logger = logging.getLogger(__name__)
@@ -71,6 +78,7 @@ class CoderServer:
         else:  # of jobs about storage: a world that restores waits for the first
             importlib.import_module("backstayd.coder.persist")
             importlib.import_module("backstayd.coder.fetch_persisted")
+            importlib.import_module("backstayd.coder.verify_persisted")
         with contextlib.suppress(OSError), self._control.makefile("rb") as lines:
             for line in lines:
                 self._take(line)
@@ -124,6 +132,7 @@ class CoderServer:
                     moved=dict(context.moved),
                     survey=context.survey,
                     persisted=context.persisted,
+                    file_id=context.file_id,
                 )
             )
         )
@@ -168,7 +177,11 @@ def _dispatch(context: JobContext, job: Job) -> None:
 
 
 def _dispatch_storage(context: JobContext, job: StorageJob) -> None:
-    from backstayd.coder import fetch_persisted, persist  # only a coder that is asked for it loads what stores need
+    from backstayd.coder import (
+        fetch_persisted,
+        persist,
+        verify_persisted,
+    )  # only a coder that is asked for it loads what stores need
 
     if isinstance(job, UploadShard):
         persist.run_upload(context, job)
@@ -178,6 +191,8 @@ def _dispatch_storage(context: JobContext, job: StorageJob) -> None:
         context.persisted = persist.run_record(context, job)
     elif isinstance(job, PruneSnapshot):
         persist.run_prune(context, job)
+    elif isinstance(job, VerifyPersisted):
+        context.file_id = verify_persisted.run_verify_persisted(context, job)
     else:
         fetch_persisted.run_fetch_persisted(context, job)
 

@@ -72,5 +72,21 @@ class FetchPersisted:
     deadline_s: float
 
 
-StorageJob = SurveyStorage | UploadShard | WriteRecord | PruneSnapshot | FetchPersisted
-STORAGE_JOBS = (SurveyStorage, UploadShard, WriteRecord, PruneSnapshot, FetchPersisted)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyPersisted:
+    """Check every chunk of a shard where it lies in ``url``, the snapshot's directory on a file system of this machine;
+    the answer is ``JobResult.file_id``."""
+
+    run: str
+    attempt: int
+    step: int
+    rank: int
+    world_size: int
+    size_bytes: int
+    digest: str
+    url: str
+    deadline_s: float
+
+
+StorageJob = SurveyStorage | UploadShard | WriteRecord | PruneSnapshot | FetchPersisted | VerifyPersisted
+STORAGE_JOBS = (SurveyStorage, UploadShard, WriteRecord, PruneSnapshot, FetchPersisted, VerifyPersisted)

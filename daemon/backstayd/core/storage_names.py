@@ -29,6 +29,11 @@ def root_of(run_url: str) -> str:
     return run_url.rstrip("/").rsplit("/", 2)[0]
 
 
+def is_local(url: str) -> bool:
+    """Whether files below ``url`` are on a file system of the machine that reads them."""
+    return url != "" and ("://" not in url or url.startswith("file://"))
+
+
 def snapshot_name(key: SnapshotKey) -> str:
     """The directory of a snapshot below its run's."""
     return f"attempt-{key.attempt:04d}/step-{key.step:08d}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, Job, VerifyFragment, VerifyShard
-from backstayd.coder.storage_jobs import FetchPersisted
+from backstayd.coder.storage_jobs import FetchPersisted, VerifyPersisted
 from backstayd.core.geometry import fragment_bytes
 from backstayd.core.layouts import base_size, takes_whole
 from backstayd.core.records import (
@@ -28,6 +28,7 @@ from backstayd.core.records import (
     Staging,
     StagingState,
 )
+from backstayd.core.storage_names import is_local
 
 FLOOR_BYTES_PER_S = 20_000_000  # slower than this and a transfer counts as stuck
 BASE_DEADLINE_S = 30.0
@@ -360,11 +361,11 @@ def _sources(view: View, decision: Decision) -> list[ShardSource]:
 
 def _stage(view: View) -> list[StartJob]:
     decision = view.desired.decision
-    if decision is None or decision.base is None or not _is_open(view):
+    if decision is None or decision.base is None:
         return []
     rebuilt_here = {t.digest for r in view.desired.rebuilds for t in r.targets if t.node == view.node}
     jobs = []
-    for source in _sources(view, decision):
+    for source in _sources(view, decision) if _is_open(view) else _unopened(view, decision):
         if (decision.decision_id, source.digest) in view.verified:
             continue
         if source.digest in view.digests:
@@ -374,6 +375,31 @@ def _stage(view: View) -> list[StartJob]:
             if fetch is not None:
                 jobs.append(fetch)
     return jobs
+
+
+def is_handing_out(view: View) -> bool:
+    """Whether trainers here may still be given what was verified for the decision."""
+    decision = view.desired.decision
+    if decision is None:
+        return False
+    is_coming = view.desired.decision_phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD)
+    return is_coming or any(trainer.world_id == decision.world_id for trainer in view.restoring)
+
+
+def _unopened(view: View, decision: Decision) -> list[ShardSource]:
+    """Persisted files that trainers wait for and that a former daemon of this node, which recorded the decision, had open."""
+    phases = (DecisionPhase.RECORD, DecisionPhase.RELEASE)
+    if view.desired.decision_phase not in phases or decision.world_id not in view.waiting_worlds:
+        return []
+    if decision.base is None or not is_local(decision.base.url) or decision.decision_id in view.failed:
+        return []
+    return [
+        source
+        for source in _sources(view, decision)
+        if source.kind is SourceKind.PERSISTED
+        and source.digest not in view.digests
+        and (decision.decision_id, source.digest) not in view.verified
+    ]
 
 
 def _verify(decision: Decision, source: ShardSource) -> StartJob:
@@ -413,9 +439,11 @@ def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | No
 
 
 def _fetch_persisted(decision: Decision, source: ShardSource) -> StartJob:
-    """Copy from durable storage what is in no memory."""
+    """Copy from durable storage what is in no memory; a file of this machine is verified where it lies."""
     assert decision.base is not None
-    job = FetchPersisted(
+    is_here = is_local(decision.base.url)
+    kind: type[VerifyPersisted | FetchPersisted] = VerifyPersisted if is_here else FetchPersisted
+    job = kind(
         run=decision.run,
         attempt=decision.base.attempt,
         step=decision.base.step,
@@ -426,7 +454,7 @@ def _fetch_persisted(decision: Decision, source: ShardSource) -> StartJob:
         url=decision.base.url,
         deadline_s=STORAGE_DEADLINE_S + source.size_bytes / STORAGE_FLOOR_BYTES_PER_S,
     )
-    return StartJob(key=f"fetch:{decision.decision_id}:{source.rank}", job=job)
+    return StartJob(key=f"{'verify-stored' if is_here else 'fetch'}:{decision.decision_id}:{source.rank}", job=job)
 
 
 def _discard(view: View) -> list[DiscardStaged]:
@@ -459,6 +487,6 @@ def _decide(view: View) -> list[Action]:
     may_record |= desired.decision_phase is DecisionPhase.RELEASE and staging is not None
     if may_record and not is_recorded:
         actions.append(RecordDecision(decision=decision))
-    if desired.decision_phase is DecisionPhase.RELEASE and is_waiting:
+    if desired.decision_phase is DecisionPhase.RELEASE and is_waiting and not _unopened(view, decision):
         actions.append(ReleaseWorld(decision=decision))
     return actions

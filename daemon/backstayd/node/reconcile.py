@@ -25,7 +25,7 @@ from backstayd.coder.jobs import (
     VerifyShard,
 )
 from backstayd.coder.pool import CoderPool
-from backstayd.coder.storage_jobs import FetchPersisted
+from backstayd.coder.storage_jobs import FetchPersisted, VerifyPersisted
 from backstayd.core.layouts import base_size, takes_whole
 from backstayd.core.records import (
     Decision,
@@ -36,13 +36,12 @@ from backstayd.core.records import (
     Quarantined,
     RunDesired,
     SessionPhase,
-    SourceKind,
     Staging,
 )
 from backstayd.node import planning, trust
 from backstayd.node.context import NodeContext
+from backstayd.node.handing_out import HandingOut
 from backstayd.node.planning import Action, Restoring, StagedState, View
-from backstayd.node.requests import close_fds
 from backstayd.node.session import RestoreAnswer, Session
 from backstayd.node.sessions import Sessions
 from backstayd.node.tasks import Tasks
@@ -73,6 +72,7 @@ class Reconciler:
         self.forgotten: set[str] = set()
         self._verified: dict[tuple[str, str], None] = {}
         self._failed: dict[str, str] = {}
+        self._handing_out = HandingOut()
         self._coordinator = ""
         self._is_kicked = False
         self._is_closed = False
@@ -87,6 +87,7 @@ class Reconciler:
     async def close(self) -> None:
         self._is_closed = True
         await self.tasks.close()
+        self._handing_out.keep(())
 
     def on_desired(self, desired: NodeDesired) -> None:
         """Take over what the coordinator says, unless it is an older coordinator or an older word."""
@@ -250,8 +251,11 @@ class Reconciler:
         if self._is_closed:
             return
         has_acted = False
+        handed_out = set()
         for run in list(self._context.desired):
             view = self.view(run)
+            if view.desired.decision is not None and planning.is_handing_out(view):
+                handed_out.add(view.desired.decision.decision_id)
             self._sessions.drop_ended(run, view.desired.world_id)
             actions = planning.plan_actions(view)
             has_acted |= bool(actions)
@@ -260,6 +264,8 @@ class Reconciler:
                     self._do(run, action)
                 except (BackstayError, OSError) as error:
                     logger.error("run %s: %s failed: %s", run, type(action).__name__, error)
+        for mark in self._handing_out.keep(handed_out):
+            self._verified.pop(mark, None)
         self.tidy(self._restored_digests())
         if has_acted:
             self._context.notify()
@@ -314,9 +320,11 @@ class Reconciler:
             except CapacityError as error:
                 self._fail_staging(run, key, str(error))
                 return
-        if isinstance(job, FetchPersisted):
+        if isinstance(job, (FetchPersisted, VerifyPersisted)):
             assert self._run_storage_job is not None
             result = await self._run_storage_job(job)
+            if isinstance(job, VerifyPersisted) and not result.error_class:
+                result = await self._handing_out.take(key.split(":")[1], job, result)
         else:
             result = await self._pool.run(job)
         for corrupt in result.corrupt:
@@ -338,6 +346,11 @@ class Reconciler:
         if key.startswith("suspect:"):
             self.tasks.settle(key, run, for_s=self._context.lease_s)
             return
+        if isinstance(job, VerifyPersisted):  # not settled: once it is closed, it may be wanted again
+            self._note_verified(key.split(":")[1], job.digest)
+            self._say("staged", run, f"verified rank {job.rank} of step {job.step} in {job.url}")
+            self._context.changed()
+            return
         if isinstance(job, VerifyShard) and job.is_staged:
             self._publish(run, job)
             self._say("rebuild", run, f"rebuilt rank {job.rank} of step {job.step}")
@@ -346,7 +359,7 @@ class Reconciler:
             where = job.url if isinstance(job, FetchPersisted) else "a peer"
             self._say("staged", run, f"copied rank {job.rank} of step {job.step} from {where}")
         elif isinstance(job, VerifyShard):
-            self._note_verified(run, job.digest)
+            self._note_verified(self._decision_id(run), job.digest)
         elif isinstance(job, FetchPlan):
             withdraw.note_plan(self._store, run, job.plan.key, job.plan.plan_id)
             return
@@ -360,15 +373,17 @@ class Reconciler:
 
     def _publish(self, run: str, job: VerifyShard | FetchShard | FetchPersisted) -> None:
         withdraw.publish_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
-        self._note_verified(run, job.digest)
+        self._note_verified(self._decision_id(run), job.digest)
         self._context.changed()
 
-    def _note_verified(self, run: str, digest: str) -> None:
+    def _decision_id(self, run: str) -> str:
         decision = self._context.run_desired(run).decision
-        if decision is not None:
-            while len(self._verified) >= MAX_VERIFIED:
-                del self._verified[next(iter(self._verified))]
-            self._verified[decision.decision_id, digest] = None
+        return decision.decision_id if decision is not None else ""
+
+    def _note_verified(self, decision_id: str, digest: str) -> None:
+        while len(self._verified) >= MAX_VERIFIED:
+            del self._verified[next(iter(self._verified))]
+        self._verified[decision_id, digest] = None
 
     def _job_failed(self, run: str, key: str, job: Job, result: JobResult) -> None:
         count = self.tasks.fail(key, run)
@@ -383,7 +398,9 @@ class Reconciler:
             del plans[:-MAX_REMOTE_MARKS]
         elif isinstance(job, VerifyShard) and job.is_staged and (result.corrupt or count >= MAX_TRIES):
             withdraw.discard_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
-        elif isinstance(job, (FetchShard, FetchPersisted, VerifyShard)) and not getattr(job, "is_staged", False):
+        elif isinstance(job, (FetchShard, FetchPersisted, VerifyPersisted, VerifyShard)) and not getattr(
+            job, "is_staged", False
+        ):
             is_rebuilding = any(
                 target.digest == job.digest
                 for rebuild in self._context.run_desired(run).rebuilds
@@ -516,31 +533,8 @@ class Reconciler:
         self._context.bell.ring()
 
     def _restored(self, session: Session, decision: Decision) -> RestoreAnswer:
-        shards: list[local.RestoredShard] = []
-        fds: list[int] = []
         base = decision.base
-        if base is not None:
-            key = SnapshotKey(base.attempt, base.step)
-            sources = {source.rank: source for source in decision.sources}
-            is_whole = takes_whole(decision, rank=session.rank, layout=session.layout)
-            try:
-                for rank in session.needed_ranks if is_whole else ():
-                    fd, manifest = withdraw.open_for_trainer(self._store, session.run, key, rank=rank)
-                    fds.append(fd)
-                    source = sources[rank]
-                    shards.append(
-                        local.RestoredShard(
-                            rank=rank,
-                            source=source.kind.value,
-                            manifest=manifest,
-                            fd_index=len(fds) - 1,
-                            detail=", ".join(source.holders)
-                            or (base.url if source.kind is SourceKind.PERSISTED else ""),
-                        )
-                    )
-            except BaseException:
-                close_fds(tuple(fds))
-                raise
+        shards, fds = self._handing_out.open_shards(self._store, session, decision)
         message = local.Restored(
             outcome=Outcome(decision.outcome).value,
             attempt=decision.attempt,
@@ -548,15 +542,13 @@ class Reconciler:
             base_attempt=base.attempt if base else 0,
             snapshot_id=base.snapshot_id if base else "",
             message=decision.message,
-            shards=tuple(shards),
+            shards=shards,
             decision_id=decision.decision_id,
             base_world_size=base_size(decision) if base else 0,
             probation_steps=self._context.run_desired(session.run).probation_steps,
             interval_steps=self._context.run_desired(session.run).schedule.interval_steps,
         )
-        return RestoreAnswer(
-            message=message, fds=tuple(fds), attempt=decision.attempt, base_step=base.step if base else 0
-        )
+        return RestoreAnswer(message=message, fds=fds, attempt=decision.attempt, base_step=base.step if base else 0)
 
     def _refuse_world(self, decision: Decision) -> None:
         for session in self._sessions.waiting(decision.run, decision.world_id):

@@ -7,9 +7,11 @@ that a former daemon of this node left is gone on with, after its chunks were ch
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -65,6 +67,24 @@ class LocalPlace:
     def open_read(self, name: str) -> RangeReader:
         with explained("read", self._url(name)):
             return _LocalReader(self._root / name, self._url(name))
+
+    def open_file(self, name: str) -> int:
+        """A read-only descriptor of a regular file, which is not reached by a link.
+
+        Raises:
+            SnapshotNotFoundError: it is not there (``gone``). IntegrityError: something else is.
+        """
+        with explained("read", self._url(name)):
+            try:
+                fd = os.open(self._root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                raise IntegrityError(f"{self._url(name)} is a symbolic link, not a file", reason="no_file") from error
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise IntegrityError(f"{self._url(name)} is not a regular file", reason="no_file")
 
     def put_shard(self, name: str, source: ShardSource, *, mark: str) -> None:
         path = self._root / name
