@@ -21,12 +21,22 @@ def cluster_with(
     env: Mapping[str, str] | None = None,
     keep_last: int = 3,
     every_steps: int = 1,
+    coordinator_env: Mapping[str, str] | None = None,
+    parity: int = 1,
     **settings: object,
 ) -> LocalCluster:
-    """A cluster that survives the loss of one node, with ``url`` as durable storage."""
+    """A cluster that survives the loss of ``parity`` nodes, with ``url`` as durable storage."""
     chosen = {"persist_url": url, "persist_every_s": 0, "persist_every_steps": every_steps}
     chosen |= {"persist_keep_last": keep_last} | settings
-    return LocalCluster(nodes, 1, lease_s=LEASE_S, env=env, settings=chosen, keep_logs=tmp_path / "logs")
+    return LocalCluster(
+        nodes,
+        parity,
+        lease_s=LEASE_S,
+        env=env,
+        coordinator_env=coordinator_env,
+        settings=chosen,
+        keep_logs=tmp_path / "logs",
+    )
 
 
 def storage_of(cluster: LocalCluster) -> dict[str, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from backstay.ids import Generation, SnapshotKey
 from backstay.manifest import CHUNK_BYTES
 from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, VerifyFragment, VerifyShard
+from backstayd.coder.storage_jobs import FetchPersisted, VerifyPersisted
 from backstayd.core.records import (
     Base,
     Decision,
@@ -42,9 +45,11 @@ from backstayd.node.planning import (
     RefuseWorld,
     ReleaseSnapshot,
     ReleaseWorld,
+    Restoring,
     StagedState,
     StartJob,
     View,
+    is_handing_out,
     plan_actions,
     rebuilt_bytes,
     staging_of,
@@ -248,6 +253,63 @@ def test_trainers_go_on_only_when_released_and_only_those_of_that_world() -> Non
     assert plan_actions(view(desired(phase=DecisionPhase.RELEASE), **waiting)) == [ReleaseWorld(decision=LOCAL)]
     others = waiting | {"waiting_worlds": frozenset({"w3"})}
     assert plan_actions(view(desired(phase=DecisionPhase.RELEASE), **others)) == []
+
+
+def stored(url: str) -> Decision:
+    """Everything lies on durable storage alone."""
+    kinds: dict[int, tuple[SourceKind, tuple[str, ...]]] = dict.fromkeys(range(3), (SourceKind.PERSISTED, ()))
+    return decision(kinds, base=Base(attempt=1, step=12, snapshot_id="5" * 64, world_size=3, url=url))
+
+
+@pytest.mark.parametrize("url", ["file:///mnt/run/attempt-0001/step-00000012", "/mnt/run/attempt-0001/step-00000012"])
+def test_a_persisted_file_of_this_machine_is_verified_where_it_lies(url: str) -> None:
+    made = stored(url)
+    now = view(desired(made), sessions=(restoring(0),))
+    (action,) = plan_actions(now)
+    assert isinstance(action, StartJob)
+    assert isinstance(action.job, VerifyPersisted)
+    assert (action.job.rank, action.job.url, action.key.split(":")[1]) == (0, url, made.decision_id)
+    done = replace(now, verified=frozenset({(made.decision_id, digest(0))}))
+    staging = staging_of(done)
+    assert staging is not None
+    assert staging.state is StagingState.READY
+
+
+def test_a_persisted_object_elsewhere_is_copied_and_one_in_memory_is_used() -> None:
+    made = stored("s3://bucket/run/attempt-0001/step-00000012")
+    (action,) = plan_actions(view(desired(made), sessions=(restoring(0),)))
+    assert isinstance(action, StartJob)
+    assert isinstance(action.job, FetchPersisted)
+    (action,) = plan_actions(view(desired(stored("/mnt/run")), shards=(shard(0),), sessions=(restoring(0),)))
+    assert isinstance(action, StartJob)
+    assert isinstance(action.job, VerifyShard)
+
+
+@pytest.mark.parametrize("phase", [DecisionPhase.RECORD, DecisionPhase.RELEASE])
+def test_a_node_that_lost_its_descriptors_after_recording_verifies_again_before_it_releases(
+    phase: DecisionPhase,
+) -> None:
+    made = stored("file:///mnt/run")
+    waiting = frozenset({"w2"})
+    now = view(desired(made, phase), sessions=(restoring(0),), decision=made, waiting_worlds=waiting)
+    (action,) = plan_actions(now)
+    assert isinstance(action, StartJob)
+    assert isinstance(action.job, VerifyPersisted)
+    released: list[Any] = [ReleaseWorld(decision=made)] if phase is DecisionPhase.RELEASE else []
+    assert plan_actions(replace(now, verified=frozenset({(made.decision_id, digest(0))}))) == released
+    given_up = replace(now, failed={made.decision_id: "the file is gone"})
+    assert plan_actions(given_up) == released, "the trainers are told instead of waiting for ever"
+    assert plan_actions(replace(now, waiting_worlds=frozenset())) == []
+
+
+def test_descriptors_are_kept_until_the_trainers_have_them() -> None:
+    made = stored("file:///mnt/run")
+    trainers = (Restoring(world_id="w2", rank=0),)
+    for phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD):
+        assert is_handing_out(view(desired(made, phase)))
+    assert is_handing_out(view(desired(made, DecisionPhase.RELEASE), restoring=trainers))
+    assert not is_handing_out(view(desired(made, DecisionPhase.RELEASE)))
+    assert not is_handing_out(view(desired(None), restoring=trainers))
 
 
 def test_a_refusal_is_passed_on() -> None:

@@ -90,7 +90,9 @@ class HandingOut:
         if shard is None:
             return None
         manifest: dict[str, Any] = json.loads(shard.manifest_bytes)
-        return os.dup(shard.fd), manifest
+        fd = os.dup(shard.fd)
+        os.lseek(fd, 0, os.SEEK_SET)  # shared by all who have it: trainers read at positions
+        return fd, manifest
 
     def keep(self, decisions: Collection[str]) -> list[tuple[str, str]]:
         """Close what is of other decisions than these; returns (decision id, digest) of each."""

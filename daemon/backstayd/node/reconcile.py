@@ -73,6 +73,7 @@ class Reconciler:
         self._verified: dict[tuple[str, str], None] = {}
         self._failed: dict[str, str] = {}
         self._handing_out = HandingOut()
+        self._said: dict[str, Staging | None] = {}
         self._coordinator = ""
         self._is_kicked = False
         self._is_closed = False
@@ -251,14 +252,16 @@ class Reconciler:
         if self._is_closed:
             return
         has_acted = False
-        handed_out = set()
+        handed_out, said = set(), self._said
+        self._said = {}
         for run in list(self._context.desired):
             view = self.view(run)
             if view.desired.decision is not None and planning.is_handing_out(view):
                 handed_out.add(view.desired.decision.decision_id)
             self._sessions.drop_ended(run, view.desired.world_id)
             actions = planning.plan_actions(view)
-            has_acted |= bool(actions)
+            self._said[run] = planning.staging_of(view)
+            has_acted |= bool(actions) or self._said[run] != said.get(run)  # ready with nothing to do, too
             for action in actions:
                 try:
                     self._do(run, action)
