@@ -4,7 +4,10 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
+# Most of a cluster test is waiting for leases and process starts: three files at a time fit on two cores.
+JOBS   ?= 3
 PYTEST := $(BIN)/python -m pytest
+MANY   := $(PYTEST) -n $(JOBS) --dist loadfile
 ARGS   ?=
 SEED   ?=
 
@@ -45,14 +48,14 @@ lint: $(STAMP)  ## ruff and the layers
 type: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
 
-test: $(STAMP)  ## all tests (ARGS="-k name")
-	$(PYTEST) tests $(ARGS)
+test: $(STAMP)  ## all tests (ARGS="-k name"; JOBS=1 one file at a time)
+	$(MANY) tests $(ARGS)
 
 test-quick: $(STAMP)  ## the tests without the cluster tier
-	$(PYTEST) tests --ignore=tests/cluster $(ARGS)
+	$(MANY) tests --ignore=tests/cluster $(ARGS)
 
 test-cluster: $(STAMP)  ## real daemons and trainers as processes
-	$(PYTEST) tests/cluster $(ARGS)
+	$(MANY) tests/cluster $(ARGS)
 
 simulate: $(STAMP)  ## the cores of many nodes under a seeded fake network (SEED=7)
 	BACKSTAY_SEED=$(SEED) $(PYTEST) tests/simulation $(ARGS)
