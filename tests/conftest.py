@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def extension_builds(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DeepSpeed compiles at first use, under a lock file that a killed test run would leave for ever: one place per run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(shared / "torch-extensions")
+
+
 @pytest.fixture
 def tmpfs_dir(request: pytest.FixtureRequest) -> Iterator[Path]:
     """An empty directory on tmpfs, private to the test and deleted after it."""

@@ -474,6 +474,31 @@ EVERY_MESSAGE = [
     local.StatusBody(document={"format": 1, "runs": [MANIFEST], "nothing": None}),
     local.Done(),
     local.Error(error_class="UsageError", reason="r", message="m"),
+    local.Offer(
+        decision_id="d",
+        step=7,
+        base_attempt=1,
+        base_world_size=2,
+        snapshot_id="s",
+        manifests=(MANIFEST,),
+        kinds=("peer",),
+        details=("n2",),
+    ),
+    local.Open(run="default/gpt", step=3),
+    local.Fetch(decision_id="d", shards=(local.ChunkRanges(rank=1, firsts=(0, 9), counts=(1, 2)),), deadline_s=9.5),
+    local.Fetched(shards=(local.FetchedShard(rank=1, fd_index=0),)),
+    local.Gate(
+        decision_id="d",
+        entries=(local.GateEntryBody(name="replicas", ranks=(0, 1), digest="ab"),),
+        details=(local.GateDetailBody(entry="replicas", names=("model.w",), digests=("cd",)),),
+        deadline_s=9.5,
+    ),
+    local.GateAnswer(state="detail", entries=("replicas",), message="m"),
+    local.Distrust(step=7, reason="NaN"),
+    local.Persist(),
+    local.Seal(step=7),
+    local.AwaitSeal(after_step=6, wait_s=1.5),
+    local.Sealed(step=7, protected_step=6, complete_step=7),
 ]
 
 
@@ -492,7 +517,8 @@ def test_every_message_is_what_the_documented_contract_says(tmp_path: Path) -> N
         pool.Add(file)
     assert {type(message).__name__ for message in EVERY_MESSAGE} == set(local.MESSAGES)
     documented = set(pool.FindFileByName("backstayd/v1/local.proto").message_types_by_name)
-    assert documented == {*local.MESSAGES, "Frame", "RestoredShard", "ScheduleBody"}
+    parts = {"RestoredShard", "ScheduleBody", "ChunkRanges", "FetchedShard", "GateEntryBody", "GateDetailBody"}
+    assert documented == {*local.MESSAGES, "Frame", *parts}
     for message in EVERY_MESSAGE:
         name = type(message).__name__
         cls = message_factory.GetMessageClass(pool.FindMessageTypeByName(f"backstayd.v1.{name}"))
