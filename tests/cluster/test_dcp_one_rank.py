@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 import backstay.dcp
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.testing import LocalCluster
+from tests.kit.listing import files_in
 
 MIB = 1 << 20
 
@@ -50,9 +51,9 @@ def again(cluster: LocalCluster, store: backstay.dcp.Store, name: str) -> backst
     return store_of(cluster, name)
 
 
-def shards(cluster: LocalCluster, name: str) -> list[Path]:
+def shards(cluster: LocalCluster, name: str) -> dict[Path, os.stat_result]:
     run_id = name.removeprefix("test_")[:90]
-    return sorted((cluster.nodes[0].memory_dir / "default" / run_id).glob("attempt-*/step-*/*.safetensors"))
+    return files_in(cluster.nodes[0].memory_dir / "default" / run_id, "attempt-*/step-*/*.safetensors")
 
 
 def state(value: float, count: int = 1000) -> dict[str, Any]:
@@ -112,9 +113,9 @@ def test_memory_does_not_grow_with_the_number_of_saves(
         full["w"].fill_(step)
         dcp.async_save(full, storage_writer=store.writer(step), async_stager=stager).result()
         assert store.wait_complete(step)
-        inodes |= {path.stat().st_ino for path in shards(cluster, request.node.name)}
+        inodes |= {found.st_ino for found in shards(cluster, request.node.name).values()}
         rss.append(process.memory_info().rss)
-        used.append(sum(f.stat().st_size for f in cluster.nodes[0].memory_dir.rglob("*") if f.is_file()))
+        used.append(sum(cluster.files(0).values()))
     assert len(inodes) <= 2, "a slot keeps its inode"
     assert max(used[5:]) <= 2.5 * size + min(used[5:])
     assert max(rss[10:]) - rss[10] < size // 2, [value // MIB for value in rss]

@@ -16,6 +16,7 @@ import pytest
 from backstay import local
 from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
+from tests.kit.listing import files_in
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN, MadeShard
 from tests.kit.trainer import PlainTrainer, wait_until
@@ -130,9 +131,8 @@ def test_a_world_starts_is_protected_loses_a_node_and_gets_every_byte_back(group
     for number, node in group.nodes.items():
         (run,) = node.report().runs
         assert {(shard.step, shard.rank) for shard in run.shards} >= {(3, number)}
-        assert (
-            len(list(node.memory_dir.glob(f"{RUN}/slots/rank-*.*")) + list(node.memory_dir.rglob("*.safetensors"))) == 2
-        )
+        files = [*files_in(node.memory_dir / RUN / "slots", "rank-*.*"), *files_in(node.memory_dir, "*.safetensors")]
+        assert len(files) == 2
     for trainer in trainers:
         trainer.close()
     group.destroy(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from backstay.testing import LocalCluster
 from tests.kit.light_world import Ranks
+from tests.kit.listing import files_in
 
 RUN = "default/durable"
 LEASE_S = 1.0
@@ -65,4 +66,4 @@ def dead_daemons(cluster: LocalCluster) -> list[int]:
 
 def records_in(directory: Path) -> list[int]:
     """Steps with a completion record, by listing files."""
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in directory.rglob("snapshot.json"))
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in files_in(directory, "snapshot.json"))
