@@ -148,7 +148,9 @@ def test_retention_keeps_the_last_and_every_nth(directory: Path, tmp_path: Path)
             wait_persisted(cluster, step)
         names = {f"step-{step:08d}" for step in (3, 5, 6)}
         cluster.wait_until(
-            lambda: {name for _, inside, _ in os.walk(directory) for name in inside if "step-" in name} == names, 30, "older copies to be removed"
+            lambda: {name for _, inside, _ in os.walk(directory) for name in inside if "step-" in name} == names,
+            30,
+            "older copies to be removed",
         )
         assert records_in(directory) == [3, 5, 6]
 
