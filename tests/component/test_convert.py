@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save  # no
 
 from backstay import record, shard  # noqa: E402
 from backstay.convert import foreign, huggingface, importing, writing  # noqa: E402
-from backstay.convert.boxes import Box, choose_cover, place  # noqa: E402
+from backstay.convert.boxes import choose_cover, place  # noqa: E402
 from backstay.convert.consolidate import Shard, aliases_of, differing_copies, whole_tensors  # noqa: E402
 from backstay.digest import Digester  # noqa: E402
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UsageError  # noqa: E402
@@ -102,7 +102,7 @@ def test_boxes_cut_anyhow_make_the_whole_tensor_again(seed: int, ndim: int) -> N
     whole = torch.arange(torch.Size(shape).numel(), dtype=torch.int16).reshape(shape)
     cuts = [sorted({0, size, *(rng.randrange(size + 1) for _ in range(2))}) for size in shape]
     boxes = [
-        Box(offsets=tuple(a for a, _ in spans), shape=tuple(b - a for a, b in spans))
+        (tuple(a for a, _ in spans), tuple(b - a for a, b in spans))
         for spans in itertools.product(*(list(itertools.pairwise(c)) for c in cuts))
     ]
     rng.shuffle(boxes)
@@ -110,7 +110,7 @@ def test_boxes_cut_anyhow_make_the_whole_tensor_again(seed: int, ndim: int) -> N
     for index in choose_cover("t", boxes, shape):
         box = boxes[index]
         part = whole
-        for dim, (offset, size) in enumerate(zip(box.offsets, box.shape, strict=True)):
+        for dim, (offset, size) in enumerate(zip(*box, strict=True)):
             part = part.narrow(dim, offset, size)
         place(memoryview(part.contiguous().numpy().tobytes()), box, memoryview(made), shape, item=2)
     assert bytes(made) == whole.numpy().tobytes()

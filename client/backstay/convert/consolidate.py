@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from backstay.convert.boxes import Box, choose_cover, item_bytes, place, stored_box, whole_shape
+from backstay.boxes import Box
+from backstay.convert.boxes import choose_cover, item_bytes, place, stored_box, whole_shape
 from backstay.digest import verify_chunks
 from backstay.errors import IntegrityError, SnapshotNotFoundError
 from backstay.manifest import Manifest, TensorEntry
@@ -54,7 +55,7 @@ class WholeTensor:
         """
         whole = bytearray(self.size_bytes)
         for shard, entry, box in self.parts:
-            if (entry.begin, entry.end) == (entry.begin, entry.begin + self.size_bytes):
+            if entry.end - entry.begin == self.size_bytes:
                 read_entry(shard, entry, memoryview(whole))
                 continue
             part = memoryview(bytearray(entry.end - entry.begin))
@@ -66,38 +67,27 @@ class WholeTensor:
 def whole_tensors(shards: Sequence[Shard], *, prefix: str = MODEL_PREFIX) -> Iterator[WholeTensor]:
     """The tensors under ``prefix``, in the order of their names, each of which is whole.
 
-    Copies that several ranks keep with bytes of their own (buffers under DDP) are given as the lowest rank has them; a
-    parameter that differs between ranks is refused.
+    Copies that several ranks keep with bytes of their own (buffers under DDP) are given as the lowest rank has them;
+    :func:`differing_copies` names them.
 
     Raises:
-        SnapshotNotFoundError: nothing lies under ``prefix``. IntegrityError: a tensor is not whole, or its copies differ.
+        SnapshotNotFoundError: nothing lies under ``prefix``. IntegrityError: a tensor is not whole.
     """
-    homes: dict[str, dict[int, list[tuple[Shard, TensorEntry]]]] = {}
-    for shard in shards:
-        for entry in shard.manifest.tensors:
-            match = _HOME.match(entry.name)
-            bare = entry.name[match.end() :] if match else entry.name
-            if bare.startswith(prefix):
-                home = int(match[1]) if match else 0
-                homes.setdefault(bare, {}).setdefault(home, []).append((shard, entry))
-    if not homes:
+    copies = _copies(shards, prefix)
+    if not copies:
         raise SnapshotNotFoundError(f"the snapshot holds nothing under {prefix!r}", reason="no_tensors")
-    for bare in sorted(homes):
-        home = min(homes[bare])
-        yield _whole(bare.removeprefix(prefix), homes[bare][home])
+    for name in sorted(copies):
+        yield _whole(name, copies[name][min(copies[name])])
 
 
 def differing_copies(shards: Sequence[Shard], *, prefix: str = MODEL_PREFIX) -> dict[str, tuple[int, ...]]:
     """Tensors of which ranks keep copies that differ: name to the ranks that have one; of these the lowest is taken."""
-    copies: dict[str, dict[int, tuple[int, ...]]] = {}
-    for shard in shards:
-        for entry in shard.manifest.tensors:
-            match = _HOME.match(entry.name)
-            bare = entry.name[match.end() :] if match else entry.name
-            if bare.startswith(prefix):
-                home = int(match[1]) if match else 0
-                copies.setdefault(bare.removeprefix(prefix), {}).setdefault(home, (entry.crc, *entry.offsets))
-    return {name: tuple(sorted(found)) for name, found in copies.items() if len(set(found.values())) > 1}
+    differing = {}
+    for name, copies in _copies(shards, prefix).items():
+        contents = {frozenset((entry.offsets, entry.crc) for _, entry in found) for found in copies.values()}
+        if len(contents) > 1:
+            differing[name] = tuple(sorted(copies))
+    return differing
 
 
 def aliases_of(shards: Sequence[Shard], *, prefix: str = MODEL_PREFIX) -> dict[str, str]:
@@ -124,6 +114,19 @@ def read_entry(shard: Shard, entry: TensorEntry, view: memoryview) -> None:
         low, high = max(position, entry.begin), min(stop, entry.end)
         view[low - entry.begin : high - entry.begin] = buffer[low - position : high - position]
         position = stop
+
+
+def _copies(shards: Sequence[Shard], prefix: str) -> dict[str, dict[int, list[tuple[Shard, TensorEntry]]]]:
+    """The parts of every tensor under ``prefix``, by name without it and by the lowest rank that shares the copy."""
+    copies: dict[str, dict[int, list[tuple[Shard, TensorEntry]]]] = {}
+    for shard in shards:
+        for entry in shard.manifest.tensors:
+            match = _HOME.match(entry.name)
+            bare = entry.name[match.end() :] if match else entry.name
+            if bare.startswith(prefix):
+                home = int(match[1]) if match else 0
+                copies.setdefault(bare.removeprefix(prefix), {}).setdefault(home, []).append((shard, entry))
+    return copies
 
 
 def _whole(name: str, found: Sequence[tuple[Shard, TensorEntry]]) -> WholeTensor:

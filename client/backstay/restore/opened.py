@@ -17,13 +17,12 @@ from typing import Any, Final, Protocol, Self
 
 import torch
 
-from backstay import local, record, shard
+from backstay import boxes, local, record, shard
+from backstay.boxes import Box, Range
 from backstay.control import DaemonConnection
 from backstay.digest import verify_chunks
 from backstay.errors import IntegrityError, SnapshotNotFoundError
 from backstay.manifest import CHUNK_BYTES, Manifest, TensorEntry
-from backstay.restore import boxes
-from backstay.restore.boxes import Box, Range
 from backstay.restore.reading import Part, Reading, chunk_ranges, true_dtype, true_shape
 
 MAX_SHARDS_PER_FETCH: Final = 64  # descriptors that one frame may carry, with room

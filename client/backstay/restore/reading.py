@@ -16,10 +16,10 @@ from typing import Final
 import torch
 from crc32c import crc32c
 
+from backstay import boxes
+from backstay.boxes import Box, Range
 from backstay.errors import IntegrityError
 from backstay.manifest import CHUNK_BYTES, Manifest, TensorEntry
-from backstay.restore import boxes
-from backstay.restore.boxes import Box, Range
 from backstay.shard import STORAGE_RULES, shard_label
 from backstay.trainer import memory
 
