@@ -354,7 +354,7 @@ def test_a_coordinator_that_dies_while_shards_are_rebuilt_for_another_layout_is_
     state = cluster.core().runs[RUN]
 
     def is_rebuilding() -> bool:
-        return state.recovery.stage is Stage.PREPARE and bool(state.rebuilds)
+        return state.recovery.stage is Stage.PREPARE and bool(state.rebuilds.under_way)
 
     assert engine.run_until(is_rebuilding, limit_s=20)
     cluster.crash_coordinator(0.2)  # the next one names owners of its own
@@ -406,7 +406,7 @@ def test_a_node_that_was_away_when_its_run_was_forgotten_forgets_it_when_it_come
         cluster.nodes[trainer.node].changed()
     engine.run_for(0.4)
     core = cluster.core()
-    core.runs[RUN].is_forgetting = True  # as when the last rank's word came just before the cut
+    core.runs[RUN].forgetting.is_under_way = True  # as when the last rank's word came just before the cut
     engine.run_for(3.0)
     assert cluster.nodes["n4"].memory[RUN].shards
     assert engine.run_until(lambda: not cluster.kept_keys(RUN), limit_s=20)

@@ -137,7 +137,7 @@ class Coordinator:
                 reason="run_is_active",
             )
         self._say(run, "abandoned", "the operator forgets the run on every node")
-        state.is_forgetting = True
+        state.forgetting.is_under_way = True
         self._is_dirty = True
 
     def distrust(self, run: str, step: int, reason: str) -> str:
@@ -172,7 +172,7 @@ class Coordinator:
         if not self.is_settled:
             raise UnavailableError("the coordinator has just started and gathers reports; try again", reason="settling")
         state = self.runs.get(run)
-        if state is None or state.context is None or state.is_forgetting:
+        if state is None or state.context is None or state.forgetting.is_under_way:
             raise SnapshotNotFoundError(f"no node knows run {run}", reason="unknown_run")
         return locate(state.context, step)
 

@@ -9,6 +9,7 @@ from backstay.ids import Generation, SnapshotKey
 from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, suspects_of, take_inventory
 from backstayd.core.choosing import Memory, choose
 from backstayd.core.context import RunContext, World, find_worlds
+from backstayd.core.forgetting import Forgetting
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.nodes import Liveness, NodeState
 from backstayd.core.pace import Pace
@@ -17,8 +18,8 @@ from backstayd.core.placement import group_count
 from backstayd.core.policy import CorePolicy
 from backstayd.core.probation import Probation, has_both
 from backstayd.core.protection import Protection
-from backstayd.core.rebuilding import choose_targets, is_still_possible, open_targets, plan_rebuilds
-from backstayd.core.records import Decision, Rebuild, RunDesired, SessionPhase, SessionRecord, SourceKind
+from backstayd.core.rebuilds import Rebuilds
+from backstayd.core.records import Decision, RunDesired, SessionPhase, SessionRecord
 from backstayd.core.recovery import Recovery, Say, Stage
 from backstayd.core.retention import abandoned_keys, releasable
 from backstayd.core.sentences import any_nodes, counted, listed
@@ -55,13 +56,10 @@ class RunState:
     recovery: Recovery = field(init=False)
     probation: Probation = field(init=False)
     persisting: Persisting = field(init=False)
+    rebuilds: Rebuilds = field(init=False)
+    forgetting: Forgetting = field(init=False)
     pace: Pace = field(default_factory=Pace)
     memory: Memory = field(default_factory=Memory)
-    rebuilds: dict[str, Rebuild] = field(default_factory=dict)
-    missing_since: dict[str, float] = field(default_factory=dict)
-    ended: dict[str, set[int]] = field(default_factory=dict)
-    is_forgetting: bool = False
-    idle_since_s: float | None = None  # no trainer is connected, as far as this coordinator has seen
     head: Decision | None = None
     evaluation: Evaluation | None = None
     context: RunContext | None = None
@@ -70,18 +68,17 @@ class RunState:
     known_marks: set[tuple[str, str, int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.protection = Protection(self.policy)
-        self.recovery = Recovery(self.raise_generation, self.say)
-        self.probation = Probation(steps=self.policy.probation_steps)
-        self.persisting = Persisting(self.run, self.policy, self.say)
+        self._set_out()
 
     def evaluate(
         self, nodes: Mapping[str, NodeState], *, generation: Generation, has_long_memory: bool, now_s: float
     ) -> None:
         """Bring everything in line with the reports of ``nodes``."""
         context = self.context = self._take_context(nodes, generation, has_long_memory, now_s)
-        self._update_idle(context)
-        if self._update_forgetting(context):
+        self.forgetting.update(context, self.recovery, self.persisting)
+        if self.forgetting.is_done(context):
+            self._begin_again()
+        if self.forgetting.is_under_way:
             return
         self._watch(context)
         before = self.recovery.world_id
@@ -95,7 +92,7 @@ class RunState:
         wanted = self.policy.wanted_parity(host_count)
         target = self.protection.target(host_count=host_count, present_count=len(nodes))
         self._protect(context, target)
-        self._rebuild(context)
+        self.rebuilds.update(context, self.recovery, self.persisting, hosts=self._hosts(context))
         self.persisting.update(
             context,
             self._world(context),
@@ -113,13 +110,13 @@ class RunState:
         evaluation, context = self.evaluation, self.context
         if context is None:
             return None
-        if self.is_forgetting:
+        if self.forgetting.is_under_way:
             report = context.nodes[node].runs.get(self.run) if node in context.nodes else None
             return RunDesired(run=self.run, forget=True) if report is not None and not report.is_forgotten else None
         if evaluation is None:
             return None
         plans = self.protection.plans_of(node)
-        rebuilds = tuple(rebuild for rebuild in self.rebuilds.values() if _takes_part(rebuild, node))
+        rebuilds = self.rebuilds.of(node)
         has_report = node in context.nodes and self.run in context.nodes[node].runs
         if not (has_report or plans or rebuilds):
             return None
@@ -157,7 +154,7 @@ class RunState:
         self.recovery.check_invariants()
         self.persisting.check_invariants()
         evaluation = self.evaluation
-        if evaluation is None or self.is_forgetting:
+        if evaluation is None or self.forgetting.is_under_way:
             return
         kept = [view for view in evaluation.context.sound_views if view.key not in evaluation.release]
         best = max((view.spares for view in evaluation.context.sound_views), default=-1)
@@ -224,58 +221,21 @@ class RunState:
 
     def forgotten_in_s(self) -> float | None:
         """Time until the run's memory is freed because no trainer comes back; None: not as things are."""
-        if self.idle_since_s is None or self.context is None or self.policy.job_ttl_s == 0:
-            return None
-        return max(0.0, self.idle_since_s + self.policy.job_ttl_s - self.context.now_s)
-
-    def _update_idle(self, context: RunContext) -> None:
-        """Count from when the last trainer left; one that is connected anywhere, or a new coordinator, begins anew."""
-        phases = {session.record.phase for world in context.worlds.values() for session in world.values()}
-        if phases - {SessionPhase.ENDED} or context.inventory.is_empty:
-            self.idle_since_s = None
-        elif self.idle_since_s is None:
-            self.idle_since_s = context.now_s
-        elif self.forgotten_in_s() == 0 and not self.is_forgetting:
-            self.say("abandoned", f"no trainer was connected for {self.policy.job_ttl_s:g} s: the run is forgotten")
-            self.is_forgetting = True
-
-    def _update_forgetting(self, context: RunContext) -> bool:
-        """Forget a run whose ranks have all ended, or that a node says was forgotten. True while that goes on."""
-        for world_id, world in context.worlds.items():
-            ended = {rank for rank, session in world.items() if session.record.phase is SessionPhase.ENDED}
-            if ended:
-                self.ended.setdefault(world_id, set()).update(ended)
-                size = next(iter(world.values())).record.world_size
-                is_over = world_id == self.recovery.world_id and len(self.ended[world_id]) >= size
-                if is_over and not self.is_forgetting and not self.persisting.is_saving(context):
-                    self.say("abandoned", "every rank has finished: the run is forgotten on every node")
-                    self.is_forgetting = True
-        reports = [node.runs[self.run] for node in context.nodes.values() if self.run in node.runs]
-        if any(report.is_forgotten for report in reports) and not context.inventory.is_empty and not self._is_new():
-            self.is_forgetting = True
-        if self.is_forgetting and context.inventory.is_empty and not self._has_unfinished(context):
-            self._begin_again()
-            return False
-        return self.is_forgetting
-
-    def _is_new(self) -> bool:
-        """Whether this is a later run of a forgotten name: a world was opened since."""
-        return self.recovery.stage is not Stage.IDLE
-
-    def _has_unfinished(self, context: RunContext) -> bool:
-        """Whether some node still has sessions of the world that ended."""
-        return any(world_id in self.ended for world_id in context.worlds)
+        return self.forgetting.due_in_s(self.context.now_s) if self.context is not None else None
 
     def _begin_again(self) -> None:
         """Nothing of the run is left anywhere: whoever asks under its name starts from scratch."""
-        self.is_forgetting = False
+        self._set_out()
+        self.pace, self.memory = Pace(), Memory()
+        self.head, self.evaluation = None, None
+
+    def _set_out(self) -> None:
         self.protection = Protection(self.policy)
         self.recovery = Recovery(self.raise_generation, self.say)
-        self.pace, self.memory = Pace(), Memory()
         self.probation = Probation(steps=self.policy.probation_steps)
         self.persisting = Persisting(self.run, self.policy, self.say)
-        self.rebuilds, self.missing_since, self.ended = {}, {}, {}
-        self.head, self.evaluation = None, None
+        self.rebuilds = Rebuilds(self.policy.lease_s, self.say, self.again)
+        self.forgetting = Forgetting(self.policy.job_ttl_s, self.say)
 
     def _watch(self, context: RunContext) -> None:
         """Note what is new in the reports: snapshots, sessions, corruption."""
@@ -294,7 +254,7 @@ class RunState:
         world = context.worlds.get(self.recovery.world_id, {})
         now = {rank: session.node for rank, session in world.items()}
         gone = sorted(rank for rank in self.known_sessions if rank not in now)
-        if gone and self.recovery.world_id not in self.ended:
+        if gone and self.recovery.world_id not in self.forgetting.ended:
             where = listed(sorted({self.known_sessions[rank] for rank in gone}))
             self.probation.trust.note_end(f"{counted(gone, 'rank')} on {where} died")
             self.again("session_lost")
@@ -359,80 +319,6 @@ class RunState:
             if is_good and view.snapshot_id not in self.memory.protected:
                 self.memory.protected[view.snapshot_id] = None
                 self.say("protected", f"step {view.key.step} is protected: {any_nodes(view.spares)} may go")
-
-    def _rebuild(self, context: RunContext) -> None:
-        """Keep rebuilds that can finish, drop the others, begin new ones where shards are gone."""
-        for plan_id, rebuild in list(self.rebuilds.items()):
-            if not open_targets(rebuild, context.inventory):
-                del self.rebuilds[plan_id]
-                self.again("rebuild")
-                ranks = [target.rank for target in rebuild.targets]
-                step = rebuild.plan.step
-                self.say("repaired", f"the shards of {counted(ranks, 'rank')} at step {step} are rebuilt")
-        view, placements = self._rebuild_view(context)
-        if view is None:
-            self.rebuilds = {}
-            return
-        for plan_id, rebuild in list(self.rebuilds.items()):
-            is_right = rebuild.plan.snapshot_id == view.snapshot_id and all(
-                placements.get(target.rank, target.node) == target.node for target in rebuild.targets
-            )
-            if not is_right or not is_still_possible(
-                rebuild, nodes=context.nodes, inventory=context.inventory, shapes=self.shapes
-            ):
-                del self.rebuilds[plan_id]
-        under_way = {t.rank for rebuild in self.rebuilds.values() for t in rebuild.targets}
-        if not set(view.unheld_ranks) - under_way:
-            return
-        targets = self._targets(context, view, placements)
-        left = {rank: node for rank, node in targets.items() if rank not in under_way}
-        for rebuild in plan_rebuilds(
-            view, targets=left, nodes=context.nodes, inventory=context.inventory, shapes=self.shapes
-        ):
-            if rebuild.plan.plan_id not in self.rebuilds:
-                self.rebuilds[rebuild.plan.plan_id] = rebuild
-                owners = listed(f"rank {target.rank} on {target.node}" for target in rebuild.targets)
-                decoders = sorted({task.decoder for task in rebuild.tasks})
-                self.say("rebuild", f"rebuilding step {view.key.step}: {owners}, decoded by {listed(decoders)}")
-
-    def _targets(self, context: RunContext, view: SnapshotView, placements: Mapping[int, str]) -> dict[int, str]:
-        """Owners of the shards that nobody holds; while a world decides just those that its decision names."""
-        if self.recovery.is_active:
-            return {r: node for r, node in placements.items() if r in view.unheld_ranks and node in context.nodes}
-        return choose_targets(
-            view,
-            placements=placements,
-            nodes=context.nodes,
-            inventory=context.inventory,
-            preferred=self._hosts(context),
-        )
-
-    def _rebuild_view(self, context: RunContext) -> tuple[SnapshotView | None, dict[int, str]]:
-        """Which snapshot's shards should be rebuilt now, and where each is wanted."""
-        decision = self.recovery.decision
-        if self.recovery.stage is Stage.FENCING:
-            return None, {}
-        if self.recovery.is_active:
-            base = decision.base if decision is not None else None
-            view = context.view_of(base.snapshot_id) if base is not None else None
-            sources = decision.sources if decision is not None else ()
-            owners = {s.rank: s.holders[0] for s in sources if s.kind is SourceKind.REBUILD and s.holders}
-            return (view if view is not None and view.is_available else None), owners
-        best = max(
-            (view for view in context.live_views if view.is_restorable),
-            key=lambda view: (view.key not in context.tainted, view.spares, view.key),
-            default=None,
-        )
-        if best is None or best.is_complete:
-            best = self.persisting.incomplete_view(context)
-        if best is None:
-            self.missing_since.clear()
-            return None, {}
-        since = self.missing_since.setdefault(best.snapshot_id, context.now_s)
-        if best.spares > 0 and context.now_s - since < self.policy.lease_s:
-            return None, {}  # a new world may be on its way and choose better places
-        placements = self.recovery.placements_of(best.world_size)
-        return best, {rank: node for rank, node in placements.items() if node in context.nodes}
 
     def _release(self, context: RunContext, target: int) -> dict[SnapshotKey, str]:
         """Snapshots to delete, with reasons.
@@ -548,10 +434,10 @@ class RunState:
 
     def _redundancy(self, context: RunContext, *, spares: int, wanted: int) -> tuple[str, str]:
         total = sum(n.runs[self.run].rebuild_total_bytes for n in context.nodes.values() if self.run in n.runs)
-        if self.rebuilds:
+        if self.rebuilds.under_way:
             done = sum(n.runs[self.run].rebuilt_bytes for n in context.nodes.values() if self.run in n.runs)
             percent = min(99, 100 * done // total) if total else 0
-            ranks = sorted(t.rank for rebuild in self.rebuilds.values() for t in rebuild.targets)
+            ranks = sorted(t.rank for rebuild in self.rebuilds.under_way.values() for t in rebuild.targets)
             return f"REBUILDING {percent} %", f"the shards of {counted(ranks, 'rank')} are being rebuilt"
         if spares < 0:
             return "UNPROTECTED", f"no {'other ' if context.tainted else ''}snapshot is restorable" + (
@@ -584,7 +470,3 @@ class RunState:
         note = self.pace.update(sessions, is_protected=is_protected, lease_s=self.policy.lease_s, now_s=context.now_s)
         if note:
             self.say("interval_raised", note)
-
-
-def _takes_part(rebuild: Rebuild, node: str) -> bool:
-    return any(target.node == node for target in rebuild.targets) or any(task.decoder == node for task in rebuild.tasks)

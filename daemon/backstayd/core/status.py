@@ -57,7 +57,7 @@ def _run(state: RunState) -> dict[str, Any]:
         "attempt": state.head.attempt if state.head is not None else 0,
         "redundancy": "UNPROTECTED",
         "spares": -1,
-        "reason": "forgetting" if state.is_forgetting else "not evaluated yet",
+        "reason": "forgetting" if state.forgetting.is_under_way else "not evaluated yet",
         "forgotten_in_s": state.forgotten_in_s(),
         "complete_step": 0,
         "protected_step": 0,
@@ -73,7 +73,7 @@ def _run(state: RunState) -> dict[str, Any]:
         "storage": state.persisting.document(),
     }
     context, evaluation = state.context, state.evaluation
-    if context is None or evaluation is None or state.is_forgetting:
+    if context is None or evaluation is None or state.forgetting.is_under_way:
         return document
     world = context.worlds.get(state.recovery.world_id) or next(iter(context.worlds.values()), {})
     sizes = [session.record.world_size for session in world.values()] or [view.world_size for view in context.views]
