@@ -5,13 +5,15 @@
 (compared as text); ``nth=K`` fires at the K-th matching reach in this process; ``once=PATH`` fires, from then
 on, only for who creates PATH: a fault is armed later by deleting a PATH that was there.
 Actions: ``kill`` (SIGKILL to itself), ``killgroup`` (SIGKILL to its process group), ``stop`` (SIGSTOP), ``exit``
-(status 1). Unset, a point costs one dictionary look-up. Standard library only.
+(status 1), ``hang`` (this thread never goes on; the others do). Unset, a point costs one dictionary look-up. Standard
+library only.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from dataclasses import dataclass, field
 
 from backstay.errors import ConfigError
@@ -22,7 +24,9 @@ POINTS = (
     "mid_encode", "mid_forward", "mid_rebuild", "mid_fetch",  # coder
     "mid_upload", "after_upload", "before_record", "after_record", "mid_prune", "mid_fetch_persisted",  # coder
     "decided", "recorded_on_some",  # coordinator
+    "pulse",  # the event loop of node daemon and coordinator, every other second
 )  # fmt: skip
+ACTIONS = ("kill", "killgroup", "stop", "exit", "hang")
 
 
 @dataclass(slots=True)
@@ -43,7 +47,7 @@ def _parse(text: str) -> dict[str, list[_Fault]]:
         match = dict(pair.partition("=")[::2] for pair in pairs)
         nth, once = match.pop("nth", "1"), match.pop("once", "")
         is_whole = all("=" in pair for pair in pairs) and nth.isdecimal() and int(nth) > 0
-        if point not in POINTS or action not in ("kill", "killgroup", "stop", "exit") or not is_whole:
+        if point not in POINTS or action not in ACTIONS or not is_whole:
             raise ConfigError(
                 f"BACKSTAY_FAULTS: {entry!r} is not POINT[,key=value]:ACTION with a known point and action, nth from 1"
             )
@@ -81,5 +85,7 @@ def _act(action: str) -> None:
         os.killpg(os.getpgid(0), signal.SIGKILL)
     elif action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif action == "hang":
+        threading.Event().wait()
     else:
         os._exit(1)

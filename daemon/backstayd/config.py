@@ -217,7 +217,7 @@ class NodeConfig:
         metavar="HOST:PORT",
     )
     http: str = _setting(
-        "127.0.0.1:7072", _address, "Where /metrics, /healthz and /status.json are served.", metavar="HOST:PORT"
+        "127.0.0.1:7072", _address, "Where /metrics, /livez, /readyz and /status.json are served.", metavar="HOST:PORT"
     )
     domain: str = _setting("", _domain, "Failure domain, such as a rack: groups are spread over domains.")
     quota_bytes: int = _setting(
@@ -241,7 +241,7 @@ class CoordinatorConfig:
 
     listen: str = _setting("127.0.0.1:7070", _address, "Where nodes and operators are served.", metavar="HOST:PORT")
     http: str = _setting(
-        "127.0.0.1:7073", _address, "Where /metrics, /healthz and /status.json are served.", metavar="HOST:PORT"
+        "127.0.0.1:7073", _address, "Where /metrics, /livez, /readyz and /status.json are served.", metavar="HOST:PORT"
     )
     parity: int | None = _setting(
         "auto",

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from backstay.errors import ConfigError
+from backstay.errors import ConfigError, UnavailableError
 from backstayd.telemetry import http, logs
+from backstayd.telemetry.health import Health
 from backstayd.telemetry.metrics import Metrics
+from backstayd.telemetry.routes import Reply, Route, document_route, metrics_route, probe_route
 
 
 def _get(address: str, path: str) -> tuple[int, bytes]:
@@ -28,6 +30,14 @@ def _get(address: str, path: str) -> tuple[int, bytes]:
         return error.code, error.read()
 
 
+def _routes(metrics: Metrics) -> dict[str, Route]:
+    return {
+        "/metrics": metrics_route(metrics.registry),
+        "/status.json": document_route(lambda: {"format": 1, "role": "node"}),
+        "/page": lambda query: Reply(body=b"<p>", content_type="text/html", headers={"Content-Security-Policy": query}),
+    }
+
+
 @pytest.fixture
 def metrics() -> Metrics:
     return Metrics(role="node", version="0.1.0")
@@ -35,17 +45,61 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def server(metrics: Metrics) -> Iterator[http.HttpServer]:
-    running = http.start_http("127.0.0.1:0", document=lambda: {"format": 1, "role": "node"}, registry=metrics.registry)
+    running = http.start_http("127.0.0.1:0", _routes(metrics))
     yield running
     running.close()
 
 
-def test_the_three_paths_answer_and_others_do_not(server: http.HttpServer) -> None:
+def test_each_path_of_the_table_answers_and_others_name_what_there_is(server: http.HttpServer) -> None:
     assert _get(server.address, "/healthz") == (200, b"ok\n")
     status, body = _get(server.address, "/status.json?pretty")
     assert (status, json.loads(body)) == (200, {"format": 1, "role": "node"})
     assert _get(server.address, "/metrics")[0] == 200
-    assert _get(server.address, "/")[0] == 404
+    assert _get(server.address, "/") == (404, b"there is /healthz, /metrics, /page, /status.json\n")
+
+
+def test_a_route_may_send_headers_and_is_told_the_query(server: http.HttpServer) -> None:
+    with urllib.request.urlopen(f"http://{server.address}/page?default-src", timeout=10) as response:
+        assert response.headers["Content-Security-Policy"] == "default-src"
+        assert response.headers["Content-Type"] == "text/html"
+
+
+def test_head_is_answered_without_a_body(server: http.HttpServer) -> None:
+    request = urllib.request.Request(f"http://{server.address}/healthz", method="HEAD")
+    with urllib.request.urlopen(request, timeout=10) as response:
+        assert (response.status, response.headers["Content-Length"], response.read()) == (200, "3", b"")
+
+
+def test_a_probe_says_what_is_wrong_and_that_it_is_over() -> None:
+    now = [100.0]
+    health = Health(lease_s=3.0, monotonic_s=lambda: now[0])
+    server = http.start_http(
+        "127.0.0.1:0",
+        {
+            "/livez": probe_route(health.not_alive, well=health.alive),
+            "/readyz": probe_route(health.not_ready, well=health.ready),
+        },
+    )
+    try:
+        assert _get(server.address, "/readyz") == (503, b"starting\n")
+        health.beat("the event loop")
+        health.set_ready(lambda: "ready: all is served")
+        now[0] += 10.0
+        assert _get(server.address, "/readyz") == (200, b"ready: all is served\n")
+        assert _get(server.address, "/livez") == (200, b"alive: the event loop 10.0 s ago\n")
+        now[0] += 0.5
+        sentence = b"the event loop last went round 10.5 s ago, the bound is 10 s\n"
+        assert _get(server.address, "/livez") == (503, sentence)
+        health.beat("the event loop")
+        assert _get(server.address, "/livez")[0] == 200
+        health.watch("socket", lambda: "closed")
+        assert _get(server.address, "/livez") == (503, b"socket: closed\n")
+    finally:
+        server.close()
+
+
+def test_a_daemon_with_a_long_lease_may_be_silent_for_three_of_them() -> None:
+    assert Health(lease_s=60.0).bound_s == 180.0
 
 
 def test_a_counted_corruption_is_seen_by_a_scraper(server: http.HttpServer, metrics: Metrics) -> None:
@@ -74,8 +128,8 @@ def test_a_forgotten_run_leaves_no_series(metrics: Metrics) -> None:
     assert runs == {None, "default/stays"}
 
 
-def test_a_document_that_fails_is_a_500_and_the_server_goes_on(metrics: Metrics) -> None:
-    answers: list[dict[str, Any] | Exception] = [ValueError("broken"), {"format": 1}]
+def test_a_document_that_fails_is_an_error_and_the_server_goes_on() -> None:
+    answers: list[dict[str, Any] | Exception] = [ValueError("broken"), UnavailableError("busy"), {"format": 1}]
 
     def document() -> dict[str, Any]:
         answer = answers.pop(0)
@@ -83,22 +137,23 @@ def test_a_document_that_fails_is_a_500_and_the_server_goes_on(metrics: Metrics)
             raise answer
         return answer
 
-    server = http.start_http("127.0.0.1:0", document=document, registry=metrics.registry)
+    server = http.start_http("127.0.0.1:0", {"/status.json": document_route(document)})
     try:
-        assert _get(server.address, "/status.json")[0] == 500
+        assert _get(server.address, "/status.json") == (500, b"ValueError\n")
+        assert _get(server.address, "/status.json") == (503, b"busy\n")
         assert _get(server.address, "/status.json") == (200, b'{"format": 1}\n')
     finally:
         server.close()
 
 
-def test_a_port_in_use_is_a_configuration_error_that_names_it(server: http.HttpServer, metrics: Metrics) -> None:
+def test_a_port_in_use_is_a_configuration_error_that_names_it(server: http.HttpServer) -> None:
     with pytest.raises(ConfigError, match=f"cannot serve HTTP on {server.address}: another process uses it"):
-        http.start_http(server.address, document=dict, registry=metrics.registry)
+        http.start_http(server.address, {})
 
 
-def test_an_address_that_is_not_here_is_a_configuration_error(metrics: Metrics) -> None:
+def test_an_address_that_is_not_here_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"cannot serve HTTP on 192\.0\.2\.1:80"):
-        http.start_http("192.0.2.1:80", document=dict, registry=metrics.registry)
+        http.start_http("192.0.2.1:80", {})
 
 
 def test_connections_that_say_nothing_are_bounded_and_do_not_stop_the_server(server: http.HttpServer) -> None:

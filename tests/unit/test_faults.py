@@ -34,6 +34,18 @@ def test_each_action_ends_the_process_at_the_point(action: str, status: int) -> 
     assert (done.returncode, done.stdout) == (status, "before\n")
 
 
+def test_a_hanging_thread_never_goes_on_and_the_others_do() -> None:
+    code = """
+import os, threading
+thread = threading.Thread(target=reach, args=('pulse',), daemon=True)
+thread.start()
+thread.join(0.1)
+print('hangs' if thread.is_alive() else 'went on', flush=True)
+os._exit(0)
+"""
+    assert run("pulse:hang", code).stdout == "hangs\n"
+
+
 def test_killing_the_group_takes_its_children_along() -> None:
     code = """
 import os, signal

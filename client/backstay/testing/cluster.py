@@ -162,6 +162,11 @@ class LocalCluster:
         return f"{_HOST}:{self._coordinator_port}"
 
     @property
+    def coordinator_http_port(self) -> int:
+        """Port of the coordinator's HTTP server on this machine."""
+        return self._coordinator_http_port
+
+    @property
     def coordinator_process(self) -> subprocess.Popen[bytes] | None:
         """The coordinator's process as started last, for ``poll()``; None before the start."""
         return self._coordinator

@@ -92,6 +92,14 @@ class CoderPool:
         """Process ids of the coders alive now."""
         return tuple(coder.process.pid for coder in self._coders.values() if coder.is_alive)
 
+    @property
+    def failure(self) -> str:
+        """What keeps dead coders from being replaced, for people; "" while each is alive or being started again."""
+        for place, keeper in enumerate(list(self._keepers)):
+            if keeper.done() and not self._closing.is_set():
+                return f"coder {place} would not be started again: {keeper.exception()!r}"
+        return ""
+
     async def start(self) -> None:
         """Start all coders; returns when each has been spawned. Raises OSError when one cannot be."""
         for place in range(self._count):

@@ -22,8 +22,10 @@ from backstayd.core.locating import Located
 from backstayd.core.policy import CorePolicy
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.core.timeline import Event
+from backstayd.telemetry.health import Health, pulse
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import Metrics
+from backstayd.telemetry.routes import Route, document_route, metrics_route, probe_route
 from backstayd.transport.coordinator_service import CoordinatorServer
 
 logger = logging.getLogger(__name__)
@@ -87,7 +89,8 @@ class CoordinatorProcess:
         self._gauges = Gauges(self.metrics)
         self._server = CoordinatorServer(config.listen, self, lease_s=config.lease_s)
         self._evaluation: asyncio.TimerHandle | None = None
-        self._ticker: asyncio.Task[None] | None = None
+        self._health = Health(lease_s=config.lease_s)
+        self._tasks: list[asyncio.Task[None]] = []
         self._half_recorded: set[str] = set()
         self.address = ""
         self.http_address = ""
@@ -97,21 +100,24 @@ class CoordinatorProcess:
         loop = asyncio.get_running_loop()
         self.address = await self._server.start()
         try:
-            self._http = start_http(
-                self._config.http, document=lambda: self._from_thread(loop), registry=self.metrics.registry
-            )
+            self._http = start_http(self._config.http, self._routes(loop))
         except BaseException:
             await self._server.close()
             raise
         self.http_address = self._http.address
-        self._ticker = loop.create_task(self._tick(), name="coordinator-ticks")
+        self._tasks = [
+            loop.create_task(self._tick(), name="coordinator-ticks"),
+            loop.create_task(pulse(self._health), name="coordinator-pulse"),
+        ]
+        self._health.set_ready(lambda: f"ready: coordinates at {self.address}")
         logger.info("coordinator %s listens at %s, http at %s", self.core.incarnation, self.address, self.http_address)
 
     async def close(self) -> None:
         """Stop serving; nothing is left running."""
-        if self._ticker is not None:
-            self._ticker.cancel()
-            await asyncio.gather(self._ticker, return_exceptions=True)
+        self._health.set_unready("ending")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._evaluation is not None:
             self._evaluation.cancel()
         await self._server.close()
@@ -155,6 +161,7 @@ class CoordinatorProcess:
 
     async def _tick(self) -> None:
         while True:
+            self._health.beat("the decisions")
             await asyncio.sleep(self._config.lease_s / 6)
             self.core.tick(self._clock.monotonic_s())
             self._evaluate()
@@ -194,6 +201,14 @@ class CoordinatorProcess:
             if decision_id not in self._half_recorded:
                 self._half_recorded.add(decision_id)
                 faults.reach("recorded_on_some", run=run)
+
+    def _routes(self, loop: asyncio.AbstractEventLoop) -> dict[str, Route]:
+        return {
+            "/livez": probe_route(self._health.not_alive, well=self._health.alive),
+            "/metrics": metrics_route(self.metrics.registry),
+            "/readyz": probe_route(self._health.not_ready, well=self._health.ready),
+            "/status.json": document_route(lambda: self._from_thread(loop)),
+        }
 
     def _from_thread(self, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
         """The status document, made in the loop, for a thread of the HTTP server."""

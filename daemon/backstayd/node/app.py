@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,8 +38,10 @@ from backstayd.node.timeline import Timeline
 from backstayd.store import withdraw
 from backstayd.store.store import Store
 from backstayd.store.stored import make_directory
+from backstayd.telemetry.health import Health, pulse
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import Metrics
+from backstayd.telemetry.routes import Route, document_route, metrics_route, probe_route
 from backstayd.transport.link import CoordinatorLink
 
 logger = logging.getLogger(__name__)
@@ -122,7 +124,8 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         reporter = Reporter(context, sessions, reconciler, storing)
         context.progress, context.document = reconciler.progress, reporter.document
         context.offer_due, reconciler.tidy = reconciler.offer_due, offers.tidy
-        http = start_http(config.http, document=lambda: _from_thread(loop, reporter), registry=context.metrics.registry)
+        health = Health(lease_s=config.lease_s)
+        http = start_http(config.http, _routes(context, health, document=lambda: _from_thread(loop, reporter)))
         stack.push_async_callback(asyncio.to_thread, http.close)
         pool = CoderPool(
             count=config.coders,
@@ -150,11 +153,16 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         context.notify, context.kick = link.notify, lambda: _kick(reconciler, storing)
         link.start()
         stack.push_async_callback(link.close)
+        serving = asyncio.create_task(sessions.serve(listener))
         for task in (
-            asyncio.create_task(sessions.serve(listener)),
-            asyncio.create_task(_maintain(context, sessions, pool, config.lease_s / 6)),
+            serving,
+            asyncio.create_task(_maintain(context, sessions, pool, health, period_s=config.lease_s / 6)),
+            asyncio.create_task(pulse(health)),
         ):
             stack.push_async_callback(_end, task)
+        stack.callback(health.set_unready, "ending")
+        _watch(health, reconciler, pool, serving)
+        health.set_ready(lambda: _ready_sentence(context))
         logger.info(
             "node %s (%s) holds %s, serves trainers at %s, peers at %s, http at %s",
             identity.name, incarnation, config.memory_dir, config.socket, identity.bulk_address, http.address,
@@ -187,10 +195,44 @@ def _on_link(context: NodeContext, is_connected: bool) -> None:
     context.bell.ring()
 
 
-async def _maintain(context: NodeContext, sessions: Sessions, pool: CoderPool, period_s: float) -> None:
+def _routes(context: NodeContext, health: Health, *, document: Callable[[], dict[str, Any]]) -> dict[str, Route]:
+    return {
+        "/livez": probe_route(health.not_alive, well=health.alive),
+        "/metrics": metrics_route(context.metrics.registry),
+        "/readyz": probe_route(health.not_ready, well=health.ready),
+        "/status.json": document_route(document),
+    }
+
+
+def _watch(health: Health, reconciler: Reconciler, pool: CoderPool, serving: asyncio.Task[None]) -> None:
+    """What must go on for this daemon to be of use; a coordinator or peer that is away is none of it."""
+
+    def reconciling() -> str:
+        owed_since_s = reconciler.owed_since_s
+        silent_s = health.monotonic_s() - owed_since_s if owed_since_s else 0.0
+        return f"no pass succeeded for {silent_s:.1f} s" if silent_s > health.bound_s else ""
+
+    def accepting() -> str:
+        return "trainers are not accepted any more" if serving.done() else ""
+
+    health.watch("reconcile", reconciling)
+    health.watch("coders", lambda: pool.failure)
+    health.watch("socket", accepting)
+
+
+def _ready_sentence(context: NodeContext) -> str:
+    is_connected = context.is_coordinator_connected()
+    link = "connected to" if is_connected else "not connected to"
+    return f"ready: memory adopted, trainers are served; {link} the coordinator at {context.coordinator_address}"
+
+
+async def _maintain(
+    context: NodeContext, sessions: Sessions, pool: CoderPool, health: Health, *, period_s: float
+) -> None:
     """What no event says: sessions without connection, files that others deleted, gauges, coders that were restarted."""
     seen_restarts = 0
     while True:
+        health.beat("the maintenance")
         sessions.end_lost()
         _look_for_files(context)
         context.metrics.memory_used_bytes.set(context.store.used_bytes)

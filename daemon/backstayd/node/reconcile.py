@@ -77,6 +77,7 @@ class Reconciler:
         self._coordinator = ""
         self._is_kicked = False
         self._is_closed = False
+        self.owed_since_s = 0.0  # when the pass that is still to succeed was first asked for
         self._pool: CoderPool | None = None
         self.tidy: Callable[[Mapping[str, set[str]]], None] = lambda wanted: None
         self._run_storage_job: Callable[[Job], Awaitable[JobResult]] | None = None
@@ -150,6 +151,7 @@ class Reconciler:
         """Look again soon."""
         if not self._is_kicked and not self._is_closed:
             self._is_kicked = True
+            self.owed_since_s = self.owed_since_s or self._context.clock.monotonic_s()
             asyncio.get_running_loop().call_soon(self._pass)
 
     def view(self, run: str) -> View:
@@ -270,6 +272,7 @@ class Reconciler:
         for mark in self._handing_out.keep(handed_out):
             self._verified.pop(mark, None)
         self.tidy(self._restored_digests())
+        self.owed_since_s = self._context.clock.monotonic_s() if self._is_kicked else 0.0
         if has_acted:
             self._context.notify()
 

@@ -1,32 +1,27 @@
-"""A small HTTP server for machines that watch a daemon: ``/metrics``, ``/healthz`` and ``/status.json``, read only.
+"""A small HTTP server for people and machines that watch a daemon: read only, a table of paths (:mod:`routes`).
 
-Runs in threads of its own, at most ``MAX_CONNECTIONS`` at a time; the document callable is called from them and must be
-safe for that.
+Runs in threads of its own, at most ``MAX_CONNECTIONS`` at a time, which call the routes. Knows no path but ``/healthz``.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar, Final
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-
-from backstay.errors import ConfigError
+from backstay.errors import BackstayError, ConfigError
 from backstayd.config import split_address
+from backstayd.telemetry.routes import Reply, Route, text_reply
 
 MAX_CONNECTIONS: Final = 16
 REQUEST_TIMEOUT_S: Final = 5.0
 
 _logger = logging.getLogger(__name__)
-
-Document = Callable[[], dict[str, Any]]
 
 
 class HttpServer:
@@ -47,12 +42,8 @@ class HttpServer:
         self._server.server_close()
 
 
-def start_http(address: str, *, document: Document, registry: CollectorRegistry) -> HttpServer:
-    """Serve on ``address`` (``host:port``).
-
-    Args:
-        document: Returns what ``/status.json`` shows; called in a thread of this server.
-        registry: What ``/metrics`` shows.
+def start_http(address: str, routes: Mapping[str, Route]) -> HttpServer:
+    """Serve ``routes`` (path to callable) and ``/healthz`` on ``address`` (``host:port``).
 
     Raises:
         ConfigError: when the address cannot be bound; says which and why.
@@ -60,7 +51,7 @@ def start_http(address: str, *, document: Document, registry: CollectorRegistry)
     host, port = split_address(address)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        server = _Server((host, port), family, document, registry)
+        server = _Server((host, port), family, {"/healthz": lambda query: text_reply("ok"), **routes})
     except OSError as error:
         why = "another process uses it" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
         message = f"cannot serve HTTP on {address}: {why}; choose another with --http"
@@ -73,10 +64,9 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
     request_queue_size = MAX_CONNECTIONS
 
-    def __init__(self, address: tuple[str, int], family: int, document: Document, registry: CollectorRegistry) -> None:
+    def __init__(self, address: tuple[str, int], family: int, routes: Mapping[str, Route]) -> None:
         self.address_family = socket.AddressFamily(family)
-        self.document = document
-        self.registry = registry
+        self.routes = routes
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__(address, _Request)
 
@@ -110,29 +100,40 @@ class _Request(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
+        self._answer(has_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(has_body=False)
+
+    def _answer(self, *, has_body: bool) -> None:
+        path, _, query = self.path.partition("?")
         try:
-            if path == "/metrics":
-                self._answer(200, CONTENT_TYPE_LATEST, generate_latest(self.server.registry))
-            elif path == "/healthz":
-                self._answer(200, "text/plain; charset=utf-8", b"ok\n")
-            elif path == "/status.json":
-                self._answer(200, "application/json", json.dumps(self.server.document()).encode() + b"\n")
-            else:
-                self._answer(404, "text/plain; charset=utf-8", b"there is /metrics, /healthz and /status.json\n")
+            self._send(self._reply(path, query), has_body=has_body)
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True
+
+    def _reply(self, path: str, query: str) -> Reply:
+        route = self.server.routes.get(path)
+        if route is None:
+            return text_reply(f"there is {', '.join(sorted(self.server.routes))}", status=HTTPStatus.NOT_FOUND)
+        try:
+            return route(query)
+        except BackstayError as error:
+            return text_reply(str(error), status=HTTPStatus.SERVICE_UNAVAILABLE)
         except Exception as error:  # the boundary of a request: the daemon goes on
             _logger.exception("cannot answer %s", path)
-            self._answer(500, "text/plain; charset=utf-8", f"{type(error).__name__}\n".encode())
+            return text_reply(type(error).__name__, status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
-    def _answer(self, status: int, content_type: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
+    def _send(self, reply: Reply, *, has_body: bool) -> None:
+        self.send_response(reply.status)
+        self.send_header("Content-Type", reply.content_type)
+        self.send_header("Content-Length", str(len(reply.body)))
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
         self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if has_body:
+            self.wfile.write(reply.body)
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name

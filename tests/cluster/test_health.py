@@ -1,0 +1,57 @@
+"""Alive and ready, as probes see it: a loop that hangs is found out, a coordinator that is away is nobody's illness."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backstay.testing import LocalCluster
+from backstay.testing.wait import wait_until
+
+DEADLINE_S = 60.0
+
+
+def probe(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.fixture
+def armed(tmp_path: Path) -> Path:
+    """Deleting it makes the loop of whoever comes first hang at its next pulse."""
+    marker = tmp_path / "armed"
+    marker.touch()
+    return marker
+
+
+@pytest.fixture
+def cluster(armed: Path) -> Iterator[LocalCluster]:
+    with LocalCluster(nodes=1, parity=0, env={"BACKSTAY_FAULTS": f"pulse,once={armed}:hang"}) as cluster:
+        yield cluster
+
+
+def test_a_hanging_loop_is_not_alive_and_an_absent_coordinator_is_no_illness(
+    cluster: LocalCluster, armed: Path
+) -> None:
+    node, coordinator = cluster.nodes[0].http_port, cluster.coordinator_http_port
+    status, sentence = probe(coordinator, "/livez")
+    assert (status, sentence.startswith("alive: the decisions ")) == (200, True)
+    assert probe(coordinator, "/readyz") == (200, f"ready: coordinates at {cluster.coordinator_address}\n")
+    assert "; connected to the coordinator at" in probe(node, "/readyz")[1]
+
+    cluster.kill_coordinator()
+    wait_until(lambda: "not connected to" in probe(node, "/readyz")[1], deadline_s=DEADLINE_S, why="the node to notice")
+    assert probe(node, "/livez")[0] == probe(node, "/readyz")[0] == 200
+
+    armed.unlink()
+    wait_until(lambda: probe(node, "/livez")[0] == 503, deadline_s=DEADLINE_S, why="the hanging loop to be found out")
+    sentence = probe(node, "/livez")[1]
+    assert "last went round" in sentence
+    assert "the bound is 10 s" in sentence
