@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from backstay import local
-from backstay.errors import BackstayError, CapacityError, SnapshotNotFoundError, UnavailableError, UnrecoverableError
+from backstay.errors import BackstayError, CapacityError, SnapshotNotFoundError
 from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import (
     CoderEvent,
@@ -26,23 +26,22 @@ from backstayd.coder.jobs import (
 )
 from backstayd.coder.pool import CoderPool
 from backstayd.coder.storage_jobs import FetchPersisted, VerifyPersisted
-from backstayd.core.layouts import base_size, takes_whole
+from backstayd.core.layouts import takes_whole
 from backstayd.core.records import (
     Decision,
     DecisionPhase,
     FragmentRecord,
     NodeDesired,
-    Outcome,
-    Quarantined,
     RunDesired,
     SessionPhase,
     Staging,
 )
-from backstayd.node import planning, trust
+from backstayd.node import answers, planning, trust
+from backstayd.node.bad_sources import BadSources
 from backstayd.node.context import NodeContext
 from backstayd.node.handing_out import HandingOut
 from backstayd.node.planning import Action, Restoring, StagedState, View
-from backstayd.node.session import RestoreAnswer, Session
+from backstayd.node.session import Session
 from backstayd.node.sessions import Sessions
 from backstayd.node.tasks import Tasks
 from backstayd.store import published, withdraw
@@ -53,7 +52,7 @@ from backstayd.store.stored import canonical_bytes
 logger = logging.getLogger(__name__)
 
 MAX_TRIES: Final = 4
-MAX_REMOTE_MARKS: Final = 100  # per run
+MAX_FAILED: Final = 100  # decisions; plans per run
 MAX_VERIFIED: Final = 10_000
 STRIPE_POLL_S: Final = 0.5  # an event of a coder that died may be lost; the markers are the truth
 
@@ -67,7 +66,7 @@ class Reconciler:
         self._sessions = sessions
         self.tasks = Tasks(context.clock, self.kick, last_pause_s=max(0.5, context.lease_s / 3))
         self.peers: dict[str, str] = {}
-        self.remote_marks: dict[str, list[Quarantined]] = {}
+        self.bad_sources = BadSources(context, self._say)
         self.failed_plans: dict[str, list[str]] = {}
         self.forgotten: set[str] = set()
         self._verified: dict[tuple[str, str], None] = {}
@@ -214,18 +213,7 @@ class Reconciler:
 
     def progress(self, session: Session) -> local.Progress:
         """What a waiting restore() is told."""
-        desired = self._context.run_desired(session.run)
-        decision = desired.decision
-        if not self._context.is_coordinator_connected():
-            return local.Progress(phase="waiting", detail="for the coordinator")
-        if decision is None or decision.world_id != session.world_id:
-            return local.Progress(phase="waiting", detail="for the other ranks and the coordinator's decision")
-        staging = self.staging(session.run)
-        done, total = (staging.done_bytes, staging.total_bytes) if staging else (0, 0)
-        if desired.decision_phase is DecisionPhase.PREPARE:
-            step = decision.base.step if decision.base else 0
-            return local.Progress(phase="staging", detail=f"step {step}", done_bytes=done, total_bytes=total)
-        return local.Progress(phase="recording", done_bytes=done, total_bytes=total)
+        return answers.progress(self._context, session, self.staging)
 
     def _staged(self, index: RunIndex) -> tuple[StagedState, ...]:
         paths = self._store.paths(index.run)
@@ -401,7 +389,7 @@ class Reconciler:
             self.tasks.settle(key, run)
             plans = self.failed_plans.setdefault(run, [])
             plans.append(job.plan.plan_id)
-            del plans[:-MAX_REMOTE_MARKS]
+            del plans[:-MAX_FAILED]
         elif isinstance(job, VerifyShard) and job.is_staged and (result.corrupt or count >= MAX_TRIES):
             withdraw.discard_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
         elif isinstance(job, (FetchShard, FetchPersisted, VerifyPersisted, VerifyShard)) and not getattr(
@@ -424,7 +412,7 @@ class Reconciler:
     def fail_decision(self, run: str, decision_id: str, reason: str) -> None:
         """That decision cannot be staged here: the coordinator decides anew."""
         logger.error("run %s: decision %s cannot be staged here: %s", run, decision_id[:8], reason)
-        while len(self._failed) > MAX_REMOTE_MARKS:
+        while len(self._failed) > MAX_FAILED:
             del self._failed[next(iter(self._failed))]
         self._failed[decision_id] = reason
         self._context.changed()
@@ -465,62 +453,7 @@ class Reconciler:
 
     def quarantine(self, corrupt: Corrupt) -> None:
         """Put a bad local source aside; name a bad remote one to the coordinator."""
-        own = self._context.identity.bulk_address
-        key = SnapshotKey(corrupt.attempt, corrupt.step)
-        where = "shard" if corrupt.rank >= 0 else "parity"
-        if corrupt.node in ("", own):
-            if corrupt.rank >= 0:
-                entry = withdraw.quarantine_shard(
-                    self._store, corrupt.run, key, rank=corrupt.rank, reason=corrupt.detail
-                )
-            else:
-                fragment = FragmentRecord(plan_id=corrupt.plan_id, stripe=corrupt.stripe, index=corrupt.index)
-                entry = withdraw.quarantine_fragment(self._store, corrupt.run, fragment, reason=corrupt.detail)
-            if entry is None:
-                return
-        else:
-            entry = self._remote_mark(corrupt)
-        self._context.metrics.corrupt.labels(where=where).inc()
-        self._say(
-            "quarantined", corrupt.run, f"{entry.what} {('on ' + entry.node) if entry.node else 'here'}: {entry.reason}"
-        )
-        self._context.changed()
-
-    def _remote_mark(self, corrupt: Corrupt) -> Quarantined:
-        holder = next((name for name, address in self.peers.items() if address == corrupt.node), corrupt.node)
-        what = (
-            f"shard rank {corrupt.rank} of step {corrupt.step}"
-            if corrupt.rank >= 0
-            else f"parity stripe {corrupt.stripe} index {corrupt.index} of plan {corrupt.plan_id[:8]}, step {corrupt.step}"
-        )
-        entry = Quarantined(
-            what=what,
-            attempt=corrupt.attempt,
-            step=corrupt.step,
-            reason=corrupt.detail,
-            node=holder,
-            rank=corrupt.rank,
-            plan_id=corrupt.plan_id,
-            stripe=corrupt.stripe,
-            index=corrupt.index,
-        )
-        asyncio.get_running_loop().call_later(
-            max(5.0, 3 * self._context.lease_s), self._forget_mark, corrupt.run, entry
-        )
-        marks = self.remote_marks.setdefault(corrupt.run, [])
-        if entry not in marks:
-            marks.append(entry)
-            del marks[:-MAX_REMOTE_MARKS]
-            self._store.corrupt_count += 1
-            logger.error("%s on %s is corrupt: %s; the next source is used", entry.what, holder, entry.reason)
-        return entry
-
-    def _forget_mark(self, run: str, entry: Quarantined) -> None:
-        """The holder was told and has looked by now: what it says counts again."""
-        marks = self.remote_marks.get(run, [])
-        if entry in marks:
-            marks.remove(entry)
-            self._context.changed()
+        self.bad_sources.put_aside(corrupt, self.peers)
 
     def _release_world(self, decision: Decision) -> None:
         waiting = [
@@ -528,38 +461,12 @@ class Reconciler:
             for session in self._sessions.waiting(decision.run, decision.world_id)
             if self.offer_due(session) is None
         ]
-        for session in waiting:
-            assert session.answer is not None
-            try:
-                session.answer.set_result(self._restored(session, decision))
-            except (BackstayError, OSError) as error:
-                sentence = f"rank {session.rank}: {error}; the world must restart"
-                session.answer.set_result(_error(UnavailableError(sentence, reason="gone")))
+        answers.release(self._context, self._handing_out, decision, waiting)
         self._say("released", decision.run, f"{decision.outcome.value}: {len(waiting)} trainers go on")
         self._context.bell.ring()
 
-    def _restored(self, session: Session, decision: Decision) -> RestoreAnswer:
-        base = decision.base
-        shards, fds = self._handing_out.open_shards(self._store, session, decision)
-        message = local.Restored(
-            outcome=Outcome(decision.outcome).value,
-            attempt=decision.attempt,
-            step=base.step if base else 0,
-            base_attempt=base.attempt if base else 0,
-            snapshot_id=base.snapshot_id if base else "",
-            message=decision.message,
-            shards=shards,
-            decision_id=decision.decision_id,
-            base_world_size=base_size(decision) if base else 0,
-            probation_steps=self._context.run_desired(session.run).probation_steps,
-            interval_steps=self._context.run_desired(session.run).schedule.interval_steps,
-        )
-        return RestoreAnswer(message=message, fds=fds, attempt=decision.attempt, base_step=base.step if base else 0)
-
     def _refuse_world(self, decision: Decision) -> None:
-        for session in self._sessions.waiting(decision.run, decision.world_id):
-            assert session.answer is not None
-            session.answer.set_result(_error(UnrecoverableError(decision.message, reason="unrecoverable")))
+        answers.refuse(decision, self._sessions.waiting(decision.run, decision.world_id))
         self._say("refused", decision.run, decision.message)
         self._context.bell.ring()
 
@@ -567,7 +474,7 @@ class Reconciler:
         self._sessions.end_run(run)
         self._store.forget(run)
         self.forgotten.add(run)
-        self.remote_marks.pop(run, None)
+        self.bad_sources.forget_run(run)
         self.failed_plans.pop(run, None)
         self._context.metrics.forget_run(run)
         self._say("forgotten", run, "everything of the run was deleted here")
@@ -576,8 +483,3 @@ class Reconciler:
     def _say(self, kind: str, run: str, message: str) -> None:
         logger.info("run %s: %s: %s", run, kind, message)
         self._context.timeline.add(kind, run, message)
-
-
-def _error(error: BackstayError) -> RestoreAnswer:
-    message = local.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
-    return RestoreAnswer(message=message)

@@ -78,7 +78,7 @@ class Reporter:
             fragments=tuple(sorted(index.fragments, key=lambda f: (f.plan_id, f.stripe, f.index))),
             decision=index.decision,
             staging=planning.staging_of(view),
-            quarantined=(*index.quarantined.values(), *self._reconciler.remote_marks.get(run, ())),
+            quarantined=(*index.quarantined.values(), *self._reconciler.bad_sources.marks(run)),
             failed_plans=tuple(self._reconciler.failed_plans.get(run, ())),
             survey=self._storing.survey(run),
             uploads=self._storing.uploads(run),
@@ -130,7 +130,7 @@ class Reporter:
             ],
             "quarantined": [
                 record.to_json(entry)
-                for entry in (*index.quarantined.values(), *self._reconciler.remote_marks.get(run, ()))
+                for entry in (*index.quarantined.values(), *self._reconciler.bad_sources.marks(run))
             ],
         }
 
