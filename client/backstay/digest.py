@@ -6,7 +6,8 @@ Must never copy the bytes it hashes. The checksums find accidents, not forgeries
 from __future__ import annotations
 
 import functools
-import struct
+import sys
+from array import array
 from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Final
@@ -81,29 +82,35 @@ class Digester:
         self._layout = layout
         self._spans = [(entry.begin, entry.end) for entry in layout.entries if entry.end > entry.begin]
         self._ends = [layout.header_bytes, *(end for _, end in self._spans)]
-        self._chunk_crcs: list[int] = [0] * -(-layout.size_bytes // CHUNK_BYTES)
-        self._filled: list[int] = [0] * len(self._chunk_crcs)
+        chunk_count = -(-layout.size_bytes // CHUNK_BYTES)
+        self._chunk_crcs = array("I", bytes(4 * chunk_count))
+        self._is_whole = bytearray(chunk_count)  # 1: its crc is known
+        self._begun: dict[int, tuple[int, int]] = {}  # chunks given in part: how much of it, and the crc of that
         self._assumed: dict[str, int] = {}
         self._pieces: dict[int, tuple[int, int]] = {}  # of what was not hashed as a whole chunk: begin -> length, crc
 
     def update(self, view: Buffer, chunk_index: int) -> None:
         """Hash the next bytes of chunk ``chunk_index``: the whole chunk, or the part that follows the one given before."""
-        filled = self._filled[chunk_index]
+        length = self._length(chunk_index)
+        filled, crc = (length, 0) if self._is_whole[chunk_index] else self._begun.get(chunk_index, (0, 0))
         begin = chunk_index * CHUNK_BYTES + filled
         part_bytes = len(view) if isinstance(view, (bytes, bytearray)) else view.nbytes
-        if filled + part_bytes > CHUNK_BYTES or begin + part_bytes > self._layout.size_bytes:
+        if filled + part_bytes > length:
             raise UsageError(f"{part_bytes} bytes more than chunk {chunk_index} holds ({filled} were given before)")
-        self._filled[chunk_index] = filled + part_bytes
         if part_bytes == CHUNK_BYTES and self._ends[bisect_right(self._ends, begin)] >= begin + CHUNK_BYTES:
-            self._chunk_crcs[chunk_index] = crc32c(view)
-        else:
-            self._chunk_crcs[chunk_index] = self._update_pieces(_flat(view), begin, self._chunk_crcs[chunk_index])
+            crc = crc32c(view)
+        elif part_bytes:
+            crc = self._update_pieces(_flat(view), begin, crc)
+        if not self._is_whole[chunk_index]:
+            self._note(chunk_index, filled + part_bytes, crc)
 
     def assume(self, chunks: range, crcs: str) -> None:
         """Take the digests of whole chunks that are not given, as :meth:`finish` gave them for the same bytes."""
-        self._chunk_crcs[chunks.start : chunks.stop] = struct.unpack(f">{len(chunks)}I", bytes.fromhex(crcs))
-        for index in chunks:
-            self._filled[index] = min(CHUNK_BYTES, self._layout.size_bytes - index * CHUNK_BYTES)
+        known = _from_hex(crcs)
+        if len(known) != len(chunks):
+            raise UsageError(f"{len(known)} digests were given for {len(chunks)} chunks")
+        self._chunk_crcs[chunks.start : chunks.stop] = known
+        self._is_whole[chunks.start : chunks.stop] = b"\1" * len(chunks)
 
     def assume_tensors(self, tensor_crcs: Mapping[str, int]) -> None:
         """Take the digests of tensors that lie in such chunks."""
@@ -121,17 +128,27 @@ class Digester:
         Raises:
             UsageError: if not every byte of the shard was given.
         """
-        last_bytes = self._layout.size_bytes - (len(self._filled) - 1) * CHUNK_BYTES
-        for index, filled in enumerate(self._filled):
-            if filled != (last_bytes if index == len(self._filled) - 1 else CHUNK_BYTES):
-                raise UsageError(
-                    f"chunk {index} of {len(self._filled)} was not hashed to its end ({filled} bytes were)"
-                )
+        missing = self._is_whole.find(0)
+        if missing >= 0:
+            raise UsageError(
+                f"chunk {missing} of {len(self._is_whole)} was not hashed to its end "
+                f"({self._begun.get(missing, (0, 0))[0]} bytes were)"
+            )
         tensor_crcs = {
             e.name: self._assumed[e.name] if e.name in self._assumed else self._span_crc(e.begin, e.end)
             for e in self._layout.entries
         }
-        return struct.pack(f">{len(self._chunk_crcs)}I", *self._chunk_crcs).hex(), tensor_crcs
+        return _to_hex(self._chunk_crcs), tensor_crcs
+
+    def _length(self, chunk_index: int) -> int:
+        return min(CHUNK_BYTES, self._layout.size_bytes - chunk_index * CHUNK_BYTES)
+
+    def _note(self, chunk_index: int, filled: int, crc: int) -> None:
+        if filled == self._length(chunk_index):
+            self._begun.pop(chunk_index, None)
+            self._chunk_crcs[chunk_index], self._is_whole[chunk_index] = crc, 1
+        else:
+            self._begun[chunk_index] = (filled, crc)
 
     def _update_pieces(self, view: memoryview, begin: int, chunk_crc: int) -> int:
         done = 0
@@ -160,6 +177,21 @@ class Digester:
                 crc = combine(crc, piece_crc, length)
                 begin += length
         return crc
+
+
+def _to_hex(crcs: array[int]) -> str:
+    """Eight hexadecimal digits for each."""
+    ordered = array("I", crcs)
+    if sys.byteorder == "little":
+        ordered.byteswap()
+    return ordered.tobytes().hex()
+
+
+def _from_hex(text: str) -> array[int]:
+    crcs = array("I", bytes.fromhex(text))
+    if sys.byteorder == "little":
+        crcs.byteswap()
+    return crcs
 
 
 def verify_chunks(view: Buffer, manifest: Manifest, first_chunk: int) -> None:

@@ -12,9 +12,10 @@ import enum
 import functools
 import json
 import math
+import operator
 import types
 import typing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from backstay.errors import IntegrityError, UsageError
@@ -22,6 +23,8 @@ from backstay.errors import IntegrityError, UsageError
 T = TypeVar("T")
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 _PLAIN = frozenset((str, int, float, bool, type(None)))
+_Fields = tuple[tuple[str, ...], Callable[[Any], Any]]
+_fields: dict[type[Any], _Fields] = {}
 
 
 def to_json(value: Any) -> Any:
@@ -29,15 +32,23 @@ def to_json(value: Any) -> Any:
     kind = type(value)
     if kind in _PLAIN:  # first, and below without a call each: a manifest has thousands of them
         return value
-    if dataclasses.is_dataclass(kind):
-        return {name: item if type(item) in _PLAIN else to_json(item) for name, item in _items(kind, value)}
+    if kind is tuple or kind is list:
+        return [item if type(item) in _PLAIN else to_json(item) for item in value]
+    if kind is dict:
+        return {key: item if type(item) in _PLAIN else to_json(item) for key, item in value.items()}
+    fields = _fields.get(kind) or _learn_fields(kind)
+    if fields:
+        names, read = fields
+        found = dict(zip(names, read(value), strict=True))
+        for name, item in found.items():
+            if type(item) not in _PLAIN:
+                found[name] = to_json(item)
+        return found
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (list, tuple)):
-        return [item if type(item) in _PLAIN else to_json(item) for item in value]
-    if isinstance(value, dict):
-        return {key: item if type(item) in _PLAIN else to_json(item) for key, item in value.items()}
-    return value
+        return to_json(list(value))
+    return to_json(dict(value)) if isinstance(value, dict) else value
 
 
 def from_json(cls: type[T], value: Any) -> T:
@@ -66,13 +77,16 @@ def loads(cls: type[T], data: bytes | str) -> T:
     return from_json(cls, value)
 
 
-def _items(cls: type[Any], value: Any) -> list[tuple[str, Any]]:
-    return [(name, getattr(value, name)) for name in _field_names(typing.cast("Hashable", cls))]
-
-
-@functools.cache
-def _field_names(cls: Hashable) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(typing.cast("Any", cls)))
+def _learn_fields(kind: type[Any]) -> _Fields | None:
+    """Names of a dataclass's fields and what reads all of them at once; None for anything else."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    names = tuple(field.name for field in dataclasses.fields(kind))
+    if len(names) > 1:
+        read: Callable[[Any], Any] = operator.attrgetter(*names)
+    else:  # attrgetter gives one value, not a tuple of one
+        read = lambda value: [getattr(value, name) for name in names]  # noqa: E731
+    return _fields.setdefault(kind, (names, read))
 
 
 def _build(kind: Any, value: Any) -> Any:
@@ -135,19 +149,40 @@ def _dict_builder(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _scalar_builder(kind: Any) -> Callable[[Any], Any]:
+    if kind is int:
+        return _an_integer
+    if kind is str:
+        return _a_text
+
     def build(value: Any) -> Any:
         found = type(value)
         if found is not kind:
             if kind is float and found is int:
                 return float(value)
-            if not isinstance(value, kind) or (kind is int and found is bool):
-                raise TypeError(f"expected {kind.__name__}, found {found.__name__}")
-        if kind is int and not _INT64_MIN <= value <= _INT64_MAX:
-            raise ValueError("a number does not fit in 64 bits")
+            if not isinstance(value, kind):
+                raise _another_type(kind, value)
         if kind is float and not math.isfinite(value):
             raise ValueError(f"{value} is no number")
-        if kind is str and not value.isascii():
-            value.encode()  # raises for half a surrogate pair
         return value
 
     return build
+
+
+def _an_integer(value: Any) -> Any:
+    if type(value) is not int:  # a bool is none
+        raise _another_type(int, value)
+    if not _INT64_MIN <= value <= _INT64_MAX:
+        raise ValueError("a number does not fit in 64 bits")
+    return value
+
+
+def _a_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise _another_type(str, value)
+    if not value.isascii():
+        value.encode()  # raises for half a surrogate pair
+    return value
+
+
+def _another_type(kind: Any, value: Any) -> TypeError:
+    return TypeError(f"expected {kind.__name__}, found {type(value).__name__}")

@@ -13,7 +13,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,8 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int)
         return {"$tensor": path, "device": device, "parameter": isinstance(value, torch.nn.Parameter)}
     if kind in (dict, collections.OrderedDict, collections.defaultdict, collections.Counter):
         return _encode_dict(value, path, tensors, depth)
+    if kind in (list, tuple) and _are_integers(value):  # Python's generator has 625 of them
+        return list(value) if kind is list else {"$tuple": list(value)}
     if kind is list:
         return [_encode(item, f"{path}.{index}", tensors, depth + 1) for index, item in enumerate(value)]
     if kind in (tuple, set, frozenset, collections.deque):
@@ -133,6 +135,11 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int)
             body["maxlen"] = value.maxlen
         return body
     return _encode_special(value, path)
+
+
+def _are_integers(items: Sequence[Any]) -> bool:
+    """Whether all are integers that JSON takes as they are."""
+    return set(map(type, items)) == {int} and min(items) >= -(2**63) and max(items) < 2**64
 
 
 def _encode_dict(value: dict[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Any:

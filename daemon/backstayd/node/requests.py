@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -344,8 +345,8 @@ class Requests:
                 reason="no_grant",
             )
         try:
-            _check_identity(session, grant, record.from_json(Manifest, message.manifest))
-            shard = self._context.store.slots.commit(grant, message.manifest)
+            is_ours = functools.partial(_check_identity, session, grant)
+            shard = self._context.store.slots.commit(grant, message.manifest, check=is_ours)
         except BackstayError as error:
             self._give_back(session, grant, f"commit refused: {error}")
             raise

@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,16 +174,22 @@ class Slots:
         self._end_allocation(allocation)
         allocation.temporary.unlink(missing_ok=True)
 
-    def commit(self, grant: Grant, manifest_json: dict[str, object]) -> ShardRecord:
+    def commit(
+        self, grant: Grant, manifest_json: dict[str, object], *, check: Callable[[Manifest], None] = lambda _: None
+    ) -> ShardRecord:
         """Check the filled slot and publish it as a shard: data first, manifest last, both by rename.
+
+        Args:
+            check: Raises if this is not the manifest that the holder of the grant may publish.
 
         Raises:
             IntegrityError: size, holes, header or identity contradict the manifest. UsageError: the step exists already.
         """
         index, paths = self._store.index(grant.run), self._store.paths(grant.run)
-        raw = canonical_bytes(manifest_json)
-        manifest = record.loads(Manifest, raw)
+        manifest = record.from_json(Manifest, manifest_json)
+        check(manifest)
         manifest.check()
+        raw = canonical_bytes(manifest_json)
         key = SnapshotKey(manifest.attempt, manifest.step)
         target = paths.shard(key, grant.rank, manifest.world_size)
         if (key, grant.rank) in index.shards:
