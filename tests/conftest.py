@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 TMPFS = Path("/dev/shm")
+# Daemons and commands that tests start speak plaintext on loopback; tests of TLS take these away.
+os.environ.update(BACKSTAYD_NODE_INSECURE="true", BACKSTAYD_COORDINATOR_INSECURE="true", BACKSTAY_INSECURE="true")
 LEFTOVER_DEADLINE_S = 10.0  # dead children are reaped and threads end in their own time
 # Helpers that Python and torch keep for the life of the process.
 _STANDING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch/_inductor")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from backstay import __version__
-from backstay.errors import BackstayError, UsageError
+from backstay.errors import BackstayError, ConfigError, UsageError
 from backstayd import config
 from backstayd.telemetry import logs
 
@@ -50,15 +50,23 @@ def _parser() -> argparse.ArgumentParser:
         role.add_argument("--check-config", action="store_true", help="check the configuration, print it and exit")
         role.add_argument("--print-default-config", action="store_true", help="print a sample configuration and exit")
         for setting in config.settings(cls):
-            default = "" if setting.is_computed or setting.default == "" else f" Default: {setting.default}."
+            is_shown = not (setting.is_computed or setting.is_switch or setting.default == "")
+            default = f" Default: {setting.default}." if is_shown else ""
             role.add_argument(
                 setting.flag,
                 dest=setting.name,
-                metavar=setting.metavar,
+                metavar="true|false" if setting.is_switch else setting.metavar,
+                nargs="?" if setting.is_switch else None,
+                const="true" if setting.is_switch else None,
                 default=argparse.SUPPRESS,
                 help=(setting.explanation + default).replace("%", "%%"),
             )
     return parser
+
+
+def _refuse_tls(settings: config.NodeConfig | config.CoordinatorConfig) -> None:
+    if not settings.insecure:
+        raise ConfigError("this version speaks plaintext only; take TLS away and say --insecure", reason="no_tls")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -76,6 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_node(settings: config.NodeConfig) -> int:
+    _refuse_tls(settings)
     logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
     from backstayd.node.app import run
 
@@ -83,6 +92,7 @@ def _run_node(settings: config.NodeConfig) -> int:
 
 
 def _run_coordinator(settings: config.CoordinatorConfig) -> int:
+    _refuse_tls(settings)
     logs.configure(level=settings.log_level, form=settings.log_format, component="coordinator")
     from backstayd.coordinator.app import run
 
@@ -92,6 +102,6 @@ def _run_coordinator(settings: config.CoordinatorConfig) -> int:
 def _show(settings: config.NodeConfig | config.CoordinatorConfig) -> int:
     for setting in config.settings(type(settings)):
         value = getattr(settings, setting.name)
-        print(f"{settings.section}.{setting.name} = {'auto' if value is None else value}")
+        print(f"{settings.section}.{setting.name} = {setting.default if value is None else value}")
     print("configuration is valid")
     return 0

@@ -32,6 +32,7 @@ _UNITS: Final = {"B": 1} | {
     for power, letter in enumerate("KMGTP", start=1)
 }
 _DOMAIN = re.compile(r"[A-Za-z0-9._/:-]{0,100}\Z")
+_TRUST_DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,254}\Z")
 # Kubernetes writes these for every Service of its namespace; they are not ours.
 _SERVICE_VARIABLE = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP|SCTP)(_.+)?)?)\Z")
 
@@ -84,6 +85,12 @@ def _name(value: Any) -> str:
 def _domain(value: Any) -> str:
     if not isinstance(value, str) or not _DOMAIN.match(value):
         raise ValueError("is not at most 100 letters, digits, '.', '_', '/', ':' or '-'")
+    return value
+
+
+def _trust_domain(value: Any) -> str:
+    if not isinstance(value, str) or not _TRUST_DOMAIN_NAME.match(value):
+        raise ValueError("is not 1 to 255 lower-case letters, digits, '.', '_' or '-', starting with a letter or digit")
     return value
 
 
@@ -152,6 +159,19 @@ def _url(value: Any) -> str:
     return value.rstrip("/") if value else ""
 
 
+def _switch(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if not isinstance(value, str) or value.lower() not in words:
+        raise ValueError("is neither true nor false")
+    return words[value.lower()]
+
+
+def _optional_path(value: Any) -> Path | None:
+    return None if value == "" else _path(value)
+
+
 def _choice(*names: str) -> Parser:
     def parse(value: Any) -> str:
         if value not in names:
@@ -191,6 +211,13 @@ def _computed(make: Callable[[], Any], parse: Parser) -> Any:
         raise ConfigError(f"the host name {value!r} {error}; give --name", reason="bad_value") from None
 
 
+_CERT = "This daemon's certificate (PEM, with its chain); read again when the file changes. All three tls_ paths, or none."
+_KEY = "Private key of tls_cert (PEM), readable by this daemon alone."
+_CA = "Certificate authorities whose certificates are accepted from others (PEM)."
+_TRUST_DOMAIN = "Trust domain of identities: certificates say spiffe://TRUST_DOMAIN/backstay/node/NAME and the like."
+_INSECURE = "Speak plaintext with everybody who reaches the ports: only on a network that nobody else can reach."
+_HTTP_TLS = "Serve http over TLS, with tls_cert; watchers need no certificate of their own."
+
 _LEASE = "Seconds without a word after which a peer counts as lost; a heartbeat is sent every sixth of it."
 
 
@@ -229,6 +256,12 @@ class NodeConfig:
     )
     coders: int = _setting(1, _count(1, 64), "Processes that encode, rebuild, verify and move bytes.")
     lease_s: float = _setting(3.0, _seconds, _LEASE)
+    tls_cert: Path | None = _setting("", _optional_path, _CERT, metavar="FILE")
+    tls_key: Path | None = _setting("", _optional_path, _KEY, metavar="FILE")
+    tls_ca: Path | None = _setting("", _optional_path, _CA, metavar="FILE")
+    trust_domain: str = _setting("backstay", _trust_domain, _TRUST_DOMAIN, metavar="NAME")
+    insecure: bool = _setting(False, _switch, _INSECURE)
+    http_tls: bool = _setting(False, _switch, _HTTP_TLS)
     log_format: str = _setting("text", _choice("text", "json"), "Form of the log on stderr: text or json.")
     log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "debug, info, warning or error.")
 
@@ -283,6 +316,12 @@ class CoordinatorConfig:
         metavar="SIZE",
     )
     lease_s: float = _setting(3.0, _seconds, _LEASE)
+    tls_cert: Path | None = _setting("", _optional_path, _CERT, metavar="FILE")
+    tls_key: Path | None = _setting("", _optional_path, _KEY, metavar="FILE")
+    tls_ca: Path | None = _setting("", _optional_path, _CA, metavar="FILE")
+    trust_domain: str = _setting("backstay", _trust_domain, _TRUST_DOMAIN, metavar="NAME")
+    insecure: bool = _setting(False, _switch, _INSECURE)
+    http_tls: bool = _setting(False, _switch, _HTTP_TLS)
     log_format: str = _setting("text", _choice("text", "json"), "Form of the log on stderr: text or json.")
     log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "debug, info, warning or error.")
 
@@ -301,6 +340,7 @@ class Setting:
     explanation: str
     default: Any
     is_computed: bool
+    is_switch: bool
 
 
 def settings(cls: type[NodeConfig | CoordinatorConfig]) -> Iterator[Setting]:
@@ -314,6 +354,7 @@ def settings(cls: type[NodeConfig | CoordinatorConfig]) -> Iterator[Setting]:
             explanation=field.metadata["explanation"],
             default="" if callable(default) else default,
             is_computed=callable(default),
+            is_switch=isinstance(default, bool),
         )
 
 
@@ -321,7 +362,8 @@ def load(cls: type[Config], *, file: Path | None, environ: Mapping[str, str], fl
     """Settings of one role from a TOML file (or None), the environment and flags (field name to text); the later wins.
 
     Raises:
-        ConfigError: for an unreadable file, an unknown key or a value that is not of its kind; names source and key.
+        ConfigError: for an unreadable file, an unknown key, a value that is not of its kind (names source and key), or
+            neither TLS nor ``insecure``.
     """
     found: dict[str, tuple[Any, str]] = {}
     if file is not None:
@@ -339,7 +381,36 @@ def load(cls: type[Config], *, file: Path | None, environ: Mapping[str, str], fl
                 values[field.name] = field.metadata["parse"](value)
             except ValueError as error:
                 raise ConfigError(f"{where} = {value!r} {error}", reason="bad_value") from None
-    return cls(**values)
+    loaded = cls(**values)
+    check_security(loaded)
+    return loaded
+
+
+def check_security(config: NodeConfig | CoordinatorConfig) -> None:
+    """Raise ConfigError unless either all of TLS is set or ``insecure`` says that plaintext is meant."""
+    paths = {"tls_cert": config.tls_cert, "tls_key": config.tls_key, "tls_ca": config.tls_ca}
+    missing = [name for name, path in paths.items() if path is None]
+    if len(missing) == len(paths) and not config.insecure:
+        role = f"--node {config.name}" if isinstance(config, NodeConfig) else "--coordinator"
+        raise ConfigError(
+            f"neither TLS nor insecure is set in [{config.section}]: make certificates with `backstay certs --ca-dir DIR "
+            f"{role}` and set tls_cert, tls_key and tls_ca, or say --insecure to speak plaintext",
+            reason="no_security",
+        )
+    if len(missing) < len(paths) and config.insecure:
+        raise ConfigError(
+            f"both TLS and insecure are set in [{config.section}]: take one of them away", reason="two_securities"
+        )
+    if 0 < len(missing) < len(paths):
+        raise ConfigError(
+            f"TLS needs tls_cert, tls_key and tls_ca in [{config.section}]; not set: {', '.join(missing)}",
+            reason="half_security",
+        )
+    if config.http_tls and missing:
+        raise ConfigError(
+            f"http_tls in [{config.section}] needs tls_cert, tls_key and tls_ca; set them, or take http_tls away",
+            reason="half_security",
+        )
 
 
 def sample(*classes: type[NodeConfig | CoordinatorConfig]) -> str:
@@ -356,6 +427,8 @@ def sample(*classes: type[NodeConfig | CoordinatorConfig]) -> str:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

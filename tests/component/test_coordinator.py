@@ -106,7 +106,7 @@ def last_run(node: PlainNode) -> Any:
 
 def test_a_world_of_two_nodes_is_decided_released_and_given_plans() -> None:
     async def scenario() -> None:
-        config = CoordinatorConfig(listen="127.0.0.1:0", http="127.0.0.1:0", lease_s=LEASE_S)
+        config = CoordinatorConfig(insecure=True, listen="127.0.0.1:0", http="127.0.0.1:0", lease_s=LEASE_S)
         process = CoordinatorProcess(config)
         await process.start()
         nodes = [PlainNode(f"n{rank}", process.address, rank) for rank in range(2)]
@@ -146,7 +146,7 @@ def test_a_world_of_two_nodes_is_decided_released_and_given_plans() -> None:
 
 def test_a_restarted_coordinator_keeps_the_world_that_trains() -> None:
     async def scenario() -> None:
-        config = CoordinatorConfig(listen="127.0.0.1:0", http="127.0.0.1:0", lease_s=LEASE_S)
+        config = CoordinatorConfig(insecure=True, listen="127.0.0.1:0", http="127.0.0.1:0", lease_s=LEASE_S)
         process = CoordinatorProcess(config)
         await process.start()
         nodes = [PlainNode(f"n{rank}", process.address, rank) for rank in range(2)]
@@ -155,7 +155,7 @@ def test_a_restarted_coordinator_keeps_the_world_that_trains() -> None:
         await until(lambda: all(node.phase is SessionPhase.TRAINING for node in nodes), "the world was released")
         before = last_run(nodes[0]).decision
         await process.close()
-        again = CoordinatorProcess(CoordinatorConfig(listen=process.address, http="127.0.0.1:0", lease_s=LEASE_S))
+        again = CoordinatorProcess(CoordinatorConfig(insecure=True, listen=process.address, http="127.0.0.1:0", lease_s=LEASE_S))
         await again.start()
         await until(lambda: nodes[0].generation.incarnation == again.core.incarnation, "the new one is obeyed")
         assert nodes[0].generation.number > 1

@@ -32,7 +32,7 @@ def running_coordinator() -> Iterator[CoordinatorProcess]:
 
     async def main() -> None:
         process = CoordinatorProcess(
-            CoordinatorConfig(listen="127.0.0.1:0", http="127.0.0.1:0", parity=1, lease_s=LEASE_S)
+            CoordinatorConfig(insecure=True, listen="127.0.0.1:0", http="127.0.0.1:0", parity=1, lease_s=LEASE_S)
         )
         await process.start()
         box.update(process=process, loop=asyncio.get_running_loop(), stop=asyncio.Event())

@@ -110,6 +110,7 @@ def running_node(
         coordinator=coordinator,
         bulk="127.0.0.1:0",
         http="127.0.0.1:0",
+        insecure=True,
         **{"socket": directory / f"{name}.sock", "lease_s": 0.6, **settings},
     )
     started = threading.Event()

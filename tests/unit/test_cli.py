@@ -207,3 +207,15 @@ def test_a_wrong_command_line_is_one_line_and_exit_64(
 
 def test_a_document_round_trips_as_json(document: dict[str, Any]) -> None:
     assert json.loads(tables.as_json(document)) == document
+
+
+def test_a_call_with_neither_certificates_nor_insecure_says_how_to_have_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("BACKSTAY_INSECURE")
+    assert cli.main(["status"]) == 78
+    message = capsys.readouterr().err
+    assert "backstay certs --ca-dir DIR --operator" in message
+    assert "--insecure" in message
+    assert cli.main(["status", "--tls-cert", "/c.pem"]) == 78
+    assert "not given: --tls-key, --tls-ca" in capsys.readouterr().err

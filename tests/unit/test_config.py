@@ -12,6 +12,10 @@ from backstayd import config
 from backstayd.config import CoordinatorConfig, NodeConfig
 
 
+PLAINTEXT = {"insecure": "true"}
+TLS = {"tls_cert": "/c.pem", "tls_key": "/k.pem", "tls_ca": "/ca.pem"}
+
+
 def _write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
@@ -23,19 +27,19 @@ def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path
         NodeConfig,
         file=file,
         environ={"BACKSTAYD_NODE_NAME": "from-environment", "BACKSTAYD_NODE_DOMAIN": "from-environment"},
-        flags={"name": "from-flag"},
+        flags={"name": "from-flag"} | PLAINTEXT,
     )
     assert (loaded.name, loaded.domain, loaded.coders) == ("from-flag", "from-environment", 3)
 
 
 def test_what_nobody_sets_keeps_its_default() -> None:
-    assert config.load(CoordinatorConfig, file=None, environ={}, flags={}) == CoordinatorConfig()
+    assert config.load(CoordinatorConfig, file=None, environ={}, flags=PLAINTEXT) == CoordinatorConfig(insecure=True)
 
 
 @pytest.mark.parametrize("cls", config.SECTIONS)
 def test_the_sample_of_each_role_loads_to_the_defaults(cls: type[NodeConfig], tmp_path: Path) -> None:
     file = _write(tmp_path / "sample.toml", config.sample(cls))
-    assert config.load(cls, file=file, environ={}, flags={}) == cls()
+    assert config.load(cls, file=file, environ={}, flags=PLAINTEXT) == cls(insecure=True)
 
 
 def test_each_setting_explains_itself_and_has_a_flag_of_its_own() -> None:
@@ -76,7 +80,7 @@ def test_variables_that_kubernetes_writes_for_a_service_are_not_taken_for_settin
         "BACKSTAYD_COORDINATOR_PORT_7070_TCP_ADDR": "10.0.0.1",
         "BACKSTAYD_COORDINATOR_PORT": "tcp://10.0.0.1:7070",
     }
-    assert config.load(CoordinatorConfig, file=None, environ=environ, flags={}) == CoordinatorConfig()
+    assert config.load(CoordinatorConfig, file=None, environ=environ, flags=PLAINTEXT) == CoordinatorConfig(insecure=True)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def test_a_boolean_is_no_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "parity"), [("auto", None), ("0", 0), ("4", 4)])
 def test_parity_is_auto_or_a_number(text: str, parity: int | None) -> None:
-    assert config.load(CoordinatorConfig, file=None, environ={}, flags={"parity": text}).parity == parity
+    assert config.load(CoordinatorConfig, file=None, environ={}, flags={"parity": text} | PLAINTEXT).parity == parity
 
 
 @pytest.mark.parametrize("text", ["5", "-1", "two", ""])
@@ -158,3 +162,44 @@ def test_a_file_that_is_not_there_is_one_clear_line() -> None:
 def test_a_file_that_is_not_toml_says_where(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not TOML: .*line 1"):
         config.load(NodeConfig, file=_write(tmp_path / "c.toml", "[node\n"), environ={}, flags={})
+
+
+def test_neither_tls_nor_insecure_is_refused_and_says_how_to_have_either() -> None:
+    with pytest.raises(ConfigError, match=r"backstay certs --ca-dir DIR --node n1.*--insecure") as caught:
+        config.load(NodeConfig, file=None, environ={}, flags={"name": "n1"})
+    assert caught.value.reason == "no_security"
+    with pytest.raises(ConfigError, match=r"backstay certs --ca-dir DIR --coordinator"):
+        config.load(CoordinatorConfig, file=None, environ={}, flags={})
+
+
+def test_a_part_of_tls_is_refused_and_names_what_is_missing() -> None:
+    with pytest.raises(ConfigError, match="not set: tls_ca"):
+        config.load(NodeConfig, file=None, environ={}, flags={**TLS, "tls_ca": ""})
+
+
+@pytest.mark.parametrize("cls", config.SECTIONS)
+def test_tls_and_insecure_together_are_refused(cls: type[NodeConfig]) -> None:
+    with pytest.raises(ConfigError, match="both TLS and insecure"):
+        config.load(cls, file=None, environ={}, flags=TLS | PLAINTEXT)
+
+
+def test_http_over_tls_needs_certificates() -> None:
+    with pytest.raises(ConfigError, match="http_tls .* needs tls_cert"):
+        config.load(NodeConfig, file=None, environ={}, flags=PLAINTEXT | {"http_tls": "true"})
+
+
+def test_all_of_tls_is_taken() -> None:
+    loaded = config.load(NodeConfig, file=None, environ={}, flags=TLS | {"http_tls": "true", "insecure": "false"})
+    assert (loaded.tls_cert, loaded.tls_key, loaded.tls_ca) == (Path("/c.pem"), Path("/k.pem"), Path("/ca.pem"))
+    assert loaded.http_tls
+
+
+@pytest.mark.parametrize("name", ["", "Backstay", "a/b", "-a", "a b"])
+def test_a_trust_domain_is_one_name_in_lower_case(name: str) -> None:
+    with pytest.raises(ConfigError, match="--trust-domain = .* is not 1 to 255 lower-case"):
+        config.load(NodeConfig, file=None, environ={}, flags=TLS | {"trust_domain": name})
+
+
+def test_a_switch_is_true_or_false() -> None:
+    with pytest.raises(ConfigError, match="--insecure = 'maybe' is neither true nor false"):
+        config.load(NodeConfig, file=None, environ={}, flags={"insecure": "maybe"})

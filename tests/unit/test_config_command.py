@@ -47,6 +47,15 @@ def test_a_mistake_is_one_line_and_the_exit_code_of_its_class(
     assert captured.err.count("\n") == 1
 
 
+def test_a_daemon_without_tls_and_without_insecure_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("BACKSTAYD_NODE_INSECURE")
+    assert app.main(["node", "--name", "n1"]) == 78
+    assert "backstay certs --ca-dir DIR --node n1" in capsys.readouterr().err
+    assert app.main(["node", "--name", "n1", "--insecure", "--check-config"]) == 0
+
+
 def test_an_unwritable_memory_dir_is_a_configuration_error_without_a_stack_trace() -> None:
     command = [sys.executable, "-m", "backstayd", "node", "--memory-dir", "/proc/backstay", "--http", "127.0.0.1:0"]
     command += ["--bulk", "127.0.0.1:0", "--socket", "/proc/backstay.sock"]

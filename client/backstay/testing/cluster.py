@@ -39,6 +39,12 @@ COORDINATOR: Final = "coordinator"
 _HOST: Final = "127.0.0.1"
 _SOCKET_PATH_LIMIT: Final = 107  # sun_path without its NUL
 _START_DEADLINE_S: Final = 90.0
+# Everything is on this machine's loopback; daemons and commands refuse plaintext unless it is meant.
+_PLAINTEXT: Final = {
+    "BACKSTAYD_NODE_INSECURE": "true",
+    "BACKSTAYD_COORDINATOR_INSECURE": "true",
+    "BACKSTAY_INSECURE": "true",
+}
 
 
 class LocalCluster:
@@ -292,7 +298,7 @@ class LocalCluster:
         )
 
     def _daemon_environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
-        return process_environment() | self._env | dict(env or {})
+        return process_environment() | _PLAINTEXT | self._env | dict(env or {})
 
     # -- trainers -----------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.add_argument("--json", action="store_true", help="print JSON for programs")
         added.add_argument("--timeout-s", type=_positive, default=5.0, metavar="S", help="longest wait for an answer")
+        _add_security(added)
         return added
 
     status = command("status", "nodes, runs, their redundancy and what happened last")
@@ -75,6 +76,24 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="break a real training run and watch it recover", add_help=False)
     commands.add_parser("bench", help="measure what a snapshot costs, against peers", add_help=False)
     return parser
+
+
+def _add_security(command: argparse.ArgumentParser) -> None:
+    for name, what in (("cert", "the operator's certificate"), ("key", "its private key"), ("ca", "who signed others'")):
+        variable = f"BACKSTAY_TLS_{name.upper()}"
+        path = os.environ.get(variable)
+        command.add_argument(
+            f"--tls-{name}", type=Path, metavar="FILE", default=Path(path) if path else None,
+            help=f"{what}, PEM (default: {variable})",
+        )  # fmt: skip
+    domain = os.environ.get("BACKSTAY_TRUST_DOMAIN") or "backstay"
+    command.add_argument("--trust-domain", default=domain, metavar="NAME", help=f"of all identities ({domain})")
+    command.add_argument(
+        "--insecure",
+        action=argparse.BooleanOptionalAction,
+        default=os.environ.get("BACKSTAY_INSECURE", "").lower() in ("true", "1", "yes"),
+        help="speak plaintext with the coordinator (default: BACKSTAY_INSECURE)",
+    )
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:

@@ -6,19 +6,49 @@ Everything about the wire is in ``backstayd.transport``.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
+from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError, UsageError
 from backstayd.config import split_address
+
+if TYPE_CHECKING:
+    from backstayd.transport.operator import OperatorClient
 
 Document = dict[str, Any]
 
 
-def get_status(arguments: argparse.Namespace) -> Document:
-    """The status document of the coordinator that ``arguments`` name; UnavailableError when none answers."""
+def connect(arguments: argparse.Namespace) -> OperatorClient:
+    """A client of the coordinator that ``arguments`` name, with what they say about TLS.
+
+    Raises:
+        ConfigError: neither certificates nor --insecure were given. UsageError: the address is none.
+    """
     from backstayd.transport.operator import OperatorClient
 
-    with OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s) as client:
+    _check_security(arguments)
+    return OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s)
+
+
+def _check_security(arguments: argparse.Namespace) -> None:
+    files = {"--tls-cert": arguments.tls_cert, "--tls-key": arguments.tls_key, "--tls-ca": arguments.tls_ca}
+    missing = [flag for flag, path in files.items() if not path]
+    if arguments.insecure:
+        if len(missing) < len(files):
+            raise ConfigError("both TLS and --insecure were given; take one away", reason="two_securities")
+        return
+    if missing:
+        raise ConfigError(
+            f"calls are made over TLS; not given: {', '.join(missing)} (or BACKSTAY_TLS_CERT, BACKSTAY_TLS_KEY, "
+            "BACKSTAY_TLS_CA). `backstay certs --ca-dir DIR --operator` makes them; for a coordinator that speaks "
+            "plaintext say --insecure (BACKSTAY_INSECURE=true)",
+            reason="no_security",
+        )
+    raise ConfigError("this version speaks plaintext only; take TLS away and say --insecure", reason="no_tls")
+
+
+def get_status(arguments: argparse.Namespace) -> Document:
+    """The status document of the coordinator that ``arguments`` name; UnavailableError when none answers."""
+    with connect(arguments) as client:
         try:
             return client.get_status()
         except UnavailableError as error:
@@ -27,9 +57,7 @@ def get_status(arguments: argparse.Namespace) -> Document:
 
 def forget(arguments: argparse.Namespace, run: str) -> None:
     """Free ``run`` everywhere; SnapshotNotFoundError when no node knows it."""
-    from backstayd.transport.operator import OperatorClient
-
-    with OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s) as client:
+    with connect(arguments) as client:
         try:
             client.forget(run)
         except UnavailableError as error:
@@ -38,9 +66,7 @@ def forget(arguments: argparse.Namespace, run: str) -> None:
 
 def distrust(arguments: argparse.Namespace, run: str) -> str:
     """Have the step of ``arguments`` never restored again; returns what a restart would do now."""
-    from backstayd.transport.operator import OperatorClient
-
-    with OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s) as client:
+    with connect(arguments) as client:
         try:
             return client.distrust(run, arguments.step, arguments.reason)
         except UnavailableError as error:
@@ -49,9 +75,7 @@ def distrust(arguments: argparse.Namespace, run: str) -> str:
 
 def trust(arguments: argparse.Namespace, run: str) -> int:
     """Take back every distrust of ``run``; returns how many there were."""
-    from backstayd.transport.operator import OperatorClient
-
-    with OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s) as client:
+    with connect(arguments) as client:
         try:
             return client.trust(run)
         except UnavailableError as error:
