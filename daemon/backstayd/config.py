@@ -211,7 +211,9 @@ def _computed(make: Callable[[], Any], parse: Parser) -> Any:
         raise ConfigError(f"the host name {value!r} {error}; give --name", reason="bad_value") from None
 
 
-_CERT = "This daemon's certificate (PEM, with its chain); read again when the file changes. All three tls_ paths, or none."
+_CERT = (
+    "This daemon's certificate (PEM, with its chain); read again when the file changes. All three tls_ paths, or none."
+)
 _KEY = "Private key of tls_cert (PEM), readable by this daemon alone."
 _CA = "Certificate authorities whose certificates are accepted from others (PEM)."
 _TRUST_DOMAIN = "Trust domain of identities: certificates say spiffe://TRUST_DOMAIN/backstay/node/NAME and the like."

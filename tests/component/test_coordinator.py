@@ -155,7 +155,9 @@ def test_a_restarted_coordinator_keeps_the_world_that_trains() -> None:
         await until(lambda: all(node.phase is SessionPhase.TRAINING for node in nodes), "the world was released")
         before = last_run(nodes[0]).decision
         await process.close()
-        again = CoordinatorProcess(CoordinatorConfig(insecure=True, listen=process.address, http="127.0.0.1:0", lease_s=LEASE_S))
+        again = CoordinatorProcess(
+            CoordinatorConfig(insecure=True, listen=process.address, http="127.0.0.1:0", lease_s=LEASE_S)
+        )
         await again.start()
         await until(lambda: nodes[0].generation.incarnation == again.core.incarnation, "the new one is obeyed")
         assert nodes[0].generation.number > 1

@@ -11,7 +11,6 @@ from backstay.errors import ConfigError
 from backstayd import config
 from backstayd.config import CoordinatorConfig, NodeConfig
 
-
 PLAINTEXT = {"insecure": "true"}
 TLS = {"tls_cert": "/c.pem", "tls_key": "/k.pem", "tls_ca": "/ca.pem"}
 
@@ -80,7 +79,9 @@ def test_variables_that_kubernetes_writes_for_a_service_are_not_taken_for_settin
         "BACKSTAYD_COORDINATOR_PORT_7070_TCP_ADDR": "10.0.0.1",
         "BACKSTAYD_COORDINATOR_PORT": "tcp://10.0.0.1:7070",
     }
-    assert config.load(CoordinatorConfig, file=None, environ=environ, flags=PLAINTEXT) == CoordinatorConfig(insecure=True)
+    assert config.load(CoordinatorConfig, file=None, environ=environ, flags=PLAINTEXT) == CoordinatorConfig(
+        insecure=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_tls_and_insecure_together_are_refused(cls: type[NodeConfig]) -> None:
 
 
 def test_http_over_tls_needs_certificates() -> None:
-    with pytest.raises(ConfigError, match="http_tls .* needs tls_cert"):
+    with pytest.raises(ConfigError, match=r"http_tls .* needs tls_cert"):
         config.load(NodeConfig, file=None, environ={}, flags=PLAINTEXT | {"http_tls": "true"})
 
 
@@ -196,7 +197,7 @@ def test_all_of_tls_is_taken() -> None:
 
 @pytest.mark.parametrize("name", ["", "Backstay", "a/b", "-a", "a b"])
 def test_a_trust_domain_is_one_name_in_lower_case(name: str) -> None:
-    with pytest.raises(ConfigError, match="--trust-domain = .* is not 1 to 255 lower-case"):
+    with pytest.raises(ConfigError, match=r"--trust-domain = .* is not 1 to 255 lower-case"):
         config.load(NodeConfig, file=None, environ={}, flags=TLS | {"trust_domain": name})
 
 

@@ -79,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_security(command: argparse.ArgumentParser) -> None:
-    for name, what in (("cert", "the operator's certificate"), ("key", "its private key"), ("ca", "who signed others'")):
+    for name, what in (
+        ("cert", "the operator's certificate"),
+        ("key", "its private key"),
+        ("ca", "who signed others'"),
+    ):
         variable = f"BACKSTAY_TLS_{name.upper()}"
         path = os.environ.get(variable)
         command.add_argument(
