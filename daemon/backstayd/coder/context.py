@@ -12,8 +12,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from backstay.errors import BackstayError, IntegrityError, UnavailableError
+from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import CoderEvent, Corrupt
 from backstayd.core.records import PersistedSnapshot, Survey
 from backstayd.store.paths import RunPaths
@@ -131,6 +133,40 @@ class JobContext:
                 finally:
                     self.release(client)
         return CorruptSourceError(corrupt)
+
+    def blame_stored(self, ref: ShardRef, *, url: str, detail: str) -> CorruptSourceError:
+        """As :meth:`blame`, for a shard in storage, in the directory ``url``: there is no holder to be told."""
+        corrupt = corrupt_of(ref, node=url, detail=detail)
+        self.corrupt.append(corrupt)
+        return CorruptSourceError(corrupt)
+
+
+class NamesShard(Protocol):
+    """A record that is about one shard: a job, a manifest."""
+
+    @property
+    def run(self) -> str: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+
+
+def shard_ref_of(named: NamesShard) -> ShardRef:
+    """The identity of the shard that ``named`` is about."""
+    return ShardRef(
+        run=named.run,
+        key=SnapshotKey(named.attempt, named.step),
+        rank=named.rank,
+        world_size=named.world_size,
+        digest=named.digest,
+    )
 
 
 def corrupt_of(ref: ShardRef | FragmentRef, *, node: str, detail: str) -> Corrupt:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from backstay import faults
 from backstay.errors import BackstayError, IntegrityError, UnavailableError
-from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
-from backstayd.coder.context import CorruptSourceError, JobContext
+from backstayd.coder.context import CorruptSourceError, JobContext, shard_ref_of
 from backstayd.coder.jobs import FetchShard, shard_event
 from backstayd.coder.sources import RemoteShards, ShardRange
 from backstayd.store.staging import StagedShard, prepare_staging
@@ -20,13 +19,7 @@ def run_fetch(context: JobContext, job: FetchShard) -> None:
     Raises:
         CorruptSourceError, or what the last source failed with: no source is left.
     """
-    ref = ShardRef(
-        run=job.run,
-        key=SnapshotKey(job.attempt, job.step),
-        rank=job.rank,
-        world_size=job.world_size,
-        digest=job.digest,
-    )
+    ref = shard_ref_of(job)
     failures: list[BackstayError] = []
     fetch = _Fetch(context, ref)
     try:

@@ -11,14 +11,12 @@ from typing import Final
 
 from backstay import faults
 from backstay.errors import BackstayError, IntegrityError, UnavailableError
-from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
-from backstayd.coder.context import CorruptSourceError, JobContext
+from backstayd.coder.context import CorruptSourceError, JobContext, shard_ref_of
 from backstayd.coder.jobs import FetchChunks
 from backstayd.coder.sources import LocalShards, RemoteShards, ShardRange
 from backstayd.store.sparse import SparseShard
 from backstayd.store.stored import ShardChunks, read_manifest
-from backstayd.transport.bulk import ShardRef
 
 RANGE_CHUNKS: Final = 64  # 16 MiB a request: large enough to stream, small enough for the next to be asked ahead
 
@@ -86,13 +84,7 @@ def copy_runs(context: JobContext, source: RemoteShards, sparse: SparseShard, ru
 
 
 def _verify(context: JobContext, job: FetchChunks, wanted: Sequence[range]) -> None:
-    ref = ShardRef(
-        run=job.run,
-        key=SnapshotKey(job.attempt, job.step),
-        rank=job.rank,
-        world_size=job.world_size,
-        digest=job.digest,
-    )
+    ref = shard_ref_of(job)
     path = context.paths(job.run).manifest(ref.key, job.rank, job.world_size)
     try:
         chunks = read_manifest(path, digest=job.digest)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from crc32c import crc32c
-
 from backstay import faults
 from backstay.errors import IntegrityError, SnapshotNotFoundError
-from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
-from backstayd.coder.context import CorruptSourceError, JobContext, corrupt_of
+from backstayd.coder.checking import check_chunks
+from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.jobs import shard_event
 from backstayd.coder.storage_jobs import FetchPersisted
 from backstayd.storage.place import MIN_RANGE_BYTES
@@ -30,17 +28,11 @@ def run_fetch_persisted(context: JobContext, job: FetchPersisted) -> None:
     Raises:
         CorruptSourceError: what lies there is missing or not the shard that is wanted. UnavailableError: the store.
     """
-    ref = ShardRef(
-        run=job.run,
-        key=SnapshotKey(job.attempt, job.step),
-        rank=job.rank,
-        world_size=job.world_size,
-        digest=job.digest,
-    )
+    ref = shard_ref_of(job)
     try:
         shard = open_shard(job.url, rank=job.rank, world_size=job.world_size, digest=job.digest)
     except (IntegrityError, SnapshotNotFoundError) as error:
-        raise _blame(context, ref, job.url, str(error)) from error
+        raise context.blame_stored(ref, url=job.url, detail=str(error)) from error
     try:
         _copy(context, job, ref, shard)
     finally:
@@ -80,26 +72,10 @@ def _copy(context: JobContext, job: FetchPersisted, ref: ShardRef, shard: Persis
 
 
 def _read(context: JobContext, ref: ShardRef, url: str, shard: PersistedShard, offset: int, view: memoryview) -> None:
-    """Fill ``view`` and check its chunks; a wrong one is read once more, for it may have been flipped on its way."""
+    """Fill ``view`` and check its chunks."""
     try:
         shard.read_into(offset, view)
     except IntegrityError as error:
-        raise _blame(context, ref, url, str(error)) from error
+        raise context.blame_stored(ref, url=url, detail=str(error)) from error
     first = offset // CHUNK_BYTES
-    for place in range(0, len(view), CHUNK_BYTES):
-        chunk, piece = first + place // CHUNK_BYTES, view[place : place + CHUNK_BYTES]
-        expected = shard.chunks.chunk_crc(chunk)
-        if crc32c(piece) != expected:
-            shard.read_into(chunk * CHUNK_BYTES, piece)
-            found = crc32c(piece)
-            if found != expected:
-                detail = f"chunk {chunk} has crc {found:08x}, expected {expected:08x}"
-                raise _blame(context, ref, url, detail)
-            context.flipped_in_flight += 1
-
-
-def _blame(context: JobContext, ref: ShardRef, url: str, detail: str) -> CorruptSourceError:
-    """Name the shard in storage; there is no holder to be told."""
-    corrupt = corrupt_of(ref, node=url, detail=detail)
-    context.corrupt.append(corrupt)
-    return CorruptSourceError(corrupt)
+    check_chunks(context, ref, url=url, chunks=shard.chunks, first=first, view=view, read_into=shard.read_into)

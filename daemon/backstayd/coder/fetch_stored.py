@@ -8,19 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from crc32c import crc32c
-
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError
-from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
-from backstayd.coder.context import CorruptSourceError, JobContext, corrupt_of
+from backstayd.coder.checking import check_chunks
+from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.jobs import FetchChunks, FetchManifests
 from backstayd.core.storage_names import manifest_name
 from backstayd.storage.place import open_place
 from backstayd.storage.reader import PersistedShard, open_shard
 from backstayd.store.sparse import SparseShard
 from backstayd.store.stored import make_directory, parse_manifest, write_atomically
-from backstayd.transport.bulk import ShardRef
 
 BATCH_CHUNKS: Final = 64  # 16 MiB in memory at a time
 
@@ -34,7 +31,7 @@ def fetch_stored_chunks(context: JobContext, job: FetchChunks, sparse: SparseSha
     try:
         shard = open_shard(job.url, rank=job.rank, world_size=job.world_size, digest=job.digest)
     except (IntegrityError, SnapshotNotFoundError) as error:
-        raise _blame(context, job, str(error)) from error
+        raise context.blame_stored(shard_ref_of(job), url=job.url, detail=str(error)) from error
     buffer = memoryview(bytearray(BATCH_CHUNKS * CHUNK_BYTES))
     try:
         for batch in _batches(runs):
@@ -52,6 +49,7 @@ def _copy(
     batch: Sequence[range],
     buffer: memoryview,
 ) -> None:
+    ref = shard_ref_of(job)
     ranges, begin = [], 0
     for run in batch:
         length = sum(shard.chunks.chunk_length(chunk) for chunk in run)
@@ -61,26 +59,16 @@ def _copy(
         with context.timed("read"):
             shard.read_ranges(ranges)
     except IntegrityError as error:
-        raise _blame(context, job, str(error)) from error
+        raise context.blame_stored(ref, url=job.url, detail=str(error)) from error
     for run, (_, view) in zip(batch, ranges, strict=True):
         for place, chunk in enumerate(run):
             piece = view[place * CHUNK_BYTES : (place + 1) * CHUNK_BYTES]
-            _verify(context, job, shard, chunk, piece)
+            check_chunks(
+                context, ref, url=job.url, chunks=shard.chunks, first=chunk, view=piece, read_into=shard.read_into
+            )
             with context.timed("write"):
                 sparse.write_verified(chunk, piece)
             context.done_bytes += len(piece)
-
-
-def _verify(context: JobContext, job: FetchChunks, shard: PersistedShard, chunk: int, piece: memoryview) -> None:
-    """Check one chunk; a wrong one is read once more, for it may have been flipped on its way."""
-    expected = shard.chunks.chunk_crc(chunk)
-    if crc32c(piece) == expected:
-        return
-    shard.read_into(chunk * CHUNK_BYTES, piece)
-    found = crc32c(piece)
-    if found != expected:
-        raise _blame(context, job, f"chunk {chunk} has crc {found:08x}, expected {expected:08x}")
-    context.flipped_in_flight += 1
 
 
 def fetch_stored_manifests(context: JobContext, job: FetchManifests) -> None:
@@ -115,17 +103,3 @@ def _batches(runs: Sequence[range]) -> Iterator[list[range]]:
                 batch, room = [], BATCH_CHUNKS
     if batch:
         yield batch
-
-
-def _blame(context: JobContext, job: FetchChunks, detail: str) -> CorruptSourceError:
-    """Name the shard in storage; there is no holder to be told."""
-    ref = ShardRef(
-        run=job.run,
-        key=SnapshotKey(job.attempt, job.step),
-        rank=job.rank,
-        world_size=job.world_size,
-        digest=job.digest,
-    )
-    corrupt = corrupt_of(ref, node=job.url, detail=detail)
-    context.corrupt.append(corrupt)
-    return CorruptSourceError(corrupt)

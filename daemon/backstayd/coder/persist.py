@@ -20,7 +20,7 @@ from backstay import __version__, faults, record
 from backstay.errors import IntegrityError, SnapshotNotFoundError, UnavailableError
 from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
-from backstayd.coder.context import JobContext
+from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.pacing import BUCKET
 from backstayd.coder.sources import pread_chunks
@@ -100,13 +100,7 @@ def run_upload(context: JobContext, job: UploadShard) -> None:
         CorruptSourceError: the shard of this node is corrupt. UnavailableError, CapacityError: the store, in words for people.
     """
     open_place(root_of(job.url)).require_root()
-    ref = ShardRef(
-        run=job.run,
-        key=SnapshotKey(job.attempt, job.step),
-        rank=job.rank,
-        world_size=job.world_size,
-        digest=job.digest,
-    )
+    ref = shard_ref_of(job)
     place = open_place(snapshot_url(job.url, ref.key))
     shard, manifest = shard_name(job.rank, job.world_size), manifest_name(job.rank, job.world_size)
     paths = context.paths(job.run)

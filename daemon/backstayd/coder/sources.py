@@ -15,9 +15,8 @@ from typing import Final
 from crc32c import crc32c
 
 from backstay.errors import IntegrityError, UnavailableError
-from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
-from backstayd.coder.context import JobContext
+from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.core import geometry
 from backstayd.core.records import Plan
 from backstayd.store.published import open_fragment, open_shard
@@ -38,9 +37,7 @@ class ShardRange:
 
     @property
     def ref(self) -> ShardRef:
-        chunks = self.chunks
-        key = SnapshotKey(chunks.attempt, chunks.step)
-        return ShardRef(run=chunks.run, key=key, rank=chunks.rank, world_size=chunks.world_size, digest=chunks.digest)
+        return shard_ref_of(self.chunks)
 
 
 def block_ranges(plan: Plan, member: int, chunks: range, by_digest: dict[str, ShardChunks]) -> list[ShardRange]:

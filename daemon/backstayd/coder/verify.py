@@ -7,9 +7,8 @@ import os
 from crc32c import crc32c
 
 from backstay.errors import IntegrityError
-from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
-from backstayd.coder.context import JobContext
+from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.jobs import VerifyFragment, VerifyShard
 from backstayd.coder.sources import LocalFragment, LocalShards, ShardRange
 from backstayd.core import geometry
@@ -20,13 +19,7 @@ from backstayd.transport.bulk import FragmentRef, ShardRef
 
 def run_verify_shard(context: JobContext, job: VerifyShard) -> None:
     """Do ``job``. Raises CorruptSourceError for a bad chunk or manifest, SnapshotNotFoundError when it is not here."""
-    ref = ShardRef(
-        run=job.run,
-        key=SnapshotKey(job.attempt, job.step),
-        rank=job.rank,
-        world_size=job.world_size,
-        digest=job.digest,
-    )
+    ref = shard_ref_of(job)
     paths = context.paths(job.run)
     if job.is_staged:
         try:

@@ -7,13 +7,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from crc32c import crc32c
-
 from backstay import faults
 from backstay.errors import IntegrityError, SnapshotNotFoundError
-from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
-from backstayd.coder.context import CorruptSourceError, JobContext, corrupt_of
+from backstayd.coder.checking import check_chunks
+from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.storage_jobs import VerifyPersisted
 from backstayd.storage.errors import explained
 from backstayd.storage.local_shard import LocalShard, open_local_shard
@@ -29,19 +27,27 @@ def run_verify_persisted(context: JobContext, job: VerifyPersisted) -> str:
     Raises:
         CorruptSourceError: what lies there is missing or not the shard that is wanted. UnavailableError: the file system.
     """
+    ref = shard_ref_of(job)
     try:
         shard = open_local_shard(job.url, rank=job.rank, world_size=job.world_size, digest=job.digest)
     except (IntegrityError, SnapshotNotFoundError) as error:
-        raise _blame(context, job, str(error)) from error
+        raise context.blame_stored(ref, url=job.url, detail=str(error)) from error
     try:
-        _read_through(context, job, shard)
+        _read_through(context, job, ref, shard)
     finally:
         shard.close()
     return shard.file_id
 
 
-def _read_through(context: JobContext, job: VerifyPersisted, shard: LocalShard) -> None:
+def _read_through(context: JobContext, job: VerifyPersisted, ref: ShardRef, shard: LocalShard) -> None:
     buffers, lock, size = threading.local(), threading.Lock(), shard.chunks.size_bytes
+
+    def read_into(offset: int, view: memoryview) -> None:
+        with explained("read", job.url):
+            short = _read(shard, offset, view)
+        if short:
+            detail = f"it ends at byte {offset + len(view) - short}, {short} bytes too early"
+            raise context.blame_stored(ref, url=job.url, detail=detail)
 
     def check(offset: int) -> None:
         context.check()
@@ -50,7 +56,9 @@ def _read_through(context: JobContext, job: VerifyPersisted, shard: LocalShard) 
         view = buffers.whole[: min(READ_BYTES, size - offset)]
         if offset <= size // 2 < offset + len(view):
             faults.reach("mid_fetch_persisted", step=job.step, rank=job.rank)
-        _check_range(context, job, shard, offset, view)
+        read_into(offset, view)
+        first = offset // CHUNK_BYTES
+        check_chunks(context, ref, url=job.url, chunks=shard.chunks, first=first, view=view, read_into=read_into)
         with lock:
             context.done_bytes += len(view)
 
@@ -62,40 +70,12 @@ def _read_through(context: JobContext, job: VerifyPersisted, shard: LocalShard) 
             raise
 
 
-def _check_range(context: JobContext, job: VerifyPersisted, shard: LocalShard, offset: int, view: memoryview) -> None:
-    """Fill ``view`` and check its chunks; a wrong one is read once more, for it may have been flipped on its way."""
-    first = offset // CHUNK_BYTES
-    _read(context, job, shard, offset, view)
-    for place in range(0, len(view), CHUNK_BYTES):
-        chunk, piece = first + place // CHUNK_BYTES, view[place : place + CHUNK_BYTES]
-        expected = shard.chunks.chunk_crc(chunk)
-        if crc32c(piece) != expected:
-            _read(context, job, shard, chunk * CHUNK_BYTES, piece)
-            found = crc32c(piece)
-            if found != expected:
-                raise _blame(context, job, f"chunk {chunk} has crc {found:08x}, expected {expected:08x}")
-            context.flipped_in_flight += 1
-
-
-def _read(context: JobContext, job: VerifyPersisted, shard: LocalShard, offset: int, view: memoryview) -> None:
-    with explained("read", job.url):
-        done = 0
-        while done < len(view):
-            count = os.preadv(shard.fd, [view[done:]], offset + done)
-            if count == 0:
-                raise _blame(context, job, f"it ends at byte {offset + done}, {len(view) - done} bytes too early")
-            done += count
-
-
-def _blame(context: JobContext, job: VerifyPersisted, detail: str) -> CorruptSourceError:
-    """Name the shard in storage; there is no holder to be told."""
-    ref = ShardRef(
-        run=job.run,
-        key=SnapshotKey(job.attempt, job.step),
-        rank=job.rank,
-        world_size=job.world_size,
-        digest=job.digest,
-    )
-    corrupt = corrupt_of(ref, node=job.url, detail=detail)
-    context.corrupt.append(corrupt)
-    return CorruptSourceError(corrupt)
+def _read(shard: LocalShard, offset: int, view: memoryview) -> int:
+    """Fill ``view``; returns how many bytes are missing at its end because the file ends."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(shard.fd, [view[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return len(view) - done
