@@ -63,9 +63,17 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of ``HOST:PORT`` or ``[IPV6]:PORT``; raises ValueError."""
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or " " in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError("is not HOST:PORT with a port from 0 to 65535")
     return host, int(port)
+
+
+def split_addresses(text: str) -> tuple[str, ...]:
+    """The addresses of ``HOST:PORT,HOST:PORT``, each once; raises ValueError."""
+    addresses = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for address in addresses:
+        split_address(address)
+    return addresses
 
 
 def _text(value: Any) -> str:
@@ -111,6 +119,10 @@ def _socket_path(value: Any) -> Path:
 def _address(value: Any) -> str:
     split_address(_text(value))
     return str(value)
+
+
+def _addresses(value: Any) -> str:
+    return ",".join(split_addresses(_text(value)))
 
 
 def _reachable_address(value: Any) -> str:
@@ -238,7 +250,12 @@ class NodeConfig:
         "Directory on a tmpfs of its own that holds the snapshots; one daemon per directory.",
     )
     socket: Path = _setting(DEFAULT_SOCKET, _socket_path, "Unix socket on which trainers of this machine are served.")
-    coordinator: str = _setting("127.0.0.1:7070", _address, "The coordinator.", metavar="HOST:PORT")
+    coordinator: str = _setting(
+        "127.0.0.1:7070",
+        _addresses,
+        "The coordinator; with standbys all of them, separated by commas, or a name that resolves to all.",
+        metavar="HOST:PORT[,...]",
+    )
     bulk: str = _setting(
         "127.0.0.1:7071",
         _reachable_address,

@@ -46,9 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=explanation, description=explanation, allow_abbrev=False)
         added.add_argument(
             "--coordinator",
-            metavar="HOST:PORT",
+            metavar="HOST:PORT[,...]",
             default=os.environ.get("BACKSTAY_COORDINATOR", DEFAULT_COORDINATOR),
-            help=f"the coordinator (default: BACKSTAY_COORDINATOR or {DEFAULT_COORDINATOR})",
+            help=f"the coordinator, or all of several (default: BACKSTAY_COORDINATOR or {DEFAULT_COORDINATOR})",
         )
         added.add_argument("--json", action="store_true", help="print JSON for programs")
         added.add_argument("--timeout-s", type=_positive, default=5.0, metavar="S", help="longest wait for an answer")

@@ -9,7 +9,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError, UsageError
-from backstayd.config import split_address
+from backstayd.config import split_addresses
 
 if TYPE_CHECKING:
     from backstayd.transport.operator import OperatorClient
@@ -26,7 +26,7 @@ def connect(arguments: argparse.Namespace) -> OperatorClient:
     from backstayd.transport.operator import OperatorClient
 
     _check_security(arguments)
-    return OperatorClient(check_address(arguments.coordinator), timeout_s=arguments.timeout_s)
+    return OperatorClient(check_addresses(arguments.coordinator), timeout_s=arguments.timeout_s)
 
 
 def _check_security(arguments: argparse.Namespace) -> None:
@@ -82,20 +82,19 @@ def trust(arguments: argparse.Namespace, run: str) -> int:
             raise unreachable(error) from error
 
 
-def check_address(address: str) -> str:
-    """``address`` if it is HOST:PORT, else UsageError."""
+def check_addresses(addresses: str) -> str:
+    """``addresses`` if they are HOST:PORT, or several with commas between, else UsageError."""
     try:
-        split_address(address)
+        return ",".join(split_addresses(addresses))
     except ValueError as error:
-        raise UsageError(f"--coordinator {address!r} {error}", reason="bad_arguments") from None
-    return address
+        raise UsageError(f"--coordinator {addresses!r} {error}", reason="bad_arguments") from None
 
 
 def unreachable(error: UnavailableError) -> UnavailableError:
     """The same error with what the operator can do about it."""
     return UnavailableError(
         f"{error}\nStart one with `backstayd coordinator`, or name another with --coordinator HOST:PORT or "
-        f"BACKSTAY_COORDINATOR. Training goes on without it; a restore waits for it.",
+        f"BACKSTAY_COORDINATOR (several with commas between). Training goes on without it; a restore waits for it.",
         reason=error.reason,
     )
 

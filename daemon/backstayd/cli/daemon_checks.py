@@ -67,7 +67,8 @@ def check_link(document: dict[str, Any]) -> Finding:
         return ok("daemon's coordinator", f"connected to {link.get('address')}")
     return fail(
         "daemon's coordinator",
-        f"not connected to {link.get('address')}: nothing becomes protected, no restore is decided",
+        f"not connected to {link.get('addresses')}: nothing becomes protected, no restore is decided"
+        + (f" ({link['error']})" if link.get("error") else ""),
     )
 
 

@@ -26,7 +26,7 @@ from backstayd.coder.pool import CoderPool
 from backstayd.config import NodeConfig, split_address
 from backstayd.core.records import NodeDesired, NodeIdentity
 from backstayd.node.bell import Bell
-from backstayd.node.context import NodeContext
+from backstayd.node.context import LinkState, NodeContext
 from backstayd.node.listener import listen
 from backstayd.node.offers import Offers
 from backstayd.node.reconcile import Reconciler
@@ -147,9 +147,10 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             report=reporter.report,
             on_desired=lambda desired: _on_desired(desired, reconciler, storing, storage_coder),
             lease_s=config.lease_s,
-            on_state=lambda is_connected: _on_link(context, is_connected),
+            on_state=lambda is_connected: _on_link(context, link.address, is_connected),
         )
         context.is_coordinator_connected = lambda: link.is_connected
+        context.coordinator = lambda: LinkState(address=link.address, error=link.last_error)
         context.notify, context.kick = link.notify, lambda: _kick(reconciler, storing)
         link.start()
         stack.push_async_callback(link.close)
@@ -189,9 +190,9 @@ def _kick(reconciler: Reconciler, storing: Storing) -> None:
     storing.kick()
 
 
-def _on_link(context: NodeContext, is_connected: bool) -> None:
+def _on_link(context: NodeContext, address: str, is_connected: bool) -> None:
     word = "connected to" if is_connected else "lost"
-    context.timeline.add("coordinator", "", f"{word} the coordinator at {context.coordinator_address}")
+    context.timeline.add("coordinator", "", f"{word} the coordinator at {address}")
     context.bell.ring()
 
 

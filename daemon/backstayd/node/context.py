@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from backstayd.node.offers import Offers
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkState:
+    """Which coordinator the node is or was last connected to, and, while to none, what each address answered."""
+
+    address: str = ""
+    error: str = ""
+
+
 @dataclass(slots=True, kw_only=True)
 class NodeContext:
     """What the parts of a node share. ``desired`` holds what the coordinator said last, by run."""
@@ -31,10 +39,11 @@ class NodeContext:
     metrics: Metrics
     clock: Clock
     desired: dict[str, RunDesired]
-    coordinator_address: str = ""
+    coordinator_address: str = ""  # one, or several with commas between
     notify: Callable[[], None] = lambda: None  # the report changed
     kick: Callable[[], None] = lambda: None  # look again at what is desired
     is_coordinator_connected: Callable[[], bool] = lambda: False
+    coordinator: Callable[[], LinkState] = LinkState
     document: Callable[[], dict[str, Any]] = dict
     progress: Callable[[Session], local.Progress] = lambda session: local.Progress(phase="waiting")
     offer_due: Callable[[Session], Decision | None] = lambda session: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -49,7 +50,8 @@ class Reporter:
             "time_unix_s": context.clock.unix_s(),
             "generation": record.to_json(store.generation),
             "coordinator": {
-                "address": context.coordinator_address,
+                "addresses": context.coordinator_address,
+                **dataclasses.asdict(context.coordinator()),
                 "is_connected": context.is_coordinator_connected(),
             },
             "memory": {

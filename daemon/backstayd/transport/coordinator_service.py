@@ -29,7 +29,7 @@ SPOKEN_PROTOCOLS: Final = (PROTOCOL_VERSION, PROTOCOL_VERSION - 1)
 
 
 class CoordinatorBackend(Protocol):
-    """What the server serves."""
+    """What the server serves. One that does not lead raises NotLeaderError from every method but ``suspect``."""
 
     def observe(self, report: NodeReport) -> None:
         """Take in a report; must be quick."""
@@ -155,7 +155,8 @@ class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             await self._server.sync(request_iterator, context)
         except* BackstayError as group:
             error = group.exceptions[0]
-            logger.warning("a node's stream was refused: %s", error)
+            level = logging.DEBUG if isinstance(error, errors.NotLeaderError) else logging.WARNING
+            logger.log(level, "a node's stream was refused: %s", error)
             await _abort(context, error if isinstance(error, BackstayError) else BackstayError(str(error)))
         except* Exception as group:
             if not context.done():
@@ -168,7 +169,12 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         self._backend = backend
 
     async def GetStatus(self, request: Any, context: Any) -> operator_pb2.GetStatusResponse:
-        return operator_pb2.GetStatusResponse(document_json=json.dumps(self._backend.status()))
+        document: dict[str, Any] = {}
+        try:
+            document = self._backend.status()
+        except BackstayError as error:
+            await _abort(context, error)
+        return operator_pb2.GetStatusResponse(document_json=json.dumps(document))
 
     async def Forget(self, request: Any, context: Any) -> operator_pb2.ForgetResponse:
         try:
@@ -202,4 +208,7 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
 
 
 async def _abort(context: Any, error: BackstayError) -> None:
-    await context.abort(errors.code_of(error), str(error), trailing_metadata=((errors.REASON_KEY, error.reason),))
+    told = [(errors.REASON_KEY, error.reason)]
+    if isinstance(error, errors.NotLeaderError) and error.leader:
+        told.append((errors.LEADER_KEY, error.leader))
+    await context.abort(errors.code_of(error), str(error), trailing_metadata=tuple(told))

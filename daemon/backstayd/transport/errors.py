@@ -7,9 +7,20 @@ from typing import Final
 import grpc
 
 from backstay import errors
-from backstay.errors import BackstayError
+from backstay.errors import BackstayError, UnavailableError
 
 REASON_KEY: Final = "backstay-reason"
+LEADER_KEY: Final = "backstay-leader"  # host:port of the coordinator that leads, where one that does not was asked
+NOT_LEADER: Final = "not_leader"
+
+
+class NotLeaderError(UnavailableError):
+    """This coordinator does not lead; ``leader`` is the address of the one that does, or "" if none is known."""
+
+    def __init__(self, message: str, *, leader: str = "") -> None:
+        super().__init__(message, reason=NOT_LEADER)
+        self.leader = leader
+
 
 CODE_OF_CLASS: Final[dict[type[BackstayError], grpc.StatusCode]] = {
     errors.BackstayError: grpc.StatusCode.UNKNOWN,
@@ -51,5 +62,16 @@ def error_of(call: grpc.RpcError, *, asked: str) -> BackstayError:
     if not isinstance(call, (grpc.Call, grpc.aio.AioRpcError)):
         return BackstayError(f"{asked}: {call}")
     code = call.code()
-    reason = next((str(value) for key, value in call.trailing_metadata() or () if key == REASON_KEY), "")
-    return class_of(code)(f"{asked}: {call.details() or code.name.lower().replace('_', ' ')}", reason=reason)
+    told = {str(key): str(value) for key, value in call.trailing_metadata() or ()}
+    reason, message = told.get(REASON_KEY, ""), f"{asked}: {call.details() or code.name.lower().replace('_', ' ')}"
+    if reason == NOT_LEADER:
+        return NotLeaderError(message, leader=told.get(LEADER_KEY, ""))
+    return class_of(code)(message, reason=reason)
+
+
+def is_nobodys_answer(call: grpc.RpcError) -> bool:
+    """Whether gRPC itself failed the call: nobody was reached, or nobody answered in time."""
+    if not isinstance(call, (grpc.Call, grpc.aio.AioRpcError)):
+        return True
+    is_ours = any(key == REASON_KEY for key, _ in call.trailing_metadata() or ())
+    return not is_ours and class_of(call.code()) is UnavailableError

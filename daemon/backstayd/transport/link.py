@@ -1,6 +1,7 @@
 """A node's line to the coordinator: reports up, desired state down, reconnecting for as long as the node lives.
 
-Must not interpret what it carries. A lost message costs one heartbeat: everything is sent again.
+Where there are several coordinators it finds the one that leads. Must not interpret what it carries. A lost message costs
+one heartbeat: everything is sent again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import grpc
 from backstay.errors import BackstayError
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.transport import convert, errors
+from backstayd.transport.addresses import AddressBook, Target, resolve
 from backstayd.transport.channel import channel_options
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
 
@@ -27,7 +29,7 @@ class CoordinatorLink:
     """One bidirectional stream at a time; everything runs in the loop that :meth:`start` was called in.
 
     Args:
-        address: ``host:port`` of the coordinator.
+        addresses: ``host:port`` of the coordinator, or several separated by commas; a name may stand for several machines.
         report: Called for each report that is sent; must be quick.
         on_desired: Called with each answer (each is a heartbeat as well); must be quick and must not raise.
         lease_s: The coordinator is lost after this long without an answer; reports go out at least each sixth of it.
@@ -36,15 +38,16 @@ class CoordinatorLink:
 
     def __init__(
         self,
-        address: str,
+        addresses: str,
         *,
         report: Callable[[], NodeReport],
         on_desired: Callable[[NodeDesired], None],
         lease_s: float,
         on_state: Callable[[bool], None] | None = None,
     ) -> None:
-        self.address = address
-        self.last_error = ""  # why the coordinator is not connected, for people
+        self.address = ""  # of the coordinator that is or was last connected
+        self.last_error = ""  # why none is connected: what each answered, for people
+        self._book = AddressBook(addresses)
         self._report = report
         self._on_desired = on_desired
         self._lease_s = lease_s
@@ -80,37 +83,65 @@ class CoordinatorLink:
 
     async def _run(self) -> None:
         shortest = min(0.05, self._lease_s / 3)
-        backoff_s = shortest
+        backoff_s, rounds = shortest, 0
         while True:
-            was_connected = False
-            try:
-                await self._connect_once()
-            except (grpc.RpcError, TimeoutError, BackstayError, OSError) as error:
-                was_connected = self._is_connected
-                self._note(error)
-            except asyncio.CancelledError:  # ours, or gRPC's own way to say that the stream was torn down
-                if self._is_closing:
-                    raise
-                was_connected = self._is_connected
-                self._note(ConnectionError("the stream was cancelled"))
-            except Exception:
-                logger.exception("a mistake in reporting or in obeying; connecting anew")
-            self._set_connected(False)
-            backoff_s = shortest if was_connected else min(backoff_s * 2, self._lease_s / 3)
-            await asyncio.sleep(backoff_s)
+            if self._book.is_round_over:
+                resolved = await resolve(self._book.names(), timeout_s=self._lease_s)
+                self._book.begin_round(resolved)
+                rounds += 1
+            target = self._book.next()
+            was_connected = await self._try(target, rounds)
+            if was_connected:
+                backoff_s, rounds = shortest, 0
+            elif self._book.is_round_over:
+                backoff_s = min(backoff_s * 2, self._lease_s / 3)
+            await asyncio.sleep(backoff_s if self._book.is_round_over else shortest)
 
-    async def _connect_once(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=channel_options(self._lease_s)) as channel:
+    async def _try(self, target: Target, rounds: int) -> bool:
+        """One connection for as long as it holds; whether there was an answer at all."""
+        was_connected, patience_s = False, self._patience_s(rounds)
+        try:
+            await self._connect_once(target, patience_s)
+        except TimeoutError:
+            was_connected = self._is_connected
+            silence_s = self._lease_s if was_connected else patience_s
+            self._note(target, f"coordinator {target.address} was silent for {silence_s:g} s")
+        except grpc.RpcError as error:
+            was_connected = self._is_connected
+            told = errors.error_of(error, asked=f"coordinator {target.address}")
+            self._note(target, str(told), leader=told.leader if isinstance(told, errors.NotLeaderError) else "")
+        except (BackstayError, OSError) as error:
+            was_connected = self._is_connected
+            self._note(target, f"coordinator {target.address}: {error}")
+        except asyncio.CancelledError:  # ours, or gRPC's own way to say that the stream was torn down
+            if self._is_closing:
+                raise
+            was_connected = self._is_connected
+            self._note(target, f"coordinator {target.address}: the stream was cancelled")
+        except Exception:
+            logger.exception("a mistake in reporting or in obeying; connecting anew")
+        self._set_connected(False)
+        return was_connected
+
+    def _patience_s(self, rounds: int) -> float:
+        """How long the first answer may take: less while others are untried, so that a dead machine does not hide them."""
+        return self._lease_s if self._book.count == 1 else self._lease_s * min(1.0, rounds / 3)
+
+    async def _connect_once(self, target: Target, patience_s: float) -> None:
+        async with grpc.aio.insecure_channel(target.address, options=channel_options(self._lease_s)) as channel:
             stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
             call = stub.Sync(self._reports())
             try:
                 while True:
-                    async with asyncio.timeout(self._lease_s):
+                    async with asyncio.timeout(self._lease_s if self._is_connected else patience_s):
                         response = await call.read()
                     if not isinstance(response, coordinator_pb2.SyncResponse):
                         raise ConnectionError("the coordinator closed the stream")
                     desired = convert.from_message(NodeDesired, response.desired)
-                    self._set_connected(True)
+                    if not self._is_connected:
+                        self.address = target.address
+                        self._book.found(target)
+                        self._set_connected(True)
                     self._on_desired(desired)
             finally:
                 call.cancel()
@@ -140,13 +171,8 @@ class CoordinatorLink:
             if self._on_state is not None:
                 self._on_state(is_connected)
 
-    def _note(self, error: Exception) -> None:
-        if isinstance(error, TimeoutError):
-            text = f"coordinator {self.address} was silent for {self._lease_s:g} s"
-        elif isinstance(error, grpc.RpcError):
-            text = str(errors.error_of(error, asked=f"coordinator {self.address}"))
-        else:
-            text = f"coordinator {self.address}: {error}"
+    def _note(self, target: Target, text: str, *, leader: str = "") -> None:
         level = logging.WARNING if self._is_connected or not self.last_error else logging.DEBUG
         logger.log(level, "lost the coordinator, trying again: %s", text)
-        self.last_error = text
+        self._book.note(target, text, leader=leader)
+        self.last_error = self._book.summary()

@@ -1,10 +1,14 @@
-"""The operator's side of the coordinator: synchronous calls with a deadline. Must not interpret the status document."""
+"""The operator's side of the coordinator: synchronous calls with a deadline, to the one of several that leads.
+
+Must not interpret the status document. Every call may be repeated without harm, so it is, until the deadline.
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import grpc
 
@@ -12,25 +16,31 @@ from backstay import record
 from backstay.errors import IntegrityError, UnavailableError
 from backstayd.core.locating import Located
 from backstayd.transport import errors
+from backstayd.transport.addresses import AddressBook, Target, resolve_blocking
 from backstayd.transport.channel import channel_options
 from backstayd.v1 import operator_pb2, operator_pb2_grpc
 
+PAUSE_S: Final = 0.2  # between two rounds over all addresses
+SHORTEST_TRY_S: Final = 0.5
+
 
 class OperatorClient:
-    """Calls to the coordinator at ``address`` (``host:port``), each answered within ``timeout_s`` or UnavailableError."""
+    """Calls to the coordinator that leads, each answered within ``timeout_s`` or UnavailableError.
 
-    def __init__(self, address: str, *, timeout_s: float = 5.0) -> None:
-        self.address = address
+    Args:
+        addresses: ``host:port``, or several separated by commas; a name may stand for several machines.
+    """
+
+    def __init__(self, addresses: str, *, timeout_s: float = 5.0) -> None:
+        self.address = addresses
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=channel_options(timeout_s))
-        self._stub = operator_pb2_grpc.OperatorServiceStub(self._channel)
+        self._book = AddressBook(addresses)
+        self._leader: Target | None = None
+        self._channels: dict[str, grpc.Channel] = {}
 
     def get_status(self) -> dict[str, Any]:
         """The status document, as plain JSON values."""
-        try:
-            response = self._stub.GetStatus(operator_pb2.GetStatusRequest(), timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            raise self._error(error, asked="read the status") from error
+        response = self._call("GetStatus", operator_pb2.GetStatusRequest(), asked="read the status")
         document = json.loads(response.document_json)
         if not isinstance(document, dict):
             raise IntegrityError(f"the coordinator at {self.address} answered a status that is not an object")
@@ -38,37 +48,27 @@ class OperatorClient:
 
     def forget(self, run: str) -> None:
         """Delete everything of ``run`` on every node; SnapshotNotFoundError if no node knows it."""
-        try:
-            self._stub.Forget(operator_pb2.ForgetRequest(run=run), timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            raise self._error(error, asked=f"forget {run}") from error
+        self._call("Forget", operator_pb2.ForgetRequest(run=run), asked=f"forget {run}")
 
     def distrust(self, run: str, step: int, reason: str) -> str:
         """Have ``step`` never restored again; returns what a restart would do now."""
         request = operator_pb2.DistrustRequest(run=run, step=step, reason=reason)
-        try:
-            return str(self._stub.Distrust(request, timeout=self._timeout_s).message)
-        except grpc.RpcError as error:
-            raise self._error(error, asked=f"distrust step {step} of {run}") from error
+        return str(self._call("Distrust", request, asked=f"distrust step {step} of {run}").message)
 
     def trust(self, run: str) -> int:
         """Take back every distrust of ``run``; returns how many snapshots were distrusted."""
-        try:
-            return int(self._stub.Trust(operator_pb2.TrustRequest(run=run), timeout=self._timeout_s).count)
-        except grpc.RpcError as error:
-            raise self._error(error, asked=f"trust {run}") from error
+        return int(self._call("Trust", operator_pb2.TrustRequest(run=run), asked=f"trust {run}").count)
 
     def locate(self, run: str, step: int) -> Located:
         """Where the shards of a complete snapshot are; 0: the newest. Raises what the coordinator answers."""
         request = operator_pb2.LocateRequest(run=run, step=step)
-        try:
-            response = self._stub.Locate(request, timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            raise self._error(error, asked=f"find step {step or 'newest'} of {run}") from error
+        response = self._call("Locate", request, asked=f"find step {step or 'newest'} of {run}")
         return record.loads(Located, response.document_json)
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in self._channels.values():
+            channel.close()
+        self._channels = {}
 
     def __enter__(self) -> Self:
         return self
@@ -78,12 +78,59 @@ class OperatorClient:
     ) -> None:
         self.close()
 
-    def _error(self, call: grpc.RpcError, *, asked: str) -> Exception:
-        error = errors.error_of(call, asked=f"cannot {asked} at coordinator {self.address}")
-        if not isinstance(error, UnavailableError):
-            return error
+    def _call(self, method: str, request: Any, *, asked: str) -> Any:
+        """The leader's answer, whoever that is by now; raises what it answers, or UnavailableError at the deadline."""
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            self._book.begin_round(resolve_blocking(self._book.names()))
+            if self._leader is not None:
+                self._book.prefer(self._leader)
+            is_election = False  # somebody answered that it does not lead: the next round may find who does
+            while not self._book.is_round_over:
+                target = self._book.next()
+                try:
+                    response = self._try(target, method, request, self._share_s(deadline_s))
+                except grpc.RpcError as error:
+                    is_election |= self._note(target, error, asked=asked)
+                else:
+                    self._leader = target
+                    return response
+            self._leader = None
+            if not is_election or time.monotonic() + PAUSE_S >= deadline_s:
+                raise self._nobody(is_election=is_election)
+            time.sleep(PAUSE_S)
+
+    def _try(self, target: Target, method: str, request: Any, timeout_s: float) -> Any:
+        channel = self._channels.get(target.address)
+        if channel is None:
+            channel = self._channels[target.address] = grpc.insecure_channel(
+                target.address, options=channel_options(self._timeout_s)
+            )
+        return getattr(operator_pb2_grpc.OperatorServiceStub(channel), method)(request, timeout=timeout_s)
+
+    def _share_s(self, deadline_s: float) -> float:
+        """Of the time that is left each address still untried gets the same, so that a dead machine hides no other."""
+        return max(SHORTEST_TRY_S, deadline_s - time.monotonic()) / (self._book.untried_count + 1)
+
+    def _note(self, target: Target, call: grpc.RpcError, *, asked: str) -> bool:
+        """Remember why ``target`` was of no use, and whether that is because it does not lead; raises other answers."""
+        error = errors.error_of(call, asked=f"cannot {asked} at coordinator {target.address}")
+        leader = error.leader if isinstance(error, errors.NotLeaderError) else ""
+        is_standby = isinstance(error, errors.NotLeaderError)
+        if not is_standby and not errors.is_nobodys_answer(call):
+            raise error from call
+        self._book.note(target, str(error), leader=leader)
+        return is_standby
+
+    def _nobody(self, *, is_election: bool) -> UnavailableError:
+        if is_election:
+            return UnavailableError(
+                f"no coordinator of {self.address} leads (asked for {self._timeout_s:g} s): {self._book.summary()}",
+                reason=errors.NOT_LEADER,
+            )
+        places = "" if self._book.count == 1 else f", {self._book.count} addresses"
         return UnavailableError(
-            f"no coordinator answers at {self.address} (a call may take {self._timeout_s:g} s); is `backstayd coordinator` "
-            f"running there? ({error})",
+            f"no coordinator answers at {self.address} (a call may take {self._timeout_s:g} s{places}); is `backstayd "
+            f"coordinator` running there? ({self._book.summary()})",
             reason="no_coordinator",
         )
