@@ -187,6 +187,11 @@ class SnapshotView:
     def size_bytes(self) -> int:
         return sum(self.sizes.values())
 
+    def row(self, rank: int) -> VolumeShard:
+        """The shard of ``rank``, which is known, as plans and completion records list it."""
+        layout = self.layouts.get(rank, "")
+        return VolumeShard(rank=rank, size_bytes=self.sizes[rank], digest=self.digests[rank], layout=layout)
+
 
 def build_views(inventory: Inventory, shapes: ShapeCache) -> list[SnapshotView]:
     """All snapshots of the inventory, newest first."""

@@ -24,7 +24,6 @@ from backstayd.core.records import (
     Upload,
     UploadState,
     UploadTask,
-    VolumeShard,
 )
 from backstayd.core.recovery import Say
 from backstayd.core.sentences import listed
@@ -223,15 +222,7 @@ class Persisting:
             step=view.key.step,
             world_size=view.world_size,
             snapshot_id=view.snapshot_id,
-            shards=tuple(
-                VolumeShard(
-                    rank=rank,
-                    size_bytes=view.sizes[rank],
-                    digest=view.digests[rank],
-                    layout=view.layouts.get(rank, ""),
-                )
-                for rank in range(view.world_size)
-            ),
+            shards=tuple(view.row(rank) for rank in range(view.world_size)),
             lineage=_lineage_of(context, view),
             serial=serial,
             generation=context.head.generation.number if context.head is not None else context.generation.number,

@@ -13,7 +13,7 @@ from backstayd.core.catalog import Inventory, PlanState, ShapeCache, SnapshotVie
 from backstayd.core.nodes import NodeState
 from backstayd.core.placement import form_groups, natural
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import Member, Plan, VolumeShard
+from backstayd.core.records import Member, Plan
 
 SETS_UNDER_WAY = 2  # a repair of the restored snapshot and the first new one
 STALL_LEASES = 10  # a set without progress for so long is planned anew
@@ -268,16 +268,7 @@ def _make_plan(
             node=name,
             incarnation=nodes[name].identity.incarnation,
             bulk_address=nodes[name].identity.bulk_address,
-            shards=tuple(
-                VolumeShard(
-                    rank=rank,
-                    size_bytes=view.sizes[rank],
-                    digest=view.digests[rank],
-                    layout=view.layouts.get(rank, ""),
-                )
-                for rank in range(view.world_size)
-                if owner[rank] == name
-            ),
+            shards=tuple(view.row(rank) for rank in range(view.world_size) if owner[rank] == name),
         )
         for name in group
     )
