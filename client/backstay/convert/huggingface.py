@@ -11,10 +11,11 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from backstay.convert.consolidate import WholeTensor
-from backstay.errors import CapacityError, IntegrityError, UsageError
+from backstay.convert.whole_files import appearing_whole, leaving_nothing
+from backstay.errors import IntegrityError, UsageError
 
 DEFAULT_FILE_BYTES: Final = 5_000_000_000
 INDEX: Final = "model.safetensors.index.json"
@@ -41,26 +42,18 @@ def write_model(tensors: Iterable[WholeTensor], directory: Path, *, file_bytes: 
     groups = _divide(list(tensors), file_bytes)
     names = [SINGLE] if len(groups) == 1 else [_file_name(i, len(groups)) for i in range(len(groups))]
     total = sum(tensor.size_bytes for group in groups for tensor in group)
-    made: list[Path] = []
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with leaving_nothing("model", directory) as made:
         for name, group in zip(names, groups, strict=True):
-            made.append(_write_file(directory / name, group))
+            _write_file(directory / name, group)
+            made.append(directory / name)
         if len(groups) > 1:
             index = {
                 "metadata": {"total_size": total},
                 "weight_map": {t.name: name for name, group in zip(names, groups, strict=True) for t in group},
             }
-            made.append(_publish(directory / INDEX, json.dumps(index, indent=2).encode()))
-    except BaseException as error:
-        for path in made:
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise CapacityError(
-                f"cannot write the model to {directory}: {error.strerror or error}; nothing is left there",
-                reason="no_space",
-            ) from error
-        raise
+            with appearing_whole(directory / INDEX) as file:
+                file.write(json.dumps(index, indent=2).encode())
+            made.append(directory / INDEX)
     return Written(files=tuple(made), tensor_count=sum(map(len, groups)), size_bytes=total)
 
 
@@ -158,7 +151,7 @@ def _file_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_file(path: Path, tensors: Sequence[WholeTensor]) -> Path:
+def _write_file(path: Path, tensors: Sequence[WholeTensor]) -> None:
     # Larger elements first, so that every tensor is aligned to its own: safetensors forbids holes.
     ordered = sorted(tensors, key=lambda t: -_alignment(t))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -172,17 +165,10 @@ def _write_file(path: Path, tensors: Sequence[WholeTensor]) -> Path:
         position += tensor.size_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in ordered:
-                file.write(tensor.read())
-            _settle(file)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    with appearing_whole(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in ordered:
+            file.write(tensor.read())
 
 
 def _alignment(tensor: WholeTensor) -> int:
@@ -190,20 +176,3 @@ def _alignment(tensor: WholeTensor) -> int:
     for size in tensor.shape:
         count *= size
     return tensor.size_bytes // count if count else 1
-
-
-def _publish(path: Path, data: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            _settle(file)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _settle(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

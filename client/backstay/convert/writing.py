@@ -6,15 +6,15 @@ crc32c only.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from backstay import record, shard
+from backstay.convert.whole_files import leaving_nothing, settle
 from backstay.digest import Digester
-from backstay.errors import CapacityError, InvariantError
+from backstay.errors import InvariantError
 from backstay.manifest import CHUNK_BYTES, Manifest
 from backstay.shard import Layout, TensorSpec
 
@@ -58,9 +58,7 @@ def write_shards(
     """
     groups = _divide(sources, shard_bytes)
     manifests: list[Manifest] = []
-    made: list[Path] = []
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with leaving_nothing("snapshot", directory) as made:
         for rank, group in enumerate(groups):
             stem = f"rank-{rank:05d}-of-{len(groups):05d}"
             path = directory / f"{stem}.safetensors"
@@ -68,15 +66,6 @@ def write_shards(
             manifest = _write_shard(path, group, identity=identity, metadata=metadata, place=(rank, len(groups)))
             made[-1].write_bytes(record.dumps(manifest))
             manifests.append(manifest)
-    except BaseException as error:
-        for path in made:
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise CapacityError(
-                f"cannot write the snapshot to {directory}: {error.strerror or error}; nothing is left there",
-                reason="no_space",
-            ) from error
-        raise
     return manifests
 
 
@@ -107,8 +96,7 @@ def _write_shard(
             if len(memoryview(data).cast("B")) != entry.end - entry.begin:
                 raise InvariantError(f"{entry.name} gives {len(data)} bytes, its layout has {entry.end - entry.begin}")
             out.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        settle(file)
     chunk_crcs, tensor_crcs = digester.finish()
     return _manifest(layout, identity, place, chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
 
