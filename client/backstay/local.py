@@ -283,10 +283,23 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerCost:
+    """What snapshots cost a trainer since it last said so: ``snapshot_s`` inside snapshot(), ``fence_s`` waiting at the fence,
+    ``capture_s`` and ``copied_bytes`` of copying in the background; ``kept_bytes`` were unchanged and not copied."""
+
+    snapshot_s: float = 0.0
+    fence_s: float = 0.0
+    capture_s: float = 0.0
+    copied_bytes: int = 0
+    kept_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     step: int
     slot_id: str
     manifest: dict[str, Any]
+    cost: TrainerCost | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,12 +315,15 @@ class Abandon:
     """The capture into this slot failed or was cancelled; answered by Done.
 
     ``is_short_of_slots``: because the slot came too late for the step to wait, which raises the interval as Skipped does.
+    ``is_unused``: nothing was captured into it; it had been reserved ahead for a step that was not to come.
     """
 
     step: int
     slot_id: str = ""
     reason: str = ""
     is_short_of_slots: bool = False
+    cost: TrainerCost | None = None
+    is_unused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -252,7 +252,9 @@ class Snapshotter:
             self._counts["refused"] += 1
             return SnapshotStatus(step=step, state=REFUSED, reason=reason)
         finally:
-            self._blocked_s += time.perf_counter() - begin_s
+            spent_s = time.perf_counter() - begin_s
+            self._blocked_s += spent_s
+            session.costs.add(local.TrainerCost(snapshot_s=spent_s))
 
     def fence(self) -> None:
         """Wait until the running capture does not read parameters and optimizer state any more.
@@ -279,7 +281,9 @@ class Snapshotter:
                 self._warn_once(f"snapshot of step {capture.step} is discarded: {reason}", key="fence")
             finally:
                 self._capture, self._previous = None, capture
-                self._fence_s += time.perf_counter() - begin_s
+                spent_s = time.perf_counter() - begin_s
+                self._fence_s += spent_s
+                session.costs.add(local.TrainerCost(fence_s=spent_s))
             self._raise_if_strict(session)
 
     def persist(self) -> None:

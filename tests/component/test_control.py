@@ -517,7 +517,15 @@ def test_every_message_is_what_the_documented_contract_says(tmp_path: Path) -> N
         pool.Add(file)
     assert {type(message).__name__ for message in EVERY_MESSAGE} == set(local.MESSAGES)
     documented = set(pool.FindFileByName("backstayd/v1/local.proto").message_types_by_name)
-    parts = {"RestoredShard", "ScheduleBody", "ChunkRanges", "FetchedShard", "GateEntryBody", "GateDetailBody"}
+    parts = {
+        "TrainerCost",
+        "RestoredShard",
+        "ScheduleBody",
+        "ChunkRanges",
+        "FetchedShard",
+        "GateEntryBody",
+        "GateDetailBody",
+    }
     assert documented == {*local.MESSAGES, "Frame", *parts}
     for message in EVERY_MESSAGE:
         name = type(message).__name__

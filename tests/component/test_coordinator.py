@@ -133,7 +133,7 @@ def test_a_world_of_two_nodes_is_decided_released_and_given_plans() -> None:
             }
             with urllib.request.urlopen(f"http://{process.http_address}/metrics", timeout=5) as answer:
                 text = answer.read().decode()
-            assert 'backstay_recoveries_total{outcome="none",training_job="default/gpt"} 1.0' in text
+            assert 'backstay_recoveries_total{outcome="none",source="none",training_job="default/gpt"} 1.0' in text
             assert 'backstay_nodes{state="live"} 2.0' in text
 
         await asyncio.to_thread(watch)

@@ -19,6 +19,7 @@ from typing import Final
 
 from backstay import faults, local, record, shard
 from backstay.capture import frozen
+from backstay.capture.cost import Costs
 from backstay.capture.filling import Capture, Digests, Filler
 from backstay.control import DaemonConnection
 from backstay.errors import BackstayError, InvariantError, StaleGenerationError, UnavailableError
@@ -86,6 +87,7 @@ class Session:
     ) -> None:
         self.identity = identity
         self.tally = Tally()
+        self.costs = Costs()
         self.schedule = local.ScheduleBody(
             interval_steps=max(1, interval_steps), previous_interval_steps=max(1, interval_steps)
         )
@@ -248,7 +250,7 @@ class Session:
                     self._is_busy = False
                     self._wake.notify_all()
         if self._held is not None and self.is_responsive:
-            self._abandon(self._held[0], "the keeper was closed")
+            self._abandon(self._held[0], "the keeper was closed", is_unused=True)
 
     def _has_work(self) -> bool:
         has_request = self._ahead is not None or self._distrust is not None or self._wants_persist
@@ -301,7 +303,15 @@ class Session:
         assert self._held is not None
         slot_id = self._held[1]
         faults.reach("after_slot", rank=self.identity.attach.rank, step=capture.step)
+        begin_s = time.perf_counter()
         digests = self._filler.fill(capture, slot)
+        self.costs.add(
+            local.TrainerCost(
+                capture_s=time.perf_counter() - begin_s,
+                copied_bytes=capture.copied_bytes,
+                kept_bytes=capture.plan.layout.size_bytes - capture.hashed_bytes,
+            )
+        )
         self.tally.copied_bytes += capture.copied_bytes
         self.tally.hashed_bytes += capture.hashed_bytes
         self.tally.kept_bytes += capture.plan.layout.size_bytes - capture.hashed_bytes
@@ -331,7 +341,7 @@ class Session:
             if held_step == step and self._slots[held_id].mapping.size_bytes == size_bytes:
                 return True
             if held_step != step:
-                self._abandon(held_step, f"reserved ahead; the next snapshot is of step {step}")
+                self._abandon(held_step, f"reserved ahead; the next snapshot is of step {step}", is_unused=True)
             self._held = None  # of the same step: the daemon takes it back for one of the right size
         self._prune(size_bytes)
         request = local.Reserve(step=step, size_bytes=size_bytes, wait_s=wait_s, known_slots=tuple(self._slots))
@@ -396,8 +406,11 @@ class Session:
             writer=self.identity.writer,
         )
         self._held = None
-        request = local.Commit(step=capture.step, slot_id=slot_id, manifest=record.to_json(manifest))
+        cost = self.costs.take()
+        request = local.Commit(step=capture.step, slot_id=slot_id, manifest=record.to_json(manifest), cost=cost)
         reply, _ = self._call(request, self.identity.lease_s + 10.0)
+        if reply is None:
+            self.costs.add(cost)
         if isinstance(reply, local.Committed):
             self._said = ""
             self._filler.vouch(capture, digests)
@@ -407,18 +420,26 @@ class Session:
         else:
             self.tally.abandoned += 1
 
-    def _abandon(self, step: int, reason: str, *, is_late: bool = False) -> None:
+    def _abandon(self, step: int, reason: str, *, is_late: bool = False, is_unused: bool = False) -> None:
         slot_id = ""
         if self._held is not None and self._held[0] != step:
             held_step, _ = self._held
-            self._abandon(held_step, f"reserved ahead; the snapshot is of step {step}")
+            self._abandon(held_step, f"reserved ahead; the snapshot is of step {step}", is_unused=True)
         if self._held is not None:
             slot_id, self._held = self._held[1], None
         if self._connection is not None:
-            self._call(
-                local.Abandon(step=step, slot_id=slot_id, reason=reason[:500], is_short_of_slots=is_late),
-                self.identity.lease_s,
+            cost = self.costs.take()
+            request = local.Abandon(
+                step=step,
+                slot_id=slot_id,
+                reason=reason[:500],
+                is_short_of_slots=is_late,
+                cost=cost,
+                is_unused=is_unused,
             )
+            reply, _ = self._call(request, self.identity.lease_s)
+            if reply is None:
+                self.costs.add(cost)
 
     def _note(self, schedule: local.ScheduleBody, redundancy: str, protected_step: int) -> None:
         if schedule != self.schedule:

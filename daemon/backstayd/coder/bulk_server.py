@@ -38,6 +38,31 @@ MAX_CONNECTIONS: Final = 128
 IDLE_S: Final = 60.0  # a client that asks nothing for so long is cut
 DRAIN_S: Final = 2.0  # for a refused put: time to let the sender read why
 MAX_FRAGMENT_BYTES: Final = 1 << 44
+TRAFFIC_S: Final = 1.0  # how often the daemon is told of it
+
+
+class _Traffic:
+    """Bytes that peers read and put since they were last told of. Used by all connection threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sent = self._received = 0
+        self._told_s = time.monotonic()
+
+    def add(self, *, sent: int = 0, received: int = 0) -> None:
+        with self._lock:
+            self._sent += sent
+            self._received += received
+
+    def take_due(self) -> CoderEvent | None:
+        """What to tell now; None if there is nothing, or something was told just now."""
+        if time.monotonic() - self._told_s < TRAFFIC_S or not (self._sent or self._received):
+            return None
+        with self._lock:
+            event = CoderEvent(kind="traffic", run="", sent_bytes=self._sent, received_bytes=self._received)
+            self._sent = self._received = 0
+            self._told_s = time.monotonic()
+        return event
 
 
 class BulkServer:
@@ -64,6 +89,7 @@ class BulkServer:
         self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._channels: set[Channel] = set()
         self._lock = threading.Lock()
+        self._traffic = _Traffic()
         self._is_closing = False
 
     def serve(self) -> None:
@@ -71,6 +97,8 @@ class BulkServer:
         poll = select.poll()
         poll.register(self._listen, select.POLLIN)
         while not self._is_closing:
+            if (traffic := self._traffic.take_due()) is not None:
+                self._on_event(traffic)
             if not poll.poll(200) or not self._room.acquire(timeout=0.2):
                 continue
             try:
@@ -122,6 +150,7 @@ class BulkServer:
         exchange = _Exchange(self._memory_dir, self._incarnation, channel, request, self._on_event)
         try:
             exchange.run()
+            self._traffic.add(sent=exchange.sent_bytes, received=exchange.received_bytes)
         except UnavailableError as error:
             if error.reason != "not_ready":
                 logger.debug("%s: %s of %s ended: %s", channel.name, request.op, request.run, error)
@@ -150,6 +179,7 @@ class _Exchange:
         self._paths = RunPaths(memory_dir, request.run)
         self._key = SnapshotKey(request.attempt, request.step)
         self._announce = announce
+        self.sent_bytes = self.received_bytes = 0
         self.is_out_of_step = False
 
     def run(self) -> None:
@@ -245,6 +275,7 @@ class _Exchange:
                 raise UnavailableError(f"{count} bytes could not be sent", reason="peer_slow")
             begin += sent
             count -= sent
+            self.sent_bytes += sent
 
     def _get_plan(self) -> None:
         self._send_document(read_small(self._paths.plan(self._key, self._request.plan_id)))
@@ -346,6 +377,7 @@ class _Exchange:
     def _receive_chunk(self, buffer: memoryview, length: int) -> tuple[int, memoryview]:
         view = buffer[: CRC_BYTES + length]
         self._channel.receive_into(view)
+        self.received_bytes += length
         (crc,) = struct.unpack(">I", view[:CRC_BYTES])
         return crc, view[CRC_BYTES:]
 

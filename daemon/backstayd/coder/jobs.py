@@ -173,7 +173,8 @@ class CoderEvent:
 
     ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of ``stripe``
     of one staged shard is complete), ``"shard_staged"`` (a fetched shard is complete and verified in staging),
-    ``"shard_uploading"`` (``size_bytes`` of a shard are on durable storage), ``"suspect_shard"`` or
+    ``"shard_uploading"`` (``size_bytes`` of a shard are on durable storage), ``"traffic"`` (``sent_bytes`` and
+    ``received_bytes`` of peers since it said so last), ``"suspect_shard"`` or
     ``"suspect_fragment"`` (a peer read bytes of this node that failed verification: verify them and quarantine).
     """
 
@@ -188,6 +189,8 @@ class CoderEvent:
     world_size: int = 0
     digest: str = ""
     size_bytes: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
 
 def shard_event(kind: str, chunks: ShardChunks, *, stripe: int = -1) -> CoderEvent:

@@ -52,6 +52,7 @@ class CoderPool:
         incarnation: Of this daemon; part of every temporary name.
         listen_socket: Bound and listening TCP socket of the bulk transport; every coder accepts on it.
         on_event: Called on the event loop for everything a coder stored; must not block.
+        on_result: Called with every job that ended, its result and the seconds it took, the wait for a coder included.
         niceness: Added to the coders' nice value, so that trainers come first.
         jobs_per_coder: Jobs one coder runs at a time; the rest wait here.
         extra_environment: Added to the coders' environment (fault points in tests).
@@ -66,6 +67,7 @@ class CoderPool:
         incarnation: str,
         listen_socket: socket.socket,
         on_event: Callable[[CoderEvent], None] | None = None,
+        on_result: Callable[[Job, JobResult, float], None] | None = None,
         niceness: int = 5,
         jobs_per_coder: int = 8,
         extra_environment: dict[str, str] | None = None,
@@ -76,6 +78,7 @@ class CoderPool:
         self._incarnation = incarnation
         self._listen_socket = listen_socket
         self._on_event = on_event or (lambda event: None)
+        self._on_result = on_result or (lambda job, result, seconds: None)
         self._niceness = niceness
         self._jobs_per_coder = jobs_per_coder
         self._extra_environment = extra_environment or {}
@@ -111,6 +114,12 @@ class CoderPool:
 
         Cancelling the awaiting task cancels the job in the coder. Bounded by the job's own ``deadline_s``.
         """
+        begin_s = asyncio.get_running_loop().time()
+        result = await self._run(job)
+        self._on_result(job, result, asyncio.get_running_loop().time() - begin_s)
+        return result
+
+    async def _run(self, job: Job) -> JobResult:
         job_id = next(self._ids)
         deadline = asyncio.get_running_loop().time() + job.deadline_s
         try:

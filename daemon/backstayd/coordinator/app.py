@@ -24,7 +24,7 @@ from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.core.timeline import Event
 from backstayd.telemetry.health import Health, pulse
 from backstayd.telemetry.http import start_http
-from backstayd.telemetry.metrics import Metrics
+from backstayd.telemetry.metrics import CoordinatorMetrics
 from backstayd.telemetry.routes import Route, document_route, metrics_route, probe_route
 from backstayd.transport.coordinator_service import CoordinatorServer
 
@@ -85,8 +85,9 @@ class CoordinatorProcess:
             persist_bandwidth_bytes_per_s=config.persist_bandwidth_bytes_per_s,
         )
         self.core = Coordinator(policy, new_incarnation(), now_s=self._clock.monotonic_s())
-        self.metrics = Metrics(role="coordinator", version=__version__)
-        self._gauges = Gauges(self.metrics)
+        self.metrics = CoordinatorMetrics(version=__version__)
+        self.metrics.set_config(config)
+        self._gauges = Gauges(self.metrics, policy)
         self._server = CoordinatorServer(config.listen, self, lease_s=config.lease_s)
         self._evaluation: asyncio.TimerHandle | None = None
         self._health = Health(lease_s=config.lease_s)
@@ -126,7 +127,9 @@ class CoordinatorProcess:
     # -- what the server serves ---------------------------------------------------------------------------------------
 
     def observe(self, report: NodeReport) -> None:
-        self.core.observe(report, self._clock.monotonic_s())
+        now_s = self._clock.monotonic_s()
+        self._gauges.note_report(report, self.core.nodes, now_s)
+        self.core.observe(report, now_s)
         self._reach_partial_records()
         self._evaluate_soon()
 
@@ -177,7 +180,7 @@ class CoordinatorProcess:
         """Tell people and nodes what the core has decided."""
         for event in self.core.take_events():
             self._tell(event)
-        self._gauges.update(self.core, unix_s=self._clock.unix_s())
+        self._gauges.update(self.core, now_s=self._clock.monotonic_s(), unix_s=self._clock.unix_s())
         self._server.wake()
 
     def _tell(self, event: Event) -> None:

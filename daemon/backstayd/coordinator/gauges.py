@@ -3,67 +3,134 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 
+from backstayd.coordinator.recoveries import RecoveryWatch
 from backstayd.core.coordinator import Coordinator
-from backstayd.core.nodes import Liveness
+from backstayd.core.nodes import Liveness, NodeTable
+from backstayd.core.policy import CorePolicy
+from backstayd.core.records import NodeReport
+from backstayd.core.run_state import Evaluation, RunState
 from backstayd.core.timeline import Event
-from backstayd.telemetry.metrics import Metrics
+from backstayd.telemetry.margins import LeastMargin
+from backstayd.telemetry.metrics import CoordinatorMetrics
+from backstayd.telemetry.metrics.coordinator import PHASES
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was exported of one run last."""
+
+    recoveries: RecoveryWatch
+    complete_s: dict[str, float] = field(default_factory=dict)  # snapshot id -> when it was seen to be complete
+    protected: set[str] = field(default_factory=set)
+    persisted: str = ""
 
 
 class Gauges:
     """Series of runs that are gone are dropped, so that a long-lived coordinator does not grow."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: CoordinatorMetrics, policy: CorePolicy) -> None:
         self._metrics = metrics
-        self._runs: set[str] = set()
-        self._protected_steps: dict[str, int] = {}
-        self._persisted: dict[str, str] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._lease_s = policy.lease_s
+        self._margin = LeastMargin(policy.lease_s)
+        has_storage = policy.persist_url != ""
+        metrics.persist_interval_seconds.set(policy.persist_every_s if has_storage else 0)
+        metrics.persist_interval_steps.set(policy.persist_every_steps if has_storage else 0)
+        metrics.report_lease_margin_seconds.set(policy.lease_s)
+
+    def close(self) -> None:
+        """Another coordinator leads: what holds for a run is for it to say."""
+        self._seen.clear()
+        self._metrics.keep_runs(())
+        for liveness in Liveness:
+            self._metrics.nodes.labels(state=liveness.value).set(0)
+        self._metrics.coordinator_settled.set(0)
+
+    def note_report(self, report: NodeReport, nodes: NodeTable, now_s: float) -> None:
+        """A report comes, before the core takes it in: how close was its node to being given up?"""
+        known = nodes.nodes.get(report.node.name)
+        if known is None or known.identity.incarnation != report.node.incarnation:
+            return
+        gap_s = now_s - known.seen_s
+        self._metrics.report_lease_ratio.observe(gap_s / self._lease_s)
+        self._margin.note(self._lease_s - gap_s, now_s)
 
     def count(self, event: Event) -> None:
         """Counters follow events."""
         metrics = self._metrics
-        if event.kind == "complete":
-            metrics.snapshots_complete.labels(training_job=event.run).inc()
-        elif event.kind == "protected":
-            metrics.snapshots_protected.labels(training_job=event.run).inc()
+        counters = {
+            "complete": metrics.snapshots_complete,
+            "protected": metrics.snapshots_protected,
+            "persisted": metrics.snapshots_persisted,
+            "quarantined": metrics.quarantined,
+            "rebuild": metrics.rebuilds_started,
+            "repaired": metrics.rebuilds_finished,
+            "gate_failed": metrics.gates_failed,
+        }
+        if event.kind in counters:
+            counters[event.kind].of(event.run).inc()
         elif event.kind == "released_snapshot" and "without a snapshot" in event.message:
-            metrics.snapshots_abandoned.labels(training_job=event.run).inc()
-        elif event.kind in ("released", "refused"):
-            outcome = "refused" if event.kind == "refused" else _outcome(event.message)
-            metrics.recoveries.labels(training_job=event.run, outcome=outcome).inc()
+            metrics.snapshots_abandoned.of(event.run).inc()
 
-    def update(self, core: Coordinator, *, unix_s: float) -> None:
+    def update(self, core: Coordinator, *, now_s: float, unix_s: float) -> None:
         """Gauges follow the state."""
         metrics = self._metrics
         states = Counter(node.liveness for node in core.nodes.nodes.values())
         for liveness in Liveness:
             metrics.nodes.labels(state=liveness.value).set(states[liveness])
+        metrics.coordinator_settled.set(core.is_settled)
+        metrics.generation.set(core.generation.number)
+        metrics.report_lease_margin_seconds.set(self._margin.least_s(now_s))
         for run, state in core.runs.items():
-            evaluation = state.evaluation
-            if evaluation is None:
+            if state.evaluation is None:
                 continue
-            self._runs.add(run)
-            metrics.spares.labels(training_job=run).set(evaluation.spares)
-            metrics.complete_step.labels(training_job=run).set(evaluation.complete_step)
-            metrics.protected_step.labels(training_job=run).set(evaluation.protected_step)
-            if self._protected_steps.get(run) != evaluation.protected_step:
-                self._protected_steps[run] = evaluation.protected_step
-                metrics.protected_timestamp_seconds.labels(training_job=run).set(unix_s)
-            newest = state.persisting.newest
-            if newest is not None:
-                metrics.persisted_step.labels(training_job=run).set(newest.step)
-                metrics.persisted_size_bytes.labels(training_job=run).set(sum(s.size_bytes for s in newest.shards))
-                if self._persisted.get(run) != newest.snapshot_id:
-                    self._persisted[run] = newest.snapshot_id
-                    metrics.persisted_timestamp_seconds.labels(training_job=run).set(newest.unix_s or unix_s)
-        for run in sorted(self._runs - set(core.runs)):
-            self._persisted.pop(run, None)
-            metrics.forget_run(run)
-            self._runs.discard(run)
-            self._protected_steps.pop(run, None)
+            if run not in self._seen:
+                self._seen[run] = _Seen(RecoveryWatch(run, metrics))
+                metrics.first_seen_timestamp_seconds.of(run).set(unix_s)
+            self._update_run(state, state.evaluation, unix_s)
+            self._seen[run].recoveries.look(state, core.nodes, now_s)
+        for run in [run for run in self._seen if run not in core.runs]:
+            del self._seen[run]
+        metrics.keep_runs(core.runs)
 
+    def _update_run(self, state: RunState, evaluation: Evaluation, unix_s: float) -> None:
+        metrics, run = self._metrics, state.run
+        metrics.spares.of(run).set(evaluation.spares)
+        metrics.spares_wanted.of(run).set(evaluation.wanted)
+        metrics.complete_step.of(run).set(evaluation.complete_step)
+        metrics.protected_step.of(run).set(evaluation.protected_step)
+        metrics.snapshot_interval_steps.of(run).set(state.pace.schedule.interval_steps)
+        metrics.distrusted_snapshots.of(run).set(len(state.probation.distrusted))
+        sessions = [s.record for world in evaluation.context.worlds.values() for s in world.values()]
+        phases = Counter(session.phase.value for session in sessions)
+        for phase in PHASES:
+            metrics.trainers.of(run, phase=phase).set(phases[phase])
+        stored = max((view.key.step for view in evaluation.context.live_views), default=0)
+        metrics.trainer_step.of(run).set(max([stored, *(session.skipped_step for session in sessions)]))
+        self._note_progress(state, unix_s)
+        self._note_persisted(state, unix_s)
 
-def _outcome(message: str) -> str:
-    """The first word of a released decision's sentence is its outcome, but for one from scratch."""
-    word = message.partition(":")[0]
-    return word.lower() if word in ("EXACT", "EXACT_OLDER") else "none"
+    def _note_progress(self, state: RunState, unix_s: float) -> None:
+        """When snapshots became complete and protected, and how long one took from the first to the second."""
+        metrics, run, seen = self._metrics, state.run, self._seen[state.run]
+        complete = {snapshot: seen.complete_s.get(snapshot, unix_s) for snapshot in state.memory.holders}
+        if complete.keys() - seen.complete_s.keys():
+            metrics.complete_timestamp_seconds.of(run).set(unix_s)
+        protected = set(state.memory.protected)
+        for snapshot in protected - seen.protected:
+            metrics.protected_timestamp_seconds.of(run).set(unix_s)
+            if snapshot in seen.complete_s:
+                metrics.protect_seconds.of(run).observe(max(0.0, unix_s - seen.complete_s[snapshot]))
+        seen.complete_s, seen.protected = complete, protected
+
+    def _note_persisted(self, state: RunState, unix_s: float) -> None:
+        newest, seen = state.persisting.newest, self._seen[state.run]
+        if newest is None or newest.snapshot_id == seen.persisted:
+            return
+        seen.persisted = newest.snapshot_id
+        metrics, run = self._metrics, state.run
+        metrics.persisted_step.of(run).set(newest.step)
+        metrics.persisted_size_bytes.of(run).set(sum(shard.size_bytes for shard in newest.shards))
+        metrics.persisted_timestamp_seconds.of(run).set(newest.unix_s or unix_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import os
 import signal
@@ -25,8 +26,10 @@ from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.pool import CoderPool
 from backstayd.config import NodeConfig, split_address
 from backstayd.core.records import NodeDesired, NodeIdentity
+from backstayd.node import gauges
 from backstayd.node.bell import Bell
 from backstayd.node.context import LinkState, NodeContext
+from backstayd.node.gauges import NodeGauges
 from backstayd.node.listener import listen
 from backstayd.node.offers import Offers
 from backstayd.node.reconcile import Reconciler
@@ -40,7 +43,7 @@ from backstayd.store.store import Store
 from backstayd.store.stored import make_directory
 from backstayd.telemetry.health import Health, pulse
 from backstayd.telemetry.http import start_http
-from backstayd.telemetry.metrics import Metrics
+from backstayd.telemetry.metrics import NodeMetrics
 from backstayd.telemetry.routes import Route, document_route, metrics_route, probe_route
 from backstayd.transport.link import CoordinatorLink
 
@@ -110,15 +113,18 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             store=store,
             bell=Bell(),
             timeline=Timeline(clock),
-            metrics=Metrics(role="node", version=__version__),
+            metrics=NodeMetrics(version=__version__),
             clock=clock,
             desired={},
             coordinator_address=config.coordinator,
         )
+        context.metrics.set_config(config)
+        node_gauges = NodeGauges(context.metrics, lease_s=config.lease_s, now_s=clock.monotonic_s)
+        on_result = functools.partial(gauges.note_job, context.metrics)
         sessions = Sessions(context)
         reconciler = Reconciler(context, sessions)
         offers = context.offers = Offers(context, reconciler)
-        storage_coder = StorageCoder(config, incarnation, bulk)
+        storage_coder = StorageCoder(config, incarnation, bulk, on_result)
         storing = Storing(context, storage_coder.run, reconciler.quarantine)
         storage_coder.on_event = lambda event: _on_storage_event(event, reconciler, storing)
         reporter = Reporter(context, sessions, reconciler, storing)
@@ -132,7 +138,8 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             memory_dir=config.memory_dir,
             incarnation=incarnation,
             listen_socket=bulk,
-            on_event=reconciler.on_event,
+            on_event=lambda event: _on_coder_event(event, context, reconciler),
+            on_result=on_result,
         )
         await pool.start()
         stack.push_async_callback(pool.close)
@@ -145,9 +152,9 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         link = CoordinatorLink(
             config.coordinator,
             report=reporter.report,
-            on_desired=lambda desired: _on_desired(desired, reconciler, storing, storage_coder),
+            on_desired=lambda desired: _on_desired(desired, reconciler, storing, storage_coder, node_gauges),
             lease_s=config.lease_s,
-            on_state=lambda is_connected: _on_link(context, link.address, is_connected),
+            on_state=lambda is_connected: _on_link(context, node_gauges, link.address, is_connected=is_connected),
         )
         context.is_coordinator_connected = lambda: link.is_connected
         context.coordinator = lambda: LinkState(address=link.address, error=link.last_error)
@@ -157,7 +164,16 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         serving = asyncio.create_task(sessions.serve(listener))
         for task in (
             serving,
-            asyncio.create_task(_maintain(context, sessions, pool, health, period_s=config.lease_s / 6)),
+            asyncio.create_task(
+                _maintain(
+                    context,
+                    sessions,
+                    pool,
+                    health=health,
+                    update_gauges=lambda: node_gauges.update(context, sessions, reconciler),
+                    period_s=config.lease_s / 6,
+                )
+            ),
             asyncio.create_task(pulse(health)),
         ):
             stack.push_async_callback(_end, task)
@@ -171,11 +187,25 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         yield Node(context=context, sessions=sessions, reconciler=reconciler, reporter=reporter, pool=pool)
 
 
-def _on_desired(desired: NodeDesired, reconciler: Reconciler, storing: Storing, storage_coder: StorageCoder) -> None:
+def _on_desired(
+    desired: NodeDesired,
+    reconciler: Reconciler,
+    storing: Storing,
+    storage_coder: StorageCoder,
+    node_gauges: NodeGauges,
+) -> None:
+    node_gauges.note_answer()
     reconciler.on_desired(desired)
     if desired.has_storage:
         storage_coder.warm_up()
     storing.kick()
+
+
+def _on_coder_event(event: CoderEvent, context: NodeContext, reconciler: Reconciler) -> None:
+    if event.kind == "traffic":
+        gauges.note_traffic(context.metrics, event)
+    else:
+        reconciler.on_event(event)
 
 
 def _on_storage_event(event: CoderEvent, reconciler: Reconciler, storing: Storing) -> None:
@@ -190,7 +220,9 @@ def _kick(reconciler: Reconciler, storing: Storing) -> None:
     storing.kick()
 
 
-def _on_link(context: NodeContext, address: str, is_connected: bool) -> None:
+def _on_link(context: NodeContext, node_gauges: NodeGauges, address: str, *, is_connected: bool) -> None:
+    if not is_connected:
+        node_gauges.note_lost()
     word = "connected to" if is_connected else "lost"
     context.timeline.add("coordinator", "", f"{word} the coordinator at {address}")
     context.bell.ring()
@@ -228,7 +260,13 @@ def _ready_sentence(context: NodeContext) -> str:
 
 
 async def _maintain(
-    context: NodeContext, sessions: Sessions, pool: CoderPool, health: Health, *, period_s: float
+    context: NodeContext,
+    sessions: Sessions,
+    pool: CoderPool,
+    *,
+    health: Health,
+    update_gauges: Callable[[], None],
+    period_s: float,
 ) -> None:
     """What no event says: sessions without connection, files that others deleted, gauges, coders that were restarted."""
     seen_restarts = 0
@@ -236,8 +274,7 @@ async def _maintain(
         health.beat("the maintenance")
         sessions.end_lost()
         _look_for_files(context)
-        context.metrics.memory_used_bytes.set(context.store.used_bytes)
-        context.metrics.memory_capacity_bytes.set(context.store.capacity_bytes)
+        update_gauges()
         context.metrics.coder_restarts.inc(pool.restart_count - seen_restarts)
         seen_restarts = pool.restart_count
         await asyncio.sleep(period_s)

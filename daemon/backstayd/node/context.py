@@ -13,7 +13,7 @@ from backstayd.node.bell import Bell
 from backstayd.node.session import Session
 from backstayd.node.timeline import Timeline
 from backstayd.store.store import Store
-from backstayd.telemetry.metrics import Metrics
+from backstayd.telemetry.metrics import NodeMetrics
 
 if TYPE_CHECKING:
     from backstayd.node.offers import Offers
@@ -36,7 +36,7 @@ class NodeContext:
     store: Store
     bell: Bell
     timeline: Timeline
-    metrics: Metrics
+    metrics: NodeMetrics
     clock: Clock
     desired: dict[str, RunDesired]
     coordinator_address: str = ""  # one, or several with commas between

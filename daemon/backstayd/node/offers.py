@@ -252,7 +252,7 @@ class Offers:
             for run in fresh:
                 part.asked[run.start : run.stop] = b"\x01" * len(run)
             place, size = "local" if part.chunks.digest in here else "remote", run_bytes(part.chunks, fresh)
-            self._context.metrics.reshard_needed_bytes.labels(training_job=offered.run, place=place).inc(size)
+            self._context.metrics.reshard_needed_bytes.of(offered.run, place=place).inc(size)
             totals = self.totals(offered.run)
             totals.needed_local_bytes += size if place == "local" else 0
             totals.needed_remote_bytes += size if place == "remote" else 0
@@ -339,10 +339,8 @@ class Offers:
         metrics = self._context.metrics
         for corrupt in result.corrupt:
             self._supervisor.quarantine(corrupt)
-        if result.flipped_in_flight:
-            metrics.corrupt.labels(where="in_flight").inc(result.flipped_in_flight)
         if not is_here:
-            metrics.reshard_moved_bytes.labels(training_job=offered.run).inc(result.done_bytes)
+            metrics.reshard_moved_bytes.of(offered.run).inc(result.done_bytes)
             self.totals(offered.run).moved_bytes += result.done_bytes
         elif not result.error_class:
             for run in runs:
@@ -397,7 +395,6 @@ class Offers:
 
         for run in [run for run in self._totals if run not in self._context.store.runs and not self._visits]:
             del self._totals[run]
-            self._context.metrics.forget_run(run)
 
     def _remove(self, run: str, chunks: ShardChunks) -> None:
         store, paths = self._context.store, self._context.store.paths(run)

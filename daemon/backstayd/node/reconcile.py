@@ -323,10 +323,8 @@ class Reconciler:
             result = await self._pool.run(job)
         for corrupt in result.corrupt:
             self.quarantine(corrupt)
-        if result.flipped_in_flight:
-            self._context.metrics.corrupt.labels(where="in_flight").inc(result.flipped_in_flight)
         for what, count in result.moved.items():
-            self._context.metrics.protect_bytes.labels(training_job=run, what=what).inc(count)
+            self._context.metrics.protect_bytes.of(run, what=what).inc(count)
         if result.error_class:
             self._job_failed(run, key, job, result)
         else:
@@ -347,6 +345,7 @@ class Reconciler:
             return
         if isinstance(job, VerifyShard) and job.is_staged:
             self._publish(run, job)
+            self._context.metrics.shards_rebuilt.of(run).inc()
             self._say("rebuild", run, f"rebuilt rank {job.rank} of step {job.step}")
         elif isinstance(job, (FetchShard, FetchPersisted)):
             self._publish(run, job)
@@ -476,7 +475,6 @@ class Reconciler:
         self.forgotten.add(run)
         self.bad_sources.forget_run(run)
         self.failed_plans.pop(run, None)
-        self._context.metrics.forget_run(run)
         self._say("forgotten", run, "everything of the run was deleted here")
         self._context.changed()
 

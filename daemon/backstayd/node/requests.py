@@ -24,7 +24,7 @@ from backstay.errors import (
 )
 from backstay.manifest import Manifest
 from backstayd.core.records import RunDesired, SessionPhase
-from backstayd.node import trust
+from backstayd.node import gauges, trust
 from backstayd.node.connection import Connection
 from backstayd.node.context import NodeContext
 from backstayd.node.offered import CHANGED, Offered, Work
@@ -255,11 +255,10 @@ class Requests:
         if message.size_bytes <= 0:
             raise UsageError(f"a shard of {message.size_bytes} bytes is none", reason="bad_size")
         try:
-            grant = await self._await_slot(session, message)
+            with self._context.metrics.stage_seconds.labels(stage="reserve").time():
+                grant = await self._await_slot(session, message)
         except CapacityError as error:
-            session.skip(message.step, str(error))
-            self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
-            self._context.changed()
+            self._skip(session, message.step, str(error))
             raise
         desired = self._context.run_desired(session.run)
         words: dict[str, Any] = {"redundancy": desired.redundancy, "protected_step": desired.protected_step}
@@ -272,9 +271,7 @@ class Requests:
             elif not desired.is_release_possible:
                 reason = "no slot is free, and none can be released now"
             # a rank that keeps its base for the time of its probation says nothing of how fast snapshots come
-            session.skip(message.step, reason, is_short_of_slots=can_come and desired.extra_slots == 0)
-            self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
-            self._context.changed()
+            self._skip(session, message.step, reason, is_short_of_slots=can_come and desired.extra_slots == 0)
             await self._send(local.Skipped(reason=reason, schedule=schedule, **words))
             return
         session.grants[grant.slot_id] = grant
@@ -282,6 +279,12 @@ class Requests:
         fds = () if grant.slot_id in message.known_slots else (grant.fd,)
         reply = local.Reserved(slot_id=grant.slot_id, size_bytes=grant.size_bytes, schedule=schedule, **words)
         await self._send(reply, fds)
+
+    def _skip(self, session: Session, step: int, reason: str, *, is_short_of_slots: bool = False) -> None:
+        """The rank goes past ``step`` without a slot."""
+        if session.skip(step, reason, is_short_of_slots=is_short_of_slots):
+            self._context.metrics.shards.of(session.run, result="skipped").inc()
+        self._context.changed()
 
     async def _await_slot(self, session: Session, message: local.Reserve) -> Grant | None:
         context, loop = self._context, asyncio.get_running_loop()
@@ -337,7 +340,9 @@ class Requests:
         return slots.add(allocation, step=step, holder=session.holder.record)
 
     def _commit(self, session: Session, message: local.Commit) -> local.Committed:
+        metrics = self._context.metrics
         self._check_current(session)
+        gauges.note_cost(metrics, session.run, message.cost)
         grant = session.grants.get(message.slot_id)
         if grant is None or grant.step != message.step:
             raise UnavailableError(
@@ -346,13 +351,17 @@ class Requests:
             )
         try:
             is_ours = functools.partial(_check_identity, session, grant)
-            shard = self._context.store.slots.commit(grant, message.manifest, check=is_ours)
+            with metrics.stage_seconds.labels(stage="commit").time():
+                shard = self._context.store.slots.commit(grant, message.manifest, check=is_ours)
         except BackstayError as error:
-            self._give_back(session, grant, f"commit refused: {error}")
+            self._give_back(session, grant, f"commit refused: {error}", result="refused")
             raise
         del session.grants[grant.slot_id]
         session.last_step = max(session.last_step, message.step)
-        self._context.metrics.shards_committed.labels(training_job=session.run).inc()
+        metrics.shards.of(session.run, result="committed").inc()
+        metrics.stage_bytes.of(session.run, stage="commit").inc(grant.size_bytes)
+        metrics.committed_step.of(session.run).set(grant.step)
+        metrics.committed_timestamp_seconds.of(session.run).set(self._context.clock.unix_s())
         self._context.changed()
         desired = self._context.run_desired(session.run)
         return local.Committed(
@@ -364,17 +373,23 @@ class Requests:
 
     def _abandon(self, session: Session, message: local.Abandon) -> None:
         reason = message.reason[:MAX_REASON] or "abandoned"
+        gauges.note_cost(self._context.metrics, session.run, message.cost)
         is_short = message.is_short_of_slots and self._context.run_desired(session.run).extra_slots == 0
-        session.skip(message.step, reason, is_short_of_slots=is_short)
-        for grant in [grant for grant in session.grants.values() if grant.step == message.step]:
-            self._give_back(session, grant, reason)
+        granted = [grant for grant in session.grants.values() if grant.step == message.step]
+        if granted or message.is_unused:
+            session.skip(message.step, reason, is_short_of_slots=is_short)
+        else:
+            self._skip(session, message.step, reason, is_short_of_slots=is_short)
+        for grant in granted:
+            self._give_back(session, grant, reason, result="" if message.is_unused else "torn")
         self._context.changed()
 
-    def _give_back(self, session: Session, grant: Grant, reason: str) -> None:
+    def _give_back(self, session: Session, grant: Grant, reason: str, *, result: str) -> None:
         session.grants.pop(grant.slot_id, None)
         self._context.store.slots.put_back(grant)
         session.skip(grant.step, reason)
-        self._context.metrics.shards_abandoned.labels(training_job=session.run).inc()
+        if result:
+            self._context.metrics.shards.of(session.run, result=result).inc()
         self._context.changed()
 
     def _persist(self, session: Session) -> None:

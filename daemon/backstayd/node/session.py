@@ -79,7 +79,12 @@ class Session:
             gate=self.gate,
         )
 
-    def skip(self, step: int, reason: str, *, is_short_of_slots: bool = False) -> None:
-        """Note that ``step`` will not be committed by this rank; ``is_short_of_slots``: because none came free in time."""
-        if step > self.skipped_step:
-            self.skipped_step, self.skip_reason, self.is_short_of_slots = step, reason, is_short_of_slots
+    def skip(self, step: int, reason: str, *, is_short_of_slots: bool = False) -> bool:
+        """Note that ``step`` will not be committed by this rank; ``is_short_of_slots``: because none came free in time.
+
+        Returns whether that is news.
+        """
+        if step <= self.skipped_step:
+            return False
+        self.skipped_step, self.skip_reason, self.is_short_of_slots = step, reason, is_short_of_slots
+        return True

@@ -126,6 +126,7 @@ class Sessions:
         """End every grant of a session without a commit."""
         for grant in session.grants.values():
             session.skip(grant.step, "the capture did not end")
+            self._context.metrics.shards.of(session.run, result="lost").inc()
             self._context.store.slots.put_back(grant)
         session.grants.clear()
 
@@ -336,7 +337,7 @@ class Sessions:
         for run, _ in hosted:
             counts[run] = counts.get(run, 0) + 1
         for run in self._context.store.runs:
-            self._context.metrics.sessions.labels(training_job=run).set(counts.get(run, 0))
+            self._context.metrics.sessions.of(run).set(counts.get(run, 0))
 
 
 def _check_attach(message: local.Attach) -> None:

@@ -21,7 +21,13 @@ NICENESS: Final = 10  # below the coders that protect, which are below the train
 class StorageCoder:
     """Runs storage jobs. ``on_event`` hears what the coder says; set it before the first job."""
 
-    def __init__(self, config: NodeConfig, incarnation: str, bulk: socket.socket) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        incarnation: str,
+        bulk: socket.socket,
+        on_result: Callable[[Job, JobResult, float], None],
+    ) -> None:
         self.on_event: Callable[[CoderEvent], None] = lambda event: None
         self._pool = CoderPool(
             count=1,
@@ -29,6 +35,7 @@ class StorageCoder:
             incarnation=incarnation,
             listen_socket=bulk,
             on_event=self._hear,
+            on_result=on_result,
             niceness=NICENESS,
             is_for_storage=True,
         )

@@ -155,7 +155,7 @@ class Storing:
     async def _survey(self, run: str, desired: StorageDesired) -> None:
         key = f"survey:{run}:{desired.survey_id}"
         job = SurveyStorage(run=run, url=desired.url, survey_id=desired.survey_id, deadline_s=BASE_DEADLINE_S)
-        result = await self._run_job(job)
+        result = await self._attempt(run, job)
         state = self._runs.get(run)
         if state is None:
             return
@@ -185,23 +185,23 @@ class Storing:
             deadline_s=BASE_DEADLINE_S + shard.size_bytes / slowest,
         )
         self._note(run, snapshot, rank, UploadState.UPLOADING, total=shard.size_bytes)
-        result = await self._run_job(job)
+        result = await self._attempt(run, job)
         for corrupt in result.corrupt:
             self._quarantine(corrupt)
         if not result.error_class:
-            self._context.metrics.persisted_bytes.labels(training_job=run).inc(shard.size_bytes)
+            self._context.metrics.persisted_bytes.of(run).inc(shard.size_bytes)
         self._end(run, key, result, snapshot=snapshot, rank=rank, size_bytes=shard.size_bytes)
 
     async def _record(self, run: str, key: str, snapshot: PersistedSnapshot, desired: StorageDesired) -> None:
         deadline_s = BASE_DEADLINE_S + snapshot.world_size
-        result = await self._run_job(WriteRecord(snapshot=snapshot, url=desired.url, deadline_s=deadline_s))
+        result = await self._attempt(run, WriteRecord(snapshot=snapshot, url=desired.url, deadline_s=deadline_s))
         if not result.error_class:
             self._say("persisted", run, f"step {snapshot.step} of attempt {snapshot.attempt} is in {desired.url}")
         self._end(run, key, result, snapshot=snapshot, rank=RECORD_RANK, size_bytes=0)
 
     async def _prune(self, run: str, key: str, place: SnapshotKey, desired: StorageDesired) -> None:
         job = PruneSnapshot(run=run, url=desired.url, key=place, deadline_s=BASE_DEADLINE_S)
-        result = await self._run_job(job)
+        result = await self._attempt(run, job)
         state = self._runs.get(run)
         if result.error_class or state is None:
             self._failed(run, key, result)
@@ -243,12 +243,16 @@ class Storing:
             )
             self._context.notify()
 
+    async def _attempt(self, run: str, job: Job) -> JobResult:
+        self._context.metrics.storage_attempts.of(run).inc()
+        return await self._run_job(job)
+
     def _failed(self, run: str, key: str, result: JobResult) -> None:
         """Say so, less and less often, count it, and try again after a pause."""
         count = self.tasks.fail(key, run)
         level = logging.WARNING if count in LOUD_FAILURES else logging.DEBUG
         logger.log(level, "run %s: %s failed (%d): %s", run, key.partition(":")[0], count, result.message)
-        self._context.metrics.storage_failures.labels(training_job=run, reason=result.reason).inc()
+        self._context.metrics.storage_failures.of(run, reason=result.reason).inc()
 
     def _say(self, kind: str, run: str, message: str) -> None:
         logger.info("run %s: %s: %s", run, kind, message)

@@ -165,6 +165,24 @@ class Store:
         held = sum(index.used_bytes for index in self.runs.values())
         return held + self.slots.pending_bytes + self.fetched_bytes + self.fetching_bytes
 
+    def used_by(self) -> dict[str, int]:
+        """``used_bytes`` by what they are: shards, slots (free or being filled), parity, staging."""
+        runs = self.runs.values()
+        return {
+            "shards": sum(held.record.size_bytes for index in runs for held in index.shards.values()),
+            "slots": sum(slot.size_bytes for index in runs for slot in index.slots.values()) + self.slots.pending_bytes,
+            "parity": sum(size for index in runs for size in index.fragments.values()),
+            "staging": sum(staged.size_bytes for index in runs for staged in index.staged.values())
+            + self.fetched_bytes
+            + self.fetching_bytes,
+        }
+
+    @property
+    def free_bytes(self) -> int:
+        """What the tightest of quota, tmpfs and cgroup limits still allows."""
+        free = min(limit.free_bytes for limit in self._limits())
+        return max(0, free - self.slots.pending_bytes - self.fetching_bytes)
+
     @property
     def capacity_bytes(self) -> int:
         """The smallest of quota, tmpfs and cgroup limits."""

@@ -483,6 +483,7 @@ class Commit(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     SLOT_ID_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Step captured."""
     slot_id: _builtins.str
@@ -491,20 +492,63 @@ class Commit(_message.Message):
     def manifest(self) -> _struct_pb2.Struct:
         """Commit record of the shard."""
 
+    @_builtins.property
+    def cost(self) -> Global___TrainerCost:
+        """What snapshots cost the trainer since it last said so."""
+
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         slot_id: _builtins.str = ...,
         manifest: _struct_pb2.Struct | None = ...,
+        cost: Global___TrainerCost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "slot_id", b"slot_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "manifest", b"manifest", "slot_id", b"slot_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Commit: _TypeAlias = Commit  # noqa: Y015
+
+@_typing.final
+class TrainerCost(_message.Message):
+    """What snapshots cost a trainer, since it last said so."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_S_FIELD_NUMBER: _builtins.int
+    FENCE_S_FIELD_NUMBER: _builtins.int
+    CAPTURE_S_FIELD_NUMBER: _builtins.int
+    COPIED_BYTES_FIELD_NUMBER: _builtins.int
+    KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    snapshot_s: _builtins.float
+    """Time inside snapshot()."""
+    fence_s: _builtins.float
+    """Time waiting at the fence."""
+    capture_s: _builtins.float
+    """Time of copying in the background."""
+    copied_bytes: _builtins.int
+    """Bytes copied."""
+    kept_bytes: _builtins.int
+    """Bytes that were unchanged and not copied."""
+    def __init__(
+        self,
+        *,
+        snapshot_s: _builtins.float = ...,
+        fence_s: _builtins.float = ...,
+        capture_s: _builtins.float = ...,
+        copied_bytes: _builtins.int = ...,
+        kept_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_s", b"capture_s", "copied_bytes", b"copied_bytes", "fence_s", b"fence_s", "kept_bytes", b"kept_bytes", "snapshot_s", b"snapshot_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainerCost: _TypeAlias = TrainerCost  # noqa: Y015
 
 @_typing.final
 class Committed(_message.Message):
@@ -552,6 +596,8 @@ class Abandon(_message.Message):
     SLOT_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     IS_SHORT_OF_SLOTS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    IS_UNUSED_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Step given up."""
     slot_id: _builtins.str
@@ -560,6 +606,12 @@ class Abandon(_message.Message):
     """Why, in a sentence."""
     is_short_of_slots: _builtins.bool
     """The slot came too late: snapshots are taken faster than they are protected."""
+    is_unused: _builtins.bool
+    """Nothing was captured into it: it had been reserved ahead for a step that was not to come."""
+    @_builtins.property
+    def cost(self) -> Global___TrainerCost:
+        """What snapshots cost the trainer since it last said so."""
+
     def __init__(
         self,
         *,
@@ -567,10 +619,12 @@ class Abandon(_message.Message):
         slot_id: _builtins.str = ...,
         reason: _builtins.str = ...,
         is_short_of_slots: _builtins.bool = ...,
+        cost: Global___TrainerCost | None = ...,
+        is_unused: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_short_of_slots", b"is_short_of_slots", "reason", b"reason", "slot_id", b"slot_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "is_short_of_slots", b"is_short_of_slots", "is_unused", b"is_unused", "reason", b"reason", "slot_id", b"slot_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

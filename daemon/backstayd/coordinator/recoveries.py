@@ -1,0 +1,106 @@
+"""Recoveries as they are counted: which began, how each ended, how long its phases took, how many steps it cost.
+
+Looks at the core after every evaluation and decides nothing. Time is the core's, as an argument.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from backstayd.core.nodes import NodeTable
+from backstayd.core.records import Decision, SourceKind
+from backstayd.core.recovery import ACTIVE, Recovery, Stage
+from backstayd.core.run_state import RunState
+from backstayd.telemetry.metrics import CoordinatorMetrics
+
+ORDER: Final = (Stage.FENCING, Stage.PREPARE, Stage.RECORD, Stage.RELEASED)
+PHASE_AFTER: Final = {Stage.FENCING: "decide", Stage.PREPARE: "stage", Stage.RECORD: "release"}
+FARTHEST: Final = (SourceKind.PERSISTED, SourceKind.REBUILD, SourceKind.PEER, SourceKind.LOCAL)
+
+
+class RecoveryWatch:
+    """The recoveries of one run. A decision that a former coordinator released is none of them."""
+
+    def __init__(self, run: str, metrics: CoordinatorMetrics) -> None:
+        self._run = run
+        self._metrics = metrics
+        self._stage = Stage.IDLE
+        self._world_id = ""
+        self._stage_began_s = 0.0
+        self._lost_s: float | None = None
+        self._newest_step = 0
+        self._attempt = 0
+
+    def look(self, state: RunState, nodes: NodeTable, now_s: float) -> None:
+        """Once after every evaluation."""
+        recovery = state.recovery
+        if (recovery.stage, recovery.world_id) != (self._stage, self._world_id):
+            self._follow(recovery, now_s)
+        if recovery.stage is Stage.RELEASED and state.context is not None:
+            self._watch_world(state, nodes, now_s)
+
+    def _follow(self, recovery: Recovery, now_s: float) -> None:
+        was_active = self._stage in ACTIVE
+        if was_active and (recovery.world_id != self._world_id or recovery.stage is Stage.IDLE):
+            self._end("abandoned")
+            was_active = False
+        if recovery.stage in ACTIVE and not was_active:
+            self._begin(recovery)
+            was_active = True
+        if was_active:
+            self._advance(recovery, now_s)
+        self._stage, self._world_id = recovery.stage, recovery.world_id
+
+    def _begin(self, recovery: Recovery) -> None:
+        self._metrics.recoveries_started.of(self._run).inc()
+        self._stage, self._stage_began_s = Stage.FENCING, recovery.opened_s
+        if self._lost_s is not None:
+            self._observe("restart", recovery.opened_s - self._lost_s)
+            self._lost_s = None
+
+    def _advance(self, recovery: Recovery, now_s: float) -> None:
+        if recovery.stage is Stage.REFUSED:
+            self._observe("decide", now_s - self._stage_began_s)
+            self._end("refused")
+        elif recovery.stage in ORDER and self._stage in ORDER:
+            for passed in ORDER[ORDER.index(self._stage) : ORDER.index(recovery.stage)]:
+                self._observe(PHASE_AFTER[passed], now_s - self._stage_began_s)
+                self._stage_began_s = now_s
+            if recovery.stage is Stage.FENCING:  # decided anew: the time of what failed is in no phase
+                self._stage_began_s = now_s
+            if recovery.stage is Stage.RELEASED and recovery.decision is not None:
+                self._release(recovery.decision)
+
+    def _release(self, decision: Decision) -> None:
+        kinds = [source.kind for source in decision.sources]
+        for kind in kinds:
+            self._metrics.recovery_shards.of(self._run, source=kind.value).inc()
+        farthest = next((kind.value for kind in FARTHEST if kind in kinds), "none")
+        self._end(decision.outcome.value.lower(), source=farthest)
+        base_step = decision.base.step if decision.base is not None else 0
+        if self._newest_step:
+            self._metrics.steps_lost.of(self._run).inc(max(0, self._newest_step - base_step))
+        self._newest_step, self._attempt = base_step, decision.attempt
+
+    def _end(self, outcome: str, *, source: str = "none") -> None:
+        self._metrics.recoveries.of(self._run, source=source, outcome=outcome).inc()
+
+    def _observe(self, phase: str, seconds: float) -> None:
+        self._metrics.recovery_phase_seconds.labels(phase=phase).observe(max(0.0, seconds))
+
+    def _watch_world(self, state: RunState, nodes: NodeTable, now_s: float) -> None:
+        """Note how far the world came, and when it was seen to be broken."""
+        context, decision = state.context, state.recovery.decision
+        assert context is not None
+        if decision is None:
+            return
+        steps = [view.key.step for view in context.live_views if view.key.attempt == decision.attempt]
+        self._newest_step = max([self._newest_step, *steps])
+        world = context.worlds.get(decision.world_id, {})
+        missing = [place.node for place in decision.placements if place.rank not in world]
+        if not missing or decision.world_id in state.forgetting.ended:
+            self._lost_s = None
+        elif self._lost_s is None:
+            self._lost_s = now_s
+            silent_s = [now_s - nodes.nodes[name].seen_s for name in missing if name in nodes.nodes]
+            self._observe("detect", max(silent_s, default=0.0))

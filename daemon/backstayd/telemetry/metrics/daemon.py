@@ -1,0 +1,76 @@
+"""What every daemon exports, whatever its role: what it is, how it is configured, what it uses.
+
+``process_*`` comes from prometheus-client. Must not know nodes or the coordinator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.process_collector import ProcessCollector
+
+from backstayd.telemetry.metrics.registry import Declared, Registry
+
+HASH_DIGITS: Final = 12
+# Settings that differ from daemon to daemon by right: they say where one lives, not how it behaves.
+LOCAL_SETTINGS: Final = frozenset(
+    {
+        "name", "memory_dir", "socket", "bulk", "http", "domain", "listen", "advertise", "kubernetes_node",
+        "tls_cert", "tls_key", "log_level", "log_format",
+    }
+)  # fmt: skip
+
+
+class DaemonMetrics:
+    """Base of both roles.
+
+    Attributes:
+        registry: What the HTTP server exports.
+    """
+
+    def __init__(self, *, role: str, version: str, protocol: int = 1) -> None:
+        self._role = role
+        self._registry = registry = Registry()
+        build = registry.gauge(
+            "build_info", "Constant 1; the version of this daemon and of the protocol it speaks.",
+            role=(), version=(), protocol=(),
+        )  # fmt: skip
+        build.labels(role=role, version=version, protocol=str(protocol)).set(1)
+        self._config = registry.gauge(
+            "config_info",
+            "Constant 1; hash of the settings that should be equal on all daemons of a role.",
+            role=(), hash=(),
+        )  # fmt: skip
+        self.lease_seconds = registry.gauge(
+            "lease_seconds", "The lease this daemon is configured with, from which its timeouts follow."
+        )
+        self.certificate_expiry_timestamp_seconds = registry.gauge(
+            "certificate_expiry_timestamp_seconds",
+            "Unix time at which a certificate in use ends, by which one it is; absent without TLS.",
+            certificate=(),
+        )
+        ProcessCollector(registry=registry.collector)
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self._registry.collector
+
+    @property
+    def declared(self) -> list[Declared]:
+        """Every metric of this role, for the reference."""
+        return self._registry.declared
+
+    def set_config(self, config: Any) -> None:
+        """Say which configuration is in force; called again after a reload."""
+        self._config.clear()
+        self._config.labels(role=self._role, hash=config_hash(config)).set(1)
+        self.lease_seconds.set(config.lease_s)
+
+
+def config_hash(config: Any) -> str:
+    """Equal for daemons of one role that are configured alike; a dataclass of settings."""
+    items = {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in LOCAL_SETTINGS}
+    return hashlib.sha256(repr(sorted(items.items())).encode()).hexdigest()[:HASH_DIGITS]

@@ -1,0 +1,172 @@
+"""Declaring metrics: names, help, labels with the values that are known, and series of runs that come and go.
+
+Everything that ``/metrics`` shows is declared through a :class:`Registry`, so that the reference in docs/metrics.md can be
+made from it. Must not know what any metric is about.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics
+from prometheus_client.metrics import MetricWrapperBase
+
+PREFIX: Final = "backstay"
+RUN_LABEL: Final = "training_job"  # "job" would collide with the label of the scrape
+MAX_RUNS: Final = 200  # whose series are exported; those beyond are counted in none
+DURATION_BUCKETS_S: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+Kind = TypeVar("Kind", bound=MetricWrapperBase)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declared:
+    """One metric as it was declared; ``name`` is as a query names it (with ``_total``)."""
+
+    name: str
+    kind: str
+    documentation: str
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)  # to the values that are known; () is open
+
+
+class PerRun(Generic[Kind]):
+    """One metric with a series for each run (and each combination of its other labels).
+
+    Args:
+        unregistered: The same metric outside of any registry, for runs above the limit.
+        is_preset: Every known combination is exported from the first sight of a run on, at 0.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        metric: Kind,
+        unregistered: Kind,
+        *,
+        labels: dict[str, tuple[str, ...]],
+        is_preset: bool,
+    ) -> None:
+        self._registry = registry
+        self._metric = metric
+        self._nowhere = unregistered
+        self._labels = labels
+        self._is_preset = is_preset and all(labels.values())
+
+    def of(self, run: str, **labels: str) -> Kind:
+        """The series of ``run``; it stays until :meth:`Registry.keep_runs` does not name the run any more."""
+        metric = self._metric if self._registry.admit(run) else self._nowhere
+        return metric.labels(**{RUN_LABEL: run}, **labels)
+
+    def preset(self, run: str) -> None:
+        """Export what is known to come, at 0."""
+        for values in itertools.product(*self._labels.values()) if self._is_preset else ():
+            self._metric.labels(**{RUN_LABEL: run}, **dict(zip(self._labels, values, strict=True)))
+
+    def drop(self, run: str) -> None:
+        """Take the run's series out; none is fine."""
+        self._metric.remove_by_labels({RUN_LABEL: run})
+
+
+class Registry:
+    """The metrics of one daemon. Invariant: at most MAX_RUNS runs have series.
+
+    Attributes:
+        collector: What the HTTP server exports.
+        declared: Every metric, in the order of its declaration.
+    """
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asked for
+        self.collector = CollectorRegistry()
+        self.declared: list[Declared] = []
+        self._per_run: list[PerRun[Any]] = []
+        self._runs: dict[str, None] = {}
+
+    def counter(self, name: str, documentation: str, **labels: Sequence[str]) -> Counter:
+        """A counter; ``name`` has neither prefix nor ``_total``. Labels with known values are exported at 0."""
+        return _preset(self._make(Counter, name, documentation, labels), labels)
+
+    def gauge(self, name: str, documentation: str, **labels: Sequence[str]) -> Gauge:
+        return _preset(self._make(Gauge, name, documentation, labels), labels)
+
+    def histogram(
+        self, name: str, documentation: str, *, buckets: Sequence[float] = DURATION_BUCKETS_S, **labels: Sequence[str]
+    ) -> Histogram:
+        return _preset(self._make(Histogram, name, documentation, labels, buckets=buckets), labels)
+
+    def run_counter(self, name: str, documentation: str, **labels: Sequence[str]) -> PerRun[Counter]:
+        """A counter per run, exported at 0 from the first sight of the run on."""
+        return self._make_per_run(Counter, name, documentation, labels, is_preset=True)
+
+    def run_gauge(
+        self, name: str, documentation: str, *, is_preset: bool = False, **labels: Sequence[str]
+    ) -> PerRun[Gauge]:
+        """A gauge per run; with ``is_preset`` a run that nothing was said of yet is at 0."""
+        return self._make_per_run(Gauge, name, documentation, labels, is_preset=is_preset)
+
+    def run_summary(self, name: str, documentation: str, **labels: Sequence[str]) -> PerRun[Summary]:
+        """A sum and a count per run."""
+        return self._make_per_run(Summary, name, documentation, labels, is_preset=True)
+
+    def admit(self, run: str) -> bool:
+        """Whether ``run`` has series; gives it those that are known to come when it is seen for the first time."""
+        if run in self._runs:
+            return True
+        if len(self._runs) >= MAX_RUNS:
+            return False
+        self._runs[run] = None
+        for family in self._per_run:
+            family.preset(run)
+        return True
+
+    def keep_runs(self, runs: Collection[str]) -> None:
+        """Drop the series of every run but ``runs``, so that a daemon that lives long does not grow."""
+        for run in [run for run in self._runs if run not in runs]:
+            del self._runs[run]
+            for family in self._per_run:
+                family.drop(run)
+
+    def _make(
+        self, kind: type[Kind], name: str, documentation: str, labels: dict[str, Sequence[str]], **options: Any
+    ) -> Kind:
+        self._declare(kind, name, documentation, {label: tuple(values) for label, values in labels.items()})
+        return kind(f"{PREFIX}_{name}", documentation, tuple(labels), registry=self.collector, **options)
+
+    def _make_per_run(
+        self, kind: type[Kind], name: str, documentation: str, labels: dict[str, Sequence[str]], *, is_preset: bool
+    ) -> PerRun[Kind]:
+        known = {label: tuple(values) for label, values in labels.items()}
+        self._declare(kind, name, documentation, {RUN_LABEL: (), **known})
+        names = (RUN_LABEL, *known)
+        metric = kind(f"{PREFIX}_{name}", documentation, names, registry=self.collector)
+        nowhere = kind(f"{PREFIX}_{name}", documentation, names, registry=None)
+        family = PerRun(self, metric, nowhere, labels=known, is_preset=is_preset)
+        self._per_run.append(family)
+        return family
+
+    def _declare(
+        self, kind: type[MetricWrapperBase], name: str, documentation: str, labels: dict[str, tuple[str, ...]]
+    ) -> None:
+        full = f"{PREFIX}_{name}{'_total' if kind is Counter else ''}"
+        self.declared.append(
+            Declared(name=full, kind=kind.__name__.lower(), documentation=documentation, labels=labels)
+        )
+
+
+def series_names(declared: Declared) -> Iterator[str]:
+    """The names of the series that queries may use."""
+    yield declared.name
+    if declared.kind in ("histogram", "summary"):
+        yield f"{declared.name}_sum"
+        yield f"{declared.name}_count"
+    if declared.kind == "histogram":
+        yield f"{declared.name}_bucket"
+
+
+def _preset(metric: Kind, labels: dict[str, Sequence[str]]) -> Kind:
+    for values in itertools.product(*labels.values()) if labels else ():
+        metric.labels(**dict(zip(labels, values, strict=True)))
+    return metric
