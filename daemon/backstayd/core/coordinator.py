@@ -11,6 +11,7 @@ from typing import Any
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import Generation
 from backstayd.core.catalog import ShapeCache
+from backstayd.core.drains import DrainState, DrainVerdict, order_drain, verdict_of
 from backstayd.core.locating import Located, locate
 from backstayd.core.nodes import NodeState, NodeTable
 from backstayd.core.policy import CorePolicy
@@ -39,6 +40,7 @@ class Coordinator:
         self.nodes = NodeTable(policy.lease_s)
         self.runs: dict[str, RunState] = {}
         self.timeline = Timeline()
+        self.drains: dict[str, DrainVerdict] = {}  # of the nodes that drain
         self._shapes = ShapeCache()
         self._started_s = now_s
         self._now_s = now_s
@@ -95,6 +97,7 @@ class Coordinator:
             if self._is_over(name, present):
                 del self.runs[name]
                 self.timeline.forget(name)
+        self._judge_drains()
         return True
 
     def desired(self, node: str) -> NodeDesired:
@@ -114,6 +117,7 @@ class Coordinator:
             runs=tuple(sorted(wanted, key=lambda run: run.run)),
             peers=tuple(peers[name] for name in sorted(peers)),
             has_storage=self.policy.persist_url != "",
+            drain=self.nodes.nodes[node].drain_order if node in self.nodes.nodes else None,
         )
 
     def forget(self, run: str) -> None:
@@ -162,6 +166,32 @@ class Coordinator:
         self._is_dirty = True
         self.evaluate()
         return state.outlook()
+
+    def drain(self, node: str, *, undo: bool) -> DrainVerdict:
+        """Have ``node`` drained, or not any more; what it still holds alone is brought elsewhere.
+
+        Raises:
+            UsageError: no such node, or it is lost, or cordoned. UnavailableError: not now.
+        """
+        if not self.is_settled:
+            raise UnavailableError("the coordinator has just started and gathers reports; try again", reason="settling")
+        order_drain(self.nodes, node, undo=undo)
+        self._is_dirty = True
+        self.evaluate()
+        return self.drains.get(node, DrainVerdict())
+
+    def _judge_drains(self) -> None:
+        """See how far the nodes are that drain, and say what changed."""
+        before, self.drains = self.drains, {}
+        for name, node in self.nodes.nodes.items():
+            verdict = verdict_of(node, self.runs, is_settled=self.is_settled)
+            if verdict.state is not DrainState.NONE:
+                self.drains[name] = verdict
+            if verdict.state is not before.get(name, DrainVerdict()).state:
+                words = {DrainState.NONE: "does not drain any more", DrainState.DRAINING: "drains"}
+                said = words.get(verdict.state, "is drained")
+                self.timeline.allow_again("", "node_drain")
+                self._say("", "node_drain", f"{name} {said}{': ' if verdict.reason else ''}{verdict.reason}")
 
     def locate(self, run: str, step: int) -> Located:
         """Where the shards of a complete snapshot are; ``step`` 0 is the newest.

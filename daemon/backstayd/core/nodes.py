@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from backstay.ids import Generation
 from backstayd.core.records import NodeIdentity, NodeReport, RunReport
@@ -25,6 +25,12 @@ class NodeState:
         self.liveness = Liveness.LIVE
         self.retired: deque[str] = deque(maxlen=32)  # incarnations before this one: late reports of theirs mean nothing
         self.runs: dict[str, RunReport] = {run.run: run for run in report.runs}
+        self.drain_order: bool | None = None  # of an operator, until the node reports that it obeys
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it will be stopped."""
+        return self.report.is_draining if self.drain_order is None else self.drain_order
 
     @property
     def name(self) -> str:
@@ -74,6 +80,8 @@ class NodeTable:
         state.seen_s = now_s
         state.liveness = Liveness.LIVE
         state.runs = {run.run: run for run in report.runs}
+        if report.is_draining == state.drain_order or report.is_cordoned:
+            state.drain_order = None
         return change
 
     def suspect(self, name: str, incarnation: str) -> bool:
@@ -116,3 +124,8 @@ class NodeTable:
     def lost_names(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` that are not present."""
         return sorted({name for name in names if self.get_present(name) is None})
+
+
+def staying(nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
+    """Those that will not be stopped; all, if all will."""
+    return {name: node for name, node in nodes.items() if not node.is_draining} or nodes

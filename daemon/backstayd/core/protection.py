@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from backstay.manifest import CHUNK_BYTES
 from backstayd.core.catalog import Inventory, PlanState, ShapeCache, SnapshotView, plan_state
+from backstayd.core.draining import Draining
 from backstayd.core.nodes import NodeState
 from backstayd.core.placement import form_groups, natural
 from backstayd.core.policy import CorePolicy
@@ -18,6 +19,7 @@ from backstayd.core.records import Member, Plan
 SETS_UNDER_WAY = 2  # a repair of the restored snapshot and the first new one
 STALL_LEASES = 10  # a set without progress for so long is planned anew
 DROPPED_KEPT = 64
+MOVES_TRIED = 3  # times that a snapshot is encoded without the nodes that leave, before they are asked again
 
 
 @dataclass(slots=True)
@@ -56,6 +58,7 @@ class Protection:
         nodes: Mapping[str, NodeState],
         inventory: Inventory,
         shapes: ShapeCache,
+        draining: Draining,
         run: str,
         now_s: float,
     ) -> list[str]:
@@ -80,20 +83,25 @@ class Protection:
                 if reason:
                     notes.append(f"plan of step {dropped.plans[0].step} dropped: {reason}")
                     self._note_failure(snapshot_id, now_s)
+            elif self.sets[snapshot_id].was_intact and draining.replaces(self.sets[snapshot_id].plans, view):
+                del self.sets[snapshot_id]  # what it wrote stays until another set protects as well
         for view in views:
             if view.snapshot_id and view.snapshot_id not in self.sets:
-                adopted = self._adoptable(view, nodes, target)
+                adopted = self._adoptable(view, nodes, target, draining)
                 if adopted:
                     self._begin(view, adopted, now_s)
         under_way = sum(1 for s in self.sets.values() if not s.was_intact)
         for view in views:
             if under_way >= SETS_UNDER_WAY or target == 0:
                 break
-            if not view.is_complete or view.spares >= target or view.snapshot_id in self.sets:
+            if not view.is_complete or draining.is_enough(view) or view.snapshot_id in self.sets:
                 continue
             if now_s < self.retry_s.get(view.snapshot_id, now_s):
                 continue
-            plans = self._plan(view, target, placements_of(view.world_size), nodes, run)
+            encoders = draining.encoders(view, nodes)
+            if self.failures.get(view.snapshot_id, 0) >= MOVES_TRIED and view.spares < target:
+                encoders = nodes
+            plans = self._plan(view, target, placements_of(view.world_size), encoders, run)
             if plans:
                 self._begin(view, plans, now_s)
                 under_way += 1
@@ -161,13 +169,16 @@ class Protection:
             return f"no progress for {STALL_LEASES * self.policy.lease_s:g} s"
         return ""
 
-    def _adoptable(self, view: SnapshotView, nodes: Mapping[str, NodeState], target: int) -> tuple[Plan, ...]:
+    def _adoptable(
+        self, view: SnapshotView, nodes: Mapping[str, NodeState], target: int, draining: Draining
+    ) -> tuple[Plan, ...]:
         """Plans that nodes report, if together they cover each rank once and are intact or can still become so."""
         usable = [
             state
             for state in view.plans
             if state.plan.plan_id not in self.dropped
             and state.plan.m >= target
+            and not draining.replaces((state.plan,), view)
             and (
                 state.is_intact
                 or (state.plan.plan_id not in self.once_intact and not _why_impossible(state.plan, nodes))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from backstayd.core.catalog import SnapshotView
 from backstayd.core.context import RunContext
+from backstayd.core.nodes import staying
 from backstayd.core.persisting import Persisting
 from backstayd.core.rebuilding import choose_targets, is_still_possible, open_targets, plan_rebuilds
 from backstayd.core.records import Rebuild, SourceKind
@@ -97,7 +98,7 @@ class Rebuilds:
         if best.spares > 0 and context.now_s - since < self.lease_s:
             return None, {}  # a new world may be on its way and choose better places
         placements = recovery.placements_of(best.world_size)
-        return best, {rank: node for rank, node in placements.items() if node in context.nodes}
+        return best, {rank: node for rank, node in placements.items() if node in staying(context.nodes)}
 
 
 def _decided(context: RunContext, recovery: Recovery) -> tuple[SnapshotView | None, dict[int, str]]:
@@ -117,7 +118,7 @@ def _targets(
     if preferred is None:
         return {r: node for r, node in placements.items() if r in view.unheld_ranks and node in context.nodes}
     return choose_targets(
-        view, placements=placements, nodes=context.nodes, inventory=context.inventory, preferred=preferred
+        view, placements=placements, nodes=staying(context.nodes), inventory=context.inventory, preferred=preferred
     )
 
 

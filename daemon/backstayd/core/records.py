@@ -465,6 +465,7 @@ class RunReport:
     pruned: tuple[SnapshotKey, ...] = ()  # of those to be pruned: gone now
     distrusted: tuple[Distrusted, ...] = ()
     owner: str = ""  # the user whose run it is, a number; "" = not known here
+    failed_copies: tuple[str, ...] = ()  # digests of shards that should be copied here and cannot; the reason is in its log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -478,6 +479,8 @@ class NodeReport:
     capacity_bytes: int = 0
     used_bytes: int = 0
     corrupt_count: int = 0
+    is_draining: bool = False  # it will be stopped; remembered beside what it holds, so that a new coordinator knows
+    is_cordoned: bool = False  # and that is because its Kubernetes node is cordoned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -491,6 +494,19 @@ class Schedule:
     def includes(self, step: int) -> bool:
         interval = self.interval_steps if step >= self.from_step else self.previous_interval_steps
         return step % interval == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardCopy:
+    """Hold a copy of a shard that only nodes hold which will be stopped; ``holders`` are where it is read."""
+
+    attempt: int
+    step: int
+    rank: int
+    world_size: int
+    size_bytes: int
+    digest: str
+    holders: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -523,6 +539,7 @@ class RunDesired:
     extra_slots: int = (
         0  # slots above keep + 1 that a rank may have if there is room: what is on probation, or uploaded, stays
     )
+    copies: tuple[ShardCopy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -539,3 +556,4 @@ class NodeDesired:
     runs: tuple[RunDesired, ...] = ()
     peers: tuple[Peer, ...] = ()  # live nodes of the same jobs, so that holders named in a decision have addresses
     has_storage: bool = False  # there is durable storage: a node gets ready to use it
+    drain: bool | None = None  # an operator's order to drain, or not to any more, that the node does not report yet

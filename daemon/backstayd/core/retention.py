@@ -5,7 +5,7 @@ Law 1: a protected snapshot is never given up before another is as well protecte
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from backstay.ids import SnapshotKey
 from backstayd.core.catalog import SnapshotView
@@ -22,6 +22,7 @@ def releasable(
     abandoned: Collection[SnapshotKey],
     tainted: Collection[SnapshotKey] = (),
     held: Collection[SnapshotKey] = (),
+    left: Callable[[SnapshotView], int] | None = None,
 ) -> dict[int, str]:
     """Which of ``views`` (newest first) may be released, by index, and why.
 
@@ -33,11 +34,14 @@ def releasable(
         abandoned: steps that can never become complete, because a rank went past them without a shard.
         tainted: distrusted ones: for a sound one they are no substitute.
         held: never released: what was restored and is still on probation.
+        left: spares that are left of a snapshot once the nodes that leave have stopped; None: none leaves. One that
+            survives that is not given up for one that does not.
     """
     chosen: dict[int, str] = {}
+    count_left = left or (lambda view: view.spares)
     for index, view in enumerate(views):
         if index in dead:
-            reason = _why_release_dead(views, index, live=live, dead=dead, target=target)
+            reason = _why_release_dead(views, index, live=live, dead=dead, target=target, count_left=count_left)
         elif index not in live:
             continue
         elif view.key in abandoned and not view.is_restorable:
@@ -47,6 +51,7 @@ def releasable(
             newer = [other for place, other in enumerate(views[:index]) if place in live and other.is_restorable]
             newer = [other for other in newer if is_tainted or not view.is_restorable or other.key not in tainted]
             good = [other for other in newer if other.spares >= (target if view.is_restorable else 0)]
+            good = [other for other in good if count_left(other) >= min(count_left(view), target)]
             is_enough = len(good) >= (keep if view.is_restorable and not is_tainted else 1)
             reason = f"step {good[0].key.step} is as well protected ({good[0].spares} spares)" if is_enough else ""
         if reason and view.key not in held:
@@ -55,13 +60,21 @@ def releasable(
 
 
 def _why_release_dead(
-    views: Sequence[SnapshotView], index: int, *, live: Collection[int], dead: Collection[int], target: int
+    views: Sequence[SnapshotView],
+    index: int,
+    *,
+    live: Collection[int],
+    dead: Collection[int],
+    target: int,
+    count_left: Callable[[SnapshotView], int],
 ) -> str:
     """A dead snapshot that protects goes when a live one is as good; the others only fill slots."""
     view = views[index]
     if not view.is_restorable:
         return "its history ended, and shards of it are missing"
     for place, other in enumerate(views):
+        if count_left(other) < min(count_left(view), target):
+            continue
         if place in live and other.is_restorable and other.spares >= min(view.spares, target):
             return f"its history ended; step {other.key.step} is as well protected"
         if place in dead and place < index and other.spares >= view.spares:

@@ -9,6 +9,7 @@ from backstay.ids import Generation, SnapshotKey
 from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, suspects_of, take_inventory
 from backstayd.core.choosing import Memory, choose
 from backstayd.core.context import RunContext, World, find_worlds
+from backstayd.core.draining import Draining
 from backstayd.core.forgetting import Forgetting
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.nodes import Liveness, NodeState
@@ -40,6 +41,7 @@ class Evaluation:
     reason: str
     complete_step: int
     protected_step: int
+    drain_lacks: str  # what is missing before the nodes that drain may be stopped; "" if nothing is
 
 
 @dataclass(slots=True)
@@ -58,6 +60,7 @@ class RunState:
     persisting: Persisting = field(init=False)
     rebuilds: Rebuilds = field(init=False)
     forgetting: Forgetting = field(init=False)
+    draining: Draining = field(init=False)
     pace: Pace = field(default_factory=Pace)
     memory: Memory = field(default_factory=Memory)
     head: Decision | None = None
@@ -91,6 +94,7 @@ class RunState:
         host_count = self._host_count(context)
         wanted = self.policy.wanted_parity(host_count)
         target = self.protection.target(host_count=host_count, present_count=len(nodes))
+        self.draining.update(context, wanted=wanted, target=target, is_busy=self.recovery.is_active)
         self._protect(context, target)
         self.rebuilds.update(context, self.recovery, self.persisting, hosts=self._hosts(context))
         self.persisting.update(
@@ -118,7 +122,8 @@ class RunState:
         plans = self.protection.plans_of(node)
         rebuilds = self.rebuilds.of(node)
         has_report = node in context.nodes and self.run in context.nodes[node].runs
-        if not (has_report or plans or rebuilds):
+        copies = self.draining.copies_of(node, context)
+        if not (has_report or plans or rebuilds or copies):
             return None
         decision = self.recovery.decision
         is_host = decision is not None and node in self.recovery.placements().values()
@@ -131,6 +136,7 @@ class RunState:
             drop_plans=self._drops(node, evaluation),
             release=self._releases_on(node, evaluation),
             rebuilds=rebuilds,
+            copies=copies,
             schedule=self.pace.schedule,
             keep=self.policy.keep,
             extra_slots=int(bool(self._held(context)) or has_both(context)) + int(bool(self.persisting.pinned)),
@@ -153,6 +159,7 @@ class RunState:
         self.protection.check_invariants()
         self.recovery.check_invariants()
         self.persisting.check_invariants()
+        self.draining.check_invariants()
         evaluation = self.evaluation
         if evaluation is None or self.forgetting.is_under_way:
             return
@@ -236,6 +243,7 @@ class RunState:
         self.persisting = Persisting(self.run, self.policy, self.say)
         self.rebuilds = Rebuilds(self.policy.lease_s, self.say, self.again)
         self.forgetting = Forgetting(self.policy.job_ttl_s, self.say)
+        self.draining = Draining()
 
     def _watch(self, context: RunContext) -> None:
         """Note what is new in the reports: snapshots, sessions, corruption."""
@@ -297,11 +305,12 @@ class RunState:
         else:
             good = [
                 index for index, view in enumerate(wanted)
-                if view.is_restorable and view.spares >= target and view.key not in context.tainted
+                if view.is_restorable and self.draining.is_enough(view) and view.key not in context.tainted
             ]  # fmt: skip
             last = [index for index, view in enumerate(wanted) if view.key in self._held(context)]
             enough = max([good[: self.policy.keep][-1], *last]) + 1 if len(good) >= self.policy.keep else None
             wanted, goal = wanted[:enough], target
+        self.draining.place(context, wanted)
         notes = self.protection.update(
             wanted,
             target=goal,
@@ -309,6 +318,7 @@ class RunState:
             nodes=context.nodes,
             inventory=context.inventory,
             shapes=self.shapes,
+            draining=self.draining,
             run=self.run,
             now_s=context.now_s,
         )
@@ -340,6 +350,7 @@ class RunState:
             abandoned=abandoned_keys(context.live_views, attempt=attempt, sessions=sessions),
             tainted=context.tainted,
             held=self._held(context) | self.persisting.pinned,
+            left=self.draining.spares_left if not self.draining.homeless else None,
         )
         kept = {view.key for index, view in enumerate(context.views) if index not in chosen}
         release = {context.views[i].key: reason for i, reason in chosen.items() if context.views[i].key not in kept}
@@ -365,7 +376,7 @@ class RunState:
                     plan_set is None
                     or not plan_set.was_intact
                     or view.key in released
-                    or view.spares < evaluation.target
+                    or not self.draining.is_enough(view)
                 ):
                     continue
                 members = {member.node for plan in plan_set.plans for member in plan.members}
@@ -420,6 +431,7 @@ class RunState:
         spares = max((view.spares for view in live), default=-1)
         protected = next((view for view in live if view.spares >= target), None)
         redundancy, reason = self._redundancy(context, spares=spares, wanted=wanted)
+        kept = [view for view in live if view.key not in release]
         self.evaluation = Evaluation(
             context=context,
             target=target,
@@ -430,6 +442,7 @@ class RunState:
             reason=reason,
             complete_step=next((view.key.step for view in live), 0),
             protected_step=protected.key.step if protected is not None else 0,
+            drain_lacks="a world restores" if self.recovery.is_active else self.draining.missing(kept),
         )
 
     def _redundancy(self, context: RunContext, *, spares: int, wanted: int) -> tuple[str, str]:

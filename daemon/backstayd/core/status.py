@@ -8,6 +8,7 @@ from backstay import record
 from backstayd.core.catalog import SnapshotView
 from backstayd.core.choosing import choose, missing_sentence, sources_of
 from backstayd.core.context import RunContext
+from backstayd.core.drains import DrainVerdict
 from backstayd.core.nodes import NodeState
 from backstayd.core.records import Decision, ShardSource
 
@@ -26,7 +27,10 @@ def status_document(coordinator: Coordinator, *, now_s: float, unix_offset_s: fl
         "generation": {"number": coordinator.generation.number, "incarnation": coordinator.incarnation},
         "time_unix_s": now_s + unix_offset_s,
         "is_settled": coordinator.is_settled,
-        "nodes": [_node(node) for node in sorted(coordinator.nodes.nodes.values(), key=lambda n: n.name)],
+        "nodes": [
+            _node(node, coordinator.drains.get(node.name, DrainVerdict()))
+            for node in sorted(coordinator.nodes.nodes.values(), key=lambda n: n.name)
+        ],
         "runs": [_run(coordinator.runs[name]) for name in sorted(coordinator.runs)],
         "timeline": [
             {"time_unix_s": event.at_s + unix_offset_s, "run": event.run, "kind": event.kind, "message": event.message}
@@ -35,7 +39,7 @@ def status_document(coordinator: Coordinator, *, now_s: float, unix_offset_s: fl
     }
 
 
-def _node(node: NodeState) -> dict[str, Any]:
+def _node(node: NodeState, drain: DrainVerdict) -> dict[str, Any]:
     return {
         "name": node.name,
         "incarnation": node.identity.incarnation,
@@ -46,6 +50,8 @@ def _node(node: NodeState) -> dict[str, Any]:
         "used_bytes": node.report.used_bytes,
         "capacity_bytes": node.report.capacity_bytes,
         "corrupt_count": node.report.corrupt_count,
+        "draining": drain.state.value,
+        "drain_reason": drain.reason,
     }
 
 

@@ -991,6 +991,7 @@ class RunReport(_message.Message):
     DISTRUSTED_FIELD_NUMBER: _builtins.int
     PRUNED_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    FAILED_COPIES_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     rebuilt_bytes: _builtins.int
@@ -1049,6 +1050,10 @@ class RunReport(_message.Message):
     def pruned(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotKey]:
         """Snapshots that were to be pruned from durable storage and are gone now."""
 
+    @_builtins.property
+    def failed_copies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of shards that should be copied here and cannot."""
+
     def __init__(
         self,
         *,
@@ -1069,10 +1074,11 @@ class RunReport(_message.Message):
         distrusted: _abc.Iterable[Global___Distrusted] | None = ...,
         pruned: _abc.Iterable[Global___SnapshotKey] | None = ...,
         owner: _builtins.str = ...,
+        failed_copies: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "staging", b"staging", "survey", b"survey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "owner", b"owner", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_copies", b"failed_copies", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "owner", b"owner", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1091,6 +1097,8 @@ class NodeReport(_message.Message):
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     USED_BYTES_FIELD_NUMBER: _builtins.int
     CORRUPT_COUNT_FIELD_NUMBER: _builtins.int
+    IS_DRAINING_FIELD_NUMBER: _builtins.int
+    IS_CORDONED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts the reports of one incarnation."""
     capacity_bytes: _builtins.int
@@ -1099,6 +1107,10 @@ class NodeReport(_message.Message):
     """Bytes used of it."""
     corrupt_count: _builtins.int
     """Corruptions found since the start."""
+    is_draining: _builtins.bool
+    """It will be stopped: what only it holds is brought elsewhere."""
+    is_cordoned: _builtins.bool
+    """It drains because its Kubernetes node is cordoned."""
     @_builtins.property
     def node(self) -> Global___NodeIdentity:
         """Name of a node."""
@@ -1121,10 +1133,12 @@ class NodeReport(_message.Message):
         capacity_bytes: _builtins.int = ...,
         used_bytes: _builtins.int = ...,
         corrupt_count: _builtins.int = ...,
+        is_draining: _builtins.bool = ...,
+        is_cordoned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "corrupt_count", b"corrupt_count", "generation", b"generation", "node", b"node", "runs", b"runs", "sequence", b"sequence", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "corrupt_count", b"corrupt_count", "generation", b"generation", "is_cordoned", b"is_cordoned", "is_draining", b"is_draining", "node", b"node", "runs", b"runs", "sequence", b"sequence", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1367,6 +1381,7 @@ class RunDesired(_message.Message):
     COMPLETE_STEP_FIELD_NUMBER: _builtins.int
     TRUSTED_FIELD_NUMBER: _builtins.int
     EXTRA_SLOTS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     world_id: _builtins.str
@@ -1437,6 +1452,10 @@ class RunDesired(_message.Message):
     def trusted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Snapshot ids that an operator trusts again: strike them out."""
 
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardCopy]:
+        """Shards to copy here from nodes that will be stopped."""
+
     def __init__(
         self,
         *,
@@ -1464,10 +1483,11 @@ class RunDesired(_message.Message):
         complete_step: _builtins.int = ...,
         trusted: _abc.Iterable[_builtins.str] | None = ...,
         extra_slots: _builtins.int = ...,
+        copies: _abc.Iterable[Global___ShardCopy] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "schedule", b"schedule", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "complete_step", b"complete_step", "decision", b"decision", "decision_phase", b"decision_phase", "distrusted", b"distrusted", "drop_plans", b"drop_plans", "extra_slots", b"extra_slots", "forget", b"forget", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "probation_steps", b"probation_steps", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "sealed_step", b"sealed_step", "storage", b"storage", "suspects", b"suspects", "trusted", b"trusted", "world_id", b"world_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "complete_step", b"complete_step", "copies", b"copies", "decision", b"decision", "decision_phase", b"decision_phase", "distrusted", b"distrusted", "drop_plans", b"drop_plans", "extra_slots", b"extra_slots", "forget", b"forget", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "probation_steps", b"probation_steps", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "sealed_step", b"sealed_step", "storage", b"storage", "suspects", b"suspects", "trusted", b"trusted", "world_id", b"world_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__is_release_possible: _TypeAlias = _typing.Literal["is_release_possible"]  # noqa: Y015
     _WhichOneofArgType__is_release_possible: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible"]  # noqa: Y015
@@ -1479,6 +1499,54 @@ class RunDesired(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__keep) -> _WhichOneofReturnType__keep | None: ...
 
 Global___RunDesired: _TypeAlias = RunDesired  # noqa: Y015
+
+@_typing.final
+class ShardCopy(_message.Message):
+    """A shard that only nodes hold which will be stopped."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the history within the run."""
+    step: _builtins.int
+    """Completed optimizer step."""
+    rank: _builtins.int
+    """Rank within the world."""
+    world_size: _builtins.int
+    """Ranks in the world."""
+    size_bytes: _builtins.int
+    """Size of the shard."""
+    digest: _builtins.str
+    """SHA-256 of the shard's manifest: the identity of its bytes."""
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of nodes that hold it."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        step: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        world_size: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        holders: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "holders", b"holders", "rank", b"rank", "size_bytes", b"size_bytes", "step", b"step", "world_size", b"world_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardCopy: _TypeAlias = ShardCopy  # noqa: Y015
 
 @_typing.final
 class Peer(_message.Message):
@@ -1516,8 +1584,11 @@ class NodeDesired(_message.Message):
     RUNS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     HAS_STORAGE_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
     has_storage: _builtins.bool
     """Whether there is durable storage: a node gets ready to use it."""
+    drain: _builtins.bool
+    """An operator's order to drain, or not to any more, that the node does not report yet; absent: as it is."""
     @_builtins.property
     def generation(self) -> Global___Generation:
         """Fence: a higher number wins."""
@@ -1537,12 +1608,15 @@ class NodeDesired(_message.Message):
         runs: _abc.Iterable[Global___RunDesired] | None = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
         has_storage: _builtins.bool = ...,
+        drain: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain", b"_drain", "drain", b"drain", "generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "has_storage", b"has_storage", "peers", b"peers", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain", b"_drain", "drain", b"drain", "generation", b"generation", "has_storage", b"has_storage", "peers", b"peers", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__drain: _TypeAlias = _typing.Literal["drain"]  # noqa: Y015
+    _WhichOneofArgType__drain: _TypeAlias = _typing.Literal["_drain", b"_drain"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain) -> _WhichOneofReturnType__drain | None: ...
 
 Global___NodeDesired: _TypeAlias = NodeDesired  # noqa: Y015
 

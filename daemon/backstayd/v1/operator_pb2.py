@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62\x61\x63kstayd/v1/operator.proto\x12\x0c\x62\x61\x63kstayd.v1\"\x12\n\x10GetStatusRequest\"*\n\x11GetStatusResponse\x12\x15\n\rdocument_json\x18\x01 \x01(\t\"\x1c\n\rForgetRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x10\n\x0e\x46orgetResponse\"<\n\x0f\x44istrustRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06reason\x18\x03 \x01(\t\"#\n\x10\x44istrustResponse\x12\x0f\n\x07message\x18\x01 \x01(\t\"\x1b\n\x0cTrustRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x1e\n\rTrustResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\x03\"*\n\rLocateRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\'\n\x0eLocateResponse\x12\x15\n\rdocument_json\x18\x01 \x01(\t2\xf6\x02\n\x0fOperatorService\x12L\n\tGetStatus\x12\x1e.backstayd.v1.GetStatusRequest\x1a\x1f.backstayd.v1.GetStatusResponse\x12\x43\n\x06\x46orget\x12\x1b.backstayd.v1.ForgetRequest\x1a\x1c.backstayd.v1.ForgetResponse\x12I\n\x08\x44istrust\x12\x1d.backstayd.v1.DistrustRequest\x1a\x1e.backstayd.v1.DistrustResponse\x12@\n\x05Trust\x12\x1a.backstayd.v1.TrustRequest\x1a\x1b.backstayd.v1.TrustResponse\x12\x43\n\x06Locate\x12\x1b.backstayd.v1.LocateRequest\x1a\x1c.backstayd.v1.LocateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62\x61\x63kstayd/v1/operator.proto\x12\x0c\x62\x61\x63kstayd.v1\"\x12\n\x10GetStatusRequest\"*\n\x11GetStatusResponse\x12\x15\n\rdocument_json\x18\x01 \x01(\t\"\x1c\n\rForgetRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x10\n\x0e\x46orgetResponse\"<\n\x0f\x44istrustRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06reason\x18\x03 \x01(\t\"#\n\x10\x44istrustResponse\x12\x0f\n\x07message\x18\x01 \x01(\t\"\x1b\n\x0cTrustRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x1e\n\rTrustResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\x03\"*\n\rLocateRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\'\n\x0eLocateResponse\x12\x15\n\rdocument_json\x18\x01 \x01(\t\"*\n\x0c\x44rainRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\".\n\rDrainResponse\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t2\xb8\x03\n\x0fOperatorService\x12L\n\tGetStatus\x12\x1e.backstayd.v1.GetStatusRequest\x1a\x1f.backstayd.v1.GetStatusResponse\x12\x43\n\x06\x46orget\x12\x1b.backstayd.v1.ForgetRequest\x1a\x1c.backstayd.v1.ForgetResponse\x12I\n\x08\x44istrust\x12\x1d.backstayd.v1.DistrustRequest\x1a\x1e.backstayd.v1.DistrustResponse\x12@\n\x05Trust\x12\x1a.backstayd.v1.TrustRequest\x1a\x1b.backstayd.v1.TrustResponse\x12\x43\n\x06Locate\x12\x1b.backstayd.v1.LocateRequest\x1a\x1c.backstayd.v1.LocateResponse\x12@\n\x05\x44rain\x12\x1a.backstayd.v1.DrainRequest\x1a\x1b.backstayd.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,6 +51,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOCATEREQUEST']._serialized_end=359
   _globals['_LOCATERESPONSE']._serialized_start=361
   _globals['_LOCATERESPONSE']._serialized_end=400
-  _globals['_OPERATORSERVICE']._serialized_start=403
-  _globals['_OPERATORSERVICE']._serialized_end=777
+  _globals['_DRAINREQUEST']._serialized_start=402
+  _globals['_DRAINREQUEST']._serialized_end=444
+  _globals['_DRAINRESPONSE']._serialized_start=446
+  _globals['_DRAINRESPONSE']._serialized_end=492
+  _globals['_OPERATORSERVICE']._serialized_start=495
+  _globals['_OPERATORSERVICE']._serialized_end=935
 # @@protoc_insertion_point(module_scope)

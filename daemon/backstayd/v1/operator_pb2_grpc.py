@@ -60,6 +60,11 @@ class OperatorServiceStub(object):
                 request_serializer=backstayd_dot_v1_dot_operator__pb2.LocateRequest.SerializeToString,
                 response_deserializer=backstayd_dot_v1_dot_operator__pb2.LocateResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/backstayd.v1.OperatorService/Drain',
+                request_serializer=backstayd_dot_v1_dot_operator__pb2.DrainRequest.SerializeToString,
+                response_deserializer=backstayd_dot_v1_dot_operator__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -101,6 +106,13 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Drain moves protection away from a node that will be stopped, or ends that; harmless when repeated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.Locate,
                     request_deserializer=backstayd_dot_v1_dot_operator__pb2.LocateRequest.FromString,
                     response_serializer=backstayd_dot_v1_dot_operator__pb2.LocateResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=backstayd_dot_v1_dot_operator__pb2.DrainRequest.FromString,
+                    response_serializer=backstayd_dot_v1_dot_operator__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class OperatorService(object):
             '/backstayd.v1.OperatorService/Locate',
             backstayd_dot_v1_dot_operator__pb2.LocateRequest.SerializeToString,
             backstayd_dot_v1_dot_operator__pb2.LocateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backstayd.v1.OperatorService/Drain',
+            backstayd_dot_v1_dot_operator__pb2.DrainRequest.SerializeToString,
+            backstayd_dot_v1_dot_operator__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class OperatorServiceStub:
     """Trust takes back every distrust of a run and counts its restores anew; harmless when repeated."""
     Locate: _grpc.UnaryUnaryMultiCallable[_operator_pb2.LocateRequest, _operator_pb2.LocateResponse]
     """Locate says where the shards of a complete snapshot are, for a node that reads it without taking part in its run."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_operator_pb2.DrainRequest, _operator_pb2.DrainResponse]
+    """Drain moves protection away from a node that will be stopped, or ends that; harmless when repeated."""
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -59,6 +61,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """Trust takes back every distrust of a run and counts its restores anew; harmless when repeated."""
     Locate: _aio.UnaryUnaryMultiCallable[_operator_pb2.LocateRequest, _operator_pb2.LocateResponse]  # type: ignore[assignment]
     """Locate says where the shards of a complete snapshot are, for a node that reads it without taking part in its run."""
+    Drain: _aio.UnaryUnaryMultiCallable[_operator_pb2.DrainRequest, _operator_pb2.DrainResponse]  # type: ignore[assignment]
+    """Drain moves protection away from a node that will be stopped, or ends that; harmless when repeated."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """The coordinator, as an operator sees it."""
@@ -102,5 +106,13 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.LocateResponse, _abc.Awaitable[_operator_pb2.LocateResponse]]:
         """Locate says where the shards of a complete snapshot are, for a node that reads it without taking part in its run."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _operator_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.DrainResponse, _abc.Awaitable[_operator_pb2.DrainResponse]]:
+        """Drain moves protection away from a node that will be stopped, or ends that; harmless when repeated."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

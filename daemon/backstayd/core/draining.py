@@ -1,0 +1,179 @@
+"""Nodes that will be stopped: who takes over what they hold of one run, and what is lost if they stop now. Pure.
+
+Wants copies and says over which nodes to encode; must not give up any snapshot, nor count on a node that leaves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from backstayd.core.catalog import NOT_RECOVERABLE, SnapshotView, build_views, take_inventory
+from backstayd.core.context import RunContext
+from backstayd.core.nodes import NodeState
+from backstayd.core.placement import natural
+from backstayd.core.records import Plan, ShardCopy
+from backstayd.core.sentences import counted, listed
+
+
+@dataclass(slots=True)
+class Draining:
+    """State of one run. Invariant: a shard is copied only to a node that stays, or that new plans still count on.
+
+    ``target`` are the spares wanted now, ``goal`` those that are wanted once every leaving node has stopped. Where so few
+    nodes stay that ``goal`` is less, some leaving ones are kept in the plans: their loss costs what it must, and no more.
+    """
+
+    leaving: frozenset[str] = frozenset()
+    keepers: Mapping[str, NodeState] = field(default_factory=dict)  # nodes that new plans and copies use
+    target: int = 0
+    goal: int = NOT_RECOVERABLE
+    left: Mapping[str, int] = field(default_factory=dict)  # snapshot id to its spares once the leaving ones have stopped
+    homes: dict[tuple[str, int], str] = field(default_factory=dict)  # snapshot id and rank to who copies the shard
+    homeless: dict[str, tuple[int, ...]] = field(default_factory=dict)  # snapshot id to ranks that nobody can take
+    is_frozen: bool = False  # a world decides: inventories hold still
+
+    def update(self, context: RunContext, *, wanted: int, target: int, is_busy: bool) -> None:
+        """See who leaves and what is left without them."""
+        self.target, self.is_frozen = target, is_busy
+        leaving = sorted((name for name, node in context.nodes.items() if node.is_draining), key=natural)
+        staying = {name: node for name, node in context.nodes.items() if name not in leaving}
+        if not leaving or not staying:  # with nobody to go to, everything stays where it is
+            self.leaving, self.keepers, self.left = frozenset(leaving), context.nodes, {}
+            self.goal = NOT_RECOVERABLE
+            self.homes, self.homeless = {}, {}
+            return
+        self.leaving = frozenset(leaving)
+        self.goal = max(0, min(wanted, len(staying) - 1))
+        kept = sorted(leaving, key=lambda name: (context.run not in context.nodes[name].runs, natural(name)))
+        self.keepers = staying | {name: context.nodes[name] for name in kept[: target - self.goal]}
+        inventory = take_inventory(context.run, staying.values())
+        views = build_views(inventory, context.shapes)
+        self.left = {view.snapshot_id: view.spares for view in views if view.snapshot_id}
+
+    @property
+    def is_on(self) -> bool:
+        """Whether some node leaves, and another stays that can take over."""
+        return self.goal > NOT_RECOVERABLE
+
+    def spares_left(self, view: SnapshotView) -> int:
+        """Spares of ``view`` once every leaving node has stopped."""
+        return self.left.get(view.snapshot_id, NOT_RECOVERABLE) if self.is_on else view.spares
+
+    def is_enough(self, view: SnapshotView) -> bool:
+        """Whether ``view`` is as well protected as it can be, now and after the leaving nodes have stopped."""
+        return view.spares >= self.target and (not self.is_on or self.spares_left(view) >= self.goal)
+
+    def encoders(self, view: SnapshotView, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
+        """Nodes over which ``view`` is encoded now; none: copies of its shards are on their way, or cannot be made."""
+        if not self.is_on:
+            return nodes
+        if not self._uncopied(view):
+            return self.keepers
+        return nodes if view.snapshot_id in self.homeless and view.spares < self.target else {}
+
+    def replaces(self, plans: Collection[Plan], view: SnapshotView) -> bool:
+        """Whether ``view`` can be encoded anew without the leaving nodes, and must be."""
+        if not self.is_on or self.is_frozen or self.is_enough(view) or self._uncopied(view):
+            return False
+        return not all(self.is_of_keepers(plan) for plan in plans)
+
+    def is_of_keepers(self, plan: Plan) -> bool:
+        return all(member.node in self.keepers for member in plan.members)
+
+    def place(self, context: RunContext, views: Sequence[SnapshotView]) -> None:
+        """Choose a home for each shard of ``views`` that only leaving nodes hold; homes once chosen are kept."""
+        before, self.homes, self.homeless = self.homes, {}, {}
+        if not self.is_on or self.is_frozen:
+            return
+        room = {name: node.free_bytes for name, node in self.keepers.items()}
+        for view in views:
+            if self.is_enough(view) or not view.is_complete:
+                continue
+            weight = Counter(name for holders in view.holders.values() for name in holders)
+            for rank in self._uncopied(view):
+                home = before.get((view.snapshot_id, rank), "")
+                fitting = [name for name in self._fitting(context, view, rank) if room[name] >= view.sizes[rank]]
+                if home not in fitting:
+                    home = min(fitting, key=lambda name: (weight[name], -room[name], natural(name)), default="")
+                if home:
+                    self.homes[view.snapshot_id, rank] = home
+                    weight[home] += 1
+                    room[home] -= view.sizes[rank]
+                else:
+                    self.homeless[view.snapshot_id] = (*self.homeless.get(view.snapshot_id, ()), rank)
+            if view.snapshot_id in self.homeless:  # some without the others would only take room
+                self.homes = {place: home for place, home in self.homes.items() if place[0] != view.snapshot_id}
+
+    def copies_of(self, node: str, context: RunContext) -> tuple[ShardCopy, ...]:
+        """Shards that ``node`` should copy."""
+        views = {view.snapshot_id: view for view in context.live_views}
+        return tuple(
+            ShardCopy(
+                attempt=views[snapshot_id].key.attempt,
+                step=views[snapshot_id].key.step,
+                rank=rank,
+                world_size=views[snapshot_id].world_size,
+                size_bytes=views[snapshot_id].sizes[rank],
+                digest=views[snapshot_id].digests[rank],
+                holders=views[snapshot_id].holders[rank],
+            )
+            for (snapshot_id, rank), home in self.homes.items()
+            if home == node and snapshot_id in views
+        )
+
+    def missing(self, kept: Sequence[SnapshotView]) -> str:
+        """What is missing before the leaving nodes can stop without loss; "" if nothing is.
+
+        Args:
+            kept: what is restorable and not released, newest first.
+        """
+        if self.leaving and not self.is_on:
+            return "no other node stays that could take over what it holds"
+        protected = [view for view in kept if view.spares >= self.target]
+        if kept and not protected:
+            return "no snapshot is protected yet"
+        lacking = next((view for view in protected if self.spares_left(view) < self.goal), None)
+        if lacking is None:
+            return ""
+        step, homeless = lacking.key.step, self.homeless.get(lacking.snapshot_id)
+        if homeless:
+            size = max(lacking.sizes[rank] for rank in homeless)
+            most = max(node.free_bytes for node in self.keepers.values())
+            return (
+                f"no other node can take the shards of {counted(homeless, 'rank')} of step {step} ({size} bytes; {most} "
+                f"are free where most is): stopped now, {_spares(self.spares_left(lacking))}, with room {_spares(self.goal)}"
+            )
+        ranks = sorted(rank for snapshot_id, rank in self.homes if snapshot_id == lacking.snapshot_id)
+        if ranks:
+            return f"the shards of {counted(ranks, 'rank')} of step {step} are being copied to other nodes"
+        return f"step {step} is being encoded over {listed(sorted(self.keepers, key=natural))}"
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError for a mistake of ours."""
+        assert all(home in self.keepers for home in self.homes.values())
+        assert not self.is_on or self.goal <= self.target
+
+    def _uncopied(self, view: SnapshotView) -> tuple[int, ...]:
+        """Ranks whose shard no keeper holds."""
+        return tuple(
+            rank
+            for rank in range(view.world_size)
+            if not any(name in self.keepers for name in view.holders.get(rank, ()))
+        )
+
+    def _fitting(self, context: RunContext, view: SnapshotView, rank: int) -> list[str]:
+        """Keepers that have not said that they cannot take the shard."""
+        digest = view.digests[rank]
+        return [
+            name
+            for name, node in self.keepers.items()
+            if context.run not in node.runs or digest not in node.runs[context.run].failed_copies
+        ]
+
+
+def _spares(count: int) -> str:
+    if count < 0:
+        return "it is lost"
+    return f"it survives {count or 'no'} further loss{'es' if count > 1 else ''}"
