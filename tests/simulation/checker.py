@@ -35,6 +35,7 @@ class RunTruth:
     was_complete: bool = False
     floor: tuple[int, int, str] | None = None  # newest snapshot that was truly protected: order of world, step, world
     losses: set[int] = field(default_factory=set)  # nodes destroyed since then
+    floors: list[tuple[float, tuple[int, int, str]]] = field(default_factory=list)  # when it was raised to what
     forgiven_s: float = -1.0  # an operator trusted everything again
     bad: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)  # writer, step: snapshot id, since when
 
@@ -204,6 +205,30 @@ class Checker:
             if run in node.memory:
                 truth.losses.add(id(node))
 
+    def stopped_drained(self, leaving: set[str]) -> None:
+        """What was protected a while ago has outlived the stop of nodes that drained, with all the spares there can be.
+
+        Their stop is no loss: as many others may be lost as before.
+        """
+        self.check()
+        names = set(self.cluster.nodes) - leaving
+        for run, truth in self.runs.items():
+            known = [f for at_s, f in truth.floors if at_s < self.cluster.engine.now_s - self.cluster.lease_s]
+            if truth.floor is None or not known or not names or len(truth.losses) > 0:
+                continue
+            owed = min(known[-1], truth.floor)
+            hosts = {place.node for place in truth.worlds[truth.order[-1]].decision.placements}
+            goal = min(self.cluster.policy.wanted_parity(len(hosts)), len(names) - 1)
+            chain = self._live_chain(truth)
+            kept = [p for p in self._candidates(run, truth, chain) if p >= owed]
+            kept = [p for p in kept if self._true_spares(run, p, names) >= goal]
+            self._require(
+                bool(kept) or self.is_tolerant_of_corruption,
+                f"{leaving} were called safe to stop, step {owed[1]} of {run} is not",
+            )
+            if kept:
+                truth.floor = kept[0]
+
     # -- after every event --------------------------------------------------------------------------------------------
 
     def after_event(self) -> None:
@@ -219,6 +244,8 @@ class Checker:
                 if truth.floor is not None and place < truth.floor:
                     break
                 if self._true_spares(run, place) >= self._parity(truth):
+                    if truth.floor != place:
+                        truth.floors = [*truth.floors[-50:], (self.cluster.engine.now_s, place)]
                     truth.floor = place
                     truth.losses.clear()
                     break

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from backstay.errors import BackstayError
 from backstay.ids import SnapshotKey
 from backstayd.core.coordinator import Coordinator
+from backstayd.core.drains import DrainState
 from backstayd.core.policy import CorePolicy
 from backstayd.core.records import (
     Decision,
@@ -18,6 +20,7 @@ from backstayd.core.records import (
     ShardRecord,
 )
 from tests.simulation.checker import Checker
+from tests.simulation.distrusting import distrust
 from tests.simulation.engine import Engine, Network
 from tests.simulation.node import Node, RunMemory, Trainer
 from tests.simulation.storage import Storage
@@ -362,6 +365,29 @@ class Cluster:
         self.crash_coordinator(self.engine.between(0.05, 1.0))
         self.supervise()
 
+    def drain(self, name: str, *, undo: bool = False) -> bool:
+        """An operator's order; whether the coordinator took it."""
+        try:
+            self.core().drain(name, undo=undo)
+        except BackstayError:
+            return False
+        return True
+
+    def stop_drained(self, name: str, *, replace_after_s: float | None) -> bool:
+        """Stop a node for good that the coordinator calls drained, if nothing else has happened for a while."""
+        engine, verdict = self.engine, self.core().drains.get(name)
+        steady_s = engine.now_s - 3 * self.lease_s
+        is_steady = self.quiet_since_s < steady_s and all(n.steady_since_s < steady_s for n in self.nodes.values())
+        if verdict is None or verdict.state is not DrainState.SAFE or not is_steady:
+            return False
+        self.checker.stopped_drained({n for n, v in self.core().drains.items() if n in self.nodes})
+        node = self.nodes.pop(name)
+        node.destroy()
+        if replace_after_s is not None:
+            engine.after(replace_after_s, self._replace, name, node.domain)
+        self.supervise()
+        return True
+
     def bring_back(self) -> None:
         """Switch on again what outlived a black-out: it remembers another time."""
         while self.away:
@@ -450,7 +476,7 @@ class Cluster:
         trainers = [t for t in job.trainers.values() if t.is_alive and t.phase is SessionPhase.TRAINING]
         for trainer in trainers:
             node = self.reach(trainer.node)
-            if node is not None and trainer.is_attached and node.distrust(trainer) is not None:
+            if node is not None and trainer.is_attached and distrust(node, trainer) is not None:
                 self.checker.distrusted(job.run, trainer.world_id)
                 return True
         return False

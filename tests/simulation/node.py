@@ -34,6 +34,8 @@ from backstayd.core.records import (
     Survey,
     Upload,
 )
+from tests.simulation.distrusting import remember_distrust
+from tests.simulation.draining import copy_shards
 from tests.simulation.storing import fetch_stored, is_stored, keep_stored
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ class RunWork:
     survey: Survey | None = None
     uploads: dict[tuple[str, int], Upload] = field(default_factory=dict)
     pruned: set[SnapshotKey] = field(default_factory=set)
+    failed_copies: set[str] = field(default_factory=set)
 
 
 class Node:
@@ -101,6 +104,8 @@ class Node:
         self.is_running = False
         self.is_paused = False
         self.is_cut = False  # from the coordinator
+        self.is_draining = False  # remembered beside the memory
+        self.is_full = False  # takes no copies
         self.memory: dict[str, RunMemory] = {}
         self.generation = Generation()
         self.incarnation = ""
@@ -183,6 +188,7 @@ class Node:
             sequence=self.sequence,
             generation=self.generation,
             runs=tuple(self._run_report(run) for run in names),
+            is_draining=self.is_draining,
         )
 
     def _run_report(self, run: str) -> RunReport:
@@ -205,6 +211,7 @@ class Node:
             survey=work.survey,
             uploads=tuple(work.uploads[place] for place in sorted(work.uploads)),
             pruned=tuple(sorted(work.pruned)),
+            failed_copies=tuple(sorted(work.failed_copies)),
         )
 
     def _session(self, trainer: Trainer) -> SessionRecord:
@@ -232,6 +239,9 @@ class Node:
         if self.generation != desired.generation:
             self.generation = desired.generation
             self.changed()
+        if desired.drain not in (None, self.is_draining):
+            self.is_draining = not self.is_draining
+            self.changed()
         for run in desired.runs:
             self.work.setdefault(run.run, RunWork()).desired = run
             self._reconcile(run)
@@ -249,7 +259,7 @@ class Node:
         if desired.forget:
             self._forget(desired.run)
             return
-        self._remember(memory, desired)
+        remember_distrust(self, memory, desired)
         for key in desired.release:
             self._delete(memory, lambda a, s, key=key: (a, s) == (key.attempt, key.step))
         for plan_id in desired.drop_plans:
@@ -258,6 +268,7 @@ class Node:
                 self.changed()
         for plan in desired.plans:
             self._want_plan(plan)
+        copy_shards(self, desired)
         for rebuild in desired.rebuilds:
             for task in rebuild.tasks:
                 if task.decoder == self.name:
@@ -266,27 +277,6 @@ class Node:
             keep_stored(self, desired.run, desired.storage)
         if desired.decision is not None:
             self._follow(desired.decision, desired.decision_phase)
-
-    def _remember(self, memory: RunMemory, desired: RunDesired) -> None:
-        before = dict(memory.distrusted)
-        for item in desired.distrusted:
-            memory.distrusted.setdefault(item.snapshot_id, item)
-        for snapshot_id in desired.trusted:
-            memory.distrusted.pop(snapshot_id, None)
-        if memory.distrusted != before:
-            self.changed()
-
-    def distrust(self, trainer: Trainer) -> Distrusted | None:
-        """A trainer saw NaN: what its world restored is remembered here, and reported."""
-        memory = self.memory.get(trainer.run, RunMemory())
-        decision = memory.decision
-        if decision is None or decision.world_id != trainer.world_id or decision.base is None:
-            return None
-        base = decision.base
-        item = Distrusted(snapshot_id=base.snapshot_id, attempt=base.attempt, step=base.step, reason="nan")
-        memory.distrusted[base.snapshot_id] = item
-        self.changed()
-        return item
 
     def _forget(self, run: str) -> None:
         memory = self.memory[run]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from backstayd.core.drains import DrainState
 from backstayd.core.policy import CorePolicy
 from tests.simulation.checker import BrokenPromiseError
 from tests.simulation.cluster import Cluster, Job
@@ -12,7 +14,7 @@ from tests.simulation.storage import URL
 
 FAULTS = (
     "kill_trainer", "restart_daemon", "destroy", "destroy_two", "crash_coordinator", "second_coordinator", "cut", "pause",
-    "corrupt", "destroy_for_good", "resize", "resize", "distrust",
+    "corrupt", "destroy_for_good", "resize", "resize", "distrust", "drain", "drain", "undrain", "stop_drained", "fill",
 )  # fmt: skip
 
 
@@ -99,6 +101,8 @@ class Scenario:
             self._resize(engine, cluster)
         elif fault == "corrupt" and self.is_harsh:
             cluster.corrupt(name)
+        elif fault in ("drain", "undrain", "stop_drained", "fill"):
+            self._drain(engine, cluster, fault, name)
 
     def _break_storage(self, engine: Engine, cluster: Cluster, fault: str) -> None:
         if fault == "storage":
@@ -117,6 +121,31 @@ class Scenario:
         job.placements = {rank: names[rank % len(names)] for rank in range(ranks)}
         for trainer in [t for t in job.trainers.values() if t.is_alive]:
             cluster.kill_trainer(trainer)
+
+    def _drain(self, engine: Engine, cluster: Cluster, fault: str, name: str) -> None:
+        """An operator drains nodes, stops one that may be stopped, or changes his mind."""
+        if cluster.control is None:
+            return
+        if fault == "fill":
+            cluster.nodes[name].is_full = not cluster.nodes[name].is_full
+        elif fault == "drain":
+            cluster.drain(name)
+        elif fault == "undrain":
+            for drained in sorted(cluster.core().drains):
+                cluster.drain(drained, undo=True)
+        elif len(cluster.nodes) > 2:
+            if not cluster.core().drains:
+                cluster.drain(name)
+            engine.run_for(3.2 * cluster.lease_s)
+            engine.run_until(lambda: cluster.control is not None and self._is_drained(cluster), limit_s=8.0)
+            drained = [] if cluster.control is None else sorted(set(cluster.core().drains) & set(cluster.nodes))
+            if drained:
+                after_s = engine.between(0.05, 3.0) if engine.random.random() < 0.7 else None
+                cluster.stop_drained(drained[0], replace_after_s=after_s)
+
+    def _is_drained(self, cluster: Cluster) -> bool:
+        """Whether some node is called safe to stop."""
+        return any(verdict.state is DrainState.SAFE for verdict in cluster.core().drains.values())
 
     def _distrust(self, engine: Engine, cluster: Cluster) -> None:
         """NaN after a restore, and, once everybody can know of it, a restart."""
@@ -146,6 +175,11 @@ class Scenario:
         cluster.network = Network()
         engine.run_for(3.2)  # a coordinator that came last has settled
         cluster.trust()
+        for node in cluster.nodes.values():
+            node.is_full = False
+        if engine.random.random() < 0.5:
+            for name in sorted(cluster.core().drains):
+                cluster.drain(name, undo=True)
         cluster.work_s = (0.005, 0.03)
 
     def _check_liveness(self, engine: Engine, cluster: Cluster) -> None:
@@ -170,3 +204,16 @@ class Scenario:
 
         if not engine.run_until(has_moved, limit_s=40.0):
             fail(f"protected steps do not advance from {steps}")
+        self._check_drains(engine, cluster, fail)
+
+    def _check_drains(self, engine: Engine, cluster: Cluster, fail: Callable[[str], None]) -> None:
+        """Every node that drains may be stopped in the end, if another stays."""
+
+        def is_done() -> bool:
+            leaving = {name for name, node in cluster.nodes.items() if node.is_draining}
+            drains = cluster.core().drains
+            is_safe = all(name in drains and drains[name].state is DrainState.SAFE for name in leaving)
+            return is_safe or leaving == set(cluster.nodes)
+
+        if not engine.run_until(is_done, limit_s=40.0):
+            fail(f"not drained after 40 s: {cluster.core().drains}")

@@ -29,7 +29,9 @@ class Draining:
     keepers: Mapping[str, NodeState] = field(default_factory=dict)  # nodes that new plans and copies use
     target: int = 0
     goal: int = NOT_RECOVERABLE
-    left: Mapping[str, int] = field(default_factory=dict)  # snapshot id to its spares once the leaving ones have stopped
+    left: Mapping[str, int] = field(
+        default_factory=dict
+    )  # snapshot id to its spares once the leaving ones have stopped
     homes: dict[tuple[str, int], str] = field(default_factory=dict)  # snapshot id and rank to who copies the shard
     homeless: dict[str, tuple[int, ...]] = field(default_factory=dict)  # snapshot id to ranks that nobody can take
     is_frozen: bool = False  # a world decides: inventories hold still

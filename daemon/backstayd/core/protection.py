@@ -72,18 +72,14 @@ class Protection:
             One sentence per set that was dropped.
         """
         by_id = {view.snapshot_id: view for view in views if view.snapshot_id}
-        notes = []
-        for snapshot_id in list(self.sets):
-            view = by_id.get(snapshot_id)
-            reason = "" if view is None else self._why_drop(view, nodes, inventory, shapes, target=target, now_s=now_s)
-            if view is None or reason:
-                dropped = self.sets.pop(snapshot_id)
-                if not dropped.was_intact:
-                    self._remember_dropped(dropped.plans)
-                if reason:
-                    notes.append(f"plan of step {dropped.plans[0].step} dropped: {reason}")
-                    self._note_failure(snapshot_id, now_s)
-            elif self.sets[snapshot_id].was_intact and draining.replaces(self.sets[snapshot_id].plans, view):
+        reasons = {
+            snapshot_id: self._why_drop(by_id[snapshot_id], nodes, inventory, shapes, target=target, now_s=now_s)
+            for snapshot_id in self.sets
+            if snapshot_id in by_id
+        }
+        notes = self._drop_sets(reasons, now_s)
+        for snapshot_id, plan_set in list(self.sets.items()):
+            if plan_set.was_intact and draining.replaces(plan_set.plans, by_id[snapshot_id]):
                 del self.sets[snapshot_id]  # what it wrote stays until another set protects as well
         for view in views:
             if view.snapshot_id and view.snapshot_id not in self.sets:
@@ -105,6 +101,21 @@ class Protection:
             if plans:
                 self._begin(view, plans, now_s)
                 under_way += 1
+        return notes
+
+    def _drop_sets(self, reasons: Mapping[str, str], now_s: float) -> list[str]:
+        """Drop sets of snapshots that ``reasons`` does not name, and those for which it names one; says which."""
+        notes = []
+        for snapshot_id in list(self.sets):
+            reason = reasons.get(snapshot_id)
+            if reason == "":
+                continue
+            dropped = self.sets.pop(snapshot_id)
+            if not dropped.was_intact:
+                self._remember_dropped(dropped.plans)
+            if reason:
+                notes.append(f"plan of step {dropped.plans[0].step} dropped: {reason}")
+                self._note_failure(snapshot_id, now_s)
         return notes
 
     def plans_of(self, node: str) -> tuple[Plan, ...]:

@@ -465,7 +465,9 @@ class RunReport:
     pruned: tuple[SnapshotKey, ...] = ()  # of those to be pruned: gone now
     distrusted: tuple[Distrusted, ...] = ()
     owner: str = ""  # the user whose run it is, a number; "" = not known here
-    failed_copies: tuple[str, ...] = ()  # digests of shards that should be copied here and cannot; the reason is in its log
+    failed_copies: tuple[
+        str, ...
+    ] = ()  # digests of shards that should be copied here and cannot; the reason is in its log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

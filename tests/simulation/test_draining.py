@@ -1,0 +1,160 @@
+"""Draining nodes: what stays protected, when they may be stopped, and what no coordinator forgets."""
+
+from __future__ import annotations
+
+import pytest
+
+from backstay.errors import UsageError
+from backstayd.core.drains import DrainState
+from backstayd.core.policy import CorePolicy
+from tests.simulation.cluster import Cluster, Job
+from tests.simulation.engine import Engine
+
+RUN = "default/gpt"
+
+
+def training(node_count: int, *, seed: int = 1, parity: int | None = None, keep: int = 1) -> Cluster:
+    """A job with a rank on every node, protected."""
+    engine = Engine(seed)
+    policy = CorePolicy(lease_s=1.5, parity=parity, keep=keep)
+    cluster = Cluster(engine, node_count=node_count, policy=policy)
+    cluster.start_job(Job(RUN, {rank: f"n{rank + 1}" for rank in range(node_count)}))
+    assert engine.run_until(lambda: cluster.is_protected(RUN) and cluster.checker.protected_step(RUN) > 2, limit_s=20)
+    return cluster
+
+
+def is_safe(cluster: Cluster, name: str) -> bool:
+    verdict = cluster.core().drains.get(name) if cluster.control is not None else None
+    return verdict is not None and verdict.state is DrainState.SAFE
+
+
+def spares_without(cluster: Cluster, *names: str) -> int:
+    """True spares of the best snapshot if those nodes were gone now."""
+    truth = cluster.checker.runs[RUN]
+    chain = cluster.checker._live_chain(truth)
+    left = set(cluster.nodes) - set(names)
+    places = cluster.checker._candidates(RUN, truth, chain)
+    return max((cluster.checker._true_spares(RUN, place, left) for place in places), default=-1)
+
+
+@pytest.mark.parametrize(
+    ("count", "parity", "spares"), [(2, None, 0), (3, None, 1), (4, None, 1), (4, 3, 2), (6, None, 2)]
+)
+def test_a_drained_node_costs_no_redundancy_that_the_others_can_give(
+    count: int, parity: int | None, spares: int
+) -> None:
+    cluster = training(count, parity=parity)
+    before = cluster.core().runs[RUN].evaluation
+    assert before is not None
+    assert cluster.drain("n2")
+    lowest = [before.spares]
+
+    def look() -> bool:
+        evaluation = cluster.core().runs[RUN].evaluation
+        assert evaluation is not None
+        lowest[0] = min(lowest[0], evaluation.spares)
+        return is_safe(cluster, "n2")
+
+    assert cluster.engine.run_until(look, limit_s=20), cluster.core().drains
+    assert spares_without(cluster, "n2") >= spares
+    assert lowest[0] == before.spares, "nothing was given up on the way"
+    assert "1 trainer still runs on it (rank 1 of default/gpt)" in cluster.core().drains["n2"].reason
+
+
+def test_while_a_node_drains_every_new_snapshot_outlives_its_stop() -> None:
+    cluster = training(4)
+    cluster.drain("n2")
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=20)
+    step = cluster.checker.protected_step(RUN)
+    seen: list[int] = []
+
+    def look() -> bool:
+        seen.append(spares_without(cluster, "n2"))
+        assert is_safe(cluster, "n2"), "it never takes back that the node may be stopped"
+        return cluster.checker.protected_step(RUN) > step + 10
+
+    assert cluster.engine.run_until(look, limit_s=30)
+    assert min(seen) >= 1
+
+
+def test_a_new_coordinator_knows_from_the_nodes_who_drains() -> None:
+    cluster = training(4)
+    cluster.drain("n2")
+    assert cluster.engine.run_until(lambda: cluster.nodes["n2"].is_draining, limit_s=5)
+    cluster.crash_coordinator(0.1)
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=20)
+    cluster.restart_daemon("n2", 0.5)
+    cluster.engine.run_for(3)
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=20), "its next daemon drains, too"
+
+
+def test_undo_brings_the_node_back_into_the_plans() -> None:
+    cluster = training(4)
+    cluster.drain("n2")
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=20)
+
+    def members() -> set[str]:
+        return {m.node for s in cluster.core().runs[RUN].protection.sets.values() for p in s.plans for m in p.members}
+
+    assert cluster.engine.run_until(lambda: members() == {"n1", "n3", "n4"}, limit_s=20)
+    cluster.drain("n2", undo=True)
+    assert cluster.engine.run_until(lambda: members() == {"n1", "n2", "n3", "n4"}, limit_s=20)
+    assert cluster.core().drains == {}
+    assert not cluster.nodes["n2"].is_draining
+
+
+def test_without_room_elsewhere_the_node_is_not_safe_and_snapshots_are_protected_all_the_same() -> None:
+    cluster = training(4)
+    for name in ("n1", "n3", "n4"):
+        cluster.nodes[name].is_full = True
+    cluster.drain("n2")
+    step = cluster.checker.protected_step(RUN)
+    assert cluster.engine.run_until(lambda: cluster.checker.protected_step(RUN) > step + 5, limit_s=40)
+    verdict = cluster.core().drains["n2"]
+    assert verdict.state is DrainState.DRAINING
+    assert "no other node can take the shards of rank 1" in verdict.reason
+    for name in ("n1", "n3", "n4"):
+        cluster.nodes[name].is_full = False
+    cluster.core().runs[RUN]
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=40)
+
+
+def test_a_node_that_no_other_can_relieve_is_never_called_safe() -> None:
+    cluster = training(2)
+    cluster.drain("n1")
+    cluster.drain("n2")
+    cluster.engine.run_for(10)
+    assert not is_safe(cluster, "n1")
+    assert "no other node stays" in cluster.core().drains["n1"].reason
+    step = cluster.checker.protected_step(RUN)
+    assert cluster.engine.run_until(lambda: cluster.checker.protected_step(RUN) > step + 3, limit_s=20)
+
+
+def test_two_nodes_that_drain_may_be_stopped_together() -> None:
+    cluster = training(6, parity=2)
+    cluster.drain("n2")
+    cluster.drain("n5")
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2") and is_safe(cluster, "n5"), limit_s=30)
+    assert spares_without(cluster, "n2", "n5") >= 2
+
+
+def test_a_stopped_node_that_was_drained_leaves_the_job_protected_at_once() -> None:
+    cluster = training(5)
+    cluster.drain("n3")
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n3"), limit_s=20)
+    cluster.engine.run_for(6)
+    assert cluster.stop_drained("n3", replace_after_s=None)
+    assert spares_without(cluster) >= 1
+    assert cluster.engine.run_until(lambda: cluster.is_training(cluster.jobs[0]), limit_s=30)
+    assert cluster.jobs[0].decision is not None
+    assert cluster.jobs[0].decision.message.startswith("step")
+
+
+def test_orders_for_nodes_that_are_unknown_or_lost_are_refused_by_name() -> None:
+    cluster = training(4)
+    with pytest.raises(UsageError, match="no node n9 has reported; known: n1, n2, n3 and n4"):
+        cluster.core().drain("n9", undo=False)
+    cluster.destroy("n4", replace_after_s=None)
+    cluster.engine.run_for(3)
+    with pytest.raises(UsageError, match="n4 has not reported for a lease"):
+        cluster.core().drain("n4", undo=False)
