@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser, metavar="COMMAND")
 
-    def command(name: str, explanation: str) -> argparse.ArgumentParser:
+    def command(name: str, explanation: str, *, timeout_s: float = 5.0) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=explanation, description=explanation, allow_abbrev=False)
         added.add_argument(
             "--coordinator",
@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
             help=f"the coordinator, or all of several (default: BACKSTAY_COORDINATOR or {DEFAULT_COORDINATOR})",
         )
         added.add_argument("--json", action="store_true", help="print JSON for programs")
-        added.add_argument("--timeout-s", type=_positive, default=5.0, metavar="S", help="longest wait for an answer")
+        added.add_argument(
+            "--timeout-s", type=_positive, default=timeout_s, metavar="S", help=f"longest wait ({timeout_s:g})"
+        )
         _add_security(added)
         return added
 
@@ -69,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     distrust.add_argument("--reason", required=True, metavar="TEXT", help="why, for those who read it later")
     trust = command("trust", "take back every distrust of RUN and count its restores anew")
     trust.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    drain = command("drain", "move protection away from NODE and say when it may be stopped", timeout_s=600.0)
+    drain.add_argument("node", metavar="NODE", help="its name in `backstay status`")
+    drain.add_argument("--undo", action="store_true", help="it stays: use it again")
+    drain.add_argument("--wait", action="store_true", help="until it may be stopped, at most --timeout-s (600)")
     _add_export(command("export", "write the model of a snapshot of RUN as Hugging Face safetensors"))
     _add_import(command("import", "make a checkpoint of others the first snapshot of RUN, on durable storage"))
     _add_doctor(command("doctor", "check this machine and its daemon; exit status 1 when something is wrong"))

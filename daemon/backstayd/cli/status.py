@@ -22,6 +22,7 @@ def describe(document: dict[str, Any], *, events: int) -> str:
     settled = "settled" if document["is_settled"] else "settling: it decides nothing until the known nodes reported"
     parts = [f"coordinator generation {generation}, {settled}", "", "NODES", _nodes(document["nodes"]), "", "RUNS"]
     parts.append(_runs(document["runs"]))
+    parts += [f"{node['name']}: {node['drain_reason']}" for node in document["nodes"] if node.get("drain_reason")]
     for run_ in document["runs"]:
         parts += _notes(run_)
     shown = document["timeline"][-events:] if events > 0 else []
@@ -35,7 +36,7 @@ def _nodes(nodes: list[dict[str, Any]]) -> str:
     rows = [
         (
             node["name"],
-            node["state"],
+            f"{node['state']}, {node['draining']}" if node.get("draining") else node["state"],
             node["domain"],
             node["bulk_address"],
             f"{format_size(node['used_bytes'])} of {format_size(node['capacity_bytes'])}",

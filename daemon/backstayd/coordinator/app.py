@@ -18,6 +18,7 @@ from backstayd.clock import Clock
 from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.gauges import Gauges
 from backstayd.core.coordinator import Coordinator
+from backstayd.core.drains import DrainVerdict
 from backstayd.core.locating import Located
 from backstayd.core.policy import CorePolicy
 from backstayd.core.records import NodeDesired, NodeReport
@@ -151,6 +152,11 @@ class CoordinatorProcess:
         message = self.core.distrust(run, step, reason)
         self._spread()
         return message
+
+    def drain(self, node: str, *, undo: bool) -> DrainVerdict:
+        verdict = self.core.drain(node, undo=undo)
+        self._spread()
+        return verdict
 
     def locate(self, run: str, step: int) -> Located:
         return self.core.locate(run, step)

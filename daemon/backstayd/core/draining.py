@@ -150,7 +150,8 @@ class Draining:
         ranks = sorted(rank for snapshot_id, rank in self.homes if snapshot_id == lacking.snapshot_id)
         if ranks:
             return f"the shards of {counted(ranks, 'rank')} of step {step} are being copied to other nodes"
-        return f"step {step} is being encoded over {listed(sorted(self.keepers, key=natural))}"
+        names = sorted(self.keepers, key=natural)
+        return f"step {step} is being encoded over {listed(names)}"
 
     def check_invariants(self) -> None:
         """Raise AssertionError for a mistake of ours."""

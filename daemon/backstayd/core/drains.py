@@ -42,7 +42,8 @@ def order_drain(table: NodeTable, name: str, *, undo: bool) -> None:
     """
     node = table.nodes.get(name)
     if node is None:
-        known = listed(sorted(table.nodes, key=natural)) or "none at all"
+        names = sorted(table.nodes, key=natural)
+        known = listed(names) or "none at all"
         raise UsageError(f"no node {name} has reported; known: {known}", reason="unknown_node")
     if undo and node.report.is_cordoned:
         raise UsageError(

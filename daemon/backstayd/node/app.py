@@ -29,6 +29,7 @@ from backstayd.core.records import NodeDesired, NodeIdentity
 from backstayd.node import gauges
 from backstayd.node.bell import Bell
 from backstayd.node.context import LinkState, NodeContext
+from backstayd.node.draining import Drain
 from backstayd.node.gauges import NodeGauges
 from backstayd.node.listener import listen
 from backstayd.node.offers import Offers
@@ -116,6 +117,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             metrics=NodeMetrics(version=__version__),
             clock=clock,
             desired={},
+            drain=Drain(config.memory_dir, incarnation=incarnation),
             coordinator_address=config.coordinator,
         )
         context.metrics.set_config(config)
@@ -159,6 +161,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         context.is_coordinator_connected = lambda: link.is_connected
         context.coordinator = lambda: LinkState(address=link.address, error=link.last_error)
         context.notify, context.kick = link.notify, lambda: _kick(reconciler, storing)
+        context.drain.on_change = lambda sentence: _on_drain(context, sentence)
         link.start()
         stack.push_async_callback(link.close)
         serving = asyncio.create_task(sessions.serve(listener))
@@ -228,6 +231,12 @@ def _on_link(context: NodeContext, node_gauges: NodeGauges, address: str, *, is_
     context.bell.ring()
 
 
+def _on_drain(context: NodeContext, sentence: str) -> None:
+    logger.warning("%s", sentence)
+    context.timeline.add("draining", "", sentence)
+    context.notify()
+
+
 def _routes(context: NodeContext, health: Health, *, document: Callable[[], dict[str, Any]]) -> dict[str, Route]:
     return {
         "/livez": probe_route(health.not_alive, well=health.alive),
@@ -274,6 +283,7 @@ async def _maintain(
         health.beat("the maintenance")
         sessions.end_lost()
         _look_for_files(context)
+        context.metrics.node_draining.set(context.drain.is_draining)
         update_gauges()
         context.metrics.coder_restarts.inc(pool.restart_count - seen_restarts)
         seen_restarts = pool.restart_count

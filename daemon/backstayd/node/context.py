@@ -10,6 +10,7 @@ from backstay import local
 from backstayd.clock import Clock
 from backstayd.core.records import Decision, NodeIdentity, RunDesired
 from backstayd.node.bell import Bell
+from backstayd.node.draining import Drain
 from backstayd.node.session import Session
 from backstayd.node.timeline import Timeline
 from backstayd.store.store import Store
@@ -39,6 +40,7 @@ class NodeContext:
     metrics: NodeMetrics
     clock: Clock
     desired: dict[str, RunDesired]
+    drain: Drain
     coordinator_address: str = ""  # one, or several with commas between
     notify: Callable[[], None] = lambda: None  # the report changed
     kick: Callable[[], None] = lambda: None  # look again at what is desired

@@ -174,7 +174,7 @@ def plan_actions(view: View) -> list[Action]:
     actions: list[Action] = []
     if desired.world_id and any(world != desired.world_id for world in view.granted_worlds):
         actions.append(FenceWorld(world_id=desired.world_id))
-    wanted_jobs = [*_suspects(view), *_encode(view), *_rebuild(view), *_stage(view)]
+    wanted_jobs = [*_suspects(view), *_encode(view), *_rebuild(view), *_stage(view), *_copy(view)]
     wanted = {action.key for action in wanted_jobs}
     actions += [CancelTask(key=key) for key in sorted(view.running) if key not in wanted]
     held = {shard.key for shard in view.shards} | {plan.key for plan in view.plans.values()}
@@ -438,6 +438,28 @@ def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | No
     return StartJob(key=f"fetch:{decision.decision_id}:{source.rank}", job=job)
 
 
+def _copy(view: View) -> list[StartJob]:
+    """Shards of nodes that will be stopped, brought here whole while those nodes live."""
+    jobs = []
+    for copy in view.desired.copies:
+        holders = [name for name in copy.holders if name != view.node and name in view.peers]
+        if copy.digest in view.digests or not holders:
+            continue
+        job = FetchShard(
+            run=view.desired.run,
+            attempt=copy.attempt,
+            step=copy.step,
+            rank=copy.rank,
+            world_size=copy.world_size,
+            size_bytes=copy.size_bytes,
+            digest=copy.digest,
+            addresses=tuple(view.peers[name] for name in holders),
+            deadline_s=deadline_s(copy.size_bytes),
+        )
+        jobs.append(StartJob(key=f"copy:{copy.digest}", job=job))
+    return jobs
+
+
 def _fetch_persisted(decision: Decision, source: ShardSource) -> StartJob:
     """Copy from durable storage what is in no memory; a file of this machine is verified where it lies."""
     assert decision.base is not None
@@ -465,6 +487,7 @@ def _discard(view: View) -> list[DiscardStaged]:
     if desired.decision_phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD):
         return []
     wanted = {target.digest[:16] for rebuild in desired.rebuilds for target in rebuild.targets}
+    wanted |= {copy.digest[:16] for copy in desired.copies}
     return [
         DiscardStaged(rank=state.rank, world_size=state.world_size, digest16=state.digest16)
         for state in view.staged

@@ -39,6 +39,7 @@ from backstayd.core.records import (
 from backstayd.node import answers, planning, trust
 from backstayd.node.bad_sources import BadSources
 from backstayd.node.context import NodeContext
+from backstayd.node.draining import FailedCopies
 from backstayd.node.handing_out import HandingOut
 from backstayd.node.planning import Action, Restoring, StagedState, View
 from backstayd.node.session import Session
@@ -68,6 +69,7 @@ class Reconciler:
         self.peers: dict[str, str] = {}
         self.bad_sources = BadSources(context, self._say)
         self.failed_plans: dict[str, list[str]] = {}
+        self.failed_copies = FailedCopies(context.lease_s, context.changed)
         self.forgotten: set[str] = set()
         self._verified: dict[tuple[str, str], None] = {}
         self._failed: dict[str, str] = {}
@@ -101,6 +103,7 @@ class Reconciler:
         except OSError as error:
             logger.error("cannot store generation %s: %s", desired.generation, error)
             return
+        self._context.drain.obey(desired.drain)
         runs = {run.run: run for run in desired.runs}
         if desired.generation.incarnation != self._coordinator:
             # a new coordinator has not looked at every run yet: what it does not mention stays as it was
@@ -312,7 +315,7 @@ class Reconciler:
             try:
                 self._store.require_room(job.size_bytes, f"run {run}: staging rank {job.rank} of step {job.step}")
             except CapacityError as error:
-                self._fail_staging(run, key, str(error))
+                self._refuse_room(run, key, job, error)
                 return
         if isinstance(job, (FetchPersisted, VerifyPersisted)):
             assert self._run_storage_job is not None
@@ -351,6 +354,9 @@ class Reconciler:
             self._publish(run, job)
             where = job.url if isinstance(job, FetchPersisted) else "a peer"
             self._say("staged", run, f"copied rank {job.rank} of step {job.step} from {where}")
+            if key.startswith("copy:"):
+                self.tasks.settle(key, run, for_s=self._context.lease_s)  # once it is released it may be wanted again
+                return
         elif isinstance(job, VerifyShard):
             self._note_verified(self._decision_id(run), job.digest)
         elif isinstance(job, FetchPlan):
@@ -384,6 +390,10 @@ class Reconciler:
         logger.log(level, "run %s: %s failed (%d): %s", run, key.partition(":")[0], count, result.message)
         if key.startswith("suspect:"):
             return
+        if key.startswith("copy:") and isinstance(job, FetchShard):
+            if count >= MAX_TRIES or result.error_class == "CapacityError":
+                self.failed_copies.add(run, job.digest)
+            return
         if isinstance(job, EncodeStripe) and (result.corrupt or count >= MAX_TRIES):
             self.tasks.settle(key, run)
             plans = self.failed_plans.setdefault(run, [])
@@ -402,6 +412,15 @@ class Reconciler:
             if result.corrupt or (count >= MAX_TRIES and not is_rebuilding):
                 self._fail_staging(run, key, f"rank {job.rank} of step {job.step}: {result.message}")
         self._context.changed()
+
+    def _refuse_room(self, run: str, key: str, job: FetchShard | FetchPersisted, error: CapacityError) -> None:
+        """There is no room for a whole shard from elsewhere."""
+        if not key.startswith("copy:"):
+            self._fail_staging(run, key, str(error))
+            return
+        logger.warning("run %s: a shard of a node that drains is not taken: %s", run, error)
+        self.tasks.fail(key, run)
+        self.failed_copies.add(run, job.digest)
 
     def _fail_staging(self, run: str, key: str, reason: str) -> None:
         """The decision that ``key`` names cannot be staged here: the coordinator decides anew."""

@@ -38,6 +38,8 @@ class Reporter:
             capacity_bytes=store.capacity_bytes,
             used_bytes=store.used_bytes,
             corrupt_count=store.corrupt_count,
+            is_draining=self._context.drain.is_draining,
+            is_cordoned=self._context.drain.is_cordoned,
         )
 
     def document(self) -> dict[str, Any]:
@@ -61,6 +63,8 @@ class Reporter:
                 "directory": str(store.memory_dir),
             },
             "corrupt_count": store.corrupt_count,
+            "is_draining": context.drain.is_draining,
+            "is_cordoned": context.drain.is_cordoned,
             "foreign": [str(finding.path) for finding in store.foreign],
             "runs": [self._run_document(index) for _, index in sorted(store.runs.items())],
             "timeline": context.timeline.document(),
@@ -88,6 +92,7 @@ class Reporter:
             rebuilt_bytes=done,
             rebuild_total_bytes=total,
             distrusted=index.distrusted,
+            failed_copies=self._reconciler.failed_copies.of(run),
             owner=str(index.owner_uid) if index.owner_uid != UNKNOWN_UID else "",
             is_forgotten=run in self._reconciler.forgotten and not view.has_memory,
         )

@@ -28,6 +28,7 @@ from backstayd.store.stored import StoredFragment, StoredPlan, read_small
 
 LOCK_NAME = ".lock"
 GENERATION_NAME = ".generation.json"  # no job can have such a name
+DRAINING_NAME = ".draining.json"
 T = TypeVar("T")
 
 
@@ -85,7 +86,7 @@ def scan(memory_dir: Path) -> Scan:
     """Everything in ``memory_dir``."""
     result = Scan()
     for job in _children(memory_dir):
-        if job.name in (LOCK_NAME, GENERATION_NAME):
+        if job.name in (LOCK_NAME, GENERATION_NAME, DRAINING_NAME):
             continue
         if not _is_directory(job):
             result.findings.append(_stray(job, ""))

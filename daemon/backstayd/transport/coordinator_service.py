@@ -16,6 +16,7 @@ import grpc
 
 from backstay import record
 from backstay.errors import BackstayError, ConfigError, InvariantError
+from backstayd.core.drains import DrainVerdict
 from backstayd.core.locating import Located
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.transport import convert, errors
@@ -51,6 +52,9 @@ class CoordinatorBackend(Protocol):
 
     def trust(self, run: str) -> int:
         """Take back every distrust of ``run``; returns how many. Raises SnapshotNotFoundError."""
+
+    def drain(self, node: str, *, undo: bool) -> DrainVerdict:
+        """Have ``node`` drained, or not any more; raises UsageError or UnavailableError."""
 
     def locate(self, run: str, step: int) -> Located:
         """Where a complete snapshot is; raises SnapshotNotFoundError or UnavailableError."""
@@ -198,6 +202,14 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         except BackstayError as error:
             await _abort(context, error)
         return operator_pb2.TrustResponse(count=count)
+
+    async def Drain(self, request: Any, context: Any) -> operator_pb2.DrainResponse:
+        verdict = DrainVerdict()
+        try:
+            verdict = self._backend.drain(request.node, undo=request.undo)
+        except BackstayError as error:
+            await _abort(context, error)
+        return operator_pb2.DrainResponse(state=verdict.state.value, reason=verdict.reason)
 
     async def Locate(self, request: Any, context: Any) -> operator_pb2.LocateResponse:
         try:

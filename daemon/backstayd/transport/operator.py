@@ -59,6 +59,14 @@ class OperatorClient:
         """Take back every distrust of ``run``; returns how many snapshots were distrusted."""
         return int(self._call("Trust", operator_pb2.TrustRequest(run=run), asked=f"trust {run}").count)
 
+    def drain(self, node: str, *, undo: bool) -> tuple[str, str]:
+        """Have ``node`` drained, or not any more; returns its state ("", "draining" or "safe") and a sentence."""
+        try:
+            response = self._stub.Drain(operator_pb2.DrainRequest(node=node, undo=undo), timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise self._error(error, asked=f"{'stop draining' if undo else 'drain'} {node}") from error
+        return str(response.state), str(response.reason)
+
     def locate(self, run: str, step: int) -> Located:
         """Where the shards of a complete snapshot are; 0: the newest. Raises what the coordinator answers."""
         request = operator_pb2.LocateRequest(run=run, step=step)
