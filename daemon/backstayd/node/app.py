@@ -283,7 +283,6 @@ async def _maintain(
         health.beat("the maintenance")
         sessions.end_lost()
         _look_for_files(context)
-        context.metrics.node_draining.set(context.drain.is_draining)
         update_gauges()
         context.metrics.coder_restarts.inc(pool.restart_count - seen_restarts)
         seen_restarts = pool.restart_count

@@ -130,6 +130,7 @@ class NodeGauges:
         metrics.memory_free_bytes.set(store.free_bytes)
         metrics.memory_quota_bytes.set(store.quota_bytes)
         metrics.coordinator_connected.set(context.is_coordinator_connected())
+        metrics.node_draining.set(context.drain.is_draining)
         metrics.node_lease_margin_seconds.set(self._margin.least_s(self._now_s()))
         metrics.peers.set(sum(1 for name in reconciler.peers if name != context.identity.name))
         known = {*store.runs, *context.desired, *(session.run for session in sessions)}

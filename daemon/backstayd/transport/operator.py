@@ -61,10 +61,8 @@ class OperatorClient:
 
     def drain(self, node: str, *, undo: bool) -> tuple[str, str]:
         """Have ``node`` drained, or not any more; returns its state ("", "draining" or "safe") and a sentence."""
-        try:
-            response = self._stub.Drain(operator_pb2.DrainRequest(node=node, undo=undo), timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            raise self._error(error, asked=f"{'stop draining' if undo else 'drain'} {node}") from error
+        request = operator_pb2.DrainRequest(node=node, undo=undo)
+        response = self._call("Drain", request, asked=f"{'stop draining' if undo else 'drain'} {node}")
         return str(response.state), str(response.reason)
 
     def locate(self, run: str, step: int) -> Located:
