@@ -23,7 +23,8 @@ from typing import Any, Final, Self
 import torch
 
 from backstay.errors import UsageError
-from backstay.snapshotter import NOT_SCHEDULED, RestoreResult, SnapshotStatus, Snapshotter, Stats
+from backstay.snapshotter import RestoreResult, Snapshotter
+from backstay.stats import NOT_SCHEDULED, SnapshotStatus, Stats
 from backstay.trainer.position import Place, Position, follow, place_of
 
 try:

@@ -14,14 +14,13 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import torch
 
 import backstay
 from backstay import local
-from backstay.capture import dynamic, plan
+from backstay.capture import byte_check, dynamic, plan
 from backstay.capture import filling as capturing
 from backstay.capture.fence import Fence
 from backstay.capture.filling import Capture, Filler
@@ -33,6 +32,7 @@ from backstay.restore import apply, ask, gate, statements
 from backstay.restore.apply import Target
 from backstay.restore.probation import Probation
 from backstay.restore.result import RestoreResult, make_result
+from backstay.stats import NOT_SCHEDULED, REFUSED, SKIPPED, STARTED, SnapshotStatus, Stats
 from backstay.trainer import optimizer_state, sources, uncaptured, world
 from backstay.trainer.sigterm import SigtermHook
 
@@ -45,45 +45,6 @@ DEFAULT_MAX_WAIT_S: Final = 3.0
 DEFAULT_CHECK_EVERY: Final = 50
 FIRST_CHECKED: Final = 2
 COPY_FLOOR_BYTES_PER_S: Final = 50e6
-
-STARTED, NOT_SCHEDULED, REFUSED, SKIPPED = "started", "not_scheduled", "refused", "skipped"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SnapshotStatus:
-    """What became of one snapshot() call.
-
-    ``state``: ``started`` (it is under way), ``not_scheduled`` (not a step that the ranks capture), ``refused`` (called at a
-    wrong moment) or ``skipped`` (no daemon or no slot); ``reason`` says why.
-    """
-
-    step: int
-    state: str
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """Sums since restore(). ``blocked_s`` is the time in snapshot(), ``fence_s`` that in the fence: what the trainer paid.
-    ``copied_bytes`` went into slots, ``hashed_bytes`` were digested, ``kept_bytes`` were neither: their slot held them."""
-
-    blocked_s: float
-    fence_s: float
-    started: int
-    committed: int
-    skipped: int
-    abandoned: int
-    refused: int
-    last_committed_step: int
-    copied_bytes: int
-    hashed_bytes: int
-    kept_bytes: int
-    protected_step: int
-    redundancy: str
-    last_problem: str
-    is_attached: bool
-    is_synchronous: bool
-
 
 _keepers: weakref.WeakSet[Snapshotter] = weakref.WeakSet()
 
@@ -460,36 +421,11 @@ class Snapshotter:
         if capture.state == capturing.DROPPED:
             return
         if capture.is_checked:
-            self._check_bytes(capture)
+            assert self._filler is not None
+            self._is_synchronous |= byte_check.check(capture, self._filler)
         if capture.device_done is not None and self._filler is not None:
             for copier in self._filler.copiers.values():
                 copier.hold_stream(capture.device_done)
-
-    def _check_bytes(self, capture: Capture) -> None:
-        changed = capturing.changed_tensors(capture)
-        if stale := capture.kept_names(changed):
-            assert self._filler is not None
-            self._filler.fill_whole()
-            _log.error(
-                "backstay: %s was to be unchanged since an earlier snapshot and is not (%d tensors in all); this snapshot is "
-                "discarded, and from now on every snapshot copies everything. Earlier ones may hold these tensors as they were "
-                "before; please report this",
-                stale[0],
-                len(stale),
-            )
-            capture.spoil(f"not copied although changed: {', '.join(stale[:5])}")
-        elif changed:
-            self._is_synchronous = True
-            capture.spoil(f"changed before the fence: {', '.join(changed[:5])}")
-            _log.warning(
-                "backstay: %s changed between snapshot(%d) and the optimizer's step (%d tensors in all): something updates "
-                "them without the fence. This snapshot is discarded, and from now on snapshot() copies before it returns; call "
-                "keeper.fence() before the update to have it done in the background again",
-                changed[0],
-                capture.step,
-                len(changed),
-            )
-        capture.verdict.set()
 
     # ---- sessions
 

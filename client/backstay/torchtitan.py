@@ -17,7 +17,8 @@ from torch import nn
 
 from backstay.errors import IntegrityError, UsageError
 from backstay.ids import DEFAULT_JOB
-from backstay.snapshotter import DEFAULT_MAX_WAIT_S, STARTED, Snapshotter
+from backstay.snapshotter import DEFAULT_MAX_WAIT_S, Snapshotter
+from backstay.stats import STARTED
 from backstay.trainer import rng
 from backstay.trainer.parts import merge_parts
 
