@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,26 +77,34 @@ def _run(arguments: argparse.Namespace) -> int:
     names = {setting.name for setting in config.settings(cls)}
     flags = {name: value for name, value in vars(arguments).items() if name in names}
     if cls is config.NodeConfig:
-        node = config.load(config.NodeConfig, file=arguments.config, environ=os.environ, flags=flags)
-        return _show(node) if arguments.check_config else _run_node(node)
-    coordinator = config.load(config.CoordinatorConfig, file=arguments.config, environ=os.environ, flags=flags)
-    return _show(coordinator) if arguments.check_config else _run_coordinator(coordinator)
+        return _run_node(
+            lambda: config.load(config.NodeConfig, file=arguments.config, environ=os.environ, flags=flags), arguments
+        )
+    return _run_coordinator(
+        lambda: config.load(config.CoordinatorConfig, file=arguments.config, environ=os.environ, flags=flags), arguments
+    )
 
 
-def _run_node(settings: config.NodeConfig) -> int:
+def _run_node(load: Callable[[], config.NodeConfig], arguments: argparse.Namespace) -> int:
+    settings = load()
+    if arguments.check_config:
+        return _show(settings)
     _refuse_tls(settings)
     logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
     from backstayd.node.app import run
 
-    return run(settings)
+    return run(settings, load)
 
 
-def _run_coordinator(settings: config.CoordinatorConfig) -> int:
+def _run_coordinator(load: Callable[[], config.CoordinatorConfig], arguments: argparse.Namespace) -> int:
+    settings = load()
+    if arguments.check_config:
+        return _show(settings)
     _refuse_tls(settings)
     logs.configure(level=settings.log_level, form=settings.log_format, component="coordinator")
     from backstayd.coordinator.app import run
 
-    return run(settings)
+    return run(settings, load)
 
 
 def _show(settings: config.NodeConfig | config.CoordinatorConfig) -> int:

@@ -240,6 +240,7 @@ class NodeConfig:
     """Settings of ``backstayd node``: the daemon that holds the memory of one machine."""
 
     section: ClassVar[str] = "node"
+    live: ClassVar[frozenset[str]] = frozenset({"log_format", "log_level", "quota_bytes"})  # taken over at SIGHUP
 
     name: str = _setting(
         socket.gethostname, _name, "Name of this node, unique in the cluster (default: the host name)."
@@ -290,6 +291,11 @@ class CoordinatorConfig:
     """Settings of ``backstayd coordinator``. ``parity`` is None for ``auto``."""
 
     section: ClassVar[str] = "coordinator"
+    # taken over at SIGHUP
+    live: ClassVar[frozenset[str]] = frozenset(
+        {"job_ttl_s", "keep", "log_format", "log_level", "persist_bandwidth_bytes_per_s", "persist_every_s"}
+        | {"persist_every_steps", "persist_keep_every", "persist_keep_last", "probation_steps", "restore_loop_limit"}
+    )
 
     listen: str = _setting("127.0.0.1:7070", _address, "Where nodes and operators are served.", metavar="HOST:PORT")
     http: str = _setting(

@@ -11,6 +11,7 @@ import pytest
 
 from backstay.testing import LocalCluster
 from backstay.testing.wait import wait_until
+from tests.kit.notify_socket import NotifySocket
 
 DEADLINE_S = 60.0
 
@@ -32,26 +33,41 @@ def armed(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cluster(armed: Path) -> Iterator[LocalCluster]:
-    with LocalCluster(nodes=1, parity=0, env={"BACKSTAY_FAULTS": f"pulse,once={armed}:hang"}) as cluster:
+def manager() -> Iterator[NotifySocket]:
+    with NotifySocket() as manager:
+        yield manager
+
+
+@pytest.fixture
+def cluster(armed: Path, manager: NotifySocket) -> Iterator[LocalCluster]:
+    faults = {"BACKSTAY_FAULTS": f"pulse,once={armed}:hang"}
+    watchdog = {"NOTIFY_SOCKET": manager.name, "WATCHDOG_USEC": "1000000"}
+    with LocalCluster(nodes=1, parity=0, env=faults | watchdog) as cluster:
         yield cluster
 
 
 def test_a_hanging_loop_is_not_alive_and_an_absent_coordinator_is_no_illness(
-    cluster: LocalCluster, armed: Path
+    cluster: LocalCluster, armed: Path, manager: NotifySocket
 ) -> None:
     node, coordinator = cluster.nodes[0].http_port, cluster.coordinator_http_port
     status, sentence = probe(coordinator, "/livez")
     assert (status, sentence.startswith("alive: the decisions ")) == (200, True)
     assert probe(coordinator, "/readyz") == (200, f"ready: coordinates at {cluster.coordinator_address}\n")
-    assert "; connected to the coordinator at" in probe(node, "/readyz")[1]
+    met = "; connected to the coordinator at"
+    wait_until(lambda: met in probe(node, "/readyz")[1], deadline_s=DEADLINE_S, why="the node to hear its coordinator")
 
     cluster.kill_coordinator()
     wait_until(lambda: "not connected to" in probe(node, "/readyz")[1], deadline_s=DEADLINE_S, why="the node to notice")
     assert probe(node, "/livez")[0] == probe(node, "/readyz")[0] == 200
 
+    daemon = cluster.nodes[0].daemon
+    assert daemon is not None
+    manager.wait_for(daemon.pid, "WATCHDOG", after=len(manager.of(daemon.pid)))
     armed.unlink()
+    wait_until(armed.exists, deadline_s=DEADLINE_S, why="the loop to hang")
+    fed = len(manager.of(daemon.pid))
     wait_until(lambda: probe(node, "/livez")[0] == 503, deadline_s=DEADLINE_S, why="the hanging loop to be found out")
     sentence = probe(node, "/livez")[1]
     assert "last went round" in sentence
     assert "the bound is 10 s" in sentence
+    assert len(manager.of(daemon.pid)) == fed, "the watchdog is not fed for a loop that hangs"

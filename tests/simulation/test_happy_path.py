@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from backstayd.core.records import Outcome
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
@@ -47,6 +49,18 @@ def test_three_destroyed_nodes_of_six_are_refused_with_an_exact_message() -> Non
     assert job.refusals[0].startswith("cannot restore default/gpt at step "), job.refusals
     assert "ranks 2, 3 and 4 are lost (nodes n3, n4, n5 gone; 3 losses, parity covers 2)" in job.refusals[0]
     assert job.refusals[0].endswith("no older step is in memory")
+
+
+def test_keep_may_change_while_a_run_is_held() -> None:
+    engine, cluster, job = began(3)
+    assert engine.run_until(lambda: cluster.redundancy(job.run) == "PROTECTED(1)", limit_s=20)
+    core = cluster.core()
+    core.adopt(dataclasses.replace(core.policy, keep=3, probation_steps=9))
+    assert engine.run_until(lambda: len(cluster.kept_keys(job.run)) >= 4, limit_s=30), "three protected, one being made"
+    desired = next(run for run in core.desired("n1").runs if run.run == job.run)
+    assert (desired.keep, desired.probation_steps) == (3, 9)
+    core.adopt(dataclasses.replace(core.policy, keep=1))
+    assert engine.run_until(lambda: len(cluster.kept_keys(job.run)) <= 2, limit_s=30)
 
 
 def test_nobody_waits_for_a_slot_while_the_line_to_a_host_is_broken() -> None:

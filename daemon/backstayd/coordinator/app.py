@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Final
 
@@ -20,10 +21,14 @@ from backstayd.coordinator.gauges import Gauges
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.drains import DrainVerdict
 from backstayd.core.locating import Located
+from backstayd.core.nodes import Liveness
 from backstayd.core.policy import CorePolicy
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.core.timeline import Event
-from backstayd.telemetry.health import Health, pulse
+from backstayd.process import DaemonProcess
+from backstayd.reload import Reloader
+from backstayd.telemetry import logs
+from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import CoordinatorMetrics
 from backstayd.telemetry.routes import Route, document_route, metrics_route, probe_route
@@ -31,6 +36,7 @@ from backstayd.transport.coordinator_service import CoordinatorServer
 
 logger = logging.getLogger(__name__)
 
+MAX_NAMED_RUNS: Final = 3  # in the sentence for systemctl status
 COALESCE_S: Final = 0.003  # reports that arrive together are evaluated once
 DOCUMENT_TIMEOUT_S: Final = 2.0
 WARNING_KINDS: Final = frozenset(
@@ -39,28 +45,47 @@ WARNING_KINDS: Final = frozenset(
 ERROR_KINDS: Final = frozenset({"refused", "gate_failed"})
 
 
-def run(config: CoordinatorConfig) -> int:
-    """Coordinate until SIGTERM or SIGINT; returns 0.
+def run(config: CoordinatorConfig, load: Callable[[], CoordinatorConfig]) -> int:
+    """Coordinate until SIGTERM or SIGINT; returns 0. ``load`` reads the settings again, at SIGHUP.
 
     Raises:
         ConfigError: an address cannot be bound.
     """
-    return asyncio.run(_main(config))
+    return asyncio.run(_main(config, load))
 
 
-async def _main(config: CoordinatorConfig) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+async def _main(config: CoordinatorConfig, load: Callable[[], CoordinatorConfig]) -> int:
+    process = DaemonProcess()
     service = CoordinatorProcess(config)
-    await service.start()
+    async with process.starting("starting"):
+        await service.start()
     try:
-        await stop.wait()
+        await process.serve(
+            service.health, status=service.sentence, reload=Reloader(config, load=load, apply=service.adopt)
+        )
         logger.info("the coordinator ends; nodes keep what they hold and wait for the next one")
     finally:
         await service.close()
     return 0
+
+
+def policy_of(config: CoordinatorConfig) -> CorePolicy:
+    """The settings as the core sees them."""
+    return CorePolicy(
+        parity=config.parity,
+        group_size=config.group_size,
+        keep=config.keep,
+        lease_s=config.lease_s,
+        job_ttl_s=config.job_ttl_s,
+        probation_steps=config.probation_steps,
+        restore_loop_limit=config.restore_loop_limit,
+        persist_url=config.persist_url,
+        persist_every_s=config.persist_every_s,
+        persist_every_steps=config.persist_every_steps,
+        persist_keep_last=config.persist_keep_last,
+        persist_keep_every=config.persist_keep_every,
+        persist_bandwidth_bytes_per_s=config.persist_bandwidth_bytes_per_s,
+    )
 
 
 class CoordinatorProcess:
@@ -70,29 +95,15 @@ class CoordinatorProcess:
         self._config = config
         self._clock = clock or Clock()
         self._offset_s = self._clock.unix_s() - self._clock.monotonic_s()
-        policy = CorePolicy(
-            parity=config.parity,
-            group_size=config.group_size,
-            keep=config.keep,
-            lease_s=config.lease_s,
-            job_ttl_s=config.job_ttl_s,
-            probation_steps=config.probation_steps,
-            restore_loop_limit=config.restore_loop_limit,
-            persist_url=config.persist_url,
-            persist_every_s=config.persist_every_s,
-            persist_every_steps=config.persist_every_steps,
-            persist_keep_last=config.persist_keep_last,
-            persist_keep_every=config.persist_keep_every,
-            persist_bandwidth_bytes_per_s=config.persist_bandwidth_bytes_per_s,
-        )
+        policy = policy_of(config)
         self.core = Coordinator(policy, new_incarnation(), now_s=self._clock.monotonic_s())
         self.metrics = CoordinatorMetrics(version=__version__)
         self.metrics.set_config(config)
         self._gauges = Gauges(self.metrics, policy)
         self._server = CoordinatorServer(config.listen, self, lease_s=config.lease_s)
         self._evaluation: asyncio.TimerHandle | None = None
-        self._health = Health(lease_s=config.lease_s)
-        self._tasks: list[asyncio.Task[None]] = []
+        self.health = Health(lease_s=config.lease_s)
+        self._ticker: asyncio.Task[None] | None = None
         self._half_recorded: set[str] = set()
         self.address = ""
         self.http_address = ""
@@ -107,23 +118,43 @@ class CoordinatorProcess:
             await self._server.close()
             raise
         self.http_address = self._http.address
-        self._tasks = [
-            loop.create_task(self._tick(), name="coordinator-ticks"),
-            loop.create_task(pulse(self._health), name="coordinator-pulse"),
-        ]
-        self._health.set_ready(lambda: f"ready: coordinates at {self.address}")
+        self._ticker = loop.create_task(self._tick(), name="coordinator-ticks")
+        self.health.set_ready(lambda: f"ready: coordinates at {self.address}")
         logger.info("coordinator %s listens at %s, http at %s", self.core.incarnation, self.address, self.http_address)
 
     async def close(self) -> None:
         """Stop serving; nothing is left running."""
-        self._health.set_unready("ending")
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.health.set_unready("ending")
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
         if self._evaluation is not None:
             self._evaluation.cancel()
         await self._server.close()
         await asyncio.to_thread(self._http.close)
+
+    def adopt(self, config: CoordinatorConfig) -> None:
+        """Go on under other settings, of those that may change while it runs."""
+        logs.configure(level=config.log_level, form=config.log_format, component="coordinator")
+        self._config = config
+        self.metrics.set_config(config)
+        policy = policy_of(config)
+        self._gauges.adopt(policy)
+        self.core.adopt(policy)
+        self._evaluate()
+
+    def sentence(self) -> str:
+        """How it stands, for ``systemctl status``."""
+        nodes = Counter(node.liveness for node in self.core.nodes.nodes.values())
+        counts = ", ".join(f"{nodes[liveness]} {liveness.value}" for liveness in Liveness if nodes[liveness])
+        seen = [(state.evaluation, run) for run, state in self.core.runs.items() if state.evaluation is not None]
+        seen.sort(key=lambda item: (item[0].spares, item[1]))  # the weakest first
+        runs = [
+            f"{run} protected at step {found.protected_step}, {found.spares} more losses survivable"
+            for found, run in seen
+        ]
+        more = [f"{len(runs) - MAX_NAMED_RUNS} more runs"] if len(runs) > MAX_NAMED_RUNS else []
+        return "; ".join([f"nodes: {counts or 'none'}", *runs[:MAX_NAMED_RUNS], *more])
 
     # -- what the server serves ---------------------------------------------------------------------------------------
 
@@ -170,7 +201,7 @@ class CoordinatorProcess:
 
     async def _tick(self) -> None:
         while True:
-            self._health.beat("the decisions")
+            self.health.beat("the decisions")
             await asyncio.sleep(self._config.lease_s / 6)
             self.core.tick(self._clock.monotonic_s())
             self._evaluate()
@@ -213,9 +244,9 @@ class CoordinatorProcess:
 
     def _routes(self, loop: asyncio.AbstractEventLoop) -> dict[str, Route]:
         return {
-            "/livez": probe_route(self._health.not_alive, well=self._health.alive),
+            "/livez": probe_route(self.health.not_alive, well=self.health.alive),
             "/metrics": metrics_route(self.metrics.registry),
-            "/readyz": probe_route(self._health.not_ready, well=self._health.ready),
+            "/readyz": probe_route(self.health.not_ready, well=self.health.ready),
             "/status.json": document_route(lambda: self._from_thread(loop)),
         }
 

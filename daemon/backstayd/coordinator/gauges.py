@@ -35,10 +35,14 @@ class Gauges:
         self._seen: dict[str, _Seen] = {}
         self._lease_s = policy.lease_s
         self._margin = LeastMargin(policy.lease_s)
-        has_storage = policy.persist_url != ""
-        metrics.persist_interval_seconds.set(policy.persist_every_s if has_storage else 0)
-        metrics.persist_interval_steps.set(policy.persist_every_steps if has_storage else 0)
         metrics.report_lease_margin_seconds.set(policy.lease_s)
+        self.adopt(policy)
+
+    def adopt(self, policy: CorePolicy) -> None:
+        """Show these settings from now on."""
+        has_storage = policy.persist_url != ""
+        self._metrics.persist_interval_seconds.set(policy.persist_every_s if has_storage else 0)
+        self._metrics.persist_interval_steps.set(policy.persist_every_steps if has_storage else 0)
 
     def close(self) -> None:
         """Another coordinator leads: what holds for a run is for it to say."""

@@ -51,6 +51,12 @@ class Coordinator:
         """The line to ``node`` broke; its lease runs on."""
         self._is_dirty |= self.nodes.suspect(node, incarnation)
 
+    def adopt(self, policy: CorePolicy) -> None:
+        """Go on under other settings; parity, group size, lease and storage must be the same."""
+        self.policy = policy
+        for state in self.runs.values():
+            state.adopt(policy)
+
     def observe(self, report: NodeReport, now_s: float) -> None:
         """Take in a report; nothing is decided before :meth:`evaluate`."""
         self._now_s = max(self._now_s, now_s)

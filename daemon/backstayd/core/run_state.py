@@ -221,6 +221,11 @@ class RunState:
             restore_loop_limit=self.policy.restore_loop_limit,
         )
 
+    def adopt(self, policy: CorePolicy) -> None:
+        """Go on under other settings; parity, group size, lease and storage must be the same."""
+        self.policy = self.protection.policy = self.persisting.policy = policy
+        self.probation.steps, self.forgetting.job_ttl_s = policy.probation_steps, policy.job_ttl_s
+
     def outlook(self) -> str:
         """What a restart would be told now."""
         assert self.context is not None

@@ -11,7 +11,6 @@ import errno
 import functools
 import logging
 import os
-import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -31,6 +30,7 @@ from backstayd.node.bell import Bell
 from backstayd.node.context import LinkState, NodeContext
 from backstayd.node.draining import Drain
 from backstayd.node.gauges import NodeGauges
+from backstayd.node.health import ready_sentence, status_sentence, watch
 from backstayd.node.listener import listen
 from backstayd.node.offers import Offers
 from backstayd.node.reconcile import Reconciler
@@ -39,10 +39,13 @@ from backstayd.node.sessions import Sessions
 from backstayd.node.storage_coder import StorageCoder
 from backstayd.node.storing import Storing
 from backstayd.node.timeline import Timeline
+from backstayd.process import DaemonProcess
+from backstayd.reload import Reloader
 from backstayd.store import withdraw
 from backstayd.store.store import Store
 from backstayd.store.stored import make_directory
-from backstayd.telemetry.health import Health, pulse
+from backstayd.telemetry import logs
+from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import NodeMetrics
 from backstayd.telemetry.routes import Route, document_route, metrics_route, probe_route
@@ -53,23 +56,23 @@ logger = logging.getLogger(__name__)
 DOCUMENT_TIMEOUT_S: Final = 2.0
 
 
-def run(config: NodeConfig) -> int:
-    """Run the daemon until SIGTERM or SIGINT; returns 0.
+def run(config: NodeConfig, load: Callable[[], NodeConfig]) -> int:
+    """Run the daemon until SIGTERM or SIGINT; returns 0. ``load`` reads the settings again, at SIGHUP.
 
     Raises:
         ConfigError: a directory, socket or port cannot be used.
     """
     os.umask(0o077)
-    return asyncio.run(_main(config))
+    return asyncio.run(_main(config, load))
 
 
-async def _main(config: NodeConfig) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with start_node(config):
-        await stop.wait()
+async def _main(config: NodeConfig, load: Callable[[], NodeConfig]) -> int:
+    process = DaemonProcess()
+    async with contextlib.AsyncExitStack() as stack:
+        async with process.starting(f"adopting what lies in {config.memory_dir}"):
+            node = await stack.enter_async_context(start_node(config))
+        reload = Reloader(config, load=load, apply=lambda settings: _adopt(settings, node))
+        await process.serve(node.health, status=lambda: status_sentence(node.context), reload=reload)
         logger.info("node %s ends; what it holds stays in %s", config.name, config.memory_dir)
     return 0
 
@@ -83,6 +86,15 @@ class Node:
     reconciler: Reconciler
     reporter: Reporter
     pool: CoderPool
+    health: Health
+
+
+def _adopt(settings: NodeConfig, node: Node) -> None:
+    """Bring settings into force that may change while it runs."""
+    logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
+    node.context.store.set_quota(settings.quota_bytes)
+    node.context.metrics.set_config(settings)
+    node.context.changed()
 
 
 @contextlib.asynccontextmanager
@@ -90,7 +102,8 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
     """All parts of a node, running; they are ended in reverse order."""
     loop, clock, incarnation = asyncio.get_running_loop(), Clock(), new_incarnation()
     async with contextlib.AsyncExitStack() as stack:
-        store = Store(
+        store = await asyncio.to_thread(
+            Store,
             config.memory_dir,
             incarnation=incarnation,
             quota_bytes=config.quota_bytes,
@@ -177,17 +190,18 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
                     period_s=config.lease_s / 6,
                 )
             ),
-            asyncio.create_task(pulse(health)),
         ):
             stack.push_async_callback(_end, task)
         stack.callback(health.set_unready, "ending")
-        _watch(health, reconciler, pool, serving)
-        health.set_ready(lambda: _ready_sentence(context))
+        watch(health, reconciler, pool, serving)
+        health.set_ready(lambda: ready_sentence(context))
         logger.info(
             "node %s (%s) holds %s, serves trainers at %s, peers at %s, http at %s",
             identity.name, incarnation, config.memory_dir, config.socket, identity.bulk_address, http.address,
         )  # fmt: skip
-        yield Node(context=context, sessions=sessions, reconciler=reconciler, reporter=reporter, pool=pool)
+        yield Node(
+            context=context, sessions=sessions, reconciler=reconciler, reporter=reporter, pool=pool, health=health
+        )
 
 
 def _on_desired(
@@ -244,28 +258,6 @@ def _routes(context: NodeContext, health: Health, *, document: Callable[[], dict
         "/readyz": probe_route(health.not_ready, well=health.ready),
         "/status.json": document_route(document),
     }
-
-
-def _watch(health: Health, reconciler: Reconciler, pool: CoderPool, serving: asyncio.Task[None]) -> None:
-    """What must go on for this daemon to be of use; a coordinator or peer that is away is none of it."""
-
-    def reconciling() -> str:
-        owed_since_s = reconciler.owed_since_s
-        silent_s = health.monotonic_s() - owed_since_s if owed_since_s else 0.0
-        return f"no pass succeeded for {silent_s:.1f} s" if silent_s > health.bound_s else ""
-
-    def accepting() -> str:
-        return "trainers are not accepted any more" if serving.done() else ""
-
-    health.watch("reconcile", reconciling)
-    health.watch("coders", lambda: pool.failure)
-    health.watch("socket", accepting)
-
-
-def _ready_sentence(context: NodeContext) -> str:
-    is_connected = context.is_coordinator_connected()
-    link = "connected to" if is_connected else "not connected to"
-    return f"ready: memory adopted, trainers are served; {link} the coordinator at {context.coordinator_address}"
 
 
 async def _maintain(

@@ -191,6 +191,11 @@ class Store:
             self._capacity = (min(limit.total_bytes for limit in self._limits()), now)
         return self._capacity[0]
 
+    def set_quota(self, quota_bytes: int) -> None:
+        """Another quota from now on; what is held already stays even if it is more."""
+        self.quota_bytes = quota_bytes
+        self._capacity = (0, float("-inf"))
+
     def require_room(self, wanted_bytes: int, purpose: str) -> None:
         """Check that ``wanted_bytes`` fit, giving up unused slots for them if need be.
 

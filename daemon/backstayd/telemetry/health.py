@@ -7,11 +7,14 @@ serves. Both are read by other threads, so that a loop that hangs cannot answer 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Final
 
 from backstay import faults
+
+logger = logging.getLogger(__name__)
 
 PULSE_S: Final = 2.0
 LEAST_BOUND_S: Final = 10.0
@@ -81,5 +84,8 @@ async def pulse(health: Health, *, period_s: float = PULSE_S, on_beat: Callable[
     while True:
         faults.reach("pulse")
         health.beat("the event loop")
-        on_beat()
+        try:
+            on_beat()
+        except Exception:  # telling how it stands is not what keeps a daemon alive
+            logger.exception("cannot tell how it stands")
         await asyncio.sleep(period_s)

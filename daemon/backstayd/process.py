@@ -1,0 +1,94 @@
+"""A daemon as a process of its machine: signals, the service manager, the watchdog, reading the settings again.
+
+Knows nothing of what the daemon does. SIGTERM and SIGINT end it, SIGHUP reloads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+from backstay.errors import BackstayError
+from backstayd.telemetry.health import PULSE_S, Health, pulse
+from backstayd.telemetry.systemd import EXTENSION_S, ServiceManager
+
+logger = logging.getLogger(__name__)
+
+WATCHDOG_SHARE: Final = 3  # beats per watchdog period
+
+
+class DaemonProcess:
+    """Made first thing in the daemon's loop: from then on signals are taken, however long the start takes."""
+
+    def __init__(self) -> None:
+        self._manager = ServiceManager(os.environ)
+        self._stop, self._reload = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        faulthandler.enable()  # the watchdog's SIGABRT leaves a stack of every thread in the journal
+
+    @contextlib.asynccontextmanager
+    async def starting(self, status: str) -> AsyncIterator[None]:
+        """As long as this lasts, the service manager is told to go on waiting."""
+        extending = asyncio.create_task(self._extend(status))
+        try:
+            yield
+        finally:
+            extending.cancel()
+            await asyncio.gather(extending, return_exceptions=True)
+
+    async def serve(self, health: Health, *, status: Callable[[], str], reload: Callable[[], str]) -> None:
+        """Say that everything is served and feed the watchdog until SIGTERM or SIGINT.
+
+        Args:
+            health: What the watchdog is fed from.
+            status: How it stands, in one sentence.
+            reload: Called at SIGHUP; returns a sentence on what was done, raises BackstayError if nothing was.
+        """
+        self._manager.ready(status())
+        period_s = min(PULSE_S, self._manager.watchdog_s / WATCHDOG_SHARE or PULSE_S)
+        tasks = [
+            asyncio.create_task(pulse(health, period_s=period_s, on_beat=lambda: self._feed(health, status))),
+            asyncio.create_task(self._reload_when_asked(status, reload)),
+        ]
+        try:
+            await self._stop.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            health.set_unready("ending")
+            self._manager.stopping("ending; what is held stays in memory")
+
+    def _feed(self, health: Health, status: Callable[[], str]) -> None:
+        why = health.not_alive()
+        if why:
+            logger.error("not alive: %s", why)
+        else:
+            self._manager.alive(status())
+
+    async def _reload_when_asked(self, status: Callable[[], str], reload: Callable[[], str]) -> None:
+        while True:
+            await self._reload.wait()
+            self._reload.clear()
+            self._manager.reloading()
+            try:
+                logger.info("SIGHUP: %s", reload())
+            except BackstayError as error:
+                logger.error("SIGHUP: nothing was changed: %s", error)
+            except Exception:  # the boundary of a reload: the daemon goes on as it was
+                logger.exception("SIGHUP: nothing was changed")
+            self._manager.ready(status())
+
+    async def _extend(self, status: str) -> None:
+        while True:
+            self._manager.extend(status)
+            await asyncio.sleep(EXTENSION_S / 3)

@@ -1,0 +1,62 @@
+"""SIGHUP: what may change while a daemon runs is taken over, the rest waits for a restart, nonsense changes nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tests.kit.daemon_process import running_daemon
+from tests.kit.notify_socket import NotifySocket
+
+
+def status(address: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://{address}/status.json", timeout=10) as response:
+        document = json.load(response)
+    assert isinstance(document, dict)
+    return document
+
+
+def test_a_node_takes_over_quota_and_log_and_says_what_needs_a_restart(tmpfs_dir: Path, tmp_path: Path) -> None:
+    config = tmp_path / "backstayd.toml"
+    config.write_text('[node]\nquota_bytes = "64MiB"\n')
+    paths = ("--memory-dir", str(tmpfs_dir / "memory"), "--socket", str(tmpfs_dir / "sock"))
+    with (
+        NotifySocket() as manager,
+        running_daemon(
+            "node", "--config", str(config), *paths, directory=tmp_path, env={"NOTIFY_SOCKET": manager.name}
+        ) as daemon,
+    ):
+        assert status(daemon.http)["memory"]["quota_bytes"] == 64 << 20
+        config.write_text('[node]\nquota_bytes = "32MiB"\nlog_level = "debug"\ncoders = 2\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for_line(
+            r"SIGHUP: took over quota_bytes = 33554432, log_level = 'debug'; needs a restart: coders\n"
+        )
+        memory = status(daemon.http)["memory"]
+        assert (memory["quota_bytes"], memory["capacity_bytes"]) == (32 << 20, 32 << 20)
+        daemon.wait_for_line(r" DEBUG .*GET /status.json")
+        pid = daemon.process.pid
+        asked = manager.wait_for(pid, "RELOADING", "1")
+        assert asked.fields["MONOTONIC_USEC"].isdecimal()
+        manager.wait_for(pid, "READY", "1", after=manager.of(pid).index(asked))
+
+        config.write_text('[node]\nquota_bytes = "16MiB"\nlog_levle = "info"\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for_line(r"nothing was changed: \S+: \[node\] log_levle is not a setting; the nearest .* log_level")
+        assert status(daemon.http)["memory"]["quota_bytes"] == 32 << 20
+
+
+def test_a_coordinator_takes_over_policies_and_waits_with_what_the_geometry_rests_on(tmp_path: Path) -> None:
+    config = tmp_path / "backstayd.toml"
+    config.write_text("[coordinator]\n")
+    with running_daemon("coordinator", "--config", str(config), directory=tmp_path) as daemon:
+        daemon.wait_for_line("coordinator .* listens at")
+        config.write_text("[coordinator]\nkeep = 2\nparity = 3\npersist_every_steps = 50\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for_line("SIGHUP: took over keep = 2, persist_every_steps = 50; needs a restart: parity\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for_line("SIGHUP: needs a restart: parity\n")
+        assert daemon.process.poll() is None
