@@ -15,6 +15,7 @@ from typing import NoReturn
 from backstay import __version__
 from backstay.errors import BackstayError, ConfigError, UsageError
 from backstayd import config
+from backstayd.security.configured import load_credentials
 from backstayd.telemetry import logs
 
 
@@ -64,11 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _refuse_tls(settings: config.NodeConfig | config.CoordinatorConfig) -> None:
-    if not settings.insecure:
-        raise ConfigError("this version speaks plaintext only; take TLS away and say --insecure", reason="no_tls")
-
-
 def _run(arguments: argparse.Namespace) -> int:
     cls = next(cls for cls in config.SECTIONS if cls.section == arguments.role)
     if arguments.print_default_config:
@@ -89,7 +85,6 @@ def _run_node(load: Callable[[], config.NodeConfig], arguments: argparse.Namespa
     settings = load()
     if arguments.check_config:
         return _show(settings)
-    _refuse_tls(settings)
     logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
     from backstayd.node.app import run
 
@@ -100,7 +95,6 @@ def _run_coordinator(load: Callable[[], config.CoordinatorConfig], arguments: ar
     settings = load()
     if arguments.check_config:
         return _show(settings)
-    _refuse_tls(settings)
     logs.configure(level=settings.log_level, form=settings.log_format, component="coordinator")
     from backstayd.coordinator.app import run
 
@@ -111,5 +105,9 @@ def _show(settings: config.NodeConfig | config.CoordinatorConfig) -> int:
     for setting in config.settings(type(settings)):
         value = getattr(settings, setting.name)
         print(f"{settings.section}.{setting.name} = {setting.default if value is None else value}")
+    credentials = load_credentials(settings)
+    problem = credentials.validity_problem() if credentials is not None else ""
+    if problem:
+        raise ConfigError(f"{problem}; renew it", reason="expired")
     print("configuration is valid")
     return 0

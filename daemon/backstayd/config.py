@@ -96,7 +96,8 @@ def _domain(value: Any) -> str:
     return value
 
 
-def _trust_domain(value: Any) -> str:
+def parse_trust_domain(value: Any) -> str:
+    """``value`` if it can be a trust domain; raises ValueError."""
     if not isinstance(value, str) or not _TRUST_DOMAIN_NAME.match(value):
         raise ValueError("is not 1 to 255 lower-case letters, digits, '.', '_' or '-', starting with a letter or digit")
     return value
@@ -279,7 +280,7 @@ class NodeConfig:
     tls_cert: Path | None = _setting("", _optional_path, _CERT, metavar="FILE")
     tls_key: Path | None = _setting("", _optional_path, _KEY, metavar="FILE")
     tls_ca: Path | None = _setting("", _optional_path, _CA, metavar="FILE")
-    trust_domain: str = _setting("backstay", _trust_domain, _TRUST_DOMAIN, metavar="NAME")
+    trust_domain: str = _setting("backstay", parse_trust_domain, _TRUST_DOMAIN, metavar="NAME")
     insecure: bool = _setting(False, _switch, _INSECURE)
     http_tls: bool = _setting(False, _switch, _HTTP_TLS)
     log_format: str = _setting("text", _choice("text", "json"), "Form of the log on stderr: text or json.")
@@ -344,7 +345,7 @@ class CoordinatorConfig:
     tls_cert: Path | None = _setting("", _optional_path, _CERT, metavar="FILE")
     tls_key: Path | None = _setting("", _optional_path, _KEY, metavar="FILE")
     tls_ca: Path | None = _setting("", _optional_path, _CA, metavar="FILE")
-    trust_domain: str = _setting("backstay", _trust_domain, _TRUST_DOMAIN, metavar="NAME")
+    trust_domain: str = _setting("backstay", parse_trust_domain, _TRUST_DOMAIN, metavar="NAME")
     insecure: bool = _setting(False, _switch, _INSECURE)
     http_tls: bool = _setting(False, _switch, _HTTP_TLS)
     log_format: str = _setting("text", _choice("text", "json"), "Form of the log on stderr: text or json.")

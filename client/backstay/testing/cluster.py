@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from backstay.errors import ConfigError, UnavailableError, UsageError
+from backstay.testing.certificates import PLAINTEXT, Certificates
 from backstay.testing.guardian import guarded
 from backstay.testing.node import DAEMON_ROLE, WORK_ROLE, LocalNode, fetch_json
 from backstay.testing.ports import free_port
@@ -39,12 +40,6 @@ COORDINATOR: Final = "coordinator"
 _HOST: Final = "127.0.0.1"
 _SOCKET_PATH_LIMIT: Final = 107  # sun_path without its NUL
 _START_DEADLINE_S: Final = 90.0
-# Everything is on this machine's loopback; daemons and commands refuse plaintext unless it is meant.
-_PLAINTEXT: Final = {
-    "BACKSTAYD_NODE_INSECURE": "true",
-    "BACKSTAYD_COORDINATOR_INSECURE": "true",
-    "BACKSTAY_INSECURE": "true",
-}
 
 
 class LocalCluster:
@@ -66,6 +61,7 @@ class LocalCluster:
         keep: Protected snapshots kept per run.
         coders: Coder processes per daemon.
         settings: Further settings of the coordinator by their names, such as ``{"persist_url": "file:///mnt/checkpoints"}``.
+        tls: Everybody shows certificates, made by `backstay certs` (needs the package cryptography); else plaintext.
         keep_logs: A directory the logs are moved to at close; None deletes them.
     """
 
@@ -84,6 +80,7 @@ class LocalCluster:
         keep: int = 1,
         coders: int = 1,
         settings: Mapping[str, object] | None = None,
+        tls: bool = False,
         keep_logs: Path | str | None = None,
     ) -> None:
         if nodes < 1:
@@ -98,6 +95,7 @@ class LocalCluster:
         self._env = dict(env or {})
         self._coordinator_env = dict(coordinator_env or {})
         self._settings = {f"BACKSTAYD_COORDINATOR_{n.upper()}": str(value) for n, value in (settings or {}).items()}
+        self.certificates = Certificates(self.root / "certificates") if tls else None
         self._keep_logs = Path(keep_logs) if keep_logs is not None else None
         self.keeper = ProcessKeeper(self.cluster_id, self.root / "logs")
         self._coordinator: subprocess.Popen[bytes] | None = None
@@ -134,6 +132,8 @@ class LocalCluster:
         """Start everything and wait until the coordinator sees every node live."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=not self._is_own_root)
         self._guard.enter_context(guarded(self.cluster_id, self.root))
+        if self.certificates is not None:
+            self.certificates.make(*(node.name for node in self.nodes), has_others=True)
         self.start_coordinator(self._coordinator_env)
         for node in self.nodes:
             self._start_daemon(node)
@@ -147,6 +147,8 @@ class LocalCluster:
         for node in self.nodes:
             shutil.rmtree(node.directory, ignore_errors=True)
         shutil.rmtree(self.keeper.log_dir, ignore_errors=True)
+        if self.certificates is not None:
+            shutil.rmtree(self.certificates.directory, ignore_errors=True)
         if self._is_own_root:
             shutil.rmtree(self.root, ignore_errors=True)
         self._guard.close()
@@ -182,7 +184,8 @@ class LocalCluster:
         argv = _daemon_argv("coordinator", "--listen", self.coordinator_address)
         argv += ["--http", f"{_HOST}:{self._coordinator_http_port}", "--parity", str(self._parity)]
         argv += ["--group-size", str(self._group_size), "--keep", str(self._keep), "--lease-s", f"{self.lease_s:g}"]
-        environment = self._daemon_environment(self._settings | dict(env or {}))
+        security = PLAINTEXT if self.certificates is None else self.certificates.of_coordinator()
+        environment = self._daemon_environment(security | self._settings | dict(env or {}))
         self._coordinator = self.keeper.spawn(
             argv, name=COORDINATOR, node=COORDINATOR, role=DAEMON_ROLE, env=environment
         )
@@ -293,12 +296,18 @@ class LocalCluster:
         argv += ["--http", f"{_HOST}:{node.http_port}", "--coders", str(self._coders), "--lease-s", f"{self.lease_s:g}"]
         argv += ["--domain", node.domain] if node.domain else []
         argv += ["--quota", self._quota] if self._quota else []
-        node.daemon = self.keeper.spawn(
-            argv, name=node.name, node=node.name, role=DAEMON_ROLE, env=self._daemon_environment(env)
-        )
+        security = PLAINTEXT if self.certificates is None else self.certificates.of_node(node.name)
+        environment = self._daemon_environment(security | dict(env or {}))
+        node.daemon = self.keeper.spawn(argv, name=node.name, node=node.name, role=DAEMON_ROLE, env=environment)
 
     def _daemon_environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
-        return process_environment() | _PLAINTEXT | self._env | dict(env or {})
+        return process_environment() | self._env | dict(env or {})
+
+    @property
+    def operator_environment(self) -> dict[str, str]:
+        """What `backstay` needs in its environment to speak with this cluster."""
+        security = PLAINTEXT if self.certificates is None else self.certificates.of_operator()
+        return process_environment() | security | {"BACKSTAY_COORDINATOR": self.coordinator_address}
 
     # -- trainers -----------------------------------------------------------------------------------------------------
 

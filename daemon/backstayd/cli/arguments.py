@@ -14,7 +14,7 @@ from backstay import __version__
 from backstay.errors import UsageError
 from backstay.local import DEFAULT_SOCKET
 from backstayd.app import CommandParser
-from backstayd.config import parse_size
+from backstayd.config import parse_size, parse_trust_domain
 
 DEFAULT_COORDINATOR: Final = "127.0.0.1:7070"
 
@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(command("export", "write the model of a snapshot of RUN as Hugging Face safetensors"))
     _add_import(command("import", "make a checkpoint of others the first snapshot of RUN, on durable storage"))
     _add_doctor(command("doctor", "check this machine and its daemon; exit status 1 when something is wrong"))
+    certs = "make a small certificate authority, and certificates for daemons and operators"
+    _add_certs(commands.add_parser("certs", help=certs, description=certs, allow_abbrev=False))
     # Listed for --help; dispatch() hands them on before this parser sees them.
     commands.add_parser("demo", help="break a real training run and watch it recover", add_help=False)
     commands.add_parser("bench", help="measure what a snapshot costs, against peers", add_help=False)
@@ -104,6 +106,29 @@ def _add_security(command: argparse.ArgumentParser) -> None:
         default=os.environ.get("BACKSTAY_INSECURE", "").lower() in ("true", "1", "yes"),
         help="speak plaintext with the coordinator (default: BACKSTAY_INSECURE)",
     )
+
+
+def _add_certs(certs: argparse.ArgumentParser) -> None:
+    certs.add_argument(
+        "--ca-dir", type=Path, required=True, metavar="DIR", help="the authority's directory; made if it is not there"
+    )
+    certs.add_argument("--node", action="extend", nargs="+", default=[], metavar="NAME", help="for these nodes")
+    certs.add_argument("--coordinator", action="store_true", help="for coordinators")
+    certs.add_argument("--operator", action="store_true", help="for people and programs that steer")
+    certs.add_argument("--days", type=_positive, default=365.0, metavar="N", help="how long they are valid (365)")
+    certs.add_argument(
+        "--host", action="append", default=[], metavar="NAME",
+        help="DNS name or IP address they are valid for besides, which http_tls needs; repeatable",
+    )  # fmt: skip
+    certs.add_argument("--trust-domain", type=_trust_domain, default="backstay", metavar="NAME", help="(backstay)")
+    certs.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def _trust_domain(text: str) -> str:
+    try:
+        return parse_trust_domain(text)
+    except ValueError as error:
+        raise UsageError(f"--trust-domain {text!r} {error}", reason="bad_arguments") from None
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError
 from backstayd.config import split_addresses
 
 if TYPE_CHECKING:
+    from backstayd.security.credentials import Credentials
     from backstayd.transport.operator import OperatorClient
 
 Document = dict[str, Any]
@@ -25,8 +26,25 @@ def connect(arguments: argparse.Namespace) -> OperatorClient:
     """
     from backstayd.transport.operator import OperatorClient
 
+    credentials = _credentials(arguments)
+    addresses = check_addresses(arguments.coordinator)
+    return OperatorClient(addresses, timeout_s=arguments.timeout_s, credentials=credentials)
+
+
+def _credentials(arguments: argparse.Namespace) -> Credentials | None:
+    """The operator's certificate, checked; None for plaintext. Raises ConfigError."""
+    from backstayd.security.credentials import Credentials, TlsFiles
+    from backstayd.security.identity import Role
+
     _check_security(arguments)
-    return OperatorClient(check_addresses(arguments.coordinator), timeout_s=arguments.timeout_s)
+    if arguments.insecure:
+        return None
+    files = TlsFiles(cert=arguments.tls_cert, key=arguments.tls_key, ca=arguments.tls_ca)
+    credentials = Credentials(files, trust_domain=arguments.trust_domain, role=Role.OPERATOR)
+    problem = credentials.validity_problem()
+    if problem:
+        raise ConfigError(f"{problem}; make another with `backstay certs --ca-dir DIR --operator`", reason="we_expired")
+    return credentials
 
 
 def _check_security(arguments: argparse.Namespace) -> None:
@@ -43,7 +61,6 @@ def _check_security(arguments: argparse.Namespace) -> None:
             "plaintext say --insecure (BACKSTAY_INSECURE=true)",
             reason="no_security",
         )
-    raise ConfigError("this version speaks plaintext only; take TLS away and say --insecure", reason="no_tls")
 
 
 def get_status(arguments: argparse.Namespace) -> Document:

@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from backstay.errors import BackstayError
 from backstayd.coder.server import serve
+from backstayd.security.credentials import Credentials, TlsFiles
+from backstayd.security.identity import Role
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -27,6 +30,10 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--jobs-only", action="store_true", help="serve no peers")
+    for name in ("cert", "key", "ca"):
+        parser.add_argument(f"--tls-{name}", type=Path)
+    parser.add_argument("--trust-domain", default="")
+    parser.add_argument("--node", default="", help="name of this node, as its certificate states it")
     arguments = parser.parse_args()
     _die_with(arguments.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is for the daemon, which ends us
@@ -43,8 +50,21 @@ def main() -> None:
         memory_dir=arguments.memory_dir,
         incarnation=arguments.incarnation,
         job_count=arguments.jobs,
+        credentials=_credentials(arguments),
         is_serving=not arguments.jobs_only,
     )
+
+
+def _credentials(arguments: argparse.Namespace) -> Credentials | None:
+    """A coder reads the files itself, again when they change: nothing secret goes through its command line."""
+    if arguments.tls_cert is None:
+        return None
+    files = TlsFiles(cert=arguments.tls_cert, key=arguments.tls_key, ca=arguments.tls_ca)
+    try:
+        return Credentials(files, trust_domain=arguments.trust_domain, role=Role.NODE, name=arguments.node)
+    except BackstayError as error:  # files that are being written: the pool starts another coder soon
+        logging.getLogger(__name__).error("%s", error)
+        sys.exit(error.exit_code)
 
 
 def _die_with(parent: int) -> None:

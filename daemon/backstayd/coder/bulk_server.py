@@ -7,7 +7,6 @@ did not verify in its own buffer. Must not import grpc.
 from __future__ import annotations
 
 import logging
-import os
 import select
 import socket
 import struct
@@ -24,12 +23,15 @@ from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
 from backstayd.coder.jobs import CoderEvent, fragment_event, shard_event
 from backstayd.coder.reuse import OlderFragment
+from backstayd.security.credentials import Credentials
+from backstayd.security.refusals import Refusals
 from backstayd.store.fragments import FragmentWriter
 from backstayd.store.paths import RunPaths
 from backstayd.store.published import find_manifest, open_fragment, open_shard
 from backstayd.store.staging import StagedShard
 from backstayd.store.stored import read_small
 from backstayd.transport.bulk import FragmentRef
+from backstayd.transport.bulk_tls import accept_channel
 from backstayd.transport.bulk_wire import CRC_BYTES, BulkReply, BulkRequest, Channel, Timeouts, enlarge_buffers
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class BulkServer:
 
     Args:
         on_event: Called from connection threads for everything stored; must be thread-safe.
+        credentials: None speaks plaintext, with everybody.
     """
 
     def __init__(
@@ -80,7 +83,10 @@ class BulkServer:
         incarnation: str,
         on_event: Callable[[CoderEvent], None],
         timeouts: Timeouts | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
+        self._credentials = credentials
+        self._refusals = Refusals(logger)
         self._listen = listen_socket
         self._memory_dir = memory_dir
         self._incarnation = incarnation
@@ -118,8 +124,10 @@ class BulkServer:
     def _connection(self, sock: socket.socket, peer: str) -> None:
         try:
             enlarge_buffers(sock)
-            channel = Channel(sock, name=peer, timeouts=self._timeouts)
-        except OSError:
+            channel = self._open(sock, peer)
+        except (OSError, UnavailableError) as error:
+            if isinstance(error, UnavailableError):
+                self._refusals.note(peer, error.reason, str(error))
             sock.close()
             self._room.release()
             return
@@ -136,6 +144,19 @@ class BulkServer:
             channel.close()
             self._room.release()
 
+    def _open(self, sock: socket.socket, peer: str) -> Channel:
+        if self._credentials is None:
+            return Channel(sock, name=peer, timeouts=self._timeouts)
+        try:
+            return accept_channel(sock, self._credentials, name=peer, timeouts=self._timeouts)
+        except UnavailableError as error:
+            if error.reason == "plaintext":  # it can be told in its own language
+                channel = Channel(sock, name=peer, timeouts=self._timeouts)
+                message = "TLS is spoken here; set tls_cert, tls_key and tls_ca on this side as well"
+                channel.send_record(BulkReply(error_class="UnavailableError", reason="tls_required", message=message))
+                channel.drop_incoming(DRAIN_S)
+            raise
+
     def _one_request(self, channel: Channel) -> bool:
         """Answer one request; whether the connection is still in step."""
         channel.set_silence_limit(IDLE_S)
@@ -144,7 +165,7 @@ class BulkServer:
         except UnavailableError:
             return False
         except IntegrityError as error:
-            logger.warning("%s: %s; the connection is cut", channel.name, error)
+            self._refusals.note(channel.name, error.reason, f"{channel.name}: {error}; the connection is cut")
             return False
         channel.set_silence_limit(self._timeouts.constant_s)
         exchange = _Exchange(self._memory_dir, self._incarnation, channel, request, self._on_event)
@@ -208,7 +229,7 @@ class _Exchange:
                 BulkReply(error_class=type(error).__name__, reason=error.reason, message=str(error)[:2000])
             )
             if self.is_out_of_step:
-                self._drain()
+                self._channel.drop_incoming(DRAIN_S)
         except UnavailableError:
             self.is_out_of_step = True
 
@@ -258,24 +279,14 @@ class _Exchange:
             raise UsageError(f"range from chunk {request.first_chunk} is past the end", reason="bad_request")
         count = max(0, end - begin)
         self._channel.send_record(BulkReply(payload_bytes=count, total_bytes=size_bytes, chunk_crcs=chunk_crcs))
-        self._send_file(fd, begin, count)
+        try:
+            self._channel.send_file(fd, begin, count, on_sent=self._count_sent)
+        except UnavailableError:
+            self.is_out_of_step = True
+            raise
 
-    def _send_file(self, fd: int, begin: int, count: int) -> None:
-        """Pages go from tmpfs to the socket without a copy into this process."""
-        deadline = time.monotonic() + Timeouts(constant_s=600.0).of(count)
-        out = self._channel.socket.fileno()
-        while count > 0:
-            try:
-                sent = os.sendfile(out, fd, begin, count)
-            except OSError as error:
-                self.is_out_of_step = True
-                raise UnavailableError(f"sending failed: {error.strerror}", reason="peer_failed") from error
-            if sent == 0 or time.monotonic() > deadline:
-                self.is_out_of_step = True
-                raise UnavailableError(f"{count} bytes could not be sent", reason="peer_slow")
-            begin += sent
-            count -= sent
-            self.sent_bytes += sent
+    def _count_sent(self, size_bytes: int) -> None:
+        self.sent_bytes += size_bytes
 
     def _get_plan(self) -> None:
         self._send_document(read_small(self._paths.plan(self._key, self._request.plan_id)))
@@ -380,18 +391,6 @@ class _Exchange:
         self.received_bytes += length
         (crc,) = struct.unpack(">I", view[:CRC_BYTES])
         return crc, view[CRC_BYTES:]
-
-    def _drain(self) -> None:
-        """Read and drop what the sender still sends: closing over unread bytes would destroy the answer on its way."""
-        self._channel.set_silence_limit(DRAIN_S)
-        deadline = time.monotonic() + DRAIN_S
-        self._channel.socket.shutdown(socket.SHUT_WR)
-        scratch = bytearray(CHUNK_BYTES)
-        try:
-            while time.monotonic() < deadline and self._channel.socket.recv_into(scratch):
-                pass
-        except OSError:
-            pass
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 

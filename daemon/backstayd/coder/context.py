@@ -18,6 +18,7 @@ from backstay.errors import BackstayError, IntegrityError, UnavailableError
 from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import CoderEvent, Corrupt
 from backstayd.core.records import PersistedSnapshot, Survey
+from backstayd.security.credentials import Credentials
 from backstayd.store.paths import RunPaths
 from backstayd.transport.bulk import BulkClient, FragmentRef, ShardRef
 from backstayd.transport.bulk_wire import Timeouts
@@ -50,6 +51,7 @@ class JobContext:
         deadline_s: float,
         emit: Callable[[CoderEvent], None],
         timeouts: Timeouts | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.memory_dir = memory_dir
         self.incarnation = incarnation
@@ -64,6 +66,7 @@ class JobContext:
         self.persisted: PersistedSnapshot | None = None
         self.file_id = ""
         self._timeouts = timeouts or Timeouts()
+        self._credentials = credentials
         self._deadline_s = deadline_s
         self._cancelled = threading.Event()
         self._clients: set[BulkClient] = set()
@@ -93,7 +96,7 @@ class JobContext:
 
     def client(self, address: str) -> BulkClient:
         """A connection that dies with the job."""
-        client = BulkClient(address, timeouts=self._timeouts, deadline=self.deadline)
+        client = BulkClient(address, timeouts=self._timeouts, deadline=self.deadline, credentials=self._credentials)
         with self._lock:
             self._clients.add(client)
         self.check()

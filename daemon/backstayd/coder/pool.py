@@ -21,6 +21,7 @@ from typing import Final
 from backstay import record
 from backstay.errors import BackstayError, UnavailableError
 from backstayd.coder.jobs import Answer, CoderEvent, Job, JobResult, Request, job_request
+from backstayd.security.credentials import Credentials
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class CoderPool:
         niceness: Added to the coders' nice value, so that trainers come first.
         jobs_per_coder: Jobs one coder runs at a time; the rest wait here.
         extra_environment: Added to the coders' environment (fault points in tests).
+        credentials: What the coders speak TLS with; None: they speak plaintext.
         is_for_storage: The coders serve no peers, and one that hangs (in a file system that does not answer) is killed.
     """
 
@@ -72,6 +74,7 @@ class CoderPool:
         jobs_per_coder: int = 8,
         extra_environment: dict[str, str] | None = None,
         is_for_storage: bool = False,
+        credentials: Credentials | None = None,
     ) -> None:
         self._count = max(1, count)
         self._memory_dir = memory_dir
@@ -83,6 +86,7 @@ class CoderPool:
         self._jobs_per_coder = jobs_per_coder
         self._extra_environment = extra_environment or {}
         self._is_for_storage = is_for_storage
+        self._credentials = credentials
         self._coders: dict[int, _Coder] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
@@ -262,7 +266,7 @@ class CoderPool:
                 "--control-fd", str(theirs.fileno()), "--listen-fd", str(listen_fd),
                 "--memory-dir", str(self._memory_dir), "--incarnation", self._incarnation,
                 "--parent", str(os.getpid()), "--nice", str(self._niceness), "--jobs", str(self._jobs_per_coder),
-                *(["--jobs-only"] if self._is_for_storage else []),
+                *(["--jobs-only"] if self._is_for_storage else []), *_tls_arguments(self._credentials),
             ]  # fmt: skip
             try:
                 process = await asyncio.create_subprocess_exec(
@@ -276,6 +280,16 @@ class CoderPool:
                 raise
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE_BYTES)
         return _Coder(process, reader, writer)
+
+
+def _tls_arguments(credentials: Credentials | None) -> list[str]:
+    if credentials is None:
+        return []
+    files = credentials.files
+    return [
+        "--tls-cert", str(files.cert), "--tls-key", str(files.key), "--tls-ca", str(files.ca),
+        "--trust-domain", credentials.trust_domain, "--node", credentials.name,
+    ]  # fmt: skip
 
 
 # The codec allocates its fragments per window: memory given back to the kernel after each would be faulted in again.

@@ -50,6 +50,7 @@ from backstayd.coder.storage_jobs import (
     WriteRecord,
 )
 from backstayd.coder.verify import run_verify_fragment, run_verify_shard
+from backstayd.security.credentials import Credentials
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,14 @@ class CoderServer:
     """One coder process's life. ``control`` is the socket to the supervisor, ``listen`` the shared bulk socket."""
 
     def __init__(
-        self, control: socket.socket, listen: socket.socket, *, memory_dir: Path, incarnation: str, job_count: int
+        self,
+        control: socket.socket,
+        listen: socket.socket,
+        *,
+        memory_dir: Path,
+        incarnation: str,
+        job_count: int,
+        credentials: Credentials | None = None,
     ) -> None:
         self._control = control
         self._memory_dir = memory_dir
@@ -69,7 +77,10 @@ class CoderServer:
         self._running: dict[int, JobContext] = {}
         self._lock = threading.Lock()
         self._write_lock = threading.Lock()
-        self._bulk = BulkServer(listen, memory_dir=memory_dir, incarnation=incarnation, on_event=self._emit)
+        self._credentials = credentials
+        self._bulk = BulkServer(
+            listen, memory_dir=memory_dir, incarnation=incarnation, on_event=self._emit, credentials=credentials
+        )
 
     def run(self, *, is_serving: bool = True) -> None:
         """Serve until the control socket ends. Then cancels what runs and returns within about END_S."""
@@ -98,7 +109,11 @@ class CoderServer:
             self._answer(Answer(result=_failure(request.job_id, error)))
             return
         context = JobContext(
-            memory_dir=self._memory_dir, incarnation=self._incarnation, deadline_s=job.deadline_s, emit=self._emit
+            memory_dir=self._memory_dir,
+            incarnation=self._incarnation,
+            deadline_s=job.deadline_s,
+            emit=self._emit,
+            credentials=self._credentials,
         )
         with self._lock:
             self._running[request.job_id] = context
@@ -203,11 +218,25 @@ def _failure(job_id: int, error: BackstayError) -> JobResult:
 
 
 def serve(
-    *, control_fd: int, listen_fd: int, memory_dir: Path, incarnation: str, job_count: int, is_serving: bool = True
+    *,
+    control_fd: int,
+    listen_fd: int,
+    memory_dir: Path,
+    incarnation: str,
+    job_count: int,
+    credentials: Credentials | None = None,
+    is_serving: bool = True,
 ) -> None:
     """Run a coder on inherited descriptors; never returns."""
     control = socket.socket(fileno=control_fd)
     listen = socket.socket(fileno=listen_fd)
-    server = CoderServer(control, listen, memory_dir=memory_dir, incarnation=incarnation, job_count=job_count)
+    server = CoderServer(
+        control,
+        listen,
+        memory_dir=memory_dir,
+        incarnation=incarnation,
+        job_count=job_count,
+        credentials=credentials,
+    )
     server.run(is_serving=is_serving)
     os._exit(0)  # connection threads may be blocked in the kernel; nothing of theirs is worth waiting for

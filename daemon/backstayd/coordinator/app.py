@@ -27,6 +27,7 @@ from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.core.timeline import Event
 from backstayd.process import DaemonProcess
 from backstayd.reload import Reloader
+from backstayd.security.configured import load_credentials
 from backstayd.telemetry import logs
 from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http
@@ -93,6 +94,7 @@ class CoordinatorProcess:
 
     def __init__(self, config: CoordinatorConfig, *, clock: Clock | None = None) -> None:
         self._config = config
+        self._credentials = load_credentials(config)
         self._clock = clock or Clock()
         self._offset_s = self._clock.unix_s() - self._clock.monotonic_s()
         policy = policy_of(config)
@@ -100,7 +102,7 @@ class CoordinatorProcess:
         self.metrics = CoordinatorMetrics(version=__version__)
         self.metrics.set_config(config)
         self._gauges = Gauges(self.metrics, policy)
-        self._server = CoordinatorServer(config.listen, self, lease_s=config.lease_s)
+        self._server = CoordinatorServer(config.listen, self, lease_s=config.lease_s, credentials=self._credentials)
         self._evaluation: asyncio.TimerHandle | None = None
         self.health = Health(lease_s=config.lease_s)
         self._ticker: asyncio.Task[None] | None = None

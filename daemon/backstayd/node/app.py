@@ -41,6 +41,7 @@ from backstayd.node.storing import Storing
 from backstayd.node.timeline import Timeline
 from backstayd.process import DaemonProcess
 from backstayd.reload import Reloader
+from backstayd.security.configured import load_credentials
 from backstayd.store import withdraw
 from backstayd.store.store import Store
 from backstayd.store.stored import make_directory
@@ -101,6 +102,7 @@ def _adopt(settings: NodeConfig, node: Node) -> None:
 async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
     """All parts of a node, running; they are ended in reverse order."""
     loop, clock, incarnation = asyncio.get_running_loop(), Clock(), new_incarnation()
+    credentials = load_credentials(config)
     async with contextlib.AsyncExitStack() as stack:
         store = await asyncio.to_thread(
             Store,
@@ -132,6 +134,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             desired={},
             drain=Drain(config.memory_dir, incarnation=incarnation),
             coordinator_address=config.coordinator,
+            credentials=credentials,
         )
         context.metrics.set_config(config)
         node_gauges = NodeGauges(context.metrics, lease_s=config.lease_s, now_s=clock.monotonic_s)
@@ -139,7 +142,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         sessions = Sessions(context)
         reconciler = Reconciler(context, sessions)
         offers = context.offers = Offers(context, reconciler)
-        storage_coder = StorageCoder(config, incarnation, bulk, on_result)
+        storage_coder = StorageCoder(config, incarnation, bulk, on_result, credentials=credentials)
         storing = Storing(context, storage_coder.run, reconciler.quarantine)
         storage_coder.on_event = lambda event: _on_storage_event(event, reconciler, storing)
         reporter = Reporter(context, sessions, reconciler, storing)
@@ -155,6 +158,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             listen_socket=bulk,
             on_event=lambda event: _on_coder_event(event, context, reconciler),
             on_result=on_result,
+            credentials=credentials,
         )
         await pool.start()
         stack.push_async_callback(pool.close)
@@ -170,6 +174,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             on_desired=lambda desired: _on_desired(desired, reconciler, storing, storage_coder, node_gauges),
             lease_s=config.lease_s,
             on_state=lambda is_connected: _on_link(context, node_gauges, link.address, is_connected=is_connected),
+            credentials=credentials,
         )
         context.is_coordinator_connected = lambda: link.is_connected
         context.coordinator = lambda: LinkState(address=link.address, error=link.last_error)

@@ -13,6 +13,7 @@ from backstayd.node.bell import Bell
 from backstayd.node.draining import Drain
 from backstayd.node.session import Session
 from backstayd.node.timeline import Timeline
+from backstayd.security.credentials import Credentials
 from backstayd.store.store import Store
 from backstayd.telemetry.metrics import NodeMetrics
 
@@ -42,6 +43,7 @@ class NodeContext:
     desired: dict[str, RunDesired]
     drain: Drain
     coordinator_address: str = ""  # one, or several with commas between
+    credentials: Credentials | None = None
     notify: Callable[[], None] = lambda: None  # the report changed
     kick: Callable[[], None] = lambda: None  # look again at what is desired
     is_coordinator_connected: Callable[[], bool] = lambda: False

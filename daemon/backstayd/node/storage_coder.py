@@ -14,6 +14,7 @@ from backstay.errors import UnavailableError
 from backstayd.coder.jobs import CoderEvent, Job, JobResult
 from backstayd.coder.pool import CoderPool
 from backstayd.config import NodeConfig
+from backstayd.security.credentials import Credentials
 
 NICENESS: Final = 10  # below the coders that protect, which are below the trainers
 
@@ -27,6 +28,8 @@ class StorageCoder:
         incarnation: str,
         bulk: socket.socket,
         on_result: Callable[[Job, JobResult, float], None],
+        *,
+        credentials: Credentials | None,
     ) -> None:
         self.on_event: Callable[[CoderEvent], None] = lambda event: None
         self._pool = CoderPool(
@@ -38,6 +41,7 @@ class StorageCoder:
             on_result=on_result,
             niceness=NICENESS,
             is_for_storage=True,
+            credentials=credentials,
         )
         self._start = asyncio.Lock()
         self._is_started = False

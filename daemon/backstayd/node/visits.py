@@ -66,7 +66,9 @@ class Visits:
             self._context.kick()
 
     def _locate(self, message: local.Open) -> Located:
-        with OperatorClient(self._context.coordinator_address, timeout_s=ASK_S) as client:
+        with OperatorClient(
+            self._context.coordinator_address, timeout_s=ASK_S, credentials=self._context.credentials
+        ) as client:
             return client.locate(message.run, message.step)
 
 

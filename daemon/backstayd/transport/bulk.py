@@ -1,4 +1,4 @@
-"""The client of the bulk transport: moves shard and parity bytes between nodes over plain TCP sockets.
+"""The client of the bulk transport: moves shard and parity bytes between nodes over TCP sockets, plain or TLS.
 
 Answers come into the caller's buffers unverified: whoever uses bytes checks them there. Must not import grpc.
 """
@@ -16,7 +16,9 @@ from typing import Final, TypeVar
 
 from backstay.errors import ERROR_CLASSES, BackstayError, IntegrityError, UnavailableError
 from backstay.ids import SnapshotKey
+from backstayd.security.credentials import Credentials
 from backstayd.store.stored import MAX_RECORD_BYTES
+from backstayd.transport.bulk_tls import connect_channel
 from backstayd.transport.bulk_wire import BulkReply, BulkRequest, Channel, Timeouts, enlarge_buffers
 
 R = TypeVar("R")
@@ -58,11 +60,19 @@ class BulkClient:
     connection is closed and the next request opens another.
     """
 
-    def __init__(self, address: str, *, timeouts: Timeouts | None = None, deadline: float | None = None) -> None:
-        """``deadline``: time.monotonic() after which nothing is begun any more."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeouts: Timeouts | None = None,
+        deadline: float | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """``deadline``: time.monotonic() after which nothing is begun any more; ``credentials``: None speaks plaintext."""
         self.address = address
         self.timeouts = timeouts or Timeouts()
         self._deadline = deadline
+        self._credentials = credentials
         self._channel: Channel | None = None
         self._aborted = threading.Event()
 
@@ -244,7 +254,10 @@ class BulkClient:
             sock = connect(host.strip("[]"), int(port), timeout_s=timeout_s)
         except (OSError, ValueError) as error:
             raise UnavailableError(f"{self.address} cannot be reached: {error}", reason="unreachable") from error
-        channel = Channel(sock, name=self.address, timeouts=self.timeouts)
+        if self._credentials is None:
+            channel = Channel(sock, name=self.address, timeouts=self.timeouts)
+        else:
+            channel = connect_channel(sock, self._credentials, name=self.address, timeouts=self.timeouts)
         if self._deadline is not None:
             channel.set_silence_limit(min(self.timeouts.constant_s, max(0.01, self._deadline - time.monotonic())))
         if self._aborted.is_set():

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -22,8 +23,11 @@ from backstay.errors import IntegrityError, UnavailableError
 T = TypeVar("T")
 
 MAX_HEADER_BYTES: Final = 64 * 1024
+TLS_HANDSHAKE: Final = 0x16  # first byte of a TLS client; no record of ours is as long as that would mean
 CRC_BYTES: Final = 4  # before each chunk of a put, big-endian
 SOCKET_BUFFER_BYTES: Final = 4 * 1024 * 1024
+FILE_CONSTANT_S: Final = 600.0  # for a file beside its bytes over the floor; silence is limited on its own
+SCRATCH_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +153,37 @@ class Channel:
         except OSError as error:
             raise self._broken("sending", error) from error
 
+    def send_file(self, fd: int, begin: int, count: int, *, on_sent: Callable[[int], None]) -> None:
+        """Send ``count`` bytes of a file: its pages go to the socket without a copy into this process.
+
+        ``on_sent`` hears of each part.
+
+        Raises:
+            UnavailableError: the peer ends, fails or is too slow; the stream is out of step then.
+        """
+        deadline = time.monotonic() + self._file_limit_s(count)
+        out = self.socket.fileno()
+        while count > 0:
+            try:
+                sent = os.sendfile(out, fd, begin, count)
+            except OSError as error:
+                raise self._broken("sending", error) from error
+            if sent == 0 or time.monotonic() > deadline:
+                raise UnavailableError(f"{count} bytes could not be sent", reason="peer_slow")
+            begin += sent
+            count -= sent
+            on_sent(sent)
+
+    def drop_incoming(self, seconds: float) -> None:
+        """Say no more, and read and drop what still comes: closing over unread bytes would destroy our last words."""
+        self.set_silence_limit(seconds)
+        deadline = time.monotonic() + seconds
+        scratch = bytearray(SCRATCH_BYTES)
+        with contextlib.suppress(OSError):  # of the TCP connection: what is dropped need not be deciphered
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+            while time.monotonic() < deadline and socket.socket.recv_into(self.socket, scratch):
+                pass
+
     def send_record(self, value: object) -> None:
         payload = record.dumps(value)
         if len(payload) > MAX_HEADER_BYTES:
@@ -158,6 +193,11 @@ class Channel:
     def receive_record(self, cls: type[T]) -> T:
         """One record; raises IntegrityError for bytes that are none, UnavailableError for a broken connection."""
         (length,) = struct.unpack(">I", self._receive(4))
+        if length >> 24 == TLS_HANDSHAKE:
+            raise IntegrityError(
+                f"{self.name} speaks TLS, and here plaintext is spoken (insecure); give all nodes certificates, or none",
+                reason="not_plaintext",
+            )
         if length > MAX_HEADER_BYTES:
             raise IntegrityError(f"{self.name}: bulk record of {length} bytes is over the limit", reason="bad_frame")
         return record.loads(cls, bytes(self._receive(length)))
@@ -169,14 +209,19 @@ class Channel:
 
     def abort(self) -> None:
         """Wake any thread that is blocked on this channel; it gets UnavailableError."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(
+            OSError
+        ):  # TCP's own: TLS's would leave the other thread reading ciphertext as plaintext
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.socket.close()
 
+    def _file_limit_s(self, count: int) -> float:
+        return FILE_CONSTANT_S + count / self._timeouts.floor_bytes_per_s
+
     def _broken(self, doing: str, error: OSError) -> UnavailableError:
-        if isinstance(error, BlockingIOError):
+        if isinstance(error, BlockingIOError | TimeoutError):
             return UnavailableError(f"{self.name} was silent while {doing}", reason="peer_silent")
         return UnavailableError(f"{self.name}: {doing} failed: {error.strerror or error}", reason="peer_failed")
 

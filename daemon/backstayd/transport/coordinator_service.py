@@ -19,12 +19,15 @@ from backstay.errors import BackstayError, ConfigError, InvariantError
 from backstayd.core.drains import DrainVerdict
 from backstayd.core.locating import Located
 from backstayd.core.records import NodeDesired, NodeReport
+from backstayd.security.credentials import Credentials
 from backstayd.transport import convert, errors
-from backstayd.transport.channel import server_options
+from backstayd.transport.access import RoleInterceptor, check_name
+from backstayd.transport.channel import add_port, server_options
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
+MAX_AGE_S: Final = 3600.0
 PROTOCOL_VERSION: Final = 1
 SPOKEN_PROTOCOLS: Final = (PROTOCOL_VERSION, PROTOCOL_VERSION - 1)
 
@@ -73,9 +76,24 @@ def check_protocol(report: NodeReport) -> None:
 
 
 class CoordinatorServer:
-    """Serves ``backend`` at ``listen`` (``host:port``, port 0: any); :meth:`wake` it when desired state has changed."""
+    """Serves ``backend`` at ``listen`` (``host:port``, port 0: any); :meth:`wake` it when desired state has changed.
 
-    def __init__(self, listen: str, backend: CoordinatorBackend, *, lease_s: float) -> None:
+    With ``credentials`` callers must show certificates of their role, and connections are cut after ``max_age_s``, so that a
+    certificate that was withdrawn meanwhile ends what it began.
+    """
+
+    def __init__(
+        self,
+        listen: str,
+        backend: CoordinatorBackend,
+        *,
+        lease_s: float,
+        credentials: Credentials | None = None,
+        max_age_s: float = MAX_AGE_S,
+    ) -> None:
+        self._credentials = credentials
+        self._max_age_s = max_age_s
+        self._newest: dict[str, asyncio.Event] = {}  # of each node, the stream that began last
         self._listen = listen
         self._backend = backend
         self._lease_s = lease_s
@@ -84,11 +102,11 @@ class CoordinatorServer:
 
     async def start(self) -> str:
         """Bind and serve; returns the bound ``host:port``. Raises ConfigError if the address cannot be bound."""
-        server = grpc.aio.server(options=server_options(self._lease_s))
+        server = self._make_server()
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(_CoordinatorServicer(self), server)
         operator_pb2_grpc.add_OperatorServiceServicer_to_server(_OperatorServicer(self._backend), server)
         try:
-            port = server.add_insecure_port(self._listen)
+            port = add_port(server, self._listen, self._credentials)
         except RuntimeError as error:
             await server.stop(grace=None)
             raise ConfigError(
@@ -100,6 +118,14 @@ class CoordinatorServer:
         self._server = server
         host = self._listen.rpartition(":")[0]
         return f"{host}:{port}"
+
+    def _make_server(self) -> grpc.aio.Server:
+        if self._credentials is None:
+            return grpc.aio.server(options=server_options(self._lease_s))
+        return grpc.aio.server(
+            interceptors=[RoleInterceptor(self._credentials.trust_domain)],
+            options=server_options(self._lease_s, max_age_s=self._max_age_s),
+        )
 
     def wake(self) -> None:
         """Desired state may have changed: every stream compares and sends what differs."""
@@ -122,15 +148,19 @@ class CoordinatorServer:
                 async for request in requests:
                     report = convert.from_message(NodeReport, request.report)
                     check_protocol(report)
+                    if self._credentials is not None:
+                        check_name(context, self._credentials.trust_domain, report.node.name)
                     self._backend.observe(report)
                     if writer is None:
                         self._streams.add(changed)
+                        self._newest[report.node.name] = changed
                         writer = group.create_task(self._write(report.node.name, changed, context))
                 if writer is not None:
                     writer.cancel()
         finally:
             self._streams.discard(changed)
-            if report is not None:
+            if report is not None and self._newest.get(report.node.name) is changed:  # a node may replace its stream
+                del self._newest[report.node.name]
                 self._backend.suspect(report.node.name, report.node.incarnation)
 
     async def _write(self, node: str, changed: asyncio.Event, context: Any) -> None:

@@ -10,19 +10,25 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc
 
 from backstay.errors import BackstayError
+from backstayd.config import split_address
 from backstayd.core.records import NodeDesired, NodeReport
+from backstayd.security import probe
+from backstayd.security.credentials import Credentials
 from backstayd.transport import convert, errors
 from backstayd.transport.addresses import AddressBook, Target, resolve
-from backstayd.transport.channel import channel_options
+from backstayd.transport.channel import open_channel
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
 COALESCE_S = 0.01  # reports at most this often
+RENEW_S = 1800.0  # a connection over TLS is replaced after so long, well before the coordinator cuts it
+PROBE_AGAIN_S = 30.0
 
 
 class CoordinatorLink:
@@ -34,6 +40,8 @@ class CoordinatorLink:
         on_desired: Called with each answer (each is a heartbeat as well); must be quick and must not raise.
         lease_s: The coordinator is lost after this long without an answer; reports go out at least each sixth of it.
         on_state: Called with True when the first answer of a connection arrived and with False when it is lost.
+        credentials: None speaks plaintext. When they change, the connection is replaced by one that uses them.
+        renew_s: The same happens after so long, so that a certificate that was withdrawn does not work for ever.
     """
 
     def __init__(
@@ -44,6 +52,8 @@ class CoordinatorLink:
         on_desired: Callable[[NodeDesired], None],
         lease_s: float,
         on_state: Callable[[bool], None] | None = None,
+        credentials: Credentials | None = None,
+        renew_s: float = RENEW_S,
     ) -> None:
         self.address = ""  # of the coordinator that is or was last connected
         self.last_error = ""  # why none is connected: what each answered, for people
@@ -52,6 +62,9 @@ class CoordinatorLink:
         self._on_desired = on_desired
         self._lease_s = lease_s
         self._on_state = on_state
+        self._credentials = credentials
+        self._renew_s = renew_s
+        self._probed: dict[str, tuple[float, str]] = {}
         self._is_connected = False
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -109,7 +122,9 @@ class CoordinatorLink:
         except grpc.RpcError as error:
             was_connected = self._is_connected
             told = errors.error_of(error, asked=f"coordinator {target.address}")
-            self._note(target, str(told), leader=told.leader if isinstance(told, errors.NotLeaderError) else "")
+            text = await self._explain(target) if errors.is_nobodys_answer(error) and not was_connected else ""
+            leader = told.leader if isinstance(told, errors.NotLeaderError) else ""
+            self._note(target, text or str(told), leader=leader)
         except (BackstayError, OSError) as error:
             was_connected = self._is_connected
             self._note(target, f"coordinator {target.address}: {error}")
@@ -123,26 +138,60 @@ class CoordinatorLink:
         self._set_connected(False)
         return was_connected
 
+    async def _explain(self, target: Target) -> str:
+        """What gRPC does not say: whether it is TLS that keeps us apart; "" when it is not. Looked at now and then."""
+        now = asyncio.get_running_loop().time()
+        probed_s, text = self._probed.get(target.address, (-PROBE_AGAIN_S, ""))
+        if now - probed_s >= PROBE_AGAIN_S:
+            host, port = split_address(target.address)
+            found = await asyncio.to_thread(probe.diagnose, host, port, self._credentials)
+            text = f"coordinator {found}" if found is not None else ""
+            self._probed = {target.address: (now, text)}
+        return text
+
     def _patience_s(self, rounds: int) -> float:
         """How long the first answer may take: less while others are untried, so that a dead machine does not hide them."""
         return self._lease_s if self._book.count == 1 else self._lease_s * min(1.0, rounds / 3)
 
     async def _connect_once(self, target: Target, patience_s: float) -> None:
-        async with grpc.aio.insecure_channel(target.address, options=channel_options(self._lease_s)) as channel:
-            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-            call = stub.Sync(self._reports())
+        async with contextlib.AsyncExitStack() as stack:
+            line = await stack.enter_async_context(self._open(target))
+            while True:
+                limit_s = self._lease_s if self._is_connected else patience_s
+                self._take(target, await line.read(limit_s))
+                if self._is_due(line):
+                    line = await self._replace(line, target, stack)
+
+    async def _replace(self, line: _Line, target: Target, stack: contextlib.AsyncExitStack) -> _Line:
+        """A second line beside ``line``, which ends once the new one has been answered: the node is never without."""
+        async with contextlib.AsyncExitStack() as fresh:
+            new = await fresh.enter_async_context(self._open(target))
+            self._take(target, await new.read(self._lease_s))
+            await stack.aclose()
+            await stack.enter_async_context(fresh.pop_all())
+        logger.info("the connection to the coordinator at %s was made anew", target.address)
+        return new
+
+    def _take(self, target: Target, desired: NodeDesired) -> None:
+        if not self._is_connected:
+            self.address = target.address
+            self._book.found(target)
+            self._set_connected(True)
+        self._on_desired(desired)
+
+    def _is_due(self, line: _Line) -> bool:
+        if self._credentials is None:
+            return False
+        is_old = asyncio.get_running_loop().time() - line.began_s >= self._renew_s
+        return is_old or self._credentials.current().number != line.number
+
+    @contextlib.asynccontextmanager
+    async def _open(self, target: Target) -> AsyncIterator[_Line]:
+        number = self._credentials.current().number if self._credentials is not None else 0
+        async with open_channel(target.address, lease_s=self._lease_s, credentials=self._credentials) as channel:
+            call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Sync(self._reports())
             try:
-                while True:
-                    async with asyncio.timeout(self._lease_s if self._is_connected else patience_s):
-                        response = await call.read()
-                    if not isinstance(response, coordinator_pb2.SyncResponse):
-                        raise ConnectionError("the coordinator closed the stream")
-                    desired = convert.from_message(NodeDesired, response.desired)
-                    if not self._is_connected:
-                        self.address = target.address
-                        self._book.found(target)
-                        self._set_connected(True)
-                    self._on_desired(desired)
+                yield _Line(call, number=number, began_s=asyncio.get_running_loop().time())
             finally:
                 call.cancel()
 
@@ -176,3 +225,19 @@ class CoordinatorLink:
         logger.log(level, "lost the coordinator, trying again: %s", text)
         self._book.note(target, text, leader=leader)
         self.last_error = self._book.summary()
+
+
+class _Line:
+    """One stream: its call, which certificate it was opened with (``number``), and since when it stands."""
+
+    def __init__(self, call: Any, *, number: int, began_s: float) -> None:
+        self._call = call
+        self.number = number
+        self.began_s = began_s
+
+    async def read(self, limit_s: float) -> NodeDesired:
+        async with asyncio.timeout(limit_s):
+            response = await self._call.read()
+        if not isinstance(response, coordinator_pb2.SyncResponse):
+            raise ConnectionError("the coordinator closed the stream")
+        return convert.from_message(NodeDesired, response.desired)

@@ -13,11 +13,14 @@ from typing import Any, Final, Self
 import grpc
 
 from backstay import record
-from backstay.errors import IntegrityError, UnavailableError
+from backstay.errors import BackstayError, ConfigError, IntegrityError, UnavailableError
+from backstayd.config import split_address
 from backstayd.core.locating import Located
+from backstayd.security import probe
+from backstayd.security.credentials import Credentials
 from backstayd.transport import errors
 from backstayd.transport.addresses import AddressBook, Target, resolve_blocking
-from backstayd.transport.channel import channel_options
+from backstayd.transport.channel import open_blocking_channel
 from backstayd.v1 import operator_pb2, operator_pb2_grpc
 
 PAUSE_S: Final = 0.2  # between two rounds over all addresses
@@ -29,9 +32,13 @@ class OperatorClient:
 
     Args:
         addresses: ``host:port``, or several separated by commas; a name may stand for several machines.
+        credentials: None speaks plaintext.
     """
 
-    def __init__(self, addresses: str, *, timeout_s: float = 5.0) -> None:
+    def __init__(self, addresses: str, *, timeout_s: float = 5.0, credentials: Credentials | None = None) -> None:
+        self._credentials = credentials
+        self._number = 0  # of the certificate that the channels were opened with
+        self._refusal: UnavailableError | None = None  # what TLS has against it, of any address
         self.address = addresses
         self._timeout_s = timeout_s
         self._book = AddressBook(addresses)
@@ -72,6 +79,7 @@ class OperatorClient:
         return record.loads(Located, response.document_json)
 
     def close(self) -> None:
+        """Close the channels; idempotent."""
         for channel in self._channels.values():
             channel.close()
         self._channels = {}
@@ -107,10 +115,14 @@ class OperatorClient:
             time.sleep(PAUSE_S)
 
     def _try(self, target: Target, method: str, request: Any, timeout_s: float) -> Any:
+        number = self._credentials.current().number if self._credentials is not None else 0
+        if number != self._number:
+            self.close()  # a channel keeps the certificate it was opened with
+            self._number = number
         channel = self._channels.get(target.address)
         if channel is None:
-            channel = self._channels[target.address] = grpc.insecure_channel(
-                target.address, options=channel_options(self._timeout_s)
+            channel = self._channels[target.address] = open_blocking_channel(
+                target.address, lease_s=self._timeout_s, credentials=self._credentials
             )
         return getattr(operator_pb2_grpc.OperatorServiceStub(channel), method)(request, timeout=timeout_s)
 
@@ -125,10 +137,17 @@ class OperatorClient:
         is_standby = isinstance(error, errors.NotLeaderError)
         if not is_standby and not errors.is_nobodys_answer(call):
             raise error from call
-        self._book.note(target, str(error), leader=leader)
+        found = None if is_standby else probe.diagnose(*split_address(target.address), self._credentials)
+        self._refusal = found or self._refusal
+        self._book.note(target, str(found or error), leader=leader)
         return is_standby
 
-    def _nobody(self, *, is_election: bool) -> UnavailableError:
+    def _nobody(self, *, is_election: bool) -> BackstayError:
+        if self._refusal is not None:
+            return ConfigError(
+                f"no coordinator of {self.address} can be spoken with: {self._book.summary()}",
+                reason=self._refusal.reason,
+            )
         if is_election:
             return UnavailableError(
                 f"no coordinator of {self.address} leads (asked for {self._timeout_s:g} s): {self._book.summary()}",

@@ -1,0 +1,251 @@
+"""A process's own certificate: read, checked, and read again when the files change.
+
+What is not whole (half written, key of another certificate, other role) is refused with a warning, and what was there before
+stays. Holds no sockets; connections that are open go on with what they began with.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from backstay.errors import ConfigError
+from backstayd.security.identity import Identity, Role, authorise, identify
+
+logger = logging.getLogger(__name__)
+
+CHECK_S: Final = 1.0  # files are looked at no more often
+MAX_FILE_BYTES: Final = 1 << 20
+_NO_CHECK_TIME: Final = 0x200000  # X509_V_FLAG_NO_CHECK_TIME: validity is looked at by ourselves, to say it in words
+
+_Signature = tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """Where the PEM files are."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+    def signature(self) -> _Signature:
+        """Differs when any of the files was written, replaced, or its link points elsewhere."""
+        found = []
+        for path in (self.cert, self.key, self.ca):
+            try:
+                stat = os.stat(path)
+            except OSError:
+                found.append((0, 0, 0, 0))
+            else:
+                found.append((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What was read at one moment, checked to belong together. ``number`` counts what was taken up."""
+
+    cert_pem: bytes
+    key_pem: bytes = field(repr=False)
+    ca_pem: bytes
+    identity: Identity
+    not_before_unix_s: float
+    not_after_unix_s: float
+    number: int
+    client_context: ssl.SSLContext
+    server_context: ssl.SSLContext
+
+
+class Credentials:
+    """The certificate of this process. Safe for threads.
+
+    Args:
+        role: Which one the certificate must state, and ``name`` the node's name in it.
+        unix_s: The clock that validity is judged by.
+
+    Raises:
+        ConfigError: a file cannot be read, they do not belong together, or the certificate is of another role or name.
+    """
+
+    def __init__(
+        self,
+        files: TlsFiles,
+        *,
+        trust_domain: str,
+        role: Role,
+        name: str = "",
+        unix_s: Callable[[], float] = time.time,
+    ) -> None:
+        self.files = files
+        self.trust_domain = trust_domain
+        self.role = role
+        self.name = name
+        self._unix_s = unix_s
+        self._lock = threading.Lock()
+        self._signature = files.signature()
+        self._refused: _Signature = ()
+        self._looked_s = time.monotonic()
+        self._material = self._read(number=1)
+
+    def current(self) -> Material:
+        """The newest that is whole; looks at the files at most once per CHECK_S."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked_s >= CHECK_S:
+                self._looked_s = now
+                self._look()
+            return self._material
+
+    def validity_problem(self) -> str:
+        """Why the certificate is not valid now; "" when it is."""
+        material, now = self._material, self._unix_s()
+        if now > material.not_after_unix_s:
+            return f"certificate {self.files.cert} of {material.identity} expired at {utc(material.not_after_unix_s)}"
+        if now < material.not_before_unix_s:
+            begins = utc(material.not_before_unix_s)
+            return (
+                f"certificate {self.files.cert} of {material.identity} is valid only from {begins}; is the clock right?"
+            )
+        return ""
+
+    def _look(self) -> None:
+        signature = self.files.signature()
+        if signature in (self._signature, self._refused):
+            return
+        try:
+            material = self._read(number=self._material.number + 1)
+            if self._unix_s() > material.not_after_unix_s:
+                raise ConfigError(f"it expired at {utc(material.not_after_unix_s)}", reason="expired")
+        except ConfigError as error:
+            self._refused = signature
+            logger.warning("what now lies at %s is not taken up, the one before is used: %s", self.files.cert, error)
+            return
+        self._signature, self._refused, self._material = signature, (), material
+        logger.info(
+            "certificate %s of %s was read again; valid until %s",
+            self.files.cert, material.identity, utc(material.not_after_unix_s),
+        )  # fmt: skip
+
+    def _read(self, *, number: int) -> Material:
+        cert, key, ca = (_read_file(path) for path in (self.files.cert, self.files.key, self.files.ca))
+        client, server = _contexts(self.files, cert, key, ca)
+        found = _peer_certificate(self.files, client, server)
+        try:
+            identity = identify(uris_of(found), trust_domain=self.trust_domain)
+            authorise(identity, {self.role}, doing=f"be the certificate of the {self.role.value}", name=self.name)
+        except ConfigError as error:
+            raise ConfigError(f"{self.files.cert}: {error}", reason=error.reason) from None
+        for context in (client, server):  # of peers, validity counts
+            context.verify_flags &= ~_NO_CHECK_TIME
+        return Material(
+            cert_pem=cert,
+            key_pem=key,
+            ca_pem=ca,
+            identity=identity,
+            not_before_unix_s=float(ssl.cert_time_to_seconds(str(found["notBefore"]))),
+            not_after_unix_s=float(ssl.cert_time_to_seconds(str(found["notAfter"]))),
+            number=number,
+            client_context=client,
+            server_context=server,
+        )
+
+
+def utc(unix_s: float) -> str:
+    """A time for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(unix_s))
+
+
+def uris_of(certificate: dict[str, Any]) -> list[str]:
+    """The URIs among the alternative names of a certificate as ``getpeercert()`` gives it."""
+    return [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", reason="unreadable_file") from None
+    if b"-----BEGIN " not in data:
+        raise ConfigError(f"{path} is not PEM: it has no -----BEGIN line", reason="bad_certificate")
+    return data
+
+
+def _contexts(files: TlsFiles, cert: bytes, key: bytes, ca: bytes) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Contexts of both sides, TLS 1.3 with certificates of both; from the bytes that were read, not from the files."""
+    contexts = []
+    for protocol in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False  # who the peer is, its identity says; addresses come and go
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.set_alpn_protocols(["h2"])  # what gRPC's servers ask of a client; others do not look
+        context.verify_flags |= _NO_CHECK_TIME
+        try:
+            context.load_verify_locations(cadata=ca.decode())
+        except (ssl.SSLError, ValueError) as error:
+            raise ConfigError(f"{files.ca} holds no usable certificates: {error}", reason="bad_certificate") from None
+        _load_pair(context, files, cert, key)
+        contexts.append(context)
+    return contexts[0], contexts[1]
+
+
+def _load_pair(context: ssl.SSLContext, files: TlsFiles, cert: bytes, key: bytes) -> None:
+    """OpenSSL reads a pair by path alone: it gets one of memory, so that the bytes are those read before."""
+    fd = os.memfd_create("backstay-certificate", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(cert + b"\n" + key)
+        context.load_cert_chain(f"/proc/self/fd/{fd}", password=_no_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise ConfigError(
+                f"{files.key} is not the key of {files.cert}; is one of them still being written?",
+                reason="key_mismatch",
+            ) from None
+        raise ConfigError(
+            f"{files.cert} with {files.key} cannot be used: {error.reason or error}", reason="bad_certificate"
+        ) from None
+    finally:
+        os.close(fd)
+
+
+def _no_password() -> str:
+    raise ConfigError("the private key is encrypted; backstay has no password for it", reason="bad_certificate")
+
+
+def _peer_certificate(files: TlsFiles, client: ssl.SSLContext, server: ssl.SSLContext) -> dict[str, Any]:
+    """The certificate as peers will see it: a handshake with ourselves, in memory, in both directions."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_side=False),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    try:
+        for _ in range(8):
+            done = True
+            for end in ends:
+                try:
+                    end.do_handshake()
+                except ssl.SSLWantReadError:
+                    done = False
+            if done:
+                break
+    except ssl.SSLCertVerificationError as error:
+        raise ConfigError(
+            f"{files.ca} does not vouch for {files.cert}: {error.verify_message}; peers would refuse it",
+            reason="not_vouched_for",
+        ) from None
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"{files.cert} cannot be used for TLS: {error.reason or error}", reason="bad_certificate"
+        ) from None
+    return dict(ends[0].getpeercert() or {})

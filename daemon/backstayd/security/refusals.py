@@ -1,0 +1,41 @@
+"""Refused peers in the log: each once, and again after a while with how often; they try again every second or so."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Final
+
+AGAIN_S: Final = 60.0
+MAX_KNOWN: Final = 256
+
+
+@dataclass(slots=True)
+class _Known:
+    said_s: float
+    unsaid: int = 0
+
+
+class Refusals:
+    """What was said of whom. Safe for threads; bounded."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._known: dict[tuple[str, str], _Known] = {}
+        self._lock = threading.Lock()
+
+    def note(self, peer: str, reason: str, text: str) -> None:
+        """``peer`` (without its port) was refused for ``reason``; ``text`` says it to people."""
+        now = time.monotonic()
+        with self._lock:
+            known = self._known.get((peer, reason))
+            if known is not None and now - known.said_s < AGAIN_S:
+                known.unsaid += 1
+                return
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[(peer, reason)] = _Known(now)
+        times = f" ({known.unsaid} more times since)" if known is not None and known.unsaid else ""
+        self._logger.warning("refused: %s%s", text, times)
