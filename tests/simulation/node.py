@@ -12,7 +12,6 @@ from backstay.ids import Generation, SnapshotKey
 from backstayd.core import geometry
 from backstayd.core.records import (
     Decision,
-    DecisionPhase,
     Distrusted,
     FragmentRecord,
     NodeDesired,
@@ -27,16 +26,14 @@ from backstayd.core.records import (
     SessionPhase,
     SessionRecord,
     ShardRecord,
-    ShardSource,
-    SourceKind,
     Staging,
-    StagingState,
     Survey,
     Upload,
 )
 from tests.simulation.distrusting import remember_distrust
 from tests.simulation.draining import copy_shards
-from tests.simulation.storing import fetch_stored, is_stored, keep_stored
+from tests.simulation.recovering import follow
+from tests.simulation.storing import keep_stored
 
 if TYPE_CHECKING:
     from tests.simulation.cluster import Cluster
@@ -276,7 +273,7 @@ class Node:
         if desired.storage is not None:
             keep_stored(self, desired.run, desired.storage)
         if desired.decision is not None:
-            self._follow(desired.decision, desired.decision_phase)
+            follow(self, desired.decision, desired.decision_phase)
 
     def _forget(self, run: str) -> None:
         memory = self.memory[run]
@@ -404,6 +401,11 @@ class Node:
             self.store_shard(plan, rank, shard.size_bytes, digest)
             memory.pieces.pop(digest)
 
+    def shard_at(self, run: str, place: tuple[int, int, int]) -> ShardRecord | None:
+        """The shard of (attempt, step, rank) that lies here."""
+        memory = self.memory.get(run)
+        return memory.shards.get(place) if memory is not None else None
+
     def store_shard(self, plan: Plan, rank: int, size_bytes: int, digest: str) -> None:
         memory = self.memory.setdefault(plan.run, RunMemory())
         memory.shards[plan.attempt, plan.step, rank] = ShardRecord(
@@ -416,117 +418,6 @@ class Node:
             world_id=self.cluster.writer_of(digest),
         )
         self.changed()
-
-    # -- recovery -----------------------------------------------------------------------------------------------------
-
-    def _follow(self, decision: Decision, phase: DecisionPhase) -> None:
-        work, memory = self.work[decision.run], self.memory[decision.run]
-        if phase is DecisionPhase.REFUSE:
-            for trainer in self.trainers:
-                if trainer.world_id == decision.world_id and trainer.phase is SessionPhase.RESTORING:
-                    self.cluster.refused(trainer, decision)
-            return
-        if phase is DecisionPhase.RELEASE:
-            if memory.decision is not None and memory.decision.decision_id == decision.decision_id:
-                self._release_trainers(decision)
-            return
-        if work.staging is None or work.staging.decision_id != decision.decision_id:
-            work.staging = Staging(decision_id=decision.decision_id, state=StagingState.STAGING)
-            self.job(decision.run, ("stage", decision.decision_id), self._stage, decision)
-            self.changed()
-        if phase is DecisionPhase.RECORD and work.staging.state is StagingState.READY:
-            memory.decision = decision
-            memory.is_forgotten = False
-            work.staging = Staging(decision_id=decision.decision_id, state=StagingState.RECORDED)
-            self.cluster.recorded(self, decision)
-            self.changed()
-
-    def _stage(self, decision: Decision) -> bool:
-        work, memory = self.work[decision.run], self.memory[decision.run]
-        if work.staging is None or work.staging.decision_id != decision.decision_id:
-            return True
-        if decision.base is not None and decision.base.world_size != decision.world_size:
-            return self._stage_chunks(decision)
-        ranks = {place.rank for place in decision.placements if place.node == self.name}
-        for source in decision.sources:
-            if source.rank not in ranks or decision.base is None:
-                continue
-            held = memory.shards.get((decision.base.attempt, decision.base.step, source.rank))
-            if held is not None and held.digest == source.digest:
-                if held.digest in memory.corrupt:
-                    self.quarantine_shard(decision.run, held)
-                    return self._staged(decision, StagingState.FAILED, "a local shard is corrupt")
-                continue
-            if source.kind is SourceKind.REBUILD:
-                return False
-            if source.kind is SourceKind.PERSISTED:
-                if not fetch_stored(self, decision, source):
-                    return self._staged(decision, StagingState.FAILED, f"rank {source.rank} cannot be read there")
-                continue
-            if not self._fetch(decision, source.rank):
-                return self._staged(decision, StagingState.FAILED, f"no holder serves rank {source.rank}")
-        return self._staged(decision, StagingState.READY, "")
-
-    def _stage_chunks(self, decision: Decision) -> bool:
-        """Ranks of another layout read parts of every shard, here or elsewhere; nothing is published for it."""
-        for source in decision.sources:
-            readable = [
-                self._read_source(decision, source, name) for name in dict.fromkeys((self.name, *source.holders))
-            ]
-            if "ok" in readable or (source.kind is SourceKind.PERSISTED and is_stored(self, decision, source)):
-                continue
-            if "corrupt" in readable or source.kind is not SourceKind.REBUILD:
-                return self._staged(decision, StagingState.FAILED, f"no holder serves rank {source.rank}")
-            return False  # its owner is not there yet
-        return self._staged(decision, StagingState.READY, "")
-
-    def _read_source(self, decision: Decision, source: ShardSource, name: str) -> str:
-        assert decision.base is not None
-        node = self.cluster.reach(name)
-        memory = node.memory.get(decision.run, RunMemory()) if node is not None else RunMemory()
-        shard = memory.shards.get((decision.base.attempt, decision.base.step, source.rank))
-        if node is None or shard is None or shard.digest != source.digest:
-            return "absent"
-        if shard.digest in memory.corrupt:
-            node.quarantine_shard(decision.run, shard)
-            return "corrupt"
-        return "ok"
-
-    def _fetch(self, decision: Decision, rank: int) -> bool:
-        assert decision.base is not None
-        source = decision.sources[rank]
-        place = (decision.base.attempt, decision.base.step, rank)
-        for holder in source.holders:
-            node = self.cluster.reach(holder)
-            theirs = node.memory.get(decision.run, RunMemory()).shards.get(place) if node is not None else None
-            if node is None or theirs is None or theirs.digest != source.digest:
-                continue
-            if theirs.digest in node.memory[decision.run].corrupt:
-                node.quarantine_shard(decision.run, theirs)
-                continue
-            self.memory[decision.run].shards[place] = theirs
-            self.changed()
-            return True
-        return False
-
-    def _staged(self, decision: Decision, state: StagingState, reason: str) -> bool:
-        self.work[decision.run].staging = Staging(decision_id=decision.decision_id, state=state, reason=reason)
-        self.changed()
-        return True
-
-    def _release_trainers(self, decision: Decision) -> None:
-        for trainer in self.trainers:
-            if (
-                trainer.world_id == decision.world_id
-                and trainer.is_alive
-                and trainer.is_attached
-                and trainer.phase is SessionPhase.RESTORING
-            ):
-                trainer.phase = SessionPhase.TRAINING
-                trainer.attempt = decision.attempt
-                trainer.last_step = decision.base.step if decision.base is not None else 0
-                self.cluster.released(self, trainer, decision)
-                self.changed()
 
     # -- corruption ---------------------------------------------------------------------------------------------------
 
