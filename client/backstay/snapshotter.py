@@ -313,7 +313,7 @@ class Snapshotter:
 
     def wait_committed(self, timeout_s: float = 60.0) -> bool:
         """Wait until no capture is under way (a checked one ends with the next fence); False if the time is over."""
-        return self._session is None or self._session.drain(timeout_s)
+        return self._session is None or self._session.wait_captures(timeout_s)
 
     # ---- one snapshot
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import backstay
+from backstay import local
 from backstay.errors import UsageError
 from tests.kit.local_daemon import LocalDaemon
 
@@ -66,6 +67,23 @@ def test_every_step_is_committed_and_the_newest_is_kept(daemon: LocalDaemon) -> 
     assert daemon.committed_steps("default/r") == [12]
     training.keeper.finish()
     assert daemon.runs["default/r"].finished == {0}
+
+
+def test_waiting_for_a_commit_does_not_wait_for_the_slot_of_the_next_one(daemon: LocalDaemon) -> None:
+    training = Training(daemon.socket_path)
+    training.keeper.restore()
+    training.run(0, 3)
+    training.keeper.fence()
+    session = training.keeper._session
+    assert session is not None
+    assert session.drain(20)  # the slot of step 4 is reserved
+    daemon.unanswered = (local.Reserve,)
+    training.run(3, 4)
+    assert training.keeper.wait_committed(20)
+    assert daemon.committed_steps("default/r") == [4]
+    poll(lambda: not session.drain(0), "the slot of step 5 is asked for, and not given")
+    daemon.unanswered = ()
+    training.keeper.close()
 
 
 def test_snapshot_before_restore_and_steps_that_do_not_increase_are_usage_errors(daemon: LocalDaemon) -> None:

@@ -56,7 +56,7 @@ class Run:
 
 class LocalDaemon:
     """Serves ``socket_path`` until ``close()``. ``hold_slots``: Reserve answers Skipped; ``is_full``: it is an
-    error, with other numbers each time; ``is_frozen``: nothing is answered.
+    error, with other numbers each time; ``is_frozen``: nothing is answered; ``unanswered``: no message of these kinds.
     """
 
     def __init__(self) -> None:
@@ -64,6 +64,7 @@ class LocalDaemon:
         self.socket_path = str(self.directory / "sock")
         self.runs: dict[str, Run] = {}
         self.is_frozen = False
+        self.unanswered: tuple[type, ...] = ()
         self.hold_slots = False
         self.is_full = False
         self.interval_steps = 1
@@ -104,7 +105,7 @@ class LocalDaemon:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self.is_frozen = False
+        self.is_frozen, self.unanswered = False, ()
         self.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -135,7 +136,7 @@ class LocalDaemon:
         try:
             while True:
                 message, number, _ = local.receive_frame(connection)
-                while self.is_frozen:
+                while self.is_frozen or isinstance(message, self.unanswered):
                     time.sleep(0.01)
                 fds: tuple[int, ...] = ()
                 try:
@@ -146,9 +147,10 @@ class LocalDaemon:
                         reply, fds = self._answer(attach, message)
                 except BackstayError as error:
                     reply = local.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
-                local.send_frame(connection, reply, message_id=number, fds=fds)
-                for fd in fds:
-                    os.close(fd)
+                try:
+                    local.send_frame(connection, reply, message_id=number, fds=fds)
+                finally:  # the trainer may have gone meanwhile
+                    local.close_fds(list(fds))
                 with self._lock:
                     self._lock.notify_all()
         except (OSError, ConnectionError, IntegrityError):

@@ -173,6 +173,11 @@ class Session:
             self._wake.notify_all()
             return timeout_s > 0 and self._wake.wait_for(lambda: not self._wants_persist, timeout_s)
 
+    def wait_captures(self, timeout_s: float) -> bool:
+        """Wait until no capture is under way (the slot of the next may still be); False if the time is over."""
+        with self._wake:
+            return self._wake.wait_for(lambda: not self._captures, timeout_s)
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is under way; False if the time is over."""
         with self._wake:
