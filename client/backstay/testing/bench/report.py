@@ -16,7 +16,7 @@ from backstay.testing.bench.measure import Collection, MeasurementError
 
 OWN_KEYS: Final[dict[str, tuple[str, ...]]] = {
     "solo": ("commit_vs_memcpy", "commit_vs_memcpy_busy", "restore_vs_memcpy"),
-    "frozen": ("frozen_cost", "frozen_bytes"),
+    "frozen": ("frozen_cost", "frozen_cpu", "frozen_bytes"),
     "pair": ("block_ms", "step_overhead_waiting", "step_overhead_cpu"),
     "protect": ("protect_vs_tcp", "rebuild_vs_tcp", "memory_vs_state"),
     "reshard": ("reshard_moved_vs_needed", "reshard_vs_tcp"),
@@ -41,6 +41,7 @@ _MEANING: Final = {
     "commit_vs_memcpy_busy": "the same, the other core busy",
     "restore_vs_memcpy": "load from local memory / one-thread memcpy",
     "frozen_cost": "commit with 99 % of parameters frozen / without, same size",
+    "frozen_cpu": "CPU seconds of the trainer for it, the same",
     "frozen_bytes": "bytes copied and digested for it, the same",
     "protect_vs_tcp": "state protected per second, all nodes / raw TCP",
     "rebuild_vs_tcp": "lost shards rebuilt per second / raw TCP",
