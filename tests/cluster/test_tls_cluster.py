@@ -34,7 +34,9 @@ def serial_numbers(cluster: LocalCluster) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in cluster.certificates.directory.rglob("tls.crt")}
 
 
-def test_certificates_are_renewed_while_bytes_move_and_a_lost_node_is_rebuilt_bit_for_bit(cluster: LocalCluster) -> None:
+def test_certificates_are_renewed_while_bytes_move_and_a_lost_node_is_rebuilt_bit_for_bit(
+    cluster: LocalCluster,
+) -> None:
     assert cluster.certificates is not None
     run = "default/renewed"
     with light_world(cluster, run, size_bytes=BIG) as world:

@@ -51,7 +51,9 @@ def test_a_certificate_of_another_role_name_or_domain_is_refused_with_what_was_f
     assert refusal(authority.make([node_uri("n1"), OPERATOR]))[0] == "several_identities"
 
 
-def test_files_that_do_not_belong_together_are_refused_with_their_names(authority: TestAuthority, tmp_path: Path) -> None:
+def test_files_that_do_not_belong_together_are_refused_with_their_names(
+    authority: TestAuthority, tmp_path: Path
+) -> None:
     files, other = authority.make([node_uri("n1")]), authority.make([node_uri("n1")])
     files.key.write_bytes(other.key.read_bytes())
     reason, text = refusal(files)
