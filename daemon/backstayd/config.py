@@ -133,6 +133,20 @@ def _reachable_address(value: Any) -> str:
     return str(value)
 
 
+def _optional_address(value: Any) -> str:
+    return _reachable_address(value) if value != "" else ""
+
+
+def _election(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("is not a text")
+    if value:
+        from backstayd.election.stores import parse  # it needs the addresses of this module
+
+        parse(value)
+    return value
+
+
 def _seconds(value: Any) -> float:
     seconds = _number(float, value)
     if not (math.isfinite(seconds) and 0.1 <= seconds <= 3600):
@@ -301,6 +315,24 @@ class CoordinatorConfig:
     listen: str = _setting("127.0.0.1:7070", _address, "Where nodes and operators are served.", metavar="HOST:PORT")
     http: str = _setting(
         "127.0.0.1:7073", _address, "Where /metrics, /livez, /readyz and /status.json are served.", metavar="HOST:PORT"
+    )
+    advertise: str = _setting(
+        "",
+        _optional_address,
+        "With an election: where nodes and operators reach this coordinator (default: what it listens at).",
+        metavar="HOST:PORT",
+    )
+    election: str = _setting(
+        "",
+        _election,
+        "Where coordinators agree which one leads: 'etcd://HOST:PORT[,HOST:PORT]/PREFIX' or 'kubernetes://NAMESPACE/NAME'; "
+        "empty: this is the only one.",
+        metavar="URL",
+    )
+    election_lease_s: float = _setting(
+        9.0,
+        _seconds,
+        "Seconds without a renewal after which another coordinator takes over; the same on all of them.",
     )
     parity: int | None = _setting(
         "auto",

@@ -29,14 +29,14 @@ from typing import Any, Final, Self, TypeVar
 
 from backstay.errors import ConfigError, UnavailableError, UsageError
 from backstay.testing.certificates import PLAINTEXT, Certificates
+from backstay.testing.coordinator import COORDINATOR, LocalCoordinator, leading
 from backstay.testing.guardian import guarded
-from backstay.testing.node import DAEMON_ROLE, WORK_ROLE, LocalNode, fetch_json
+from backstay.testing.node import DAEMON_ROLE, WORK_ROLE, LocalNode
 from backstay.testing.ports import free_port
 from backstay.testing.processes import ProcessKeeper, command_line, signal_processes
 from backstay.testing.wait import wait_until
 
 T = TypeVar("T")
-COORDINATOR: Final = "coordinator"
 _HOST: Final = "127.0.0.1"
 _SOCKET_PATH_LIMIT: Final = 107  # sun_path without its NUL
 _START_DEADLINE_S: Final = 90.0
@@ -55,11 +55,13 @@ class LocalCluster:
         root: A short directory path on tmpfs; None makes a private one under /dev/shm.
         lease_s: The number all of the daemons' timeouts follow from.
         env: Added to the environment of the coordinator and every daemon (``BACKSTAY_FAULTS``, ``BACKSTAYD_...``).
-        coordinator_env: Added to the environment of the coordinator of :meth:`start` only, not of a restarted one.
+        coordinator_env: Added to the environment of the first coordinator at :meth:`start` only, not of a restarted one.
         domains: Failure domain of each node, e.g. ``["rack-1", "rack-1", "rack-2"]``.
         quota: Memory limit of each daemon, such as "256MiB"; "" sets none.
         keep: Protected snapshots kept per run.
         coders: Coder processes per daemon.
+        coordinators: How many; with more than one the first leads to begin with, and ``election`` is needed.
+        election: Where they agree who leads, such as "etcd://127.0.0.1:2379/test".
         settings: Further settings of the coordinator by their names, such as ``{"persist_url": "file:///mnt/checkpoints"}``.
         tls: Everybody shows certificates, made by `backstay certs` (needs the package cryptography); else plaintext.
         keep_logs: A directory the logs are moved to at close; None deletes them.
@@ -79,12 +81,16 @@ class LocalCluster:
         quota: str = "",
         keep: int = 1,
         coders: int = 1,
+        coordinators: int = 1,
+        election: str = "",
         settings: Mapping[str, object] | None = None,
         tls: bool = False,
         keep_logs: Path | str | None = None,
     ) -> None:
         if nodes < 1:
             raise UsageError(f"a cluster of {nodes} nodes cannot be started; at least 1")
+        if coordinators > 1 and not election:
+            raise UsageError(f"{coordinators} coordinators need an election to agree who leads")
         if domains and len(domains) != nodes:
             raise UsageError(f"{len(domains)} domains were given for {nodes} nodes; give one for each node, or none")
         self.cluster_id = secrets.token_hex(4)
@@ -98,9 +104,7 @@ class LocalCluster:
         self.certificates = Certificates(self.root / "certificates") if tls else None
         self._keep_logs = Path(keep_logs) if keep_logs is not None else None
         self.keeper = ProcessKeeper(self.cluster_id, self.root / "logs")
-        self._coordinator: subprocess.Popen[bytes] | None = None
-        self._coordinator_port = free_port()
-        self._coordinator_http_port = free_port()
+        self.coordinators = [LocalCoordinator(index=index, election=election) for index in range(coordinators)]
         self._guard = ExitStack()
         self.nodes = [
             self._new_node(index, f"node-{index}", domains[index] if domains else "") for index in range(nodes)
@@ -135,6 +139,10 @@ class LocalCluster:
         if self.certificates is not None:
             self.certificates.make(*(node.name for node in self.nodes), has_others=True)
         self.start_coordinator(self._coordinator_env)
+        if len(self.coordinators) > 1:
+            self.wait_until(self.leader, deadline_s=_START_DEADLINE_S, why="the first coordinator to lead")
+        for coordinator in self.coordinators[1:]:
+            self.start_coordinator(index=coordinator.index)
         for node in self.nodes:
             self._start_daemon(node)
         self.wait_live()
@@ -167,38 +175,45 @@ class LocalCluster:
 
     @property
     def coordinator_address(self) -> str:
-        return f"{_HOST}:{self._coordinator_port}"
+        """What nodes and operators are told: the addresses of all coordinators, with commas between."""
+        return ",".join(coordinator.address for coordinator in self.coordinators)
 
     @property
     def coordinator_http_port(self) -> int:
-        """Port of the coordinator's HTTP server on this machine."""
-        return self._coordinator_http_port
+        """Port of the first coordinator's HTTP server on this machine."""
+        return self.coordinators[0].http_port
 
     @property
     def coordinator_process(self) -> subprocess.Popen[bytes] | None:
-        """The coordinator's process as started last, for ``poll()``; None before the start."""
-        return self._coordinator
+        """The first coordinator's process as started last, for ``poll()``; None before the start."""
+        return self.coordinators[0].process
 
-    def start_coordinator(self, env: Mapping[str, str] | None = None) -> None:
-        """Start a coordinator at the cluster's coordinator address; ``env`` is added to its environment."""
-        argv = _daemon_argv("coordinator", "--listen", self.coordinator_address)
-        argv += ["--http", f"{_HOST}:{self._coordinator_http_port}", "--parity", str(self._parity)]
+    def leader(self) -> LocalCoordinator:
+        """The coordinator that leads; raises UnavailableError while none does."""
+        return leading(self.coordinators)
+
+    def start_coordinator(self, env: Mapping[str, str] | None = None, *, index: int = 0) -> None:
+        """Start a coordinator at its address of this cluster; ``env`` is added to its environment."""
+        coordinator = self.coordinators[index]
+        argv = _daemon_argv("coordinator", *coordinator.arguments(), "--parity", str(self._parity))
         argv += ["--group-size", str(self._group_size), "--keep", str(self._keep), "--lease-s", f"{self.lease_s:g}"]
         security = PLAINTEXT if self.certificates is None else self.certificates.of_coordinator()
         environment = self._daemon_environment(security | self._settings | dict(env or {}))
-        self._coordinator = self.keeper.spawn(
-            argv, name=COORDINATOR, node=COORDINATOR, role=DAEMON_ROLE, env=environment
+        name = coordinator.name
+        coordinator.process = self.keeper.spawn(argv, name=name, node=name, role=DAEMON_ROLE, env=environment)
+
+    def kill_coordinator(self, index: int = 0) -> None:
+        """SIGKILL a coordinator; returns when it is gone."""
+        self.keeper.kill(node=self.coordinators[index].name)
+
+    def restart_coordinator(self, env: Mapping[str, str] | None = None, *, index: int = 0) -> None:
+        """Kill a coordinator if it runs, start another at the same address and wait until it answers."""
+        self.kill_coordinator(index)
+        self.start_coordinator(env, index=index)
+        coordinator = self.coordinators[index]
+        self.wait_until(
+            coordinator.status, deadline_s=_START_DEADLINE_S, why=f"the restarted {coordinator.name} to answer"
         )
-
-    def kill_coordinator(self) -> None:
-        """SIGKILL the coordinator; returns when it is gone."""
-        self.keeper.kill(node=COORDINATOR)
-
-    def restart_coordinator(self, env: Mapping[str, str] | None = None) -> None:
-        """Kill the coordinator if it runs, start another at the same address and wait until it answers."""
-        self.kill_coordinator()
-        self.start_coordinator(env)
-        self.wait_until(self.status, deadline_s=_START_DEADLINE_S, why="the restarted coordinator to answer")
 
     # -- nodes --------------------------------------------------------------------------------------------------------
 
@@ -274,7 +289,7 @@ class LocalCluster:
         return node
 
     def freeze(self, part: int | str, *, is_whole_node: bool = False) -> list[int]:
-        """SIGSTOP a node's daemon with its coders (all of the node's processes if asked), or ``"coordinator"``."""
+        """SIGSTOP a node's daemon with its coders (all of its processes if asked), or a coordinator by its name."""
         return self._signal_part(part, signal.SIGSTOP, is_whole_node)
 
     def thaw(self, part: int | str, *, is_whole_node: bool = False) -> list[int]:
@@ -282,7 +297,7 @@ class LocalCluster:
         return self._signal_part(part, signal.SIGCONT, is_whole_node)
 
     def _signal_part(self, part: int | str, number: signal.Signals, is_whole_node: bool) -> list[int]:
-        if isinstance(part, str) and part != COORDINATOR:
+        if isinstance(part, str) and part not in [coordinator.name for coordinator in self.coordinators]:
             raise UsageError(f"cannot freeze or thaw {part!r}; name a node by its index, or {COORDINATOR!r}")
         name = part if isinstance(part, str) else self.nodes[part].name
         pids = self.keeper.pids(node=name, role=None if is_whole_node else DAEMON_ROLE)
@@ -333,8 +348,8 @@ class LocalCluster:
     # -- true state ---------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """The coordinator's status document; raises UnavailableError when there is no answer."""
-        return fetch_json(_HOST, self._coordinator_http_port, "/status.json")
+        """The status document of the coordinator that leads; raises UnavailableError when there is no answer."""
+        return self.leader().status()
 
     def run_status(self, run: str) -> dict[str, Any]:
         """The part of the coordinator's status about ``job/run_id``; raises UnavailableError while it is unknown."""
@@ -366,7 +381,8 @@ class LocalCluster:
         self.wait_until(all_live, deadline_s, why="every node to be live at the coordinator")
 
     def _check_running(self) -> None:
-        for name, process in [(COORDINATOR, self._coordinator), *((node.name, node.daemon) for node in self.nodes)]:
+        processes = [(coordinator.name, coordinator.process) for coordinator in self.coordinators]
+        for name, process in [*processes, *((node.name, node.daemon) for node in self.nodes)]:
             if process is not None and process.poll() not in (None, -signal.SIGKILL):
                 raise ConfigError(f"{name} ended with status {process.returncode} by itself\n{self.evidence()}")
 

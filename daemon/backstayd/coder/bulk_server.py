@@ -127,7 +127,7 @@ class BulkServer:
             channel = self._open(sock, peer)
         except (OSError, UnavailableError) as error:
             if isinstance(error, UnavailableError):
-                self._refusals.note(str(error))
+                self._refusals.note(peer, error.reason, str(error))
             sock.close()
             self._room.release()
             return
@@ -165,7 +165,7 @@ class BulkServer:
         except UnavailableError:
             return False
         except IntegrityError as error:
-            self._refusals.note(f"{channel.name}: {error}; the connection is cut")
+            self._refusals.note(channel.name, error.reason, f"{channel.name}: {error}; the connection is cut")
             return False
         channel.set_silence_limit(self._timeouts.constant_s)
         exchange = _Exchange(self._memory_dir, self._incarnation, channel, request, self._on_event)

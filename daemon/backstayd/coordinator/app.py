@@ -1,6 +1,7 @@
 """The coordinator as a process: one loop drives the core with reports and time, serves nodes, operators and watchers.
 
-Keeps nothing on disk: killed and started again it knows everything from reports. Must not decide anything itself.
+Keeps nothing on disk: killed and started again it knows everything from reports. Has a core only while it leads; before
+anything leaves it is asked whether it still does. Must not decide anything itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from backstay.ids import new_incarnation
 from backstayd.clock import Clock
 from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.gauges import Gauges
+from backstayd.coordinator.seat import Seat
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.drains import DrainVerdict
 from backstayd.core.locating import Located
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 MAX_NAMED_RUNS: Final = 3  # in the sentence for systemctl status
 COALESCE_S: Final = 0.003  # reports that arrive together are evaluated once
 DOCUMENT_TIMEOUT_S: Final = 2.0
+ELECTED_SETTLE_LEASES: Final = 2.0  # nodes notice the loss, go round the addresses and may meet a dead one on the way
+SILENT_LEASES: Final = 2.0  # all nodes at once are silent for so long: it is this coordinator that is cut off
 WARNING_KINDS: Final = frozenset(
     {"node_lost", "session_lost", "abandoned", "quarantined", "interval_raised", "distrusted"}
 )
@@ -97,11 +101,16 @@ class CoordinatorProcess:
         self._credentials = load_credentials(config)
         self._clock = clock or Clock()
         self._offset_s = self._clock.unix_s() - self._clock.monotonic_s()
-        policy = policy_of(config)
-        self.core = Coordinator(policy, new_incarnation(), now_s=self._clock.monotonic_s())
+        self._policy = policy_of(config)
+        self.incarnation = new_incarnation()
+        self._core: Coordinator | None = None
+        self._heard_s: float | None = None  # when a node reported last in this reign
+        self._seat = Seat(config, self.incarnation, on_lead=self._lead, on_step_down=self._step_down)
         self.metrics = CoordinatorMetrics(version=__version__)
         self.metrics.set_config(config)
-        self._gauges = Gauges(self.metrics, policy)
+        self.metrics.coordinator_is_leader.set_function(lambda: float(self._seat.is_leading()))
+        self.metrics.coordinator_lease_margin_seconds.set_function(self._seat.margin_s)
+        self._gauges = Gauges(self.metrics, self._policy)
         self._server = CoordinatorServer(config.listen, self, lease_s=config.lease_s, credentials=self._credentials)
         self._evaluation: asyncio.TimerHandle | None = None
         self.health = Health(lease_s=config.lease_s)
@@ -120,9 +129,15 @@ class CoordinatorProcess:
             await self._server.close()
             raise
         self.http_address = self._http.address
+        try:
+            await self._seat.start(self.address)
+        except BaseException:
+            await self._server.close()
+            await asyncio.to_thread(self._http.close)
+            raise
         self._ticker = loop.create_task(self._tick(), name="coordinator-ticks")
-        self.health.set_ready(lambda: f"ready: coordinates at {self.address}")
-        logger.info("coordinator %s listens at %s, http at %s", self.core.incarnation, self.address, self.http_address)
+        self.health.set_ready(self._ready_sentence)
+        logger.info("coordinator %s listens at %s, http at %s", self.incarnation, self.address, self.http_address)
 
     async def close(self) -> None:
         """Stop serving; nothing is left running."""
@@ -130,8 +145,8 @@ class CoordinatorProcess:
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
-        if self._evaluation is not None:
-            self._evaluation.cancel()
+        await self._seat.close()
+        self._cancel_evaluation()
         await self._server.close()
         await asyncio.to_thread(self._http.close)
 
@@ -140,16 +155,20 @@ class CoordinatorProcess:
         logs.configure(level=config.log_level, form=config.log_format, component="coordinator")
         self._config = config
         self.metrics.set_config(config)
-        policy = policy_of(config)
-        self._gauges.adopt(policy)
-        self.core.adopt(policy)
-        self._evaluate()
+        self._policy = policy_of(config)
+        self._gauges.adopt(self._policy)
+        if self._core is not None:
+            self._core.adopt(self._policy)
+            self._evaluate()
 
     def sentence(self) -> str:
         """How it stands, for ``systemctl status``."""
-        nodes = Counter(node.liveness for node in self.core.nodes.nodes.values())
+        core = self._core
+        if core is None:
+            return self._ready_sentence()
+        nodes = Counter(node.liveness for node in core.nodes.nodes.values())
         counts = ", ".join(f"{nodes[liveness]} {liveness.value}" for liveness in Liveness if nodes[liveness])
-        seen = [(state.evaluation, run) for run, state in self.core.runs.items() if state.evaluation is not None]
+        seen = [(state.evaluation, run) for run, state in core.runs.items() if state.evaluation is not None]
         seen.sort(key=lambda item: (item[0].spares, item[1]))  # the weakest first
         runs = [
             f"{run} protected at step {found.protected_step}, {found.spares} more losses survivable"
@@ -158,37 +177,73 @@ class CoordinatorProcess:
         more = [f"{len(runs) - MAX_NAMED_RUNS} more runs"] if len(runs) > MAX_NAMED_RUNS else []
         return "; ".join([f"nodes: {counts or 'none'}", *runs[:MAX_NAMED_RUNS], *more])
 
+    # -- leading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def core(self) -> Coordinator:
+        """The core that decides. Raises NotLeaderError where this coordinator does not lead, or not any longer."""
+        if not self._seat.may_act() or self._core is None:
+            raise self._seat.not_leading()
+        return self._core
+
+    def _lead(self, term: int) -> None:
+        """A reign begins: a fresh core, which knows nothing but its term. Its name is new, as no two reigns are one."""
+        now_s = self._clock.monotonic_s()
+        if term == 0:
+            self._core = Coordinator(self._policy, self.incarnation, now_s=now_s)
+            return
+        incarnation, leases = new_incarnation(), ELECTED_SETTLE_LEASES
+        self._core = Coordinator(self._policy, incarnation, now_s=now_s, term=term, settle_leases=leases)
+        self._core.timeline.add(now_s, "", "leads", f"the coordinator at {self._seat.address} leads, term {term}")
+
+    def _step_down(self, reason: str) -> None:
+        """A reign is over: nothing more is decided or sent, every stream ends with who leads now."""
+        self._core = self._heard_s = None
+        self._cancel_evaluation()
+        self._half_recorded.clear()
+        self._gauges.close()
+        self._server.wake()
+
+    def _ready_sentence(self) -> str:
+        if self._seat.is_leading():
+            return f"ready: coordinates at {self.address}"
+        return f"ready: stands by at {self.address}; {self._seat.leader() or 'nobody known'} leads"
+
     # -- what the server serves ---------------------------------------------------------------------------------------
 
     def observe(self, report: NodeReport) -> None:
-        now_s = self._clock.monotonic_s()
-        self._gauges.note_report(report, self.core.nodes, now_s)
-        self.core.observe(report, now_s)
+        now_s, core = self._clock.monotonic_s(), self.core
+        self._heard_s = now_s
+        self._gauges.note_report(report, core.nodes, now_s)
+        core.observe(report, now_s)
         self._reach_partial_records()
         self._evaluate_soon()
 
     def suspect(self, node: str, incarnation: str) -> None:
-        self.core.suspect(node, incarnation)
-        self._evaluate_soon()
+        if self._core is not None:
+            self._core.suspect(node, incarnation)
+            self._evaluate_soon()
 
     def desired(self, node: str) -> NodeDesired:
         return self.core.desired(node)
 
     def status(self) -> dict[str, Any]:
-        return self.core.status(self._clock.monotonic_s(), unix_offset_s=self._offset_s)
+        return self._document(self.core)
 
     def forget(self, run: str) -> None:
         self.core.forget(run)
         self._evaluate()
 
     def distrust(self, run: str, step: int, reason: str) -> str:
-        message = self.core.distrust(run, step, reason)
-        self._spread()
+        core = self.core
+        message = core.distrust(run, step, reason)
+        self._spread(core)
         return message
 
     def drain(self, node: str, *, undo: bool) -> DrainVerdict:
-        verdict = self.core.drain(node, undo=undo)
-        self._spread()
+        core = self.core
+        verdict = core.drain(node, undo=undo)
+        self._spread(core)
         return verdict
 
     def locate(self, run: str, step: int) -> Located:
@@ -205,21 +260,29 @@ class CoordinatorProcess:
         while True:
             self.health.beat("the decisions")
             await asyncio.sleep(self._config.lease_s / 6)
-            self.core.tick(self._clock.monotonic_s())
-            self._evaluate()
+            now_s = self._clock.monotonic_s()
+            if self._heard_s is not None and now_s - self._heard_s > SILENT_LEASES * self._config.lease_s:
+                self._heard_s = None
+                self._seat.resign("no node has reported any longer; perhaps they reach another coordinator")
+            if self._seat.may_act() and self._core is not None:
+                self._core.tick(now_s)
+                self._evaluate()
 
     def _evaluate(self) -> None:
+        self._cancel_evaluation()
+        if self._seat.may_act() and self._core is not None and self._core.evaluate():
+            self._spread(self._core)
+
+    def _cancel_evaluation(self) -> None:
         if self._evaluation is not None:
             self._evaluation.cancel()
             self._evaluation = None
-        if self.core.evaluate():
-            self._spread()
 
-    def _spread(self) -> None:
+    def _spread(self, core: Coordinator) -> None:
         """Tell people and nodes what the core has decided."""
-        for event in self.core.take_events():
+        for event in core.take_events():
             self._tell(event)
-        self._gauges.update(self.core, now_s=self._clock.monotonic_s(), unix_s=self._clock.unix_s())
+        self._gauges.update(core, now_s=self._clock.monotonic_s(), unix_s=self._clock.unix_s())
         self._server.wake()
 
     def _tell(self, event: Event) -> None:
@@ -252,11 +315,20 @@ class CoordinatorProcess:
             "/status.json": document_route(lambda: self._from_thread(loop)),
         }
 
+    def _document(self, core: Coordinator) -> dict[str, Any]:
+        document = core.status(self._clock.monotonic_s(), unix_offset_s=self._offset_s)
+        return document | {"leader": self._seat.document()}
+
+    def _nothing(self) -> Coordinator:
+        """What a standby knows of nodes and runs; it makes its document, so that all fields are there."""
+        return Coordinator(self._policy, self.incarnation, now_s=self._clock.monotonic_s())
+
     def _from_thread(self, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
         """The status document, made in the loop, for a thread of the HTTP server."""
 
         async def make() -> dict[str, Any]:
-            return self.status()
+            core = self._core if self._seat.may_act() else None
+            return self._document(core or self._nothing())
 
         future = asyncio.run_coroutine_threadsafe(make(), loop)
         try:

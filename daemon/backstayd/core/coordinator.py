@@ -24,15 +24,25 @@ from backstayd.core.timeline import Event, Timeline
 
 FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease
 MAX_RESETTLE_LEASES = 16
+TERM_GENERATIONS = 1_000_000_000  # of one term of an election: room for 999 leaps after a total loss (LEAP_GENERATIONS)
 
 
 class Coordinator:
     """Drive with :meth:`observe` and :meth:`tick` and then :meth:`evaluate`; read :meth:`desired` and :meth:`status`.
 
     Invariant: while it is not settled it wants nothing; its generation is above every one it has seen, or it is not settled.
+
+    Args:
+        term: Of an election, 0 without one. Generations of a term are above all of older terms, also of those that no
+            node reports: TERM_GENERATIONS times the term and up. Those of before an election began, or of one whose record
+            was lost, are told by reports as ever.
+        settle_leases: How many leases nodes that are named but silent are waited for; after an election they have to
+            find this coordinator first.
     """
 
-    def __init__(self, policy: CorePolicy, incarnation: str, *, now_s: float) -> None:
+    def __init__(
+        self, policy: CorePolicy, incarnation: str, *, now_s: float, term: int = 0, settle_leases: float = 1.0
+    ) -> None:
         self.policy = policy
         self.incarnation = incarnation
         self.generation = Generation(0, incarnation)
@@ -44,6 +54,8 @@ class Coordinator:
         self._shapes = ShapeCache()
         self._started_s = now_s
         self._now_s = now_s
+        self._floor = term * TERM_GENERATIONS
+        self._patience_s = settle_leases * policy.lease_s
         self._settle_leases = 1.0
         self._is_dirty = True
 
@@ -279,7 +291,7 @@ class Coordinator:
         return self.generation
 
     def _has_long_memory(self) -> bool:
-        return self._now_s - self._started_s >= self.policy.lease_s
+        return self._now_s - self._started_s >= self._patience_s
 
     def _settle(self) -> None:
         highest = max((node.generation.number for node in self.nodes.nodes.values()), default=0)
@@ -296,9 +308,9 @@ class Coordinator:
         named = self._named_nodes()
         have_reported = bool(named) and named <= set(self.nodes.nodes)
         waited_s = self._now_s - self._started_s
-        if waited_s >= self._settle_leases * self.policy.lease_s or (have_reported and self._settle_leases == 1.0):
+        if waited_s >= self._settle_leases * self._patience_s or (have_reported and self._settle_leases == 1.0):
             self.is_settled = True
-            self.generation = Generation(max(highest, self.generation.number) + 1, self.incarnation)
+            self.generation = Generation(max(highest, self.generation.number, self._floor) + 1, self.incarnation)
             missing = sorted(named - set(self.nodes.nodes))
             rest = f"; without {', '.join(missing)}, named by others but silent" if missing else ""
             self._say("", "settled", f"{len(self.nodes.nodes)} nodes have reported{rest}; deciding from now on")

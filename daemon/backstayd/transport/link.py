@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 COALESCE_S = 0.01  # reports at most this often
 RENEW_S = 1800.0  # a connection over TLS is replaced after so long, well before the coordinator cuts it
 PROBE_AGAIN_S = 30.0
+MAX_PROBED = 16
 
 
 class CoordinatorLink:
@@ -96,23 +97,22 @@ class CoordinatorLink:
 
     async def _run(self) -> None:
         shortest = min(0.05, self._lease_s / 3)
-        backoff_s, rounds = shortest, 0
+        backoff_s = shortest
         while True:
             if self._book.is_round_over:
                 resolved = await resolve(self._book.names(), timeout_s=self._lease_s)
                 self._book.begin_round(resolved)
-                rounds += 1
             target = self._book.next()
-            was_connected = await self._try(target, rounds)
+            was_connected = await self._try(target)
             if was_connected:
-                backoff_s, rounds = shortest, 0
+                backoff_s = shortest
             elif self._book.is_round_over:
                 backoff_s = min(backoff_s * 2, self._lease_s / 3)
             await asyncio.sleep(backoff_s if self._book.is_round_over else shortest)
 
-    async def _try(self, target: Target, rounds: int) -> bool:
+    async def _try(self, target: Target) -> bool:
         """One connection for as long as it holds; whether there was an answer at all."""
-        was_connected, patience_s = False, self._patience_s(rounds)
+        was_connected, patience_s = False, self._patience_s()
         try:
             await self._connect_once(target, patience_s)
         except TimeoutError:
@@ -146,12 +146,12 @@ class CoordinatorLink:
             host, port = split_address(target.address)
             found = await asyncio.to_thread(probe.diagnose, host, port, self._credentials)
             text = f"coordinator {found}" if found is not None else ""
-            self._probed = {target.address: (now, text)}
+            self._probed = dict(list(self._probed.items())[-MAX_PROBED:]) | {target.address: (now, text)}
         return text
 
-    def _patience_s(self, rounds: int) -> float:
-        """How long the first answer may take: less while others are untried, so that a dead machine does not hide them."""
-        return self._lease_s if self._book.count == 1 else self._lease_s * min(1.0, rounds / 3)
+    def _patience_s(self) -> float:
+        """How long the first answer may take: less where there are others, so that a dead machine does not hide them."""
+        return self._lease_s if self._book.count == 1 else self._lease_s / 2
 
     async def _connect_once(self, target: Target, patience_s: float) -> None:
         async with contextlib.AsyncExitStack() as stack:

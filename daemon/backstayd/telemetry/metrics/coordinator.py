@@ -37,7 +37,10 @@ class CoordinatorMetrics(DaemonMetrics):
         self.coordinator_is_leader = registry.gauge(
             "coordinator_is_leader", "1 on the coordinator that leads; a single one always does."
         )
-        self.coordinator_is_leader.set(1)
+        self.coordinator_lease_margin_seconds = registry.gauge(
+            "coordinator_lease_margin_seconds",
+            "How long this coordinator leads without another renewal: 0 on a standby, infinite without an election.",
+        )
         self.coordinator_settled = registry.gauge(
             "coordinator_settled", "1 once enough nodes have reported for decisions to be made."
         )
@@ -111,9 +114,7 @@ class CoordinatorMetrics(DaemonMetrics):
         self.persist_interval_steps = registry.gauge(
             "persist_interval_steps", "Configured steps between durable copies; 0: not by steps, or no storage."
         )
-        self.persisted_step = registry.run_gauge(
-            "persisted_step", "Step of the newest snapshot on durable storage; 0: none.", is_preset=True
-        )
+        self.persisted_step = registry.run_gauge("persisted_step", "Step of the newest snapshot on durable storage.")
         self.persisted_timestamp_seconds = registry.run_gauge(
             "persisted_timestamp_seconds", "Unix time at which the newest snapshot on durable storage was completed."
         )

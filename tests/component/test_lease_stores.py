@@ -1,0 +1,236 @@
+"""The places a lease record is kept in, through their real clients: a real etcd, and Lease objects over real HTTP.
+
+One contract for both; then what only one of them can do wrong. And the election's driver over each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from backstay.errors import ConfigError, UnavailableError
+from backstayd.election.driver import Election
+from backstayd.election.elector import Elector
+from backstayd.election.lease import LeaseRecord, LeaseStore, Timing
+from backstayd.election.stores import open_store, parse
+from tests.kit.cut_proxy import CutProxy
+from tests.kit.etcd import Etcd, needs_etcd, running_etcd
+from tests.kit.lease_server import LeaseServer
+
+ENGINES = [pytest.param("etcd", marks=needs_etcd), "kubernetes"]
+ONE = LeaseRecord(holder="c-1", address="10.0.0.1:7070", term=1)
+TWO = LeaseRecord(holder="c-2", address="[fd00::2]:7070", term=2)
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    with running_etcd(tmp_path_factory.mktemp("etcd")) as running:
+        yield running
+
+
+@pytest.fixture
+def lease_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LeaseServer]:
+    with LeaseServer() as server:
+        path = tmp_path / "kubeconfig"
+        path.write_text(server.kubeconfig())
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+        monkeypatch.setenv("KUBECONFIG", str(path))
+        yield server
+
+
+@contextmanager
+def opened(url: str, call_timeout_s: float = 3.0) -> Iterator[LeaseStore]:
+    store = open_store(url, lease_s=9.0, call_timeout_s=call_timeout_s)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@pytest.fixture
+def urls(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """By engine and test: a place nobody else uses."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60].strip("-").lower()
+
+    def make(engine: str) -> str:
+        if engine == "etcd":
+            running: Etcd = request.getfixturevalue("etcd")
+            return running.url(name)
+        request.getfixturevalue("lease_server")
+        return f"kubernetes://backstay/{name}"
+
+    return make
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_record_is_written_only_over_the_version_that_was_read(engine: str, urls: Callable[[str], str]) -> None:
+    with opened(urls(engine)) as store, opened(urls(engine)) as other:
+        assert store.read() is None
+        first = store.compare_and_swap(ONE, None)
+        assert first is not None
+        assert other.compare_and_swap(TWO, None) is None, "there is one by now"
+        seen = other.read()
+        assert seen is not None
+        assert (seen.record, seen.version) == (ONE, first)
+        second = other.compare_and_swap(TWO, seen.version)
+        assert second not in (None, first)
+        assert store.compare_and_swap(ONE, first) is None, "the version is out of date"
+        again = store.compare_and_swap(TWO, second)
+        assert again not in (None, second), "the same record written again is a new version: a renewal is seen"
+        given_back = LeaseRecord(holder="", address="", term=2)
+        assert other.compare_and_swap(given_back, again) is not None
+        found = store.read()
+        assert found is not None
+        assert found.record == given_back
+
+
+def elect(url: str, name: str, timing: Timing, told: list[str]) -> Election:
+    store = open_store(url, lease_s=timing.lease_s, call_timeout_s=timing.call_timeout_s)
+    return Election(
+        store,
+        Elector(name, f"{name}:7070", timing),
+        timing,
+        on_lead=lambda term: told.append(f"{name} leads {term}"),
+        on_step_down=lambda reason: told.append(f"{name} ends: {reason}"),
+    )
+
+
+async def until(condition: Callable[[], object], why: str, deadline_s: float = 20.0) -> None:
+    end = asyncio.get_running_loop().time() + deadline_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < end, f"still not after {deadline_s} s: {why}"
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_leads_and_hands_over_when_it_ends(engine: str, urls: Callable[[str], str]) -> None:
+    async def scenario() -> None:
+        told: list[str] = []
+        timing = Timing(lease_s=2.0)
+        first, second = (elect(urls(engine), name, timing, told) for name in ("c-1", "c-2"))
+        await first.start()
+        await until(first.may_act, "the first to lead")
+        await second.start()
+        await until(lambda: (leader := second.leader()) and leader.address == "c-1:7070", "the second to know whom")
+        assert not second.may_act()
+        assert 0 < first.margin_s() <= timing.renew_deadline_s
+        await first.close()
+        assert not first.may_act()
+        await until(second.may_act, "the second to take over at once")
+        assert told == ["c-1 leads 1", "c-1 ends: this coordinator ends", "c-2 leads 2"]
+        await second.close()
+
+    asyncio.run(scenario())
+
+
+@needs_etcd
+def test_a_leader_whose_line_to_etcd_is_cut_ends_before_another_begins(etcd: Etcd) -> None:
+    async def scenario() -> None:
+        told: list[str] = []
+        timing = Timing(lease_s=1.5)
+        with CutProxy(etcd.address) as proxy:
+            first = elect(f"etcd://{proxy.address}/cut", "c-1", timing, told)
+            second = elect(etcd.url("cut"), "c-2", timing, told)
+            await first.start()
+            await until(first.may_act, "the first to lead")
+            await second.start()
+            proxy.cut()
+            await until(lambda: len(told) == 3, "the second to lead")
+            assert told[1].startswith("c-1 ends: not renewed within 1 s")
+            assert told[2] == "c-2 leads 2"
+            proxy.mend()
+            await until(lambda: (leader := first.leader()) and leader.holder == "c-2", "the first to see who leads")
+            await first.close()
+            await second.close()
+
+    asyncio.run(scenario())
+
+
+@needs_etcd
+def test_a_member_of_etcd_that_is_away_is_passed_over(etcd: Etcd) -> None:
+    with opened(f"etcd://127.0.0.1:1,{etcd.address}/members") as store:
+        version = store.compare_and_swap(ONE, None)
+        found = store.read()
+        assert found is not None
+        assert found.version == version
+
+
+def test_an_etcd_that_is_away_is_said_with_every_member() -> None:
+    pytest.importorskip("etcd3gw")
+    with (
+        opened("etcd://127.0.0.1:1,127.0.0.1:2/x") as store,
+        pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1.*127\.0\.0\.1:2"),
+    ):
+        store.read()
+
+
+@needs_etcd
+def test_a_key_that_is_not_ours_is_an_operators_error(etcd: Etcd) -> None:
+    with opened(etcd.url("foreign")) as store:
+        client = store._clients[0]  # type: ignore[attr-defined]
+        client.put("/foreign/leader", "something else")
+        with pytest.raises(ConfigError, match="choose another PREFIX"):
+            store.read()
+
+
+def test_what_kubernetes_refuses_is_an_operators_error_that_names_the_right(lease_server: LeaseServer) -> None:
+    with opened("kubernetes://backstay/lead") as store:
+        lease_server.is_forbidden = True
+        with pytest.raises(ConfigError, match=r"403.*get, create and update on leases.*namespace backstay"):
+            store.read()
+        lease_server.is_forbidden, lease_server.is_failing = False, True
+        with pytest.raises(UnavailableError, match="500"):
+            store.compare_and_swap(ONE, None)
+
+
+def test_another_writer_of_the_lease_costs_a_look_and_not_the_reign(lease_server: LeaseServer) -> None:
+    async def scenario() -> None:
+        told: list[str] = []
+        election = elect("kubernetes://backstay/lead", "c-1", Timing(lease_s=2.0), told)
+        await election.start()
+        await until(election.may_act, "it to lead")
+        for _ in range(5):
+            before = lease_server.leases["backstay", "lead"]["metadata"]["resourceVersion"]
+            lease_server.touch("backstay", "lead")
+            await until(
+                lambda before=before: (
+                    int(lease_server.leases["backstay", "lead"]["metadata"]["resourceVersion"]) > int(before) + 7
+                ),
+                "it to renew over that",
+            )
+        assert told == ["c-1 leads 1"]
+        spec = lease_server.leases["backstay", "lead"]["spec"]
+        assert spec["holderIdentity"] == "c-1:7070_c-1"
+        assert spec["leaseTransitions"] == 1
+        await election.close()
+
+    asyncio.run(scenario())
+
+
+def test_without_access_to_kubernetes_it_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
+    with (
+        pytest.raises(ConfigError, match="neither a service account in this pod nor a usable KUBECONFIG"),
+        ExitStack() as s,
+    ):
+        s.enter_context(opened("kubernetes://backstay/lead"))
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("zookeeper://a:1/x", "is neither empty nor etcd://"),
+        ("etcd://a:1", "names no PREFIX"),
+        ("etcd://a/x", "is not HOST:PORT"),
+        ("etcd://a:1/x?tls=yes", "has an option tls"),
+        ("kubernetes://Backstay/lead", "names that Kubernetes allows"),
+        ("kubernetes://backstay", "names that Kubernetes allows"),
+    ],
+)
+def test_a_url_that_names_no_place_is_refused(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(url)
