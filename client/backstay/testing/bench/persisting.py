@@ -15,10 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from backstay.testing.bench.arguments import Settings
 from backstay.testing.bench.driver import World, start_trainers
 from backstay.testing.bench.measure import Collection, MeasurementError, stolen_cpu_s, stopwatch
+from backstay.testing.bench.training import waiting_step_s
 from backstay.testing.cluster import LocalCluster
 from backstay.testing.wait import wait_until
 
@@ -28,7 +30,8 @@ _SCALE = 2  # times --size: 1 GiB by default
 _WARM_SAVES = 3
 _DEADLINE_S = 600.0
 _POLL_S = 0.01
-_STEP_S = 0.5
+_PAIRS = 2  # phases of either kind in a round, in turns
+_PHASE_STEPS = 6  # as many as it takes to have a copy under way in each of them
 
 
 def measure_persisting(settings: Settings, scratch: Path, found: Collection) -> None:
@@ -133,7 +136,10 @@ def _restore_round(cluster: LocalCluster, trainers: dict[str, object], found: Co
 
 
 def _measure_steps(settings: Settings, scratch: Path, disk: Path, found: Collection) -> None:
-    """Steps that only wait, each with a snapshot: in a cluster that copies all the time, and in one that does not."""
+    """Steps that only wait, each with a snapshot: in a cluster that copies all the time, and in one that does not.
+
+    A step is long enough for protection to keep up where nothing is copied: shorter ones would measure the wait for a slot.
+    """
     sizes = {"run_id": RUN_ID, "size_bytes": settings.size_bytes, "scratch": scratch}
     with (
         _cluster(settings, disk, nodes=settings.ranks, every_steps=1, parity="auto") as copying,
@@ -144,19 +150,29 @@ def _measure_steps(settings: Settings, scratch: Path, disk: Path, found: Collect
         worlds = {"with": with_copies, "without": without}
         for world in worlds.values():
             world.ask("attach")
-            world.ask("steps", count=_WARM_SAVES, kind="waiting", method="backstay", waiting_s=_STEP_S)
-        for index in range(settings.rounds):
-            mean, stolen = {}, stolen_cpu_s()
+        step = {"kind": "waiting", "method": "backstay", "waiting_s": waiting_step_s(plain, without, RUN)}
+        with_copies.ask("steps", count=_WARM_SAVES, **step)
+        _settle(copying)
+        for index in range(_PAIRS * settings.rounds):
+            seconds, stolen = {}, stolen_cpu_s()
             for name in ("with", "without") if index % 2 else ("without", "with"):
-                answers = worlds[name].ask(
-                    "steps", count=settings.steps, kind="waiting", method="backstay", waiting_s=_STEP_S
-                )
-                mean[name] = max(statistics.fmean(answer["step_s"]) for answer in answers)
+                seconds[name] = _phase(worlds[name], step, name, found)
                 _settle(copying)
-            ratio = mean["with"] / mean["without"]
+            ratio = seconds["with"] / seconds["without"]
             found.add("step_overhead_persisting", ratio, unit="ratio", stolen_s=stolen_cpu_s() - stolen)
+        found.note("step_overhead_persisting", waiting_step_s=step["waiting_s"], steps_per_phase=_PHASE_STEPS)
         for world in worlds.values():
             world.ask("finish")
+
+
+def _phase(world: World, step: dict[str, Any], name: str, found: Collection) -> float:
+    """Mean step of a short phase without its slowest one; a step lasts as long as on its slowest rank."""
+    answers = world.ask("steps", count=_PHASE_STEPS, **step)
+    steps = [max(ranks) for ranks in zip(*(answer["step_s"] for answer in answers), strict=True)]
+    mean = statistics.fmean(sorted(steps)[:-1])
+    found.add(f"persisting_step_{name}", mean, unit="s")
+    found.add(f"persisting_snapshots_per_step_{name}", answers[0]["taken"] / (_PHASE_STEPS + 1), unit="ratio")
+    return mean
 
 
 def _settle(cluster: LocalCluster) -> None:

@@ -89,7 +89,7 @@ def measure_steps(settings: Settings, scratch: Path, found: Collection) -> None:
         start_trainers(cluster, run_id=RUN_ID, size_bytes=settings.size_bytes, scratch=scratch) as world,
     ):
         world.ask("attach")
-        waiting_s = _waiting_step_s(cluster, world)
+        waiting_s = waiting_step_s(cluster, world)
         world.ask("calibrate", seconds=settings.cpu_step_s)
         methods = ("none", "backstay", *(PEERS if settings.has_peers else ()))
         for index in range(settings.rounds):
@@ -101,13 +101,13 @@ def measure_steps(settings: Settings, scratch: Path, found: Collection) -> None:
         world.ask("finish")
 
 
-def _waiting_step_s(cluster: LocalCluster, world: World) -> float:
+def waiting_step_s(cluster: LocalCluster, world: World, run: str = RUN) -> float:
     """A step in which protection has time to keep up: measured by protecting a few snapshots on their own."""
     seconds = 0.0
     for _ in range(_WARM_SAVES):
         with stopwatch() as watch:
             step = world.ask("steps", count=0, kind="waiting", method="backstay")[0]["step"]
-            wait_protected(cluster, step)
+            wait_protected(cluster, step, run)
         seconds = watch.seconds
     return max(_SHORTEST_WAIT_S, _WAIT_PER_PROTECT * seconds)
 
