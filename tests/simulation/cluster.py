@@ -83,6 +83,17 @@ class Control:
             cluster.engine.after(arrival_s - cluster.engine.now_s, cluster.deliver, self, name, incarnation, desired)
 
 
+@dataclass(slots=True)
+class Life:
+    """A world that trained, as it truly was."""
+
+    decision: Decision
+    released_s: float
+    step: int
+    world_id: str
+    died_s: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """A job under a supervisor that restarts the whole world when one rank dies, as torchrun does."""
@@ -99,6 +110,7 @@ class Job:
     is_starting: bool = False
     step: int = 0
     decision: Decision | None = None
+    lives: list[Life] = field(default_factory=list)  # each world that trained, for those who check the ledger
 
 
 class Cluster:
@@ -249,6 +261,8 @@ class Cluster:
                 continue
             if any(not trainer.is_alive for trainer in job.trainers.values()):
                 job.is_starting = True
+                if job.lives and job.lives[-1].world_id == job.world_id:
+                    job.lives[-1].died_s = self.engine.now_s
                 self.engine.after(self.engine.between(*self.restart_s), self._restart, job)
 
     def _restart(self, job: Job) -> None:
@@ -286,6 +300,7 @@ class Cluster:
         if job is not None and job.decision is None:
             job.decision = decision
             job.step = decision.base.step if decision.base is not None else 0
+            job.lives.append(Life(decision, self.engine.now_s, job.step, job.world_id))
             self.engine.after(job.step_s, self._step, job, job.world_id)
 
     def recorded(self, node: Node, decision: Decision) -> None:
@@ -301,6 +316,7 @@ class Cluster:
             self.engine.after(0.05, self._step, job, world_id)
             return
         job.step += 1
+        job.lives[-1].step = job.step
         for trainer in job.trainers.values():
             self.engine.after(self.engine.between(0.0, job.step_s * 0.5), self._snapshot, trainer, job.step)
         self.engine.after(job.step_s * self.engine.between(0.9, 1.2), self._step, job, world_id)

@@ -75,6 +75,7 @@ class RunMemory:
     corrupt: set[object] = field(default_factory=set)  # digests, (plan id, stripe, index)
     quarantined: list[Quarantined] = field(default_factory=list)
     decision: Decision | None = None
+    recorded_s: float = 0.0
     distrusted: dict[str, Distrusted] = field(default_factory=dict)  # by snapshot id
     is_forgotten: bool = False
 
@@ -200,6 +201,7 @@ class Node:
                 FragmentRecord(plan_id=p, stripe=stripe, index=index) for p, stripe, index in sorted(memory.fragments)
             ),
             decision=memory.decision,
+            recorded_unix_s=memory.recorded_s,
             staging=work.staging,
             quarantined=tuple(memory.quarantined),
             failed_plans=tuple(sorted(work.failed_plans)),

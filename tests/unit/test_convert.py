@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from backstay.errors import ERROR_CLASSES, BackstayError, IntegrityError, UnavailableError
 from backstay.ids import Generation
 from backstayd.core import records
+from backstayd.core.interruptions import Interruption, Ledger
 from backstayd.core.records import NodeDesired, NodeReport, Schedule, SessionPhase
 from backstayd.transport import convert, errors
 from backstayd.v1 import coordinator_pb2
@@ -70,7 +71,8 @@ def message_types() -> dict[str, Descriptor]:
 def test_messages_mirror_the_records_field_for_field() -> None:
     compared = 0
     for name, descriptor in message_types().items():
-        cls = getattr(records, name, None) or {"Generation": Generation}.get(name)
+        elsewhere = {"Generation": Generation, "Interruption": Interruption, "Ledger": Ledger}
+        cls = getattr(records, name, None) or elsewhere.get(name)
         if cls is None:
             key_or_envelope = {"SnapshotKey", "SyncRequest", "SyncResponse"}
             assert name in key_or_envelope, f"{name} mirrors no record"

@@ -188,12 +188,14 @@ class CoordinatorProcess:
 
     def _lead(self, term: int) -> None:
         """A reign begins: a fresh core, which knows nothing but its term. Its name is new, as no two reigns are one."""
-        now_s = self._clock.monotonic_s()
+        now_s, offset_s = self._clock.monotonic_s(), self._offset_s
         if term == 0:
-            self._core = Coordinator(self._policy, self.incarnation, now_s=now_s)
+            self._core = Coordinator(self._policy, self.incarnation, now_s=now_s, unix_offset_s=offset_s)
             return
         incarnation, leases = new_incarnation(), ELECTED_SETTLE_LEASES
-        self._core = Coordinator(self._policy, incarnation, now_s=now_s, term=term, settle_leases=leases)
+        self._core = Coordinator(
+            self._policy, incarnation, now_s=now_s, term=term, settle_leases=leases, unix_offset_s=offset_s
+        )
         self._core.timeline.add(now_s, "", "leads", f"the coordinator at {self._seat.address} leads, term {term}")
 
     def _step_down(self, reason: str) -> None:

@@ -122,7 +122,9 @@ def take_inventory(run: str, nodes: Iterable[NodeState]) -> Inventory:
                 continue
             held.setdefault((fragment.stripe, fragment.index), set()).add(node.name)
         if report.decision is not None:
-            inventory.decisions.setdefault(report.decision.decision_id, (report.decision, set()))[1].add(node.name)
+            known, holders = inventory.decisions.get(report.decision.decision_id, (report.decision, set()))
+            whole = known if known.ledger is not None else report.decision  # a node of an older version keeps no ledger
+            inventory.decisions[report.decision.decision_id] = (whole, holders | {node.name})
     return inventory
 
 

@@ -12,6 +12,7 @@ from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import Generation
 from backstayd.core.catalog import ShapeCache
 from backstayd.core.drains import DrainState, DrainVerdict, order_drain, verdict_of
+from backstayd.core.ledger import ledger_sentence
 from backstayd.core.locating import Located, locate
 from backstayd.core.nodes import NodeState, NodeTable
 from backstayd.core.policy import CorePolicy
@@ -25,6 +26,7 @@ from backstayd.core.timeline import Event, Timeline
 FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease
 MAX_RESETTLE_LEASES = 16
 TERM_GENERATIONS = 1_000_000_000  # of one term of an election: room for 999 leaps after a total loss (LEAP_GENERATIONS)
+KEPT_LEDGERS = 16
 
 
 class Coordinator:
@@ -38,12 +40,22 @@ class Coordinator:
             was lost, are told by reports as ever.
         settle_leases: How many leases nodes that are named but silent are waited for; after an election they have to
             find this coordinator first.
+        unix_offset_s: From the core's clock to Unix time, for what is kept longer than this coordinator lives.
     """
 
     def __init__(
-        self, policy: CorePolicy, incarnation: str, *, now_s: float, term: int = 0, settle_leases: float = 1.0
+        self,
+        policy: CorePolicy,
+        incarnation: str,
+        *,
+        now_s: float,
+        term: int = 0,
+        settle_leases: float = 1.0,
+        unix_offset_s: float = 0.0,
     ) -> None:
         self.policy = policy
+        self.unix_offset_s = unix_offset_s
+        self.finished: dict[str, dict[str, Any]] = {}  # ledgers of runs that are over, newest last
         self.incarnation = incarnation
         self.generation = Generation(0, incarnation)
         self.is_settled = False
@@ -112,6 +124,7 @@ class Coordinator:
             self.runs[name].evaluate(
                 present, generation=self.generation, has_long_memory=self._has_long_memory(), now_s=self._now_s
             )
+            self._keep_ledger(self.runs[name])
             if self._is_over(name, present):
                 del self.runs[name]
                 self.timeline.forget(name)
@@ -284,6 +297,7 @@ class Coordinator:
             raise_generation=self._raise_generation,
             say=lambda kind, message: self._say(run, kind, message),
             again=lambda kind: self.timeline.allow_again(run, kind),
+            unix_offset_s=self.unix_offset_s,
         )
 
     def _raise_generation(self, above: int) -> Generation:
@@ -339,6 +353,17 @@ class Coordinator:
         return {
             name: Peer(name=name, bulk_address=present[name].identity.bulk_address) for name in names & set(present)
         }
+
+    def _keep_ledger(self, state: RunState) -> None:
+        """A run is over: its ledger stays for a while, and one sentence of it in the log."""
+        ledger, state.closed_ledger = state.closed_ledger, None
+        if ledger is None:
+            return
+        self.finished.pop(state.run, None)
+        self.finished[state.run] = ledger
+        while len(self.finished) > KEPT_LEDGERS:
+            del self.finished[next(iter(self.finished))]
+        self._say(state.run, "ledger", ledger_sentence(ledger))
 
     def _is_over(self, run: str, present: Mapping[str, NodeState]) -> bool:
         """Whether no present node says anything of the run and nothing is remembered that a later world must know."""

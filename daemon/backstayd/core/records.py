@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from backstay import record
 from backstay.ids import Generation, SnapshotKey
+from backstayd.core.interruptions import Ledger
 
 
 class SessionPhase(enum.StrEnum):
@@ -223,6 +224,7 @@ class SessionRecord:
     gate: GateReport | None = None
     wants_persist: bool = False  # the trainer asked for the newest protected snapshot on durable storage, now
     sealed_step: int = 0  # the newest step whose files this rank declared whole (file store); 0: none
+    blocked_s: float = 0.0  # what snapshots have cost this rank since it attached here, as it says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,6 +369,7 @@ class Decision:
     sources: tuple[ShardSource, ...] = ()
     message: str = ""
     tries: int = 0  # decisions before this one that restored the same snapshot, with nothing protected since
+    ledger: Ledger | None = None  # the run's interruptions up to the one that this decision ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -468,6 +471,7 @@ class RunReport:
     failed_copies: tuple[
         str, ...
     ] = ()  # digests of shards that should be copied here and cannot; the reason is in its log
+    recorded_unix_s: float = 0.0  # when ``decision`` was written to tmpfs; 0: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,7 @@ LEAP_GENERATIONS = 1_000_000  # further than any cluster gets between two durabl
 LEAP_ATTEMPTS = 1000
 
 Say = Callable[[str, str], None]  # kind, message
+Enter = Callable[[Decision, RunContext], Decision]  # a decision before it has an id, with the run's ledger in it
 
 
 class Stage(enum.StrEnum):
@@ -71,6 +72,7 @@ class Recovery:
 
     raise_generation: Callable[[int], Generation]  # above this number, too
     say: Say
+    enter: Enter
     stage: Stage = Stage.IDLE
     world_id: str = ""
     decision: Decision | None = None
@@ -270,7 +272,8 @@ class Recovery:
             message=choice.message,
             tries=self._tries(context, memory, view) if view is not None else 0,
         )
-        return replace(bare, decision_id=hashlib.sha256(record.dumps(bare)).hexdigest()[:32])
+        entered = self.enter(bare, context)
+        return replace(entered, decision_id=hashlib.sha256(record.dumps(entered)).hexdigest()[:32])
 
     def _next_attempt(self, context: RunContext, memory: Memory) -> int:
         seen = [view.key.attempt for view in context.views]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, suspects_of, take_inventory
@@ -11,6 +12,7 @@ from backstayd.core.choosing import Memory, choose
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.draining import Draining
 from backstayd.core.forgetting import Forgetting
+from backstayd.core.ledger import Accounts
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.nodes import Liveness, NodeState
 from backstayd.core.pace import Pace
@@ -54,6 +56,7 @@ class RunState:
     raise_generation: Callable[[int], Generation]
     say: Say
     again: Callable[[str], None]  # the state that the last sentence of this kind described has passed
+    unix_offset_s: float = 0.0  # from the core's clock to Unix time, for the ledger
     protection: Protection = field(init=False)
     recovery: Recovery = field(init=False)
     probation: Probation = field(init=False)
@@ -61,6 +64,7 @@ class RunState:
     rebuilds: Rebuilds = field(init=False)
     forgetting: Forgetting = field(init=False)
     draining: Draining = field(init=False)
+    accounts: Accounts = field(init=False)
     pace: Pace = field(default_factory=Pace)
     memory: Memory = field(default_factory=Memory)
     head: Decision | None = None
@@ -69,6 +73,7 @@ class RunState:
     sealed: tuple[str, int] = ("", 0)  # world, and the newest step that one of its ranks declared whole
     known_sessions: dict[int, str] = field(default_factory=dict)
     known_marks: set[tuple[str, str, int, int]] = field(default_factory=set)
+    closed_ledger: dict[str, Any] | None = None  # of a run of this name that is over
 
     def __post_init__(self) -> None:
         self._set_out()
@@ -82,10 +87,13 @@ class RunState:
         if self.forgetting.is_done(context):
             self._begin_again()
         if self.forgetting.is_under_way:
+            self.accounts.end(now_s)
             return
         self._watch(context)
         before = self.recovery.world_id
+        self.accounts.watch(context, self.recovery, self.forgetting.ended)
         self.recovery.update(context, self.memory)
+        self.accounts.follow(context, self.recovery)
         if self.recovery.world_id != before:
             self.pace.restart()
         self._note_seals(context)
@@ -237,18 +245,23 @@ class RunState:
 
     def _begin_again(self) -> None:
         """Nothing of the run is left anywhere: whoever asks under its name starts from scratch."""
+        self.closed_ledger = self.accounts.document(self.context.now_s if self.context is not None else 0.0)
         self._set_out()
         self.pace, self.memory = Pace(), Memory()
         self.head, self.evaluation = None, None
 
     def _set_out(self) -> None:
         self.protection = Protection(self.policy)
-        self.recovery = Recovery(self.raise_generation, self.say)
+        self.accounts = Accounts(unix_offset_s=self.unix_offset_s)
+        self.recovery = Recovery(self.raise_generation, self.say, self._enter)
         self.probation = Probation(steps=self.policy.probation_steps)
         self.persisting = Persisting(self.run, self.policy, self.say)
         self.rebuilds = Rebuilds(self.policy.lease_s, self.say, self.again)
         self.forgetting = Forgetting(self.policy.job_ttl_s, self.say)
         self.draining = Draining()
+
+    def _enter(self, decision: Decision, context: RunContext) -> Decision:
+        return self.accounts.entered(decision, context, self.recovery)
 
     def _watch(self, context: RunContext) -> None:
         """Note what is new in the reports: snapshots, sessions, corruption."""
@@ -257,6 +270,7 @@ class RunState:
         for view in reversed(context.live_views):
             if view.is_complete:
                 if view.snapshot_id not in self.memory.holders:
+                    self.accounts.count("complete")
                     self.say("complete", f"step {view.key.step} of attempt {view.key.attempt} is complete")
                 self.memory.note(view)
         marks = {(holder, mark.what, mark.attempt, mark.step): mark.reason for holder, mark in context.quarantined()}
@@ -333,6 +347,7 @@ class RunState:
             is_good = view.is_restorable and target > 0 and view.spares >= target
             if is_good and view.snapshot_id not in self.memory.protected:
                 self.memory.protected[view.snapshot_id] = None
+                self.accounts.count("protected")
                 self.say("protected", f"step {view.key.step} is protected: {any_nodes(view.spares)} may go")
 
     def _release(self, context: RunContext, target: int) -> dict[SnapshotKey, str]:

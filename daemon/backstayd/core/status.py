@@ -31,7 +31,8 @@ def status_document(coordinator: Coordinator, *, now_s: float, unix_offset_s: fl
             _node(node, coordinator.drains.get(node.name, DrainVerdict()))
             for node in sorted(coordinator.nodes.nodes.values(), key=lambda n: n.name)
         ],
-        "runs": [_run(coordinator.runs[name]) for name in sorted(coordinator.runs)],
+        "runs": [_run(coordinator.runs[name], now_s) for name in sorted(coordinator.runs)],
+        "finished": [{"run": run, "ledger": ledger} for run, ledger in coordinator.finished.items()],
         "timeline": [
             {"time_unix_s": event.at_s + unix_offset_s, "run": event.run, "kind": event.kind, "message": event.message}
             for event in coordinator.timeline.all()
@@ -55,7 +56,7 @@ def _node(node: NodeState, drain: DrainVerdict) -> dict[str, Any]:
     }
 
 
-def _run(state: RunState) -> dict[str, Any]:
+def _run(state: RunState, now_s: float) -> dict[str, Any]:
     document: dict[str, Any] = {
         "run": state.run,
         "world_id": state.recovery.world_id,
@@ -77,6 +78,7 @@ def _run(state: RunState) -> dict[str, Any]:
         "gate": "",
         "explain": None,
         "storage": state.persisting.document(),
+        "ledger": state.accounts.document(now_s),
     }
     context, evaluation = state.context, state.evaluation
     if context is None or evaluation is None or state.forgetting.is_under_way:

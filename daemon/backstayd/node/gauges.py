@@ -86,17 +86,22 @@ def note_traffic(metrics: NodeMetrics, event: CoderEvent) -> None:
     metrics.peer_bytes.labels(direction="received").inc(event.received_bytes)
 
 
-def note_cost(metrics: NodeMetrics, run: str, cost: local.TrainerCost | None) -> None:
-    """What a trainer says its snapshots cost it since it said so last; an older one says nothing."""
+def note_cost(metrics: NodeMetrics, run: str, cost: local.TrainerCost | None) -> float:
+    """What a trainer says its snapshots cost it since it said so last; an older one says nothing.
+
+    Returns how long it was held up.
+    """
     if cost is None:
-        return
+        return 0.0
     blocked = metrics.trainer_blocked_seconds
-    blocked.of(run, where="snapshot").inc(_within(cost.snapshot_s, MAX_COST_S))
-    blocked.of(run, where="fence").inc(_within(cost.fence_s, MAX_COST_S))
+    snapshot_s, fence_s = _within(cost.snapshot_s, MAX_COST_S), _within(cost.fence_s, MAX_COST_S)
+    blocked.of(run, where="snapshot").inc(snapshot_s)
+    blocked.of(run, where="fence").inc(fence_s)
     if cost.capture_s > 0:
         metrics.stage_seconds.labels(stage="capture").observe(_within(cost.capture_s, MAX_COST_S))
     metrics.stage_bytes.of(run, stage="capture").inc(_within(cost.copied_bytes, MAX_COST_BYTES))
     metrics.trainer_kept_bytes.of(run).inc(_within(cost.kept_bytes, MAX_COST_BYTES))
+    return snapshot_s + fence_s
 
 
 class NodeGauges:

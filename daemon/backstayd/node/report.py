@@ -94,6 +94,7 @@ class Reporter:
             distrusted=index.distrusted,
             failed_copies=self._reconciler.failed_copies.of(run),
             owner=str(index.owner_uid) if index.owner_uid != UNKNOWN_UID else "",
+            recorded_unix_s=index.recorded_unix_s,
             is_forgotten=run in self._reconciler.forgotten and not view.has_memory,
         )
 

@@ -342,7 +342,7 @@ class Requests:
     def _commit(self, session: Session, message: local.Commit) -> local.Committed:
         metrics = self._context.metrics
         self._check_current(session)
-        gauges.note_cost(metrics, session.run, message.cost)
+        session.blocked_s += gauges.note_cost(metrics, session.run, message.cost)
         grant = session.grants.get(message.slot_id)
         if grant is None or grant.step != message.step:
             raise UnavailableError(
@@ -373,7 +373,7 @@ class Requests:
 
     def _abandon(self, session: Session, message: local.Abandon) -> None:
         reason = message.reason[:MAX_REASON] or "abandoned"
-        gauges.note_cost(self._context.metrics, session.run, message.cost)
+        session.blocked_s += gauges.note_cost(self._context.metrics, session.run, message.cost)
         is_short = message.is_short_of_slots and self._context.run_desired(session.run).extra_slots == 0
         granted = [grant for grant in session.grants.values() if grant.step == message.step]
         if granted or message.is_unused:

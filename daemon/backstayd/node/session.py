@@ -51,6 +51,7 @@ class Session:
     is_short_of_slots: bool = False
     wish_step: int = 0  # the trainer asked for this step, or a newer one, on durable storage; 0: it did not
     sealed_step: int = 0  # file store: the newest step this rank declared whole
+    blocked_s: float = 0.0  # what snapshots have cost it, as it says
     gate: GateReport | None = None  # what it says it loaded
     grants: dict[str, Grant] = field(default_factory=dict)  # by slot id
     answer: asyncio.Future[RestoreAnswer] | None = None
@@ -75,6 +76,7 @@ class Session:
             skip_reason=self.skip_reason,
             is_short_of_slots=self.is_short_of_slots,
             sealed_step=self.sealed_step,
+            blocked_s=round(self.blocked_s, 3),
             wants_persist=self.wish_step > persisted_step,
             gate=self.gate,
         )

@@ -48,6 +48,7 @@ class RunIndex:
     run: str
     owner_uid: int = UNKNOWN_UID
     decision: Decision | None = None
+    recorded_unix_s: float = 0.0  # when that was written
     distrusted: tuple[Distrusted, ...] = ()
     shards: dict[tuple[SnapshotKey, int], HeldShard] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)

@@ -113,6 +113,7 @@ def _scan_run(paths: RunPaths, findings: list[Finding]) -> RunIndex:
             index.owner_uid = owner.uid if owner else index.owner_uid
         elif path == paths.decision:
             index.decision = _load_decision(path, paths.run, findings)
+            index.recorded_unix_s = path.stat().st_mtime if index.decision is not None else 0.0
         elif path == paths.distrusted:
             distrust = _load(path, Distrust, paths.run, findings)
             index.distrusted = distrust.snapshots if distrust else ()

@@ -133,8 +133,9 @@ class Store:
         """Keep ``decision`` on tmpfs; survives this daemon."""
         index = self.index(decision.run)
         make_directory(self.paths(decision.run).root)
-        write_atomically(self.paths(decision.run).decision, record.dumps(decision), incarnation=self.incarnation)
-        index.decision = decision
+        path = self.paths(decision.run).decision
+        write_atomically(path, record.dumps(decision), incarnation=self.incarnation)
+        index.decision, index.recorded_unix_s = decision, path.stat().st_mtime
 
     def record_distrust(self, run: str, distrusted: tuple[Distrusted, ...]) -> bool:
         """Keep which snapshots of ``run`` must not be restored; survives this daemon. False if that was known."""

@@ -378,6 +378,7 @@ class SessionRecord(_message.Message):
     GATE_FIELD_NUMBER: _builtins.int
     WANTS_PERSIST_FIELD_NUMBER: _builtins.int
     SEALED_STEP_FIELD_NUMBER: _builtins.int
+    BLOCKED_S_FIELD_NUMBER: _builtins.int
     world_id: _builtins.str
     """The set of processes that train together."""
     rank: _builtins.int
@@ -400,6 +401,8 @@ class SessionRecord(_message.Message):
     """The trainer asked for the newest protected snapshot on durable storage."""
     sealed_step: _builtins.int
     """The newest step whose files this rank declared whole; 0 if none."""
+    blocked_s: _builtins.float
+    """What snapshots have cost this rank since it attached, in seconds."""
     @_builtins.property
     def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks whose shards this rank may read at restore."""
@@ -424,10 +427,11 @@ class SessionRecord(_message.Message):
         gate: Global___GateReport | None = ...,
         wants_persist: _builtins.bool = ...,
         sealed_step: _builtins.int = ...,
+        blocked_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "gate", b"gate", "is_short_of_slots", b"is_short_of_slots", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "sealed_step", b"sealed_step", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "wants_persist", b"wants_persist", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "blocked_s", b"blocked_s", "gate", b"gate", "is_short_of_slots", b"is_short_of_slots", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "sealed_step", b"sealed_step", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "wants_persist", b"wants_persist", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -804,6 +808,7 @@ class Decision(_message.Message):
     SOURCES_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     TRIES_FIELD_NUMBER: _builtins.int
+    LEDGER_FIELD_NUMBER: _builtins.int
     decision_id: _builtins.str
     """Identity of the decision."""
     run: _builtins.str
@@ -840,6 +845,10 @@ class Decision(_message.Message):
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardSource]:
         """Where bytes come from."""
 
+    @_builtins.property
+    def ledger(self) -> Global___Ledger:
+        """The run's interruptions up to the one that this decision ends; absent from an older coordinator."""
+
     def __init__(
         self,
         *,
@@ -856,14 +865,161 @@ class Decision(_message.Message):
         sources: _abc.Iterable[Global___ShardSource] | None = ...,
         message: _builtins.str = ...,
         tries: _builtins.int = ...,
+        ledger: Global___Ledger | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "generation", b"generation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "generation", b"generation", "ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base", b"base", "decision_id", b"decision_id", "generation", b"generation", "lineage", b"lineage", "message", b"message", "outcome", b"outcome", "placements", b"placements", "run", b"run", "sources", b"sources", "tries", b"tries", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base", b"base", "decision_id", b"decision_id", "generation", b"generation", "ledger", b"ledger", "lineage", b"lineage", "message", b"message", "outcome", b"outcome", "placements", b"placements", "run", b"run", "sources", b"sources", "tries", b"tries", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class Interruption(_message.Message):
+    """One end of a world that trained, and how the next world came to train. Times are Unix seconds; 0 is not known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    HEARD_UNIX_S_FIELD_NUMBER: _builtins.int
+    NOTICED_UNIX_S_FIELD_NUMBER: _builtins.int
+    OPENED_UNIX_S_FIELD_NUMBER: _builtins.int
+    DECIDED_UNIX_S_FIELD_NUMBER: _builtins.int
+    RELEASED_UNIX_S_FIELD_NUMBER: _builtins.int
+    NEW_ATTEMPT_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    NEWEST_STEP_FIELD_NUMBER: _builtins.int
+    BASE_STEP_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    BLOCKED_S_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_UNIX_S_FIELD_NUMBER: _builtins.int
+    HAS_STORAGE_FIELD_NUMBER: _builtins.int
+    PERSISTED_STEP_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the history that ended."""
+    cause: _builtins.str
+    """trainer_died, node_lost, all_nodes_lost, distrusted or world_restarted."""
+    detail: _builtins.str
+    """One sentence for people."""
+    heard_unix_s: _builtins.float
+    """The last sign of life of what was missing."""
+    noticed_unix_s: _builtins.float
+    """A rank was missing from the reports."""
+    opened_unix_s: _builtins.float
+    """Every rank of the next world waited."""
+    decided_unix_s: _builtins.float
+    """The decision was made."""
+    released_unix_s: _builtins.float
+    """The ranks went on."""
+    new_attempt: _builtins.int
+    """Number of the history that goes on."""
+    outcome: _builtins.str
+    """What restore() answered."""
+    source: _builtins.str
+    """The farthest place a shard came from."""
+    newest_step: _builtins.int
+    """The newest step that a rank is known to have completed in the history that ended."""
+    base_step: _builtins.int
+    """The step that was restored."""
+    step_s: _builtins.float
+    """Measured seconds per step in the history that ended."""
+    blocked_s: _builtins.float
+    """What snapshots cost the slowest rank of that history."""
+    first_step: _builtins.int
+    """The first step seen of the new history."""
+    first_step_unix_s: _builtins.float
+    """When it was seen."""
+    has_storage: _builtins.bool
+    """Durable storage was configured."""
+    persisted_step: _builtins.int
+    """The newest step of the live history on it when the decision was made."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        cause: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        heard_unix_s: _builtins.float = ...,
+        noticed_unix_s: _builtins.float = ...,
+        opened_unix_s: _builtins.float = ...,
+        decided_unix_s: _builtins.float = ...,
+        released_unix_s: _builtins.float = ...,
+        new_attempt: _builtins.int = ...,
+        outcome: _builtins.str = ...,
+        source: _builtins.str = ...,
+        newest_step: _builtins.int = ...,
+        base_step: _builtins.int = ...,
+        step_s: _builtins.float = ...,
+        blocked_s: _builtins.float = ...,
+        first_step: _builtins.int = ...,
+        first_step_unix_s: _builtins.float = ...,
+        has_storage: _builtins.bool = ...,
+        persisted_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_step", b"base_step", "blocked_s", b"blocked_s", "cause", b"cause", "decided_unix_s", b"decided_unix_s", "detail", b"detail", "first_step", b"first_step", "first_step_unix_s", b"first_step_unix_s", "has_storage", b"has_storage", "heard_unix_s", b"heard_unix_s", "new_attempt", b"new_attempt", "newest_step", b"newest_step", "noticed_unix_s", b"noticed_unix_s", "opened_unix_s", b"opened_unix_s", "outcome", b"outcome", "persisted_step", b"persisted_step", "released_unix_s", b"released_unix_s", "source", b"source", "step_s", b"step_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Interruption: _TypeAlias = Interruption  # noqa: Y015
+
+@_typing.final
+class Ledger(_message.Message):
+    """The interruptions of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGAN_UNIX_S_FIELD_NUMBER: _builtins.int
+    IS_WHOLE_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    EARLIER_COUNT_FIELD_NUMBER: _builtins.int
+    EARLIER_STEPS_LOST_FIELD_NUMBER: _builtins.int
+    EARLIER_DOWN_S_FIELD_NUMBER: _builtins.int
+    EARLIER_RECOMPUTE_S_FIELD_NUMBER: _builtins.int
+    EARLIER_BLOCKED_S_FIELD_NUMBER: _builtins.int
+    began_unix_s: _builtins.float
+    """Since when it is kept, Unix seconds."""
+    is_whole: _builtins.bool
+    """It goes back to the run's first step."""
+    earlier_count: _builtins.int
+    """Older ones, summed up: how many."""
+    earlier_steps_lost: _builtins.int
+    """Steps they lost."""
+    earlier_down_s: _builtins.float
+    """Seconds without training."""
+    earlier_recompute_s: _builtins.float
+    """Seconds to compute lost steps again."""
+    earlier_blocked_s: _builtins.float
+    """Seconds in which snapshots held up training."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Interruption]:
+        """Oldest first, bounded."""
+
+    def __init__(
+        self,
+        *,
+        began_unix_s: _builtins.float = ...,
+        is_whole: _builtins.bool = ...,
+        entries: _abc.Iterable[Global___Interruption] | None = ...,
+        earlier_count: _builtins.int = ...,
+        earlier_steps_lost: _builtins.int = ...,
+        earlier_down_s: _builtins.float = ...,
+        earlier_recompute_s: _builtins.float = ...,
+        earlier_blocked_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_unix_s", b"began_unix_s", "earlier_blocked_s", b"earlier_blocked_s", "earlier_count", b"earlier_count", "earlier_down_s", b"earlier_down_s", "earlier_recompute_s", b"earlier_recompute_s", "earlier_steps_lost", b"earlier_steps_lost", "entries", b"entries", "is_whole", b"is_whole"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ledger: _TypeAlias = Ledger  # noqa: Y015
 
 @_typing.final
 class Staging(_message.Message):
@@ -992,6 +1148,7 @@ class RunReport(_message.Message):
     PRUNED_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     FAILED_COPIES_FIELD_NUMBER: _builtins.int
+    RECORDED_UNIX_S_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     rebuilt_bytes: _builtins.int
@@ -1002,6 +1159,8 @@ class RunReport(_message.Message):
     """Finished or forgotten here; nothing of it is kept."""
     owner: _builtins.str
     """The user whose run it is, a number; empty if not known here."""
+    recorded_unix_s: _builtins.float
+    """When the decision was written to tmpfs, Unix seconds; 0 if not known."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionRecord]:
         """Live trainers of this run on the node."""
@@ -1075,10 +1234,11 @@ class RunReport(_message.Message):
         pruned: _abc.Iterable[Global___SnapshotKey] | None = ...,
         owner: _builtins.str = ...,
         failed_copies: _abc.Iterable[_builtins.str] | None = ...,
+        recorded_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "staging", b"staging", "survey", b"survey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_copies", b"failed_copies", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "owner", b"owner", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_copies", b"failed_copies", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "owner", b"owner", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "recorded_unix_s", b"recorded_unix_s", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
