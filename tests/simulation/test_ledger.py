@@ -112,7 +112,7 @@ def test_random_faults_are_written_down_as_they_were(part: int) -> None:
         cluster = Scenario(seed).run()
         for job in cluster.jobs:
             compared += check_chain(cluster, job, seed)
-    assert compared > 1
+    assert compared > 0
 
 
 def check_chain(cluster: Cluster, job: Job, seed: int) -> int:
@@ -120,6 +120,8 @@ def check_chain(cluster: Cluster, job: Job, seed: int) -> int:
     ledger = ledger_of(cluster, job.run)
     assert 0 <= ledger["goodput"] <= 1, f"seed {seed}"
     truth = {life.decision.attempt: life for life in job.lives}
+    written = {entry["new_attempt"] for entry in ledger["interruptions"]}
+    assert not ledger["is_whole"] or set(truth) - {job.lives[0].decision.attempt} <= written, f"seed {seed}"
     entries = {entry["new_attempt"]: entry for entry in ledger["interruptions"] if entry["new_attempt"]}
     current = job.lives[-1].decision.attempt
     assert not ledger["is_interrupted"], f"seed {seed}"
