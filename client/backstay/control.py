@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
-from backstay import local
+from backstay import __version__, local, versions
 from backstay.errors import (
     ERROR_CLASSES,
     BackstayError,
@@ -57,13 +57,14 @@ class DaemonConnection:
     def attach(self, message: local.Attach, *, deadline_s: float) -> local.Attached:
         """Open the session; raises ConfigError for a daemon of a protocol that this client does not speak."""
         attached = self._expect(message, local.Attached, deadline_s)
-        if not local.PROTOCOL_VERSION - 1 <= attached.protocol <= local.PROTOCOL_VERSION:
+        daemon = versions.Side(
+            name=f"the daemon at {self.socket_path}", release=attached.daemon_version, protocol=attached.protocol
+        )
+        own = versions.Side(name="this trainer", release=__version__, protocol=local.PROTOCOL_VERSION)
+        problem = versions.why_apart(own, daemon)
+        if problem:
             self.close()
-            raise ConfigError(
-                f"daemon {attached.daemon_version or '(unknown version)'} at {self.socket_path} speaks protocol "
-                f"{attached.protocol}, this trainer {local.PROTOCOL_VERSION} and the one before: upgrade the older of the two",
-                reason="protocol_version",
-            )
+            raise ConfigError(problem, reason="protocol_version")
         return attached
 
     def call(self, message: Any, *, deadline_s: float) -> tuple[Any, list[int]]:

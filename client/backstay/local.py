@@ -17,10 +17,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from backstay import record
+from backstay import record, versions
 from backstay.errors import IntegrityError
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = versions.LOCAL_PROTOCOL
 MAX_FRAME_BYTES: Final = 256 * 1024 * 1024  # a manifest of an 8 TiB shard; admission refuses such a shard long before
 MAX_FDS: Final = 128
 DEFAULT_SOCKET: Final = "/run/backstay/backstayd.sock"  # overridden by BACKSTAY_SOCKET

@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from backstay import record
+from backstay import record, versions
 from backstay.errors import IntegrityError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = versions.FILE_FORMAT
 CHUNK_BYTES: Final = 256 * 1024  # the unit of every digest, transfer and verification
 
 _HEXADECIMAL: Final = re.compile(r"[0-9a-f]*")
@@ -88,10 +88,8 @@ class Manifest:
 
     def check(self) -> None:
         """Raise IntegrityError if the manifest contradicts itself or is of a format this version does not read."""
-        if self.format != FORMAT_VERSION:
-            raise IntegrityError(
-                f"manifest format {self.format}; this version reads {FORMAT_VERSION}", reason="bad_format"
-            )
+        if not versions.is_readable(self.format):
+            raise IntegrityError(versions.unreadable("a manifest", self.format, self.writer), reason="bad_format")
         if self.chunk_bytes != CHUNK_BYTES:
             raise IntegrityError(
                 f"manifest with chunks of {self.chunk_bytes} bytes, not {CHUNK_BYTES}", reason="bad_format"

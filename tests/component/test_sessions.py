@@ -204,7 +204,9 @@ def test_abandoned_and_unfinished_captures_are_reported_as_skipped(node: NodeThr
 
 def test_a_trainer_of_another_protocol_or_user_is_refused_by_name(node: NodeThread) -> None:
     trainer = PlainTrainer(node.socket)
-    with pytest.raises(UsageError, match="speaks local protocol 7"):
+    with pytest.raises(
+        UsageError, match=r"the trainer is of release .* \(protocol 7\), this daemon .* Upgrade this daemon first"
+    ):
         trainer.attach(protocol=7)
     node.call(lambda: node.node.context.store.open_run("job/theirs", uid=4242))
     theirs = PlainTrainer(node.socket, run="job/theirs")

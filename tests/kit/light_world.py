@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ class Rank:
         rank: int,
         world_size: int,
         size_bytes: int = SIZE_BYTES,
+        python_path: str = "",
     ) -> None:
         node = cluster.nodes[node_index]
         self.rank = rank
         self.size_bytes = size_bytes
         arguments = [str(node.socket), run, str(rank), str(world_size), str(size_bytes)]
         environment = process_environment() | cluster.keeper.marks(node=node.name, role=WORK_ROLE)
+        environment |= {"PYTHONPATH": python_path} if python_path else {}
         self.log = cluster.keeper.log_dir / f"rank-{rank}-{new_incarnation()}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -158,13 +160,29 @@ class Ranks:
 
 @contextmanager
 def light_world(
-    cluster: LocalCluster, run: str, *, nodes: Sequence[int] | None = None, size_bytes: int = SIZE_BYTES
+    cluster: LocalCluster,
+    run: str,
+    *,
+    nodes: Sequence[int] | None = None,
+    size_bytes: int = SIZE_BYTES,
+    python_paths: Mapping[int, str] | None = None,
 ) -> Iterator[Ranks]:
-    """A world with rank r on node ``nodes[r]`` (default: one on each node); nothing is attached yet."""
+    """A world with rank r on node ``nodes[r]`` (default: one on each node); nothing is attached yet.
+
+    ``python_paths``: ranks that find another backstay than this one.
+    """
     places = list(range(len(cluster.nodes))) if nodes is None else list(nodes)
     ranks = Ranks(
         [
-            Rank(cluster, node, run=run, rank=rank, world_size=len(places), size_bytes=size_bytes)
+            Rank(
+                cluster,
+                node,
+                run=run,
+                rank=rank,
+                world_size=len(places),
+                size_bytes=size_bytes,
+                python_path=(python_paths or {}).get(rank, ""),
+            )
             for rank, node in enumerate(places)
         ],
         new_incarnation(),

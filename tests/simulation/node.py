@@ -187,6 +187,7 @@ class Node:
             generation=self.generation,
             runs=tuple(self._run_report(run) for run in names),
             is_draining=self.is_draining,
+            takes_copies=True,
         )
 
     def _run_report(self, run: str) -> RunReport:

@@ -117,6 +117,38 @@ def test_an_enum_value_of_a_later_version_is_refused() -> None:
     assert convert.from_message(records.SessionRecord, message).phase is SessionPhase.ATTACHED
 
 
+def test_what_a_newer_sender_says_costs_the_least_part_of_its_report() -> None:
+    node = records.NodeIdentity(name="n1", incarnation="1", bulk_address="n1:1")
+    sessions = tuple(
+        records.SessionRecord(world_id="w", rank=rank, world_size=2, phase=SessionPhase.TRAINING) for rank in range(2)
+    )
+    run = records.RunReport(run="a/b", sessions=sessions, staging=records.Staging(decision_id="d", state="ready"))  # type: ignore[arg-type]
+    message = convert.to_message(records.NodeReport(node=node, sequence=1, runs=(run,)), coordinator_pb2.NodeReport)
+    message.runs[0].sessions[0].phase = 99  # type: ignore[assignment]
+    message.runs[0].staging.state = 77  # type: ignore[assignment]
+    found = convert.from_message(records.NodeReport, message)
+    assert [session.rank for session in found.runs[0].sessions] == [1]
+    assert found.runs[0].staging is None
+    assert found.node == node
+
+
+def test_a_decision_with_a_source_of_an_unknown_kind_is_left_out_as_a_whole() -> None:
+    source = records.ShardSource(rank=0, size_bytes=1, digest="d", kind=records.SourceKind.LOCAL)
+    decision = records.Decision(
+        decision_id="d", generation=Generation(1, "c"), run="a/b", world_id="w", world_size=1, attempt=1,
+        outcome=records.Outcome.EXACT, sources=(source,),
+    )  # fmt: skip
+    desired = records.NodeDesired(
+        generation=Generation(1, "c"), runs=(records.RunDesired(run="a/b", decision=decision),)
+    )
+    message = convert.to_message(desired, coordinator_pb2.NodeDesired)
+    message.runs[0].decision.sources[0].kind = 99  # type: ignore[assignment]
+    message.runs[0].decision_phase = 88  # type: ignore[assignment]
+    (run,) = convert.from_message(records.NodeDesired, message).runs
+    assert run.decision is None
+    assert run.decision_phase is records.DecisionPhase.PREPARE
+
+
 def test_every_error_class_has_its_own_code_and_comes_back_as_itself() -> None:
     assert set(errors.CODE_OF_CLASS) == set(ERROR_CLASSES.values())
     assert len(set(errors.CODE_OF_CLASS.values())) == len(errors.CODE_OF_CLASS)

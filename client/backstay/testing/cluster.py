@@ -192,19 +192,27 @@ class LocalCluster:
         """The coordinator that leads; raises UnavailableError while none does."""
         return leading(self.coordinators)
 
-    def start_coordinator(self, env: Mapping[str, str] | None = None, *, index: int = 0) -> None:
+    def start_coordinator(self, env: Mapping[str, str | None] | None = None, *, index: int = 0) -> None:
         """Start a coordinator at its address of this cluster; ``env`` is added to its environment."""
         coordinator = self.coordinators[index]
         argv = _daemon_argv("coordinator", *coordinator.arguments(), "--parity", str(self._parity))
         argv += ["--group-size", str(self._group_size), "--keep", str(self._keep), "--lease-s", f"{self.lease_s:g}"]
         security = PLAINTEXT if self.certificates is None else self.certificates.of_coordinator()
-        environment = self._daemon_environment(security | self._settings | dict(env or {}))
+        environment = self._daemon_environment({**security, **self._settings, **(env or {})})
         name = coordinator.name
         coordinator.process = self.keeper.spawn(argv, name=name, node=name, role=DAEMON_ROLE, env=environment)
 
     def kill_coordinator(self, index: int = 0) -> None:
         """SIGKILL a coordinator; returns when it is gone."""
         self.keeper.kill(node=self.coordinators[index].name)
+
+    def stop_coordinator(self, index: int = 0, *, deadline_s: float = 30.0) -> int:
+        """SIGTERM a coordinator and return its exit status."""
+        process = self.coordinators[index].process
+        if process is None:
+            raise UsageError(f"{self.coordinators[index].name} was not started")
+        process.terminate()
+        return process.wait(deadline_s)
 
     def restart_coordinator(self, env: Mapping[str, str] | None = None, *, index: int = 0) -> None:
         """Kill a coordinator if it runs, start another at the same address and wait until it answers."""
@@ -244,8 +252,13 @@ class LocalCluster:
         self.kill_daemon(index)
         return status
 
-    def restart_daemon(self, index: int, env: Mapping[str, str] | None = None, *, is_waiting: bool = True) -> None:
-        """Kill the daemon if it runs and start another over the same memory; waits for its answer by default."""
+    def restart_daemon(
+        self, index: int, env: Mapping[str, str | None] | None = None, *, is_waiting: bool = True
+    ) -> None:
+        """Kill the daemon if it runs and start another over the same memory; waits for its answer by default.
+
+        ``env`` is added to its environment; None takes a variable away.
+        """
         node = self.nodes[index]
         if node.is_destroyed:
             raise UsageError(f"{node.name} was destroyed; use replace_node({index})")
@@ -304,7 +317,7 @@ class LocalCluster:
         signal_processes(pids, number)
         return pids
 
-    def _start_daemon(self, node: LocalNode, env: Mapping[str, str] | None = None) -> None:
+    def _start_daemon(self, node: LocalNode, env: Mapping[str, str | None] | None = None) -> None:
         node.memory_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         argv = _daemon_argv("node", "--name", node.name, "--memory-dir", str(node.memory_dir))
         argv += ["--socket", str(node.socket), "--coordinator", self.coordinator_address, "--bulk", f"{_HOST}:0"]
@@ -312,11 +325,12 @@ class LocalCluster:
         argv += ["--domain", node.domain] if node.domain else []
         argv += ["--quota", self._quota] if self._quota else []
         security = PLAINTEXT if self.certificates is None else self.certificates.of_node(node.name)
-        environment = self._daemon_environment(security | dict(env or {}))
+        environment = self._daemon_environment({**security, **(env or {})})
         node.daemon = self.keeper.spawn(argv, name=node.name, node=node.name, role=DAEMON_ROLE, env=environment)
 
-    def _daemon_environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
-        return process_environment() | self._env | dict(env or {})
+    def _daemon_environment(self, env: Mapping[str, str | None] | None) -> dict[str, str]:
+        wanted: dict[str, str | None] = {**process_environment(), **self._env, **(env or {})}
+        return {name: value for name, value in wanted.items() if value is not None}
 
     @property
     def operator_environment(self) -> dict[str, str]:

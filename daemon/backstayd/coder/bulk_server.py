@@ -18,7 +18,15 @@ from typing import Final
 
 from crc32c import crc32c
 
-from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError, UsageError
+from backstay import __version__, versions
+from backstay.errors import (
+    BackstayError,
+    ConfigError,
+    IntegrityError,
+    SnapshotNotFoundError,
+    UnavailableError,
+    UsageError,
+)
 from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
 from backstayd.coder.jobs import CoderEvent, fragment_event, shard_event
@@ -170,6 +178,7 @@ class BulkServer:
         channel.set_silence_limit(self._timeouts.constant_s)
         exchange = _Exchange(self._memory_dir, self._incarnation, channel, request, self._on_event)
         try:
+            _check_protocol(request, channel.name)
             exchange.run()
             self._traffic.add(sent=exchange.sent_bytes, received=exchange.received_bytes)
         except UnavailableError as error:
@@ -181,6 +190,13 @@ class BulkServer:
             logger.info("%s: %s of %s refused: %s", channel.name, request.op, request.run, error)
             exchange.refuse(error)
         return not exchange.is_out_of_step
+
+
+def _check_protocol(request: BulkRequest, peer: str) -> None:
+    own = versions.Side(name="this node", release=__version__, protocol=versions.BULK_PROTOCOL)
+    problem = versions.why_apart(own, versions.Side(name=f"the peer at {peer}", protocol=request.protocol))
+    if problem:
+        raise ConfigError(problem, reason="bad_protocol")
 
 
 class _Exchange:

@@ -167,12 +167,13 @@ class Draining:
         )
 
     def _fitting(self, context: RunContext, view: SnapshotView, rank: int) -> list[str]:
-        """Keepers that have not said that they cannot take the shard."""
+        """Keepers that copy what they are told to, and have not said that they cannot take the shard."""
         digest = view.digests[rank]
         return [
             name
             for name, node in self.keepers.items()
-            if context.run not in node.runs or digest not in node.runs[context.run].failed_copies
+            if node.report.takes_copies
+            and (context.run not in node.runs or digest not in node.runs[context.run].failed_copies)
         ]
 
 

@@ -10,7 +10,7 @@ import enum
 import hashlib
 from dataclasses import dataclass, field, replace
 
-from backstay import record
+from backstay import record, versions
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.interruptions import Ledger
 
@@ -59,7 +59,7 @@ class NodeIdentity:
     bulk_address: str
     domain: str = ""
     version: str = ""
-    protocol: int = 1
+    protocol: int = versions.NODE_PROTOCOL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -487,6 +487,7 @@ class NodeReport:
     corrupt_count: int = 0
     is_draining: bool = False  # it will be stopped; remembered beside what it holds, so that a new coordinator knows
     is_cordoned: bool = False  # and that is because its Kubernetes node is cordoned
+    takes_copies: bool = False  # it obeys RunDesired.copies; releases before 0.2 do not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

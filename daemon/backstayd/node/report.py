@@ -40,6 +40,7 @@ class Reporter:
             corrupt_count=store.corrupt_count,
             is_draining=self._context.drain.is_draining,
             is_cordoned=self._context.drain.is_cordoned,
+            takes_copies=True,
         )
 
     def document(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from backstay import local
+from backstay import __version__, local, versions
 from backstay.errors import BackstayError, StaleGenerationError, UnavailableError, UsageError
 from backstay.ids import RunKey
 from backstayd.core.records import SessionPhase
@@ -244,7 +244,7 @@ class Sessions:
             session_id=session.session_id,
             incarnation=context.identity.incarnation,
             lease_s=context.lease_s,
-            protocol=local.PROTOCOL_VERSION,
+            protocol=min(message.protocol, local.PROTOCOL_VERSION),
             daemon_version=context.identity.version,
             node=context.identity.name,
         )
@@ -341,12 +341,11 @@ class Sessions:
 
 
 def _check_attach(message: local.Attach) -> None:
-    if message.protocol not in (local.PROTOCOL_VERSION, local.PROTOCOL_VERSION - 1):
-        raise UsageError(
-            f"the trainer speaks local protocol {message.protocol}, this daemon {local.PROTOCOL_VERSION} and "
-            f"{local.PROTOCOL_VERSION - 1}; install the same version on both sides",
-            reason="bad_protocol",
-        )
+    trainer = versions.Side(name="the trainer", release=message.client_version, protocol=message.protocol)
+    own = versions.Side(name="this daemon", release=__version__, protocol=local.PROTOCOL_VERSION)
+    problem = versions.why_apart(own, trainer)
+    if problem:
+        raise UsageError(problem, reason="bad_protocol")
     RunKey.parse(message.run)
     if not 0 < message.world_size <= MAX_WORLD_SIZE or not 0 <= message.rank < message.world_size:
         raise UsageError(f"rank {message.rank} of {message.world_size} is no rank", reason="bad_rank")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from backstay import record
+from backstay import record, versions
 from backstay.errors import BackstayError, IntegrityError
 from backstay.ids import RunKey, SnapshotKey
 from backstay.manifest import Manifest
@@ -52,6 +52,13 @@ class QuarantineRecord:
 
     quarantined: Quarantined
     commit_record: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formatted:
+    """The one field that every format of a commit record has."""
+
+    format: int = versions.FILE_FORMAT
 
 
 class FindingKind(enum.StrEnum):
@@ -218,7 +225,7 @@ def _scan_shard(
             reason=str(error),
             rank=rank,
         )
-        findings.append(_damaged(path, index.run, what, (manifest_path,)))
+        findings.append(_of_other_format(manifest_path, index.run) or _damaged(path, index.run, what, (manifest_path,)))
 
 
 def read_shard(paths: RunPaths, key: SnapshotKey, *, rank: int, world_size: int) -> HeldShard:
@@ -284,7 +291,7 @@ def scan_parity(paths: RunPaths, key: SnapshotKey, index: RunIndex, findings: li
                     reason=str(error),
                     plan_id=plan_id,
                 )
-                findings.append(_damaged(path, index.run, what, ()))
+                findings.append(_of_other_format(path, index.run) or _damaged(path, index.run, what, ()))
     for path in children:
         place = names.parse_fragment(path)
         record_of = names.parse_fragment(path.with_suffix("")) if path.suffix == ".json" else None
@@ -313,7 +320,8 @@ def _scan_fragment(
     try:
         index.fragments[fragment] = read_fragment(paths, plan, fragment)
     except BackstayError as error:
-        findings.append(_damaged(path, index.run, quarantined_fragment(plan, fragment, str(error)), (record_path,)))
+        what = quarantined_fragment(plan, fragment, str(error))
+        findings.append(_of_other_format(record_path, index.run) or _damaged(path, index.run, what, (record_path,)))
 
 
 def quarantined_fragment(plan: Plan, fragment: FragmentRecord, reason: str) -> Quarantined:
@@ -333,6 +341,8 @@ def read_stored_plan(paths: RunPaths, key: SnapshotKey, plan_id: str) -> Plan:
     """The plan stored here, if it is sound and in its place."""
     stored = record.loads(StoredPlan, read_small(paths.plan(key, plan_id)))
     plan = stored.plan
+    if not versions.is_readable(stored.format):
+        raise IntegrityError(versions.unreadable("a stored plan", stored.format), reason="bad_format")
     if not plan.is_sealed() or (plan.plan_id, plan.run, plan.key) != (plan_id, paths.run, key):
         raise IntegrityError(
             f"plan-{plan_id}.json holds plan {plan.plan_id} of {plan.run}, step {plan.step}; it is not used",
@@ -346,6 +356,8 @@ def read_fragment(paths: RunPaths, plan: Plan, fragment: FragmentRecord) -> int:
     path = paths.fragment(plan.key, plan.plan_id, stripe=fragment.stripe, index=fragment.index)
     raw = read_small(paths.fragment_record(plan.key, plan.plan_id, stripe=fragment.stripe, index=fragment.index))
     stored = record.loads(StoredFragment, raw)
+    if not versions.is_readable(stored.format):
+        raise IntegrityError(versions.unreadable("a fragment record", stored.format), reason="bad_format")
     stored.check(plan, fragment.stripe, fragment.index)
     size = path.lstat().st_size
     if size != stored.size_bytes or size != geometry.fragment_bytes(plan, fragment.stripe):
@@ -382,6 +394,17 @@ def _stray(path: Path, run: str) -> Finding:
 
 def _leftover(path: Path, run: str, reason: str) -> Finding:
     return Finding(kind=FindingKind.LEFTOVER, path=path, reason=reason, run=run)
+
+
+def _of_other_format(path: Path, run: str) -> Finding | None:
+    """What another release wrote, if that is why it cannot be used: left for that release, not put aside as damaged."""
+    try:
+        found = record.loads(Formatted, read_small(path)).format
+    except (BackstayError, OSError):
+        return None
+    if versions.is_readable(found):
+        return None
+    return Finding(kind=FindingKind.FOREIGN, path=path, reason=versions.unreadable(path.name, found), run=run)
 
 
 def _damaged(path: Path, run: str, what: Quarantined, companions: tuple[Path, ...]) -> Finding:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from backstay import record
+from backstay import record, versions
 from backstay.errors import CapacityError, IntegrityError, SnapshotNotFoundError
 from backstay.manifest import CHUNK_BYTES, FORMAT_VERSION, Manifest, UnchangedRange
 from backstayd.core.records import Plan
@@ -145,10 +145,8 @@ def _chunks_of(manifest: dict[str, Any]) -> ShardChunks:
 
 
 def _with_digest(chunks: ShardChunks, digest: str) -> ShardChunks:
-    if chunks.format != FORMAT_VERSION:
-        raise IntegrityError(
-            f"manifest format {chunks.format}; this version reads {FORMAT_VERSION}", reason="bad_format"
-        )
+    if not versions.is_readable(chunks.format):
+        raise IntegrityError(versions.unreadable("a manifest", chunks.format), reason="bad_format")
     check_crcs("manifest", chunks.size_bytes, chunk_bytes=chunks.chunk_bytes, chunk_crcs=chunks.chunk_crcs)
     return ShardChunks(
         run=chunks.run,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from backstay import record
+from backstay import record, versions
 from backstay.errors import IntegrityError, UnavailableError
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class BulkRequest:
     same fragment of its older plan."""
 
     op: str
-    protocol: int = 1
+    protocol: int = versions.BULK_PROTOCOL
     run: str
     attempt: int = 0
     step: int = 0

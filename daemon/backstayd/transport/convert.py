@@ -1,7 +1,8 @@
-"""Records of ``core`` to generated messages and back, by field name. Must not know any particular record.
+"""Records of ``core`` to generated messages and back, by field name. Must not look into any particular record.
 
 A record field with a default that is not proto3's zero is ``optional`` on the wire, so that a sender of version N-1
-that does not know it gives the default; unknown fields are ignored.
+that does not know it gives the default; unknown fields are ignored. A value of an enum that this version does not know costs
+the least part of a message that stands for itself (an entry of a report, a decision), never the message, and is said once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import logging
 import types
 import typing
 from collections.abc import Callable
@@ -18,9 +20,19 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from backstay.errors import IntegrityError, InvariantError
+from backstayd.core.records import NodeDesired, NodeReport, RunDesired, RunReport, StorageDesired
+
+logger = logging.getLogger(__name__)
+
+_OF_PARTS = frozenset({NodeReport, RunReport, NodeDesired, RunDesired, StorageDesired})  # each part stands for itself
+_said: set[str] = set()  # bounded by the enum values that newer versions have
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
+
+
+class UnknownValueError(IntegrityError):
+    """An enum value of a newer version."""
 
 
 def to_message(record: Any, message_type: type[M]) -> M:
@@ -34,14 +46,24 @@ def from_message(cls: type[R], message: Message) -> R:
     """The message as a record.
 
     Raises:
-        IntegrityError: for an enum value this version does not know.
+        IntegrityError: for an enum value this version does not know, where nothing can be left out.
     """
     values: dict[str, Any] = {}
+    can_lose = cls in _OF_PARTS
     for name, kind, is_tuple, can_be_absent in _fields(cls):
         if can_be_absent(message) and not message.HasField(name):
             continue
         value = getattr(message, name)
-        values[name] = tuple(_value(kind, item) for item in value) if is_tuple else _value(kind, value)
+        if can_lose and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum)):
+            known = [
+                item
+                for item in (_or_none(kind, item) for item in (value if is_tuple else (value,)))
+                if item is not None
+            ]
+            if is_tuple or known:
+                values[name] = tuple(known) if is_tuple else known[0]
+        else:
+            values[name] = tuple(_value(kind, item) for item in value) if is_tuple else _value(kind, value)
     return cls(**values)
 
 
@@ -52,8 +74,21 @@ def _value(kind: type[Any], value: Any) -> Any:
         try:
             return _enum_members(kind)[value]
         except KeyError:
-            raise IntegrityError(f"{kind.__name__} {value} is not known to this version", reason="bad_record") from None
+            raise UnknownValueError(
+                f"{kind.__name__} {value} is not known to this version", reason="bad_record"
+            ) from None
     return value
+
+
+def _or_none(kind: type[Any], value: Any) -> Any:
+    """The value, or None if it holds an enum value of a newer version."""
+    try:
+        return _value(kind, value)
+    except UnknownValueError as error:
+        if str(error) not in _said:
+            _said.add(str(error))
+            logger.warning("a %s is left out: %s; the other side is newer", kind.__name__, error)
+        return None
 
 
 def _fill(record: Any, message: Any) -> None:

@@ -23,13 +23,12 @@ from backstayd.security.credentials import Credentials
 from backstayd.transport import convert, errors
 from backstayd.transport.access import RoleInterceptor, check_name
 from backstayd.transport.channel import add_port, server_options
+from backstayd.transport.skew import Releases
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
 MAX_AGE_S: Final = 3600.0
-PROTOCOL_VERSION: Final = 1
-SPOKEN_PROTOCOLS: Final = (PROTOCOL_VERSION, PROTOCOL_VERSION - 1)
 
 
 class CoordinatorBackend(Protocol):
@@ -63,18 +62,6 @@ class CoordinatorBackend(Protocol):
         """Where a complete snapshot is; raises SnapshotNotFoundError or UnavailableError."""
 
 
-def check_protocol(report: NodeReport) -> None:
-    """Raise ConfigError if the node's protocol is not this version's or the one before."""
-    node = report.node
-    if node.protocol not in SPOKEN_PROTOCOLS:
-        spoken = " and ".join(str(version) for version in SPOKEN_PROTOCOLS)
-        raise ConfigError(
-            f"node {node.name} (version {node.version or 'unknown'}) speaks protocol {node.protocol}; this coordinator "
-            f"speaks {spoken}: upgrade the older of the two first",
-            reason="bad_protocol",
-        )
-
-
 class CoordinatorServer:
     """Serves ``backend`` at ``listen`` (``host:port``, port 0: any); :meth:`wake` it when desired state has changed.
 
@@ -98,6 +85,7 @@ class CoordinatorServer:
         self._backend = backend
         self._lease_s = lease_s
         self._server: grpc.aio.Server | None = None
+        self._releases = Releases()
         self._streams: set[asyncio.Event] = set()
 
     async def start(self) -> str:
@@ -147,9 +135,9 @@ class CoordinatorServer:
                 writer: asyncio.Task[None] | None = None
                 async for request in requests:
                     report = convert.from_message(NodeReport, request.report)
-                    check_protocol(report)
                     if self._credentials is not None:
                         check_name(context, self._credentials.trust_domain, report.node.name)
+                    self._releases.admit(changed, report.node)
                     self._backend.observe(report)
                     if writer is None:
                         self._streams.add(changed)
@@ -159,6 +147,7 @@ class CoordinatorServer:
                     writer.cancel()
         finally:
             self._streams.discard(changed)
+            self._releases.leave(changed)
             if report is not None and self._newest.get(report.node.name) is changed:  # a node may replace its stream
                 del self._newest[report.node.name]
                 self._backend.suspect(report.node.name, report.node.incarnation)

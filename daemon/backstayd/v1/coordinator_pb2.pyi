@@ -1259,6 +1259,7 @@ class NodeReport(_message.Message):
     CORRUPT_COUNT_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
     IS_CORDONED_FIELD_NUMBER: _builtins.int
+    TAKES_COPIES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts the reports of one incarnation."""
     capacity_bytes: _builtins.int
@@ -1271,6 +1272,8 @@ class NodeReport(_message.Message):
     """It will be stopped: what only it holds is brought elsewhere."""
     is_cordoned: _builtins.bool
     """It drains because its Kubernetes node is cordoned."""
+    takes_copies: _builtins.bool
+    """It copies what it is told to copy; releases before 0.2 do not."""
     @_builtins.property
     def node(self) -> Global___NodeIdentity:
         """Name of a node."""
@@ -1295,10 +1298,11 @@ class NodeReport(_message.Message):
         corrupt_count: _builtins.int = ...,
         is_draining: _builtins.bool = ...,
         is_cordoned: _builtins.bool = ...,
+        takes_copies: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "corrupt_count", b"corrupt_count", "generation", b"generation", "is_cordoned", b"is_cordoned", "is_draining", b"is_draining", "node", b"node", "runs", b"runs", "sequence", b"sequence", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "corrupt_count", b"corrupt_count", "generation", b"generation", "is_cordoned", b"is_cordoned", "is_draining", b"is_draining", "node", b"node", "runs", b"runs", "sequence", b"sequence", "takes_copies", b"takes_copies", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,127 @@
+"""A rolling restart of a LocalCluster under a running job, and a watch over its redundancy meanwhile.
+
+Uses what operators use: `backstay drain`, SIGTERM, the status document. Must not look into the daemons.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from backstay.errors import UnavailableError
+from backstay.testing.cluster import LocalCluster
+
+SAMPLE_S: Final = 0.05
+COMMAND_DEADLINE_S: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The coordinator's word at one moment. ``possible``: spares that as many nodes as count as there can give."""
+
+    at_s: float
+    protected_step: int
+    spares: int
+    possible: int
+    away: tuple[str, ...]  # nodes that count as lost
+
+
+@dataclass(slots=True)
+class RedundancyWatch:
+    """Samples the status of one run until it is ended. A coordinator that is away or has only just begun says nothing."""
+
+    cluster: LocalCluster
+    run: str
+    parity: int
+    samples: list[Sample] = field(default_factory=list)
+
+    def sample(self) -> None:
+        """Take one, if there is an answer."""
+        try:
+            status = self.cluster.status()
+        except UnavailableError:
+            return
+        run = next((entry for entry in status["runs"] if entry["run"] == self.run), None)
+        if not status["is_settled"] or run is None or run["reason"] == "not evaluated yet":
+            return
+        self.samples.append(_sample(run, status["nodes"], self.parity))
+
+    def complaints(self) -> list[str]:
+        """What went back or fell below what was possible, as sentences."""
+        found = []
+        for before, after in zip(self.samples, self.samples[1:], strict=False):
+            if after.protected_step < before.protected_step:
+                found.append(f"protected went back from step {before.protected_step} to {after.protected_step}")
+            if after.spares < after.possible:
+                found.append(f"{after.spares} spares at step {after.protected_step}, {after.possible} were possible")
+        return list(dict.fromkeys(found))
+
+
+def _sample(run: dict[str, Any], nodes: list[dict[str, Any]], parity: int) -> Sample:
+    away = tuple(node["name"] for node in nodes if node["state"] == "lost")
+    possible = max(0, min(parity, len(nodes) - len(away) - 1))
+    return Sample(
+        at_s=time.monotonic(),
+        protected_step=run["protected_step"],
+        spares=run["spares"],
+        possible=possible,
+        away=away,
+    )
+
+
+@contextmanager
+def watched(cluster: LocalCluster, run: str, *, parity: int) -> Iterator[RedundancyWatch]:
+    """Samples are taken in a thread while the block runs."""
+    watch = RedundancyWatch(cluster, run, parity)
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(SAMPLE_S):
+            watch.sample()
+
+    thread = threading.Thread(target=look, name="redundancy-watch", daemon=True)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def drain(cluster: LocalCluster, index: int, *, undo: bool = False) -> str:
+    """`backstay drain NODE --wait`, or its undoing; returns what the command said.
+
+    Raises:
+        UnavailableError: it failed.
+    """
+    argv = [sys.executable, "-m", "backstayd.cli", "drain", cluster.nodes[index].name, "--wait"]
+    argv += ["--timeout-s", f"{COMMAND_DEADLINE_S:g}", "--coordinator", cluster.coordinator_address]
+    argv += ["--undo"] if undo else []
+    done = subprocess.run(
+        argv,
+        env=cluster.operator_environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * COMMAND_DEADLINE_S,
+    )
+    if done.returncode:
+        raise UnavailableError(f"{' '.join(argv[2:])} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout.strip()
+
+
+def upgrade_daemon(cluster: LocalCluster, index: int) -> None:
+    """What an upgrade does to a node: drained, stopped by SIGTERM, started again, used again."""
+    drain(cluster, index)
+    status = cluster.stop_daemon(index)
+    if status:
+        raise UnavailableError(f"the daemon of {cluster.nodes[index].name} ended with status {status} on SIGTERM")
+    cluster.restart_daemon(index)
+    cluster.wait_live()
+    drain(cluster, index, undo=True)

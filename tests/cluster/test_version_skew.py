@@ -1,0 +1,86 @@
+"""A cluster in the middle of an upgrade: daemons, trainers and a coordinator of the release before beside those of this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backstay.testing import LocalCluster
+from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.rolling import drain
+from tests.kit.light_world import Ranks, light_world, wait_protected
+from tests.kit.older_release import check_out, environment_of
+
+RUN = "default/skewed"
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return check_out(tmp_path_factory.mktemp("older"))
+
+
+def _is_older(cluster: LocalCluster, index: int) -> bool:
+    """By what a node's status document does not have yet."""
+    return "is_draining" not in cluster.node_status(index)
+
+
+def _check_restored(world: Ranks, expected: list[str], step: int) -> None:
+    for rank, answer in enumerate(world.restore()):
+        assert (answer.get("outcome"), answer.get("step")) == ("EXACT", step), answer
+        assert answer["shards"][str(rank)]["sha256"] == expected[rank]
+
+
+def _publish(cluster: LocalCluster, world: Ranks, step: int) -> list[str]:
+    world.publish(step)
+    wait_protected(cluster, RUN, step)
+    return [rank.expected("", step) for rank in world.ranks]
+
+
+def test_a_job_lives_through_an_upgrade_in_either_order_and_survives_losses_between_releases(
+    local_cluster_factory: LocalClusterFactory, older: Path
+) -> None:
+    cluster = local_cluster_factory(4, 1, lease_s=2.0)
+    env = environment_of(older)
+    for index in (2, 3):
+        cluster.restart_daemon(index, env)
+    assert [_is_older(cluster, index) for index in range(4)] == [False, False, True, True]
+    cluster.wait_live()
+    trainers = {1: str(env["PYTHONPATH"]), 3: str(env["PYTHONPATH"])}
+
+    with light_world(
+        cluster, RUN, python_paths=trainers
+    ) as world:  # this release's coordinator, nodes and trainers of both
+        assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
+        _publish(cluster, world, 1)
+        assert "drained" in drain(cluster, 0), "to the other node of this release: the older ones cannot take copies"
+        expected = _publish(cluster, world, 2)
+        drain(cluster, 0, undo=True)
+        world.kill()
+    with light_world(cluster, RUN) as world:
+        _check_restored(world, expected, 2)
+        expected = _publish(cluster, world, 3)
+        world.kill()
+
+    cluster.stop_coordinator()
+    cluster.start_coordinator(env)  # the coordinator of the release before, nodes of both
+    cluster.wait_live()
+    assert "draining" not in cluster.status()["nodes"][0]
+    with light_world(cluster, RUN) as world:
+        _check_restored(world, expected, 3)
+        expected = _publish(cluster, world, 4)
+        world.kill()
+    cluster.destroy_node(3)
+    cluster.replace_node(3)  # what the older node held is rebuilt by nodes of both releases
+    with light_world(cluster, RUN) as world:
+        _check_restored(world, expected, 4)
+        expected = _publish(cluster, world, 5)
+        world.kill()
+
+    cluster.stop_coordinator()
+    cluster.start_coordinator()
+    cluster.restart_daemon(2)  # over the files of the release before
+    cluster.wait_live()
+    assert not any(_is_older(cluster, index) for index in range(4))
+    with light_world(cluster, RUN) as world:
+        _check_restored(world, expected, 5)
