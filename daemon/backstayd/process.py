@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import faulthandler
 import logging
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Final
@@ -21,6 +23,9 @@ from backstayd.telemetry.systemd import EXTENSION_S, ServiceManager
 logger = logging.getLogger(__name__)
 
 WATCHDOG_SHARE: Final = 3  # beats per watchdog period
+MCL_CURRENT: Final = 1
+MCL_FUTURE: Final = 2
+MCL_ONFAULT: Final = 4
 
 
 class DaemonProcess:
@@ -34,6 +39,7 @@ class DaemonProcess:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload.set)
         faulthandler.enable()  # the watchdog's SIGABRT leaves a stack of every thread in the journal
+        _stay_in_memory()
 
     @contextlib.asynccontextmanager
     async def starting(self, status: str) -> AsyncIterator[None]:
@@ -92,3 +98,13 @@ class DaemonProcess:
         while True:
             self._manager.extend(status)
             await asyncio.sleep(EXTENSION_S / 3)
+
+
+def _stay_in_memory() -> None:
+    """Lock this process in memory as it grows, where the limit allows all of it: a trainer that takes all memory must not make
+    heartbeats wait for a disk. With a limit in between, later mappings would fail: then nothing is locked."""
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) != 0:
+        logger.warning("cannot lock the daemon in memory: %s", os.strerror(ctypes.get_errno()))

@@ -59,7 +59,7 @@ def running_daemon(
     """A daemon as long as the ``with`` lasts; it is ended by SIGKILL if it does not end by SIGTERM.
 
     Args:
-        directory: Where its log goes.
+        directory: Where its log, ``<role>.log``, goes.
         command: What it is started through, such as ``("setpriv", "--reuid=7")``.
     """
     log = directory / f"{role}.log"

@@ -135,7 +135,7 @@ class BulkServer:
             channel = self._open(sock, peer)
         except (OSError, UnavailableError) as error:
             if isinstance(error, UnavailableError):
-                self._refusals.note(peer, error.reason, str(error))
+                self._refusals.note(str(error))
             sock.close()
             self._room.release()
             return
@@ -173,7 +173,7 @@ class BulkServer:
         except UnavailableError:
             return False
         except IntegrityError as error:
-            self._refusals.note(channel.name, error.reason, f"{channel.name}: {error}; the connection is cut")
+            self._refusals.note(f"{channel.name}: {error}; the connection is cut")
             return False
         channel.set_silence_limit(self._timeouts.constant_s)
         exchange = _Exchange(self._memory_dir, self._incarnation, channel, request, self._on_event)

@@ -225,6 +225,7 @@ class Persisting:
             shards=tuple(view.row(rank) for rank in range(view.world_size)),
             lineage=_lineage_of(context, view),
             serial=serial,
+            owner=self.owner,
             generation=context.head.generation.number if context.head is not None else context.generation.number,
         )
         self.transfer = Transfer(

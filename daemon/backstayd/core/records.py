@@ -289,6 +289,7 @@ class PersistedSnapshot:
     unix_s: float = 0.0
     writer: str = ""
     generation: int = 0
+    owner: str = ""  # the user whose run it is, a number; "" = anybody's, as an import is
 
     @property
     def key(self) -> SnapshotKey:
@@ -547,6 +548,7 @@ class RunDesired:
         0  # slots above keep + 1 that a rank may have if there is room: what is on probation, or uploaded, stays
     )
     copies: tuple[ShardCopy, ...] = ()
+    owner: str = ""  # the user whose run it is, a number; trainers of others are refused. "" = not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

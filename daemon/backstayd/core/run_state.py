@@ -15,6 +15,7 @@ from backstayd.core.forgetting import Forgetting
 from backstayd.core.ledger import Accounts
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.nodes import Liveness, NodeState
+from backstayd.core.ownership import owner_of, strangers, without
 from backstayd.core.pace import Pace
 from backstayd.core.persisting import Persisting
 from backstayd.core.placement import group_count
@@ -68,6 +69,8 @@ class RunState:
     pace: Pace = field(default_factory=Pace)
     memory: Memory = field(default_factory=Memory)
     head: Decision | None = None
+    owner: str = ""  # the user whose run it is; "" until a node names one
+    strangers: Mapping[str, str] = field(default_factory=dict)  # nodes where another user attached, and who
     evaluation: Evaluation | None = None
     context: RunContext | None = None
     sealed: tuple[str, int] = ("", 0)  # world, and the newest step that one of its ranks declared whole
@@ -82,6 +85,7 @@ class RunState:
         self, nodes: Mapping[str, NodeState], *, generation: Generation, has_long_memory: bool, now_s: float
     ) -> None:
         """Bring everything in line with the reports of ``nodes``."""
+        nodes = self._own(nodes)
         context = self.context = self._take_context(nodes, generation, has_long_memory, now_s)
         self.forgetting.update(context, self.recovery, self.persisting)
         if self.forgetting.is_done(context):
@@ -122,6 +126,8 @@ class RunState:
         evaluation, context = self.evaluation, self.context
         if context is None:
             return None
+        if node in self.strangers:
+            return RunDesired(run=self.run, owner=self.owner)
         if self.forgetting.is_under_way:
             report = context.nodes[node].runs.get(self.run) if node in context.nodes else None
             return RunDesired(run=self.run, forget=True) if report is not None and not report.is_forgotten else None
@@ -160,6 +166,7 @@ class RunState:
             sealed_step=self.sealed[1] if self.sealed[0] == self.recovery.world_id else 0,
             complete_step=evaluation.complete_step,
             storage=self.persisting.desired(node),
+            owner=self.owner,
         )
 
     def check_invariants(self) -> None:
@@ -189,7 +196,17 @@ class RunState:
 
     def fresh_context(self, nodes: Mapping[str, NodeState], *, generation: Generation, now_s: float) -> RunContext:
         """The run as the newest reports show it, before they are evaluated."""
+        nodes = without(self.run, nodes, self.strangers)
         return self._take_context(nodes, generation, has_long_memory=False, now_s=now_s)
+
+    def _own(self, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
+        """Find whose run it is, and leave out what others report under its name."""
+        self.owner = self.persisting.owner = owner_of(self.run, nodes, known=self.owner)
+        before, self.strangers = self.strangers, strangers(self.run, nodes, self.owner)
+        for node, user in self.strangers.items():
+            if node not in before:
+                self.say("refused", f"a trainer of user {user} on {node} is refused: the run belongs to user {self.owner}")
+        return without(self.run, nodes, self.strangers)
 
     def _take_context(
         self, nodes: Mapping[str, NodeState], generation: Generation, has_long_memory: bool, now_s: float
@@ -248,7 +265,7 @@ class RunState:
         self.closed_ledger = self.accounts.document(self.context.now_s if self.context is not None else 0.0)
         self._set_out()
         self.pace, self.memory = Pace(), Memory()
-        self.head, self.evaluation = None, None
+        self.head, self.evaluation, self.owner = None, None, ""
 
     def _set_out(self) -> None:
         self.protection = Protection(self.policy)

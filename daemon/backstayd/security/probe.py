@@ -36,17 +36,23 @@ def diagnose(host: str, port: int, credentials: Credentials | None) -> Unavailab
 def _diagnose_tls(sock: socket.socket, credentials: Credentials, *, peer: str) -> UnavailableError | None:
     material = credentials.current()
     try:
-        wrapped, _ = connect_tls(sock, credentials, peer=peer, roles={Role.COORDINATOR})
+        wrapped, _ = connect_tls(sock, credentials, peer=peer, roles={Role.COORDINATOR}, doing="coordinate")
     except UnavailableError as error:
         return error
     with wrapped:
         try:
-            wrapped.recv(1)  # the first frame of HTTP/2, or an alert about our certificate
+            first = wrapped.recv(1)  # of the first frame of HTTP/2, or an alert about our certificate
         except TimeoutError:
             return None
         except (ssl.SSLError, OSError) as error:
             return refused(error, peer=peer, material=material)
-    return None
+    if first:
+        return None
+    return UnavailableError(  # gRPC says nothing when it refuses a certificate, not even with TLS's own words
+        f"{peer}: it ends the connection once it has seen our certificate ({material.identity}); does its tls_ca know who "
+        "signed ours, and is its clock right?",
+        reason="we_refused",
+    )
 
 
 def _diagnose_plaintext(sock: socket.socket, *, peer: str) -> UnavailableError | None:

@@ -19,23 +19,23 @@ class _Known:
 
 
 class Refusals:
-    """What was said of whom. Safe for threads; bounded."""
+    """What was said lately. Safe for threads; bounded."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._known: dict[tuple[str, str], _Known] = {}
+        self._known: dict[str, _Known] = {}
         self._lock = threading.Lock()
 
-    def note(self, peer: str, reason: str, text: str) -> None:
-        """``peer`` (without its port) was refused for ``reason``; ``text`` says it to people."""
+    def note(self, text: str) -> None:
+        """``text`` says who was refused and why, without what differs from try to try, such as a port."""
         now = time.monotonic()
         with self._lock:
-            known = self._known.get((peer, reason))
+            known = self._known.get(text)
             if known is not None and now - known.said_s < AGAIN_S:
                 known.unsaid += 1
                 return
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
-            self._known[(peer, reason)] = _Known(now)
-        times = f" ({known.unsaid} more times since)" if known is not None and known.unsaid else ""
+            self._known[text] = _Known(now)
+        times = f" ({known.unsaid} more times meanwhile)" if known is not None and known.unsaid else ""
         self._logger.warning("refused: %s%s", text, times)

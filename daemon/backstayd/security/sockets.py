@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
+import time
 from collections.abc import Collection
 from typing import Final
 
@@ -11,11 +13,13 @@ from backstay.errors import ConfigError, UnavailableError
 from backstayd.security.credentials import Credentials, Material, uris_of
 from backstayd.security.identity import Identity, Role, authorise, identify
 
+DRAIN_S: Final = 2.0
+SCRATCH_BYTES: Final = 1 << 16
 _HANDSHAKE_RECORD: Final = 0x16  # first byte of any TLS client's first record
 
 
 def connect_tls(
-    sock: socket.socket, credentials: Credentials, *, peer: str, roles: Collection[Role]
+    sock: socket.socket, credentials: Credentials, *, peer: str, roles: Collection[Role], doing: str
 ) -> tuple[ssl.SSLSocket, Identity]:
     """The client's side of a handshake on ``sock``, which has a timeout; who answers must have one of ``roles``.
 
@@ -30,14 +34,20 @@ def connect_tls(
     except (ssl.SSLError, OSError) as error:
         sock.close()
         raise refused(error, peer=peer, material=material) from error
-    return wrapped, _check_peer(wrapped, credentials, peer=peer, roles=roles)
+    try:
+        return wrapped, check_peer(wrapped, credentials, peer=peer, roles=roles, doing=doing)
+    except UnavailableError:
+        wrapped.close()
+        raise
 
 
-def accept_tls(
-    sock: socket.socket, credentials: Credentials, *, peer: str, roles: Collection[Role]
-) -> tuple[ssl.SSLSocket, Identity]:
-    """The server's side of a handshake on ``sock``, which has a timeout. Raises as :func:`connect_tls`, and
-    UnavailableError (``plaintext``) for a peer that speaks none, with the socket left open for an answer."""
+def accept_tls(sock: socket.socket, credentials: Credentials, *, peer: str) -> ssl.SSLSocket:
+    """The server's side of a handshake on ``sock``, which has a timeout; who it is, :func:`check_peer` says.
+
+    Raises:
+        UnavailableError: what :func:`explain` says; ``plaintext`` for a peer that speaks none. That the socket is left open
+            for an answer, all others are closed once the peer had time to read the alert.
+    """
     material = credentials.current()
     try:
         first = sock.recv(1, socket.MSG_PEEK)
@@ -46,26 +56,42 @@ def accept_tls(
                 f"{peer} speaks plaintext, and here TLS is spoken; give it tls_cert, tls_key and tls_ca",
                 reason="plaintext",
             )
-        wrapped = material.server_context.wrap_socket(sock, server_side=True)
-    except (ssl.SSLError, OSError) as error:
+        wrapped = material.server_context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+    except OSError as error:
         sock.close()
         raise refused(error, peer=peer, material=material) from error
-    return wrapped, _check_peer(wrapped, credentials, peer=peer, roles=roles)
+    try:
+        wrapped.do_handshake()
+    except (ssl.SSLError, OSError) as error:
+        drop_incoming(wrapped, DRAIN_S)
+        wrapped.close()
+        raise refused(error, peer=peer, material=material) from error
+    return wrapped
 
 
-def is_tls(sock: socket.socket) -> bool:
-    """Whether what waits to be read begins as TLS does (for a server of plaintext, to say so)."""
-    first = sock.recv(1, socket.MSG_PEEK)
-    return bool(first) and first[0] == _HANDSHAKE_RECORD
+def drop_incoming(sock: socket.socket, seconds: float) -> None:
+    """Say no more, and read and drop what still comes: closing over unread bytes would destroy our last words.
+
+    Works on the TCP connection: what is dropped need not be deciphered.
+    """
+    deadline = time.monotonic() + seconds
+    scratch = bytearray(SCRATCH_BYTES)
+    with contextlib.suppress(OSError):
+        sock.settimeout(seconds)
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        while time.monotonic() < deadline and socket.socket.recv_into(sock, scratch):
+            pass
 
 
-def _check_peer(sock: ssl.SSLSocket, credentials: Credentials, *, peer: str, roles: Collection[Role]) -> Identity:
+def check_peer(
+    sock: ssl.SSLSocket, credentials: Credentials, *, peer: str, roles: Collection[Role], doing: str
+) -> Identity:
+    """Who is on the other side; raises UnavailableError when it is nobody of ``roles``, to whom ``doing`` is open."""
     try:
         identity = identify(uris_of(dict(sock.getpeercert() or {})), trust_domain=credentials.trust_domain)
-        authorise(identity, roles, doing=f"speak here as {peer}")
+        authorise(identity, roles, doing=doing)
     except ConfigError as error:
-        sock.close()
-        raise UnavailableError(f"{peer} is refused: {error}", reason=error.reason) from None
+        raise UnavailableError(f"{peer}: {error}", reason=error.reason) from None
     return identity
 
 

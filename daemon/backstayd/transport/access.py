@@ -64,8 +64,7 @@ class RoleInterceptor(grpc.aio.ServerInterceptor):
         try:
             authorise(identity_of(context, self._trust_domain), roles_of(method), doing=f"call {method[1:]}")
         except BackstayError as error:
-            peer = host_of(context)
-            self._refusals.note(peer, error.reason, f"{peer}: {error}")
+            self._refusals.note(f"{host_of(context)}: {error}")
             await context.abort(errors.code_of(error), str(error), ((errors.REASON_KEY, error.reason),))
 
 

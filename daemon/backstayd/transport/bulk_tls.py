@@ -7,6 +7,7 @@ deciphered. Plaintext has none on the way out and one on the way in.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -16,9 +17,9 @@ from typing import Final
 
 from backstay.errors import UnavailableError
 from backstayd.security.credentials import Credentials, Material
-from backstayd.security.identity import Identity, Role
-from backstayd.security.sockets import accept_tls, connect_tls, refused
-from backstayd.transport.bulk_wire import Channel, Timeouts
+from backstayd.security.identity import Role
+from backstayd.security.sockets import DRAIN_S, accept_tls, check_peer, connect_tls, refused
+from backstayd.transport.bulk_wire import BulkReply, Channel, Timeouts
 
 PIECE_BYTES: Final = 256 * 1024  # read and sent at a time: stays in the cache between the two
 NODES: Final[Collection[Role]] = frozenset({Role.NODE})  # bytes of runs go between nodes and to nobody else
@@ -27,12 +28,9 @@ NODES: Final[Collection[Role]] = frozenset({Role.NODE})  # bytes of runs go betw
 class TlsChannel(Channel):
     """A channel whose socket speaks TLS. Use :func:`connect_channel` or :func:`accept_channel`."""
 
-    def __init__(
-        self, sock: ssl.SSLSocket, *, name: str, timeouts: Timeouts, material: Material, identity: Identity
-    ) -> None:
+    def __init__(self, sock: ssl.SSLSocket, *, name: str, timeouts: Timeouts, material: Material) -> None:
         self._tls = sock
         self._material = material
-        self.identity = identity
         super().__init__(sock, name=name, timeouts=timeouts)
 
     def set_silence_limit(self, seconds: float) -> None:
@@ -96,14 +94,23 @@ class TlsChannel(Channel):
 def connect_channel(sock: socket.socket, credentials: Credentials, *, name: str, timeouts: Timeouts) -> TlsChannel:
     """The client's side; ``sock`` is connected and has the timeout of the handshake."""
     material = credentials.current()
-    wrapped, identity = connect_tls(sock, credentials, peer=name, roles=NODES)
-    return TlsChannel(wrapped, name=name, timeouts=timeouts, material=material, identity=identity)
+    wrapped, _ = connect_tls(sock, credentials, peer=name, roles=NODES, doing="serve what runs hold")
+    return TlsChannel(wrapped, name=name, timeouts=timeouts, material=material)
 
 
 def accept_channel(sock: socket.socket, credentials: Credentials, *, name: str, timeouts: Timeouts) -> TlsChannel:
-    """The server's side; raises as ``accept_tls``."""
+    """The server's side; raises as ``accept_tls``. Who may not speak here is told so first."""
     material = credentials.current()
     sock.settimeout(timeouts.connect_s)
-    wrapped, identity = accept_tls(sock, credentials, peer=name, roles=NODES)
-    channel_name = f"{name} (node {identity.name})"
-    return TlsChannel(wrapped, name=channel_name, timeouts=timeouts, material=material, identity=identity)
+    wrapped = accept_tls(sock, credentials, peer=name)
+    try:
+        identity = check_peer(wrapped, credentials, peer=name, roles=NODES, doing="read or write what runs hold")
+    except UnavailableError as error:
+        channel = TlsChannel(wrapped, name=name, timeouts=timeouts, material=material)
+        with contextlib.suppress(UnavailableError):
+            refusal = BulkReply(error_class=UnavailableError.__name__, reason=error.reason, message=str(error))
+            channel.send_record(refusal)
+        channel.drop_incoming(DRAIN_S)
+        channel.close()
+        raise
+    return TlsChannel(wrapped, name=f"{name} (node {identity.name})", timeouts=timeouts, material=material)

@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 
 from backstay import record, versions
 from backstay.errors import IntegrityError, UnavailableError
+from backstayd.security.sockets import drop_incoming
 
 T = TypeVar("T")
 
@@ -27,7 +28,6 @@ TLS_HANDSHAKE: Final = 0x16  # first byte of a TLS client; no record of ours is 
 CRC_BYTES: Final = 4  # before each chunk of a put, big-endian
 SOCKET_BUFFER_BYTES: Final = 4 * 1024 * 1024
 FILE_CONSTANT_S: Final = 600.0  # for a file beside its bytes over the floor; silence is limited on its own
-SCRATCH_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,13 +176,7 @@ class Channel:
 
     def drop_incoming(self, seconds: float) -> None:
         """Say no more, and read and drop what still comes: closing over unread bytes would destroy our last words."""
-        self.set_silence_limit(seconds)
-        deadline = time.monotonic() + seconds
-        scratch = bytearray(SCRATCH_BYTES)
-        with contextlib.suppress(OSError):  # of the TCP connection: what is dropped need not be deciphered
-            socket.socket.shutdown(self.socket, socket.SHUT_WR)
-            while time.monotonic() < deadline and socket.socket.recv_into(self.socket, scratch):
-                pass
+        drop_incoming(self.socket, seconds)
 
     def send_record(self, value: object) -> None:
         payload = record.dumps(value)

@@ -1546,6 +1546,7 @@ class RunDesired(_message.Message):
     TRUSTED_FIELD_NUMBER: _builtins.int
     EXTRA_SLOTS_FIELD_NUMBER: _builtins.int
     COPIES_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     world_id: _builtins.str
@@ -1572,6 +1573,8 @@ class RunDesired(_message.Message):
     """Newest step of which every shard is held."""
     extra_slots: _builtins.int
     """Slots above keep + 1 that a rank may have if there is room."""
+    owner: _builtins.str
+    """The user whose run it is, a number; trainers of others are refused. Empty: not known."""
     @_builtins.property
     def decision(self) -> Global___Decision:
         """The decision of the world; absent if none."""
@@ -1648,10 +1651,11 @@ class RunDesired(_message.Message):
         trusted: _abc.Iterable[_builtins.str] | None = ...,
         extra_slots: _builtins.int = ...,
         copies: _abc.Iterable[Global___ShardCopy] | None = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "schedule", b"schedule", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "complete_step", b"complete_step", "copies", b"copies", "decision", b"decision", "decision_phase", b"decision_phase", "distrusted", b"distrusted", "drop_plans", b"drop_plans", "extra_slots", b"extra_slots", "forget", b"forget", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "parity_fraction", b"parity_fraction", "plans", b"plans", "probation_steps", b"probation_steps", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "sealed_step", b"sealed_step", "storage", b"storage", "suspects", b"suspects", "trusted", b"trusted", "world_id", b"world_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "complete_step", b"complete_step", "copies", b"copies", "decision", b"decision", "decision_phase", b"decision_phase", "distrusted", b"distrusted", "drop_plans", b"drop_plans", "extra_slots", b"extra_slots", "forget", b"forget", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "owner", b"owner", "parity_fraction", b"parity_fraction", "plans", b"plans", "probation_steps", b"probation_steps", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "sealed_step", b"sealed_step", "storage", b"storage", "suspects", b"suspects", "trusted", b"trusted", "world_id", b"world_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__is_release_possible: _TypeAlias = _typing.Literal["is_release_possible"]  # noqa: Y015
     _WhichOneofArgType__is_release_possible: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible"]  # noqa: Y015
@@ -1975,6 +1979,7 @@ class PersistedSnapshot(_message.Message):
     UNIX_S_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     attempt: _builtins.int
@@ -1993,6 +1998,8 @@ class PersistedSnapshot(_message.Message):
     """Who wrote it."""
     generation: _builtins.int
     """Generation of the newest decision when it was ordered."""
+    owner: _builtins.str
+    """The user whose run it is, a number; empty: anybody's."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___VolumeShard]:
         """Shards, in rank order."""
@@ -2015,10 +2022,11 @@ class PersistedSnapshot(_message.Message):
         unix_s: _builtins.float = ...,
         writer: _builtins.str = ...,
         generation: _builtins.int = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "lineage", b"lineage", "run", b"run", "serial", b"serial", "shards", b"shards", "snapshot_id", b"snapshot_id", "step", b"step", "unix_s", b"unix_s", "world_size", b"world_size", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "lineage", b"lineage", "owner", b"owner", "run", b"run", "serial", b"serial", "shards", b"shards", "snapshot_id", b"snapshot_id", "step", b"step", "unix_s", b"unix_s", "world_size", b"world_size", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -114,7 +114,9 @@ class CoordinatorMetrics(DaemonMetrics):
         self.persist_interval_steps = registry.gauge(
             "persist_interval_steps", "Configured steps between durable copies; 0: not by steps, or no storage."
         )
-        self.persisted_step = registry.run_gauge("persisted_step", "Step of the newest snapshot on durable storage.")
+        self.persisted_step = registry.run_gauge(
+            "persisted_step", "Step of the newest snapshot on durable storage; 0: none.", is_preset=True
+        )
         self.persisted_timestamp_seconds = registry.run_gauge(
             "persisted_timestamp_seconds", "Unix time at which the newest snapshot on durable storage was completed."
         )

@@ -18,6 +18,9 @@ Every daemon serves these on `/metrics` of its HTTP port, without a label for th
 any. Label values in the table are exported at 0 before anything happened; `…` marks a label whose values are not known ahead.
 `process_*` is about the daemon's own process, without its coders.
 
+How they are put to use: [alerts and their runbooks](runbooks/README.md), `deploy/prometheus`, `deploy/grafana`. Why these
+and not others: [decision 0022](decisions/0022-metrics-and-alerts.md).
+
 This page is made from the code: `python -m backstayd.telemetry.metrics.reference > docs/metrics.md`.
 """
 
