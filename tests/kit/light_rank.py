@@ -260,6 +260,10 @@ class LightRank:
 
 def main(arguments: list[str]) -> int:
     path, run, rank, world_size, size_bytes = arguments
+    if "LIGHT_RANK_UID" in os.environ:  # as another user from here on; what is imported was readable to the first
+        os.setgroups([])
+        os.setgid(int(os.environ["LIGHT_RANK_UID"]))
+        os.setuid(int(os.environ["LIGHT_RANK_UID"]))
     light = LightRank(path, run, int(rank), int(world_size), int(size_bytes))
     for line in sys.stdin:
         command = json.loads(line)

@@ -38,6 +38,7 @@ class Rank:
         world_size: int,
         size_bytes: int = SIZE_BYTES,
         python_path: str = "",
+        uid: int | None = None,
     ) -> None:
         node = cluster.nodes[node_index]
         self.rank = rank
@@ -45,6 +46,7 @@ class Rank:
         arguments = [str(node.socket), run, str(rank), str(world_size), str(size_bytes)]
         environment = process_environment() | cluster.keeper.marks(node=node.name, role=WORK_ROLE)
         environment |= {"PYTHONPATH": python_path} if python_path else {}
+        environment |= {"LIGHT_RANK_UID": str(uid)} if uid is not None else {}
         self.log = cluster.keeper.log_dir / f"rank-{rank}-{new_incarnation()}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -166,10 +168,12 @@ def light_world(
     nodes: Sequence[int] | None = None,
     size_bytes: int = SIZE_BYTES,
     python_paths: Mapping[int, str] | None = None,
+    uid: int | None = None,
 ) -> Iterator[Ranks]:
     """A world with rank r on node ``nodes[r]`` (default: one on each node); nothing is attached yet.
 
-    ``python_paths``: ranks that find another backstay than this one.
+    ``python_paths``: ranks that find another backstay than this one. ``uid``: the user that the ranks become, who must
+    reach the nodes' sockets; None: this one.
     """
     places = list(range(len(cluster.nodes))) if nodes is None else list(nodes)
     ranks = Ranks(
@@ -182,6 +186,7 @@ def light_world(
                 world_size=len(places),
                 size_bytes=size_bytes,
                 python_path=(python_paths or {}).get(rank, ""),
+                uid=uid,
             )
             for rank, node in enumerate(places)
         ],

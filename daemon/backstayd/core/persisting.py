@@ -65,6 +65,7 @@ class Persisting:
     run: str
     policy: CorePolicy
     say: Say
+    owner: str = ""  # the user whose run it is
     surveying: Surveying = field(init=False)
     transfer: Transfer | None = None
     problem: str = ""  # why the newest snapshot is not persisted yet; "" when nothing is wrong

@@ -205,7 +205,9 @@ class RunState:
         before, self.strangers = self.strangers, strangers(self.run, nodes, self.owner)
         for node, user in self.strangers.items():
             if node not in before:
-                self.say("refused", f"a trainer of user {user} on {node} is refused: the run belongs to user {self.owner}")
+                self.say(
+                    "refused", f"a trainer of user {user} on {node} is refused: the run belongs to user {self.owner}"
+                )
         return without(self.run, nodes, self.strangers)
 
     def _take_context(

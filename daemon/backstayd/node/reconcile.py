@@ -41,6 +41,7 @@ from backstayd.node.bad_sources import BadSources
 from backstayd.node.context import NodeContext
 from backstayd.node.draining import FailedCopies
 from backstayd.node.handing_out import HandingOut
+from backstayd.node.ownership import adopt_owner
 from backstayd.node.planning import Action, Restoring, StagedState, View
 from backstayd.node.session import Session
 from backstayd.node.sessions import Sessions
@@ -124,12 +125,13 @@ class Reconciler:
         self.kick()
 
     def _remember(self, run: str, wanted: RunDesired) -> None:
-        """Keep what nobody should restore, as long as anything of the run is here."""
+        """Keep whose run it is and what nobody should restore, as long as anything of the run is here."""
         try:
             if run in self._store.runs:
                 trust.remember(self._context, run, wanted.distrusted, wanted.trusted)
+                adopt_owner(self._context, run, wanted.owner, has_memory=lambda: self.view(run).has_memory)
         except OSError as error:
-            logger.error("run %s: cannot keep which snapshots are distrusted: %s", run, error)
+            logger.error("run %s: cannot keep whose it is and which snapshots are distrusted: %s", run, error)
 
     def on_event(self, event: CoderEvent) -> None:
         """Take what a coder stored into the index."""

@@ -79,7 +79,11 @@ class Reporter:
         persisted_step = storage.persisted_step if storage is not None else 0
         return RunReport(
             run=run,
-            sessions=tuple(session.record(persisted_step=persisted_step) for session in self._sessions.of_run(run)),
+            sessions=tuple(
+                session.record(persisted_step=persisted_step)
+                for session in self._sessions.of_run(run)
+                if index.owner_uid in (UNKNOWN_UID, session.uid)
+            ),
             shards=tuple(held.record for _, held in sorted(index.shards.items())),
             plans=tuple(plan for _, plan in sorted(index.plans.items())),
             fragments=tuple(sorted(index.fragments, key=lambda f: (f.plan_id, f.stripe, f.index))),

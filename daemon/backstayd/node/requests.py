@@ -28,6 +28,7 @@ from backstayd.node import gauges, trust
 from backstayd.node.connection import Connection
 from backstayd.node.context import NodeContext
 from backstayd.node.offered import CHANGED, Offered, Work
+from backstayd.node.ownership import check_owner
 from backstayd.node.session import Session
 from backstayd.store.index import RunIndex
 from backstayd.store.slots import Allocation, Grant, allocate
@@ -55,6 +56,7 @@ class Requests:
 
     async def handle(self, session: Session, message: Any) -> None:
         """Answer ``message``; raises BackstayError for a refusal, ConnectionError when the trainer is gone."""
+        check_owner(self._context, session.run, session.uid)
         if isinstance(message, local.Restore):
             await self._restore(session, message)
         elif isinstance(message, local.Fetch):
@@ -114,6 +116,7 @@ class Requests:
                 )
             if self._connection.is_lost:
                 raise ConnectionError("the trainer left while it was waiting")
+            check_owner(context, session.run, session.uid)
             progress = context.progress(session)
             if progress != told or loop.time() - told_at >= PROGRESS_S:
                 await self._send(progress)

@@ -21,6 +21,7 @@ from backstayd.core.records import SessionPhase
 from backstayd.node.connection import Connection
 from backstayd.node.context import NodeContext
 from backstayd.node.offered import Offered
+from backstayd.node.ownership import check_owner
 from backstayd.node.requests import Requests
 from backstayd.node.session import RestoreAnswer, Session
 from backstayd.node.visits import Visits
@@ -205,6 +206,7 @@ class Sessions:
                 reason="no_process",
             )
         try:
+            check_owner(context, message.run, credentials.uid)
             index = context.store.open_run(message.run, uid=credentials.uid)
             if message.attempt:
                 self._check_reattach(message)
