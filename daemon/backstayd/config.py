@@ -504,11 +504,13 @@ def _read_file(file: Path, section: str) -> dict[str, Any]:
         known = [setting.name for setting in settings(cls)]
         for key in table:
             if key not in known:
-                raise _unknown(f"{file}: [{cls.section}] {key}", key, known)
+                raise _misplaced(f"{file}: [{cls.section}] {key}", key) or _unknown(
+                    f"{file}: [{cls.section}] {key}", key, known
+                )
     sections = [cls.section for cls in SECTIONS]
     for key in document:
         if key not in sections:
-            raise _unknown(f"{file}: {key}", key, sections)
+            raise _misplaced(f"{file}: {key}", key) or _unknown(f"{file}: {key}", key, sections)
     return dict(document.get(section, {}))
 
 
@@ -526,6 +528,14 @@ def _read_environment(
             raise _unknown(f"environment: {variable}", key, list(known), prefix)
         found[known[key]] = (value, f"environment: {variable}")
     return found
+
+
+def _misplaced(where: str, key: str) -> ConfigError | None:
+    """The mistake of a setting that stands in a section that is not its own, or in none."""
+    owners = [f"[{cls.section}]" for cls in SECTIONS if key in {setting.name for setting in settings(cls)}]
+    if not owners:
+        return None
+    return ConfigError(f"{where} is a setting of {' and '.join(owners)}: write it there", reason="wrong_section")
 
 
 def _unknown(where: str, key: str, known: list[str], prefix: str = "") -> ConfigError:

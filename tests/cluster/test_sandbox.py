@@ -25,7 +25,7 @@ from tests.kit.sandboxed import HEADER
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "deploy" / "systemd"
 DAEMON_ID, TRAINER_ID = 61501, 61502  # users that exist nowhere
-STEPS = 6
+MANY_STEPS = 100_000  # ended by the test
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="making a sandbox needs root"),
@@ -81,7 +81,7 @@ def start_trainer(base: Path, rank: int, socket: Path, port: int) -> subprocess.
     log.touch()
     os.chown(log, TRAINER_ID, TRAINER_ID)
     options = {"rank": rank, "world_size": 2, "port": port, "run_id": "sandbox", "log": str(log), "is_attached": True}
-    options |= {"last_step": STEPS, "stop": str(base / "stop"), "pause_s": 0.0}
+    options |= {"last_step": MANY_STEPS, "stop": str(base / "stop"), "pause_s": 0.05}
     user = launcher({"unit": "", "uid": TRAINER_ID, "groups": [TRAINER_ID, DAEMON_ID]})
     argv = [*user, sys.executable, str(ROOT / "tests" / "kit" / "trainer_script.py"), json.dumps(options)]
     return subprocess.Popen(argv, env=process_environment() | {"BACKSTAY_SOCKET": str(socket), "HOME": str(base)})

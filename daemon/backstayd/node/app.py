@@ -92,8 +92,8 @@ class Node:
 
 def _adopt(settings: NodeConfig, node: Node) -> None:
     """Bring settings into force that may change while it runs."""
-    logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
     node.context.store.set_quota(settings.quota_bytes)
+    logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
     node.context.metrics.set_config(settings)
     node.context.changed()
 

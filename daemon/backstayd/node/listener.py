@@ -32,7 +32,9 @@ def listen(path: Path) -> socket.socket:
             raise
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on the socket {path}: {error.strerror or error}", reason="bad_socket"
+            f"cannot listen on the socket {path} as user {os.geteuid()}: {error.strerror or error}; choose another --socket "
+            "or give that user its directory",
+            reason="bad_socket",
         ) from error
     return sock
 

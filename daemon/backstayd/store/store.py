@@ -79,6 +79,7 @@ class Store:
         self._lock_fd = _lock(memory_dir, must_be_tmpfs)
         self.slots = Slots(self, reader_wait_s=reader_wait_s)
         try:
+            self.require_quota()
             self._adopt()
         except BaseException:
             self.close()
@@ -193,9 +194,24 @@ class Store:
         return self._capacity[0]
 
     def set_quota(self, quota_bytes: int) -> None:
-        """Another quota from now on; what is held already stays even if it is more."""
-        self.quota_bytes = quota_bytes
+        """Another quota from now on; what is held already stays even if it is more. ConfigError as by require_quota."""
+        before, self.quota_bytes = self.quota_bytes, quota_bytes
+        try:
+            self.require_quota()
+        except ConfigError:
+            self.quota_bytes = before
+            raise
         self._capacity = (0, float("-inf"))
+
+    def require_quota(self) -> None:
+        """Raise ConfigError if the quota is more than tmpfs and cgroup can ever hold: nothing was taken yet."""
+        for limit in self._limits():
+            if limit.name != "quota" and limit.total_bytes < self.quota_bytes:
+                raise ConfigError(
+                    f"quota_bytes = {self.quota_bytes} does not fit: {limit.name} holds {limit.total_bytes} bytes; raise that "
+                    "limit or lower --quota",
+                    reason="quota_over_limit",
+                )
 
     def require_room(self, wanted_bytes: int, purpose: str) -> None:
         """Check that ``wanted_bytes`` fit, giving up unused slots for them if need be.
@@ -338,7 +354,9 @@ def _lock(memory_dir: Path, must_be_tmpfs: bool) -> int:
         fd = os.open(memory_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise ConfigError(
-            f"memory directory {memory_dir} cannot be used: {error.strerror}", reason="bad_memory_dir"
+            f"memory directory {memory_dir} cannot be used by user {os.geteuid()}: {error.strerror}; give it to that user or "
+            "choose another with --memory-dir",
+            reason="bad_memory_dir",
         ) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,6 +24,7 @@ from backstayd.transport import convert, errors
 from backstayd.transport.access import RoleInterceptor, check_name
 from backstayd.transport.channel import add_port, server_options
 from backstayd.transport.skew import Releases
+from backstayd.transport.node_names import NodeNames
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class CoordinatorServer:
         self._credentials = credentials
         self._max_age_s = max_age_s
         self._newest: dict[str, asyncio.Event] = {}  # of each node, the stream that began last
+        self._names = NodeNames(lease_s=lease_s)
         self._listen = listen
         self._backend = backend
         self._lease_s = lease_s
@@ -138,6 +140,7 @@ class CoordinatorServer:
                     if self._credentials is not None:
                         check_name(context, self._credentials.trust_domain, report.node.name)
                     self._releases.admit(changed, report.node)
+                    self._names.claim(report.node, changed, asyncio.get_running_loop().time())
                     self._backend.observe(report)
                     if writer is None:
                         self._streams.add(changed)
@@ -146,6 +149,7 @@ class CoordinatorServer:
                 if writer is not None:
                     writer.cancel()
         finally:
+            self._names.leave(changed)
             self._streams.discard(changed)
             self._releases.leave(changed)
             if report is not None and self._newest.get(report.node.name) is changed:  # a node may replace its stream
