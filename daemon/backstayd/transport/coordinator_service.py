@@ -23,8 +23,8 @@ from backstayd.security.credentials import Credentials
 from backstayd.transport import convert, errors
 from backstayd.transport.access import RoleInterceptor, check_name
 from backstayd.transport.channel import add_port, server_options
-from backstayd.transport.skew import Releases
 from backstayd.transport.node_names import NodeNames
+from backstayd.transport.skew import Releases
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
 
 logger = logging.getLogger(__name__)
