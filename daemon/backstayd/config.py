@@ -332,7 +332,7 @@ class CoordinatorConfig:
     election_lease_s: float = _setting(
         9.0,
         _seconds,
-        "Seconds without a renewal after which another coordinator takes over; the same on all of them.",
+        "Seconds without a renewal after which another coordinator takes over; if they differ the longest counts.",
     )
     parity: int | None = _setting(
         "auto",

@@ -22,8 +22,8 @@ from tests.kit.etcd import Etcd, needs_etcd, running_etcd
 from tests.kit.lease_server import LeaseServer
 
 ENGINES = [pytest.param("etcd", marks=needs_etcd), "kubernetes"]
-ONE = LeaseRecord(holder="c-1", address="10.0.0.1:7070", term=1)
-TWO = LeaseRecord(holder="c-2", address="[fd00::2]:7070", term=2)
+ONE = LeaseRecord(holder="c-1", address="10.0.0.1:7070", term=1, lease_s=9.0)
+TWO = LeaseRecord(holder="c-2", address="[fd00::2]:7070", term=2, lease_s=9.0)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def lease_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Le
 
 @contextmanager
 def opened(url: str, call_timeout_s: float = 3.0) -> Iterator[LeaseStore]:
-    store = open_store(url, lease_s=9.0, call_timeout_s=call_timeout_s)
+    store = open_store(url, call_timeout_s=call_timeout_s)
     try:
         yield store
     finally:
@@ -81,7 +81,7 @@ def test_a_record_is_written_only_over_the_version_that_was_read(engine: str, ur
         assert store.compare_and_swap(ONE, first) is None, "the version is out of date"
         again = store.compare_and_swap(TWO, second)
         assert again not in (None, second), "the same record written again is a new version: a renewal is seen"
-        given_back = LeaseRecord(holder="", address="", term=2)
+        given_back = LeaseRecord(holder="", address="", term=2, lease_s=9.0)
         assert other.compare_and_swap(given_back, again) is not None
         found = store.read()
         assert found is not None
@@ -89,7 +89,7 @@ def test_a_record_is_written_only_over_the_version_that_was_read(engine: str, ur
 
 
 def elect(url: str, name: str, timing: Timing, told: list[str]) -> Election:
-    store = open_store(url, lease_s=timing.lease_s, call_timeout_s=timing.call_timeout_s)
+    store = open_store(url, call_timeout_s=timing.call_timeout_s)
     return Election(
         store,
         Elector(name, f"{name}:7070", timing),

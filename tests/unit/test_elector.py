@@ -6,7 +6,13 @@ from backstayd.election.elector import NOBODY, Elector, Lead, Read, StepDown, Sw
 from backstayd.election.lease import LeaseRecord, Timing, Versioned
 
 TIMING = Timing(lease_s=9.0)
-OTHER = LeaseRecord(holder="other", address="other:7070", term=4)
+
+
+def record(holder: str, address: str, term: int, lease_s: float = 9.0) -> LeaseRecord:
+    return LeaseRecord(holder=holder, address=address, term=term, lease_s=lease_s)
+
+
+OTHER = record("other", "other:7070", 4)
 
 
 def candidate() -> Elector:
@@ -14,17 +20,17 @@ def candidate() -> Elector:
 
 
 def mine(term: int) -> LeaseRecord:
-    return LeaseRecord(holder="me", address="me:7070", term=term)
+    return record("me", "me:7070", term)
 
 
-def seen(record: LeaseRecord, version: str) -> Versioned:
-    return Versioned(record=record, version=version)
+def seen(what: LeaseRecord, version: str) -> Versioned:
+    return Versioned(record=what, version=version)
 
 
 def leading(elector: Elector, at_s: float = 0.0) -> None:
     """From a record that was given back to a reign of term 5, renewed last at ``at_s``."""
     assert elector.tick(at_s) == [Read()]
-    released = LeaseRecord(holder="", address="", term=4)
+    released = record("", "", 4)
     assert elector.on_read(seen(released, "v1"), at_s) == [Swap(record=mine(5), version="v1")]
     assert elector.on_swapped("v2", at_s + 0.1) == [Lead(term=5)]
 
@@ -32,7 +38,7 @@ def leading(elector: Elector, at_s: float = 0.0) -> None:
 def test_where_there_is_no_record_one_of_nobody_is_written_and_waited_for() -> None:
     elector = candidate()
     elector.tick(0.0)
-    nobody = LeaseRecord(holder=NOBODY, address="", term=0)
+    nobody = record(NOBODY, "", 0)
     assert elector.on_read(None, 0.1) == [Swap(record=nobody, version=None)]
     assert elector.on_swapped("v1", 0.2) == []
     assert elector.tick(2.0) == [Read()]
@@ -54,6 +60,15 @@ def test_anothers_record_is_replaced_only_after_a_whole_lease_unchanged() -> Non
     assert elector.tick(115.0) == [Swap(record=mine(5), version="v2")]
 
 
+def test_a_leader_with_a_longer_lease_is_waited_for_longer() -> None:
+    elector, patient = candidate(), record("other", "other:7070", 4, lease_s=30.0)
+    elector.tick(0.0)
+    elector.on_read(seen(patient, "v1"), 0.0)
+    assert elector.tick(29.0) == [Read()]
+    assert elector.on_read(seen(patient, "v1"), 29.9) == []
+    assert elector.tick(31.0) == [Swap(record=mine(5), version="v1")]
+
+
 def test_a_reign_is_counted_from_before_the_renewal_was_sent() -> None:
     elector = candidate()
     leading(elector)
@@ -67,7 +82,7 @@ def test_a_reign_is_counted_from_before_the_renewal_was_sent() -> None:
 def test_an_answer_that_comes_after_the_deadline_makes_no_leader() -> None:
     elector = candidate()
     elector.tick(0.0)
-    elector.on_read(seen(LeaseRecord(holder="", address="", term=4), "v1"), 0.0)
+    elector.on_read(seen(record("", "", 4), "v1"), 0.0)
     assert elector.on_swapped("v2", 6.1) == []
     assert not elector.may_act(6.1)
     assert elector.tick(6.2) == [Swap(record=mine(6), version="v2")], "taken anew, as another term"
@@ -101,7 +116,7 @@ def test_a_leader_that_finds_another_in_the_record_ends() -> None:
     elector.tick(1.6)
     assert elector.on_swapped(None, 1.7) == []
     assert elector.tick(1.7) == [Read()]
-    newer = LeaseRecord(holder="other", address="other:7070", term=6)
+    newer = record("other", "other:7070", 6)
     (ended,) = elector.on_read(seen(newer, "v9"), 1.8)
     assert ended == StepDown(reason="another leads: other:7070 (term 6)")
 
@@ -114,7 +129,7 @@ def test_a_leader_whose_record_is_deleted_ends_and_its_terms_go_on() -> None:
     elector.tick(1.7)
     ended, made = elector.on_read(None, 1.8)
     assert ended == StepDown(reason="another leads: the record is gone")
-    assert made == Swap(record=LeaseRecord(holder=NOBODY, address="", term=5), version=None)
+    assert made == Swap(record=record(NOBODY, "", 5), version=None)
 
 
 def test_ending_gives_the_lease_back_after_it_stopped_acting() -> None:
@@ -123,7 +138,7 @@ def test_ending_gives_the_lease_back_after_it_stopped_acting() -> None:
     ended, released = elector.stop(1.0)
     assert ended == StepDown(reason="this coordinator ends")
     assert not elector.may_act(1.0)
-    assert released == Swap(record=LeaseRecord(holder="", address="", term=5), version="v2")
+    assert released == Swap(record=record("", "", 5), version="v2")
     assert not elector.is_finished
     elector.on_swapped("v3", 1.1)
     assert elector.is_finished
@@ -133,7 +148,7 @@ def test_ending_gives_the_lease_back_after_it_stopped_acting() -> None:
 def test_one_that_resigns_lets_others_try_for_two_leases() -> None:
     elector = candidate()
     leading(elector)
-    released = LeaseRecord(holder="", address="", term=5)
+    released = record("", "", 5)
     assert elector.resign("no node", 1.0) == [StepDown(reason="no node"), Swap(record=released, version="v2")]
     elector.on_swapped("v3", 1.1)
     assert elector.tick(10.0) == [Read()]

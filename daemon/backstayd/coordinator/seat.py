@@ -57,7 +57,7 @@ class Seat:
                 reason="no_advertise",
             )
         timing = Timing(lease_s=self._config.election_lease_s)
-        store = open_store(self._config.election, lease_s=timing.lease_s, call_timeout_s=timing.call_timeout_s)
+        store = open_store(self._config.election, call_timeout_s=timing.call_timeout_s)
         elector = Elector(self._holder, self.address, timing)
         self._election = Election(store, elector, timing, on_lead=self._lead, on_step_down=self._on_step_down)
         await self._election.start()

@@ -198,7 +198,8 @@ class Elector:
         if self._seen is None or self._seen_since_s is None or now_s < self._stands_back_until_s:
             return False
         is_free = self._seen.record.holder in ("", self.holder)
-        return is_free or now_s - self._seen_since_s >= self._timing.lease_s
+        lease_s = max(self._timing.lease_s, self._seen.record.lease_s)
+        return is_free or now_s - self._seen_since_s >= lease_s
 
     def _ask(self, now_s: float) -> list[Action]:
         """The next question to the store."""
@@ -211,15 +212,19 @@ class Elector:
             self.is_finished = True
             return []
         if self._is_ours and (self._is_stopping or now_s < self._stands_back_until_s):
-            return [self._swap(_Asked.RELEASE, LeaseRecord(holder="", address="", term=term))]
+            return [self._swap(_Asked.RELEASE, self._record("", term))]
         if self.is_leading:
-            return [self._swap(_Asked.RENEW, LeaseRecord(holder=self.holder, address=self.address, term=term))]
+            return [self._swap(_Asked.RENEW, self._record(self.holder, term))]
         if self._seen is None:
-            return [self._swap(_Asked.MAKE, LeaseRecord(holder=NOBODY, address="", term=term))]
+            return [self._swap(_Asked.MAKE, self._record(NOBODY, term))]
         if self._may_take(now_s):
-            return [self._swap(_Asked.TAKE, LeaseRecord(holder=self.holder, address=self.address, term=term + 1))]
+            return [self._swap(_Asked.TAKE, self._record(self.holder, term + 1))]
         self._asked = _Asked.READ
         return [Read()]
+
+    def _record(self, holder: str, term: int) -> LeaseRecord:
+        address = self.address if holder == self.holder else ""
+        return LeaseRecord(holder=holder, address=address, term=term, lease_s=self._timing.lease_s)
 
     def _swap(self, asked: _Asked, record: LeaseRecord) -> Swap:
         self._asked, self._proposed = asked, record

@@ -7,6 +7,7 @@ the URL, or ETCDCTL_CACERT, ETCDCTL_CERT and ETCDCTL_KEY.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -57,7 +58,12 @@ class EtcdStore:
         (found,) = answer["kvs"]
         try:
             value = json.loads(base64.b64decode(found["value"]))
-            record = LeaseRecord(holder=value["holder"], address=value["address"], term=int(value["term"]))
+            record = LeaseRecord(
+                holder=value["holder"],
+                address=value["address"],
+                term=int(value["term"]),
+                lease_s=float(value["lease_s"]),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{self.name} holds something that is no record of ours ({error!r}); choose another PREFIX, or delete it",
@@ -68,7 +74,7 @@ class EtcdStore:
     def compare_and_swap(self, record: LeaseRecord, version: str | None) -> str | None:
         """Put, if the key's revision is ``version``, or if there is no key."""
         key = _encode(self._key)
-        value = json.dumps({"holder": record.holder, "address": record.address, "term": record.term})
+        value = json.dumps(dataclasses.asdict(record))
         compare = {"key": key, "result": "EQUAL", "target": "CREATE", "create_revision": "0"}
         if version is not None:
             compare = {"key": key, "result": "EQUAL", "target": "MOD", "mod_revision": version}

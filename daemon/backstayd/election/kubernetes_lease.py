@@ -26,10 +26,9 @@ _REFUSED: Final = {400: "the request", 401: "our credentials", 403: "our rights"
 class KubernetesStore:
     """The Lease at ``NAMESPACE/NAME``, made when it is not there."""
 
-    def __init__(self, path: str, *, lease_s: float, call_timeout_s: float) -> None:
+    def __init__(self, path: str, *, call_timeout_s: float) -> None:
         self._namespace, _, self._name = path.partition("/")
         self.name = f"Lease {path}"
-        self._lease_s = lease_s
         self._timeout = (call_timeout_s / 2, call_timeout_s)  # to connect, to be answered
         self._client = kubernetes.client.ApiClient(_configuration())
         self._api = kubernetes.client.CoordinationV1Api(self._client)
@@ -44,8 +43,14 @@ class KubernetesStore:
             raise self._error(error) from error
         except urllib3.exceptions.HTTPError as error:
             raise self._away(error) from error
-        address, _, holder = (found.spec.holder_identity or "").rpartition("_")
-        record = LeaseRecord(holder=holder, address=address, term=int(found.spec.lease_transitions or 0))
+        spec = found.spec
+        address, _, holder = (spec.holder_identity or "").rpartition("_")
+        record = LeaseRecord(
+            holder=holder,
+            address=address,
+            term=int(spec.lease_transitions or 0),
+            lease_s=float(spec.lease_duration_seconds or 0),
+        )
         return Versioned(record=record, version=str(found.metadata.resource_version))
 
     def compare_and_swap(self, record: LeaseRecord, version: str | None) -> str | None:
@@ -74,7 +79,7 @@ class KubernetesStore:
         now = now.replace(microsecond=max(1, now.microsecond))  # without a fraction the API server cannot read it
         spec = kubernetes.client.V1LeaseSpec(
             holder_identity=f"{record.address}_{record.holder}" if record.holder else None,
-            lease_duration_seconds=math.ceil(self._lease_s),
+            lease_duration_seconds=math.ceil(record.lease_s),
             lease_transitions=record.term,
             renew_time=now,
         )

@@ -15,11 +15,15 @@ POLL_SHARE: Final = 1 / 10  # others look this often
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRecord:
-    """Who leads. ``term`` grows with every reign; ``holder`` "" was given back, and anybody may take it at once."""
+    """Who leads. ``term`` grows with every reign; ``holder`` "" was given back, and anybody may take it at once.
+
+    ``lease_s`` is the holder's: others wait for the longer of theirs and this one, so that a setting that differs is safe.
+    """
 
     holder: str
     address: str
     term: int
+    lease_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ def parse(url: str) -> Place:
     return Place(engine="kubernetes", hosts=(), path=f"{parts.netloc}/{path}")
 
 
-def open_store(url: str, *, lease_s: float, call_timeout_s: float) -> LeaseStore:
+def open_store(url: str, *, call_timeout_s: float) -> LeaseStore:
     """The store that ``url`` names.
 
     Raises:
@@ -66,4 +66,4 @@ def open_store(url: str, *, lease_s: float, call_timeout_s: float) -> LeaseStore
         return EtcdStore(place.hosts, place.path, options=place.options, call_timeout_s=call_timeout_s)
     from backstayd.election.kubernetes_lease import KubernetesStore
 
-    return KubernetesStore(place.path, lease_s=lease_s, call_timeout_s=call_timeout_s)
+    return KubernetesStore(place.path, call_timeout_s=call_timeout_s)
