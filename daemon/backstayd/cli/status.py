@@ -20,7 +20,9 @@ def describe(document: dict[str, Any], *, events: int) -> str:
     """The status document as text for people, with the last ``events`` of its timeline."""
     generation = document["generation"]["number"]
     settled = "settled" if document["is_settled"] else "settling: it decides nothing until the known nodes reported"
-    parts = [f"coordinator generation {generation}, {settled}", "", "NODES", _nodes(document["nodes"]), "", "RUNS"]
+    leader = document.get("leader") or {}
+    who = f"coordinator {leader['address']} leads, term {leader['term']}," if leader.get("election") else "coordinator"
+    parts = [f"{who} generation {generation}, {settled}", "", "NODES", _nodes(document["nodes"]), "", "RUNS"]
     parts.append(_runs(document["runs"]))
     parts += [f"{node['name']}: {node['drain_reason']}" for node in document["nodes"] if node.get("drain_reason")]
     for run_ in document["runs"]:
