@@ -19,6 +19,7 @@ pytest.importorskip("cryptography")
 from backstay.errors import BackstayError, ConfigError
 from backstayd.core.records import NodeDesired
 from backstayd.security import credentials as credentials_module
+from backstayd.security import handshakes
 from backstayd.security.credentials import Credentials
 from backstayd.security.identity import Role
 from backstayd.transport.access import roles_of
@@ -192,6 +193,23 @@ def test_an_expired_certificate_is_named_with_its_date_and_works_once_renewed(au
                 authority.make([node_uri("n1")], into=expired.files)
                 await until(lambda: desired, "the renewed certificate to be used")
                 assert backend.reports
+
+    run(scenario)
+
+
+def test_the_coordinator_says_how_many_connections_came_to_nothing(
+    authority: TestAuthority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(handshakes, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(handshakes, "AGAIN_S", 0.0)
+
+    async def scenario() -> None:
+        async with serving(authority.coordinator()) as (address, _):
+            async with linked(address, authority.node()) as (_, desired, _):
+                await until(lambda: len(desired) > 8, "answers for longer than the patience")
+                assert "ended before a call" not in caplog.text, "who speaks is not counted"
+            async with linked(address, authority.node(ends=PAST)):
+                await until(lambda: "connections ended before a call" in caplog.text, "the coordinator to say so")
 
     run(scenario)
 

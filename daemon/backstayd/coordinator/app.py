@@ -30,6 +30,7 @@ from backstayd.core.timeline import Event
 from backstayd.process import DaemonProcess
 from backstayd.reload import Reloader
 from backstayd.security.configured import load_credentials
+from backstayd.security.expiry import ExpiryWatch
 from backstayd.telemetry import logs
 from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http
@@ -124,7 +125,11 @@ class CoordinatorProcess:
         loop = asyncio.get_running_loop()
         self.address = await self._server.start()
         try:
-            self._http = start_http(self._config.http, self._routes(loop))
+            self._http = start_http(
+                self._config.http,
+                self._routes(loop),
+                credentials=self._credentials if self._config.http_tls else None,
+            )
         except BaseException:
             await self._server.close()
             raise
@@ -259,8 +264,10 @@ class CoordinatorProcess:
     # -- driving the core ---------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
+        expiry = ExpiryWatch(self._credentials, self.metrics.set_expiry)
         while True:
             self.health.beat("the decisions")
+            expiry.look()
             await asyncio.sleep(self._config.lease_s / 6)
             now_s = self._clock.monotonic_s()
             if self._heard_s is not None and now_s - self._heard_s > SILENT_LEASES * self._config.lease_s:

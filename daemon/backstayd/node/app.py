@@ -42,6 +42,7 @@ from backstayd.node.timeline import Timeline
 from backstayd.process import DaemonProcess
 from backstayd.reload import Reloader
 from backstayd.security.configured import load_credentials
+from backstayd.security.expiry import ExpiryWatch
 from backstayd.store import withdraw
 from backstayd.store.store import Store
 from backstayd.store.stored import make_directory
@@ -149,7 +150,11 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         context.progress, context.document = reconciler.progress, reporter.document
         context.offer_due, reconciler.tidy = reconciler.offer_due, offers.tidy
         health = Health(lease_s=config.lease_s)
-        http = start_http(config.http, _routes(context, health, document=lambda: _from_thread(loop, reporter)))
+        http = start_http(
+            config.http,
+            _routes(context, health, document=lambda: _from_thread(loop, reporter)),
+            credentials=credentials if config.http_tls else None,
+        )
         stack.push_async_callback(asyncio.to_thread, http.close)
         pool = CoderPool(
             count=config.coders,
@@ -192,6 +197,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
                     pool,
                     health=health,
                     update_gauges=lambda: node_gauges.update(context, sessions, reconciler),
+                    expiry=ExpiryWatch(credentials, context.metrics.set_expiry),
                     period_s=config.lease_s / 6,
                 )
             ),
@@ -272,6 +278,7 @@ async def _maintain(
     *,
     health: Health,
     update_gauges: Callable[[], None],
+    expiry: ExpiryWatch,
     period_s: float,
 ) -> None:
     """What no event says: sessions without connection, files that others deleted, gauges, coders that were restarted."""
@@ -281,6 +288,7 @@ async def _maintain(
         sessions.end_lost()
         _look_for_files(context)
         update_gauges()
+        expiry.look()
         context.metrics.coder_restarts.inc(pool.restart_count - seen_restarts)
         seen_restarts = pool.restart_count
         await asyncio.sleep(period_s)

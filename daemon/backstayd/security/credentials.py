@@ -11,7 +11,7 @@ import os
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -60,8 +60,10 @@ class Material:
     not_before_unix_s: float
     not_after_unix_s: float
     number: int
+    ca_not_after_unix_s: float  # of the authority that ends first
     client_context: ssl.SSLContext
     server_context: ssl.SSLContext
+    watcher_context: ssl.SSLContext  # a server's, which asks for no certificate
 
 
 class Credentials:
@@ -137,6 +139,9 @@ class Credentials:
     def _read(self, *, number: int) -> Material:
         cert, key, ca = (_read_file(path) for path in (self.files.cert, self.files.key, self.files.ca))
         client, server = _contexts(self.files, cert, key, ca)
+        watcher = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        watcher.minimum_version = ssl.TLSVersion.TLSv1_3
+        _load_pair(watcher, self.files, cert, key)
         found = _peer_certificate(self.files, client, server)
         try:
             identity = identify(uris_of(found), trust_domain=self.trust_domain)
@@ -151,16 +156,22 @@ class Credentials:
             ca_pem=ca,
             identity=identity,
             not_before_unix_s=float(ssl.cert_time_to_seconds(str(found["notBefore"]))),
-            not_after_unix_s=float(ssl.cert_time_to_seconds(str(found["notAfter"]))),
+            not_after_unix_s=_ends_unix_s(found),
             number=number,
+            ca_not_after_unix_s=min((_ends_unix_s(one) for one in client.get_ca_certs()), default=_ends_unix_s(found)),
             client_context=client,
             server_context=server,
+            watcher_context=watcher,
         )
 
 
 def utc(unix_s: float) -> str:
     """A time for people."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(unix_s))
+
+
+def _ends_unix_s(certificate: Mapping[str, Any]) -> float:
+    return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
 
 
 def uris_of(certificate: dict[str, Any]) -> list[str]:

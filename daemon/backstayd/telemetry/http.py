@@ -16,10 +16,13 @@ from typing import Any, ClassVar, Final
 
 from backstay.errors import BackstayError, ConfigError
 from backstayd.config import split_address
+from backstayd.security.credentials import Credentials
+from backstayd.security.sockets import drop_incoming
 from backstayd.telemetry.routes import Reply, Route, text_reply
 
 MAX_CONNECTIONS: Final = 16
 REQUEST_TIMEOUT_S: Final = 5.0
+TLS_HANDSHAKE: Final = b"\x16"
 
 _logger = logging.getLogger(__name__)
 
@@ -42,8 +45,11 @@ class HttpServer:
         self._server.server_close()
 
 
-def start_http(address: str, routes: Mapping[str, Route]) -> HttpServer:
+def start_http(address: str, routes: Mapping[str, Route], *, credentials: Credentials | None = None) -> HttpServer:
     """Serve ``routes`` (path to callable) and ``/healthz`` on ``address`` (``host:port``).
+
+    Args:
+        credentials: Serve over TLS with these, asking nobody for a certificate; None: plaintext.
 
     Raises:
         ConfigError: when the address cannot be bound; says which and why.
@@ -51,7 +57,7 @@ def start_http(address: str, routes: Mapping[str, Route]) -> HttpServer:
     host, port = split_address(address)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        server = _Server((host, port), family, {"/healthz": lambda query: text_reply("ok"), **routes})
+        server = _Server((host, port), family, {"/healthz": lambda query: text_reply("ok"), **routes}, credentials)
     except OSError as error:
         why = "another process uses it" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
         message = f"cannot serve HTTP on {address}: {why}; choose another with --http"
@@ -64,7 +70,10 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
     request_queue_size = MAX_CONNECTIONS
 
-    def __init__(self, address: tuple[str, int], family: int, routes: Mapping[str, Route]) -> None:
+    def __init__(
+        self, address: tuple[str, int], family: int, routes: Mapping[str, Route], credentials: Credentials | None
+    ) -> None:
+        self._credentials = credentials
         self.address_family = socket.AddressFamily(family)
         self.routes = routes
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
@@ -85,9 +94,26 @@ class _Server(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
-            super().process_request_thread(request, client_address)
+            encrypted = self._encrypt(request)
+            if encrypted is not None:
+                super().process_request_thread(encrypted, client_address)
         finally:
             self._places.release()
+
+    def _encrypt(self, request: Any) -> Any:
+        """The connection as it is spoken on, with the newest certificate; None when that did not come about."""
+        if self._credentials is None:
+            return request
+        try:
+            request.settimeout(REQUEST_TIMEOUT_S)
+            if request.recv(1, socket.MSG_PEEK) in TLS_HANDSHAKE:
+                return self._credentials.current().watcher_context.wrap_socket(request, server_side=True)
+            request.sendall(b"HTTP/1.0 400 Bad Request\r\nConnection: close\r\n\r\nTLS is spoken here: https://\n")
+            drop_incoming(request, REQUEST_TIMEOUT_S)
+        except OSError as error:
+            _logger.debug("no TLS with a watcher: %s", error)
+        self.shutdown_request(request)
+        return None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _logger.debug("a request from %s ended early", client_address)

@@ -11,6 +11,7 @@ from typing import Any, Final
 import grpc
 
 from backstay.errors import BackstayError, ConfigError, InvariantError
+from backstayd.security.handshakes import Handshakes
 from backstayd.security.identity import Identity, Role, authorise, identify, shown
 from backstayd.security.refusals import Refusals
 from backstayd.transport import errors
@@ -38,8 +39,9 @@ def roles_of(method: str) -> frozenset[Role]:
 class RoleInterceptor(grpc.aio.ServerInterceptor):
     """Refuses callers whose certificate is not of a role that may call."""
 
-    def __init__(self, trust_domain: str) -> None:
+    def __init__(self, trust_domain: str, handshakes: Handshakes) -> None:
         self._trust_domain = trust_domain
+        self._handshakes = handshakes
         self._refusals = Refusals(logger)
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
@@ -61,6 +63,7 @@ class RoleInterceptor(grpc.aio.ServerInterceptor):
         return make(checked, handler.request_deserializer, handler.response_serializer)
 
     async def _check(self, method: str, context: Any) -> None:
+        self._handshakes.note_call(str(context.peer()))
         try:
             authorise(identity_of(context, self._trust_domain), roles_of(method), doing=f"call {method[1:]}")
         except BackstayError as error:

@@ -12,6 +12,7 @@ from typing import Final
 import grpc
 
 from backstayd.security.credentials import Credentials, Material
+from backstayd.security.handshakes import Handshakes
 from backstayd.security.identity import Identity, Role
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024  # a report of some 100,000 shards; beyond that something is wrong
@@ -52,13 +53,17 @@ def open_blocking_channel(address: str, *, lease_s: float, credentials: Credenti
     return grpc.secure_channel(address, _client_credentials(credentials.current()), options=options)
 
 
-def add_port(server: grpc.aio.Server, listen: str, credentials: Credentials | None) -> int:
-    """Let ``server`` listen; raises RuntimeError when the address cannot be bound."""
+def add_port(
+    server: grpc.aio.Server, listen: str, credentials: Credentials | None, handshakes: Handshakes | None = None
+) -> int:
+    """Let ``server`` listen; raises RuntimeError when the address cannot be bound. ``handshakes`` hears of each one begun."""
     if credentials is None:
         return int(server.add_insecure_port(listen))
 
     def fetch() -> grpc.ServerCertificateConfiguration:
         """Called for each handshake, from a thread of gRPC's."""
+        if handshakes is not None:
+            handshakes.note_begun()
         return _server_certificates(credentials.current())
 
     secure = grpc.dynamic_ssl_server_credentials(

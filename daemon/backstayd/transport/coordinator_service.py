@@ -20,6 +20,7 @@ from backstayd.core.drains import DrainVerdict
 from backstayd.core.locating import Located
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.security.credentials import Credentials
+from backstayd.security.handshakes import Handshakes
 from backstayd.transport import convert, errors
 from backstayd.transport.access import RoleInterceptor, check_name
 from backstayd.transport.channel import add_port, server_options
@@ -81,6 +82,7 @@ class CoordinatorServer:
     ) -> None:
         self._credentials = credentials
         self._max_age_s = max_age_s
+        self._handshakes = Handshakes()
         self._newest: dict[str, asyncio.Event] = {}  # of each node, the stream that began last
         self._names = NodeNames(lease_s=lease_s)
         self._listen = listen
@@ -96,7 +98,7 @@ class CoordinatorServer:
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(_CoordinatorServicer(self), server)
         operator_pb2_grpc.add_OperatorServiceServicer_to_server(_OperatorServicer(self._backend), server)
         try:
-            port = add_port(server, self._listen, self._credentials)
+            port = add_port(server, self._listen, self._credentials, self._handshakes)
         except RuntimeError as error:
             await server.stop(grace=None)
             raise ConfigError(
@@ -113,7 +115,7 @@ class CoordinatorServer:
         if self._credentials is None:
             return grpc.aio.server(options=server_options(self._lease_s))
         return grpc.aio.server(
-            interceptors=[RoleInterceptor(self._credentials.trust_domain)],
+            interceptors=[RoleInterceptor(self._credentials.trust_domain, self._handshakes)],
             options=server_options(self._lease_s, max_age_s=self._max_age_s),
         )
 

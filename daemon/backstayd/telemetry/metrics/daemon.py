@@ -54,6 +54,10 @@ class DaemonMetrics:
         )
         ProcessCollector(registry=registry.collector)
 
+    def set_expiry(self, certificate: str, unix_s: float) -> None:
+        """``certificate``: ``own``, or ``authority`` for the one in tls_ca that ends first."""
+        self.certificate_expiry_timestamp_seconds.labels(certificate=certificate).set(unix_s)
+
     @property
     def registry(self) -> CollectorRegistry:
         return self._registry.collector
