@@ -220,9 +220,10 @@ class LightRank:
         slot[at] ^= 0xFF
         return {"offset": at}
 
-    def do_commit(self, step: int) -> dict[str, Any]:
+    def do_commit(self, step: int, snapshot_s: float = 0.0, fence_s: float = 0.0) -> dict[str, Any]:
         assert self.reserved is not None
-        answer, _ = self._ask(local.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest))
+        cost = local.TrainerCost(snapshot_s=snapshot_s, fence_s=fence_s)
+        answer, _ = self._ask(local.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest, cost=cost))
         return {"digest": answer.digest}
 
     def do_publish(self, step: int, seed: str = "", wait_s: float = 20.0) -> dict[str, Any]:

@@ -111,6 +111,8 @@ class CoordinatorProcess:
         self.metrics.set_config(config)
         self.metrics.coordinator_is_leader.set_function(lambda: float(self._seat.is_leading()))
         self.metrics.coordinator_lease_margin_seconds.set_function(self._seat.margin_s)
+        if self._credentials is not None:
+            self.metrics.watch_certificates(self._credentials.ends_unix_s)
         self._gauges = Gauges(self.metrics, self._policy)
         self._server = CoordinatorServer(config.listen, self, lease_s=config.lease_s, credentials=self._credentials)
         self._evaluation: asyncio.TimerHandle | None = None

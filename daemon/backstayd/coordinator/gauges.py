@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Final
 
 from backstayd.coordinator.recoveries import RecoveryWatch
 from backstayd.core.coordinator import Coordinator
@@ -14,7 +15,9 @@ from backstayd.core.run_state import Evaluation, RunState
 from backstayd.core.timeline import Event
 from backstayd.telemetry.margins import LeastMargin
 from backstayd.telemetry.metrics import CoordinatorMetrics
-from backstayd.telemetry.metrics.coordinator import PHASES
+from backstayd.telemetry.metrics.coordinator import PHASES, RUN_PARTS
+
+LEDGER_S: Final = 1.0  # a ledger is summed up at most so often
 
 
 @dataclass(slots=True)
@@ -25,6 +28,8 @@ class _Seen:
     complete_s: dict[str, float] = field(default_factory=dict)  # snapshot id -> when it was seen to be complete
     protected: set[str] = field(default_factory=set)
     persisted: str = ""
+    ledger: dict[str, float] = field(default_factory=dict)  # sums that were exported
+    ledger_s: float = float("-inf")
 
 
 class Gauges:
@@ -95,6 +100,9 @@ class Gauges:
                 metrics.first_seen_timestamp_seconds.of(run).set(unix_s)
             self._update_run(state, state.evaluation, unix_s)
             self._seen[run].recoveries.look(state, core.nodes, now_s)
+            if now_s - self._seen[run].ledger_s >= LEDGER_S:
+                self._seen[run].ledger_s = now_s
+                self._note_ledger(state, now_s)
         for run in [run for run in self._seen if run not in core.runs]:
             del self._seen[run]
         metrics.keep_runs(core.runs)
@@ -138,3 +146,18 @@ class Gauges:
         metrics.persisted_step.of(run).set(newest.step)
         metrics.persisted_size_bytes.of(run).set(sum(shard.size_bytes for shard in newest.shards))
         metrics.persisted_timestamp_seconds.of(run).set(newest.unix_s or unix_s)
+
+    def _note_ledger(self, state: RunState, now_s: float) -> None:
+        """The sums of the run's ledger; they outlive coordinators, so what this one exports begins where they are."""
+        metrics, run, seen = self._metrics, state.run, self._seen[state.run]
+        document = state.accounts.document(now_s)
+        if document is None:
+            return
+        sums = {part: float(document[f"{part}_s"]) for part in RUN_PARTS} | {"steps": float(document["steps_lost"])}
+        grown = {name: max(0.0, total - seen.ledger.get(name, 0.0)) for name, total in sums.items()}
+        seen.ledger = {name: seen.ledger.get(name, 0.0) + more for name, more in grown.items()}
+        for part in RUN_PARTS:
+            metrics.run_seconds.of(run, part=part).inc(grown[part])
+        metrics.steps_lost.of(run).inc(grown["steps"])
+        if document["goodput"] is not None:
+            metrics.goodput_ratio.of(run).set(document["goodput"])

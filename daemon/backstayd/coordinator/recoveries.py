@@ -1,4 +1,4 @@
-"""Recoveries as they are counted: which began, how each ended, how long its phases took, how many steps it cost.
+"""Recoveries as they are counted: which began, how each ended, how long its phases took.
 
 Looks at the core after every evaluation and decides nothing. Time is the core's, as an argument.
 """
@@ -28,8 +28,6 @@ class RecoveryWatch:
         self._world_id = ""
         self._stage_began_s = 0.0
         self._lost_s: float | None = None
-        self._newest_step = 0
-        self._attempt = 0
 
     def look(self, state: RunState, nodes: NodeTable, now_s: float) -> None:
         """Once after every evaluation."""
@@ -77,10 +75,6 @@ class RecoveryWatch:
             self._metrics.recovery_shards.of(self._run, source=kind.value).inc()
         farthest = next((kind.value for kind in FARTHEST if kind in kinds), "none")
         self._end(decision.outcome.value.lower(), source=farthest)
-        base_step = decision.base.step if decision.base is not None else 0
-        if self._newest_step:
-            self._metrics.steps_lost.of(self._run).inc(max(0, self._newest_step - base_step))
-        self._newest_step, self._attempt = base_step, decision.attempt
 
     def _end(self, outcome: str, *, source: str = "none") -> None:
         self._metrics.recoveries.of(self._run, source=source, outcome=outcome).inc()
@@ -89,13 +83,11 @@ class RecoveryWatch:
         self._metrics.recovery_phase_seconds.labels(phase=phase).observe(max(0.0, seconds))
 
     def _watch_world(self, state: RunState, nodes: NodeTable, now_s: float) -> None:
-        """Note how far the world came, and when it was seen to be broken."""
+        """Note when the world was seen to be broken."""
         context, decision = state.context, state.recovery.decision
         assert context is not None
         if decision is None:
             return
-        steps = [view.key.step for view in context.live_views if view.key.attempt == decision.attempt]
-        self._newest_step = max([self._newest_step, *steps])
         world = context.worlds.get(decision.world_id, {})
         missing = [place.node for place in decision.placements if place.rank not in world]
         if not missing or decision.world_id in state.forgetting.ended:

@@ -138,6 +138,8 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             credentials=credentials,
         )
         context.metrics.set_config(config)
+        if credentials is not None:
+            context.metrics.watch_certificates(credentials.ends_unix_s)
         node_gauges = NodeGauges(context.metrics, lease_s=config.lease_s, now_s=clock.monotonic_s)
         on_result = functools.partial(gauges.note_job, context.metrics)
         sessions = Sessions(context)

@@ -106,6 +106,17 @@ class Credentials:
                 self._look()
             return self._material
 
+    def ends_unix_s(self) -> dict[str, float]:
+        """When what is used now ends: ``own``, and ``ca``, the first of the authorities."""
+        material = self.current()
+        authorities = [
+            str(found["notAfter"]) for found in material.client_context.get_ca_certs() if "notAfter" in found
+        ]
+        ends = {"own": material.not_after_unix_s}
+        if authorities:
+            ends["ca"] = min(float(ssl.cert_time_to_seconds(end)) for end in authorities)
+        return ends
+
     def validity_problem(self) -> str:
         """Why the certificate is not valid now; "" when it is."""
         material, now = self._material, self._unix_s()

@@ -14,6 +14,7 @@ PHASES: Final = ("attached", "restoring", "training", "ended")
 SOURCES: Final = ("local", "peer", "rebuild", "persisted", "none")
 OUTCOMES: Final = ("exact", "exact_older", "none", "refused", "abandoned")
 RECOVERY_PHASES: Final = ("detect", "restart", "decide", "stage", "release")
+RUN_PARTS: Final = ("productive", "down", "recompute", "blocked")
 RATIO_BUCKETS: Final = (0.2, 0.35, 0.5, 0.75, 1.0)
 
 
@@ -148,8 +149,15 @@ class CoordinatorMetrics(DaemonMetrics):
             phase=RECOVERY_PHASES,
         )
         self.steps_lost = registry.run_counter(
-            "steps_lost", "Steps that trainers had offered to store and that were computed again after a recovery."
+            "steps_lost", "Steps that were computed again after interruptions, over the whole run: its ledger's sum."
         )
+        self.run_seconds = registry.run_counter(
+            "run_seconds",
+            "Time since the run began, by what it went into (its ledger): productive; down, from the last sign of life to "
+            "going on; recompute, of steps that were lost; blocked, in snapshot() and at the fence.",
+            part=RUN_PARTS,
+        )
+        self.goodput_ratio = registry.run_gauge("goodput_ratio", "Productive part of the time since the run began.")
         self.gates_failed = registry.run_counter(
             "gates_failed", "Worlds whose ranks did not agree on what they had loaded."
         )

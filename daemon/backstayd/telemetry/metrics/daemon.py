@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
@@ -66,6 +67,12 @@ class DaemonMetrics:
     def declared(self) -> list[Declared]:
         """Every metric of this role, for the reference."""
         return self._registry.declared
+
+    def watch_certificates(self, ends_unix_s: Callable[[], Mapping[str, float]]) -> None:
+        """Export when the certificates in use end, by which one it is; asked at every scrape, in its thread."""
+        for certificate in ends_unix_s():
+            gauge = self.certificate_expiry_timestamp_seconds.labels(certificate=certificate)
+            gauge.set_function(lambda certificate=certificate: ends_unix_s().get(certificate, 0.0))  # type: ignore[misc]
 
     def set_config(self, config: Any) -> None:
         """Say which configuration is in force; called again after a reload."""
