@@ -13,6 +13,9 @@ from prometheus_client.exposition import generate_latest
 from backstay import local
 from backstayd.coder.jobs import JobResult, VerifyShard
 from backstayd.config import NodeConfig
+from backstayd.coordinator.gauges import Gauges
+from backstayd.core.policy import CorePolicy
+from backstayd.core.timeline import Event
 from backstayd.node import gauges
 from backstayd.telemetry.margins import WINDOW_S, LeastMargin
 from backstayd.telemetry.metrics import CoordinatorMetrics, DaemonMetrics, NodeMetrics, reference, registry
@@ -130,3 +133,16 @@ def test_the_least_margin_is_forgotten_after_a_window() -> None:
     margin.note(2.2, WINDOW_S / 2 + 3.0)
     assert margin.least_s(WINDOW_S + 5.0) == 2.2
     assert margin.least_s(3 * WINDOW_S) == 3.0
+
+
+def test_a_coordinator_that_stands_back_says_nothing_of_runs_any_more() -> None:
+    metrics = CoordinatorMetrics(version="0.1.0")
+    board = Gauges(metrics, CorePolicy(persist_url="file:///mnt", persist_every_s=60.0))
+    board.count(Event(at_s=0.0, run=RUN, kind="complete", message="step 1 of attempt 1 is complete"))
+    metrics.spares.of(RUN).set(2)
+    metrics.coordinator_settled.set(1)
+    assert _value(metrics, "backstay_snapshots_complete_total", training_job=RUN) == 1
+    assert _value(metrics, "backstay_persist_interval_seconds") == 60
+    board.close()
+    assert not [s for f in metrics.registry.collect() for s in f.samples if s.labels.get("training_job")]
+    assert _value(metrics, "backstay_coordinator_settled") == 0

@@ -17,7 +17,7 @@ from backstayd.telemetry.margins import LeastMargin
 from backstayd.telemetry.metrics import CoordinatorMetrics
 from backstayd.telemetry.metrics.coordinator import PHASES, RUN_PARTS
 
-LEDGER_S: Final = 1.0  # a ledger is summed up at most so often
+WHOLE_S: Final = 0.25  # what takes a look at every rank, or sums up a ledger, is done at most so often
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class _Seen:
     protected: set[str] = field(default_factory=set)
     persisted: str = ""
     ledger: dict[str, float] = field(default_factory=dict)  # sums that were exported
-    ledger_s: float = float("-inf")
+    whole_s: float = float("-inf")
 
 
 class Gauges:
@@ -100,8 +100,9 @@ class Gauges:
                 metrics.first_seen_timestamp_seconds.of(run).set(unix_s)
             self._update_run(state, state.evaluation, unix_s)
             self._seen[run].recoveries.look(state, core.nodes, now_s)
-            if now_s - self._seen[run].ledger_s >= LEDGER_S:
-                self._seen[run].ledger_s = now_s
+            if now_s - self._seen[run].whole_s >= WHOLE_S:
+                self._seen[run].whole_s = now_s
+                self._note_trainers(state, state.evaluation)
                 self._note_ledger(state, now_s)
         for run in [run for run in self._seen if run not in core.runs]:
             del self._seen[run]
@@ -115,14 +116,17 @@ class Gauges:
         metrics.protected_step.of(run).set(evaluation.protected_step)
         metrics.snapshot_interval_steps.of(run).set(state.pace.schedule.interval_steps)
         metrics.distrusted_snapshots.of(run).set(len(state.probation.distrusted))
+        self._note_progress(state, unix_s)
+        self._note_persisted(state, unix_s)
+
+    def _note_trainers(self, state: RunState, evaluation: Evaluation) -> None:
+        metrics, run = self._metrics, state.run
         sessions = [s.record for world in evaluation.context.worlds.values() for s in world.values()]
         phases = Counter(session.phase.value for session in sessions)
         for phase in PHASES:
             metrics.trainers.of(run, phase=phase).set(phases[phase])
         stored = max((view.key.step for view in evaluation.context.live_views), default=0)
         metrics.trainer_step.of(run).set(max([stored, *(session.skipped_step for session in sessions)]))
-        self._note_progress(state, unix_s)
-        self._note_persisted(state, unix_s)
 
     def _note_progress(self, state: RunState, unix_s: float) -> None:
         """When snapshots became complete and protected, and how long one took from the first to the second."""

@@ -89,6 +89,9 @@ class RecoveryWatch:
         if decision is None:
             return
         world = context.worlds.get(decision.world_id, {})
+        if len(world) == decision.world_size:  # after each evaluation: not by every rank
+            self._lost_s = None
+            return
         missing = [place.node for place in decision.placements if place.rank not in world]
         if not missing or decision.world_id in state.forgetting.ended:
             self._lost_s = None
