@@ -12,7 +12,7 @@ from backstay.errors import UsageError
 
 _UNITS = {"": 1, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
 _QUICK_BYTES = 8 * 1024**2
-PARTS = ("solo", "frozen", "pair", "protect", "reshard", "persist")
+PARTS = ("solo", "frozen", "pair", "protect", "reshard", "persist", "rest")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,7 @@ class Settings:
     rebuild_rounds: int
     steps: int  # timed steps per round and method
     cpu_step_s: float
+    rest_s: float  # of each round of the part at rest
     protect_nodes: int
     parity: int
     has_peers: bool
@@ -48,6 +49,7 @@ def parse(argv: Sequence[str]) -> Settings:
     parser.add_argument("--rebuild-rounds", type=int, help="nodes destroyed, one after another (default 2)")
     parser.add_argument("--steps", type=int, help="timed steps per round and method (default 3)")
     parser.add_argument("--cpu-step-s", type=float, help="length of a CPU-bound step (default 2.0)")
+    parser.add_argument("--rest-s", type=float, help="seconds that daemons at rest are watched, a round (default 30)")
     parser.add_argument("--protect-nodes", type=int, default=6, help="n of the protected group (default 6)")
     parser.add_argument("--parity", type=int, default=2, help="m of the protected group (default 2)")
     parser.add_argument("--no-peers", action="store_true", help="leave out torch.distributed.checkpoint")
@@ -72,6 +74,7 @@ def parse(argv: Sequence[str]) -> Settings:
         rebuild_rounds=given.rebuild_rounds or (1 if quick else 2),
         steps=given.steps or (2 if quick else 3),
         cpu_step_s=given.cpu_step_s or (0.1 if quick else 2.0),
+        rest_s=given.rest_s or (0.5 if quick else 30.0),
         protect_nodes=given.protect_nodes,
         parity=given.parity,
         has_peers=not given.no_peers,

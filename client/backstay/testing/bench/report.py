@@ -21,6 +21,7 @@ OWN_KEYS: Final[dict[str, tuple[str, ...]]] = {
     "protect": ("protect_vs_tcp", "rebuild_vs_tcp", "memory_vs_state"),
     "reshard": ("reshard_moved_vs_needed", "reshard_vs_tcp"),
     "persist": ("persist_vs_cp", "persisted_restore_vs_dcp_load", "step_overhead_persisting"),
+    "rest": ("rest_cores", "rest_mib", "rest_coordinator_cores", "rest_coordinator_mib"),
 }
 PEER_KEYS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "solo": {
@@ -51,6 +52,10 @@ _MEANING: Final = {
     "persist_vs_cp": "durable copy to a disk / cp and sync to it",
     "persisted_restore_vs_dcp_load": "dcp.load from a disk / whole restore() from a copy on it, nothing in memory",
     "step_overhead_persisting": "steps that wait, copying all the time / without copies",
+    "rest_cores": "node that holds a run while nobody trains: share of a core",
+    "rest_mib": "the same: memory besides the arena (MiB)",
+    "rest_coordinator_cores": "its coordinator: share of a core",
+    "rest_coordinator_mib": "its coordinator: memory (MiB)",
 }
 
 
@@ -71,6 +76,8 @@ def bars(settings: Settings) -> dict[str, dict[str, Any]]:
         "persist_vs_cp": {"at_least": 0.8},
         "persisted_restore_vs_dcp_load": {"at_least": 1.0},
         "step_overhead_persisting": {"at_most": 1.02},
+        "rest_cores": {"at_most": 0.01},
+        "rest_mib": {"at_most": 100.0},
         "memory_vs_state": {"at_most": round(1.05 * 2 * (1 + settings.parity / data), 4)},
     }
 

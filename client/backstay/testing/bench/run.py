@@ -21,6 +21,7 @@ from backstay.testing.bench.measure import Collection
 from backstay.testing.bench.persisting import measure_persisting
 from backstay.testing.bench.protection import measure_protection
 from backstay.testing.bench.resharding import measure_resharding
+from backstay.testing.bench.rest import measure_rest
 from backstay.testing.bench.training import measure_solo, measure_steps
 from backstay.testing.wait import DeadlineError
 
@@ -31,6 +32,7 @@ _PARTS: Final[dict[str, tuple[str, Callable[[Settings, Path, Collection], None]]
     "protect": ("protect and rebuild", measure_protection),
     "reshard": ("restore into another world size", measure_resharding),
     "persist": ("durable copies", measure_persisting),
+    "rest": ("daemons at rest", measure_rest),
 }
 
 
