@@ -59,6 +59,11 @@ def _parse(text: str) -> dict[str, list[_Fault]]:
 _faults = _parse(os.environ.get("BACKSTAY_FAULTS", ""))
 
 
+def is_set(point: str) -> bool:
+    """Whether a fault waits at ``point``: where saying so costs something."""
+    return point in _faults
+
+
 def reach(point: str, **where: object) -> None:
     """Say that ``point`` was reached at the logical position ``where``; may not return."""
     for fault in _faults.get(point, ()):

@@ -103,15 +103,13 @@ def test_a_notified_change_is_reported_without_waiting_for_the_heartbeat() -> No
     async def scenario() -> None:
         backend = RecordingBackend()
         server = CoordinatorServer("127.0.0.1:0", backend, lease_s=60.0)
-        sequence = 1
-        link = CoordinatorLink(
-            await server.start(), report=lambda: report_of(sequence=sequence), on_desired=lambda _: None, lease_s=60.0
-        )
+        report = report_of()
+        link = CoordinatorLink(await server.start(), report=lambda: report, on_desired=lambda _: None, lease_s=60.0)
         link.start()
         await until(lambda: backend.reports, "the first report")
-        sequence = 2
+        report = replace(report_of(sequence=2), used_bytes=7)
         link.notify()
-        await until(lambda: backend.reports[-1].sequence == 2, "the notified report", deadline_s=5.0)
+        await until(lambda: backend.reports[-1] == report, "the notified report", deadline_s=5.0)
         await link.close()
         await server.close()
 

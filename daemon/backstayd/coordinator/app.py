@@ -36,12 +36,15 @@ from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import CoordinatorMetrics
 from backstayd.telemetry.routes import Route, document_route, metrics_route, probe_route
+from backstayd.telemetry.status_page import page_routes
 from backstayd.transport.coordinator_service import CoordinatorServer
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMED_RUNS: Final = 3  # in the sentence for systemctl status
 COALESCE_S: Final = 0.003  # reports that arrive together are evaluated once
+REST_FACTOR: Final = 3  # after an evaluation, so many times as long is left to other things, up to a third of a lease
+IDLE_FACTOR: Final = 20  # and so many times as long when nothing but time has passed, up to a lease
 DOCUMENT_TIMEOUT_S: Final = 2.0
 ELECTED_SETTLE_LEASES: Final = 2.0  # nodes notice the loss, go round the addresses and may meet a dead one on the way
 SILENT_LEASES: Final = 2.0  # all nodes at once are silent for so long: it is this coordinator that is cut off
@@ -118,6 +121,7 @@ class CoordinatorProcess:
         self._evaluation: asyncio.TimerHandle | None = None
         self.health = Health(lease_s=config.lease_s)
         self._ticker: asyncio.Task[None] | None = None
+        self._evaluated_s = self._cost_s = 0.0  # when the last evaluation ended, and what it took
         self._half_recorded: set[str] = set()
         self.address = ""
         self.http_address = ""
@@ -225,8 +229,10 @@ class CoordinatorProcess:
         self._heard_s = now_s
         self._gauges.note_report(report, core.nodes, now_s)
         core.observe(report, now_s)
-        self._reach_partial_records()
-        self._evaluate_soon()
+        if faults.is_set("recorded_on_some"):
+            self._reach_partial_records()
+        if core.has_news:
+            self._evaluate_soon()
 
     def suspect(self, node: str, incarnation: str) -> None:
         if self._core is not None:
@@ -277,12 +283,17 @@ class CoordinatorProcess:
                 self._seat.resign("no node has reported any longer; perhaps they reach another coordinator")
             if self._seat.may_act() and self._core is not None:
                 self._core.tick(now_s)
-                self._evaluate()
+                rest_s = min(self._config.lease_s, IDLE_FACTOR * self._cost_s)
+                if self._core.has_news or now_s >= self._evaluated_s + rest_s:
+                    self._evaluate_soon()
 
     def _evaluate(self) -> None:
         self._cancel_evaluation()
+        begun_s = self._clock.monotonic_s()
         if self._seat.may_act() and self._core is not None and self._core.evaluate():
             self._spread(self._core)
+        self._evaluated_s = self._clock.monotonic_s()
+        self._cost_s = self._evaluated_s - begun_s
 
     def _cancel_evaluation(self) -> None:
         if self._evaluation is not None:
@@ -294,7 +305,8 @@ class CoordinatorProcess:
         for event in core.take_events():
             self._tell(event)
         self._gauges.update(core, now_s=self._clock.monotonic_s(), unix_s=self._clock.unix_s())
-        self._server.wake()
+        if core.has_changed:
+            self._server.wake()
 
     def _tell(self, event: Event) -> None:
         """Log an event once; ``decided`` is where a test may stop the world before anything is sent."""
@@ -309,8 +321,11 @@ class CoordinatorProcess:
             faults.reach("decided", run=event.run)
 
     def _evaluate_soon(self) -> None:
+        """Evaluate in a moment; the costlier that is, the more of what happens is taken together."""
         if self._evaluation is None:
-            self._evaluation = asyncio.get_running_loop().call_later(COALESCE_S, self._evaluate)
+            rest_s = min(self._config.lease_s / 3, REST_FACTOR * self._cost_s)
+            wait_s = max(COALESCE_S, self._evaluated_s + rest_s - self._clock.monotonic_s())
+            self._evaluation = asyncio.get_running_loop().call_later(wait_s, self._evaluate)
 
     def _reach_partial_records(self) -> None:
         for run, decision_id in self.core.partly_recorded().items():
@@ -323,23 +338,24 @@ class CoordinatorProcess:
             "/livez": probe_route(self.health.not_alive, well=self.health.alive),
             "/metrics": metrics_route(self.metrics.registry),
             "/readyz": probe_route(self.health.not_ready, well=self.health.ready),
-            "/status.json": document_route(lambda: self._from_thread(loop)),
+            "/status.json": document_route(lambda: self._from_thread(loop, is_brief=False)),
+            **page_routes(lambda: self._from_thread(loop, is_brief=True)),
         }
 
-    def _document(self, core: Coordinator) -> dict[str, Any]:
-        document = core.status(self._clock.monotonic_s(), unix_offset_s=self._offset_s)
+    def _document(self, core: Coordinator, *, is_brief: bool) -> dict[str, Any]:
+        document = core.status(self._clock.monotonic_s(), unix_offset_s=self._offset_s, is_brief=is_brief)
         return document | {"leader": self._seat.document()}
 
     def _nothing(self) -> Coordinator:
         """What a standby knows of nodes and runs; it makes its document, so that all fields are there."""
         return Coordinator(self._policy, self.incarnation, now_s=self._clock.monotonic_s())
 
-    def _from_thread(self, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
+    def _from_thread(self, loop: asyncio.AbstractEventLoop, *, is_brief: bool) -> dict[str, Any]:
         """The status document, made in the loop, for a thread of the HTTP server."""
 
         async def make() -> dict[str, Any]:
             core = self._core if self._seat.may_act() else None
-            return self._document(core or self._nothing())
+            return self._document(core or self._nothing(), is_brief=is_brief)
 
         future = asyncio.run_coroutine_threadsafe(make(), loop)
         try:

@@ -16,7 +16,7 @@ from backstayd.core.ledger import ledger_sentence
 from backstayd.core.locating import Located, locate
 from backstayd.core.nodes import NodeState, NodeTable
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import Base, NodeDesired, NodeReport, Peer, RunDesired, SessionPhase
+from backstayd.core.records import Base, NodeDesired, NodeReport, Peer, SessionPhase
 from backstayd.core.recovery import Stage
 from backstayd.core.run_state import RunState
 from backstayd.core.sentences import listed
@@ -69,11 +69,16 @@ class Coordinator:
         self._floor = term * TERM_GENERATIONS
         self._patience_s = settle_leases * policy.lease_s
         self._settle_leases = 1.0
+        self.has_news = True  # since the last evaluation, besides that time has passed
         self._is_dirty = True
+        self.has_changed = False  # what nodes should do, by the last evaluation
+        self._desired_of: dict[str, NodeDesired] = {}  # while nothing changes
+        self._peers_of: dict[tuple[str, ...], tuple[Peer, ...]] = {}
 
     def suspect(self, node: str, incarnation: str) -> None:
         """The line to ``node`` broke; its lease runs on."""
-        self._is_dirty |= self.nodes.suspect(node, incarnation)
+        if self.nodes.suspect(node, incarnation):
+            self._is_dirty = self.has_news = True
 
     def adopt(self, policy: CorePolicy) -> None:
         """Go on under other settings; parity, group size, lease and storage must be the same."""
@@ -87,7 +92,7 @@ class Coordinator:
         change = self.nodes.observe(report, self._now_s)
         if change is None:
             return
-        self._is_dirty = True
+        self._is_dirty = self.has_news = True
         name = report.node.name
         if change:
             words = {"joined": "joined", "restarted": "was started again", "returned": "came back within its old life"}
@@ -101,6 +106,7 @@ class Coordinator:
         """Let time pass: leases run out."""
         self._now_s = max(self._now_s, now_s)
         for name in self.nodes.tick(self._now_s):
+            self.has_news = True
             self.timeline.allow_again("", "node_lost")
             self._say(
                 "", "node_lost", f"{name} did not report for {self.policy.lease_s:g} s: what it held counts as gone"
@@ -112,10 +118,26 @@ class Coordinator:
         """Bring desired state in line with what was observed. False if nothing was observed since the last call."""
         if not self._is_dirty:
             return False
-        self._is_dirty = False
+        self._is_dirty = self.has_news = False
+        before = self._wanted()
+        self._decide()
+        now = self._wanted()
+        self.has_changed = len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
+        if self.has_changed:
+            self._peers_of.clear()
+            self._desired_of.clear()
+        return True
+
+    def _wanted(self) -> tuple[object, ...]:
+        """What :meth:`desired` is made from: the very same things while no node need be told anything."""
+        orders = (state.orders if state.orders is not None else object() for state in self.runs.values())
+        drains = (node.drain_order for node in self.nodes.nodes.values())
+        return self.is_settled, self.generation, *self.runs, *orders, *drains
+
+    def _decide(self) -> None:
         self._settle()
         if not self.is_settled:
-            return True
+            return
         present = {node.name: node for node in self.nodes.present()}
         for name in list(self.runs):
             is_sure = self._has_long_memory() or self.runs[name].named_nodes(present) <= set(self.nodes.nodes)
@@ -129,24 +151,22 @@ class Coordinator:
                 del self.runs[name]
                 self.timeline.forget(name)
         self._judge_drains()
-        return True
 
     def desired(self, node: str) -> NodeDesired:
         """Everything ``node`` should do now; before settling nothing, under a generation that no node obeys."""
         if not self.is_settled:
             return NodeDesired(generation=Generation(0, self.incarnation))
-        wanted: list[RunDesired] = []
-        peers: dict[str, Peer] = {}
-        present = {other.name: other for other in self.nodes.present()}
-        for state in self.runs.values():
-            desired = state.desired(node)
-            if desired is not None:
-                wanted.append(desired)
-                peers.update(self._peers(state, desired, present))
+        found = self._desired_of.get(node)
+        if found is None:
+            found = self._desired_of[node] = self._make_desired(node)
+        return found
+
+    def _make_desired(self, node: str) -> NodeDesired:
+        wanted = {name: desired for name, state in self.runs.items() if (desired := state.desired(node)) is not None}
         return NodeDesired(
             generation=self.generation,
-            runs=tuple(sorted(wanted, key=lambda run: run.run)),
-            peers=tuple(peers[name] for name in sorted(peers)),
+            runs=tuple(wanted[name] for name in sorted(wanted)),
+            peers=self._peers(tuple(wanted)),
             has_storage=self.policy.persist_url != "",
             drain=self.nodes.nodes[node].drain_order if node in self.nodes.nodes else None,
         )
@@ -260,19 +280,20 @@ class Coordinator:
     def partly_recorded(self) -> dict[str, str]:
         """Runs whose decision some hosts have recorded and others not: run to decision id."""
         found = {}
-        present = {node.name: node for node in self.nodes.present()}
-        for name, state in self.runs.items():
+        recording = {name: state for name, state in self.runs.items() if state.recovery.stage is Stage.RECORD}
+        present = {node.name: node for node in self.nodes.present()} if recording else {}
+        for name, state in recording.items():
             decision = state.recovery.decision
-            if state.recovery.stage is not Stage.RECORD or decision is None:
+            if decision is None:
                 continue
             context = state.fresh_context(present, generation=self.generation, now_s=self._now_s)
             if state.recovery.is_recorded_on_some(context):
                 found[name] = decision.decision_id
         return found
 
-    def status(self, now_s: float, *, unix_offset_s: float = 0.0) -> dict[str, Any]:
+    def status(self, now_s: float, *, unix_offset_s: float = 0.0, is_brief: bool = False) -> dict[str, Any]:
         """The status document; ``unix_offset_s`` turns the core's clock into Unix time."""
-        return status_document(self, now_s=now_s, unix_offset_s=unix_offset_s)
+        return status_document(self, now_s=now_s, unix_offset_s=unix_offset_s, is_brief=is_brief)
 
     def take_events(self) -> list[Event]:
         """What happened since the last call, for the log."""
@@ -344,15 +365,16 @@ class Coordinator:
         present = {node.name: node for node in self.nodes.present()}
         return {name for state in self.runs.values() for name in state.named_nodes(present)}
 
-    def _peers(self, state: RunState, desired: RunDesired, present: Mapping[str, NodeState]) -> dict[str, Peer]:
-        names = {name for name, node in present.items() if state.run in node.runs}
-        names.update(member.node for plan in desired.plans for member in plan.members)
-        names.update(target.node for rebuild in desired.rebuilds for target in rebuild.targets)
-        if desired.decision is not None:
-            names.update(holder for source in desired.decision.sources for holder in source.holders)
-        return {
-            name: Peer(name=name, bulk_address=present[name].identity.bulk_address) for name in names & set(present)
-        }
+    def _peers(self, runs: tuple[str, ...]) -> tuple[Peer, ...]:
+        """Live nodes of these runs; made once for all nodes that have a part in the same."""
+        found = self._peers_of.get(runs)
+        if found is None:
+            peers: dict[str, Peer] = {}
+            for run in runs:
+                orders = self.runs[run].orders
+                peers |= orders.peers if orders is not None else {}
+            found = self._peers_of[runs] = tuple(peers[name] for name in sorted(peers))
+        return found
 
     def _keep_ledger(self, state: RunState) -> None:
         """A run is over: its ledger stays for a while, and one sentence of it in the log."""

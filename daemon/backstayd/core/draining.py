@@ -108,22 +108,24 @@ class Draining:
             if view.snapshot_id in self.homeless:  # some without the others would only take room
                 self.homes = {place: home for place, home in self.homes.items() if place[0] != view.snapshot_id}
 
-    def copies_of(self, node: str, context: RunContext) -> tuple[ShardCopy, ...]:
-        """Shards that ``node`` should copy."""
+    def copies(self, context: RunContext) -> dict[str, tuple[ShardCopy, ...]]:
+        """Shards that nodes should copy, by node."""
         views = {view.snapshot_id: view for view in context.live_views}
-        return tuple(
-            ShardCopy(
-                attempt=views[snapshot_id].key.attempt,
-                step=views[snapshot_id].key.step,
-                rank=rank,
-                world_size=views[snapshot_id].world_size,
-                size_bytes=views[snapshot_id].sizes[rank],
-                digest=views[snapshot_id].digests[rank],
-                holders=views[snapshot_id].holders[rank],
-            )
-            for (snapshot_id, rank), home in self.homes.items()
-            if home == node and snapshot_id in views
-        )
+        found: dict[str, list[ShardCopy]] = {}
+        for (snapshot_id, rank), home in self.homes.items():
+            view = views.get(snapshot_id)
+            if view is not None:
+                copy = ShardCopy(
+                    attempt=view.key.attempt,
+                    step=view.key.step,
+                    rank=rank,
+                    world_size=view.world_size,
+                    size_bytes=view.sizes[rank],
+                    digest=view.digests[rank],
+                    holders=view.holders[rank],
+                )
+                found.setdefault(home, []).append(copy)
+        return {node: tuple(copies) for node, copies in found.items()}
 
     def missing(self, kept: Sequence[SnapshotView]) -> str:
         """What is missing before the leaving nodes can stop without loss; "" if nothing is.

@@ -60,9 +60,15 @@ class NodeTable:
         self.nodes: dict[str, NodeState] = {}
 
     def observe(self, report: NodeReport, now_s: float) -> str | None:
-        """Take in a report. Returns what changed of the node's life: "joined", "restarted", "returned", "" or None (stale)."""
+        """Take in a report. Returns what changed of the node's life: "joined", "restarted", "returned", "".
+
+        None: nothing to decide anew; it is stale, or a bare heartbeat (the same record again).
+        """
         name = report.node.name
         state = self.nodes.get(name)
+        if state is not None and state.report is report and state.liveness is Liveness.LIVE:
+            state.seen_s = now_s
+            return None
         if state is None:
             self.nodes[name] = NodeState(report, now_s)
             return "joined"

@@ -7,8 +7,8 @@ shard was reported whole. An upload never costs training a slot: if memory is sh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backstay.ids import SnapshotKey
@@ -125,19 +125,29 @@ class Persisting:
             self._begin(context, world, target)
         self._choose_prunes(context, is_waiting=is_busy or is_proving)
 
-    def desired(self, node: str) -> StorageDesired | None:
-        """What ``node`` should do with durable storage."""
+    def desired(self, nodes: Collection[str]) -> dict[str, StorageDesired]:
+        """What each of ``nodes`` should do with durable storage; nothing without any."""
         if not self.is_on:
-            return None
+            return {}
         newest = self.newest
-        return StorageDesired(
+        common = StorageDesired(
             url=self.surveying.url,
-            uploads=self._tasks(node),
-            prune=self.pruning if node == self.pruner else (),
             bandwidth_bytes_per_s=self.policy.persist_bandwidth_bytes_per_s,
-            survey_id=self.surveying.wants(node),
             persisted_step=newest.step if newest is not None else 0,
         )
+        tasks = self._tasks()
+        special = {*tasks, self.pruner, *(node for node in nodes if self.surveying.wants(node))}
+        return {
+            node: replace(
+                common,
+                uploads=tasks.get(node, ()),
+                prune=self.pruning if node == self.pruner else (),
+                survey_id=self.surveying.wants(node),
+            )
+            if node in special
+            else common
+            for node in nodes
+        }
 
     def incomplete_view(self, context: RunContext) -> SnapshotView | None:
         """The snapshot that is being copied, if a shard of it must be rebuilt first."""
@@ -407,13 +417,18 @@ class Persisting:
             self.say("persist_failed", f"step {transfer.snapshot.step}: {problem}; it is tried again")
         return problem
 
-    def _tasks(self, node: str) -> tuple[UploadTask, ...]:
+    def _tasks(self) -> dict[str, tuple[UploadTask, ...]]:
+        """Uploads by the node that makes them."""
         transfer = self.transfer
         if transfer is None:
-            return ()
-        ranks = tuple(sorted(rank for rank, owner in transfer.owners.items() if owner == node))
-        is_last = transfer.writer == node
-        return (UploadTask(snapshot=transfer.snapshot, ranks=ranks, is_last=is_last),) if ranks or is_last else ()
+            return {}
+        ranks: dict[str, list[int]] = {transfer.writer: []} if transfer.writer else {}
+        for rank, owner in sorted(transfer.owners.items()):
+            ranks.setdefault(owner, []).append(rank)
+        return {
+            node: (UploadTask(snapshot=transfer.snapshot, ranks=tuple(of_node), is_last=node == transfer.writer),)
+            for node, of_node in ranks.items()
+        }
 
     # -- retention ----------------------------------------------------------------------------------------------------
 

@@ -118,10 +118,6 @@ class Protection:
                 self._note_failure(snapshot_id, now_s)
         return notes
 
-    def plans_of(self, node: str) -> tuple[Plan, ...]:
-        """Plans ``node`` should encode and hold."""
-        return tuple(p for s in self.sets.values() for p in s.plans if any(member.node == node for member in p.members))
-
     def next_retry_s(self) -> float | None:
         return min(self.retry_s.values(), default=None)
 

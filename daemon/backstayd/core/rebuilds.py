@@ -28,10 +28,6 @@ class Rebuilds:
     under_way: dict[str, Rebuild] = field(default_factory=dict)  # by plan id
     missing_since: dict[str, float] = field(default_factory=dict)
 
-    def of(self, node: str) -> tuple[Rebuild, ...]:
-        """Those that ``node`` decodes for or gets shards of."""
-        return tuple(rebuild for rebuild in self.under_way.values() if _takes_part(rebuild, node))
-
     def update(
         self, context: RunContext, recovery: Recovery, persisting: Persisting, *, hosts: Collection[str]
     ) -> None:
@@ -120,7 +116,3 @@ def _targets(
     return choose_targets(
         view, placements=placements, nodes=staying(context.nodes), inventory=context.inventory, preferred=preferred
     )
-
-
-def _takes_part(rebuild: Rebuild, node: str) -> bool:
-    return any(target.node == node for target in rebuild.targets) or any(task.decoder == node for task in rebuild.tasks)

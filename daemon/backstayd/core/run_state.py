@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backstay.ids import Generation, SnapshotKey
-from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, suspects_of, take_inventory
+from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, take_inventory
 from backstayd.core.choosing import Memory, choose
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.draining import Draining
 from backstayd.core.forgetting import Forgetting
 from backstayd.core.ledger import Accounts
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
-from backstayd.core.nodes import Liveness, NodeState
+from backstayd.core.nodes import NodeState
+from backstayd.core.orders import Orders, make_orders
 from backstayd.core.ownership import owner_of, strangers, without
 from backstayd.core.pace import Pace
 from backstayd.core.persisting import Persisting
-from backstayd.core.placement import group_count
 from backstayd.core.policy import CorePolicy
-from backstayd.core.probation import Probation, has_both
+from backstayd.core.probation import Probation
 from backstayd.core.protection import Protection
 from backstayd.core.rebuilds import Rebuilds
-from backstayd.core.records import Decision, RunDesired, SessionPhase, SessionRecord
+from backstayd.core.records import Decision, RunDesired, RunReport, SessionPhase, SessionRecord
 from backstayd.core.recovery import Recovery, Say, Stage
 from backstayd.core.retention import abandoned_keys, releasable
 from backstayd.core.sentences import any_nodes, counted, listed
@@ -45,6 +45,21 @@ class Evaluation:
     complete_step: int
     protected_step: int
     drain_lacks: str  # what is missing before the nodes that drain may be stopped; "" if nothing is
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What follows from the reports of one moment alone."""
+
+    reports: Mapping[str, RunReport]
+    inventory: Inventory
+    views: tuple[SnapshotView, ...]
+
+    def is_of(self, reports: Mapping[str, RunReport]) -> bool:
+        """Whether these are the very same reports: a node that reports no change leaves its record as it is."""
+        return len(reports) == len(self.reports) and all(
+            self.reports.get(name) is report for name, report in reports.items()
+        )
 
 
 @dataclass(slots=True)
@@ -73,6 +88,8 @@ class RunState:
     strangers: Mapping[str, str] = field(default_factory=dict)  # nodes where another user attached, and who
     evaluation: Evaluation | None = None
     context: RunContext | None = None
+    orders: Orders | None = None  # the same one again while nothing of it changes
+    seen: Seen | None = None
     sealed: tuple[str, int] = ("", 0)  # world, and the newest step that one of its ranks declared whole
     known_sessions: dict[int, str] = field(default_factory=dict)
     known_marks: set[tuple[str, str, int, int]] = field(default_factory=set)
@@ -86,6 +103,15 @@ class RunState:
     ) -> None:
         """Bring everything in line with the reports of ``nodes``."""
         nodes = self._own(nodes)
+        before, self.orders = self.orders, None
+        self._evaluate(nodes, generation, has_long_memory, now_s)
+        if self.evaluation is not None and not self.forgetting.is_under_way:
+            orders = make_orders(self, self.evaluation)
+            self.orders = before if orders == before else orders
+
+    def _evaluate(
+        self, nodes: Mapping[str, NodeState], generation: Generation, has_long_memory: bool, now_s: float
+    ) -> None:
         context = self.context = self._take_context(nodes, generation, has_long_memory, now_s)
         self.forgetting.update(context, self.recovery, self.persisting)
         if self.forgetting.is_done(context):
@@ -102,20 +128,20 @@ class RunState:
             self.pace.restart()
         self._note_seals(context)
         if self.recovery.stage is Stage.RELEASED and self.recovery.decision is not None:
-            self.probation.judge(self.recovery.decision, self._world(context), context, self.say)
+            self.probation.judge(self.recovery.decision, self.world(context), context, self.say)
         host_count = self._host_count(context)
         wanted = self.policy.wanted_parity(host_count)
         target = self.protection.target(host_count=host_count, present_count=len(nodes))
         self.draining.update(context, wanted=wanted, target=target, is_busy=self.recovery.is_active)
         self._protect(context, target)
-        self.rebuilds.update(context, self.recovery, self.persisting, hosts=self._hosts(context))
+        self.rebuilds.update(context, self.recovery, self.persisting, hosts=self.hosts(context))
         self.persisting.update(
             context,
-            self._world(context),
+            self.world(context),
             target=target,
             fence=self.recovery.fence,
             is_busy=self.recovery.is_active,
-            is_proving=bool(self._held(context)),
+            is_proving=bool(self.held(context)),
         )
         release = self._release(context, target)
         self._describe(context, target=target, wanted=wanted, release=release)
@@ -123,7 +149,7 @@ class RunState:
 
     def desired(self, node: str) -> RunDesired | None:
         """What ``node`` should do for this run; None if it has no part in it."""
-        evaluation, context = self.evaluation, self.context
+        context = self.context
         if context is None:
             return None
         if node in self.strangers:
@@ -131,43 +157,10 @@ class RunState:
         if self.forgetting.is_under_way:
             report = context.nodes[node].runs.get(self.run) if node in context.nodes else None
             return RunDesired(run=self.run, forget=True) if report is not None and not report.is_forgotten else None
-        if evaluation is None:
+        if self.orders is None:
             return None
-        plans = self.protection.plans_of(node)
-        rebuilds = self.rebuilds.of(node)
         has_report = node in context.nodes and self.run in context.nodes[node].runs
-        copies = self.draining.copies_of(node, context)
-        if not (has_report or plans or rebuilds or copies):
-            return None
-        decision = self.recovery.decision
-        is_host = decision is not None and node in self.recovery.placements().values()
-        return RunDesired(
-            run=self.run,
-            world_id=self.recovery.world_id,
-            decision=decision if is_host else None,
-            decision_phase=self.recovery.phase,
-            plans=plans,
-            drop_plans=self._drops(node, evaluation),
-            release=self._releases_on(node, evaluation),
-            rebuilds=rebuilds,
-            copies=copies,
-            schedule=self.pace.schedule,
-            keep=self.policy.keep,
-            extra_slots=int(bool(self._held(context)) or has_both(context)) + int(bool(self.persisting.pinned)),
-            gate=self.probation.gate.verdict if is_host and decision is not None else None,
-            distrusted=self.probation.distrusted,
-            trusted=tuple(sorted(self.probation.trust.cleared)),
-            probation_steps=self.policy.probation_steps,
-            parity_fraction=self._parity_fraction(evaluation),
-            redundancy=evaluation.redundancy,
-            protected_step=evaluation.protected_step,
-            is_release_possible=self._is_release_possible(context),
-            suspects=tuple(m for m in suspects_of(self.run, context.nodes.values()).values() if m.node == node),
-            sealed_step=self.sealed[1] if self.sealed[0] == self.recovery.world_id else 0,
-            complete_step=evaluation.complete_step,
-            storage=self.persisting.desired(node),
-            owner=self.owner,
-        )
+        return self.orders.of(node) if has_report or self.orders.has_work(node) else None
 
     def check_invariants(self) -> None:
         """Raise AssertionError for a mistake of ours."""
@@ -210,11 +203,18 @@ class RunState:
                 )
         return without(self.run, nodes, self.strangers)
 
+    def _look(self, nodes: Mapping[str, NodeState]) -> tuple[Inventory, tuple[SnapshotView, ...]]:
+        """What is where; not worked out again while every node says what it said."""
+        reports = {name: node.runs[self.run] for name, node in nodes.items() if self.run in node.runs}
+        if self.seen is None or not self.seen.is_of(reports):
+            inventory = take_inventory(self.run, nodes.values())
+            self.seen = Seen(reports, inventory, tuple(build_views(inventory, self.shapes)))
+        return self.seen.inventory, self.seen.views
+
     def _take_context(
         self, nodes: Mapping[str, NodeState], generation: Generation, has_long_memory: bool, now_s: float
     ) -> RunContext:
-        inventory = take_inventory(self.run, nodes.values())
-        views = tuple(build_views(inventory, self.shapes))
+        inventory, views = self._look(nodes)
         known = [decision for decision, _ in inventory.decisions.values()]
         self.head = newest_decision([*known, *([self.head] if self.head is not None else [])])
         surveying = self.persisting.surveying
@@ -310,18 +310,19 @@ class RunState:
     def _note_seals(self, context: RunContext) -> None:
         """What one rank declared whole stays so when that rank is gone: others may have heard of it."""
         world_id, step = self.sealed
-        steps = [session.record.sealed_step for session in self._world(context).values()]
+        steps = [session.record.sealed_step for session in self.world(context).values()]
         self.sealed = (self.recovery.world_id, max([*steps, step if world_id == self.recovery.world_id else 0]))
 
-    def _held(self, context: RunContext) -> set[SnapshotKey]:
+    def held(self, context: RunContext) -> set[SnapshotKey]:
         """What is on probation."""
         is_released = self.recovery.stage is Stage.RELEASED
-        return self.probation.held(self.recovery.decision, self._world(context)) if is_released else set()
+        return self.probation.held(self.recovery.decision, self.world(context)) if is_released else set()
 
-    def _world(self, context: RunContext) -> World:
+    def world(self, context: RunContext) -> World:
+        """The sessions of the current world."""
         return context.worlds.get(self.recovery.world_id, {})
 
-    def _hosts(self, context: RunContext) -> set[str]:
+    def hosts(self, context: RunContext) -> set[str]:
         """Nodes the job is meant to run on."""
         placements = self.recovery.placements()
         if not placements and self.head is not None:
@@ -332,7 +333,7 @@ class RunState:
 
     def _host_count(self, context: RunContext) -> int:
         """Nodes to protect the job for. One that shrank to a single node stays protected by those that still are there."""
-        count = len(self._hosts(context))
+        count = len(self.hosts(context))
         was_protected = any(view.is_restorable and view.spares > 0 for view in context.live_views)
         return 2 if count == 1 and was_protected and len(context.nodes) > 1 else count
 
@@ -345,7 +346,7 @@ class RunState:
                 index for index, view in enumerate(wanted)
                 if view.is_restorable and self.draining.is_enough(view) and view.key not in context.tainted
             ]  # fmt: skip
-            last = [index for index, view in enumerate(wanted) if view.key in self._held(context)]
+            last = [index for index, view in enumerate(wanted) if view.key in self.held(context)]
             enough = max([good[: self.policy.keep][-1], *last]) + 1 if len(good) >= self.policy.keep else None
             wanted, goal = wanted[:enough], target
         self.draining.place(context, wanted)
@@ -374,7 +375,7 @@ class RunState:
 
         Nothing goes while a world decides, for inventories must hold still, nor before each of its ranks has loaded.
         """
-        world = self._world(context)
+        world = self.world(context)
         is_loading = any(session.record.phase is SessionPhase.RESTORING for session in world.values())
         if self.recovery.is_active or is_loading:
             return {}
@@ -388,7 +389,7 @@ class RunState:
             target=target,
             abandoned=abandoned_keys(context.live_views, attempt=attempt, sessions=sessions),
             tainted=context.tainted,
-            held=self._held(context) | self.persisting.pinned,
+            held=self.held(context) | self.persisting.pinned,
             left=self.draining.spares_left if not self.draining.homeless else None,
         )
         kept = {view.key for index, view in enumerate(context.views) if index not in chosen}
@@ -404,66 +405,6 @@ class RunState:
         if context.head is None or context.lineage != context.head.lineage:
             return set()
         return set(range(len(context.views))) - context.live
-
-    def _releases_on(self, node: str, evaluation: Evaluation) -> tuple[SnapshotKey, ...]:
-        """Keys to delete on ``node``: what is released everywhere, and copies that the protecting plans do not use."""
-        released = set(evaluation.release)
-        if not self.recovery.is_active and node not in self.recovery.placements().values():
-            for view in evaluation.context.live_views:
-                plan_set = self.protection.sets.get(view.snapshot_id)
-                if (
-                    plan_set is None
-                    or not plan_set.was_intact
-                    or view.key in released
-                    or not self.draining.is_enough(view)
-                ):
-                    continue
-                members = {member.node for plan in plan_set.plans for member in plan.members}
-                is_alone = sum(1 for other in evaluation.context.views if other.key == view.key) == 1
-                if node not in members and is_alone and self._holds_any(node, view, evaluation.context.inventory):
-                    released.add(view.key)
-        return tuple(sorted(released))
-
-    def _holds_any(self, node: str, view: SnapshotView, inventory: Inventory) -> bool:
-        return any(node in nodes for nodes in view.holders.values()) or any(
-            node in inventory.plan_holders.get(state.plan.plan_id, ()) for state in view.plans
-        )
-
-    def _drops(self, node: str, evaluation: Evaluation) -> tuple[str, ...]:
-        if self.recovery.is_active:
-            return ()
-        wanted = {plan.plan_id for plan_set in self.protection.sets.values() for plan in plan_set.plans}
-        surplus = {
-            plan.plan_id: plan
-            for view in evaluation.context.live_views
-            for plan in self.protection.surplus(view, evaluation.target)
-        }
-        needed = {s.plan.plan_id for view in evaluation.context.live_views for s in view.plans} - set(surplus)
-        surplus |= {plan_id: plan for plan_id, plan in self.protection.dropped.items() if plan_id not in needed}
-        return tuple(
-            sorted(
-                plan_id
-                for plan_id, plan in surplus.items()
-                if plan_id not in wanted and any(member.node == node for member in plan.members)
-            )
-        )
-
-    def _parity_fraction(self, evaluation: Evaluation) -> float:
-        """m / k of the smallest group, which pays most per byte of state; 0 while nothing is known of the job."""
-        count, m = len(self._hosts(evaluation.context)), evaluation.wanted
-        if count <= m or m == 0:
-            return 0.0 if m == 0 else float(m)
-        members = count // group_count(count, group_size=self.policy.group_size, m=m)
-        return m / (members - m)
-
-    def _is_release_possible(self, context: RunContext) -> bool:
-        """Whether slots come free as soon as encoding gets there: every host is heard from and every rank trains."""
-        decision = self.recovery.decision
-        if self.recovery.stage is not Stage.RELEASED or decision is None:
-            return False
-        is_heard = {name: node.liveness is Liveness.LIVE for name, node in context.nodes.items()}
-        is_whole = len(self._world(context)) == decision.world_size
-        return is_whole and all(is_heard.get(node) for node in self._hosts(context))
 
     def _describe(self, context: RunContext, *, target: int, wanted: int, release: Mapping[SnapshotKey, str]) -> None:
         live = [view for view in context.sound_views if view.is_restorable]
@@ -511,7 +452,7 @@ class RunState:
     def _adjust_pace(self, context: RunContext, target: int) -> None:
         if self.recovery.stage is not Stage.RELEASED or self.recovery.decision is None:
             return
-        world = self._world(context)
+        world = self.world(context)
         sessions: list[SessionRecord] = [session.record for session in world.values()]
         if len(sessions) < self.recovery.decision.world_size:
             return  # a broken world skips because it is broken

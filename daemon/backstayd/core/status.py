@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from backstay import record
-from backstayd.core.catalog import SnapshotView
+from backstayd.core.catalog import PlanState, SnapshotView
 from backstayd.core.choosing import choose, missing_sentence, sources_of
-from backstayd.core.context import RunContext
+from backstayd.core.context import RunContext, World
 from backstayd.core.drains import DrainVerdict
 from backstayd.core.nodes import NodeState
-from backstayd.core.records import Decision, ShardSource
+from backstayd.core.records import Decision, Plan, ShardSource
+from backstayd.core.verdict import activity_of, verdict_of
 
 if TYPE_CHECKING:
     from backstayd.core.coordinator import Coordinator
@@ -19,19 +21,27 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def status_document(coordinator: Coordinator, *, now_s: float, unix_offset_s: float) -> dict[str, Any]:
-    """Everything an operator may want to know; see docs/operations for the fields."""
+def status_document(
+    coordinator: Coordinator, *, now_s: float, unix_offset_s: float, is_brief: bool = False
+) -> dict[str, Any]:
+    """Everything an operator may want to know; docs/status.md has the fields.
+
+    Args:
+        is_brief: Leave out what there is of each rank: sessions, shards, sources, placements.
+    """
     return {
         "format": FORMAT,
         "role": "coordinator",
         "generation": {"number": coordinator.generation.number, "incarnation": coordinator.incarnation},
         "time_unix_s": now_s + unix_offset_s,
         "is_settled": coordinator.is_settled,
+        "is_brief": is_brief,
+        "lease_s": coordinator.policy.lease_s,
         "nodes": [
             _node(node, coordinator.drains.get(node.name, DrainVerdict()))
             for node in sorted(coordinator.nodes.nodes.values(), key=lambda n: n.name)
         ],
-        "runs": [_run(coordinator.runs[name], now_s) for name in sorted(coordinator.runs)],
+        "runs": [_run(coordinator.runs[name], now_s, is_brief=is_brief) for name in sorted(coordinator.runs)],
         "finished": [{"run": run, "ledger": ledger} for run, ledger in coordinator.finished.items()],
         "timeline": [
             {"time_unix_s": event.at_s + unix_offset_s, "run": event.run, "kind": event.kind, "message": event.message}
@@ -56,20 +66,54 @@ def _node(node: NodeState, drain: DrainVerdict) -> dict[str, Any]:
     }
 
 
-def _run(state: RunState, now_s: float) -> dict[str, Any]:
-    document: dict[str, Any] = {
+def _run(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]:
+    document = _outline(state, now_s, is_brief=is_brief)
+    context, evaluation = state.context, state.evaluation
+    if context is None or evaluation is None or state.forgetting.is_under_way:
+        return document
+    world = context.worlds.get(state.recovery.world_id) or next(iter(context.worlds.values()), {})
+    sizes = [session.record.world_size for session in world.values()] or [view.world_size for view in context.views]
+    document.update(
+        world_size=sizes[0] if sizes else 0,
+        trainer_count=len(world),
+        last_step=max((session.record.last_step for session in world.values()), default=0),
+        redundancy=evaluation.redundancy,
+        spares=evaluation.spares,
+        wanted_spares=evaluation.wanted,
+        reason=evaluation.reason,
+        complete_step=evaluation.complete_step,
+        protected_step=evaluation.protected_step,
+        sessions=[] if is_brief else _sessions(world),
+        snapshots=[_snapshot(state, context, index, is_brief=is_brief) for index in range(len(context.views))],
+        groups=_groups(state, context),
+        gate=state.probation.gate.verdict.state.value if state.probation.gate.verdict is not None else "",
+        quarantined=_quarantined(context),
+        explain=_explain(state, context, is_brief=is_brief),
+    )
+    return document
+
+
+def _outline(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]:
+    """What is known of a run before it is evaluated."""
+    verdict = verdict_of(state)
+    return {
         "run": state.run,
+        "verdict": {"word": verdict.word.value, "survives": verdict.survives, "reason": verdict.reason},
+        "activity": activity_of(state),
         "world_id": state.recovery.world_id,
         "world_size": 0,
+        "trainer_count": 0,
+        "last_step": 0,
         "attempt": state.head.attempt if state.head is not None else 0,
         "redundancy": "UNPROTECTED",
         "spares": -1,
+        "wanted_spares": 0,
         "reason": "forgetting" if state.forgetting.is_under_way else "not evaluated yet",
         "forgotten_in_s": state.forgotten_in_s(),
         "complete_step": 0,
         "protected_step": 0,
         "interval_steps": state.pace.schedule.interval_steps,
-        "decision": _decision(state),
+        "decision": _decision(state, is_brief=is_brief),
         "sessions": [],
         "snapshots": [],
         "groups": [],
@@ -80,32 +124,16 @@ def _run(state: RunState, now_s: float) -> dict[str, Any]:
         "storage": state.persisting.document(),
         "ledger": state.accounts.document(now_s),
     }
-    context, evaluation = state.context, state.evaluation
-    if context is None or evaluation is None or state.forgetting.is_under_way:
-        return document
-    world = context.worlds.get(state.recovery.world_id) or next(iter(context.worlds.values()), {})
-    sizes = [session.record.world_size for session in world.values()] or [view.world_size for view in context.views]
-    document.update(
-        world_size=sizes[0] if sizes else 0,
-        redundancy=evaluation.redundancy,
-        spares=evaluation.spares,
-        reason=evaluation.reason,
-        complete_step=evaluation.complete_step,
-        protected_step=evaluation.protected_step,
-        sessions=[
-            {"rank": rank, "node": s.node, "phase": s.record.phase.value, "last_step": s.record.last_step}
-            for rank, s in sorted(world.items())
-        ],
-        snapshots=[_snapshot(state, context, index) for index in range(len(context.views))],
-        groups=_groups(state, context),
-        gate=state.probation.gate.verdict.state.value if state.probation.gate.verdict is not None else "",
-        quarantined=_quarantined(context),
-        explain=_explain(state, context),
-    )
-    return document
 
 
-def _decision(state: RunState) -> dict[str, Any] | None:
+def _sessions(world: World) -> list[dict[str, Any]]:
+    return [
+        {"rank": rank, "node": s.node, "phase": s.record.phase.value, "last_step": s.record.last_step}
+        for rank, s in sorted(world.items())
+    ]
+
+
+def _decision(state: RunState, *, is_brief: bool) -> dict[str, Any] | None:
     decision = state.recovery.decision
     if decision is None:
         return None
@@ -117,8 +145,9 @@ def _decision(state: RunState) -> dict[str, Any] | None:
         "base": _base(decision),
         "message": decision.message,
         "tries": decision.tries,
-        "placements": [{"rank": place.rank, "node": place.node} for place in decision.placements],
-        "sources": _sources(decision.sources),
+        "placements": [] if is_brief else [{"rank": p.rank, "node": p.node} for p in decision.placements],
+        "sources": [] if is_brief else _sources(decision.sources),
+        "source_counts": dict(Counter(source.kind.value for source in decision.sources)),
     }
 
 
@@ -139,7 +168,7 @@ def _sources(sources: tuple[ShardSource, ...]) -> list[dict[str, Any]]:
     return [{"rank": s.rank, "kind": s.kind.value, "holders": list(s.holders)} for s in sources]
 
 
-def _snapshot(state: RunState, context: RunContext, index: int) -> dict[str, Any]:
+def _snapshot(state: RunState, context: RunContext, index: int, *, is_brief: bool) -> dict[str, Any]:
     view = context.views[index]
     assert state.evaluation is not None
     return {
@@ -149,7 +178,10 @@ def _snapshot(state: RunState, context: RunContext, index: int) -> dict[str, Any
         "state": _snapshot_state(view, is_live=index in context.live, wanted=state.evaluation.wanted),
         "spares": view.spares,
         "snapshot_id": view.snapshot_id,
-        "shards": [
+        "size_bytes": view.size_bytes,
+        "shards": []
+        if is_brief
+        else [
             {"rank": rank, "nodes": list(view.holders.get(rank, ())), "size_bytes": view.sizes.get(rank, 0)}
             for rank in range(view.world_size)
         ],
@@ -170,22 +202,33 @@ def _snapshot_state(view: SnapshotView, *, is_live: bool, wanted: int) -> str:
 
 
 def _groups(state: RunState, context: RunContext) -> list[dict[str, Any]]:
-    """Groups of the newest snapshot that has a set of plans."""
+    """Groups of the newest snapshot that is encoded, or was: a set of plans that lost a member is planned anew."""
     for view in context.live_views:
         plan_set = state.protection.sets.get(view.snapshot_id)
-        if plan_set is None:
-            continue
-        states = {plan_state.plan.plan_id: plan_state for plan_state in view.plans}
-        return [
-            {
-                "members": [member.node for member in plan.members],
-                "k": plan.k,
-                "m": plan.m,
-                "spares": min(states[plan.plan_id].rank_spares.values(), default=0) if plan.plan_id in states else 0,
-            }
-            for plan in plan_set.plans
-        ]
+        plans = plan_set.plans if plan_set is not None else _newest_plans(view)
+        if plans:
+            states = {plan_state.plan.plan_id: plan_state for plan_state in view.plans}
+            return [_group(plan, states.get(plan.plan_id), context) for plan in plans]
     return []
+
+
+def _newest_plans(view: SnapshotView) -> list[Plan]:
+    serial = max((state.plan.serial for state in view.plans), default=0)
+    return [state.plan for state in view.plans if state.plan.serial == serial]
+
+
+def _group(plan: Plan, state: PlanState | None, context: RunContext) -> dict[str, Any]:
+    members = [member.node for member in plan.members]
+    return {
+        "step": plan.step,
+        "members": members,
+        "missing": [name for name in members if name not in context.nodes],
+        "k": plan.k,
+        "m": plan.m,
+        "spares": min(state.rank_spares.values(), default=0) if state is not None else 0,
+        "fragments": state.fragment_count if state is not None else 0,
+        "fragments_wanted": state.fragment_total if state is not None else 0,
+    }
 
 
 def _quarantined(context: RunContext) -> list[dict[str, Any]]:
@@ -201,7 +244,7 @@ def _quarantined(context: RunContext) -> list[dict[str, Any]]:
     ]
 
 
-def _explain(state: RunState, context: RunContext) -> dict[str, Any]:
+def _explain(state: RunState, context: RunContext, *, is_brief: bool) -> dict[str, Any]:
     """What a world that asked now would be told."""
     choice = choose(context, state.memory, is_fresh_allowed=False)
     view = choice.view
@@ -215,5 +258,5 @@ def _explain(state: RunState, context: RunContext) -> dict[str, Any]:
         "attempt": view.key.attempt if view is not None else 0,
         "step": view.key.step if view is not None else 0,
         "message": choice.message,
-        "sources": _sources(sources_of(view, readers=readers, targets=readers)) if view is not None else [],
+        "sources": [] if view is None or is_brief else _sources(sources_of(view, readers=readers, targets=readers)),
     }

@@ -6,6 +6,7 @@ Runs in threads of its own, at most ``MAX_CONNECTIONS`` at a time, which call th
 from __future__ import annotations
 
 import errno
+import gzip
 import logging
 import socket
 import threading
@@ -23,6 +24,7 @@ from backstayd.telemetry.routes import Reply, Route, text_reply
 MAX_CONNECTIONS: Final = 16
 REQUEST_TIMEOUT_S: Final = 5.0
 TLS_HANDSHAKE: Final = b"\x16"
+COMPRESSED_BYTES: Final = 4096  # from this size on, for those who take it
 
 _logger = logging.getLogger(__name__)
 
@@ -151,15 +153,21 @@ class _Request(BaseHTTPRequestHandler):
             return text_reply(type(error).__name__, status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def _send(self, reply: Reply, *, has_body: bool) -> None:
-        self.send_response(reply.status)
+        tag = reply.headers.get("ETag")
+        is_known = tag is not None and self.headers.get("If-None-Match") == tag
+        body, status = (b"", HTTPStatus.NOT_MODIFIED) if is_known else (reply.body, HTTPStatus(reply.status))
+        self.send_response(status)
+        if len(body) >= COMPRESSED_BYTES and "gzip" in self.headers.get("Accept-Encoding", ""):
+            body = gzip.compress(body, compresslevel=1, mtime=0)
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Type", reply.content_type)
-        self.send_header("Content-Length", str(len(reply.body)))
-        for name, value in reply.headers.items():
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in {"Vary": "Accept-Encoding", **reply.headers}.items():
             self.send_header(name, value)
         self.send_header("Connection", "close")
         self.end_headers()
         if has_body:
-            self.wfile.write(reply.body)
+            self.wfile.write(body)
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name

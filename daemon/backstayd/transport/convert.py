@@ -1,4 +1,5 @@
-"""Records of ``core`` to generated messages and back, by field name. Must not look into any particular record.
+"""Records of ``core`` to generated messages and back, by field name. Knows of particular records only which are worth
+sharing, and which can lose a part.
 
 A record field with a default that is not proto3's zero is ``optional`` on the wire, so that a sender of version N-1
 that does not know it gives the default; unknown fields are ignored. A value of an enum that this version does not know costs
@@ -13,14 +14,14 @@ import functools
 import logging
 import types
 import typing
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Container
+from typing import Any, Final, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from backstay.errors import IntegrityError, InvariantError
-from backstayd.core.records import NodeDesired, NodeReport, RunDesired, RunReport, StorageDesired
+from backstayd.core.records import Decision, NodeDesired, NodeReport, Plan, RunDesired, RunReport, StorageDesired
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class UnknownValueError(IntegrityError):
 def to_message(record: Any, message_type: type[M]) -> M:
     """The record as a message of the type that mirrors it."""
     message = message_type()
-    _fill(record, message)
+    fill_fields(record, message)
     return message
 
 
@@ -48,10 +49,15 @@ def from_message(cls: type[R], message: Message) -> R:
     Raises:
         IntegrityError: for an enum value this version does not know, where nothing can be left out.
     """
+    return cls(**read_fields(cls, message))
+
+
+def read_fields(cls: type[Any], message: Message, names: Container[str] | None = None) -> dict[str, Any]:
+    """Values of the fields ``names`` (all of them: None) that are there; as :func:`from_message`."""
     values: dict[str, Any] = {}
     can_lose = cls in _OF_PARTS
     for name, kind, is_tuple, can_be_absent in _fields(cls):
-        if can_be_absent(message) and not message.HasField(name):
+        if (names is not None and name not in names) or (can_be_absent(message) and not message.HasField(name)):
             continue
         value = getattr(message, name)
         if can_lose and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum)):
@@ -64,10 +70,17 @@ def from_message(cls: type[R], message: Message) -> R:
                 values[name] = tuple(known) if is_tuple else known[0]
         else:
             values[name] = tuple(_value(kind, item) for item in value) if is_tuple else _value(kind, value)
-    return cls(**values)
+    return values
+
+
+def element_of(cls: type[Any], name: str) -> type[Any]:
+    """The type of the field, or of its elements if it is a tuple."""
+    return next(kind for field, kind, _, _ in _fields(cls) if field == name)
 
 
 def _value(kind: type[Any], value: Any) -> Any:
+    if kind in _SHARED:
+        return _shared_value(kind, value)
     if dataclasses.is_dataclass(kind):
         return from_message(kind, value)
     if issubclass(kind, enum.Enum):
@@ -91,8 +104,11 @@ def _or_none(kind: type[Any], value: Any) -> Any:
         return None
 
 
-def _fill(record: Any, message: Any) -> None:
+def fill_fields(record: Any, message: Any, names: Container[str] | None = None) -> None:
+    """Put the fields ``names`` (all of them: None) of the record into the message."""
     for name, kind, is_tuple, _ in _fields(type(record)):
+        if names is not None and name not in names:
+            continue
         value = getattr(record, name)
         if dataclasses.is_dataclass(kind):
             if is_tuple:
@@ -109,6 +125,53 @@ def _fill(record: Any, message: Any) -> None:
             setattr(message, name, _enum_numbers(kind)[value])
         elif value is not None:
             setattr(message, name, value)
+
+
+class _Shared:
+    """Converted records by key, the oldest dropped when the words they were made from exceed the limit."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._kept: dict[Any, tuple[Any, bytes]] = {}
+
+    def get(self, key: Any) -> tuple[Any, bytes] | None:
+        return self._kept.get(key)
+
+    def add(self, key: Any, record: Any, words: bytes) -> None:
+        while self._kept and self._used_bytes + len(words) > self._limit_bytes:
+            self._used_bytes -= len(self._kept.pop(next(iter(self._kept)))[1])
+        self._kept[key] = (record, words)
+        self._used_bytes += len(words)
+
+
+# What every node of a job reports and is told in the same words: one record for all of them, converted once.
+_SHARED: Final = frozenset({Decision, Plan})
+_words_of = _Shared(16 << 20)  # by id of the record, which is kept so that the id stays its own
+_record_of = _Shared(16 << 20)  # by type and words
+
+
+def _fill(record: Any, message: Any) -> None:
+    """A record inside another."""
+    if type(record) not in _SHARED:
+        fill_fields(record, message)
+        return
+    known = _words_of.get(id(record))
+    if known is None:
+        fill_fields(record, message)
+        _words_of.add(id(record), record, message.SerializeToString())
+    else:
+        message.MergeFromString(known[1])
+
+
+def _shared_value(kind: type[Any], message: Message) -> Any:
+    words = message.SerializeToString()
+    known = _record_of.get((kind, words))
+    if known is not None:
+        return known[0]
+    record = from_message(kind, message)
+    _record_of.add((kind, words), record, words)
+    return record
 
 
 _Field = tuple[str, type[Any], bool, Callable[[Message], bool]]

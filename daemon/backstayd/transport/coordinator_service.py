@@ -6,10 +6,10 @@ Must not decide anything: a backend does. Everything runs in one event loop, so 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import grpc
@@ -21,7 +21,7 @@ from backstayd.core.locating import Located
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.security.credentials import Credentials
 from backstayd.security.handshakes import Handshakes
-from backstayd.transport import convert, errors
+from backstayd.transport import convert, delta, errors
 from backstayd.transport.access import RoleInterceptor, check_name
 from backstayd.transport.channel import add_port, server_options
 from backstayd.transport.node_names import NodeNames
@@ -83,14 +83,14 @@ class CoordinatorServer:
         self._credentials = credentials
         self._max_age_s = max_age_s
         self._handshakes = Handshakes()
-        self._newest: dict[str, asyncio.Event] = {}  # of each node, the stream that began last
+        self._newest: dict[str, _Stream] = {}  # of each node, the stream that began last
         self._names = NodeNames(lease_s=lease_s)
         self._listen = listen
         self._backend = backend
         self._lease_s = lease_s
         self._server: grpc.aio.Server | None = None
         self._releases = Releases()
-        self._streams: set[asyncio.Event] = set()
+        self._streams: set[_Stream] = set()
 
     async def start(self) -> str:
         """Bind and serve; returns the bound ``host:port``. Raises ConfigError if the address cannot be bound."""
@@ -121,8 +121,8 @@ class CoordinatorServer:
 
     def wake(self) -> None:
         """Desired state may have changed: every stream compares and sends what differs."""
-        for changed in self._streams:
-            changed.set()
+        for stream in self._streams:
+            stream.changed.set()
 
     async def close(self) -> None:
         """Stop serving; open streams are cut."""
@@ -132,47 +132,75 @@ class CoordinatorServer:
 
     async def sync(self, requests: AsyncIterator[coordinator_pb2.SyncRequest], context: Any) -> None:
         """One node's stream, until either side ends it."""
-        changed = asyncio.Event()
+        stream = _Stream()
         report: NodeReport | None = None
         try:
             async with asyncio.TaskGroup() as group:  # a writer that fails ends the stream
                 writer: asyncio.Task[None] | None = None
                 async for request in requests:
-                    report = convert.from_message(NodeReport, request.report)
-                    if self._credentials is not None:
-                        check_name(context, self._credentials.trust_domain, report.node.name)
-                    self._releases.admit(changed, report.node)
-                    self._names.claim(report.node, changed, asyncio.get_running_loop().time())
+                    report = self._read(request, report, stream, context)
+                    stream.takes_deltas = request.takes_deltas
+                    self._names.claim(report.node, stream, asyncio.get_running_loop().time())
                     self._backend.observe(report)
+                    stream.is_due = True  # each report is answered, so that neither side needs a clock for the other
+                    stream.changed.set()
                     if writer is None:
-                        self._streams.add(changed)
-                        self._newest[report.node.name] = changed
-                        writer = group.create_task(self._write(report.node.name, changed, context))
+                        self._streams.add(stream)
+                        self._newest[report.node.name] = stream
+                        writer = group.create_task(self._write(report.node.name, stream, context))
                 if writer is not None:
                     writer.cancel()
         finally:
-            self._names.leave(changed)
-            self._streams.discard(changed)
-            self._releases.leave(changed)
-            if report is not None and self._newest.get(report.node.name) is changed:  # a node may replace its stream
+            self._names.leave(stream)
+            self._streams.discard(stream)
+            self._releases.leave(stream)
+            if report is not None and self._newest.get(report.node.name) is stream:  # a node may replace its stream
                 del self._newest[report.node.name]
                 self._backend.suspect(report.node.name, report.node.incarnation)
 
-    async def _write(self, node: str, changed: asyncio.Event, context: Any) -> None:
+    def _read(
+        self, request: coordinator_pb2.SyncRequest, last: NodeReport | None, stream: _Stream, context: Any
+    ) -> NodeReport:
+        """The whole report; the last one itself if nothing changed. Raises for a node that may not say this."""
+        if request.HasField("delta"):
+            report = delta.read(request.report, request.delta, last)
+        else:
+            report = convert.from_message(NodeReport, request.report)
+        if report is not last:
+            if self._credentials is not None:
+                check_name(context, self._credentials.trust_domain, report.node.name)
+            self._releases.admit(stream, report.node)
+        return report
+
+    async def _write(self, node: str, stream: _Stream, context: Any) -> None:
         last: NodeDesired | None = None
-        loop = asyncio.get_running_loop()
-        due_s = loop.time()
         while True:
-            changed.clear()
+            await stream.changed.wait()
+            stream.changed.clear()
             desired = self._backend.desired(node)
-            if loop.time() >= due_s or desired != last:
-                message = convert.to_message(desired, coordinator_pb2.NodeDesired)
-                await context.write(coordinator_pb2.SyncResponse(desired=message))
+            if stream.is_due or (desired is not last and desired != last):
+                stream.is_due = False
+                await context.write(_response(desired, last if stream.takes_deltas else None))
                 last = desired
-                due_s = loop.time() + self._lease_s / 6
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(due_s):
-                    await changed.wait()
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One node's stream: set ``changed`` to have desired state compared."""
+
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    takes_deltas: bool = False
+    is_due: bool = False  # an answer, changed or not: the heartbeat
+
+
+def _response(desired: NodeDesired, last: NodeDesired | None) -> coordinator_pb2.SyncResponse:
+    """What changed since ``last``, which the node has; the whole without it."""
+    response = coordinator_pb2.SyncResponse(takes_deltas=True)
+    if last is None:
+        convert.fill_fields(desired, response.desired)
+    else:
+        response.delta.CopyFrom(delta.write(desired, last, response.desired))
+    return response
 
 
 class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -19,7 +20,7 @@ from backstayd.config import split_address
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.security import probe
 from backstayd.security.credentials import Credentials
-from backstayd.transport import convert, errors
+from backstayd.transport import convert, delta, errors
 from backstayd.transport.addresses import AddressBook, Target, resolve
 from backstayd.transport.channel import open_channel
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -189,24 +190,25 @@ class CoordinatorLink:
     async def _open(self, target: Target) -> AsyncIterator[_Line]:
         number = self._credentials.current().number if self._credentials is not None else 0
         async with open_channel(target.address, lease_s=self._lease_s, credentials=self._credentials) as channel:
-            call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Sync(self._reports())
+            words = _Words()
+            call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Sync(self._reports(words))
             try:
-                yield _Line(call, number=number, began_s=asyncio.get_running_loop().time())
+                yield _Line(call, words, number=number, began_s=asyncio.get_running_loop().time())
             finally:
                 call.cancel()
 
-    async def _reports(self) -> AsyncIterator[coordinator_pb2.SyncRequest]:
+    async def _reports(self, words: _Words) -> AsyncIterator[coordinator_pb2.SyncRequest]:
         while True:
             self._changed.clear()
-            yield coordinator_pb2.SyncRequest(report=self._make_report())
+            yield self._make_request(words)
             await asyncio.sleep(COALESCE_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, self._lease_s / 6 - COALESCE_S)):
                     await self._changed.wait()
 
-    def _make_report(self) -> coordinator_pb2.NodeReport:
+    def _make_request(self, words: _Words) -> coordinator_pb2.SyncRequest:
         try:
-            return convert.to_message(self._report(), coordinator_pb2.NodeReport)
+            return words.write(self._report())
         except Exception:  # gRPC would turn it into a bare cancellation of the stream
             logger.exception("the report could not be made")
             raise
@@ -230,8 +232,9 @@ class CoordinatorLink:
 class _Line:
     """One stream: its call, which certificate it was opened with (``number``), and since when it stands."""
 
-    def __init__(self, call: Any, *, number: int, began_s: float) -> None:
+    def __init__(self, call: Any, words: _Words, *, number: int, began_s: float) -> None:
         self._call = call
+        self._words = words
         self.number = number
         self.began_s = began_s
 
@@ -240,4 +243,35 @@ class _Line:
             response = await self._call.read()
         if not isinstance(response, coordinator_pb2.SyncResponse):
             raise ConnectionError("the coordinator closed the stream")
-        return convert.from_message(NodeDesired, response.desired)
+        return self._words.read(response)
+
+
+class _Words:
+    """What one stream has carried so far: each side leaves out what the other has. A new stream knows of nothing."""
+
+    def __init__(self) -> None:
+        self._takes_deltas = False  # the coordinator at the other end
+        self._sent: NodeReport | None = None
+        self._desired: NodeDesired | None = None
+
+    def write(self, report: NodeReport) -> coordinator_pb2.SyncRequest:
+        """What changed since the report before; a bare heartbeat if nothing did (its number counts no change)."""
+        request = coordinator_pb2.SyncRequest(takes_deltas=True)
+        last = self._sent if self._takes_deltas else None
+        if last is None:
+            convert.fill_fields(report, request.report)
+        else:
+            if replace(report, sequence=last.sequence) == last:
+                report = last
+            request.delta.CopyFrom(delta.write(report, last, request.report))
+        self._sent = report
+        return request
+
+    def read(self, response: coordinator_pb2.SyncResponse) -> NodeDesired:
+        """The whole answer; raises IntegrityError for a change of nothing."""
+        self._takes_deltas = response.takes_deltas
+        if response.HasField("delta"):
+            self._desired = delta.read(response.desired, response.delta, self._desired)
+        else:
+            self._desired = convert.from_message(NodeDesired, response.desired)
+        return self._desired

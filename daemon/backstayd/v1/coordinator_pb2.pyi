@@ -248,18 +248,28 @@ class SyncRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REPORT_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    TAKES_DELTAS_FIELD_NUMBER: _builtins.int
+    takes_deltas: _builtins.bool
+    """Answers may be deltas."""
     @_builtins.property
     def report(self) -> Global___NodeReport:
         """What the node holds."""
+
+    @_builtins.property
+    def delta(self) -> Global___Delta:
+        """Which fields of the report are sent; absent: all of them. Only to a coordinator that takes deltas."""
 
     def __init__(
         self,
         *,
         report: Global___NodeReport | None = ...,
+        delta: Global___Delta | None = ...,
+        takes_deltas: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "report", b"report", "takes_deltas", b"takes_deltas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -272,22 +282,86 @@ class SyncResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DESIRED_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    TAKES_DELTAS_FIELD_NUMBER: _builtins.int
+    takes_deltas: _builtins.bool
+    """Reports may be deltas."""
     @_builtins.property
     def desired(self) -> Global___NodeDesired:
         """What the node should do."""
+
+    @_builtins.property
+    def delta(self) -> Global___Delta:
+        """Which fields of the answer are sent; absent: all of them. Only to a node that takes deltas."""
 
     def __init__(
         self,
         *,
         desired: Global___NodeDesired | None = ...,
+        delta: Global___Delta | None = ...,
+        takes_deltas: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["desired", b"desired"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "desired", b"desired"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired", b"desired"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "desired", b"desired", "takes_deltas", b"takes_deltas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SyncResponse: _TypeAlias = SyncResponse  # noqa: Y015
+
+@_typing.final
+class Delta(_message.Message):
+    """What changed since the message before on the same stream; an empty one is a bare heartbeat."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGED_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def changed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the fields that are sent; the others are as they were."""
+
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunDelta]:
+        """For each run that is sent, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        changed: _abc.Iterable[_builtins.int] | None = ...,
+        runs: _abc.Iterable[Global___RunDelta] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Delta: _TypeAlias = Delta  # noqa: Y015
+
+@_typing.final
+class RunDelta(_message.Message):
+    """What changed of one run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def changed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the fields that are sent besides the run's name; the others are as they were."""
+
+    def __init__(
+        self,
+        *,
+        changed: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunDelta: _TypeAlias = RunDelta  # noqa: Y015
 
 @_typing.final
 class NodeIdentity(_message.Message):

@@ -1,0 +1,202 @@
+"""What each node should do for one run, worked out once per evaluation for all of them. Pure.
+
+Turns the run's state into words for nodes; must neither change that state nor look at more than it was made from.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from backstay.ids import SnapshotKey
+from backstayd.core.catalog import SnapshotView, suspects_of
+from backstayd.core.context import RunContext
+from backstayd.core.nodes import Liveness
+from backstayd.core.placement import group_count
+from backstayd.core.probation import has_both
+from backstayd.core.records import Peer, Plan, Quarantined, Rebuild, RunDesired, ShardCopy, StorageDesired
+from backstayd.core.recovery import Stage
+
+if TYPE_CHECKING:
+    from backstayd.core.run_state import Evaluation, RunState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """``common`` is what every node is told; the rest is by node."""
+
+    common: RunDesired
+    hosts: frozenset[str]
+    plans: Mapping[str, tuple[Plan, ...]]
+    drops: Mapping[str, tuple[str, ...]]
+    rebuilds: Mapping[str, tuple[Rebuild, ...]]
+    copies: Mapping[str, tuple[ShardCopy, ...]]
+    releases: Mapping[str, tuple[SnapshotKey, ...]]  # where that is more than all release
+    suspects: Mapping[str, tuple[Quarantined, ...]]
+    storage: Mapping[str, StorageDesired]
+    peers: Mapping[str, Peer]
+    strangers: Mapping[str, str]  # nodes that report the run for another user; they are only told whose it is
+    _made: dict[str, RunDesired] = field(default_factory=dict, compare=False)
+
+    def has_work(self, node: str) -> bool:
+        return node in self.plans or node in self.rebuilds or node in self.copies
+
+    def of(self, node: str) -> RunDesired:
+        """For one node; the same record again while the orders stand."""
+        made = self._made.get(node)
+        if made is None:
+            is_host = node in self.hosts
+            made = self._made[node] = replace(
+                self.common,
+                decision=self.common.decision if is_host else None,
+                gate=self.common.gate if is_host else None,
+                plans=self.plans.get(node, ()),
+                drop_plans=self.drops.get(node, ()),
+                rebuilds=self.rebuilds.get(node, ()),
+                copies=self.copies.get(node, ()),
+                release=self.releases.get(node, self.common.release),
+                suspects=self.suspects.get(node, ()),
+                storage=self.storage.get(node),
+            )
+        return made
+
+
+def make_orders(state: RunState, evaluation: Evaluation) -> Orders:
+    """The orders that follow from ``evaluation``."""
+    context = evaluation.context
+    decision = state.recovery.decision
+    return Orders(
+        common=_common(state, evaluation),
+        hosts=frozenset(state.recovery.placements().values()) if decision is not None else frozenset(),
+        plans=_plans(state),
+        drops=_drops(state, evaluation),
+        rebuilds=_rebuilds(state),
+        copies=state.draining.copies(context),
+        releases=_releases(state, evaluation),
+        suspects=_suspects(context),
+        storage=state.persisting.desired({*context.nodes}),
+        peers=_peers(state, context),
+        strangers=state.strangers,
+    )
+
+
+def _common(state: RunState, evaluation: Evaluation) -> RunDesired:
+    context, recovery = evaluation.context, state.recovery
+    return RunDesired(
+        run=state.run,
+        world_id=recovery.world_id,
+        decision=recovery.decision,
+        decision_phase=recovery.phase,
+        release=tuple(sorted(evaluation.release)),
+        schedule=state.pace.schedule,
+        keep=state.policy.keep,
+        extra_slots=int(bool(state.held(context)) or has_both(context)) + int(bool(state.persisting.pinned)),
+        gate=state.probation.gate.verdict if recovery.decision is not None else None,
+        distrusted=state.probation.distrusted,
+        trusted=tuple(sorted(state.probation.trust.cleared)),
+        probation_steps=state.policy.probation_steps,
+        parity_fraction=_parity_fraction(state, evaluation),
+        redundancy=evaluation.redundancy,
+        protected_step=evaluation.protected_step,
+        is_release_possible=_is_release_possible(state, context),
+        sealed_step=state.sealed[1] if state.sealed[0] == recovery.world_id else 0,
+        complete_step=evaluation.complete_step,
+        owner=state.owner,
+    )
+
+
+def _plans(state: RunState) -> dict[str, tuple[Plan, ...]]:
+    found: dict[str, list[Plan]] = defaultdict(list)
+    for plan_set in state.protection.sets.values():
+        for plan in plan_set.plans:
+            for member in plan.members:
+                found[member.node].append(plan)
+    return {node: tuple(plans) for node, plans in found.items()}
+
+
+def _rebuilds(state: RunState) -> dict[str, tuple[Rebuild, ...]]:
+    found: dict[str, dict[str, Rebuild]] = defaultdict(dict)
+    for rebuild in state.rebuilds.under_way.values():
+        for node in (*(t.node for t in rebuild.targets), *(task.decoder for task in rebuild.tasks)):
+            found[node][rebuild.rebuild_id] = rebuild
+    return {node: tuple(rebuilds.values()) for node, rebuilds in found.items()}
+
+
+def _drops(state: RunState, evaluation: Evaluation) -> dict[str, tuple[str, ...]]:
+    """Plans whose parity goes, by member; nothing while a world decides."""
+    if state.recovery.is_active:
+        return {}
+    views = evaluation.context.live_views
+    wanted = {plan.plan_id for plan_set in state.protection.sets.values() for plan in plan_set.plans}
+    surplus = {plan.plan_id: plan for view in views for plan in state.protection.surplus(view, evaluation.target)}
+    needed = {s.plan.plan_id for view in views for s in view.plans} - set(surplus)
+    surplus |= {plan_id: plan for plan_id, plan in state.protection.dropped.items() if plan_id not in needed}
+    found: dict[str, list[str]] = defaultdict(list)
+    for plan_id in sorted(set(surplus) - wanted):
+        for node in {member.node for member in surplus[plan_id].members}:
+            found[node].append(plan_id)
+    return {node: tuple(plan_ids) for node, plan_ids in found.items()}
+
+
+def _releases(state: RunState, evaluation: Evaluation) -> dict[str, tuple[SnapshotKey, ...]]:
+    """Where more goes than is released everywhere: copies that the protecting plans do not use."""
+    if state.recovery.is_active:
+        return {}
+    hosts, found = set(state.recovery.placements().values()), defaultdict(set)
+    for view in evaluation.context.live_views:
+        plan_set = state.protection.sets.get(view.snapshot_id)
+        is_enough = plan_set is not None and plan_set.was_intact and state.draining.is_enough(view)
+        is_alone = sum(1 for other in evaluation.context.views if other.key == view.key) == 1
+        if plan_set is None or not is_enough or not is_alone or view.key in evaluation.release:
+            continue
+        members = {member.node for plan in plan_set.plans for member in plan.members}
+        for node in _holders(view, evaluation.context) - members - hosts:
+            found[node].add(view.key)
+    return {node: tuple(sorted({*evaluation.release, *keys})) for node, keys in found.items()}
+
+
+def _holders(view: SnapshotView, context: RunContext) -> set[str]:
+    """Nodes that hold a shard of the snapshot, or one of its plans."""
+    held = {node for nodes in view.holders.values() for node in nodes}
+    return held.union(*(context.inventory.plan_holders.get(state.plan.plan_id, ()) for state in view.plans))
+
+
+def _suspects(context: RunContext) -> dict[str, tuple[Quarantined, ...]]:
+    found: dict[str, list[Quarantined]] = defaultdict(list)
+    for mark in suspects_of(context.run, context.nodes.values()).values():
+        found[mark.node].append(mark)
+    return {node: tuple(marks) for node, marks in found.items()}
+
+
+def _peers(state: RunState, context: RunContext) -> dict[str, Peer]:
+    """Everyone who has a part in the run and is there, by name."""
+    names = {name for name, node in context.nodes.items() if context.run in node.runs}
+    names.update(m.node for plan_set in state.protection.sets.values() for p in plan_set.plans for m in p.members)
+    names.update(target.node for rebuild in state.rebuilds.under_way.values() for target in rebuild.targets)
+    if state.recovery.decision is not None:
+        names.update(holder for source in state.recovery.decision.sources for holder in source.holders)
+    return {
+        name: Peer(name=name, bulk_address=context.nodes[name].identity.bulk_address)
+        for name in sorted(names & set(context.nodes))
+    }
+
+
+def _parity_fraction(state: RunState, evaluation: Evaluation) -> float:
+    """m / k of the smallest group, which pays most per byte of state; 0 while nothing is known of the job."""
+    count, m = len(state.hosts(evaluation.context)), evaluation.wanted
+    if count <= m or m == 0:
+        return 0.0 if m == 0 else float(m)
+    members = count // group_count(count, group_size=state.policy.group_size, m=m)
+    return m / (members - m)
+
+
+def _is_release_possible(state: RunState, context: RunContext) -> bool:
+    """Whether slots come free as soon as encoding gets there: every host is heard from and every rank trains."""
+    decision = state.recovery.decision
+    if state.recovery.stage is not Stage.RELEASED or decision is None:
+        return False
+    is_heard = {name: node.liveness is Liveness.LIVE for name, node in context.nodes.items()}
+    is_whole = len(state.world(context)) == decision.world_size
+    return is_whole and all(is_heard.get(node) for node in state.hosts(context))
