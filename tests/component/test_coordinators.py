@@ -45,7 +45,7 @@ class Backend:
         self.check()
         return NodeDesired(generation=Generation(1, self.name))
 
-    def status(self) -> dict[str, Any]:
+    def status(self, *, is_brief: bool) -> dict[str, Any]:
         self.check()
         return {"format": 1, "name": self.name}
 

@@ -40,7 +40,7 @@ class RecordingBackend:
     def desired(self, node: str) -> NodeDesired:
         return self.answer
 
-    def status(self) -> dict[str, Any]:
+    def status(self, *, is_brief: bool) -> dict[str, Any]:
         return {"format": 1, "nodes": []}
 
     def forget(self, run: str) -> None:

@@ -242,8 +242,8 @@ class CoordinatorProcess:
     def desired(self, node: str) -> NodeDesired:
         return self.core.desired(node)
 
-    def status(self) -> dict[str, Any]:
-        return self._document(self.core)
+    def status(self, *, is_brief: bool = False) -> dict[str, Any]:
+        return self._document(self.core, is_brief=is_brief)
 
     def forget(self, run: str) -> None:
         self.core.forget(run)

@@ -45,8 +45,8 @@ class CoordinatorBackend(Protocol):
     def desired(self, node: str) -> NodeDesired:
         """What ``node`` should do now."""
 
-    def status(self) -> dict[str, Any]:
-        """The status document."""
+    def status(self, *, is_brief: bool) -> dict[str, Any]:
+        """The status document; brief: without what there is of each rank."""
 
     def forget(self, run: str) -> None:
         """Forget ``run``; raises SnapshotNotFoundError if nobody knows it."""
@@ -228,7 +228,7 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
     async def GetStatus(self, request: Any, context: Any) -> operator_pb2.GetStatusResponse:
         document: dict[str, Any] = {}
         try:
-            document = self._backend.status()
+            document = self._backend.status(is_brief=request.is_brief)
         except BackstayError as error:
             await _abort(context, error)
         return operator_pb2.GetStatusResponse(document_json=json.dumps(document))

@@ -45,9 +45,9 @@ class OperatorClient:
         self._leader: Target | None = None
         self._channels: dict[str, grpc.Channel] = {}
 
-    def get_status(self) -> dict[str, Any]:
-        """The status document, as plain JSON values."""
-        response = self._call("GetStatus", operator_pb2.GetStatusRequest(), asked="read the status")
+    def get_status(self, *, is_brief: bool = False) -> dict[str, Any]:
+        """The status document, as plain JSON values; ``is_brief``: without what there is of each rank, where it is known."""
+        response = self._call("GetStatus", operator_pb2.GetStatusRequest(is_brief=is_brief), asked="read the status")
         document = json.loads(response.document_json)
         if not isinstance(document, dict):
             raise IntegrityError(f"the coordinator at {self.address} answered a status that is not an object")

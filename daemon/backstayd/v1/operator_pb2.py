@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62\x61\x63kstayd/v1/operator.proto\x12\x0c\x62\x61\x63kstayd.v1\"\x12\n\x10GetStatusRequest\"*\n\x11GetStatusResponse\x12\x15\n\rdocument_json\x18\x01 \x01(\t\"\x1c\n\rForgetRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x10\n\x0e\x46orgetResponse\"<\n\x0f\x44istrustRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06reason\x18\x03 \x01(\t\"#\n\x10\x44istrustResponse\x12\x0f\n\x07message\x18\x01 \x01(\t\"\x1b\n\x0cTrustRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x1e\n\rTrustResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\x03\"*\n\rLocateRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\'\n\x0eLocateResponse\x12\x15\n\rdocument_json\x18\x01 \x01(\t\"*\n\x0c\x44rainRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\".\n\rDrainResponse\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t2\xb8\x03\n\x0fOperatorService\x12L\n\tGetStatus\x12\x1e.backstayd.v1.GetStatusRequest\x1a\x1f.backstayd.v1.GetStatusResponse\x12\x43\n\x06\x46orget\x12\x1b.backstayd.v1.ForgetRequest\x1a\x1c.backstayd.v1.ForgetResponse\x12I\n\x08\x44istrust\x12\x1d.backstayd.v1.DistrustRequest\x1a\x1e.backstayd.v1.DistrustResponse\x12@\n\x05Trust\x12\x1a.backstayd.v1.TrustRequest\x1a\x1b.backstayd.v1.TrustResponse\x12\x43\n\x06Locate\x12\x1b.backstayd.v1.LocateRequest\x1a\x1c.backstayd.v1.LocateResponse\x12@\n\x05\x44rain\x12\x1a.backstayd.v1.DrainRequest\x1a\x1b.backstayd.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62\x61\x63kstayd/v1/operator.proto\x12\x0c\x62\x61\x63kstayd.v1\"$\n\x10GetStatusRequest\x12\x10\n\x08is_brief\x18\x01 \x01(\x08\"*\n\x11GetStatusResponse\x12\x15\n\rdocument_json\x18\x01 \x01(\t\"\x1c\n\rForgetRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x10\n\x0e\x46orgetResponse\"<\n\x0f\x44istrustRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06reason\x18\x03 \x01(\t\"#\n\x10\x44istrustResponse\x12\x0f\n\x07message\x18\x01 \x01(\t\"\x1b\n\x0cTrustRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x1e\n\rTrustResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\x03\"*\n\rLocateRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\'\n\x0eLocateResponse\x12\x15\n\rdocument_json\x18\x01 \x01(\t\"*\n\x0c\x44rainRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\".\n\rDrainResponse\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t2\xb8\x03\n\x0fOperatorService\x12L\n\tGetStatus\x12\x1e.backstayd.v1.GetStatusRequest\x1a\x1f.backstayd.v1.GetStatusResponse\x12\x43\n\x06\x46orget\x12\x1b.backstayd.v1.ForgetRequest\x1a\x1c.backstayd.v1.ForgetResponse\x12I\n\x08\x44istrust\x12\x1d.backstayd.v1.DistrustRequest\x1a\x1e.backstayd.v1.DistrustResponse\x12@\n\x05Trust\x12\x1a.backstayd.v1.TrustRequest\x1a\x1b.backstayd.v1.TrustResponse\x12\x43\n\x06Locate\x12\x1b.backstayd.v1.LocateRequest\x1a\x1c.backstayd.v1.LocateResponse\x12@\n\x05\x44rain\x12\x1a.backstayd.v1.DrainRequest\x1a\x1b.backstayd.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,29 +32,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'backstayd.v1.operator_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSTATUSREQUEST']._serialized_start=45
-  _globals['_GETSTATUSREQUEST']._serialized_end=63
-  _globals['_GETSTATUSRESPONSE']._serialized_start=65
-  _globals['_GETSTATUSRESPONSE']._serialized_end=107
-  _globals['_FORGETREQUEST']._serialized_start=109
-  _globals['_FORGETREQUEST']._serialized_end=137
-  _globals['_FORGETRESPONSE']._serialized_start=139
-  _globals['_FORGETRESPONSE']._serialized_end=155
-  _globals['_DISTRUSTREQUEST']._serialized_start=157
-  _globals['_DISTRUSTREQUEST']._serialized_end=217
-  _globals['_DISTRUSTRESPONSE']._serialized_start=219
-  _globals['_DISTRUSTRESPONSE']._serialized_end=254
-  _globals['_TRUSTREQUEST']._serialized_start=256
-  _globals['_TRUSTREQUEST']._serialized_end=283
-  _globals['_TRUSTRESPONSE']._serialized_start=285
-  _globals['_TRUSTRESPONSE']._serialized_end=315
-  _globals['_LOCATEREQUEST']._serialized_start=317
-  _globals['_LOCATEREQUEST']._serialized_end=359
-  _globals['_LOCATERESPONSE']._serialized_start=361
-  _globals['_LOCATERESPONSE']._serialized_end=400
-  _globals['_DRAINREQUEST']._serialized_start=402
-  _globals['_DRAINREQUEST']._serialized_end=444
-  _globals['_DRAINRESPONSE']._serialized_start=446
-  _globals['_DRAINRESPONSE']._serialized_end=492
-  _globals['_OPERATORSERVICE']._serialized_start=495
-  _globals['_OPERATORSERVICE']._serialized_end=935
+  _globals['_GETSTATUSREQUEST']._serialized_end=81
+  _globals['_GETSTATUSRESPONSE']._serialized_start=83
+  _globals['_GETSTATUSRESPONSE']._serialized_end=125
+  _globals['_FORGETREQUEST']._serialized_start=127
+  _globals['_FORGETREQUEST']._serialized_end=155
+  _globals['_FORGETRESPONSE']._serialized_start=157
+  _globals['_FORGETRESPONSE']._serialized_end=173
+  _globals['_DISTRUSTREQUEST']._serialized_start=175
+  _globals['_DISTRUSTREQUEST']._serialized_end=235
+  _globals['_DISTRUSTRESPONSE']._serialized_start=237
+  _globals['_DISTRUSTRESPONSE']._serialized_end=272
+  _globals['_TRUSTREQUEST']._serialized_start=274
+  _globals['_TRUSTREQUEST']._serialized_end=301
+  _globals['_TRUSTRESPONSE']._serialized_start=303
+  _globals['_TRUSTRESPONSE']._serialized_end=333
+  _globals['_LOCATEREQUEST']._serialized_start=335
+  _globals['_LOCATEREQUEST']._serialized_end=377
+  _globals['_LOCATERESPONSE']._serialized_start=379
+  _globals['_LOCATERESPONSE']._serialized_end=418
+  _globals['_DRAINREQUEST']._serialized_start=420
+  _globals['_DRAINREQUEST']._serialized_end=462
+  _globals['_DRAINRESPONSE']._serialized_start=464
+  _globals['_DRAINRESPONSE']._serialized_end=510
+  _globals['_OPERATORSERVICE']._serialized_start=513
+  _globals['_OPERATORSERVICE']._serialized_end=953
 # @@protoc_insertion_point(module_scope)

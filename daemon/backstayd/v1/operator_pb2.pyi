@@ -18,16 +18,21 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class GetStatusRequest(_message.Message):
-    """Nothing to say."""
+    """How much is asked for."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    IS_BRIEF_FIELD_NUMBER: _builtins.int
+    is_brief: _builtins.bool
+    """Leave out what there is of each rank; an older coordinator answers everything."""
     def __init__(
         self,
+        *,
+        is_brief: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_brief", b"is_brief"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
