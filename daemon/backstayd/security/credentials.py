@@ -107,14 +107,14 @@ class Credentials:
             return self._material
 
     def ends_unix_s(self) -> dict[str, float]:
-        """When what is used now ends: ``own``, and ``ca``, the first of the authorities."""
+        """When what is used now ends: ``own``, and ``ca``, the last of the authorities (a rotation leaves old ones there)."""
         material = self.current()
         authorities = [
             str(found["notAfter"]) for found in material.client_context.get_ca_certs() if "notAfter" in found
         ]
         ends = {"own": material.not_after_unix_s}
         if authorities:
-            ends["ca"] = min(float(ssl.cert_time_to_seconds(end)) for end in authorities)
+            ends["ca"] = max(float(ssl.cert_time_to_seconds(end)) for end in authorities)
         return ends
 
     def validity_problem(self) -> str:

@@ -136,6 +136,7 @@ class CoordinatorMetrics(DaemonMetrics):
         self.recoveries = registry.run_counter(
             "recoveries",
             "Worlds answered, by outcome and by the farthest source that a shard came from.",
+            is_possible=lambda source, outcome: (source == "none") != outcome.startswith("exact"),
             source=SOURCES,
             outcome=OUTCOMES,
         )

@@ -7,7 +7,7 @@ made from it. Must not know what any metric is about.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
@@ -37,7 +37,8 @@ class PerRun(Generic[Kind]):
 
     Args:
         unregistered: The same metric outside of any registry, for runs above the limit.
-        is_preset: Every known combination is exported from the first sight of a run on, at 0.
+        is_preset: What is known to come is exported from the first sight of a run on, at 0.
+        is_possible: Which combinations of the other labels' values are; by default all.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class PerRun(Generic[Kind]):
         *,
         labels: dict[str, tuple[str, ...]],
         is_preset: bool,
+        is_possible: Callable[..., bool],
     ) -> None:
         self._registry = registry
         self._metric = metric
         self._nowhere = unregistered
-        self._labels = labels
-        self._is_preset = is_preset and all(labels.values())
+        known = itertools.product(*labels.values()) if is_preset else ()
+        self._preset = [found for values in known if is_possible(**(found := dict(zip(labels, values, strict=True))))]
 
     def of(self, run: str, **labels: str) -> Kind:
         """The series of ``run``; it stays until :meth:`Registry.keep_runs` does not name the run any more."""
@@ -62,8 +64,8 @@ class PerRun(Generic[Kind]):
 
     def preset(self, run: str) -> None:
         """Export what is known to come, at 0."""
-        for values in itertools.product(*self._labels.values()) if self._is_preset else ():
-            self._metric.labels(**{RUN_LABEL: run}, **dict(zip(self._labels, values, strict=True)))
+        for labels in self._preset:
+            self._metric.labels(**{RUN_LABEL: run}, **labels)
 
     def drop(self, run: str) -> None:
         """Take the run's series out; none is fine."""
@@ -97,9 +99,16 @@ class Registry:
     ) -> Histogram:
         return _preset(self._make(Histogram, name, documentation, labels, buckets=buckets), labels)
 
-    def run_counter(self, name: str, documentation: str, **labels: Sequence[str]) -> PerRun[Counter]:
-        """A counter per run, exported at 0 from the first sight of the run on."""
-        return self._make_per_run(Counter, name, documentation, labels, is_preset=True)
+    def run_counter(
+        self,
+        name: str,
+        documentation: str,
+        *,
+        is_possible: Callable[..., bool] = lambda **labels: True,
+        **labels: Sequence[str],
+    ) -> PerRun[Counter]:
+        """A counter per run, exported at 0 from the first sight of the run on, for the combinations that can be."""
+        return self._make_per_run(Counter, name, documentation, labels, is_preset=True, is_possible=is_possible)
 
     def run_gauge(
         self, name: str, documentation: str, *, is_preset: bool = False, **labels: Sequence[str]
@@ -136,14 +145,21 @@ class Registry:
         return kind(f"{PREFIX}_{name}", documentation, tuple(labels), registry=self.collector, **options)
 
     def _make_per_run(
-        self, kind: type[Kind], name: str, documentation: str, labels: dict[str, Sequence[str]], *, is_preset: bool
+        self,
+        kind: type[Kind],
+        name: str,
+        documentation: str,
+        labels: dict[str, Sequence[str]],
+        *,
+        is_preset: bool,
+        is_possible: Callable[..., bool] = lambda **labels: True,
     ) -> PerRun[Kind]:
         known = {label: tuple(values) for label, values in labels.items()}
         self._declare(kind, name, documentation, {RUN_LABEL: (), **known})
         names = (RUN_LABEL, *known)
         metric = kind(f"{PREFIX}_{name}", documentation, names, registry=self.collector)
         nowhere = kind(f"{PREFIX}_{name}", documentation, names, registry=None)
-        family = PerRun(self, metric, nowhere, labels=known, is_preset=is_preset)
+        family = PerRun(self, metric, nowhere, labels=known, is_preset=is_preset, is_possible=is_possible)
         self._per_run.append(family)
         return family
 
