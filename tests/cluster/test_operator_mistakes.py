@@ -62,6 +62,12 @@ def test_a_bad_file_is_refused_by_place_and_name(
         ),
         (["node", "--memory-dir", "memory"], CONFIG, r"--memory-dir = 'memory' is not an absolute path"),
         (["coordinator", "--parity", "5"], CONFIG, r"--parity = '5' is neither 'auto' nor a number from 0 to 4"),
+        (
+            ["coordinator", "--election", "zookeeper://a:1/x"],
+            CONFIG,
+            r"is neither empty nor etcd://HOST:PORT.* nor kub",
+        ),
+        (["coordinator", "--advertise", "0.0.0.0:7070"], CONFIG, r"is a wildcard: peers are told this address, so"),
         (["coordinator", "--persist-url", "bucket"], CONFIG, r"is neither empty nor a URL such as file:///mnt/ckpt"),
     ],
 )
@@ -110,6 +116,17 @@ def test_a_port_that_is_taken_is_named_with_the_flag_that_helps(tmpfs_dir: Path)
         refuse(
             "node", *node, "--http", address, says=f"cannot serve HTTP on {address}: {used}; choose another with --http"
         )
+
+
+def test_an_election_that_cannot_be_held_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    lease = ("--election", "kubernetes://backstay/coordinator")
+    told = r"others are told where this coordinator is, and 0\.0\.0\.0:\d+ is no such place; give --advertise HOST:PORT"
+    refuse("coordinator", "--listen", "0.0.0.0:0", *lease, says=rf"with an election {told}.*")
+    nowhere = ("env", f"KUBECONFIG={tmp_path}/none")
+    access = "neither a service account in this pod nor a usable KUBECONFIG"
+    refuse("coordinator", *lease, says=rf"no access to Kubernetes: {access}.*", command=nowhere)
+    etcd = f"etcd://127.0.0.1:1/x?ca={tmp_path}/none"
+    refuse("coordinator", "--election", etcd, says=rf"cannot read {tmp_path}/none, given as ca \(or ETCDCTL_CACERT\).*")
 
 
 def test_a_quota_that_the_tmpfs_cannot_hold_is_refused_before_anything_is_taken(tmpfs_dir: Path) -> None:

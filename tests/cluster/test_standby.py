@@ -34,7 +34,7 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
         yield running
 
 
-def new_cluster(etcd: Etcd, tmp_path: Path, *, fault: str = "") -> LocalCluster:
+def new_cluster(etcd: Etcd, tmp_path: Path, *, fault: str = "", tls: bool = False) -> LocalCluster:
     return LocalCluster(
         3,
         1,
@@ -43,6 +43,7 @@ def new_cluster(etcd: Etcd, tmp_path: Path, *, fault: str = "") -> LocalCluster:
         election=etcd.url(tmp_path.name),
         settings={"election_lease_s": ELECTION_LEASE_S},
         coordinator_env={"BACKSTAY_FAULTS": fault} if fault else None,
+        tls=tls,
         keep_logs=tmp_path / "logs",
     )
 
@@ -184,7 +185,11 @@ def test_a_leader_cut_off_from_etcd_or_from_the_nodes_in_a_recovery_is_followed(
 def test_while_etcd_is_away_nobody_leads_nothing_is_lost_and_then_somebody_leads(tmp_path: Path) -> None:
     directory = tmp_path / "etcd"
     directory.mkdir()
-    with running_etcd(directory) as etcd, new_cluster(etcd, tmp_path) as cluster, light_world(cluster, RUN) as world:
+    with (
+        running_etcd(directory) as etcd,
+        new_cluster(etcd, tmp_path, tls=True) as cluster,
+        light_world(cluster, RUN) as world,
+    ):
         assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
         goes_on(cluster, world, 1)
         etcd.kill()

@@ -169,6 +169,39 @@ def test_an_etcd_that_is_away_is_said_with_every_member() -> None:
 
 
 @needs_etcd
+def test_etcd_over_tls_wants_our_certificate_and_we_want_its(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("ETCDCTL_CACERT", "ETCDCTL_CERT", "ETCDCTL_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    with running_etcd(tmp_path, is_tls=True) as etcd:
+        with opened(etcd.url("tls")) as store:
+            assert store.compare_and_swap(ONE, None) is not None
+            found = store.read()
+            assert found is not None
+            assert found.record == ONE
+        files = etcd.files("client")
+        bare = f"etcd://{etcd.address}/tls"
+        with (
+            opened(f"{bare}?ca={files['ca']}") as store,
+            pytest.raises((ConfigError, UnavailableError), match=etcd.address),
+        ):
+            store.read()  # no certificate of ours: an alert, or a reset before it is read
+        with (
+            opened(f"{bare}?cert={files['cert']}&key={files['key']}") as store,
+            pytest.raises(ConfigError, match="verify"),
+        ):
+            store.read()  # an authority that nobody named
+        with opened(bare) as store, pytest.raises((ConfigError, UnavailableError), match=etcd.address):
+            store.read()  # no TLS at all
+        with pytest.raises(ConfigError, match="both cert and key"), opened(f"{bare}?cert={files['cert']}"):
+            pass
+        monkeypatch.setenv("ETCDCTL_CACERT", files["ca"])
+        monkeypatch.setenv("ETCDCTL_CERT", files["cert"])
+        monkeypatch.setenv("ETCDCTL_KEY", files["key"])
+        with opened(bare) as store:
+            assert store.read() is not None
+
+
+@needs_etcd
 def test_a_key_that_is_not_ours_is_an_operators_error(etcd: Etcd) -> None:
     with opened(etcd.url("foreign")) as store:
         client = store._clients[0]  # type: ignore[attr-defined]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 import signal
+import ssl
 import subprocess
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
+import trustme
 
 from backstay.errors import UnavailableError
 from backstay.testing.ports import free_port
@@ -21,27 +24,45 @@ needs_etcd = pytest.mark.skipif(ETCD is None, reason="etcd is not installed: apt
 
 
 class Etcd:
-    """One member. ``address`` stays the same over restarts."""
+    """One member. ``address`` stays the same over restarts. ``is_tls``: both sides show certificates."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, is_tls: bool = False) -> None:
         self._directory = directory
+        self._is_tls = is_tls
         self.address = f"127.0.0.1:{free_port()}"
         self._peer = f"http://127.0.0.1:{free_port()}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def url(self, prefix: str) -> str:
         """As the setting ``election``."""
-        return f"etcd://{self.address}/{prefix}"
+        return f"etcd://{self.address}/{prefix}{'?' + urlencode(self.files('client')) if self._is_tls else ''}"
+
+    def files(self, who: str) -> dict[str, str]:
+        """Certificate, key and authority of ``server`` or ``client``, as options of the URL name them."""
+        return {name: str(self._directory / f"{who}.{name}") for name in ("ca", "cert", "key")}
 
     def start(self) -> None:
         assert ETCD is not None
-        client = f"http://{self.address}"
+        client = f"{'https' if self._is_tls else 'http'}://{self.address}"
         argv = [ETCD, "--data-dir", str(self._directory / "data"), "--log-level", "error"]
         argv += ["--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", self._peer]
         argv += ["--initial-advertise-peer-urls", self._peer, "--initial-cluster", f"default={self._peer}"]
+        if self._is_tls:
+            made = self._make_certificates()
+            argv += ["--client-cert-auth", "--trusted-ca-file", made["ca"]]
+            argv += ["--cert-file", made["cert"], "--key-file", made["key"]]
         with (self._directory / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
         wait_until(self._is_healthy, deadline_s=60, why="etcd to be healthy")
+
+    def _make_certificates(self) -> dict[str, str]:
+        authority = trustme.CA()
+        for who in ("server", "client"):
+            certificate = authority.issue_cert("127.0.0.1")
+            authority.cert_pem.write_to_path(self.files(who)["ca"])
+            certificate.private_key_pem.write_to_path(self.files(who)["key"])
+            certificate.cert_chain_pems[0].write_to_path(self.files(who)["cert"])
+        return self.files("server")
 
     def kill(self) -> None:
         if self._process is not None:
@@ -59,16 +80,22 @@ class Etcd:
         self._process.send_signal(number)
 
     def _is_healthy(self) -> bool:
+        context = None
+        if self._is_tls:
+            files = self.files("client")
+            context = ssl.create_default_context(cafile=files["ca"])
+            context.load_cert_chain(files["cert"], files["key"])
+        scheme = "https" if self._is_tls else "http"
         try:
-            with urllib.request.urlopen(f"http://{self.address}/health", timeout=2) as answer:
+            with urllib.request.urlopen(f"{scheme}://{self.address}/health", timeout=2, context=context) as answer:
                 return b"true" in answer.read()
         except OSError as error:
             raise UnavailableError(str(error)) from error
 
 
 @contextmanager
-def running_etcd(directory: Path) -> Iterator[Etcd]:
-    etcd = Etcd(directory)
+def running_etcd(directory: Path, *, is_tls: bool = False) -> Iterator[Etcd]:
+    etcd = Etcd(directory, is_tls=is_tls)
     try:
         etcd.start()
         yield etcd

@@ -73,7 +73,7 @@ class Election:
         return self._elector.may_act(now_s)
 
     def resign(self, reason: str) -> None:
-        """Stop leading and let others try for two leases."""
+        """Stop leading and leave it to others for one lease."""
         self._carry_out(self._elector.resign(reason, self._clock()))
         self._woken.set()
 

@@ -129,10 +129,10 @@ class Elector:
         return actions + self.tick(now_s)
 
     def resign(self, reason: str, now_s: float) -> list[Action]:
-        """Stop acting, give the lease back and let others take it for two leases; then compete again."""
+        """Stop acting, give the lease back and leave it to others for one lease; then compete again."""
         actions = self._step_down(reason)
         if actions:
-            self._stands_back_until_s, self._due_s = now_s + 2 * self._timing.lease_s, now_s
+            self._stands_back_until_s, self._due_s = now_s + self._timing.lease_s, now_s
         return actions + self.tick(now_s)
 
     def on_read(self, found: Versioned | None, now_s: float) -> list[Action]:
