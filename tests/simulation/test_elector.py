@@ -45,10 +45,12 @@ def test_a_leader_without_faults_is_never_replaced() -> None:
 
 def test_clocks_beyond_the_stated_bound_do_break_it_so_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.simulation.elections.CLOCK_RATIO", 6.0)
-    broken = 0
-    for seed in range(40):
-        try:
-            elect(seed, count=3)
-        except AssertionError as error:
-            broken += "act at once" in str(error)
-    assert broken, "clocks four times as far apart as is allowed never made two leaders"
+    assert any(_breaks(seed) for seed in range(100)), "clocks four times as far apart as is allowed made no two leaders"
+
+
+def _breaks(seed: int) -> bool:
+    try:
+        elect(seed, count=3)
+    except AssertionError as error:
+        return "act at once" in str(error)
+    return False
