@@ -25,6 +25,7 @@ from backstay.testing.demo.scenario import Scenario, parse
 from backstay.testing.demo.watch import LostForGoodError, Printer, Watch
 from backstay.testing.guardian import guarded
 from backstay.testing.processes import ProcessKeeper
+from backstay.testing.rolling import RedundancyWatch, watched
 
 _START_DEADLINE_S: Final = 300.0
 LOSS_TOLERANCE: Final = 1e-3  # relative; float32 sums in another order, carried through the steps that follow
@@ -81,6 +82,7 @@ class Demo:
         self.deadline = time.monotonic() + scenario.deadline_s
         self.text = directory / "text"
         self.report = Report(scenario=scenario)
+        self.redundancy: RedundancyWatch | None = None
 
     def run(self) -> int:
         scenario = self.scenario
@@ -164,7 +166,11 @@ class Demo:
             injector = Injector(scenario=scenario, cluster=cluster, run=run, watch=watch, armed=armed)
             self.report.faults = injector.records
             try:
-                self._course(run, watch, injector)
+                if scenario.rolling:
+                    with watched(cluster, f"demo/{run.run_id}", parity=scenario.m) as self.redundancy:
+                        self._course(run, watch, injector)
+                else:
+                    self._course(run, watch, injector)
             finally:
                 self.report.timeline = [watch.timeline[key] for key in sorted(watch.timeline)]
         self.report.protected_s = time.monotonic() - began
@@ -197,6 +203,7 @@ class Demo:
         interrupted = [record.what for record in report.faults if record.outcome == "INTERRUPTED"]
         report.bitwise_equal = report.comparison.is_equal
         compared = report.comparison
+        is_whole = compared.is_equal and not interrupted
         if not compared.is_equal:
             report.verdict = f"NOT bitwise equal: {compared.first_difference} ({compared.difference_count} differences)"
         elif interrupted:
@@ -207,12 +214,32 @@ class Demo:
                 f" of them computed twice), {compared.restored_states} restored states, and every final parameter,"
                 " optimizer state and RNG"
             )
+        if self.redundancy is not None:
+            is_whole = self._judge_rolling(self.redundancy, is_whole=compared.is_equal and not interrupted)
         self.printer.say(
             f"control {report.control_s:.0f} s, protected {report.protected_s:.0f} s,"
             f" {report.stolen_core_s:.1f} core-seconds taken by the host"
         )
         sys.stdout.write(f"\n{report.verdict}\n")
-        return 0 if compared.is_equal and not interrupted else 1
+        return 0 if is_whole else 1
+
+    def _judge_rolling(self, redundancy: RedundancyWatch, *, is_whole: bool) -> bool:
+        """Whether nothing was lost on the way, besides the bits at the end; says so in the verdict."""
+        report = self.report
+        assert report.comparison is not None
+        problems = redundancy.complaints()
+        if report.comparison.redone_steps:
+            problems.append(f"{report.comparison.redone_steps} steps were computed twice")
+        if not redundancy.samples:
+            problems.append("the coordinator's status was never seen")
+        if problems:
+            report.verdict += f"; BUT {problems[0]} ({len(problems)} complaints)"
+        elif is_whole:
+            report.verdict += (
+                f"; {len(report.faults)} restarts cost no step, protected never went back, and in {len(redundancy.samples)} "
+                "samples no redundancy was missing"
+            )
+        return is_whole and not problems
 
     def _judge_shrunk(self, control: RunNotes, notes: RunNotes) -> int:
         """A world that lost ranks for good: states as they were, bit by bit; losses but for the order of additions."""

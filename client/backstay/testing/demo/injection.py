@@ -17,6 +17,7 @@ from backstay.testing.cluster import LocalCluster
 from backstay.testing.demo.launch import TorchRun
 from backstay.testing.demo.scenario import Fault, Scenario
 from backstay.testing.demo.watch import DemoError, Watch
+from backstay.testing.rolling import upgrade_daemon
 
 RECOVERY_DEADLINE_S: Final = 300.0
 _REPLACEMENT_DELAY_S: Final = 1.0  # what a supervisor or an operator needs at the very least
@@ -91,6 +92,8 @@ class Injector:
             "node": self._nodes,
             "nodes": self._nodes,
             "coordinator": self._coordinator,
+            "upgrade": self._upgrade,
+            "handover": self._hand_over,
         }[fault.kind](fault, record)
         detected = f"detected after {record.detected_s:.1f} s, " if record.detected_s is not None else ""
         recovered = f"{record.recovered_s:.1f} s" if record.recovered_s is not None else "-"
@@ -122,11 +125,33 @@ class Injector:
         self._pause(_REPLACEMENT_DELAY_S)
         for node in fault.targets:
             self.cluster.restart_daemon(node, is_waiting=False)
+        self._see_attached(fault)
+        self._see_protected(record, pids, before)
+        self._note_detection(record, "node_lost", "node_joined")
+
+    def _upgrade(self, fault: Fault, record: FaultRecord) -> None:
+        """As an operator does it, daemon by daemon."""
+        pids, before = self.watch.notes.pids(), self.watch.notes.highest_step()
+        for node in fault.targets:
+            upgrade_daemon(self.cluster, node)
+        self._see_attached(fault)
+        self._see_protected(record, pids, before)
+
+    def _hand_over(self, fault: Fault, record: FaultRecord) -> None:
+        pids, before = self.watch.notes.pids(), self.watch.notes.highest_step()
+        self.cluster.stop_coordinator()
+        self.cluster.start_coordinator()
+        self._see_protected(record, pids, before)
+
+    def _see_attached(self, fault: Fault) -> None:
         self.watch.wait(
             lambda: all(self._has_trainers(node) for node in fault.targets),
             RECOVERY_DEADLINE_S,
             "the trainers to attach to the restarted daemon",
         )
+
+    def _see_protected(self, record: FaultRecord, pids: list[int], before: int) -> None:
+        """Wait for a snapshot taken since; no trainer may have noticed."""
         self.run.permit(self.scenario.last_permitted_step(len(self.records)))
         wanted = min(before + 1, self.scenario.steps - 1)
         self.watch.wait(
@@ -135,7 +160,6 @@ class Injector:
             f"step {wanted} to be protected with the restarted daemon's help",
         )
         record.recovered_s = time.time() - record.injected_unix_s
-        self._note_detection(record, "node_lost", "node_joined")
         record.outcome = "UNINTERRUPTED" if self.watch.notes.pids() == pids else "INTERRUPTED"
         record.steps_lost = 0 if record.outcome == "UNINTERRUPTED" else None
         record.message = f"trainers ran on; step {wanted} was protected with the restarted daemon taking part"

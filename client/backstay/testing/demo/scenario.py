@@ -11,7 +11,7 @@ from typing import Final
 from backstay.errors import UsageError
 
 MODELS: Final = {"small": (128, 2), "medium": (192, 4), "large": (256, 4), "xlarge": (320, 8)}  # d_model, layers
-KINDS: Final = ("trainer", "daemon", "node", "nodes", "coordinator")
+KINDS: Final = ("trainer", "daemon", "node", "nodes", "coordinator", "upgrade", "handover")
 DEFAULT_STEPS: Final = 56
 GATE_MARGIN: Final = 6  # steps
 _STEPS_AFTER_LAST_FAULT: Final = 3
@@ -38,6 +38,8 @@ class Fault:
             "node": f"destruction of node {who}",
             "nodes": f"destruction of nodes {who} at once",
             "coordinator": f"SIGKILL of the coordinator amid the recovery of rank {who}",
+            "upgrade": f"drain and restart of the daemon of node {who}",
+            "handover": "restart of the coordinator",
         }[self.kind]
 
 
@@ -59,6 +61,7 @@ class Scenario:
     deadline_s: float
     lose: int = 0
     shrink: bool = False
+    rolling: bool = False
     json_path: Path | None = None
     keep_logs: Path | None = None
 
@@ -97,6 +100,8 @@ def parse(argv: Sequence[str] | None) -> Scenario:
     text = flags.faults
     if text is None and flags.shrink:
         text = _default_shrinking(flags.nodes, steps=steps)
+    elif text is None and flags.rolling:
+        text = _default_rolling(flags.nodes, steps=steps)
     elif text is None:
         text = _default_faults(flags.nodes, m, steps=steps, world_size=flags.nodes * flags.ranks_per_node)
     scenario = Scenario(
@@ -118,6 +123,7 @@ def parse(argv: Sequence[str] | None) -> Scenario:
         deadline_s=flags.deadline_s,
         lose=flags.lose,
         shrink=flags.shrink,
+        rolling=flags.rolling,
         json_path=flags.json,
         keep_logs=flags.keep_logs,
     )
@@ -168,9 +174,18 @@ def _default_shrinking(nodes: int, *, steps: int) -> str:
     return ",".join([f"trainer#2@{at[0]}", f"node#1@{at[1]}", *([f"node#{nodes - 2}@{at[2]}"] if nodes > 3 else [])])
 
 
+def _default_rolling(nodes: int, *, steps: int) -> str:
+    """Every daemon, one after the other, then the coordinator; none of it costs a step."""
+    first, last = max(2, steps // 8), steps - _STEPS_AFTER_LAST_FAULT - 2
+    at = [first + (last - first) * index // max(1, nodes) for index in range(nodes + 1)]
+    return ",".join([*(f"upgrade#{node}@{at[node]}" for node in range(nodes)), f"handover@{at[nodes]}"])
+
+
 def _check(scenario: Scenario) -> None:
     if scenario.shrink and (scenario.lose or scenario.ranks_per_node != 1):
         raise UsageError("--shrink goes with one rank per node and without --lose")
+    if scenario.rolling and (scenario.lose or scenario.shrink):
+        raise UsageError("--rolling goes with neither --lose nor --shrink: nothing is lost")
     if scenario.shrink and scenario.last_nodes < 2:
         raise UsageError(f"--shrink from {scenario.nodes} nodes leaves {scenario.last_nodes}; at least 2 are needed")
     if scenario.nodes < 1 or scenario.m < 0 or scenario.m > 4 or scenario.k < 1:
@@ -219,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--faults", help="e.g. trainer@10,daemon@16,node@22,nodes:2@34,coordinator@46; with targets: node#0@22; none")
     add("--lose", type=int, default=0, metavar="N", help="instead of the faults: lose N nodes at once")
     add("--shrink", action="store_true", help="replace no node: the run goes on with the nodes that are left")
+    add("--rolling", action="store_true", help="lose nothing: drain and restart each daemon, then the coordinator")
     add("--lease-s", type=float, default=3.0, help="lease of the daemons (3)")
     add("--deadline-s", type=float, default=900.0, help="give up after this long (900)")
     add("--json", type=Path, metavar="FILE", help="write the whole report there")
