@@ -67,6 +67,19 @@ class DaemonConnection:
             raise ConfigError(problem, reason="protocol_version")
         return attached
 
+    def is_lost(self) -> bool:
+        """Whether the daemon has closed its end; never waits, and says False while another thread speaks with it."""
+        if self._is_closed or not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self._lock.release()
+
     def call(self, message: Any, *, deadline_s: float) -> tuple[Any, list[int]]:
         """Send one request and return its reply, with any descriptors, which the caller must close.
 

@@ -282,6 +282,12 @@ class NodeConfig:
         "127.0.0.1:7072", _address, "Where /metrics, /livez, /readyz and /status.json are served.", metavar="HOST:PORT"
     )
     domain: str = _setting("", _domain, "Failure domain, such as a rack: groups are spread over domains.")
+    kubernetes_node: str = _setting(
+        "",
+        _domain,
+        "Name of the Kubernetes node this daemon runs on (spec.nodeName): it drains while that is cordoned.",
+        metavar="NAME",
+    )
     quota_bytes: int = _setting(
         0,
         parse_size,

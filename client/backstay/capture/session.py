@@ -29,6 +29,7 @@ _log = logging.getLogger("backstay")
 
 FIRST_BACKOFF_S: Final = 0.2
 MAX_BACKOFF_S: Final = 5.0
+MIN_LOOK_S: Final = 1.0  # so often an idle session looks whether its daemon is still there
 MAX_AHEAD_WAIT_S: Final = 60.0
 ATTACH_DEADLINE_S: Final = 5.0
 MAX_MAPPINGS: Final = 4
@@ -265,12 +266,16 @@ class Session:
     def _idle_s(self) -> float | None:
         if self._connection is None and not self._is_banned:
             return max(0.0, self._next_attach_s - time.monotonic())
-        return None
+        return None if self._connection is None else max(MIN_LOOK_S, self.identity.lease_s)
 
     def _is_attach_due(self) -> bool:
         return self._connection is None and not self._is_banned and time.monotonic() >= self._next_attach_s
 
     def _work(self, capture: Capture | None, ahead: tuple[int, int, float] | None) -> None:
+        if capture is None and self._connection is not None and self._connection.is_lost():
+            # a long step must not keep the next daemon waiting for us
+            self._lose(UnavailableError(f"the daemon at {self.identity.socket_path} has ended", reason="daemon_gone"))
+            return
         if self._is_attach_due() and not self._is_stopping:
             self._attach()
         if self._distrust is not None and self._connection is not None:

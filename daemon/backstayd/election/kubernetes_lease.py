@@ -30,7 +30,7 @@ class KubernetesStore:
         self._namespace, _, self._name = path.partition("/")
         self.name = f"Lease {path}"
         self._timeout = (call_timeout_s / 2, call_timeout_s)  # to connect, to be answered
-        self._client = kubernetes.client.ApiClient(_configuration())
+        self._client = kubernetes.client.ApiClient(api_configuration())
         self._api = kubernetes.client.CoordinationV1Api(self._client)
 
     def read(self) -> Versioned | None:
@@ -104,7 +104,7 @@ class KubernetesStore:
         return UnavailableError(text, reason="no_lease_store")
 
 
-def _configuration() -> Any:
+def api_configuration() -> Any:
     """How to reach the API server: a pod's service account, or KUBECONFIG; no retries of the client's own."""
     configuration = kubernetes.client.Configuration()
     try:

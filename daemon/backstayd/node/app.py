@@ -187,6 +187,9 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         context.coordinator = lambda: LinkState(address=link.address, error=link.last_error)
         context.notify, context.kick = link.notify, lambda: _kick(reconciler, storing)
         context.drain.on_change = lambda sentence: _on_drain(context, sentence)
+        if config.kubernetes_node:
+            unwatch = _watch_cordon(config.kubernetes_node, context, loop)
+            stack.push_async_callback(asyncio.to_thread, unwatch)
         link.start()
         stack.push_async_callback(link.close)
         serving = asyncio.create_task(sessions.serve(listener))
@@ -256,6 +259,25 @@ def _on_link(context: NodeContext, node_gauges: NodeGauges, address: str, *, is_
     word = "connected to" if is_connected else "lost"
     context.timeline.add("coordinator", "", f"{word} the coordinator at {address}")
     context.bell.ring()
+
+
+def _watch_cordon(name: str, context: NodeContext, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
+    """The node drains while its Kubernetes node is cordoned; returns what ends that."""
+    try:
+        from backstayd.kubernetes_node import CordonWatch
+    except ImportError as error:
+        raise ConfigError(
+            f"kubernetes_node = {name} needs the package kubernetes: pip install 'backstay[kubernetes]' ({error})",
+            reason="missing_package",
+        ) from None
+
+    def tell(is_cordoned: bool) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(context.drain.set_cordoned, is_cordoned)
+
+    watch = CordonWatch(name, on_answer=tell)
+    watch.start()
+    return watch.close
 
 
 def _on_drain(context: NodeContext, sentence: str) -> None:
