@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -72,12 +73,14 @@ class DaemonConnection:
         if self._is_closed or not self._lock.acquire(blocking=False):
             return False
         try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
+            poll = select.poll()  # a socket with a timeout would wait for it, whatever flags recv is given
+            poll.register(self._socket, select.POLLIN)
+            return bool(poll.poll(0)) and self._socket.recv(1, socket.MSG_PEEK) == b""
         except OSError:
             return True
         finally:
+            if self._is_closed:  # meanwhile, by a thread that left the rest to us
+                self._socket.close()
             self._lock.release()
 
     def call(self, message: Any, *, deadline_s: float) -> tuple[Any, list[int]]:

@@ -251,6 +251,25 @@ def test_a_dead_daemon_costs_a_warning_and_a_re_attach(daemon: LocalDaemon, capl
     training.keeper.close()
 
 
+def test_a_daemon_that_is_restarted_during_a_long_step_has_its_trainer_back_before_the_step_ends(
+    daemon: LocalDaemon,
+) -> None:
+    training = Training(daemon.socket_path)
+    training.keeper.restore()
+    training.run(0, 3)
+    assert training.keeper.wait_committed()
+    daemon.kill()
+    poll(lambda: not training.keeper.stats().is_attached, "nobody looked whether the daemon is there")
+    daemon.start()
+    poll(lambda: training.keeper.stats().is_attached, "the trainer waited for its next snapshot")
+    before = training.keeper.stats()
+    training.run(3, 6)
+    assert training.keeper.wait_committed()
+    assert daemon.committed_steps("default/r")[-1] == 6
+    assert training.keeper.stats().skipped == before.skipped, "no snapshot was lost to it"
+    training.keeper.close()
+
+
 def test_a_frozen_daemon_stops_a_step_at_most_once(daemon: LocalDaemon) -> None:
     training = Training(daemon.socket_path, max_wait_s=0.4)
     training.keeper.restore()
