@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -219,6 +220,27 @@ def test_a_shard_of_another_run_in_this_runs_place_is_never_used(open_store: Ope
     assert store.runs[RUN].shards == {}
     (entry,) = store.runs[RUN].quarantined.values()
     assert "is of run job/other" in entry.reason
+
+
+def test_files_of_another_format_are_left_for_the_release_that_wrote_them(open_store: Opener) -> None:
+    store = open_store()
+    shards = [make_shard(rank=rank, world_size=2) for rank in range(2)]
+    commit(store, shards[0])
+    plan = add_plan(store, shards)
+    paths = store.paths(RUN)
+    files = [paths.manifest(KEY, 0, 2), paths.plan(KEY, plan.plan_id)]
+    parity = sorted(paths.parity(KEY).glob(f"plan-{plan.plan_id}.stripe-*"))
+    assert parity
+    for path in files:
+        value = json.loads(path.read_bytes()) | {"format": 9, "shape_that_nobody_knows": 1}
+        path.write_bytes(json.dumps({k: v for k, v in value.items() if k != "rank"}).encode())
+    store = open_store()
+    index = store.runs[RUN]
+    assert (index.shards, index.plans, index.fragments, index.quarantined) == ({}, {}, {}, {})
+    assert all(path.exists() for path in (*files, *parity, paths.shard(KEY, 0, 2)))
+    reasons = {finding.path: finding.reason for finding in store.foreign}
+    assert "has format 9, this release reads up to 1" in reasons[files[0]]
+    assert files[1] in reasons
 
 
 def test_a_flipped_manifest_or_record_is_put_aside(open_store: Opener) -> None:

@@ -311,6 +311,10 @@ def _scan_fragment(
     path = paths.fragment(key, plan_id, stripe=stripe, index=number)
     record_path = paths.fragment_record(key, plan_id, stripe=stripe, index=number)
     plan = index.plans.get(plan_id)
+    other = _of_other_format(paths.plan(key, plan_id), index.run) if plan is None else None
+    if other is not None:
+        findings.append(Finding(kind=FindingKind.FOREIGN, path=path, reason=other.reason, run=index.run))
+        return
     if plan is None or not record_path.exists():
         findings.append(_leftover(path, index.run, "parity without its plan or record"))
         if record_path.exists():

@@ -151,8 +151,8 @@ class Injector:
         )
 
     def _see_protected(self, record: FaultRecord, pids: list[int], before: int) -> None:
-        """Wait for a snapshot taken since; no trainer may have noticed."""
-        self.run.permit(self.scenario.last_permitted_step(len(self.records)))
+        """Wait for a snapshot taken since; no trainer may have noticed, and none may come to its end before."""
+        self.run.permit(min(self.scenario.last_permitted_step(len(self.records)), self.scenario.steps - 1))
         wanted = min(before + 1, self.scenario.steps - 1)
         self.watch.wait(
             lambda: int(self.watch.run_status.get("protected_step") or 0) >= wanted,
