@@ -68,6 +68,12 @@ class DaemonConnection:
             raise ConfigError(problem, reason="protocol_version")
         return attached
 
+    def _leave(self) -> None:
+        """Let the next thread in; a thread that closed the session meanwhile left the socket to us."""
+        if self._is_closed:
+            self._socket.close()
+        self._lock.release()
+
     def is_lost(self) -> bool:
         """Whether the daemon has closed its end; never waits, and says False while another thread speaks with it."""
         if self._is_closed or not self._lock.acquire(blocking=False):
@@ -79,9 +85,7 @@ class DaemonConnection:
         except OSError:
             return True
         finally:
-            if self._is_closed:  # meanwhile, by a thread that left the rest to us
-                self._socket.close()
-            self._lock.release()
+            self._leave()
 
     def call(self, message: Any, *, deadline_s: float) -> tuple[Any, list[int]]:
         """Send one request and return its reply, with any descriptors, which the caller must close.
