@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from backstay.testing.wait import wait_until
 from tests.kit.daemon_process import running_daemon
 from tests.kit.notify_socket import NotifySocket
 
@@ -17,6 +21,14 @@ def status(address: str) -> dict[str, Any]:
         document = json.load(response)
     assert isinstance(document, dict)
     return document
+
+
+def command_of_coder(pid: int) -> list[str]:
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):
+            if "backstayd.coder" in child.cmdline():
+                return child.cmdline()
+    return []
 
 
 def test_a_node_takes_over_quota_and_log_and_says_what_needs_a_restart(tmpfs_dir: Path, tmp_path: Path) -> None:
@@ -38,6 +50,12 @@ def test_a_node_takes_over_quota_and_log_and_says_what_needs_a_restart(tmpfs_dir
         memory = status(daemon.http)["memory"]
         assert (memory["quota_bytes"], memory["capacity_bytes"]) == (32 << 20, 32 << 20)
         daemon.wait_for_line(r" DEBUG .*GET /status.json")
+        for coder in psutil.Process(daemon.process.pid).children():
+            coder.kill()
+        daemon.wait_for_line(r"restarting it")
+        wait_until(
+            lambda: "debug" in command_of_coder(daemon.process.pid), deadline_s=30, why="a coder that logs likewise"
+        )
         pid = daemon.process.pid
         asked = manager.wait_for(pid, "RELOADING", "1")
         assert asked.fields["MONOTONIC_USEC"].isdecimal()

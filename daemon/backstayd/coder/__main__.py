@@ -15,6 +15,7 @@ from backstay.errors import BackstayError
 from backstayd.coder.server import serve
 from backstayd.security.credentials import Credentials, TlsFiles
 from backstayd.security.identity import Role
+from backstayd.telemetry import logs
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -34,16 +35,16 @@ def main() -> None:
         parser.add_argument(f"--tls-{name}", type=Path)
     parser.add_argument("--trust-domain", default="")
     parser.add_argument("--node", default="", help="name of this node, as its certificate states it")
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text")
+    parser.add_argument("--component", default="backstayd", help="who the daemon is, in its log")
     arguments = parser.parse_args()
     _die_with(arguments.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is for the daemon, which ends us
     if arguments.nice:
         os.nice(arguments.nice)
-    logging.basicConfig(
-        level=os.environ.get("BACKSTAYD_LOG_LEVEL", "INFO"),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s coder[%(process)d] %(name)s: %(message)s",
-    )
+    component = f"{arguments.component} coder {os.getpid()}"
+    logs.configure(level=arguments.log_level, form=arguments.log_format, component=component)
     serve(
         control_fd=arguments.control_fd,
         listen_fd=arguments.listen_fd,

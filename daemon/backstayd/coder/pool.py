@@ -22,6 +22,7 @@ from backstay import record
 from backstay.errors import BackstayError, UnavailableError
 from backstayd.coder.jobs import Answer, CoderEvent, Job, JobResult, Request, job_request
 from backstayd.security.credentials import Credentials
+from backstayd.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
@@ -261,12 +262,14 @@ class CoderPool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             listen_fd = self._listen_socket.fileno()
+            level, form, component = logs.in_force()
             command = [
                 sys.executable, "-m", "backstayd.coder",
                 "--control-fd", str(theirs.fileno()), "--listen-fd", str(listen_fd),
                 "--memory-dir", str(self._memory_dir), "--incarnation", self._incarnation,
                 "--parent", str(os.getpid()), "--nice", str(self._niceness), "--jobs", str(self._jobs_per_coder),
                 *(["--jobs-only"] if self._is_for_storage else []), *_tls_arguments(self._credentials),
+                "--log-level", level, "--log-format", form, "--component", component,
             ]  # fmt: skip
             try:
                 process = await asyncio.create_subprocess_exec(

@@ -147,12 +147,14 @@ class CoordinatorProcess:
             await asyncio.to_thread(self._http.close)
             raise
         self._ticker = loop.create_task(self._tick(), name="coordinator-ticks")
+        self.health.watch("election", self._seat.failure)
         self.health.set_ready(self._ready_sentence)
         logger.info("coordinator %s listens at %s, http at %s", self.incarnation, self.address, self.http_address)
 
     async def close(self) -> None:
         """Stop serving; nothing is left running."""
         self.health.set_unready("ending")
+        self.health.watch("election", lambda: "")
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)

@@ -76,6 +76,10 @@ class Seat:
         if self._election is not None:
             self._election.resign(reason)
 
+    def failure(self) -> str:
+        """What keeps it from leading for good, for people; "" while it goes on. From any thread."""
+        return self._election.failure() if self._election is not None else ""
+
     def is_leading(self) -> bool:
         """The same, but only looking: may be asked from any thread, as may all that follows."""
         return self._is_alone or (self._election is not None and self._election.is_leading())

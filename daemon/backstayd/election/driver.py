@@ -72,6 +72,10 @@ class Election:
             self._carry_out(self._elector.tick(now_s))
         return self._elector.may_act(now_s)
 
+    def failure(self) -> str:
+        """What keeps it from competing for good, for people; "" while it goes on. From any thread."""
+        return "it ended by itself" if self._ticker is not None and self._ticker.done() else ""
+
     def resign(self, reason: str) -> None:
         """Stop leading and leave it to others for one lease."""
         self._carry_out(self._elector.resign(reason, self._clock()))

@@ -19,11 +19,11 @@ class TextFormatter(logging.Formatter):
 
     def __init__(self, component: str) -> None:
         super().__init__()
-        self._component = component
+        self.component = component
 
     def format(self, record: logging.LogRecord) -> str:
         extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
-        text = f"{_timestamp(record)} {record.levelname} {self._component} {record.name}: {record.getMessage()}{extra}"
+        text = f"{_timestamp(record)} {record.levelname} {self.component} {record.name}: {record.getMessage()}{extra}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text
@@ -34,13 +34,13 @@ class JsonFormatter(logging.Formatter):
 
     def __init__(self, component: str) -> None:
         super().__init__()
-        self._component = component
+        self.component = component
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": _timestamp(record),
             "level": record.levelname.lower(),
-            "component": self._component,
+            "component": self.component,
             "logger": record.name,
             "message": record.getMessage(),
             **_extra(record),
@@ -61,6 +61,16 @@ def configure(*, level: str, form: str, component: str, stream: TextIO | None = 
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(component) if form == "json" else TextFormatter(component))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def in_force() -> tuple[str, str, str]:
+    """Level, form and component of the last :func:`configure`, for a process that is to log likewise."""
+    root = logging.getLogger()
+    for handler in root.handlers:
+        if isinstance(handler.formatter, (TextFormatter, JsonFormatter)):
+            form = "json" if isinstance(handler.formatter, JsonFormatter) else "text"
+            return logging.getLevelName(root.level).lower(), form, handler.formatter.component
+    return "info", "text", "backstayd"
 
 
 def _timestamp(record: logging.LogRecord) -> str:
