@@ -20,6 +20,8 @@ from backstay.errors import ConfigError, UsageError
 from backstay.testing.node import fetch_json
 from backstay.testing.wait import wait_until
 from backstayd import app
+from backstayd.security.credentials import TlsFiles
+from tests.kit.certificates import TestAuthority, node_uri
 from tests.kit.daemon_process import RunningDaemon, finished_daemon, running_daemon
 
 CONFIG = ConfigError.exit_code
@@ -137,6 +139,36 @@ def test_a_quota_that_the_tmpfs_cannot_hold_is_refused_before_anything_is_taken(
         "node", *paths(tmpfs_dir), "--quota", "64TiB",
         says=rf"quota_bytes = {64 << 40} does not fit: tmpfs {memory} holds {holds} bytes; raise that limit or lower --quota",
     )  # fmt: skip
+
+
+def test_a_certificate_that_no_peer_would_take_is_refused_at_the_start(tmpfs_dir: Path, tmp_path: Path) -> None:
+    ours, other = TestAuthority(tmp_path / "ca"), TestAuthority(tmp_path / "other", name="other CA")
+
+    def start(files: TlsFiles, role: str, says: str) -> None:
+        tls = (
+            "--insecure",
+            "false",
+            "--tls-cert",
+            str(files.cert),
+            "--tls-key",
+            str(files.key),
+            "--tls-ca",
+            str(files.ca),
+        )
+        more = ("--name", "n1", *paths(tmpfs_dir)) if role == "node" else ()
+        refuse(role, *more, *tls, says=says)
+
+    files = ours.make(["spiffe://backstay/backstay/operator"])
+    start(files, "node", f"{files.cert}: spiffe://backstay/backstay/operator may not .*: its role is operator, .*")
+    files = ours.make([node_uri("n2")])
+    start(files, "node", f"{files.cert}: {node_uri('n2')} may not .*: it is node 'n2', not 'n1'; .*--name.*")
+    start(files, "coordinator", f"{files.cert}: {node_uri('n2')} may not .*: its role is node, .*")
+    files = ours.make([node_uri("n1")])
+    files.ca.write_bytes(other.pem)
+    start(files, "node", f"{files.ca} does not vouch for {files.cert}: .*; peers would refuse it")
+    files = ours.make([node_uri("n1")])
+    files.key.unlink()
+    start(files, "node", f"cannot read {files.key}: No such file or directory")
 
 
 @pytest.fixture

@@ -323,6 +323,27 @@ def test_a_renewed_certificate_replaces_the_connection_and_nothing_is_lost_or_su
     run(scenario)
 
 
+def test_an_operators_client_uses_a_renewed_certificate_for_its_next_call(
+    authority: TestAuthority, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        new = TestAuthority(tmp_path / "new", name="new CA")
+        coordinator, operator = authority.coordinator(), authority.operator()
+        for held in (coordinator, operator):
+            held.files.ca.write_bytes(authority.pem + new.pem)
+        async with serving(coordinator, max_age_s=0.5) as (address, _):
+            with OperatorClient(address, timeout_s=5.0, credentials=operator) as client:
+                assert (await asyncio.to_thread(client.get_status))["format"] == 1
+                new.make(["spiffe://backstay/backstay/operator"], into=operator.files)
+                operator.files.ca.write_bytes(authority.pem + new.pem)
+                coordinator.files.ca.write_bytes(new.pem)
+                new.make(["spiffe://backstay/backstay/coordinator"], into=coordinator.files)
+                assert (await asyncio.to_thread(client.get_status))["format"] == 1
+            assert (await operator_error(address, authority.operator(), get_status)).exit_code == 78
+
+    run(scenario)
+
+
 def test_connections_end_with_their_age_so_that_what_was_withdrawn_works_no_longer(
     authority: TestAuthority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from backstay.errors import UnavailableError
+from backstay.errors import ConfigError, UnavailableError
 from backstayd.cli import daemon_checks, machine_checks, software_checks
 from backstayd.cli.coordinator import get_status
 from backstayd.cli.findings import Finding, Level, fail, ok
@@ -56,7 +56,7 @@ def _check_coordinator(arguments: argparse.Namespace) -> list[Finding]:
     asked_unix_s = time.time()
     try:
         document = get_status(arguments)
-    except UnavailableError as error:
+    except (UnavailableError, ConfigError) as error:
         return [fail("coordinator", str(error).partition("\n")[0])]
     nodes = document["nodes"]
     live = sum(node["state"] == "live" for node in nodes)
