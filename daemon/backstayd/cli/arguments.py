@@ -14,6 +14,7 @@ from backstay import __version__
 from backstay.errors import UsageError
 from backstay.local import DEFAULT_SOCKET
 from backstayd.app import CommandParser
+from backstayd.cli.plan_arguments import add_arguments as add_plan_arguments
 from backstayd.config import parse_size, parse_trust_domain
 
 DEFAULT_COORDINATOR: Final = "127.0.0.1:7070"
@@ -63,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     snapshots.add_argument("run", nargs="?", metavar="RUN", help="job/run_id; all runs when left out")
     explain = command("explain", "what a restart of RUN would restore now, and from where")
     explain.add_argument("run", metavar="RUN", help="job/run_id, or run_id alone when it is the only one of that name")
+    report = command("report", "what interruptions cost RUN: goodput, and what was lost when and why")
+    report.add_argument("run", nargs="?", metavar="RUN", help="job/run_id or run_id; all runs when left out")
     forget = command("forget", "free the memory of RUN on every node; its state is gone then")
     forget.add_argument("run", metavar="RUN", help="job/run_id, in full")
     distrust = command("distrust", "never restore STEP of RUN again, nor what was trained from it")
@@ -78,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(command("export", "write the model of a snapshot of RUN as Hugging Face safetensors"))
     _add_import(command("import", "make a checkpoint of others the first snapshot of RUN, on durable storage"))
     _add_doctor(command("doctor", "check this machine and its daemon; exit status 1 when something is wrong"))
+    sizing = "which parity, memory and interval a cluster needs, from numbers alone"
+    add_plan_arguments(commands.add_parser("plan", help=sizing, description=sizing, allow_abbrev=False))
     certs = "make a small certificate authority, and certificates for daemons and operators"
     _add_certs(commands.add_parser("certs", help=certs, description=certs, allow_abbrev=False))
     # Listed for --help; dispatch() hands them on before this parser sees them.

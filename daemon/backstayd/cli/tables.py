@@ -45,6 +45,19 @@ def date_time(time_unix_s: float) -> str:
     return datetime.fromtimestamp(time_unix_s, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
+def duration(seconds: float) -> str:
+    """``8.2 s``, ``3 min 20 s``, ``5 h 12 min`` or ``3 d 4 h``."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 72:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def _cell(value: object) -> str:
     if value is None or value == "":
         return "-"

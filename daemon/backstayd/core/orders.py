@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from backstay.ids import SnapshotKey
 from backstayd.core.catalog import SnapshotView, suspects_of
 from backstayd.core.context import RunContext
+from backstayd.core.footprint import parity_fraction
 from backstayd.core.nodes import Liveness
-from backstayd.core.placement import group_count
 from backstayd.core.probation import has_both
 from backstayd.core.records import Peer, Plan, Quarantined, Rebuild, RunDesired, ShardCopy, StorageDesired
 from backstayd.core.recovery import Stage
@@ -185,11 +185,8 @@ def _peers(state: RunState, context: RunContext) -> dict[str, Peer]:
 
 def _parity_fraction(state: RunState, evaluation: Evaluation) -> float:
     """m / k of the smallest group, which pays most per byte of state; 0 while nothing is known of the job."""
-    count, m = len(state.hosts(evaluation.context)), evaluation.wanted
-    if count <= m or m == 0:
-        return 0.0 if m == 0 else float(m)
-    members = count // group_count(count, group_size=state.policy.group_size, m=m)
-    return m / (members - m)
+    count = len(state.hosts(evaluation.context))
+    return parity_fraction(count, group_size=state.policy.group_size, m=evaluation.wanted)
 
 
 def _is_release_possible(state: RunState, context: RunContext) -> bool:

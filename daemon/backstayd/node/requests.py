@@ -23,6 +23,7 @@ from backstay.errors import (
     UsageError,
 )
 from backstay.manifest import Manifest
+from backstayd.core.footprint import slots_of
 from backstayd.core.records import RunDesired, SessionPhase
 from backstayd.node import gauges, trust
 from backstayd.node.connection import Connection
@@ -322,11 +323,11 @@ class Requests:
                 world_size=session.world_size,
             )
 
-        found = take(desired.keep + 1)
+        found = take(slots_of(desired.keep))
         if found is not None or desired.extra_slots == 0:
             return found
         try:
-            return take(desired.keep + 1 + desired.extra_slots)
+            return take(slots_of(desired.keep) + desired.extra_slots)
         except CapacityError:
             return None
 

@@ -21,6 +21,7 @@ from backstay import faults, record
 from backstay.errors import CapacityError, InvariantError, UsageError
 from backstay.ids import SnapshotKey
 from backstay.manifest import Manifest
+from backstayd.core.footprint import parity_room
 from backstayd.core.records import ShardRecord
 from backstayd.store.header import check_header
 from backstayd.store.holder import Holder, HolderRecord
@@ -348,7 +349,7 @@ class Slots:
     def _plan_allocation(
         self, index: RunIndex, *, rank: int, size_bytes: int, more: int, world_size: int
     ) -> Allocation:
-        parity = int(2 * self._store.parity_fraction.get(index.run, 0.0) * size_bytes)
+        parity = parity_room(size_bytes, self._store.parity_fraction.get(index.run, 0.0))
         held_parity = sum(  # parity of another layout stays until this one's protects as well
             size
             for fragment, size in index.fragments.items()

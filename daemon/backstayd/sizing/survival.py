@@ -1,0 +1,152 @@
+"""What losses a protection survives. Nodes stand in groups; a group that loses more than ``m`` nodes at once loses state.
+
+Pair copies (GEMINI's group placement with two replicas, lm-resiliency) are groups of two with m = 1; XOR parity (RAIM5, SCR)
+is m = 1 over more nodes. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from backstayd.core.placement import form_groups, widest_domain
+
+UNIFORM_TERMS = 200_000  # of the series of :func:`survive_window`; windows of years stay below it
+
+
+def group_sizes(node_count: int, *, group_size: int, m: int) -> tuple[int, ...]:
+    """Sizes of the groups that the coordinator forms of ``node_count`` nodes (its own rule, ``core/placement``)."""
+    names = {f"n{index}": "" for index in range(node_count)}
+    return tuple(len(group) for group in form_groups(names, group_size=group_size, m=m))
+
+
+def survive_losses(sizes: Sequence[int], m: int, losses: int) -> float:
+    """Probability that ``losses`` nodes, any set of them equally likely, go at once and nothing is lost.
+
+    With n_g nodes in group g and N in all: the coefficient of x^f in prod_g sum_{j<=m} C(n_g, j) x^j, over C(N, f). For
+    pairs it is GEMINI's formula (its check: N = 16, two replicas, two losses: 0.9333).
+    """
+    node_count = sum(sizes)
+    if not 0 <= losses <= node_count:
+        return 0.0
+    ways = [1]
+    for size in sizes:
+        bearable = [math.comb(size, lost) for lost in range(min(m, size) + 1)]
+        product = [0] * min(len(ways) + len(bearable) - 1, losses + 1)
+        for first, one in enumerate(ways):
+            for second, other in enumerate(bearable[: len(product) - first]):
+                product[first + second] += one * other
+        ways = product
+    return ways[losses] / math.comb(node_count, losses) if losses < len(ways) else 0.0
+
+
+def survive_window(size: int, m: int, *, rate_per_s: float, repair_s: float, window_s: float) -> float:
+    """Probability that one group of ``size`` nodes never has more than ``m`` away at once in ``window_s``.
+
+    Each node that is there goes at ``rate_per_s``; each that is away is made up for after an exponential time of mean
+    ``repair_s``, all at once. The birth-death chain over 0..m nodes away, m + 1 absorbing, by uniformization: P(T) =
+    sum_k Poisson(k; LT) * P_k, where P_k is the chance of not being absorbed after k jumps of the chain at rate L.
+    """
+    if rate_per_s <= 0 or window_s <= 0:
+        return 1.0
+    if m >= size:
+        return 1.0
+    repair = 1.0 / max(repair_s, 1e-9)
+    up = [(size - away) * rate_per_s for away in range(m + 1)]
+    down = [away * repair for away in range(m + 1)]
+    fastest = max(first + second for first, second in zip(up, down, strict=True))
+    jumps = fastest * window_s
+    if jumps > UNIFORM_TERMS:  # the chain is in its steady state long before: one absorption rate holds
+        part_s = UNIFORM_TERMS / 2 / fastest
+        part = survive_window(size, m, rate_per_s=rate_per_s, repair_s=repair_s, window_s=part_s)
+        return float(part ** (window_s / part_s))
+    state = [1.0] + [0.0] * m
+    loss, weight_left = 0.0, 1.0
+    log_weight = -jumps
+    limit = int(jumps + 12 * math.sqrt(jumps) + 60)
+    for term in range(limit + 1):
+        weight = math.exp(log_weight)
+        weight_left -= weight
+        loss += weight * (1.0 - sum(state))
+        if weight_left <= 0 and term > jumps:
+            break
+        state = _jump(state, up, down, fastest)
+        log_weight += math.log(jumps) - math.log(term + 1)
+    return min(1.0, max(0.0, 1.0 - loss))
+
+
+def _jump(state: list[float], up: list[float], down: list[float], fastest: float) -> list[float]:
+    following = [share * (1.0 - (up[away] + down[away]) / fastest) for away, share in enumerate(state)]
+    for away, share in enumerate(state):
+        if away + 1 < len(state):
+            following[away + 1] += share * up[away] / fastest
+        if away:
+            following[away - 1] += share * down[away] / fastest
+    return following
+
+
+def fatal_domains(node_count: int, *, nodes_per_domain: int, group_size: int, m: int) -> int:
+    """How many failure domains (racks, power feeds) take more than ``m`` nodes of some group with them when they fail.
+
+    Nodes are dealt out over groups by domain, as the coordinator does.
+    """
+    if nodes_per_domain <= 0:
+        return 0
+    domain_of = {f"n{index}": f"d{index // nodes_per_domain}" for index in range(node_count)}
+    groups = form_groups(domain_of, group_size=group_size, m=m)
+    if all(widest_domain(group, domain_of) <= m for group in groups):
+        return 0
+    fatal = set()
+    for group in groups:
+        names = [domain_of[name] for name in group]
+        fatal |= {name for name in names if names.count(name) > m}
+    return len(fatal)
+
+
+def simulate_losses(sizes: Sequence[int], m: int, losses: int, *, rounds: int, seed: int) -> float:
+    """The share of ``rounds`` draws of ``losses`` nodes in which every group keeps what it needs. Monte Carlo, seeded."""
+    draw = random.Random(seed)  # noqa: S311 - a simulation
+    group_of = [group for group, size in enumerate(sizes) for _ in range(size)]
+    survived = 0
+    for _ in range(rounds):
+        lost = [0] * len(sizes)
+        for node in draw.sample(range(len(group_of)), losses):
+            lost[group_of[node]] += 1
+        survived += max(lost) <= m
+    return survived / rounds
+
+
+def simulate_window(
+    sizes: Sequence[int], m: int, *, rate_per_s: float, repair_s: float, window_s: float, rounds: int, seed: int
+) -> float:
+    """The same question as :func:`survive_window` for all groups, played event by event. Monte Carlo, seeded."""
+    draw = random.Random(seed)  # noqa: S311 - a simulation
+    node_count, survived = sum(sizes), 0
+    for _ in range(rounds):
+        away, now_s = [0] * len(sizes), 0.0
+        while True:
+            gone = sum(away)
+            going, coming = (node_count - gone) * rate_per_s, gone / repair_s
+            now_s += draw.expovariate(going + coming)
+            if now_s >= window_s:
+                survived += 1
+                break
+            if draw.random() * (going + coming) < going:
+                group = _pick(draw, [size - lost for size, lost in zip(sizes, away, strict=True)])
+                away[group] += 1
+                if away[group] > m:
+                    break
+            else:
+                away[_pick(draw, away)] -= 1
+    return survived / rounds
+
+
+def _pick(draw: random.Random, weights: Sequence[int]) -> int:
+    return draw.choices(range(len(weights)), weights)[0]
+
+
+def confidence(share: float, rounds: int, *, sigmas: float = 4.0) -> float:
+    """Half the width of the interval in which a simulated ``share`` lies: normal, with the Agresti-Coull correction."""
+    middle = (share * rounds + 2.0) / (rounds + 4.0)
+    return sigmas * math.sqrt(middle * (1.0 - middle) / (rounds + 4.0))
