@@ -7,9 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
+def boot_s() -> float:
+    """Seconds since this machine started, those it slept included; never set by anybody."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """Two clocks: ``monotonic_s`` for waits and deadlines, ``unix_s`` for people."""
+    """``monotonic_s`` for waits and deadlines, ``unix_s`` for people, ``boot_s`` for what must not outlast a suspension."""
 
     monotonic_s: Callable[[], float] = time.monotonic
     unix_s: Callable[[], float] = time.time
+    boot_s: Callable[[], float] = boot_s

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from backstay.errors import ConfigError, UnavailableError
+from backstayd.clock import boot_s
 from backstayd.election.driver import Election
 from backstayd.election.elector import Elector
 from backstayd.election.lease import LeaseRecord, LeaseStore, Timing
@@ -96,6 +97,7 @@ def elect(url: str, name: str, timing: Timing, told: list[str]) -> Election:
         timing,
         on_lead=lambda term: told.append(f"{name} leads {term}"),
         on_step_down=lambda reason: told.append(f"{name} ends: {reason}"),
+        clock=boot_s,
     )
 
 

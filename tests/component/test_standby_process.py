@@ -14,6 +14,7 @@ import pytest
 
 from backstay.errors import ConfigError, UnavailableError
 from backstay.ids import Generation
+from backstayd.clock import Clock, boot_s
 from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
 from backstayd.core.coordinator import TERM_GENERATIONS
@@ -110,6 +111,36 @@ def look_at_both(first: CoordinatorProcess, second: CoordinatorProcess) -> None:
     assert read(second, "/readyz") == f"ready: stands by at {second.address}; {first.address} leads\n"
     with OperatorClient(second.address) as client:
         assert client.get_status()["leader"]["address"] == first.address
+
+
+def test_a_leader_whose_lease_ran_out_while_it_slept_answers_nothing_before_it_looks(server: LeaseServer) -> None:
+    async def scenario() -> None:
+        slept_s = 0.0
+        process = CoordinatorProcess(config(), clock=Clock(boot_s=lambda: boot_s() + slept_s))
+        await process.start()
+        try:
+            await until(lambda: leads(process), "it to lead")
+            assert process.desired("n1") is not None
+            slept_s = 60.0  # nothing else ran in between: no tick, no timer, no answer of the store
+            for ask in (
+                lambda: process.desired("n1"),
+                lambda: process.observe(report()),
+                process.status,
+                lambda: process.forget("default/r"),
+                lambda: process.distrust("default/r", 1, "late"),
+                lambda: process.trust("default/r"),
+                lambda: process.locate("default/r", 0),
+                lambda: process.drain("n1", undo=False),
+            ):
+                with pytest.raises(UnavailableError, match="does not lead") as caught:
+                    ask()
+                assert caught.value.reason == "not_leader"
+            await until(lambda: leads(process), "it to take its own lease anew, as another term")
+            assert process.status()["leader"]["term"] == 2
+        finally:
+            await process.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_terms_leave_room_for_the_leap_after_a_total_loss() -> None:

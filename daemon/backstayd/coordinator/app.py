@@ -109,7 +109,7 @@ class CoordinatorProcess:
         self.incarnation = new_incarnation()
         self._core: Coordinator | None = None
         self._heard_s: float | None = None  # when a node reported last in this reign
-        self._seat = Seat(config, self.incarnation, on_lead=self._lead, on_step_down=self._step_down)
+        self._seat = Seat(config, self.incarnation, clock=self._clock, on_lead=self._lead, on_step_down=self._step_down)
         self.metrics = CoordinatorMetrics(version=__version__)
         self.metrics.set_config(config)
         self.metrics.coordinator_is_leader.set_function(lambda: float(self._seat.is_leading()))

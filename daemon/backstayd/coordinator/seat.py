@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from backstay.errors import ConfigError
+from backstayd.clock import Clock
 from backstayd.config import CoordinatorConfig, split_address
 from backstayd.election.driver import Election
 from backstayd.election.elector import Elector
@@ -33,10 +34,11 @@ class Seat:
         config: CoordinatorConfig,
         holder: str,
         *,
+        clock: Clock,
         on_lead: Callable[[int], None],
         on_step_down: Callable[[str], None],
     ) -> None:
-        self._config, self._holder = config, holder
+        self._config, self._holder, self._clock = config, holder, clock
         self._on_lead, self._on_step_down = on_lead, on_step_down
         self._election: Election | None = None
         self._is_alone = config.election == ""
@@ -59,7 +61,9 @@ class Seat:
         timing = Timing(lease_s=self._config.election_lease_s)
         store = open_store(self._config.election, call_timeout_s=timing.call_timeout_s)
         elector = Elector(self._holder, self.address, timing)
-        self._election = Election(store, elector, timing, on_lead=self._lead, on_step_down=self._on_step_down)
+        self._election = Election(
+            store, elector, timing, on_lead=self._lead, on_step_down=self._on_step_down, clock=self._clock.boot_s
+        )
         await self._election.start()
 
     async def close(self) -> None:

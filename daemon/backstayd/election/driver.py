@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -22,17 +21,13 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def boot_s() -> float:
-    """Seconds since this machine started, those it slept included; never set by anybody."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
 class Election:
     """One candidate, for as long as its process lives.
 
     Args:
         on_lead: Called with the term when a reign begins.
         on_step_down: Called with the reason when it ends; nothing may leave after that.
+        clock: Seconds that count on while the machine sleeps.
     """
 
     def __init__(
@@ -43,7 +38,7 @@ class Election:
         *,
         on_lead: Callable[[int], None],
         on_step_down: Callable[[str], None],
-        clock: Callable[[], float] = boot_s,
+        clock: Callable[[], float],
     ) -> None:
         self._store, self._elector, self._timing, self._clock = store, elector, timing, clock
         self._on_lead, self._on_step_down = on_lead, on_step_down
