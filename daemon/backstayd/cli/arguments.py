@@ -58,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         _add_security(added)
         return added
 
-    status = command("status", "nodes, runs, their redundancy and what happened last")
+    status = command("status", "could each job survive the next failure? nodes, redundancy, what happened last")
+    status.add_argument(
+        "--watch", action="store_true", help="go on showing it until Ctrl-C; without a terminal: changes"
+    )
+    status.add_argument("--nodes", action="store_true", help="list every node, even if there are many")
     status.add_argument("--timeline", type=int, default=10, metavar="N", help="events shown (default 10)")
     snapshots = command("snapshots", "each snapshot in memory, its state, and where its shards are")
     snapshots.add_argument("run", nargs="?", metavar="RUN", help="job/run_id; all runs when left out")

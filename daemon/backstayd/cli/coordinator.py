@@ -63,11 +63,11 @@ def _check_security(arguments: argparse.Namespace) -> None:
         )
 
 
-def get_status(arguments: argparse.Namespace) -> Document:
+def get_status(arguments: argparse.Namespace, *, is_brief: bool = False) -> Document:
     """The status document of the coordinator that ``arguments`` name; UnavailableError when none answers."""
     with connect(arguments) as client:
         try:
-            return client.get_status()
+            return client.get_status(is_brief=is_brief)
         except UnavailableError as error:
             raise unreachable(error) from error
 

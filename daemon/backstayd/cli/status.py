@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Final
 
 from backstayd.cli.coordinator import get_status
 from backstayd.cli.tables import as_json, clock_time, table
+from backstayd.cli.watching import count_sentence, watch
 from backstayd.config import format_size
+
+MANY_NODES: Final = 20  # above that only those are listed that are not well
 
 
 def run(arguments: argparse.Namespace) -> int:
-    document = get_status(arguments)
-    print(as_json(document) if arguments.json else describe(document, events=arguments.timeline))
+    if arguments.watch:
+        return watch(lambda: get_status(arguments, is_brief=True), lambda document: _text(document, arguments))
+    document = get_status(arguments, is_brief=not arguments.json)
+    print(as_json(document) if arguments.json else _text(document, arguments))
     return 0
 
 
-def describe(document: dict[str, Any], *, events: int) -> str:
-    """The status document as text for people, with the last ``events`` of its timeline."""
+def _text(document: dict[str, Any], arguments: argparse.Namespace) -> str:
+    return describe(document, events=arguments.timeline, has_all_nodes=arguments.nodes)
+
+
+def describe(document: dict[str, Any], *, events: int, has_all_nodes: bool = False) -> str:
+    """The status document as text for people: could each job survive the next failure, and then the rest.
+
+    Args:
+        events: So many of the newest of its timeline.
+        has_all_nodes: List every node even if there are many; else only those that are not well.
+    """
     generation = document["generation"]["number"]
     settled = "settled" if document["is_settled"] else "settling: it decides nothing until the known nodes reported"
     leader = document.get("leader") or {}
     who = f"coordinator {leader['address']} leads, term {leader['term']}," if leader.get("election") else "coordinator"
-    parts = [f"{who} generation {generation}, {settled}", "", "NODES", _nodes(document["nodes"]), "", "RUNS"]
-    parts.append(_runs(document["runs"]))
+    parts = [f"{who} generation {generation}, {settled}", "", "RUNS", _runs(document["runs"])]
     parts += [f"{node['name']}: {node['drain_reason']}" for node in document["nodes"] if node.get("drain_reason")]
     for run_ in document["runs"]:
         parts += _notes(run_)
+    parts += ["", f"NODES  {count_sentence(document['nodes'])}", *_nodes(document["nodes"], has_all=has_all_nodes)]
+    weak = [row for run_ in document["runs"] for row in _weak_groups(run_)]
+    if weak:
+        shown_groups = table(("RUN", "STEP", "SURVIVES", "MISSING", "MEMBERS"), weak[:MANY_NODES])
+        parts += ["", f"GROUPS weaker than planned: {len(weak)}", shown_groups]
     shown = document["timeline"][-events:] if events > 0 else []
     if shown:
         rows = [(clock_time(event["time_unix_s"]), event["run"], event["kind"], event["message"]) for event in shown]
@@ -34,7 +52,10 @@ def describe(document: dict[str, Any], *, events: int) -> str:
     return "\n".join(parts)
 
 
-def _nodes(nodes: list[dict[str, Any]]) -> str:
+def _nodes(nodes: list[dict[str, Any]], *, has_all: bool) -> list[str]:
+    shown = nodes
+    if len(nodes) > MANY_NODES and not has_all:
+        shown = [n for n in nodes if n["state"] != "live" or n.get("draining") or n["corrupt_count"]]
     rows = [
         (
             node["name"],
@@ -45,25 +66,63 @@ def _nodes(nodes: list[dict[str, Any]]) -> str:
             node["corrupt_count"],
             node["version"],
         )
-        for node in nodes
+        for node in shown
     ]
-    return table(("NODE", "STATE", "DOMAIN", "BULK", "MEMORY", "CORRUPT", "VERSION"), rows)
+    lines = (
+        [table(("NODE", "STATE", "DOMAIN", "BULK", "MEMORY", "CORRUPT", "VERSION"), rows)] if rows or not nodes else []
+    )
+    left = len(nodes) - len(shown)
+    return [*lines, f"{left} healthy nodes are not listed; --nodes lists them"] if left else lines
 
 
 def _runs(runs: list[dict[str, Any]]) -> str:
     rows = [
         (
             run_["run"],
+            _verdict(run_)["word"],
+            max(0, _verdict(run_)["survives"]),
             run_["redundancy"],
-            f"{len(run_['sessions'])}/{run_['world_size']}",
+            f"{run_.get('trainer_count', len(run_['sessions']))}/{run_['world_size']}",
             run_["attempt"],
             run_["complete_step"],
             run_["protected_step"],
+            (run_.get("storage") or {}).get("step"),
             run_["interval_steps"],
         )
         for run_ in runs
     ]
-    return table(("RUN", "REDUNDANCY", "TRAINERS", "ATTEMPT", "COMPLETE", "PROTECTED", "EVERY"), rows)
+    headers = (
+        "RUN",
+        "VERDICT",
+        "SURVIVES",
+        "REDUNDANCY",
+        "TRAINERS",
+        "ATTEMPT",
+        "COMPLETE",
+        "PROTECTED",
+        "STORED",
+        "EVERY",
+    )
+    return table(headers, rows)
+
+
+def _verdict(run_: dict[str, Any]) -> dict[str, Any]:
+    """An older coordinator gives none."""
+    return run_.get("verdict") or {"word": "-", "survives": run_["spares"], "reason": run_["reason"]}
+
+
+def _weak_groups(run_: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            run_["run"],
+            group.get("step"),
+            f"{max(0, group['spares'])} of {group['m']}",
+            ", ".join(group.get("missing", ())),
+            ", ".join(group["members"]),
+        )
+        for group in run_["groups"]
+        if group["spares"] < group["m"] or group.get("missing")
+    ]
 
 
 def describe_storage(storage: dict[str, Any] | None) -> list[str]:
@@ -89,8 +148,9 @@ def describe_storage(storage: dict[str, Any] | None) -> list[str]:
 
 def _notes(run_: dict[str, Any]) -> list[str]:
     notes = []
-    if run_["reason"]:
-        notes.append(f"{run_['run']}: {run_['reason']}")
+    reason = _verdict(run_)["reason"]
+    if reason:
+        notes.append(f"{run_['run']}: {reason}")
     ttl_s = run_.get("forgotten_in_s")
     if ttl_s is not None:
         notes.append(f"{run_['run']}: no trainer is connected; its memory is freed in {ttl_s / 3600:.1f} h")

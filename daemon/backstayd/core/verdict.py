@@ -48,15 +48,15 @@ def verdict_of(state: RunState) -> Verdict:
         return Verdict(word=Word.ENDING, survives=-1, reason="the run is being forgotten on every node")
     if context is None or evaluation is None:
         return Verdict(word=Word.UNKNOWN, survives=-1, reason="the coordinator has not heard from every node of it yet")
-    parts = [evaluation.reason]
+    word = _word(state, evaluation)
+    is_well = word is Word.PROTECTED and not state.rebuilds.under_way
+    parts = [f"every fragment of step {evaluation.protected_step} is held" if is_well else evaluation.reason]
     missing = missing_nodes(state, context)
     if missing:
         parts.append(f"{_named(missing)} {'is' if len(missing) == 1 else 'are'} lost")
     if evaluation.spares <= 0:
         parts.append(_fall_back(state, evaluation))
-    return Verdict(
-        word=_word(state, evaluation), survives=evaluation.spares, reason="; ".join(part for part in parts if part)
-    )
+    return Verdict(word=word, survives=evaluation.spares, reason="; ".join(part for part in parts if part))
 
 
 def activity_of(state: RunState) -> str:

@@ -19,7 +19,7 @@ const NODE_TONES = { live: "idle", suspect: "warn", lost: "bad" };
 const ORDER = { lost: 0, suspect: 1, safe: 2, draining: 2, live: 3 };
 
 const find = (id) => document.getElementById(id);
-const state = { document: null, tag: "", confirmed: -Infinity, problem: "", node: "", nodeState: "", events: "" };
+const state = { document: null, tag: "", confirmed: -Infinity, confirmedUnix: 0, problem: "", node: "", nodeState: "", events: "" };
 
 function element(name, text, attributes) {
   const made = document.createElement(name);
@@ -69,7 +69,10 @@ function facts(run) {
     const done = upload ? ` (step ${upload.step}: ${Math.floor((100 * upload.done_bytes) / Math.max(1, upload.total_bytes))} %)` : "";
     found.splice(2, 0, ["on durable storage", `${run.storage.step ? `step ${run.storage.step}` : "nothing yet"}${done}`]);
   }
-  if (run.goodput !== undefined && run.goodput !== null) found.push(["goodput", `${(100 * run.goodput).toFixed(1)} %`]);
+  if (run.ledger) {
+    if (run.ledger.goodput !== null) found.push(["goodput", `${(100 * run.ledger.goodput).toFixed(1)} %`]);
+    found.push(["interruptions", `${run.ledger.interruption_count}, ${amount(run.ledger.steps_lost, "step")} lost`]);
+  }
   const list = element("dl", null, { class: "facts" });
   for (const [name, value] of found) {
     const pair = element("div");
@@ -116,7 +119,11 @@ function strip(run, events, now) {
     else if (["node_lost", "session_lost"].includes(event.kind)) make("rect", { x: x - 2.5, y: base + 1, width: 5, height: 12, class: "lost" }, title);
     else if (["released", "repaired", "decided"].includes(event.kind)) make("rect", { x: x - 2.5, y: base + 1, width: 5, height: 12, class: "recovered" }, title);
   }
-  return picture;
+  const box = element("figure", null, { class: "history" }), caption = element("figcaption");
+  caption.append(element("span", "10 min ago"), element("span", "protected", { class: "key protected" }),
+    element("span", "loss", { class: "key lost" }), element("span", "recovery, repair", { class: "key recovered" }), element("span", "now"));
+  box.append(picture, caption);
+  return box;
 }
 
 function groups(run) {
@@ -319,7 +326,7 @@ function show() {
 }
 
 function noticeOf(shown, isStale) {
-  if (isStale) return `The coordinator does not answer (${state.problem || "no answer"}). What is shown was true at ${clock(shown.time_unix_s)}; it may be different now. Training goes on without the coordinator.`;
+  if (isStale) return `The coordinator does not answer (${state.problem || "no answer"}). What is shown was true at ${clock(state.confirmedUnix)}; it may be different now. Training goes on without the coordinator.`;
   const leader = shown.leader || {};
   if (leader.is_leader === false) return `This coordinator stands by and knows nothing of nodes and jobs; ${leader.address || "nobody known"} leads.`;
   if (!shown.is_settled) return "The coordinator has just started and gathers reports: it decides nothing yet, and nodes and jobs may be missing here.";
@@ -359,6 +366,7 @@ async function ask() {
       state.tag = response.headers.get("ETag") || "";
     }
     state.confirmed = performance.now();
+    state.confirmedUnix = Date.now() / 1000;
     state.problem = "";
   } catch (error) {
     state.problem = error.name === "AbortError" ? `no answer within ${TIMEOUT_MS / 1000} s` : error.message || String(error);

@@ -1,0 +1,181 @@
+"""A real cluster looked at while a node is lost: in a real Chromium, on a terminal, through a pipe; and with many nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backstay.testing import LocalCluster
+from backstay.testing.cluster import process_environment
+from backstay.testing.wait import wait_until
+from tests.kit.chromium import Page, browse
+from tests.kit.light_world import light_world, wait_protected
+
+RUN = "default/gpt-7b"
+MANY = 120
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(6, lease_s=2.0) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def watching(cluster: LocalCluster, stdout: int) -> Iterator[subprocess.Popen[bytes]]:
+    argv = [sys.executable, "-m", "backstayd.cli", "status", "--watch", "--coordinator", cluster.coordinator_address]
+    environment = process_environment() | {"BACKSTAY_INSECURE": "true", "COLUMNS": "150", "LINES": "50"}
+    process = subprocess.Popen(argv, stdout=stdout, stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=20)
+
+
+def read_so_far(fd: int, seen: list[bytes]) -> str:
+    with contextlib.suppress(BlockingIOError, OSError):
+        while chunk := os.read(fd, 1 << 16):
+            seen.append(chunk)
+    return b"".join(seen).decode(errors="replace")
+
+
+def headline(page: Page) -> str:
+    return f"{page.text('.job .verdict')}; {page.text('.job .why')}"
+
+
+def test_a_lost_node_and_the_return_of_protection_are_seen_without_a_reload(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    lines: list[bytes] = []
+    with (
+        browse(tmp_path) as page,
+        watching(cluster, write_end) as watcher,
+        light_world(cluster, RUN) as ranks,
+    ):
+        os.close(write_end)
+        page.open(f"http://127.0.0.1:{cluster.coordinator_http_port}/")
+        page.evaluate("window.isSamePage = true")
+        ranks.restore()
+        ranks.publish(1)
+        wait_protected(cluster, RUN, 1)
+        wait_until(
+            lambda: "protected survives the loss of any 2 nodes" in headline(page), deadline_s=30, why="protected"
+        )
+        page.evaluate(
+            "window.words = []; new MutationObserver(() => words.push(document.querySelector('.job')?.innerText ?? ''))"
+            ".observe(document.getElementById('jobs'), {childList: true, subtree: true})"
+        )
+        cluster.destroy_node(2)
+
+        def was_degraded() -> bool:
+            return bool(
+                page.evaluate("words.some((text) => /degraded|at risk/.test(text) && /node-2 is lost/.test(text))")
+            )
+
+        wait_until(was_degraded, deadline_s=30, why="the page to say what is degraded and why")
+        wait_until(lambda: page.text("#nodes li").split() == ["node-2", "lost"], deadline_s=30, why="the lost node")
+        assert "node-2 did not report for 2 s" in page.text("#events")
+        wait_until(
+            lambda: "protected survives the loss of any 2 nodes" in headline(page), deadline_s=60, why="repaired"
+        )
+        assert page.text("#events").count("rebuilt") >= 1
+        assert page.evaluate("window.isSamePage") is True
+        assert page.complaints == []
+        wait_until(lambda: "protected, survives 2 losses" in read_so_far(read_end, lines), deadline_s=20, why="a line")
+        text = read_so_far(read_end, lines)
+        assert "node-2: lost" in text
+        assert "\x1b" not in text
+        watcher.send_signal(signal.SIGINT)
+        assert watcher.wait(timeout=20) == 130
+    os.close(read_end)
+
+
+def test_both_watches_outlive_a_coordinator_and_say_that_it_is_away(cluster: LocalCluster, tmp_path: Path) -> None:
+    main, terminal = pty.openpty()
+    os.set_blocking(main, False)
+    seen: list[bytes] = []
+    with browse(tmp_path) as page, watching(cluster, terminal) as watcher:
+        os.close(terminal)
+        page.open(f"http://127.0.0.1:{cluster.coordinator_http_port}/")
+        wait_until(lambda: page.text("#freshness") == "live", deadline_s=30, why="the page to be live")
+        wait_until(lambda: "NODES  6 nodes" in read_so_far(main, seen), deadline_s=30, why="the first picture")
+        cluster.kill_coordinator()
+        wait_until(lambda: page.text("#freshness").startswith("stale"), deadline_s=30, why="the page to be stale")
+        wait_until(lambda: "NO ANSWER" in read_so_far(main, seen), deadline_s=30, why="the terminal to say so")
+        assert "node-0" in page.text("#nodes")
+        assert "was true at" in page.text("#notice")
+        seen.clear()
+        cluster.start_coordinator()
+        wait_until(lambda: page.text("#freshness") == "live", deadline_s=30, why="the page to be live again")
+        wait_until(lambda: "\x1b[Hcoordinator" in read_so_far(main, seen) or "every 1 s" in read_so_far(main, seen),
+                   deadline_s=30, why="the terminal to go on")  # fmt: skip
+        watcher.send_signal(signal.SIGINT)
+        assert watcher.wait(timeout=20) == 130
+        assert "\x1b[?1049l" in read_so_far(main, seen), "the terminal is left as it was"
+    os.close(main)
+
+
+class Fleet:
+    """Many simulated nodes in a process of their own, reporting to a real coordinator."""
+
+    def __init__(self, cluster: LocalCluster, node_count: int) -> None:
+        arguments = [cluster.coordinator_address, str(node_count), "1", "2.0"]
+        environment = process_environment()
+        environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[2])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.kit.many_nodes", *arguments],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=20)
+
+
+def test_many_nodes_are_protected_seen_and_lost_over_real_lines() -> None:
+    with LocalCluster(1, lease_s=2.0) as cluster:
+        fleet = Fleet(cluster, MANY)
+        try:
+            fleet.ask("join")
+            fleet.ask("train")
+            cluster.wait_until(lambda: fleet.ask("count")["training"] == MANY, 60, why="every rank to train")
+            for step in (1, 2):
+                fleet.ask("snapshot", step=step)
+                wait_protected(cluster, "many/run-1", step)
+            fleet.ask("lose", name="node-0007")
+            cluster.wait_until(
+                lambda: cluster.run_status("many/run-1")["spares"] == 1, 30, why="the loss to be counted"
+            )
+            verdict = cluster.run_status("many/run-1")["verdict"]
+            assert verdict["survives"] == 1
+            assert "node-0007 is lost" in verdict["reason"]
+            answer = subprocess.run(
+                [sys.executable, "-m", "backstayd.cli", "status", "--coordinator", cluster.coordinator_address],
+                env=process_environment() | {"BACKSTAY_INSECURE": "true"}, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert answer.returncode == 0, answer.stderr
+            assert f"{MANY} live, 1 lost" in answer.stdout
+            assert f"{MANY} healthy nodes are not listed" in answer.stdout
+            assert "GROUPS weaker than planned: 1" in answer.stdout
+        finally:
+            fleet.close()
