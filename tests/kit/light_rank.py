@@ -222,8 +222,10 @@ class LightRank:
 
     def do_commit(self, step: int, snapshot_s: float = 0.0, fence_s: float = 0.0) -> dict[str, Any]:
         assert self.reserved is not None
-        cost = local.TrainerCost(snapshot_s=snapshot_s, fence_s=fence_s)
-        answer, _ = self._ask(local.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest, cost=cost))
+        commit = local.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest)
+        if hasattr(local, "TrainerCost"):  # a rank of an older release says nothing of it
+            commit = replace(commit, cost=local.TrainerCost(snapshot_s=snapshot_s, fence_s=fence_s))
+        answer, _ = self._ask(commit)
         return {"digest": answer.digest}
 
     def do_publish(self, step: int, seed: str = "", wait_s: float = 20.0) -> dict[str, Any]:
