@@ -20,6 +20,7 @@ from backstay.testing.node import fetch_json
 from backstay.testing.ports import free_port
 from backstay.testing.wait import wait_until
 from tests.kit.daemon_process import RunningDaemon, running_daemon
+from tests.kit.etcd import ETCD, running_etcd
 from tests.kit.sandboxed import HEADER
 
 ROOT = Path(__file__).parents[2]
@@ -58,9 +59,23 @@ def base(tmpfs_dir: Path) -> Path:
 
 
 @pytest.fixture
-def coordinator(base: Path) -> Iterator[RunningDaemon]:
+def election(base: Path) -> Iterator[tuple[str, ...]]:
+    """With an etcd over HTTPS, where there is one."""
+    if ETCD is None:
+        yield ()
+        return
+    directory = base / "etcd"
+    directory.mkdir()
+    with running_etcd(directory, is_tls=True) as etcd:
+        for path in directory.glob("client.*"):
+            path.chmod(0o644)
+        yield ("--election", etcd.url("sandbox"))
+
+
+@pytest.fixture
+def coordinator(base: Path, election: tuple[str, ...]) -> Iterator[RunningDaemon]:
     command = sandbox("backstay-coordinator.service", base / "c")
-    with running_daemon("coordinator", "--parity", "1", directory=base, command=command) as daemon:
+    with running_daemon("coordinator", "--parity", "1", *election, directory=base, command=command) as daemon:
         yield daemon
 
 
@@ -93,7 +108,8 @@ def status_of(daemon: RunningDaemon) -> dict[str, Any]:
 
 
 def test_two_sandboxed_nodes_protect_a_run_of_another_user(base: Path, coordinator: RunningDaemon) -> None:
-    address = coordinator.wait_for_line(r"listens at (\S+),").group(1)
+    port_there = coordinator.wait_for_line(r"listens at 127.0.0.1:(\d+),").group(1)
+    address = f"localhost:{port_there}"  # names are resolved in the sandbox, too
     with sandboxed_node(base, "n0", address) as first, sandboxed_node(base, "n1", address) as second:
         wait_until(lambda: len(status_of(coordinator)["nodes"]) == 2, deadline_s=60, why="both nodes to report")
         port = free_port()
