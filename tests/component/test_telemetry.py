@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
@@ -150,6 +151,20 @@ def test_connections_that_say_nothing_are_bounded_and_do_not_stop_the_server(ser
         for connection in idle:
             connection.close()
     assert _get_when_free(server.address) == (200, b"ok\n")
+
+
+def test_a_host_that_holds_connections_open_does_not_shut_out_another(server: http.HttpServer) -> None:
+    host, _, port = server.address.rpartition(":")
+    idle = [socket.create_connection((host, int(port)), timeout=5) for _ in range(2 * http.MAX_CONNECTIONS)]
+    try:
+        assert sum(_is_closed(connection) for connection in idle) >= http.MAX_CONNECTIONS
+        probe = HTTPConnection(host, int(port), timeout=10, source_address=("127.0.0.2", 0))
+        probe.request("GET", "/healthz")
+        assert probe.getresponse().read() == b"ok\n"
+        probe.close()
+    finally:
+        for connection in idle:
+            connection.close()
 
 
 def _is_closed(connection: socket.socket) -> bool:

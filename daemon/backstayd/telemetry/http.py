@@ -10,6 +10,7 @@ import gzip
 import logging
 import socket
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,7 @@ from backstayd.security.sockets import drop_incoming
 from backstayd.telemetry.routes import Reply, Route, text_reply
 
 MAX_CONNECTIONS: Final = 16
+MAX_PER_HOST: Final = 8  # so that one watcher that holds connections open cannot make probes fail
 REQUEST_TIMEOUT_S: Final = 5.0
 TLS_HANDSHAKE: Final = b"\x16"
 COMPRESSED_BYTES: Final = 4096  # from this size on, for those who take it
@@ -67,6 +69,27 @@ def start_http(address: str, routes: Mapping[str, Route], *, credentials: Creden
     return HttpServer(server)
 
 
+class _Places:
+    """Who is being served. Invariant: at most MAX_CONNECTIONS, at most MAX_PER_HOST of one host."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken: Counter[str] = Counter()
+
+    def take(self, host: str) -> bool:
+        with self._lock:
+            if self._taken.total() >= MAX_CONNECTIONS or self._taken[host] >= MAX_PER_HOST:
+                return False
+            self._taken[host] += 1
+            return True
+
+    def give_back(self, host: str) -> None:
+        with self._lock:
+            self._taken[host] -= 1
+            if not self._taken[host]:
+                del self._taken[host]
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
@@ -78,7 +101,7 @@ class _Server(ThreadingHTTPServer):
         self._credentials = credentials
         self.address_family = socket.AddressFamily(family)
         self.routes = routes
-        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._places = _Places()
         super().__init__(address, _Request)
 
     def server_bind(self) -> None:
@@ -89,7 +112,7 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.acquire(blocking=False):
+        if not self._places.take(client_address[0]):
             self.shutdown_request(request)  # over the limit: the watcher asks again
             return
         super().process_request(request, client_address)
@@ -100,7 +123,7 @@ class _Server(ThreadingHTTPServer):
             if encrypted is not None:
                 super().process_request_thread(encrypted, client_address)
         finally:
-            self._places.release()
+            self._places.give_back(client_address[0])
 
     def _encrypt(self, request: Any) -> Any:
         """The connection as it is spoken on, with the newest certificate; None when that did not come about."""
