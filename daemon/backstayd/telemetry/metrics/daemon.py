@@ -13,6 +13,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 
+from backstay import versions
 from backstayd.telemetry.metrics.registry import Declared, Registry
 
 HASH_DIGITS: Final = 12
@@ -32,7 +33,7 @@ class DaemonMetrics:
         registry: What the HTTP server exports.
     """
 
-    def __init__(self, *, role: str, version: str, protocol: int = 1) -> None:
+    def __init__(self, *, role: str, version: str, protocol: int = versions.NODE_PROTOCOL) -> None:
         self._role = role
         self._registry = registry = Registry()
         build = registry.gauge(
