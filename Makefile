@@ -64,8 +64,9 @@ proto: $(STAMP)  ## generate daemon/backstayd/v1 from proto/
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto --python_out=daemon --grpc_python_out=daemon \
 		--mypy_out=daemon --mypy_grpc_out=daemon $$(find proto -name '*.proto')
 
-sample: $(STAMP)  ## write deploy/config from the code
+sample: $(STAMP)  ## write deploy/config and docs/configuration.md from the code
 	$(BIN)/python -m backstayd.config > deploy/config/backstayd.toml
+	$(BIN)/python -m backstayd.config_reference > docs/configuration.md
 
 check: lint type test-quick  ## what a change must pass
 

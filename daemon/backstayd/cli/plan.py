@@ -16,6 +16,7 @@ from typing import Any, Final
 from backstay.errors import UsageError
 from backstayd.cli.tables import as_json, duration, table
 from backstayd.config import format_size
+from backstayd.core.sentences import amount
 from backstayd.sizing import rates
 from backstayd.sizing.plan import Answer, Choice, Question, answer
 
@@ -165,8 +166,9 @@ def _recommendation(found: Answer) -> list[str]:
     ]
     if chosen.fatal_domains:
         lines.append(
-            f"  {chosen.fatal_domains} of the domains of {question.nodes_per_domain} nodes hold more than {chosen.m} nodes of "
-            "a group: the failure of one of them loses memory. More parity, or fewer nodes to a group, would bear it"
+            f"  {chosen.fatal_domains} of the domains of {question.nodes_per_domain} nodes hold more than "
+            f"{amount(chosen.m, 'node')} of a group: the failure of one of them loses memory. More parity, or fewer nodes to "
+            "a group, would bear it"
         )
     lines += _pace(found)
     if found.checkpoint_goodput is not None and found.checkpoint_interval_s is not None:

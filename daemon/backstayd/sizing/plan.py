@@ -13,6 +13,7 @@ from backstay.errors import CapacityError, UsageError
 from backstayd.config import MAX_PARITY, format_size
 from backstayd.core import footprint
 from backstayd.core.policy import CorePolicy
+from backstayd.core.sentences import any_nodes
 from backstayd.sizing import intervals, survival
 from backstayd.sizing.rates import DAY_S, NODE_LOSSES_PER_NODE_DAY, TRAINER_FAILURES_PER_NODE_DAY
 
@@ -243,9 +244,10 @@ def _reason(question: Question, chosen: Choice, *, is_good: bool) -> str:
     lost = 1.0 - chosen.survive_window
     window = question.durable_every_s / 3600.0
     often = f"memory is lost in {lost:.0e} of the spans of {window:g} h between durable copies" if lost > 1e-12 else ""
-    survives = f"any {chosen.m} node{'' if chosen.m == 1 else 's'} of a group may go" if chosen.m else "no node may go"
+    survives = f"{any_nodes(chosen.m)} may go" if chosen.m else "no node may go"
     said = f"{survives}; {often or 'memory is as good as never lost between durable copies'}"
-    wanted = f"{question.certain_losses} losses at once and reach {question.target:g}"
+    count = question.certain_losses
+    wanted = f"{count} loss{'' if count == 1 else 'es'} at once and reach {question.target:g}"
     if is_good:
         return f"{said}; it takes the least memory of those that survive {wanted}"
     return (

@@ -1,0 +1,52 @@
+"""The page docs/configuration.md, made from the settings themselves, so that it cannot say anything else. Changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backstayd.config import SECTIONS, CoordinatorConfig, NodeConfig, settings
+
+HEAD = """# Configuration
+
+Made from the code by `make sample`; do not edit. Settings come from a TOML file (`--config FILE`, one may hold both tables),
+the environment and flags; the later wins. A key that is not known is refused, and the nearest known one is named. `--check-config` shows what
+holds and says what is wrong, without starting anything; `--print-default-config` prints a file with all defaults.
+Sizes are written `8GiB` or `500MB`, durations in seconds.
+"""
+TITLES = {"node": "Node daemons: `backstayd node`", "coordinator": "The coordinator: `backstayd coordinator`"}
+
+
+def reference() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *(_section(cls) for cls in SECTIONS)])
+
+
+def _section(cls: type[NodeConfig | CoordinatorConfig]) -> str:
+    lines = [
+        f"## {TITLES[cls.section]}",
+        "",
+        f"Table `[{cls.section}]`; variables `BACKSTAYD_{cls.section.upper()}_...`.",
+        "",
+    ]
+    lines += ["| setting | flag | environment | default | meaning |", "| --- | --- | --- | --- | --- |"]
+    for setting in settings(cls):
+        variable = f"BACKSTAYD_{cls.section.upper()}_{setting.name.upper()}"
+        flag = setting.flag if setting.is_switch else f"{setting.flag} {setting.metavar}"
+        default = "from the machine" if setting.is_computed else _shown(setting.default)
+        cells = (f"`{setting.name}`", f"`{flag}`", f"`{variable}`", default, _escaped(setting.explanation))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _shown(value: Any) -> str:
+    if value == "":
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
