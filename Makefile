@@ -11,7 +11,7 @@ MANY   := $(PYTEST) -n $(JOBS) --dist loadfile
 ARGS   ?=
 SEED   ?=
 
-.PHONY: help setup demo bench fmt lint type test test-quick test-cluster simulate proto sample check clean
+.PHONY: help setup demo bench fmt lint type test test-quick test-cluster simulate proto sample manifests checkov check clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,15 @@ sample: $(STAMP)  ## write deploy/config and docs/configuration.md from the code
 	$(BIN)/python -m backstayd.config_reference > docs/configuration.md
 
 check: lint type test-quick  ## what a change must pass
+
+checkov: .venv-checkov/bin/checkov  ## what judges the manifests, apart from the rest: it is large and clashes with it
+
+.venv-checkov/bin/checkov:
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/pip install --quiet checkov==3.3.30
+
+manifests: $(STAMP)  ## write deploy/kubernetes from the chart
+	$(BIN)/python deploy/kubernetes/render.py
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
