@@ -111,7 +111,7 @@ def test_the_chart_has_no_error() -> None:
         {"coordinator": {"parity": "5"}},
         {"image": {"digest": "latest"}},
     ],
-    ids=lambda values: json.dumps(values),
+    ids=json.dumps,
 )
 def test_a_value_that_means_nothing_is_refused(values: Document) -> None:
     with pytest.raises(HelmValuesError):
@@ -285,7 +285,9 @@ def test_disruption_budgets_are_of_the_form_that_works() -> None:
     for document in found:
         if document["kind"] == "PodDisruptionBudget":
             assert isinstance(document["spec"]["minAvailable"], int)
-            assert document["spec"]["selector"]["matchLabels"] != daemons, "a DaemonSet's pods are not evicted by a drain"
+            assert document["spec"]["selector"]["matchLabels"] != daemons, (
+                "a DaemonSet's pods are not evicted by a drain"
+            )
     assert one(found, "Deployment")["spec"]["replicas"] > one(found, "PodDisruptionBudget")["spec"]["minAvailable"]
 
 
@@ -301,7 +303,11 @@ def test_selectors_select_and_do_not_hold_the_version() -> None:
 def test_a_training_pod_mounts_the_socket_and_nothing_else(name: str) -> None:
     found = documents((FOLDER / "examples" / name).read_text())
     job = next(document for document in found if document["kind"] in ("Job", "JobSet"))
-    template = job["spec"]["template"] if job["kind"] == "Job" else job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    template = (
+        job["spec"]["template"]
+        if job["kind"] == "Job"
+        else job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    )
     spec = template["spec"]
     daemon = pod(one(rendered(), "DaemonSet"))
     sockets = {volume["name"]: volume for volume in daemon["volumes"]}["socket"]["hostPath"]["path"]
