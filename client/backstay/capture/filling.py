@@ -8,28 +8,20 @@ that with a core to spare a commit runs at memcpy speed or above. Must not talk 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import threading
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
 from weakref import WeakKeyDictionary
 
 import torch
 
-from backstay import faults
 from backstay.capture import cuda, frozen
 from backstay.capture.plan import Piece, Plan
-from backstay.digest import Digester
-from backstay.manifest import CHUNK_BYTES
+from backstay.capture.windows import Windows, gaps
 from backstay.trainer import memory
 
-WINDOW_BYTES: Final = (
-    4 * CHUNK_BYTES
-)  # fits the L2 cache, and few enough windows that taking the GIL back does not show
 WAITING, COPYING, COPIED, DROPPED = "waiting", "copying", "copied", "dropped"
 
 
@@ -129,37 +121,54 @@ class Filler:
         """Copy into ``slot`` what it does not hold already, and hash that; marks the capture copied as soon as no source is
         read any more."""
         plan = capture.plan
-        layout = plan.layout
-        pieces = self._changed_pieces(capture, slot)
+        content = self._contents.pop(slot, None)  # from here on the slot holds nothing that is known
+        windows = Windows(capture, slot, rank=self._rank)
+        ahead = self._begin_ahead(windows, plan)
+        try:
+            self._fill(capture, windows, self._changed_pieces(capture, content))
+        finally:
+            windows.drop()  # none is left, unless this failed
+            if ahead is not None:
+                ahead.result()
+        capture.mark_copied()
+        chunk_crcs, tensor_crcs = windows.digester.finish()
+        capture.hashed_bytes = windows.hashed_bytes
+        return Digests(chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
+
+    def _begin_ahead(self, windows: Windows, plan: Plan) -> Future[None] | None:
+        """While this thread looks at what is frozen, have the rest copied: what trains has changed, without a look."""
+        pieces = [piece for piece in plan.pieces if piece.end > piece.begin]
+        trained = [piece for piece in pieces if not piece.is_frozen]
+        is_plain = all(p.source.device.type == "cpu" for p in pieces) and all(map(_is_plain, trained))
+        if not is_plain or len(trained) == len(pieces) or self._thread_count == 1:
+            return None
+        sure = frozen.trained_chunks(plan)
+        windows.add(trained, gaps(sure, windows.chunk_count))
+        return self._submit(windows.work) if sure else None
+
+    def _fill(self, capture: Capture, windows: Windows, pieces: Sequence[Piece]) -> None:
+        slot = windows.slot
         device_pieces = [p for p in pieces if p.source.device.type == "cuda" and p.end > p.begin]
         if device_pieces:
             assert capture.ready is not None
             capture.device_done = self.copier(device_pieces[0].source.device).copy(device_pieces, slot, capture.ready)
         with torch.no_grad():
             for piece in pieces:
-                if (
-                    piece.source.device.type == "cpu"
-                    and not memory.is_plain_memory(piece.source)
-                    and piece.end > piece.begin
-                ):
+                if piece.source.device.type == "cpu" and not _is_plain(piece) and piece.end > piece.begin:
                     target = slot.tensor(piece.begin, piece.end, piece.source.dtype, tuple(piece.source.shape))
                     target.copy_(piece.source)
-        plain = [p for p in pieces if p.end > p.begin and memory.is_plain_memory(p.source)]
+        plain = [p for p in pieces if p.end > p.begin and _is_plain(p)]
         if capture.device_done is not None and all(p.is_eager for p in plain):
             for piece in plain:  # small, and at once: the next snapshot may stage over them after the fence
                 memory.copy_bytes(slot.address + piece.begin, piece.source.data_ptr(), piece.end - piece.begin)
             plain = []
             capture.launched.set()  # the fence makes the training stream wait for device_done
-        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        windows = _Windows(plain, slot, header, capture.kept.digester(layout), capture, self._rank)
+        capture.kept.tell(windows.digester, capture.plan.layout)
+        windows.add(plain, capture.kept.chunks, is_all=True)
         if capture.device_done is not None:
             capture.device_done.synchronize()
         self._run(windows.work)
-        capture.mark_copied()
-        chunk_crcs, tensor_crcs = windows.digester.finish()
         capture.copied_bytes = sum(p.end - p.begin for p in pieces)
-        capture.hashed_bytes = windows.hashed_bytes
-        return Digests(chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
 
     def vouch(self, capture: Capture, digests: Digests) -> None:
         """The capture was committed: its slot holds it until it is filled again."""
@@ -185,10 +194,9 @@ class Filler:
             self._pool.shutdown(wait=True)
             self._pool = None
 
-    def _changed_pieces(self, capture: Capture, slot: memory.Mapping) -> list[Piece]:
-        """Decide what is copied; from here on the slot holds nothing that is known."""
+    def _changed_pieces(self, capture: Capture, content: frozen.SlotContent | None) -> list[Piece]:
+        """Decide what is copied."""
         plan = capture.plan
-        content = self._contents.pop(slot, None)
         capture.stamps = self._tracker.look(plan, capture.step, lambda pieces: self._device_sums(pieces, capture))
         capture.kept = frozen.kept(plan, capture.stamps, content)
         return [piece for index, piece in enumerate(plan.pieces) if index not in capture.kept.pieces]
@@ -203,77 +211,20 @@ class Filler:
         if self._thread_count == 1:
             work()
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=self._thread_count - 1, thread_name_prefix="backstay-copy")
-        futures: list[Future[None]] = []
-        with contextlib.suppress(RuntimeError):  # the interpreter is ending: no new threads then, this one does it all
-            futures += [self._pool.submit(work) for _ in range(self._thread_count - 1)]
+        futures = [self._submit(work) for _ in range(self._thread_count - 1)]
         try:
             work()
         finally:
             for future in futures:
-                future.result()
+                if future is not None:
+                    future.result()
 
-
-class _Windows:
-    """The windows of one shard, taken one after the other by any number of threads."""
-
-    def __init__(
-        self,
-        pieces: Sequence[Piece],
-        slot: memory.Mapping,
-        header: torch.Tensor,
-        digester: Digester,
-        capture: Capture,
-        rank: int,
-    ) -> None:
-        self._slot, self._capture, self._rank = slot, capture, rank
-        self.digester = digester
-        self._header = header  # keeps the memory that the first run points to
-        self._spans = _windows(capture.kept.chunks, capture.plan.layout.size_bytes)
-        self._count = len(self._spans)
-        self._next: Iterator[int] = itertools.count()
-        self._copied: Iterator[int] = itertools.count(1)
-        self._runs = [(0, header.numel(), header.data_ptr())]
-        self._runs += [(p.begin, p.end, p.source.data_ptr()) for p in pieces]
-        self._begins = [begin for begin, _, _ in self._runs]
-
-    @property
-    def hashed_bytes(self) -> int:
-        return sum(end - begin for begin, end in self._spans)
-
-    def work(self) -> None:
-        while (index := next(self._next)) < self._count:
-            if index == self._count // 2:
-                faults.reach("mid_copy", rank=self._rank, step=self._capture.step)
-            begin, end = self._spans[index]
-            self._copy(begin, end)
-            if next(self._copied) == self._count:
-                self._capture.mark_copied()  # the last digest need not hold up the fence
-            self.digester.update_span(self._slot.view(begin, end), begin // CHUNK_BYTES)
-
-    def _copy(self, begin: int, end: int) -> None:
-        position = bisect_right(self._begins, begin) - 1
-        while position < len(self._runs) and self._runs[position][0] < end:
-            first, last, address = self._runs[position]
-            low, high = max(first, begin), min(last, end)
-            if low < high:
-                memory.copy_bytes(self._slot.address + low, address + low - first, high - low)
-            position += 1
-
-
-def _windows(kept: Sequence[range], size_bytes: int) -> list[tuple[int, int]]:
-    """Bytes of the windows to copy and hash: all chunks but those that the slot keeps."""
-    chunk_count = -(-size_bytes // CHUNK_BYTES)
-    gaps, begin = [], 0
-    for chunks in (*kept, range(chunk_count, chunk_count)):
-        gaps.append(range(begin, chunks.start))
-        begin = chunks.stop
-    return [
-        (first * CHUNK_BYTES, min(first * CHUNK_BYTES + WINDOW_BYTES, gap.stop * CHUNK_BYTES, size_bytes))
-        for gap in gaps
-        for first in range(gap.start, gap.stop, WINDOW_BYTES // CHUNK_BYTES)
-    ]
+    def _submit(self, work: Callable[[], None]) -> Future[None] | None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=self._thread_count - 1, thread_name_prefix="backstay-copy")
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending: no new threads then, this one does it all
+            return self._pool.submit(work)
+        return None
 
 
 def changed_tensors(capture: Capture) -> list[str]:
@@ -297,3 +248,7 @@ def _is_unchanged(piece: Piece, slot: memory.Mapping) -> bool:
         return memory.is_same_bytes(slot.address + piece.begin, piece.source.data_ptr(), piece.end - piece.begin)
     with torch.no_grad():
         return cuda.is_same_on_device(piece, slot)
+
+
+def _is_plain(piece: Piece) -> bool:
+    return memory.is_plain_memory(piece.source)
