@@ -20,7 +20,7 @@ import torch
 
 import backstay
 from backstay import local
-from backstay.capture import byte_check, dynamic, plan
+from backstay.capture import byte_check, dynamic, frozen, plan
 from backstay.capture import filling as capturing
 from backstay.capture.fence import Fence
 from backstay.capture.filling import Capture, Filler
@@ -97,6 +97,7 @@ class Snapshotter:
         self._session: Session | None = None
         self._filler: Filler | None = None
         self._plan: plan.Plan | None = None
+        self._freezing = frozen.Freezing()
         self._target: Target | None = None
         self._capture: Capture | None = None  # not yet fenced
         self._previous: Capture | None = None  # fenced; may still be hashed or committed
@@ -362,7 +363,7 @@ class Snapshotter:
         target = self._target
         assert target is not None
         made = self._plan
-        is_current = made is not None and made.holdings.is_current()
+        is_current = made is not None and made.holdings.is_current() and not self._freezing.is_due(made.holdings)
         holdings = (
             made.holdings
             if made is not None and is_current

@@ -21,6 +21,7 @@ from torch import nn
 import backstay
 from backstay import record
 from backstay.capture import cuda
+from backstay.capture.frozen import STEADY
 from backstay.digest import read_tensor, verify_chunks
 from backstay.manifest import Manifest
 from tests.kit.local_daemon import LocalDaemon
@@ -246,6 +247,62 @@ def test_an_unfreezing_in_mid_run_keeps_nothing_stale(daemon: LocalDaemon, model
             run.snapshot()
         del optimizer.param_groups[-1], optimizer.state[thawed]
         assert run.settle() > 4 * 256 * 1024
+    finally:
+        run.keeper.close()
+
+
+def test_what_is_frozen_in_mid_run_is_kept_soon_and_never_stale(daemon: LocalDaemon, model: Model) -> None:
+    late = model.frozen["ordinary"]
+    late.requires_grad_(True)  # trained by something that is not the keeper's
+    run = Run(daemon, model, adam(model), check_every=0)
+    try:
+        before = run.settle()
+        late.requires_grad_(False)
+        late.data.add_(1.0)
+        for _ in range(STEADY - 1):
+            assert run.snapshot() <= before
+        assert run.snapshot() == 0, "a new plan, and whole snapshots after it"
+        late.data.add_(1.0)
+        assert run.settle() > before + 4 * WIDE // 2
+        late.data.add_(1.0)  # after it is kept, too
+        run.snapshot()
+        late.requires_grad_(True)
+        late.data.add_(1.0)
+        run.snapshot()
+    finally:
+        run.keeper.close()
+
+
+def test_freezing_and_thawing_by_turns_makes_no_new_plan_each_time(daemon: LocalDaemon, model: Model) -> None:
+    late = model.frozen["ordinary"]
+    late.requires_grad_(True)
+    run = Run(daemon, model, adam(model), check_every=0)
+    try:
+        before = run.settle()
+        for turn in range(2 * STEADY):
+            late.requires_grad_(bool(turn % 2))
+            late.data.add_(1.0)
+            assert run.snapshot() == before
+    finally:
+        run.keeper.close()
+
+
+def test_a_trained_part_of_many_chunks_is_copied_beside_what_is_kept(daemon: LocalDaemon, model: Model) -> None:
+    model.head = nn.Linear(1000, 700)  # ten chunks, copied while the rest is looked at
+    run = Run(daemon, model, adam(model), check_every=0)
+    try:
+        kept = run.settle()
+        assert kept > 0
+        for _ in range(4):
+            before = run.keeper.stats()
+            assert run.snapshot() == kept
+            after = run.keeper.stats()
+            assert (
+                after.hashed_bytes - before.hashed_bytes + kept
+                == daemon.shard("default/r", run.step).path.stat().st_size
+            )
+        model.frozen["ordinary"].data[WIDE // 2] += 1.0
+        assert run.snapshot() < kept
     finally:
         run.keeper.close()
 

@@ -20,6 +20,7 @@ from backstay.manifest import CHUNK_BYTES, UnchangedRange
 from backstay.shard import Layout
 from backstay.trainer import memory
 from backstay.trainer.pages import PAGE_BYTES, PageWatch, Range, inner_pages
+from backstay.trainer.sources import Holdings
 
 _log = logging.getLogger("backstay")
 
@@ -27,8 +28,24 @@ WATCHED_BYTES: Final = 4 * PAGE_BYTES  # a smaller piece is compared with a copy
 RESTLESS: Final = 4  # changed so many times in a row, a tensor is not frozen, whatever it says
 NEVER: Final = -1  # the stamp of a piece that nobody vouches for
 MAX_STATED: Final = 256  # ranges in a manifest
+STEADY: Final = 8  # snapshots in a row; what is frozen and thawed by turns costs no more than a new plan in so many
 
 Fingerprint = Callable[[Sequence[Piece]], list[int]]
+
+
+@dataclass(slots=True)
+class Freezing:
+    """Says when parameters that were frozen in mid-run are worth a new plan, and the whole copies that follow it."""
+
+    _seen: int = 0
+
+    def is_due(self, holdings: Holdings) -> bool:
+        """To be asked once for each snapshot; the plan is to be made anew if so."""
+        self._seen = self._seen + 1 if holdings.has_frozen_more() else 0
+        if self._seen < STEADY:
+            return False
+        self._seen = 0
+        return True
 
 
 @dataclass(slots=True)

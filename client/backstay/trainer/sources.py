@@ -62,6 +62,7 @@ class Holdings:
     ``aliases``: name → name of the tensor that is the same object. ``names``: id of a parameter → its name without prefix.
     ``sizes``: (container, length): another length means that something was added or removed. ``links``: (dictionary, key,
     object or None) and ``lists``: (list, its items): another object means that something was replaced or came to be.
+    ``idle``: parameters that no optimizer has and that were not frozen, but may be later.
     """
 
     tensors: tuple[LocalTensor, ...]
@@ -71,6 +72,11 @@ class Holdings:
     sizes: tuple[tuple[Any, int], ...]
     links: tuple[tuple[dict[Any, Any], Any, object], ...]
     lists: tuple[tuple[list[Any], tuple[Any, ...]], ...]
+    idle: tuple[torch.nn.Parameter, ...] = ()
+
+    def has_frozen_more(self) -> bool:
+        """Whether a parameter is frozen now that was not when this was made; :meth:`is_current` stays true."""
+        return any(map(_needs_no_gradient, self.idle))
 
     def is_current(self) -> bool:
         """Cheap check that no tensor appeared, vanished, moved or changed shape: microseconds per tensor."""
@@ -110,6 +116,7 @@ class _Collector:
     sizes: list[tuple[Any, int]] = field(default_factory=list)
     links: list[tuple[dict[Any, Any], Any, object]] = field(default_factory=list)
     lists: list[tuple[list[Any], tuple[Any, ...]]] = field(default_factory=list)
+    idle: list[torch.nn.Parameter] = field(default_factory=list)
 
     def add(
         self, name: str, owner: dict[Any, Any], key: Any, *, replicas: tuple[int, ...], is_eager: bool = False
@@ -125,8 +132,10 @@ class _Collector:
             self.aliases[target.removesuffix(bare_name(target)) + name] = target
             return None
         tensor = _place(name, living, owner, key, replicas=replicas, is_eager=is_eager)
-        if isinstance(living, torch.nn.Parameter) and not living.requires_grad and living.grad is None:
-            tensor = dataclasses.replace(tensor, is_frozen=id(living) not in self.trained)
+        if isinstance(living, torch.nn.Parameter) and id(living) not in self.trained:
+            is_frozen = _needs_no_gradient(living)
+            tensor = dataclasses.replace(tensor, is_frozen=is_frozen)
+            self.idle += [] if is_frozen else [living]
         self.stored[id(living)] = tensor.name
         self.tensors.append(tensor)
         return tensor
@@ -166,7 +175,12 @@ def collect(
         sizes=tuple(collector.sizes),
         links=tuple(collector.links),
         lists=tuple(collector.lists),
+        idle=tuple(collector.idle),
     )
+
+
+def _needs_no_gradient(parameter: torch.Tensor) -> bool:
+    return not parameter.requires_grad and parameter.grad is None
 
 
 def optimizer_prefix(index: int, count: int) -> str:
