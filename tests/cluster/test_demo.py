@@ -77,3 +77,13 @@ def test_a_run_that_gets_no_replacement_goes_on_with_the_ranks_that_are_left(tmp
     assert shrunk["loss_difference"] < 1e-3
     lost = [fault for fault in report["faults"] if fault["kind"] == "node"]
     assert [fault["outcome"] for fault in lost] == ["EXACT", "EXACT"]
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_a_rolling_restart_costs_no_step_and_no_redundancy(tmp_path: Path) -> None:
+    status, output, report = _demo(tmp_path, "--steps", "36", "--rolling")
+    assert status == 0, output
+    assert report["bitwise_equal"] is True
+    assert [fault["kind"] for fault in report["faults"]] == ["upgrade", "upgrade", "upgrade", "handover"]
+    assert {fault["outcome"] for fault in report["faults"]} == {"UNINTERRUPTED"}
+    assert "4 restarts cost no step, protected never went back" in output.splitlines()[-1]

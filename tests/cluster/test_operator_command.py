@@ -148,3 +148,20 @@ def test_doctor_finds_daemon_and_coordinator(cluster: LocalCluster, capsys: pyte
         assert found[subject]["level"] == "OK", found[subject]
     assert f"node {node.name}" in found["daemon socket"]["detail"]
     assert __version__ in found["daemon socket"]["detail"]
+
+
+def test_a_node_is_drained_until_it_is_used_again(cluster: LocalCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    found = _json(capsys, cluster, "drain", "node-1", "--wait", "--timeout-s", "30")
+    assert (found["node"], found["draining"]) == ("node-1", "safe")
+    assert "live, safe" in _text(capsys, cluster, "status")
+    cluster.wait_until(lambda: cluster.node_status(1)["is_draining"], DEADLINE_S, "the node to remember it")
+    cluster.restart_daemon(1)
+    assert cluster.node_status(1)["is_draining"], "the next daemon over its memory drains, too"
+    assert "node-1: drained: it may be stopped" in _text(
+        capsys, cluster, "drain", "node-1", "--wait", "--timeout-s", "30"
+    )
+    said = _text(capsys, cluster, "drain", "node-1", "--undo", "--wait", "--timeout-s", "30")
+    assert said == "node-1: drains no more\n"
+    assert not cluster.node_status(1)["is_draining"]
+    assert cli.main(["drain", "node-9", "--coordinator", cluster.coordinator_address]) == 64
+    assert "no node node-9 has reported; known: node-0 and node-1" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
 from backstay.testing.fixtures import LocalClusterFactory
 from backstay.testing.ports import free_port
-from backstay.testing.rolling import RedundancyWatch, upgrade_daemon, watched
+from backstay.testing.rolling import RedundancyWatch, watched
+from tests.kit.documented import write_script
 
 SCRIPT = Path(__file__).parents[1] / "kit" / "trainer_script.py"
 RUN_ID = "rolling"
@@ -75,6 +78,40 @@ def _check_bits(directory: Path, control: Path) -> None:
         assert len(_lines(directory, rank, "restored")) == 1, "no rank ever restored again"
 
 
+def _run_documented_loop(cluster: LocalCluster, directory: Path) -> None:
+    """What docs/upgrade.md tells operators to run; the command that restarts a daemon asks this process to."""
+    script = write_script("upgrade.md", "rolling-restart.sh", directory)
+    for name, text in (
+        ("backstay", f'exec {sys.executable} -m backstayd.cli "$@"'),
+        ("restart", f"touch {directory}/$1.asked; while [ -e {directory}/$1.asked ]; do sleep 0.05; done"),
+    ):
+        (directory / name).write_text(f"#!/bin/sh\n{text}\n")
+        (directory / name).chmod(0o755)
+    environment = cluster.operator_environment | {"RESTART": str(directory / "restart")}
+    environment["PATH"] = f"{directory}:{environment['PATH']}"
+    loop = subprocess.Popen([str(script)], env=environment, start_new_session=True)
+    restarted: list[str] = []
+
+    def is_over() -> bool:
+        for node in cluster.nodes:
+            asked = directory / f"{node.name}.asked"
+            if asked.exists():
+                assert cluster.stop_daemon(node.index) == 0
+                cluster.restart_daemon(node.index)
+                restarted.append(node.name)
+                asked.unlink()
+        return loop.poll() is not None
+
+    try:
+        cluster.wait_until(is_over, 400, "the loop to be through all nodes")
+    finally:
+        if loop.poll() is None:
+            os.killpg(loop.pid, signal.SIGKILL)
+        loop.wait()
+    assert loop.returncode == 0
+    assert restarted == [node.name for node in cluster.nodes]
+
+
 def _check_watch(watch: RedundancyWatch) -> None:
     assert watch.complaints() == []
     assert len(watch.samples) > 50
@@ -95,9 +132,8 @@ def test_a_rolling_restart_of_everything_costs_no_step_no_snapshot_and_no_redund
     ]
     _wait_protected(cluster, 3)
     with watched(cluster, RUN, parity=1) as watch:
-        for index in range(NODES):
-            upgrade_daemon(cluster, index)
-            _wait_protected(cluster, _last_step(directory) + 2)
+        _run_documented_loop(cluster, tmp_path)
+        _wait_protected(cluster, _last_step(directory) + 2)
         cluster.stop_coordinator()
         cluster.start_coordinator()
         _wait_protected(cluster, _last_step(directory) + 2)

@@ -48,14 +48,15 @@ class RedundancyWatch:
         except UnavailableError:
             return
         run = next((entry for entry in status["runs"] if entry["run"] == self.run), None)
-        if not status["is_settled"] or run is None or run["reason"] == "not evaluated yet":
+        if not status["is_settled"] or run is None or run["reason"] in ("not evaluated yet", "forgetting"):
             return
         self.samples.append(_sample(run, status["nodes"], self.parity))
 
     def complaints(self) -> list[str]:
-        """What went back or fell below what was possible, as sentences."""
+        """What went back or fell below what was possible, as sentences; from the first protected snapshot on."""
         found = []
-        for before, after in zip(self.samples, self.samples[1:], strict=False):
+        first = next((i for i, s in enumerate(self.samples) if s.protected_step and s.spares >= s.possible), 0)
+        for before, after in zip(self.samples[first:], self.samples[first + 1 :], strict=False):
             if after.protected_step < before.protected_step:
                 found.append(f"protected went back from step {before.protected_step} to {after.protected_step}")
             if after.spares < after.possible:

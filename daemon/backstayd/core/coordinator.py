@@ -72,6 +72,7 @@ class Coordinator:
         self.has_news = True  # since the last evaluation, besides that time has passed
         self._is_dirty = True
         self.has_changed = False  # what nodes should do, by the last evaluation
+        self._wanted_before: tuple[object, ...] = ()
         self._desired_of: dict[str, NodeDesired] = {}  # while nothing changes
         self._peers_of: dict[tuple[str, ...], tuple[Peer, ...]] = {}
 
@@ -119,9 +120,9 @@ class Coordinator:
         if not self._is_dirty:
             return False
         self._is_dirty = self.has_news = False
-        before = self._wanted()
         self._decide()
-        now = self._wanted()
+        before, now = self._wanted_before, self._wanted()  # orders come between evaluations, too
+        self._wanted_before = now
         self.has_changed = len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
         if self.has_changed:
             self._peers_of.clear()

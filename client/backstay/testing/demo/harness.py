@@ -233,7 +233,7 @@ class Demo:
         if not redundancy.samples:
             problems.append("the coordinator's status was never seen")
         if problems:
-            report.verdict += f"; BUT {problems[0]} ({len(problems)} complaints)"
+            report.verdict += f"; BUT {'; '.join(problems[:3])}{' ...' if len(problems) > 3 else ''}"
         elif is_whole:
             report.verdict += (
                 f"; {len(report.faults)} restarts cost no step, protected never went back, and in {len(redundancy.samples)} "

@@ -141,7 +141,14 @@ class Injector:
         pids, before = self.watch.notes.pids(), self.watch.notes.highest_step()
         self.cluster.stop_coordinator()
         self.cluster.start_coordinator()
+        self.watch.wait(self._is_settled, RECOVERY_DEADLINE_S, "the next coordinator to have heard of every node")
         self._see_protected(record, pids, before)
+
+    def _is_settled(self) -> bool:
+        try:
+            return bool(self.cluster.status()["is_settled"])
+        except UnavailableError:
+            return False
 
     def _see_attached(self, fault: Fault) -> None:
         self.watch.wait(
