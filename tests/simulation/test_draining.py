@@ -9,6 +9,7 @@ from backstayd.core.drains import DrainState
 from backstayd.core.policy import CorePolicy
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
+from tests.simulation.scenario import Scenario
 
 RUN = "default/gpt"
 
@@ -158,3 +159,8 @@ def test_orders_for_nodes_that_are_unknown_or_lost_are_refused_by_name() -> None
     cluster.engine.run_for(3)
     with pytest.raises(UsageError, match="n4 has not reported for a lease"):
         cluster.core().drain("n4", undo=False)
+
+
+def test_what_a_waiting_rank_has_verified_stays_though_the_plans_do_not_use_it() -> None:
+    """Found by seed 21065: a recovery was abandoned and taken up again, and the drained host had let go of its shard meanwhile."""
+    Scenario(21065, is_harsh=True).run()

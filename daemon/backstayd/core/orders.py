@@ -144,7 +144,7 @@ def _releases(state: RunState, evaluation: Evaluation) -> dict[str, tuple[Snapsh
     """Where more goes than is released everywhere: copies that the protecting plans do not use."""
     if state.recovery.is_active:
         return {}
-    hosts, found = set(state.recovery.placements().values()), defaultdict(set)
+    hosts, found = _busy_hosts(state, evaluation.context), defaultdict(set)
     for view in evaluation.context.live_views:
         plan_set = state.protection.sets.get(view.snapshot_id)
         is_enough = plan_set is not None and plan_set.was_intact and state.draining.is_enough(view)
@@ -155,6 +155,12 @@ def _releases(state: RunState, evaluation: Evaluation) -> dict[str, tuple[Snapsh
         for node in _holders(view, evaluation.context) - members - hosts:
             found[node].add(view.key)
     return {node: tuple(sorted({*evaluation.release, *keys})) for node, keys in found.items()}
+
+
+def _busy_hosts(state: RunState, context: RunContext) -> set[str]:
+    """Where ranks run, or wait to restore what was verified for them: a recovery that was abandoned may be taken up again."""
+    sessions = {session.node for world in context.worlds.values() for session in world.values()}
+    return sessions | set(state.hosts(context))
 
 
 def _holders(view: SnapshotView, context: RunContext) -> set[str]:
