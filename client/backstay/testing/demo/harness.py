@@ -166,11 +166,7 @@ class Demo:
             injector = Injector(scenario=scenario, cluster=cluster, run=run, watch=watch, armed=armed)
             self.report.faults = injector.records
             try:
-                if scenario.rolling:
-                    with watched(cluster, f"demo/{run.run_id}", parity=scenario.m) as self.redundancy:
-                        self._course(run, watch, injector)
-                else:
-                    self._course(run, watch, injector)
+                self._course(run, watch, injector)
             finally:
                 self.report.timeline = [watch.timeline[key] for key in sorted(watch.timeline)]
         self.report.protected_s = time.monotonic() - began
@@ -181,14 +177,26 @@ class Demo:
         run.start()
         watch.wait(watch.notes.step_reached_by_all, _START_DEADLINE_S, "the first step")
         try:
-            for survived, fault in enumerate(self.scenario.faults, 1):
-                injector.inject(fault)
-                run.permit(self.scenario.last_permitted_step(survived))
+            with self._watching(injector.cluster, run):
+                for survived, fault in enumerate(self.scenario.faults, 1):
+                    injector.inject(fault)
+                    if survived < len(self.scenario.faults):
+                        run.permit(self.scenario.last_permitted_step(survived))
+            run.permit(self.scenario.last_permitted_step(len(self.scenario.faults)))
             watch.wait_for_end(RECOVERY_DEADLINE_S)
         except LostForGoodError as error:
             self.report.verdict = str(error)
             if injector.records:
                 _see_refusal(watch, injector.records[-1], str(error))
+
+    @contextmanager
+    def _watching(self, cluster: LocalCluster, run: TorchRun) -> Iterator[None]:
+        """With ``--rolling`` the redundancy is sampled, until the trainers may come to their end and free their memory."""
+        if not self.scenario.rolling:
+            yield
+            return
+        with watched(cluster, f"demo/{run.run_id}", parity=self.scenario.m) as self.redundancy:
+            yield
 
     # -- verdict ------------------------------------------------------------------------------------------------------
 
