@@ -162,5 +162,5 @@ def test_orders_for_nodes_that_are_unknown_or_lost_are_refused_by_name() -> None
 
 
 def test_what_a_waiting_rank_has_verified_stays_though_the_plans_do_not_use_it() -> None:
-    """Found by seed 21065: a recovery was abandoned and taken up again, and the drained host had let go of its shard meanwhile."""
+    """Found by seed 21065: a recovery was abandoned and taken up again; the drained host had dropped its shard meanwhile."""
     Scenario(21065, is_harsh=True).run()
