@@ -228,6 +228,16 @@ class TestFile:
     def test_a_whole_file_passes(self, shard: tuple[Path, Manifest]) -> None:
         self.check(*shard)
 
+    @pytest.mark.parametrize(
+        "bad", ["0000000G", "ABCDEF01", "0 0 0 0 ", "0000 000", "0x000000", "\u0660" * 8, "0000000\n"]
+    )
+    def test_digests_that_are_not_lower_case_hexadecimal_are_refused(
+        self, shard: tuple[Path, Manifest], bad: str
+    ) -> None:
+        path, manifest = shard
+        with pytest.raises(IntegrityError, match="not hexadecimal"):
+            self.check(path, replace(manifest, chunk_crcs=bad + manifest.chunk_crcs[8:]))
+
     def test_a_truncated_file_is_refused_with_both_sizes(self, shard: tuple[Path, Manifest]) -> None:
         path, manifest = shard
         os.truncate(path, manifest.size_bytes - 1)
