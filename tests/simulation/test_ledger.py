@@ -139,3 +139,17 @@ def check_chain(cluster: Cluster, job: Job, seed: int) -> int:
     steps = [entry["newest_step"] for entry in entries.values()]
     assert ledger["steps_lost"] <= sum(steps), f"seed {seed}"
     return len(entries)
+
+
+def test_a_world_that_ends_because_of_nan_is_told_from_one_that_died() -> None:
+    engine, cluster, job = training(4, policy=CorePolicy(lease_s=1.5, keep=2))
+    engine.run_for(3)
+    world = job.world_id
+    cluster.kill_trainer(job.trainers[1])
+    again(engine, cluster, job, world)
+    engine.run_for(2)
+    assert cluster.distrust(job)
+    engine.run_for(4)
+    cluster.kill_trainer(job.trainers[1])
+    assert engine.run_until(lambda: ledger_of(cluster)["is_interrupted"], limit_s=10)
+    assert [entry["cause"] for entry in ledger_of(cluster)["interruptions"]] == ["trainer_died", "distrusted"]
