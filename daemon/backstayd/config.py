@@ -320,7 +320,10 @@ class CoordinatorConfig:
 
     listen: str = _setting("127.0.0.1:7070", _address, "Where nodes and operators are served.", metavar="HOST:PORT")
     http: str = _setting(
-        "127.0.0.1:7073", _address, "Where /metrics, /livez, /readyz and /status.json are served.", metavar="HOST:PORT"
+        "127.0.0.1:7073",
+        _address,
+        "Where the status page, /metrics, /livez, /readyz and /status.json are served.",
+        metavar="HOST:PORT",
     )
     advertise: str = _setting(
         "",
