@@ -30,7 +30,7 @@ class StripeShape:
 class ShapeCache:
     """Geometry of plans by plan id; bounded."""
 
-    def __init__(self, limit: int = 256) -> None:
+    def __init__(self, limit: int = 4096) -> None:  # three snapshots of ten jobs on a thousand nodes
         self._limit = limit
         self._shapes: dict[str, tuple[StripeShape, ...]] = {}
 
