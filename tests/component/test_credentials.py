@@ -142,6 +142,16 @@ def test_renewed_files_of_somebody_else_are_not_taken_up(
     assert "the one before is used" in caplog.text
 
 
+def test_a_certificate_whose_names_are_no_text_is_refused_and_not_taken_up(authority: TestAuthority) -> None:
+    with pytest.raises(ConfigError, match=r"tls.crt: the certificate's names cannot be read") as caught:
+        node_credentials(authority.make([node_uri("n1")], is_text=False))
+    assert caught.value.reason == "no_identity"
+    credentials = authority.node("n1")
+    before = credentials.current()
+    authority.make([node_uri("n1")], into=credentials.files, is_text=False)
+    assert credentials.current() is before
+
+
 def test_files_that_vanish_leave_the_certificate_in_use(authority: TestAuthority) -> None:
     held = authority.node()
     first = held.current()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import random
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from backstay import record
 from backstay.errors import BackstayError, IntegrityError, UnavailableError
 from backstay.manifest import CHUNK_BYTES, Manifest
 from backstay.testing.wait import wait_until
+from backstayd.coder import bulk_server
 from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.jobs import CoderEvent
 from backstayd.security import credentials as credentials_module
@@ -190,6 +193,23 @@ def test_tls_to_a_node_of_plaintext_is_refused_on_both_sides(
     error = plain.refusal(authority.node("client"))
     assert "does it speak TLS" in str(error)
     wait_logged(caplog, "127.0.0.1 speaks TLS, and here plaintext is spoken (insecure)")
+
+
+def test_a_certificate_whose_names_are_no_text_is_refused_and_takes_no_place(
+    served: Served, authority: TestAuthority, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = authority.make([node_uri("x")], is_text=False)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(files.ca)
+    context.load_cert_chain(files.cert, files.key)
+    host, _, port = served.address.rpartition(":")
+    for _ in range(bulk_server.MAX_CONNECTIONS + 1):
+        with socket.create_connection((host, int(port)), timeout=10) as sock, context.wrap_socket(sock) as wrapped:
+            with contextlib.suppress(OSError):
+                assert b"names cannot be read" in wrapped.recv(4096)
+    assert served.read(authority.node("client"), count=1) == DATA[:CHUNK_BYTES]
+    assert "names cannot be read" in caplog.text
 
 
 def test_a_client_that_never_ends_its_handshake_is_cut(served: Served) -> None:

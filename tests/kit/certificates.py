@@ -57,8 +57,9 @@ class TestAuthority:
         ends: dt.timedelta = DAY,
         purposes: Sequence[x509.ObjectIdentifier] = (),
         into: TlsFiles | None = None,
+        is_text: bool = True,
     ) -> TlsFiles:
-        """A certificate with these URIs, in new files or ``into`` files that are there (cert first, as the careless do)."""
+        """A certificate with these URIs (or one that is no text), in new files or ``into`` files that are there (cert first, as the careless do)."""
         now = dt.datetime.now(dt.UTC)
         key = ec.generate_private_key(ec.SECP256R1())
         builder = (
@@ -72,7 +73,8 @@ class TestAuthority:
         )
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri) for uri in uris]
         names += [] if uris else [x509.DNSName("node-1.example.com")]
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=True)
+        names_extension = x509.SubjectAlternativeName(names) if is_text else _no_text(uris[0])
+        builder = builder.add_extension(names_extension, critical=True)
         if purposes:
             builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         cert = builder.sign(self._key, hashes.SHA256())
@@ -101,6 +103,13 @@ class TestAuthority:
 
     def operator(self, *, ends: dt.timedelta = DAY) -> Credentials:
         return Credentials(self.make([OPERATOR], ends=ends), trust_domain="backstay", role=Role.OPERATOR)
+
+
+def _no_text(uri: str) -> x509.UnrecognizedExtension:
+    """Alternative names with one URI that ends in a byte which is not UTF-8."""
+    value = uri.encode() + b"\xff"
+    der = bytes([0x30, len(value) + 2, 0x86, len(value)]) + value
+    return x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, der)
 
 
 def node_credentials(files: TlsFiles, name: str = "n1") -> Credentials:

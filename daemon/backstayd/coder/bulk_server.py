@@ -131,26 +131,30 @@ class BulkServer:
 
     def _connection(self, sock: socket.socket, peer: str) -> None:
         try:
+            with sock:
+                self._serve_peer(sock, peer)
+        except Exception:
+            logger.exception("serving %s failed", peer)
+        finally:
+            self._room.release()
+
+    def _serve_peer(self, sock: socket.socket, peer: str) -> None:
+        try:
             enlarge_buffers(sock)
             channel = self._open(sock, peer)
         except (OSError, UnavailableError) as error:
             if isinstance(error, UnavailableError):
                 self._refusals.note(str(error))
-            sock.close()
-            self._room.release()
             return
         with self._lock:
             self._channels.add(channel)
         try:
             while not self._is_closing and self._one_request(channel):
                 pass
-        except Exception:
-            logger.exception("serving %s failed", peer)
         finally:
             with self._lock:
                 self._channels.discard(channel)
             channel.close()
-            self._room.release()
 
     def _open(self, sock: socket.socket, peer: str) -> Channel:
         if self._credentials is None:

@@ -185,8 +185,16 @@ def _ends_unix_s(certificate: Mapping[str, Any]) -> float:
     return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
 
 
-def uris_of(certificate: dict[str, Any]) -> list[str]:
-    """The URIs among the alternative names of a certificate as ``getpeercert()`` gives it."""
+def certificate_of(end: ssl.SSLSocket | ssl.SSLObject) -> dict[str, Any]:
+    """What the peer's certificate says; raises ConfigError (``no_identity``) for one whose names are no text."""
+    try:
+        return dict(end.getpeercert() or {})
+    except (ValueError, ssl.SSLError) as error:  # an authority may have signed what Python cannot read
+        raise ConfigError(f"the certificate's names cannot be read: {error}", reason="no_identity") from None
+
+
+def uris_of(certificate: Mapping[str, Any]) -> list[str]:
+    """The URIs among the alternative names of a certificate as :func:`certificate_of` gives it."""
     return [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
 
 
@@ -270,4 +278,7 @@ def _peer_certificate(files: TlsFiles, client: ssl.SSLContext, server: ssl.SSLCo
         raise ConfigError(
             f"{files.cert} cannot be used for TLS: {error.reason or error}", reason="bad_certificate"
         ) from None
-    return dict(ends[0].getpeercert() or {})
+    try:
+        return certificate_of(ends[0])
+    except ConfigError as error:
+        raise ConfigError(f"{files.cert}: {error}", reason=error.reason) from None
