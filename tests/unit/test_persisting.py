@@ -508,6 +508,22 @@ def test_a_record_that_contradicts_itself_is_no_snapshot() -> None:
     assert why_no_snapshot(replace(good, shards=other), run=RUN, key=key)
 
 
+def test_a_record_whose_numbers_nobody_can_calculate_with_is_no_snapshot() -> None:
+    good = replace(persisted(3), owner="1000")
+    assert why_no_snapshot(good, run=RUN, key=good.key) == ""
+    for wrong in (
+        replace(good, generation=(1 << 63) - 1),
+        replace(good, generation=-1),
+        replace(good, serial=1 << 70),
+        replace(good, lineage=(Lineage(attempt=1 << 63, base_attempt=0, base_step=0, world_id="w"),)),
+        replace(good, owner="root"),
+        replace(good, owner="-1"),
+        replace(good, owner="\u0661"),
+        replace(good, owner=str(1 << 32)),
+    ):
+        assert "no number" in (why := why_no_snapshot(wrong, run=RUN, key=good.key)) or "user's number" in why
+
+
 def test_retention_prunes_by_one_node_and_never_what_was_restored() -> None:
     cluster = Cluster(persist_keep_last=1, persist_every_steps=1)
     cluster.storage = {record.snapshot_id: record for record in (persisted(1, serial=1), persisted(2, serial=2))}

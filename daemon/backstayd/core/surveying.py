@@ -21,6 +21,8 @@ from backstayd.core.storage_names import snapshot_url
 WAIT_LEASES = 10  # for a survey when memory has nothing to restore
 SHORT_WAIT_LEASES = 3  # when it has
 KEPT_PROBLEMS = 64
+MAX_NUMBER = 1 << 62  # of what a record counts: the wire has 64 bits, and decisions count on from there
+MAX_USER = 1 << 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,23 @@ def why_no_snapshot(record: PersistedSnapshot, *, run: str, key: SnapshotKey) ->
         )
     except UsageError as error:
         return str(error)
-    return "" if found == record.snapshot_id else "its snapshot id is not that of its digests"
+    if found != record.snapshot_id:
+        return "its snapshot id is not that of its digests"
+    return _why_no_numbers(record)
+
+
+def _why_no_numbers(record: PersistedSnapshot) -> str:
+    """What would break those who calculate with it: nodes and coordinator alike, for every run."""
+    lineage = (number for one in record.lineage for number in (one.attempt, one.base_attempt, one.base_step))
+    sizes = (shard.size_bytes for shard in record.shards)
+    numbers = (record.attempt, record.step, record.serial, record.generation, *lineage, *sizes)
+    wrong = [number for number in numbers if not 0 <= number < MAX_NUMBER]
+    if wrong:
+        return f"it counts {wrong[0]}, which is no number from 0 to {MAX_NUMBER - 1}"
+    owner = record.owner
+    if owner and not (owner.isascii() and owner.isdecimal() and len(owner) <= 10 and int(owner) < MAX_USER):
+        return f"its owner {owner[:40]!r} is no user's number"
+    return ""
 
 
 def with_urls(views: Sequence[SnapshotView], storage: StorageState) -> tuple[SnapshotView, ...]:
