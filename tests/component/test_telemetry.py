@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -165,6 +166,31 @@ def test_a_host_that_holds_connections_open_does_not_shut_out_another(server: ht
     finally:
         for connection in idle:
             connection.close()
+
+
+def test_a_watcher_that_says_a_byte_now_and_then_is_cut_all_the_same(
+    server: http.HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "EXCHANGE_TIMEOUT_S", 0.5)
+    host, _, port = server.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as slow:
+        slow.sendall(b"GET /healthz HTTP/1.0\r\nX: ")
+        slow.settimeout(0.05)
+        give_up_s = time.monotonic() + 20
+        while not _says_no_more(slow, b"x"):
+            assert time.monotonic() < give_up_s, "a byte each 50 ms kept the connection for 20 s"
+    assert _get(server.address, "/healthz") == (200, b"ok\n")
+
+
+def _says_no_more(connection: socket.socket, more: bytes) -> bool:
+    """Whether the other side has ended the connection; else it gets ``more``."""
+    try:
+        connection.sendall(more)
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except (ConnectionResetError, BrokenPipeError):
+        return True
 
 
 def _is_closed(connection: socket.socket) -> bool:

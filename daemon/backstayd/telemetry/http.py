@@ -5,11 +5,13 @@ Runs in threads of its own, at most ``MAX_CONNECTIONS`` at a time, which call th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import logging
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -24,7 +26,8 @@ from backstayd.telemetry.routes import Reply, Route, text_reply
 
 MAX_CONNECTIONS: Final = 16
 MAX_PER_HOST: Final = 8  # so that one watcher that holds connections open cannot make probes fail
-REQUEST_TIMEOUT_S: Final = 5.0
+REQUEST_TIMEOUT_S: Final = 5.0  # without a byte
+EXCHANGE_TIMEOUT_S: Final = 20.0  # for all of one, so that a byte now and then holds no place for ever
 TLS_HANDSHAKE: Final = b"\x16"
 COMPRESSED_BYTES: Final = 4096  # from this size on, for those who take it
 
@@ -70,11 +73,12 @@ def start_http(address: str, routes: Mapping[str, Route], *, credentials: Creden
 
 
 class _Places:
-    """Who is being served. Invariant: at most MAX_CONNECTIONS, at most MAX_PER_HOST of one host."""
+    """Who is being served, and until when. Invariant: at most MAX_CONNECTIONS, at most MAX_PER_HOST of one host."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taken: Counter[str] = Counter()
+        self._ends: dict[socket.socket, float] = {}
 
     def take(self, host: str) -> bool:
         with self._lock:
@@ -88,6 +92,24 @@ class _Places:
             self._taken[host] -= 1
             if not self._taken[host]:
                 del self._taken[host]
+
+    def begin(self, sock: socket.socket) -> None:
+        """The exchange on ``sock`` begins; it is cut if :meth:`end` does not come in time."""
+        with self._lock:
+            self._ends[sock] = time.monotonic() + EXCHANGE_TIMEOUT_S
+
+    def end(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._ends.pop(sock, None)
+
+    def cut_overdue(self) -> None:
+        """End the TCP connections of exchanges that take too long; their threads find out."""
+        now = time.monotonic()
+        with self._lock:
+            for sock, end in self._ends.items():
+                if now >= end:
+                    with contextlib.suppress(OSError):
+                        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class _Server(ThreadingHTTPServer):
@@ -117,13 +139,26 @@ class _Server(ThreadingHTTPServer):
             return
         super().process_request(request, client_address)
 
+    def service_actions(self) -> None:
+        self._places.cut_overdue()
+
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             encrypted = self._encrypt(request)
             if encrypted is not None:
-                super().process_request_thread(encrypted, client_address)
+                self._exchange(encrypted, client_address)
         finally:
             self._places.give_back(client_address[0])
+
+    def _exchange(self, request: Any, client_address: Any) -> None:
+        self._places.begin(request)
+        try:
+            self.finish_request(request, client_address)
+        except Exception:
+            self.handle_error(request, client_address)
+        finally:
+            self._places.end(request)  # before it is closed: its number may be another connection's then
+            self.shutdown_request(request)
 
     def _encrypt(self, request: Any) -> Any:
         """The connection as it is spoken on, with the newest certificate; None when that did not come about."""
