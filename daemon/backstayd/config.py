@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import math
 import re
 import socket
@@ -60,20 +61,30 @@ def format_size(size_bytes: float) -> str:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT`` or ``[IPV6]:PORT``; raises ValueError."""
+    """Host and port of ``HOST:PORT`` or ``[IPV6]:PORT``; raises ValueError.
+
+    ``IPV6:PORT`` is taken as well, for Kubernetes knows no brackets: ``$(POD_IP):7071``.
+    """
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or " " in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError("is not HOST:PORT with a port from 0 to 65535")
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise ValueError("is neither HOST:PORT nor [IPV6]:PORT with a port from 0 to 65535") from None
     return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """``HOST:PORT``, with brackets where the host is a number of IPv6: gRPC and others take none without."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def split_addresses(text: str) -> tuple[str, ...]:
     """The addresses of ``HOST:PORT,HOST:PORT``, each once; raises ValueError."""
-    addresses = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for address in addresses:
-        split_address(address)
-    return addresses
+    return tuple(dict.fromkeys(join_address(*split_address(part.strip())) for part in text.split(",")))
 
 
 def _text(value: Any) -> str:
@@ -118,8 +129,7 @@ def _socket_path(value: Any) -> Path:
 
 
 def _address(value: Any) -> str:
-    split_address(_text(value))
-    return str(value)
+    return join_address(*split_address(_text(value)))
 
 
 def _addresses(value: Any) -> str:
@@ -130,7 +140,7 @@ def _reachable_address(value: Any) -> str:
     host, _ = split_address(_text(value))
     if host in ("0.0.0.0", "::", "*"):  # noqa: S104 - refused, not bound
         raise ValueError("is a wildcard: peers are told this address, so name one they can reach")
-    return str(value)
+    return _address(value)
 
 
 def _optional_address(value: Any) -> str:

@@ -151,6 +151,19 @@ def test_sizes_for_people_have_one_decimal() -> None:
     ]
 
 
+def test_what_kubernetes_makes_of_an_ipv6_pod_is_understood_and_gets_its_brackets() -> None:
+    made = config.load(
+        config.NodeConfig,
+        file=None,
+        environ={"BACKSTAYD_NODE_BULK": "fd00::1:7071", "BACKSTAYD_NODE_COORDINATOR": "fd00::2:7070,[fd00::2]:7070,a:1"},
+        flags=PLAINTEXT,
+    )
+    assert (made.bulk, made.coordinator) == ("[fd00::1]:7071", "[fd00::2]:7070,a:1")
+    for text in ("fd00::7071", "fd00::1", "1:2:3:4:5:6:7:8", "a:b:7071", "::g:1"):
+        with pytest.raises(ValueError, match=r"neither HOST:PORT nor \[IPV6\]:PORT"):
+            config.split_address(text)
+
+
 def test_addresses_may_be_ipv6_in_brackets() -> None:
     assert config.split_address("[::1]:80") == ("::1", 80)
 

@@ -23,7 +23,7 @@ from backstay.ids import new_incarnation
 from backstayd.clock import Clock
 from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.pool import CoderPool
-from backstayd.config import NodeConfig, split_address
+from backstayd.config import NodeConfig, join_address, split_address
 from backstayd.core.records import NodeDesired, NodeIdentity
 from backstayd.node import gauges
 from backstayd.node.bell import Bell
@@ -375,5 +375,4 @@ def _bulk_socket(address: str) -> socket.socket:
 
 def _bound_address(address: str, sock: socket.socket) -> str:
     host, _ = split_address(address)
-    port = sock.getsockname()[1]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return join_address(host, sock.getsockname()[1])

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from backstayd.config import split_address, split_addresses
+from backstayd.config import join_address, split_address, split_addresses
 
 MAX_ADDRESSES_PER_NAME: Final = 16  # of one DNS name; more coordinators than that is a mistake somewhere
 
@@ -134,14 +134,10 @@ def _targets(configured: Iterable[str], resolved: Resolved) -> tuple[Target, ...
         host, port = split_address(address)
         numbers = resolved.get(host, ())
         # A name with one number stays a name: what is said to people is what they wrote.
-        places = [_join(number, port) for number in numbers] if len(numbers) > 1 else [address]
+        places = [join_address(number, port) for number in numbers] if len(numbers) > 1 else [address]
         for place in places:
             targets.setdefault(place, Target(address=place, host=host))
     return tuple(targets.values())
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_number(host: str) -> bool:
