@@ -205,9 +205,12 @@ def test_a_certificate_whose_names_are_no_text_is_refused_and_takes_no_place(
     context.load_cert_chain(files.cert, files.key)
     host, _, port = served.address.rpartition(":")
     for _ in range(bulk_server.MAX_CONNECTIONS + 1):
-        with socket.create_connection((host, int(port)), timeout=10) as sock, context.wrap_socket(sock) as wrapped:
-            with contextlib.suppress(OSError):
-                assert b"names cannot be read" in wrapped.recv(4096)
+        with (
+            socket.create_connection((host, int(port)), timeout=10) as sock,
+            context.wrap_socket(sock) as wrapped,
+            contextlib.suppress(OSError),
+        ):
+            assert b"names cannot be read" in wrapped.recv(4096)
     assert served.read(authority.node("client"), count=1) == DATA[:CHUNK_BYTES]
     assert "names cannot be read" in caplog.text
 

@@ -59,7 +59,10 @@ class TestAuthority:
         into: TlsFiles | None = None,
         is_text: bool = True,
     ) -> TlsFiles:
-        """A certificate with these URIs (or one that is no text), in new files or ``into`` files that are there (cert first, as the careless do)."""
+        """A certificate with these URIs, in new files or ``into`` files that are there (cert first, as the careless do).
+
+        ``is_text``: False makes of the one URI something that is not UTF-8.
+        """
         now = dt.datetime.now(dt.UTC)
         key = ec.generate_private_key(ec.SECP256R1())
         builder = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import pytest
 
 from backstayd.config import split_addresses
-from backstayd.transport.addresses import AddressBook, resolve_blocking
+from backstayd.transport.addresses import AddressBook, Resolver, resolve_blocking
 
 
 def rounds(book: AddressBook) -> list[str]:
@@ -81,6 +84,32 @@ def test_who_was_connected_last_is_tried_last_and_old_answers_are_forgotten() ->
 def test_localhost_resolves_without_a_loop_and_a_name_that_does_not_exist_is_left_out() -> None:
     assert "127.0.0.1" in resolve_blocking(["localhost", "no-such-host.invalid"])["localhost"]
     assert "no-such-host.invalid" not in resolve_blocking(["no-such-host.invalid"])
+
+
+def test_a_resolver_that_hangs_takes_one_thread_a_name_and_hides_no_other() -> None:
+    asked: list[str] = []
+    answered = threading.Event()
+
+    def look_up(name: str) -> tuple[str, ...]:
+        asked.append(name)
+        if name == "slow":
+            answered.wait(20)
+        if name == "gone":
+            raise OSError("no such name")
+        return (f"number of {name}",)
+
+    async def scenario() -> None:
+        resolver = Resolver(look_up)
+        for _ in range(3):
+            found = await resolver.resolve(["slow", "quick", "gone"], timeout_s=0.01)
+            assert "slow" not in found
+            assert "gone" not in found
+        assert asked.count("slow") == 1
+        answered.set()
+        found = await resolver.resolve(["slow", "quick", "gone"], timeout_s=20)
+        assert found == {"slow": ("number of slow",), "quick": ("number of quick",)}
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("text", ["", "a", "a:1,", ",a:1", "a:1,b", "a:1 b:2"])

@@ -155,7 +155,10 @@ def test_what_kubernetes_makes_of_an_ipv6_pod_is_understood_and_gets_its_bracket
     made = config.load(
         config.NodeConfig,
         file=None,
-        environ={"BACKSTAYD_NODE_BULK": "fd00::1:7071", "BACKSTAYD_NODE_COORDINATOR": "fd00::2:7070,[fd00::2]:7070,a:1"},
+        environ={
+            "BACKSTAYD_NODE_BULK": "fd00::1:7071",
+            "BACKSTAYD_NODE_COORDINATOR": "fd00::2:7070,[fd00::2]:7070,a:1",
+        },
         flags=PLAINTEXT,
     )
     assert (made.bulk, made.coordinator) == ("[fd00::1]:7071", "[fd00::2]:7070,a:1")

@@ -154,7 +154,7 @@ class _Server(ThreadingHTTPServer):
         self._places.begin(request)
         try:
             self.finish_request(request, client_address)
-        except Exception:
+        except Exception:  # noqa: BLE001 - as the base class does: one watcher's trouble is not the server's
             self.handle_error(request, client_address)
         finally:
             self._places.end(request)  # before it is closed: its number may be another connection's then

@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
@@ -104,27 +106,51 @@ class AddressBook:
         return "; ".join(self.answers.values())
 
 
-async def resolve(names: Iterable[str], *, timeout_s: float) -> dict[str, tuple[str, ...]]:
-    """The numbers behind each name; one that cannot be resolved in time is left out."""
-    loop = asyncio.get_running_loop()
-    found: dict[str, tuple[str, ...]] = {}
-    for name in names:
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                found[name] = _numbers(await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM))
-    return found
+class Resolver:
+    """Looks names up for a loop, in threads of its own: a resolver that hangs keeps nothing else waiting.
+
+    Invariant: at most one thread a name.
+    """
+
+    def __init__(self, look_up: Callable[[str], tuple[str, ...]] | None = None) -> None:
+        self._look_up = look_up or _look_up
+        self._open: dict[str, Future[tuple[str, ...]]] = {}
+
+    async def resolve(self, names: Iterable[str], *, timeout_s: float) -> dict[str, tuple[str, ...]]:
+        """The numbers behind each name; one that cannot be resolved in time is left out, and asked for on."""
+        asked = {name: asyncio.wrap_future(self._ask(name)) for name in names}
+        if asked:
+            await asyncio.wait(asked.values(), timeout=timeout_s)
+        return {name: answer.result() for name, answer in asked.items() if answer.done() and answer.result()}
+
+    def _ask(self, name: str) -> Future[tuple[str, ...]]:
+        future = self._open.get(name)
+        if future is None or future.done():
+            future = self._open[name] = Future()
+            future.set_running_or_notify_cancel()  # from now on nobody who stops waiting can cancel it
+            threading.Thread(target=self._answer, args=(name, future), name="resolver", daemon=True).start()
+        return future
+
+    def _answer(self, name: str, future: Future[tuple[str, ...]]) -> None:
+        found: tuple[str, ...] = ()
+        try:
+            with contextlib.suppress(OSError, UnicodeError):
+                found = self._look_up(name)
+        finally:
+            future.set_result(found)
 
 
 def resolve_blocking(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The same for callers without a loop; the resolver's own timeouts apply."""
     found: dict[str, tuple[str, ...]] = {}
     for name in names:
-        with contextlib.suppress(OSError):
-            found[name] = _numbers(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+        with contextlib.suppress(OSError, UnicodeError):
+            found[name] = _look_up(name)
     return found
 
 
-def _numbers(answers: Iterable[tuple[object, object, object, object, tuple[object, ...]]]) -> tuple[str, ...]:
+def _look_up(name: str) -> tuple[str, ...]:
+    answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return tuple(dict.fromkeys(str(answer[4][0]) for answer in answers))[:MAX_ADDRESSES_PER_NAME]
 
 

@@ -21,7 +21,7 @@ from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.security import probe
 from backstayd.security.credentials import Credentials
 from backstayd.transport import convert, delta, errors
-from backstayd.transport.addresses import AddressBook, Target, resolve
+from backstayd.transport.addresses import AddressBook, Resolver, Target
 from backstayd.transport.channel import open_channel
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
 
@@ -60,6 +60,7 @@ class CoordinatorLink:
         self.address = ""  # of the coordinator that is or was last connected
         self.last_error = ""  # why none is connected: what each answered, for people
         self._book = AddressBook(addresses)
+        self._resolver = Resolver()
         self._report = report
         self._on_desired = on_desired
         self._lease_s = lease_s
@@ -101,7 +102,7 @@ class CoordinatorLink:
         backoff_s = shortest
         while True:
             if self._book.is_round_over:
-                resolved = await resolve(self._book.names(), timeout_s=self._lease_s)
+                resolved = await self._resolver.resolve(self._book.names(), timeout_s=self._lease_s)
                 self._book.begin_round(resolved)
             target = self._book.next()
             was_connected = await self._try(target)
