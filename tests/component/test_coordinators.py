@@ -153,6 +153,26 @@ def test_a_link_without_a_leader_says_what_each_address_answered() -> None:
     run(scenario)
 
 
+def test_a_line_that_ended_by_itself_is_no_life() -> None:
+    async def scenario() -> None:
+        link = CoordinatorLink("127.0.0.1:1", report=report, on_desired=lambda desired: None, lease_s=LEASE_S)
+        link.start()
+        await until(lambda: link.last_error, "it has tried")
+        assert link.failure() == ""
+        (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "coordinator-link"]
+
+        def is_over() -> bool:
+            task.cancel()
+            return task.done()
+
+        await until(is_over, "nothing runs any more")
+        assert link.failure() == "it ended by itself"
+        await link.close()
+        assert link.failure() == ""
+
+    run(scenario)
+
+
 def test_a_coordinator_that_never_answers_does_not_hide_the_one_that_leads() -> None:
     async def scenario() -> None:
         pair = Pair()

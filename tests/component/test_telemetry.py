@@ -21,7 +21,7 @@ from backstay.errors import ConfigError, UnavailableError
 from backstayd.telemetry import http, logs
 from backstayd.telemetry.health import Health
 from backstayd.telemetry.metrics import NodeMetrics
-from backstayd.telemetry.routes import Reply, Route, document_route, metrics_route, probe_route
+from backstayd.telemetry.routes import Reply, Route, document_route, in_turns, metrics_route, probe_route
 
 
 def _get(address: str, path: str) -> tuple[int, bytes]:
@@ -110,6 +110,35 @@ def test_a_counted_corruption_is_seen_by_a_scraper(server: http.HttpServer, metr
     samples = [sample for family in text_string_to_metric_families(body) for sample in family.samples]
     found = {s.labels["where"]: s.value for s in samples if s.name == "backstay_corrupt_total"}
     assert found == {"shard": 0, "parity": 2, "in_flight": 0}
+
+
+def test_a_costly_document_is_made_for_one_watcher_at_a_time() -> None:
+    lock, most, done = threading.Lock(), 0, threading.Barrier(5, timeout=20)
+    makers: list[int] = []
+
+    def document() -> dict[str, Any]:
+        nonlocal most
+        with lock:
+            makers.append(1)
+            most = max(most, len(makers))
+        threading.Event().wait(0.01)
+        with lock:
+            makers.pop()
+        return {}
+
+    make = in_turns(document)
+
+    def watch() -> None:
+        make()
+        done.wait()
+
+    threads = [threading.Thread(target=watch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    done.wait()
+    for thread in threads:
+        thread.join(10)
+    assert most == 1
 
 
 def test_a_document_that_fails_is_an_error_and_the_server_goes_on() -> None:

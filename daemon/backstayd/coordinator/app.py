@@ -35,7 +35,7 @@ from backstayd.telemetry import logs
 from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import CoordinatorMetrics
-from backstayd.telemetry.routes import Route, document_route, metrics_route, probe_route
+from backstayd.telemetry.routes import Route, document_route, in_turns, metrics_route, probe_route
 from backstayd.telemetry.status_page import page_routes
 from backstayd.transport.coordinator_service import CoordinatorServer
 
@@ -340,7 +340,7 @@ class CoordinatorProcess:
             "/livez": probe_route(self.health.not_alive, well=self.health.alive),
             "/metrics": metrics_route(self.metrics.registry),
             "/readyz": probe_route(self.health.not_ready, well=self.health.ready),
-            "/status.json": document_route(lambda: self._from_thread(loop, is_brief=False)),
+            "/status.json": document_route(in_turns(lambda: self._from_thread(loop, is_brief=False))),
             **page_routes(lambda: self._from_thread(loop, is_brief=True)),
         }
 

@@ -210,6 +210,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             stack.push_async_callback(_end, task)
         stack.callback(health.set_unready, "ending")
         watch(health, reconciler, pool, serving)
+        health.watch("the line to the coordinator", link.failure)
         health.set_ready(lambda: ready_sentence(context))
         logger.info(
             "node %s (%s) holds %s, serves trainers at %s, peers at %s, http at %s",

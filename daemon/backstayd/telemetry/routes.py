@@ -6,6 +6,8 @@ A route is called in a thread of the server, never in the daemon's loop, and mus
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
+LONGEST_PAUSE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,21 @@ def metrics_route(registry: CollectorRegistry) -> Route:
 def document_route(document: Callable[[], dict[str, Any]]) -> Route:
     """A JSON document, made anew for each request."""
     return lambda query: Reply(content_type=JSON, body=json.dumps(document()).encode() + b"\n")
+
+
+def in_turns(document: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """One at a time, and as long a pause after each as it took: however many watch, half of the loop is left to its work."""
+    turn = threading.Lock()
+
+    def make() -> dict[str, Any]:
+        with turn:
+            begun_s = time.monotonic()
+            try:
+                return document()
+            finally:
+                time.sleep(min(LONGEST_PAUSE_S, time.monotonic() - begun_s))
+
+    return make
 
 
 def probe_route(failing: Callable[[], str], *, well: Callable[[], str]) -> Route:

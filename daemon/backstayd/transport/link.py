@@ -78,6 +78,11 @@ class CoordinatorLink:
         """Whether an answer came within the last lease."""
         return self._is_connected
 
+    def failure(self) -> str:
+        """What keeps it from ever connecting again, for people; "" while it goes on. From any thread."""
+        task = self._task
+        return "it ended by itself" if task is not None and task.done() and not self._is_closing else ""
+
     def start(self) -> None:
         """Begin connecting, in the running loop."""
         if self._task is None:
