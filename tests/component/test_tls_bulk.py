@@ -28,7 +28,7 @@ from backstayd.security.credentials import Credentials
 from backstayd.store.paths import RunPaths
 from backstayd.store.staging import prepare_staging
 from backstayd.transport.bulk import BulkClient, ShardRef
-from backstayd.transport.bulk_wire import BulkReply, Timeouts
+from backstayd.transport.bulk_wire import BulkReply, BulkRequest, Timeouts
 from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 from tests.kit.certificates import TestAuthority, node_credentials, node_uri
 
@@ -213,6 +213,18 @@ def test_a_certificate_whose_names_are_no_text_is_refused_and_takes_no_place(
             assert b"names cannot be read" in wrapped.recv(4096)
     assert served.read(authority.node("client"), count=1) == DATA[:CHUNK_BYTES]
     assert "names cannot be read" in caplog.text
+
+
+def test_no_session_is_resumed_so_that_each_connection_has_its_certificate_looked_at(
+    served: Served, authority: TestAuthority
+) -> None:
+    context = authority.node("client").current().client_context
+    host, _, port = served.address.rpartition(":")
+    request = record.dumps(BulkRequest(op="get_plan", run=RUN, plan_id="ab" * 16))
+    with socket.create_connection((host, int(port)), timeout=10) as sock, context.wrap_socket(sock) as wrapped:
+        wrapped.sendall(struct.pack(">I", len(request)) + request)
+        assert wrapped.recv(4), "an answer, before which a server sends its tickets"
+        assert wrapped.session is None or not wrapped.session.has_ticket
 
 
 def test_a_client_that_never_ends_its_handshake_is_cut(served: Served) -> None:

@@ -219,6 +219,8 @@ def _contexts(files: TlsFiles, cert: bytes, key: bytes, ca: bytes) -> tuple[ssl.
         context.verify_mode = ssl.CERT_REQUIRED
         context.set_alpn_protocols(["h2"])  # what gRPC's servers ask of a client; others do not look
         context.verify_flags |= _NO_CHECK_TIME
+        if protocol == ssl.PROTOCOL_TLS_SERVER:
+            context.num_tickets = 0  # with a ticket a certificate would be taken after its end without a look at it
         try:
             context.load_verify_locations(cadata=ca.decode())
         except (ssl.SSLError, ValueError) as error:
