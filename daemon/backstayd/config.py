@@ -47,7 +47,10 @@ def parse_size(value: Any) -> int:
     match = _SIZE.match(value.strip()) if isinstance(value, str) else None
     if match is None:
         raise ValueError("is not a size such as 8GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2] or "B"])
+    size = float(match[1]) * _UNITS[match[2] or "B"]
+    if size == float("inf"):
+        raise ValueError("is more than any machine has")
+    return int(size)
 
 
 def format_size(size_bytes: float) -> str:

@@ -171,6 +171,14 @@ def test_two_losses_are_survived_from_six_nodes_on_as_the_coordinator_chooses() 
     assert answer(replace(CLUSTER, survive=3)).chosen.m == 3
 
 
+def test_where_nothing_reaches_the_target_what_must_be_survived_still_is() -> None:
+    """A rack that holds every node takes all choices alike: the cheapest of them is none at all."""
+    rack = replace(CLUSTER, nodes=2, memory_bytes=0, node_losses_per_day=0.0, nodes_per_domain=2)
+    found = answer(replace(rack, survive=1, domain_failures_per_day=1.0))
+    assert max(choice.survive_window for choice in found.choices) < found.question.target
+    assert found.chosen.m == 1
+
+
 def test_what_does_not_fit_says_what_would() -> None:
     with pytest.raises(CapacityError, match=r"each of 4 nodes holds 1\.4 TiB .* about 34 nodes of this size"):
         answer(replace(CLUSTER, nodes=4))
@@ -235,6 +243,9 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--nodes", "0", "--state", "1GiB"], 64, "'0' is not a number"),
         (["--nodes", "4", "--state", "much"], 64, "is not a size"),
+        (["--nodes", "4", "--state", "1" + "0" * 400], 64, "is not a size"),
+        (["--nodes", "4", "--state", "1GiB", "--step-s", "1e-300"], 64, "from 1e-09 to 1e+09"),
+        (["--nodes", "4", "--state", "1GiB", "--repair-s", "nan"], 64, "from 1e-09 to 1e+09"),
         (["--nodes", "4"], 64, "one of the arguments --state --state-per-node --measure is required"),
         (["--nodes", "4", "--state", "1TiB", "--memory", "10GiB"], 73, "the state does not fit"),
         (["--nodes", "4", "--measure", "no_such_module:build"], 64, "could not be measured"),

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Final
 
 from backstay.errors import UsageError
 from backstayd.config import MAX_GROUP_NODES, parse_size
 from backstayd.sizing import rates
+
+LEAST: Final = 1e-9  # of seconds and rates: what is beyond is a slip of the keyboard
+MOST: Final = 1e9
+MOST_BYTES: Final = 1 << 70
 
 
 def add_arguments(plan: argparse.ArgumentParser) -> None:
@@ -93,7 +98,7 @@ def _size(text: str) -> int:
         size = parse_size(text)
     except ValueError:
         size = 0
-    if size <= 0:
+    if not 0 < size <= MOST_BYTES:
         raise _refuse(text, "a size such as 980GiB or 50GB")
     return size
 
@@ -103,8 +108,8 @@ def _rate(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise _refuse(text, "a number that is 0 or more")
+    if value != 0 and not LEAST <= value <= MOST:  # NaN is refused, too
+        raise _refuse(text, f"0 or a number from {LEAST:g} to {MOST:g}")
     return value
 
 

@@ -236,7 +236,7 @@ def _recommend(question: Question, choices: tuple[Choice, ...]) -> tuple[Choice,
     if good:
         chosen = min(good, key=lambda choice: (choice.admission_bytes, choice.network_bytes))
     else:
-        chosen = max(fitting, key=lambda choice: (choice.survive_window, -choice.admission_bytes))
+        chosen = max(sure or fitting, key=lambda choice: (choice.survive_window, -choice.admission_bytes))
     return chosen, _reason(question, chosen, is_good=bool(good))
 
 
