@@ -35,6 +35,7 @@ class RunTruth:
     was_complete: bool = False
     floor: tuple[int, int, str] | None = None  # newest snapshot that was truly protected: order of world, step, world
     losses: set[int] = field(default_factory=set)  # nodes destroyed since then
+    bearable: int = 0  # losses that it survived when it was last seen whole: nodes that joined since bear none of it
     floors: list[tuple[float, tuple[int, int, str]]] = field(default_factory=list)  # when it was raised to what
     forgiven_s: float = -1.0  # an operator trusted everything again
     bad: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)  # writer, step: snapshot id, since when
@@ -247,9 +248,10 @@ class Checker:
                     if truth.floor != place:
                         truth.floors = [*truth.floors[-50:], (self.cluster.engine.now_s, place)]
                     truth.floor = place
+                    truth.bearable = self._parity(truth)
                     truth.losses.clear()
                     break
-            is_owed = truth.floor is not None and len(truth.losses) <= self._parity(truth)
+            is_owed = truth.floor is not None and len(truth.losses) <= min(truth.bearable, self._parity(truth))
             if is_owed and not self.is_tolerant_of_corruption:
                 assert truth.floor is not None
                 alive = any(place >= truth.floor and self._true_spares(run, place) >= 0 for place in candidates)
@@ -412,7 +414,7 @@ class Checker:
             if self.cluster.engine.now_s - node.heard_s >= self.cluster.lease_s
         )
         return all(
-            truth.floor is not None and len(truth.losses) + silent + count <= self._parity(truth)
+            truth.floor is not None and len(truth.losses) + silent + count <= min(truth.bearable, self._parity(truth))
             for truth in self.runs.values()
         ) and len(self.runs) == len(self.cluster.jobs)
 
