@@ -38,7 +38,7 @@ def test_a_node_drains_while_its_kubernetes_node_is_cordoned(api: NodeApi, tmpfs
         wait_until(lambda: drain.is_draining, deadline_s=10, why="the node to drain")
         assert drain.is_cordoned
         assert (tmpfs_dir / "n1-memory" / ".draining.json").exists()
-    with running_node(tmpfs_dir) as node:
+    with running_node(tmpfs_dir, kubernetes_node=NAME) as node:
         assert node.node.context.drain.is_draining, "the next daemon drains before it asked anybody"
     api.unschedulable[NAME] = False
     with running_node(tmpfs_dir, kubernetes_node=NAME) as node:
@@ -46,6 +46,15 @@ def test_a_node_drains_while_its_kubernetes_node_is_cordoned(api: NodeApi, tmpfs
         wait_until(lambda: not drain.is_draining, deadline_s=10, why="the node to be used again")
         assert set(api.asked) == {f"/api/v1/nodes/{NAME}"}
         assert not (tmpfs_dir / "n1-memory" / ".draining.json").exists()
+
+
+def test_a_cordon_is_forgotten_where_nobody_looks_at_kubernetes_any_more(tmpfs_dir: Path) -> None:
+    memory = tmpfs_dir / "n1-memory"
+    memory.mkdir(mode=0o700)
+    (memory / ".draining.json").write_text('{"by_cordon":true,"by_operator":true}')
+    with running_node(tmpfs_dir) as node:
+        assert not node.node.context.drain.is_cordoned
+        assert node.node.context.drain.is_draining, "the operator's order stands"
 
 
 def test_while_the_api_server_refuses_what_was_heard_last_holds_and_the_missing_right_is_named(

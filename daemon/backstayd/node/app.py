@@ -190,6 +190,8 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         if config.kubernetes_node:
             unwatch = _watch_cordon(config.kubernetes_node, context, loop)
             stack.push_async_callback(asyncio.to_thread, unwatch)
+        else:
+            context.drain.set_cordoned(False)  # remembered of a time when somebody looked
         link.start()
         stack.push_async_callback(link.close)
         serving = asyncio.create_task(sessions.serve(listener))
