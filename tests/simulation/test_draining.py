@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from backstay.errors import UsageError
+from backstayd.core.catalog import take_inventory
 from backstayd.core.drains import DrainState
+from backstayd.core.nodes import NodeState
 from backstayd.core.policy import CorePolicy
+from backstayd.core.records import Quarantined
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.scenario import Scenario
@@ -164,3 +169,61 @@ def test_orders_for_nodes_that_are_unknown_or_lost_are_refused_by_name() -> None
 def test_what_a_waiting_rank_has_verified_stays_though_the_plans_do_not_use_it() -> None:
     """Found by seed 21065: a recovery was abandoned and taken up again; the drained host had dropped its shard meanwhile."""
     Scenario(21065, is_harsh=True).run()
+
+
+def test_an_order_is_taken_back_though_the_node_has_obeyed_and_not_said_so_yet() -> None:
+    cluster = training(4)
+    cluster.drain("n2")
+    assert cluster.core().drains["n2"].reason == "it has not answered the order yet"
+    assert cluster.engine.run_until(lambda: cluster.nodes["n2"].is_draining, limit_s=5)
+    assert not cluster.core().nodes.nodes["n2"].report.is_draining
+    cluster.drain("n2", undo=True)
+    cluster.engine.run_for(5)
+    assert not cluster.nodes["n2"].is_draining
+    assert cluster.core().drains == {}
+
+
+def test_a_node_is_not_safe_that_holds_what_absent_nodes_could_make_whole() -> None:
+    cluster = training(5, parity=1)
+    cluster.cut("n4", 6.0)
+    cluster.cut("n5", 6.0)
+    cluster.engine.run_for(3)
+    cluster.drain("n1")
+    cluster.engine.run_for(1)
+    assert "are on nodes that have not reported, and no other snapshot is there" in cluster.core().drains["n1"].reason
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n1"), limit_s=40)
+    assert spares_without(cluster, "n1") >= 1
+
+
+def test_a_node_is_not_called_safe_between_copies_that_find_room_now_and_then() -> None:
+    cluster = training(4)
+    cluster.drain("n2")
+    others = [cluster.nodes[name] for name in ("n1", "n3", "n4")]
+    for node in others:
+        node.is_full = True
+    assert cluster.engine.run_until(lambda: "no other node can take" in cluster.core().drains["n2"].reason, limit_s=20)
+    for node in others:
+        node.is_full = False
+        node.work[RUN].failed_copies.clear()
+        node.changed()
+    lacking = "a moment ago the other nodes had no room for a copy of a new snapshot"
+    assert cluster.engine.run_until(lambda: lacking in cluster.core().drains["n2"].reason, limit_s=20)
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=30)
+
+
+def test_what_a_leaving_node_found_corrupt_elsewhere_is_not_counted_as_left() -> None:
+    cluster = training(4)
+    cluster.drain("n2")
+    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=20)
+    context = cluster.core().runs[RUN].context
+    assert context is not None
+    nodes = context.nodes
+    shard = next(shard for shard in nodes["n1"].runs[RUN].shards if shard.rank == 0)
+    mark = Quarantined(
+        what="shard rank 0", attempt=shard.attempt, step=shard.step, reason="chunk 0", node="n1", rank=shard.rank
+    )
+    told = NodeState(replace(nodes["n2"].report, runs=(replace(nodes["n2"].runs[RUN], quarantined=(mark,)),)), 0.0)
+    staying = [nodes[name] for name in ("n1", "n3", "n4")]
+    place = (shard.key, shard.rank, shard.digest)
+    assert "n1" in take_inventory(RUN, staying).shards[place]
+    assert "n1" not in take_inventory(RUN, staying, readers=[*staying, told]).shards[place]

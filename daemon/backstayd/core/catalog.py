@@ -94,11 +94,17 @@ def suspects_of(run: str, nodes: Iterable[NodeState]) -> dict[Suspect, Quarantin
     }
 
 
-def take_inventory(run: str, nodes: Iterable[NodeState]) -> Inventory:
-    """What ``nodes`` report of ``run``, without what a reader found corrupt at its holder (until that looked itself)."""
+def take_inventory(
+    run: str, nodes: Iterable[NodeState], *, readers: Iterable[NodeState] | None = None
+) -> Inventory:
+    """What ``nodes`` report of ``run``, without what a reader found corrupt at its holder (until that looked itself).
+
+    Args:
+        readers: Whose word counts of what is corrupt; those of ``nodes`` themselves if None.
+    """
     inventory = Inventory()
     nodes = list(nodes)
-    suspects = suspects_of(run, nodes)
+    suspects = suspects_of(run, nodes if readers is None else readers)
     for node in nodes:
         report = node.runs.get(run)
         if report is None or report.is_forgotten:

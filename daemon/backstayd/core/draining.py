@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from backstayd.core.catalog import NOT_RECOVERABLE, SnapshotView, build_views, take_inventory
 from backstayd.core.context import RunContext
@@ -15,6 +16,8 @@ from backstayd.core.nodes import NodeState
 from backstayd.core.placement import natural
 from backstayd.core.records import Plan, ShardCopy
 from backstayd.core.sentences import counted, listed
+
+CALM_LEASES: Final = 10  # so long after a shard found no home no node is called safe: the next one may not find one either
 
 
 @dataclass(slots=True)
@@ -35,22 +38,24 @@ class Draining:
     homes: dict[tuple[str, int], str] = field(default_factory=dict)  # snapshot id and rank to who copies the shard
     homeless: dict[str, tuple[int, ...]] = field(default_factory=dict)  # snapshot id to ranks that nobody can take
     is_frozen: bool = False  # a world decides: inventories hold still
+    now_s: float = 0.0
+    calm_s: float = 0.0  # until then the next snapshot may find no room either, as one did not long ago
 
     def update(self, context: RunContext, *, wanted: int, target: int, is_busy: bool) -> None:
         """See who leaves and what is left without them."""
-        self.target, self.is_frozen = target, is_busy
+        self.target, self.is_frozen, self.now_s = target, is_busy, context.now_s
         leaving = sorted((name for name, node in context.nodes.items() if node.is_draining), key=natural)
         staying = {name: node for name, node in context.nodes.items() if name not in leaving}
         if not leaving or not staying:  # with nobody to go to, everything stays where it is
             self.leaving, self.keepers, self.left = frozenset(leaving), context.nodes, {}
             self.goal = NOT_RECOVERABLE
-            self.homes, self.homeless = {}, {}
+            self.homes, self.homeless, self.calm_s = {}, {}, 0.0
             return
         self.leaving = frozenset(leaving)
         self.goal = max(0, min(wanted, len(staying) - 1))
         kept = sorted(leaving, key=lambda name: (context.run not in context.nodes[name].runs, natural(name)))
         self.keepers = staying | {name: context.nodes[name] for name in kept[: target - self.goal]}
-        inventory = take_inventory(context.run, staying.values())
+        inventory = take_inventory(context.run, staying.values(), readers=context.nodes.values())
         views = build_views(inventory, context.shapes)
         self.left = {view.snapshot_id: view.spares for view in views if view.snapshot_id}
 
@@ -106,6 +111,7 @@ class Draining:
                 else:
                     self.homeless[view.snapshot_id] = (*self.homeless.get(view.snapshot_id, ()), rank)
             if view.snapshot_id in self.homeless:  # some without the others would only take room
+                self.calm_s = context.now_s + CALM_LEASES * context.lease_s
                 self.homes = {place: home for place, home in self.homes.items() if place[0] != view.snapshot_id}
 
     def copies(self, context: RunContext) -> dict[str, tuple[ShardCopy, ...]]:
@@ -127,20 +133,27 @@ class Draining:
                 found.setdefault(home, []).append(copy)
         return {node: tuple(copies) for node, copies in found.items()}
 
-    def missing(self, kept: Sequence[SnapshotView]) -> str:
+    def missing(self, kept: Sequence[SnapshotView], broken: Sequence[SnapshotView] = ()) -> str:
         """What is missing before the leaving nodes can stop without loss; "" if nothing is.
 
         Args:
             kept: what is restorable and not released, newest first.
+            broken: whole snapshots of which too much is away to restore them, newest first.
         """
         if self.leaving and not self.is_on:
             return "no other node stays that could take over what it holds"
         protected = [view for view in kept if view.spares >= self.target]
         if kept and not protected:
             return "no snapshot is protected yet"
+        if broken and not kept:
+            return (
+                f"parts of step {broken[0].key.step} are on nodes that have not reported, and no other snapshot is there: if "
+                "they come back, what is held here is needed (`backstay forget` gives the run up)"
+            )
         lacking = next((view for view in protected if self.spares_left(view) < self.goal), None)
         if lacking is None:
-            return ""
+            is_calm = self.now_s >= self.calm_s
+            return "" if is_calm else "a moment ago the other nodes had no room for a copy of a new snapshot"
         step, homeless = lacking.key.step, self.homeless.get(lacking.snapshot_id)
         if homeless:
             size = max(lacking.sizes[rank] for rank in homeless)

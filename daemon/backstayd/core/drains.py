@@ -56,7 +56,8 @@ def order_drain(table: NodeTable, name: str, *, undo: bool) -> None:
             reason="node_lost",
         )
     wanted = not undo
-    node.drain_order = None if node.report.is_draining == wanted else wanted
+    is_told = node.drain_order is not None  # the opposite, maybe: it may have obeyed and not said so yet
+    node.drain_order = wanted if is_told or node.report.is_draining != wanted else None
 
 
 def verdict_of(node: NodeState, runs: Mapping[str, RunState], *, is_settled: bool) -> DrainVerdict:
@@ -66,6 +67,7 @@ def verdict_of(node: NodeState, runs: Mapping[str, RunState], *, is_settled: boo
     if node.liveness is Liveness.LOST:
         return DrainVerdict(state=DrainState.DRAINING, reason="it has stopped, and still drains if it comes back")
     lacks = "the coordinator has just started and gathers reports" if not is_settled else ""
+    lacks = lacks or ("it has not answered the order yet" if node.drain_order is not None else "")
     for name in sorted(node.runs):
         state = runs.get(name)
         if lacks or state is None or state.forgetting.is_under_way:

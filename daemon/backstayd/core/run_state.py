@@ -412,6 +412,7 @@ class RunState:
         protected = next((view for view in live if view.spares >= target), None)
         redundancy, reason = self._redundancy(context, spares=spares, wanted=wanted)
         kept = [view for view in live if view.key not in release]
+        broken = [view for view in context.sound_views if view.snapshot_id and not view.is_available]
         self.evaluation = Evaluation(
             context=context,
             target=target,
@@ -422,7 +423,7 @@ class RunState:
             reason=reason,
             complete_step=next((view.key.step for view in live), 0),
             protected_step=protected.key.step if protected is not None else 0,
-            drain_lacks="a world restores" if self.recovery.is_active else self.draining.missing(kept),
+            drain_lacks="a world restores" if self.recovery.is_active else self.draining.missing(kept, broken),
         )
 
     def _redundancy(self, context: RunContext, *, spares: int, wanted: int) -> tuple[str, str]:
