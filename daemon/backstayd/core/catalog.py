@@ -94,9 +94,7 @@ def suspects_of(run: str, nodes: Iterable[NodeState]) -> dict[Suspect, Quarantin
     }
 
 
-def take_inventory(
-    run: str, nodes: Iterable[NodeState], *, readers: Iterable[NodeState] | None = None
-) -> Inventory:
+def take_inventory(run: str, nodes: Iterable[NodeState], *, readers: Iterable[NodeState] | None = None) -> Inventory:
     """What ``nodes`` report of ``run``, without what a reader found corrupt at its holder (until that looked itself).
 
     Args:
