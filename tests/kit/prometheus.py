@@ -9,7 +9,7 @@ import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,23 +84,36 @@ class Prometheus:
 
 def configure(cluster: LocalCluster, directory: Path, *, hold: str = "2s") -> Path:
     """deploy/prometheus as an operator would install it, for ``cluster``: its targets, and ``for:`` cut to ``hold``."""
+    home = install(directory, hold=hold)
+    aim(cluster, home)
+    return home / "prometheus.yml"
+
+
+def install(directory: Path, *, hold: str = "2s", ca: Path | None = None) -> Path:
+    """The directory of deploy/prometheus under ``directory``; with ``ca``, daemons are asked over TLS and vouched for by it."""
     home = directory / "prometheus"
     shutil.copytree(DEPLOY, home)
     config = (home / "prometheus.yml").read_text()
-    (home / "prometheus.yml").write_text(re.sub(r"(scrape|evaluation)_interval: \w+", rf"\1_interval: {STEP}", config))
+    config = re.sub(r"(scrape|evaluation)_interval: \w+", rf"\1_interval: {STEP}", config)
+    if ca is not None:
+        tls = f"    scheme: https\n    tls_config: {{ca_file: {ca}}}\n"
+        config = re.sub(r"(  - job_name: .*\n)", rf"\1{tls}", config)
+    (home / "prometheus.yml").write_text(config)
     alerts = home / "rules" / "backstay.alerts.yml"
     alerts.write_text(re.sub(r"\bfor: \w+", f"for: {hold}", alerts.read_text()))
-    aim(cluster, home)
-    return home / "prometheus.yml"
+    return home
 
 
 def aim(cluster: LocalCluster, home: Path) -> None:
     """List the daemons of ``cluster`` as targets, as they are now."""
     nodes = [f"{node.host}:{node.http_port}" for node in cluster.nodes]
-    (home / "targets" / "nodes.yml").write_text(yaml.safe_dump([{"targets": nodes}]))
-    (home / "targets" / "coordinators.yml").write_text(
-        yaml.safe_dump([{"targets": [f"127.0.0.1:{cluster.coordinator_http_port}"]}])
-    )
+    aim_at(home, nodes=nodes, coordinators=[f"127.0.0.1:{cluster.coordinator_http_port}"])
+
+
+def aim_at(home: Path, *, nodes: Sequence[str], coordinators: Sequence[str]) -> None:
+    """List these addresses as targets."""
+    for kind, addresses in (("nodes", nodes), ("coordinators", coordinators)):
+        (home / "targets" / f"{kind}.yml").write_text(yaml.safe_dump([{"targets": list(addresses)}]))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A tiny deterministic training: one process a rank, gloo between them, a JSON line for every step with a digest of the state.
 
-``python tests/kit/trainer_script.py OPTIONS`` where OPTIONS is JSON: rank, world_size, port, run_id, log, stop (a file that
-ends it), last_step, pause_s, is_attached, frozen (width of a frozen
+``python tests/kit/trainer_script.py OPTIONS`` where OPTIONS is JSON: rank, world_size, port, address (of rank 0;
+this machine unless given), run_id, log, stop (a file that ends it), last_step, pause_s, is_attached, frozen (width of a frozen
 backbone, 0: none), persist (a file: asks for a durable copy), sigterm ("": not watched; "default"; else a file, and what
 SIGTERM did before is to make it). With ``is_attached`` false backstay is never imported: the control run.
 """
@@ -42,9 +42,10 @@ def note_sigterm(path: str) -> None:
 
 def main(options: dict[str, Any]) -> int:
     rank, world_size = options["rank"], options["world_size"]
+    address = options.get("address", "127.0.0.1")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{options['port']}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"tcp://{address}:{options['port']}", rank=rank, world_size=world_size)
     torch.manual_seed(100 + rank)
     random.seed(100 + rank)
     model = torch.nn.Sequential(

@@ -123,6 +123,15 @@ def test_status_shows_redundancy_reason_quarantine_and_the_last_events(document:
     assert "node_lost" not in text, "only the last event was asked for"
 
 
+def test_what_happens_at_every_snapshot_does_not_push_events_out(document: dict[str, Any]) -> None:
+    routine = {"time_unix_s": 1_800_000_001.0, "run": "default/gpt", "kind": "protected", "message": "step 13"}
+    document["timeline"] += [routine] * 20
+    text = status.describe(document, events=2)
+    assert "node_lost" in text
+    assert "decided" in text
+    assert "step 13" not in text
+
+
 def test_status_says_what_is_distrusted_and_why(document: dict[str, Any]) -> None:
     document["runs"][0]["distrusted"] = [{"snapshot_id": "x", "attempt": 2, "step": 12, "reason": "the loss is nan"}]
     assert "default/gpt: step 12 of attempt 2 is distrusted: the loss is nan" in status.describe(document, events=0)

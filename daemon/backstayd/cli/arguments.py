@@ -63,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         "--watch", action="store_true", help="go on showing it until Ctrl-C; without a terminal: changes"
     )
     status.add_argument("--nodes", action="store_true", help="list every node, even if there are many")
-    status.add_argument("--timeline", type=int, default=10, metavar="N", help="events shown (default 10)")
+    status.add_argument(
+        "--timeline",
+        type=int,
+        default=10,
+        metavar="N",
+        help="events shown (default 10), without those of every snapshot; --json has them",
+    )
     snapshots = command("snapshots", "each snapshot in memory, its state, and where its shards are")
     snapshots.add_argument("run", nargs="?", metavar="RUN", help="job/run_id; all runs when left out")
     explain = command("explain", "what a restart of RUN would restore now, and from where")

@@ -109,6 +109,12 @@ def check_addresses(addresses: str) -> str:
 
 def unreachable(error: UnavailableError) -> UnavailableError:
     """The same error with what the operator can do about it."""
+    if error.reason == "not_leader":
+        return UnavailableError(
+            f"{error}\nAn election takes up to election_lease_s (9 s unless set): try again, or wait for it with "
+            f"--timeout-s. Longer: does etcd or the Kubernetes API answer the coordinators? Training goes on without.",
+            reason=error.reason,
+        )
     return UnavailableError(
         f"{error}\nStart one with `backstayd coordinator`, or name another with --coordinator HOST:PORT or "
         f"BACKSTAY_COORDINATOR (several with commas between). Training goes on without it; a restore waits for it.",

@@ -9,6 +9,7 @@ from backstayd.cli.coordinator import get_status
 from backstayd.cli.tables import as_json, clock_time, table
 from backstayd.cli.watching import count_sentence, watch
 from backstayd.config import format_size
+from backstayd.core.timeline import FREQUENT_KINDS
 
 MANY_NODES: Final = 20  # above that only those are listed that are not well
 
@@ -29,7 +30,7 @@ def describe(document: dict[str, Any], *, events: int, has_all_nodes: bool = Fal
     """The status document as text for people: could each job survive the next failure, and then the rest.
 
     Args:
-        events: So many of the newest of its timeline.
+        events: So many of the newest of its timeline, without what happens at every snapshot.
         has_all_nodes: List every node even if there are many; else only those that are not well.
     """
     generation = document["generation"]["number"]
@@ -45,7 +46,8 @@ def describe(document: dict[str, Any], *, events: int, has_all_nodes: bool = Fal
     if weak:
         shown_groups = table(("RUN", "STEP", "SURVIVES", "MISSING", "MEMBERS"), weak[:MANY_NODES])
         parts += ["", f"GROUPS weaker than planned: {len(weak)}", shown_groups]
-    shown = document["timeline"][-events:] if events > 0 else []
+    told = [event for event in document["timeline"] if event["kind"] not in FREQUENT_KINDS]
+    shown = told[-events:] if events > 0 else []
     if shown:
         rows = [(clock_time(event["time_unix_s"]), event["run"], event["kind"], event["message"]) for event in shown]
         parts += ["", "EVENTS", table(("TIME", "RUN", "KIND", "WHAT"), rows)]

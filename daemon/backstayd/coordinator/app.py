@@ -26,7 +26,7 @@ from backstayd.core.locating import Located
 from backstayd.core.nodes import Liveness
 from backstayd.core.policy import CorePolicy
 from backstayd.core.records import NodeDesired, NodeReport
-from backstayd.core.timeline import Event
+from backstayd.core.timeline import FREQUENT_KINDS, Event
 from backstayd.process import DaemonProcess
 from backstayd.reload import Reloader
 from backstayd.security.configured import load_credentials
@@ -312,7 +312,7 @@ class CoordinatorProcess:
 
     def _tell(self, event: Event) -> None:
         """Log an event once; ``decided`` is where a test may stop the world before anything is sent."""
-        level = logging.INFO
+        level = logging.DEBUG if event.kind in FREQUENT_KINDS else logging.INFO
         if event.kind in WARNING_KINDS:
             level = logging.WARNING
         elif event.kind in ERROR_KINDS:

@@ -230,7 +230,8 @@ class CoordinatorLink:
 
     def _note(self, target: Target, text: str, *, leader: str = "") -> None:
         level = logging.WARNING if self._is_connected or not self.last_error else logging.DEBUG
-        logger.log(level, "lost the coordinator, trying again: %s", text)
+        what = "lost the coordinator" if self._is_connected else "no coordinator yet"
+        logger.log(level, "%s, trying again: %s", what, text)
         self._book.note(target, text, leader=leader)
         self.last_error = self._book.summary()
 
