@@ -22,6 +22,7 @@ from backstayd.security import credentials as credentials_module
 from backstayd.security import handshakes
 from backstayd.security.credentials import Credentials
 from backstayd.security.identity import Role
+from backstayd.transport import link as link_module
 from backstayd.transport.access import roles_of
 from backstayd.transport.coordinator_service import CoordinatorServer
 from backstayd.transport.link import CoordinatorLink
@@ -319,6 +320,29 @@ def test_a_renewed_certificate_replaces_the_connection_and_nothing_is_lost_or_su
             assert coordinator.current().number == 2
             assert states == [True], "never without a coordinator"
             assert backend.suspects == [], "never missed"
+
+    run(scenario)
+
+
+def test_a_renewed_certificate_that_the_coordinator_does_not_take_ends_nothing_that_stands(
+    authority: TestAuthority, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renewed under another authority, of which the coordinator is told only afterwards."""
+    monkeypatch.setattr(link_module, "RENEW_AGAIN_S", 0.1)
+    other = TestAuthority(tmp_path / "other", name="other CA")
+
+    async def scenario() -> None:
+        node, coordinator = authority.node(), authority.coordinator()
+        async with serving(coordinator) as (address, _), linked(address, node) as (_, desired, states):
+            await until(lambda: desired, "the first answer")
+            other.make([node_uri("n1")], into=node.files)
+            await until(lambda: "is used on, none with the new one" in caplog.text, "the new one to be refused")
+            seen = len(desired)
+            await until(lambda: len(desired) > seen + 2, "answers over the connection that stands")
+            authority.make([node_uri("n1")], into=node.files)
+            caplog.set_level(logging.INFO)
+            await until(lambda: "was made anew" in caplog.text, "the connection to be replaced")
+            assert states == [True], "never without a coordinator"
 
     run(scenario)
 

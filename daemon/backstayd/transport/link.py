@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 COALESCE_S = 0.01  # reports at most this often
 RENEW_S = 1800.0  # a connection over TLS is replaced after so long, well before the coordinator cuts it
+RENEW_AGAIN_S = 30.0  # when the coordinator took none with a new certificate
 PROBE_AGAIN_S = 30.0
 MAX_PROBED = 16
 
@@ -167,7 +168,25 @@ class CoordinatorLink:
                 limit_s = self._lease_s if self._is_connected else patience_s
                 self._take(target, await line.read(limit_s))
                 if self._is_due(line):
-                    line = await self._replace(line, target, stack)
+                    line = await self._renew(line, target, stack)
+
+    async def _renew(self, line: _Line, target: Target, stack: contextlib.AsyncExitStack) -> _Line:
+        """Another line with the newest certificate; ``line`` goes on, until it is old, if the coordinator takes no such one.
+
+        Raises what was against it if ``line`` is old.
+        """
+        try:
+            return await self._replace(line, target, stack)
+        except (TimeoutError, grpc.RpcError, BackstayError, OSError) as error:
+            now = asyncio.get_running_loop().time()
+            if now - line.began_s >= self._renew_s:
+                raise
+            line.renew_again_s = now + RENEW_AGAIN_S
+            text = await self._explain(target) or repr(error)
+            logger.warning(
+                "the connection made with the certificate before is used on, none with the new one: %s", text
+            )
+            return line
 
     async def _replace(self, line: _Line, target: Target, stack: contextlib.AsyncExitStack) -> _Line:
         """A second line beside ``line``, which ends once the new one has been answered: the node is never without."""
@@ -189,8 +208,9 @@ class CoordinatorLink:
     def _is_due(self, line: _Line) -> bool:
         if self._credentials is None:
             return False
-        is_old = asyncio.get_running_loop().time() - line.began_s >= self._renew_s
-        return is_old or self._credentials.current().number != line.number
+        now = asyncio.get_running_loop().time()
+        is_renewed = self._credentials.current().number != line.number and now >= line.renew_again_s
+        return is_renewed or now - line.began_s >= self._renew_s
 
     @contextlib.asynccontextmanager
     async def _open(self, target: Target) -> AsyncIterator[_Line]:
@@ -244,6 +264,7 @@ class _Line:
         self._words = words
         self.number = number
         self.began_s = began_s
+        self.renew_again_s = 0.0
 
     async def read(self, limit_s: float) -> NodeDesired:
         async with asyncio.timeout(limit_s):
