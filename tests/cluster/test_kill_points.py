@@ -176,4 +176,5 @@ def _attach(world: Ranks, cluster: LocalCluster, marker: Path) -> bool:
 
 def test_every_fault_point_has_a_scenario() -> None:
     storage_points = {*UPLOAD_POINTS, *FETCH_POINTS}
-    assert set(faults.POINTS) == {*TRAINER_POINTS, *SNAPSHOT_POINTS, *RECOVERY_POINTS, *storage_points}
+    elsewhere = {"pulse"}  # tests/cluster/test_health.py
+    assert set(faults.POINTS) == {*TRAINER_POINTS, *SNAPSHOT_POINTS, *RECOVERY_POINTS, *storage_points, *elsewhere}

@@ -230,6 +230,8 @@ class Coordinator:
         order_drain(self.nodes, node, undo=undo)
         self._is_dirty = True
         self.evaluate()
+        if undo and self.nodes.nodes[node].drain_order is not None:  # planned with again, but it has not said so itself
+            return DrainVerdict(state=DrainState.DRAINING, reason="it has not answered the order yet")
         return self.drains.get(node, DrainVerdict())
 
     def _judge_drains(self) -> None:
