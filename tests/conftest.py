@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+import backstayd.transport  # noqa: F401 - it tells gRPC which ciphers to speak, which must be said before anything loads gRPC
+
 TMPFS = Path("/dev/shm")
 # Daemons and commands that tests start speak plaintext on loopback; tests of TLS take these away.
 os.environ.update(BACKSTAYD_NODE_INSECURE="true", BACKSTAYD_COORDINATOR_INSECURE="true", BACKSTAY_INSECURE="true")

@@ -55,8 +55,11 @@ def test_two_ranks_that_go_on_with_one_random_stream_are_both_refused(
         answers = [rank.receive() for rank in ranks.ranks]
         assert [answer["state"] for answer in answers] == ["failed"] * 2
         assert "rng: stream 0 is owned by ranks 0 and 1, expected one owner" in answers[0]["message"]
-    distrusted = cluster.run_status(RUN)["distrusted"]
-    assert [item["step"] for item in distrusted] == [1], "its state says that it has one stream twice"
+    cluster.wait_until(
+        lambda: [item["step"] for item in cluster.run_status(RUN)["distrusted"]] == [1],
+        deadline_s=10,
+        why="its state says that it has one stream twice",
+    )
 
 
 def test_a_rank_that_dies_before_it_has_spoken_does_not_leave_the_others_waiting(

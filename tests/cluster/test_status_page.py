@@ -35,7 +35,12 @@ def cluster() -> Iterator[LocalCluster]:
 def watching(cluster: LocalCluster, stdout: int) -> Iterator[subprocess.Popen[bytes]]:
     argv = [sys.executable, "-m", "backstayd.cli", "status", "--watch", "--coordinator", cluster.coordinator_address]
     environment = process_environment() | {"BACKSTAY_INSECURE": "true", "COLUMNS": "150", "LINES": "50"}
-    process = subprocess.Popen(argv, stdout=stdout, stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    # Under nohup a child would begin with SIGINT ignored; at a terminal it does not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(argv, stdout=stdout, stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         yield process
     finally:
