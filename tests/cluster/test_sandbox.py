@@ -99,7 +99,9 @@ def start_trainer(base: Path, rank: int, socket: Path, port: int) -> subprocess.
     options |= {"last_step": MANY_STEPS, "stop": str(base / "stop"), "pause_s": 0.05}
     user = launcher({"unit": "", "uid": TRAINER_ID, "groups": [TRAINER_ID, DAEMON_ID]})
     argv = [*user, sys.executable, str(ROOT / "tests" / "kit" / "trainer_script.py"), json.dumps(options)]
-    return subprocess.Popen(argv, env=process_environment() | {"BACKSTAY_SOCKET": str(socket), "HOME": str(base)})
+    environment = process_environment() | {"BACKSTAY_SOCKET": str(socket), "HOME": str(base)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch, imported by an earlier test, names a directory of root's
+    return subprocess.Popen(argv, env=environment)
 
 
 def status_of(daemon: RunningDaemon) -> dict[str, Any]:
@@ -115,7 +117,11 @@ def test_two_sandboxed_nodes_protect_a_run_of_another_user(base: Path, coordinat
         port = free_port()
         trainers = [start_trainer(base, rank, base / f"n{rank}" / "run" / "sock", port) for rank in (0, 1)]
         try:
-            wait_until(lambda: is_protected(coordinator), deadline_s=90, why="protection", evidence=first.log.read_text)
+            wait_until(
+                lambda: is_protected(coordinator) or any(trainer.poll() is not None for trainer in trainers),
+                deadline_s=90, why="protection", evidence=first.log.read_text,
+            )  # fmt: skip
+            assert [trainer.returncode for trainer in trainers] == [None, None], "a trainer ended early"
             for daemon, trainer in zip((first, second), trainers, strict=True):
                 (session,) = status_of(daemon)["runs"][0]["sessions"]
                 assert session["pid"] == trainer.pid
