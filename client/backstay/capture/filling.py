@@ -19,7 +19,7 @@ import torch
 
 from backstay.capture import cuda, frozen
 from backstay.capture.plan import Piece, Plan
-from backstay.capture.windows import Windows, gaps
+from backstay.capture.windows import Windows
 from backstay.trainer import memory
 
 WAITING, COPYING, COPIED, DROPPED = "waiting", "copying", "copied", "dropped"
@@ -120,34 +120,8 @@ class Filler:
     def fill(self, capture: Capture, slot: memory.Mapping) -> Digests:
         """Copy into ``slot`` what it does not hold already, and hash that; marks the capture copied as soon as no source is
         read any more."""
-        plan = capture.plan
         content = self._contents.pop(slot, None)  # from here on the slot holds nothing that is known
-        windows = Windows(capture, slot, rank=self._rank)
-        ahead = self._begin_ahead(windows, plan)
-        try:
-            self._fill(capture, windows, self._changed_pieces(capture, content))
-        finally:
-            windows.drop()  # none is left, unless this failed
-            if ahead is not None:
-                ahead.result()
-        capture.mark_copied()
-        chunk_crcs, tensor_crcs = windows.digester.finish()
-        capture.hashed_bytes = windows.hashed_bytes
-        return Digests(chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
-
-    def _begin_ahead(self, windows: Windows, plan: Plan) -> Future[None] | None:
-        """While this thread looks at what is frozen, have the rest copied: what trains has changed, without a look."""
-        pieces = [piece for piece in plan.pieces if piece.end > piece.begin]
-        trained = [piece for piece in pieces if not piece.is_frozen]
-        is_plain = all(p.source.device.type == "cpu" for p in pieces) and all(map(_is_plain, trained))
-        if not is_plain or len(trained) == len(pieces) or self._thread_count == 1:
-            return None
-        sure = frozen.trained_chunks(plan)
-        windows.add(trained, gaps(sure, windows.chunk_count))
-        return self._submit(windows.work) if sure else None
-
-    def _fill(self, capture: Capture, windows: Windows, pieces: Sequence[Piece]) -> None:
-        slot = windows.slot
+        pieces = self._changed_pieces(capture, content)
         device_pieces = [p for p in pieces if p.source.device.type == "cuda" and p.end > p.begin]
         if device_pieces:
             assert capture.ready is not None
@@ -163,12 +137,16 @@ class Filler:
                 memory.copy_bytes(slot.address + piece.begin, piece.source.data_ptr(), piece.end - piece.begin)
             plain = []
             capture.launched.set()  # the fence makes the training stream wait for device_done
+        windows = Windows(capture, slot, plain, rank=self._rank)
         capture.kept.tell(windows.digester, capture.plan.layout)
-        windows.add(plain, capture.kept.chunks, is_all=True)
         if capture.device_done is not None:
             capture.device_done.synchronize()
         self._run(windows.work)
+        capture.mark_copied()
+        chunk_crcs, tensor_crcs = windows.digester.finish()
         capture.copied_bytes = sum(p.end - p.begin for p in pieces)
+        capture.hashed_bytes = windows.hashed_bytes
+        return Digests(chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
 
     def vouch(self, capture: Capture, digests: Digests) -> None:
         """The capture was committed: its slot holds it until it is filled again."""
@@ -211,20 +189,16 @@ class Filler:
         if self._thread_count == 1:
             work()
             return
-        futures = [self._submit(work) for _ in range(self._thread_count - 1)]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=self._thread_count - 1, thread_name_prefix="backstay-copy")
+        futures: list[Future[None]] = []
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending: no new threads then, this one does it all
+            futures += [self._pool.submit(work) for _ in range(self._thread_count - 1)]
         try:
             work()
         finally:
             for future in futures:
-                if future is not None:
-                    future.result()
-
-    def _submit(self, work: Callable[[], None]) -> Future[None] | None:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=self._thread_count - 1, thread_name_prefix="backstay-copy")
-        with contextlib.suppress(RuntimeError):  # the interpreter is ending: no new threads then, this one does it all
-            return self._pool.submit(work)
-        return None
+                future.result()
 
 
 def changed_tensors(capture: Capture) -> list[str]:

@@ -194,7 +194,7 @@ class Kept:
     content: SlotContent | None = None
 
     def tell(self, digester: Digester, layout: Layout) -> None:
-        """Have it know the digests of what is kept; others may be hashing what is not."""
+        """Have it know the digests of what is kept."""
         if self.content is not None:
             crcs, names = self.content.chunk_crcs, [layout.entries[index].name for index in self.pieces]
             for chunks in self.chunks:
@@ -212,12 +212,6 @@ def kept(plan: Plan, stamps: Sequence[int], content: SlotContent | None) -> Kept
         return Kept()
     chunks = tuple(inside for inside, value in _runs(plan, [int(is_same) for is_same in same], header=1) if value)
     return Kept(pieces=pieces, chunks=chunks, content=content)
-
-
-def trained_chunks(plan: Plan) -> tuple[range, ...]:
-    """Chunks that hold nothing of frozen pieces, nor of the header: none of them is ever kept."""
-    values = [int(piece.is_frozen) for piece in plan.pieces]
-    return tuple(inside for inside, value in _runs(plan, values, header=1) if not value)
 
 
 def unchanged(plan: Plan, stamps: Sequence[int], step: int) -> tuple[UnchangedRange, ...]:

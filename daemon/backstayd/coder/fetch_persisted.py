@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 from backstay import faults
 from backstay.errors import IntegrityError, SnapshotNotFoundError
 from backstay.manifest import CHUNK_BYTES
+from backstayd.coder.blocks import each_block
 from backstayd.coder.checking import check_chunks
 from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.jobs import shard_event
@@ -45,13 +45,10 @@ def _copy(context: JobContext, job: FetchPersisted, ref: ShardRef, shard: Persis
     prepare_staging(paths, shard.manifest_bytes, digest=job.digest, incarnation=context.incarnation)
     staged = StagedShard(paths, rank=job.rank, world_size=job.world_size, digest=job.digest)
     length, threads = (REMOTE_BYTES, 1) if shard.is_remote else (LOCAL_BYTES, LOCAL_THREADS)
-    buffers, lock = threading.local(), threading.Lock()
+    lock = threading.Lock()
 
-    def copy(offset: int) -> None:
+    def copy(offset: int, view: memoryview) -> None:
         context.check()
-        if not hasattr(buffers, "whole"):
-            buffers.whole = memoryview(bytearray(length))
-        view = buffers.whole[: min(length, staged.chunks.size_bytes - offset)]
         _read(context, ref, job.url, shard, offset, view)
         if offset <= job.size_bytes // 2 < offset + len(view):
             faults.reach("mid_fetch_persisted", step=job.step, rank=job.rank)
@@ -60,12 +57,8 @@ def _copy(context: JobContext, job: FetchPersisted, ref: ShardRef, shard: Persis
             context.done_bytes += len(view)
 
     try:
-        with context.timed("copy"), ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
-            try:
-                list(pool.map(copy, range(0, staged.chunks.size_bytes, length)))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with context.timed("copy"):
+            each_block(staged.chunks.size_bytes, length, copy, threads=threads)
         context.emit(shard_event("shard_staged", staged.chunks))
     finally:
         staged.close()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from backstay import faults
 from backstay.errors import IntegrityError, SnapshotNotFoundError
 from backstay.manifest import CHUNK_BYTES
+from backstayd.coder.blocks import each_block
 from backstayd.coder.checking import check_chunks
 from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.storage_jobs import VerifyPersisted
@@ -40,7 +40,7 @@ def run_verify_persisted(context: JobContext, job: VerifyPersisted) -> str:
 
 
 def _read_through(context: JobContext, job: VerifyPersisted, ref: ShardRef, shard: LocalShard) -> None:
-    buffers, lock, size = threading.local(), threading.Lock(), shard.chunks.size_bytes
+    lock, size = threading.Lock(), shard.chunks.size_bytes
 
     def read_into(offset: int, view: memoryview) -> None:
         with explained("read", job.url):
@@ -49,11 +49,8 @@ def _read_through(context: JobContext, job: VerifyPersisted, ref: ShardRef, shar
             detail = f"it ends at byte {offset + len(view) - short}, {short} bytes too early"
             raise context.blame_stored(ref, url=job.url, detail=detail)
 
-    def check(offset: int) -> None:
+    def check(offset: int, view: memoryview) -> None:
         context.check()
-        if not hasattr(buffers, "whole"):
-            buffers.whole = memoryview(bytearray(READ_BYTES))
-        view = buffers.whole[: min(READ_BYTES, size - offset)]
         if offset <= size // 2 < offset + len(view):
             faults.reach("mid_fetch_persisted", step=job.step, rank=job.rank)
         read_into(offset, view)
@@ -62,12 +59,8 @@ def _read_through(context: JobContext, job: VerifyPersisted, ref: ShardRef, shar
         with lock:
             context.done_bytes += len(view)
 
-    with context.timed("read"), ThreadPoolExecutor(THREADS, thread_name_prefix="verify") as pool:
-        try:
-            list(pool.map(check, range(0, size, READ_BYTES)))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with context.timed("read"):
+        each_block(size, READ_BYTES, check, threads=THREADS)
 
 
 def _read(shard: LocalShard, offset: int, view: memoryview) -> int:

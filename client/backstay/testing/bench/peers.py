@@ -49,9 +49,9 @@ class DcpSave:
         pass
 
     def load(self) -> None:
-        """Load the newest checkpoint in place."""
-        assert self._newest is not None
-        load(self._tensors(), checkpoint_id=self._newest)
+        """Load the newest checkpoint in place, be it of a process before this one."""
+        newest = self._newest or max(self._directory.glob("step-*"), key=lambda path: path.stat().st_mtime)
+        load(self._tensors(), checkpoint_id=newest)
 
     def held_bytes(self) -> int:
         return self.peak_bytes

@@ -203,7 +203,8 @@ class Trainer:
 
     def do_load(self) -> dict[str, Any]:
         """``dcp.load`` of the newest ``dcp.save``, in place."""
-        saver = self.dcp["dcp_save"]
+        saver = self._saver("dcp_save")
+        assert isinstance(saver, peers.DcpSave)
         with stopwatch() as watch:
             saver.load()
         return {"seconds": watch.seconds, "stolen_s": watch.stolen_s}
