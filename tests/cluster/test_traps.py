@@ -7,12 +7,14 @@ written and not with what the product says of it.
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backstay.testing import LocalCluster
+from backstay.testing.coordinator import COORDINATOR
 from backstay.testing.fixtures import LocalClusterFactory
 from tests.kit.light_world import Rank, Ranks, light_world, wait_protected
 
@@ -249,6 +251,31 @@ def test_a_daemon_that_is_killed_and_restarted_adopts_what_is_in_memory(
         _check_restored(answers, second, step=3)
         for rank, answer in enumerate(answers):
             assert answer["shards"][str(rank)]["source"] == "local", answer
+
+
+def test_a_coordinator_that_was_frozen_itself_takes_no_node_for_lost(
+    local_cluster_factory: LocalClusterFactory,
+) -> None:
+    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+    with light_world(cluster, RUN) as ranks:
+        _start_fresh(ranks)
+        _protect_steps(cluster, ranks, range(1, 3))
+        for step in (3, 4):
+            cluster.freeze(COORDINATOR)
+            time.sleep(3 * LEASE_S)
+            cluster.thaw(COORDINATOR)
+            _protect_steps(cluster, ranks, range(step, step + 1))
+            time.sleep(LEASE_S)
+        kinds = [event["kind"] for event in cluster.status()["timeline"]]
+        assert not {"node_lost", "session_lost", "repairing", "rebuilding"} & set(kinds), cluster.evidence()
+
+        cluster.kill_daemon(2)
+        cluster.wait_until(lambda: _liveness(cluster, "node-2") == "lost", 30, "a daemon that is gone to be missed")
+        assert {_liveness(cluster, name) for name in ("node-0", "node-1")} == {"live"}
+
+
+def _liveness(cluster: LocalCluster, name: str) -> str:
+    return str(next(node["state"] for node in cluster.status()["nodes"] if node["name"] == name))
 
 
 def test_a_node_of_an_old_history_that_comes_back_cannot_bring_its_steps_along(

@@ -278,13 +278,17 @@ class CoordinatorProcess:
         while True:
             self.health.beat("the decisions")
             expiry.look()
+            due_s = self._clock.monotonic_s() + self._config.lease_s / 6
             await asyncio.sleep(self._config.lease_s / 6)
             now_s = self._clock.monotonic_s()
+            away_s = max(0.0, now_s - due_s)  # frozen or busy: what came meanwhile is read after this
+            if self._heard_s is not None:
+                self._heard_s = min(now_s, self._heard_s + away_s)
             if self._heard_s is not None and now_s - self._heard_s > SILENT_LEASES * self._config.lease_s:
                 self._heard_s = None
                 self._seat.resign("no node has reported any longer; perhaps they reach another coordinator")
             if self._seat.may_act() and self._core is not None:
-                self._core.tick(now_s)
+                self._core.tick(now_s, away_s=away_s)
                 rest_s = min(self._config.lease_s, IDLE_FACTOR * self._cost_s)
                 if self._core.has_news or now_s >= self._evaluated_s + rest_s:
                     self._evaluate_soon()

@@ -103,9 +103,17 @@ class Coordinator:
             if run.run not in self.runs:
                 self.runs[run.run] = self._new_run(run.run)
 
-    def tick(self, now_s: float) -> None:
-        """Let time pass: leases run out."""
+    def tick(self, now_s: float, *, away_s: float = 0.0) -> None:
+        """Let time pass: leases run out.
+
+        Args:
+            away_s: For how much of it nobody listened, because this process was frozen or busy: what nodes said meanwhile is
+                yet to be read.
+        """
         self._now_s = max(self._now_s, now_s)
+        if away_s > 0.0:
+            self.nodes.excuse(away_s, self._now_s)
+            self._started_s = min(self._now_s, self._started_s + away_s)
         for name in self.nodes.tick(self._now_s):
             self.has_news = True
             self.timeline.allow_again("", "node_lost")

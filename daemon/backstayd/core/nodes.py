@@ -98,6 +98,11 @@ class NodeTable:
             state.liveness = Liveness.SUSPECT
         return is_news
 
+    def excuse(self, away_s: float, now_s: float) -> None:
+        """Nobody listened for ``away_s`` until now: that is no node's silence."""
+        for state in self.nodes.values():
+            state.seen_s = min(now_s, state.seen_s + away_s)
+
     def tick(self, now_s: float) -> list[str]:
         """Let leases run out; returns the names of nodes that are lost from now on."""
         lost = []

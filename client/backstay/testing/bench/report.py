@@ -69,6 +69,8 @@ def bars(settings: Settings) -> dict[str, dict[str, Any]]:
         "commit_vs_memcpy_busy": {"at_least": 0.55},
         "restore_vs_memcpy": {"at_least": 0.7},
         "frozen_cost": {"at_most": 0.05},
+        "frozen_cpu": {"at_most": 0.05},
+        "frozen_bytes": {"at_most": 0.05},
         "protect_vs_tcp": {"at_least": 0.12},
         "rebuild_vs_tcp": {"at_least": 0.12},
         "reshard_moved_vs_needed": {"at_most": 1.05},
