@@ -85,6 +85,20 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_wildcard(host: str) -> bool:
+    """Whether ``host`` means every address of a machine, in any spelling that sockets take (``0`` and ``0::0`` do)."""
+    try:
+        number = ipaddress.IPv6Address(host)
+    except ValueError:
+        pass
+    else:
+        return (number.ipv4_mapped or number).is_unspecified
+    try:
+        return not any(socket.inet_aton(host))
+    except (OSError, UnicodeEncodeError):
+        return host == "*"
+
+
 def split_addresses(text: str) -> tuple[str, ...]:
     """The addresses of ``HOST:PORT,HOST:PORT``, each once; raises ValueError."""
     return tuple(dict.fromkeys(join_address(*split_address(part.strip())) for part in text.split(",")))
@@ -141,7 +155,7 @@ def _addresses(value: Any) -> str:
 
 def _reachable_address(value: Any) -> str:
     host, _ = split_address(_text(value))
-    if host in ("0.0.0.0", "::", "*"):  # noqa: S104 - refused, not bound
+    if is_wildcard(host):
         raise ValueError("is a wildcard: peers are told this address, so name one they can reach")
     return _address(value)
 

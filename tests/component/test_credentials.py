@@ -112,6 +112,20 @@ def test_checking_the_configuration_finds_a_bad_certificate(
     assert (status, "its role is coordinator" in text) == (78, True)
 
 
+def test_a_private_key_that_everybody_may_read_is_warned_of(
+    authority: TestAuthority, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = authority.make([node_uri("n1")])
+    files.key.chmod(0o640)
+    node_credentials(files)
+    assert caplog.messages == []
+    files.key.chmod(0o644)
+    node_credentials(files)
+    assert caplog.messages == [
+        f"every user of this machine can read the private key {files.key} (mode 644): chmod o= {files.key}"
+    ]
+
+
 def test_renewed_files_are_taken_up_whole_and_never_half(
     authority: TestAuthority, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,11 @@ def leads(process: CoordinatorProcess) -> bool:
         return False
 
 
-def test_a_standby_says_who_leads_and_takes_over_with_higher_generations(server: LeaseServer) -> None:
+def test_a_standby_says_who_leads_and_takes_over_with_higher_generations(
+    server: LeaseServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
     async def scenario() -> None:
         async with contextlib.AsyncExitStack() as stack:  # a gRPC server that outlives its loop ends the process
             first, second = CoordinatorProcess(config()), CoordinatorProcess(config())
@@ -89,6 +94,7 @@ def test_a_standby_says_who_leads_and_takes_over_with_higher_generations(server:
             )
             assert obeyed[-1].generation == Generation(TERM_GENERATIONS + 1, first.core.incarnation)
             await asyncio.to_thread(look_at_both, first, second)
+            assert caplog.messages.count(f"stands by: the coordinator at {first.address} leads") == 1
             await first.close()
             await until(lambda: leads(second), "the second to take over")
             await until(lambda: obeyed[-1].generation.number > 2 * TERM_GENERATIONS, "the node to obey the second")

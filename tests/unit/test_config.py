@@ -100,6 +100,9 @@ def test_variables_that_kubernetes_writes_for_a_service_are_not_taken_for_settin
         ({"coordinator": "node-1"}, r"--coordinator = 'node-1' is not HOST:PORT"),
         ({"coordinator": "node-1:99999"}, r"port from 0 to 65535"),
         ({"bulk": "0.0.0.0:7071"}, r"is a wildcard: peers are told this address"),
+        ({"bulk": "0:7071"}, r"is a wildcard: peers are told this address"),
+        ({"bulk": "[0::0]:7071"}, r"is a wildcard: peers are told this address"),
+        ({"bulk": "[::ffff:0.0.0.0]:7071"}, r"is a wildcard: peers are told this address"),
         ({"log_format": "xml"}, r"is none of text, json"),
     ],
 )

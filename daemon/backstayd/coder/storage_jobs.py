@@ -58,8 +58,8 @@ class PruneSnapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FetchPersisted:
-    """Copy a whole shard from ``url``, the snapshot's directory, into staging, and leave it complete there."""
+class _PersistedShard:
+    """A whole shard in ``url``, the directory of its snapshot."""
 
     run: str
     attempt: int
@@ -73,19 +73,13 @@ class FetchPersisted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyPersisted:
-    """Check every chunk of a shard where it lies in ``url``, the snapshot's directory on a file system of this machine;
-    the answer is ``JobResult.file_id``."""
+class FetchPersisted(_PersistedShard):
+    """Copy a shard into staging, and leave it complete there."""
 
-    run: str
-    attempt: int
-    step: int
-    rank: int
-    world_size: int
-    size_bytes: int
-    digest: str
-    url: str
-    deadline_s: float
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyPersisted(_PersistedShard):
+    """Check every chunk of a shard where it lies, on a file system of this machine; the answer is ``JobResult.file_id``."""
 
 
 StorageJob = SurveyStorage | UploadShard | WriteRecord | PruneSnapshot | FetchPersisted | VerifyPersisted

@@ -6,18 +6,16 @@ Owns the election and what people are told of it; decides nothing for runs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from backstay.errors import ConfigError
 from backstayd.clock import Clock
-from backstayd.config import CoordinatorConfig, split_address
+from backstayd.config import CoordinatorConfig, is_wildcard, split_address
 from backstayd.election.driver import Election
 from backstayd.election.elector import Elector
 from backstayd.election.lease import Timing
 from backstayd.election.stores import open_store
 from backstayd.transport.errors import NotLeaderError
-
-_WILDCARDS: Final = ("0.0.0.0", "::", "*")  # noqa: S104 - refused, not bound
 
 
 class Seat:
@@ -52,7 +50,7 @@ class Seat:
             self._on_lead(0)
             return
         host, _ = split_address(self.address)
-        if host in _WILDCARDS:
+        if is_wildcard(host):
             raise ConfigError(
                 f"with an election others are told where this coordinator is, and {self.address} is no such place; give "
                 "--advertise HOST:PORT as nodes and operators reach it",

@@ -48,6 +48,7 @@ class Election:
         self._calls: set[asyncio.Task[None]] = set()
         self._woken, self._answered = asyncio.Event(), asyncio.Event()
         self._is_troubled = False
+        self._leader_told = ""
 
     async def start(self) -> None:
         """Look once, then compete. A store that is away is waited for; ConfigError if it refuses us."""
@@ -113,6 +114,7 @@ class Election:
         while True:
             now_s = self._clock()
             self._carry_out(self._elector.tick(now_s))
+            self._tell_leader()
             self._woken.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, self._elector.wake_s(now_s) - self._clock())):
@@ -130,6 +132,15 @@ class Election:
                 task = asyncio.get_running_loop().create_task(self._ask(action), name="election-call")
                 self._calls.add(task)
                 task.add_done_callback(self._calls.discard)
+
+    def _tell_leader(self) -> None:
+        """Say, once for each of its reigns, which other coordinator leads."""
+        record = self.leader()
+        if record is not None and record.holder != self._elector.holder and record.holder != self._leader_told:
+            logger.info("stands by: the coordinator at %s leads", record.address)
+            self._leader_told = record.holder
+        elif self._elector.is_leading:
+            self._leader_told = ""
 
     async def _ask(self, question: Read | Swap) -> None:
         """One question to the store, its answer to the elector, and what follows from that."""

@@ -6,9 +6,11 @@ stays. Holds no sockets; connections that are open go on with what they began wi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import ssl
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -41,11 +43,11 @@ class TlsFiles:
         found = []
         for path in (self.cert, self.key, self.ca):
             try:
-                stat = os.stat(path)
+                status = os.stat(path)
             except OSError:
                 found.append((0, 0, 0, 0))
             else:
-                found.append((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+                found.append((status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
         return tuple(found)
 
 
@@ -159,6 +161,7 @@ class Credentials:
             authorise(identity, {self.role}, doing=f"be the certificate of the {self.role.value}", name=self.name)
         except ConfigError as error:
             raise ConfigError(f"{self.files.cert}: {error}", reason=error.reason) from None
+        warn_if_open(self.files.key)
         for context in (client, server):  # of peers, validity counts
             context.verify_flags &= ~_NO_CHECK_TIME
         return Material(
@@ -174,6 +177,16 @@ class Credentials:
             server_context=server,
             watcher_context=watcher,
         )
+
+
+def warn_if_open(key: Path) -> None:
+    """Say so if every user of this machine can read the private key: then every one can be this daemon."""
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(key.stat().st_mode)
+        if mode & stat.S_IROTH:
+            logger.warning(
+                "every user of this machine can read the private key %s (mode %o): chmod o= %s", key, mode, key
+            )
 
 
 def utc(unix_s: float) -> str:
