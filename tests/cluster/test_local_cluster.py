@@ -57,7 +57,7 @@ def test_a_destroyed_node_takes_trainers_and_memory_along_and_its_replacement_is
     (old.memory_dir / "mark").write_text("x")
     assert "mark" in cluster.files(0)
     cluster.destroy_node(0)
-    assert trainer.poll() == -signal.SIGKILL
+    assert trainer.wait(10) == -signal.SIGKILL
     assert not old.directory.exists()
     cluster.wait_until(lambda: _state(cluster, old.name) in ("lost", "unknown"), 30, f"{old.name} to be given up")
     new = cluster.replace_node(0)
