@@ -58,7 +58,7 @@ def test_a_process_in_another_session_whose_parent_died_is_found_and_killed(keep
     )
     killed = keeper.kill(node="node-0")
     assert len(killed) == 2
-    assert child.poll() == -signal.SIGKILL
+    assert child.wait(10) == -signal.SIGKILL
     assert keeper.pids() == []
 
 
