@@ -88,22 +88,22 @@ def test_more_parity_never_survives_less(nodes: int, group_size: int, m: int, lo
 def test_a_window_is_survived_less_often_the_longer_it_is_and_the_less_parity_there_is(
     size: int, m: int, rate: float, repair_s: float, window_s: float
 ) -> None:
-    found = survival.survive_window(size, m, rate_per_s=rate, repair_s=repair_s, window_s=window_s)
+    found = survival.survive_window([size], m, rate_per_s=rate, repair_s=repair_s, window_s=window_s)
     assert 0 <= found <= 1
-    more = survival.survive_window(size, m + 1, rate_per_s=rate, repair_s=repair_s, window_s=window_s)
-    longer = survival.survive_window(size, m, rate_per_s=rate, repair_s=repair_s, window_s=2 * window_s)
+    more = survival.survive_window([size], m + 1, rate_per_s=rate, repair_s=repair_s, window_s=window_s)
+    longer = survival.survive_window([size], m, rate_per_s=rate, repair_s=repair_s, window_s=2 * window_s)
     assert more >= found - 1e-9
     assert longer <= found + 1e-9
 
 
 def test_without_parity_the_window_is_an_exponential() -> None:
-    found = survival.survive_window(8, 0, rate_per_s=1e-5, repair_s=600, window_s=5000)
+    found = survival.survive_window([8], 0, rate_per_s=1e-5, repair_s=600, window_s=5000)
     assert found == pytest.approx(math.exp(-8 * 1e-5 * 5000))
 
 
 def test_a_very_long_window_goes_on_as_the_steady_state_does() -> None:
-    months = survival.survive_window(8, 1, rate_per_s=3e-8, repair_s=30.0, window_s=86400 * 60)
-    rate = -math.log(survival.survive_window(8, 1, rate_per_s=3e-8, repair_s=30.0, window_s=86400)) / 86400
+    months = survival.survive_window([8], 1, rate_per_s=3e-8, repair_s=30.0, window_s=86400 * 60)
+    rate = -math.log(survival.survive_window([8], 1, rate_per_s=3e-8, repair_s=30.0, window_s=86400)) / 86400
     assert months == pytest.approx(math.exp(-rate * 86400 * 60), rel=1e-3)
 
 
@@ -120,14 +120,31 @@ def test_monte_carlo_agrees_about_simultaneous_losses(group_size: int, m: int, l
 def test_monte_carlo_agrees_about_a_window_between_durable_copies(m: int, rate: float, repair_s: float) -> None:
     sizes = survival.group_sizes(30, group_size=8, m=m)
     rounds, window_s = 1500, 86_400.0
-    exact = math.prod(
-        survival.survive_window(size, m, rate_per_s=rate, repair_s=repair_s, window_s=window_s) for size in sizes
-    )
+    exact = survival.survive_window(sizes, m, rate_per_s=rate, repair_s=repair_s, window_s=window_s)
     found = survival.simulate_window(
         sizes, m, rate_per_s=rate, repair_s=repair_s, window_s=window_s, rounds=rounds, seed=11
     )
     assert 0.3 < exact < 0.95, "the case says something"
     assert abs(found - exact) <= survival.confidence(found, rounds)
+
+
+@pytest.mark.parametrize(
+    ("question", "m"),
+    [
+        (Question(nodes=20_000, state_bytes=102_400 * GIB), 3),
+        (Question(nodes=7, state_bytes=GIB, repair_s=1e-9, durable_every_s=1e9), 1),
+        (Question(nodes=64, state_bytes=GIB, repair_s=1e9, durable_every_s=1.0, node_losses_per_day=1e-3), 2),
+    ],
+)
+def test_rounding_never_makes_more_parity_look_worse(question: Question, m: int) -> None:
+    rows = sorted((choice.m, choice.survive_window) for choice in answer(question).choices if choice.group_size == 8)
+    assert [p for _, p in rows] == sorted(p for _, p in rows)
+    assert all(p == 1.0 for parity, p in rows if parity > m), "what is lost is far below a rounding"
+
+
+def test_a_loss_that_is_hardly_likely_is_as_exact_as_any_other() -> None:
+    once = survival._lose_window(4, 3, rate_per_s=1e-9, repair_s=1e12, window_s=1.0)
+    assert once == pytest.approx(1e-36, rel=1e-6), "each of four nodes goes within a second, none comes back"
 
 
 def test_domains_that_take_too_many_of_a_group_are_found() -> None:

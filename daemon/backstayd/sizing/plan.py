@@ -185,15 +185,10 @@ def _survive(question: Question, sizes: tuple[int, ...], *, m: int, fatal: int) 
 
     Domains that a group bears are left out beside node losses: a first-order figure, near 1 a little too good.
     """
-    rate = question.node_losses_per_day / DAY_S
-    probability = 1.0
-    for size in sorted(set(sizes)):
-        one = survival.survive_window(
-            size, m, rate_per_s=rate, repair_s=question.repair_s, window_s=question.durable_every_s
-        )
-        probability *= one ** sizes.count(size)
+    rate, window_s = question.node_losses_per_day / DAY_S, question.durable_every_s
+    survived = survival.survive_window(sizes, m, rate_per_s=rate, repair_s=question.repair_s, window_s=window_s)
     domains = fatal * question.domain_failures_per_day / DAY_S
-    return probability * math.exp(-domains * question.durable_every_s)
+    return survived * math.exp(-domains * window_s)
 
 
 def _intervals(question: Question, protect_s: float) -> tuple[int, int]:

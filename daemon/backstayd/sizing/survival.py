@@ -41,17 +41,27 @@ def survive_losses(sizes: Sequence[int], m: int, losses: int) -> float:
     return ways[losses] / math.comb(node_count, losses) if losses < len(ways) else 0.0
 
 
-def survive_window(size: int, m: int, *, rate_per_s: float, repair_s: float, window_s: float) -> float:
-    """Probability that one group of ``size`` nodes never has more than ``m`` away at once in ``window_s``.
+def survive_window(sizes: Sequence[int], m: int, *, rate_per_s: float, repair_s: float, window_s: float) -> float:
+    """Probability that no group of these sizes ever has more than ``m`` nodes away at once in ``window_s``.
 
     Each node that is there goes at ``rate_per_s``; each that is away is made up for after an exponential time of mean
-    ``repair_s``, all at once. The birth-death chain over 0..m nodes away, m + 1 absorbing, by uniformization: P(T) =
-    sum_k Poisson(k; LT) * P_k, where P_k is the chance of not being absorbed after k jumps of the chain at rate L.
+    ``repair_s``, all at once.
     """
-    if rate_per_s <= 0 or window_s <= 0:
-        return 1.0
-    if m >= size:
-        return 1.0
+    log_survived = 0.0
+    for size in set(sizes):
+        loss = _lose_window(size, m, rate_per_s=rate_per_s, repair_s=repair_s, window_s=window_s)
+        log_survived += sizes.count(size) * _log_survived(loss)
+    return math.exp(log_survived)
+
+
+def _lose_window(size: int, m: int, *, rate_per_s: float, repair_s: float, window_s: float) -> float:
+    """Probability that one group has more than ``m`` away at once, however small: only positive terms are added up.
+
+    The birth-death chain over 0..m nodes away, m + 1 absorbing, by uniformization: loss = sum_k Poisson(k; LT) * A_k,
+    where A_k is the chance of having been absorbed after k jumps of the chain at rate L.
+    """
+    if rate_per_s <= 0 or window_s <= 0 or m >= size:
+        return 0.0
     repair = 1.0 / max(repair_s, 1e-9)
     up = [(size - away) * rate_per_s for away in range(m + 1)]
     down = [away * repair for away in range(m + 1)]
@@ -59,21 +69,21 @@ def survive_window(size: int, m: int, *, rate_per_s: float, repair_s: float, win
     jumps = fastest * window_s
     if jumps > UNIFORM_TERMS:  # the chain is in its steady state long before: one absorption rate holds
         part_s = UNIFORM_TERMS / 2 / fastest
-        part = survive_window(size, m, rate_per_s=rate_per_s, repair_s=repair_s, window_s=part_s)
-        return float(part ** (window_s / part_s))
+        part = _lose_window(size, m, rate_per_s=rate_per_s, repair_s=repair_s, window_s=part_s)
+        return -math.expm1(window_s / part_s * _log_survived(part))
     state = [1.0] + [0.0] * m
-    loss, weight_left = 0.0, 1.0
+    loss, absorbed = 0.0, 0.0
     log_weight = -jumps
-    limit = int(jumps + 12 * math.sqrt(jumps) + 60)
-    for term in range(limit + 1):
-        weight = math.exp(log_weight)
-        weight_left -= weight
-        loss += weight * (1.0 - sum(state))
-        if weight_left <= 0 and term > jumps:
-            break
+    for term in range(int(jumps + 12 * math.sqrt(jumps) + 60)):
+        loss += math.exp(log_weight) * absorbed
+        absorbed += state[m] * up[m] / fastest
         state = _jump(state, up, down, fastest)
         log_weight += math.log(jumps) - math.log(term + 1)
-    return min(1.0, max(0.0, 1.0 - loss))
+    return min(1.0, loss)
+
+
+def _log_survived(loss: float) -> float:
+    return math.log1p(-loss) if loss < 1.0 else -math.inf
 
 
 def _jump(state: list[float], up: list[float], down: list[float], fastest: float) -> list[float]:
