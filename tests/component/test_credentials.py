@@ -225,7 +225,8 @@ def test_the_command_makes_certificates_that_daemons_take(tmp_path: Path, capsys
         ([], 64, "--node NAME, --coordinator or --operator"),
         (["--node", "a/b"], 64, "a/b"),
         (["--operator", "--trust-domain", "A"], 64, "--trust-domain 'A' is not 1 to 255 lower-case"),
-        (["--operator", "--days", "0"], 64, "not a positive number"),
+        (["--operator", "--days", "0"], 64, "--days '0' is not a number above 0, up to 36500"),
+        (["--operator", "--days", "4000000"], 64, "--days '4000000' is not a number above 0, up to 36500"),
     ],
 )
 def test_a_mistake_in_making_certificates_is_named(
@@ -233,6 +234,7 @@ def test_a_mistake_in_making_certificates_is_named(
 ) -> None:
     assert cli.main(["certs", "--ca-dir", str(tmp_path), *argv]) == status
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "nothing was written"
 
 
 def test_an_authority_whose_key_is_another_ones_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from backstayd.cli.plan_arguments import add_arguments as add_plan_arguments
 from backstayd.config import parse_size, parse_trust_domain
 
 DEFAULT_COORDINATOR: Final = "127.0.0.1:7070"
+MAX_DAYS: Final = 36_500  # of a certificate
 
 # These take their own arguments: nothing after the name is read here.
 _PASSED_ON: Final = {"demo": "backstayd.cli.demo", "bench": "backstayd.cli.bench"}
@@ -130,13 +131,23 @@ def _add_certs(certs: argparse.ArgumentParser) -> None:
     certs.add_argument("--node", action="extend", nargs="+", default=[], metavar="NAME", help="for these nodes")
     certs.add_argument("--coordinator", action="store_true", help="for coordinators")
     certs.add_argument("--operator", action="store_true", help="for people and programs that steer")
-    certs.add_argument("--days", type=_positive, default=365.0, metavar="N", help="how long they are valid (365)")
+    certs.add_argument("--days", type=_days, default=365.0, metavar="N", help="how long they are valid (365)")
     certs.add_argument(
         "--host", action="append", default=[], metavar="NAME",
         help="DNS name or IP address they are valid for besides, which http_tls needs; repeatable",
     )  # fmt: skip
     certs.add_argument("--trust-domain", type=_trust_domain, default="backstay", metavar="NAME", help="(backstay)")
     certs.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def _days(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= MAX_DAYS:
+        raise UsageError(f"--days {text!r} is not a number above 0, up to {MAX_DAYS}", reason="bad_arguments")
+    return value
 
 
 def _trust_domain(text: str) -> str:
