@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from backstayd.coordinator.gauges import Gauges
 from backstayd.core.records import Outcome
 from backstayd.core.recovery import Stage
-from backstayd.telemetry.metrics import CoordinatorMetrics
+from backstayd.telemetry.metrics import CoordinatorMetrics, registry
 from backstayd.telemetry.metrics.coordinator import OUTCOMES, SOURCES
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
@@ -83,6 +85,24 @@ def test_a_trainer_that_dies_is_one_recovery_from_memory() -> None:
         watched.of_run("steps_lost_total")
         == watched.core.runs[RUN].accounts.document(watched.engine.now_s)["steps_lost"]
     )  # type: ignore[index]
+
+
+def test_a_run_that_was_above_the_limit_has_every_series_once_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched()
+    once = ("first_seen_timestamp_seconds", "complete_timestamp_seconds", "protected_timestamp_seconds")
+    monkeypatch.setattr(registry, "MAX_RUNS", 0)
+    watched.observe()
+    watched.engine.run_for(1.0)
+    assert [watched.of_run(name) for name in (*once, "run_seconds_total")] == [0, 0, 0, 0]
+    began = watched.phase("restart")
+    world = watched.job.world_id
+    watched.cluster.kill_trainer(watched.job.trainers[0])
+    watched.until_training(world)
+    assert watched.phase("restart")[0] == began[0] + 1, "what is counted over all runs is complete"
+    monkeypatch.setattr(registry, "MAX_RUNS", 1)
+    watched.engine.run_for(1.0)
+    assert all(watched.of_run(name) >= 1e9 for name in once)
+    assert watched.of_run("run_seconds_total", part="productive") > 0
 
 
 def test_a_lost_node_is_stated_after_its_lease_and_its_shard_is_rebuilt() -> None:

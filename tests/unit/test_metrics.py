@@ -82,6 +82,15 @@ def test_runs_above_the_limit_are_counted_nowhere(monkeypatch: pytest.MonkeyPatc
     assert _value(metrics, "backstay_shards_total", training_job="default/r9", result="committed") == 1
 
 
+def test_runs_above_the_limit_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MAX_RUNS", 1)
+    metrics = NodeMetrics(version="0.1.0")
+    metrics.sessions.of(RUN).set(1)
+    several = {id(metrics.shards.of(f"default/r{index}", result="committed")) for index in range(10)}
+    assert len(several) == 1, "they share one"
+    assert metrics.shards.of(RUN, result="committed") is not metrics.shards.of("default/r0", result="committed")
+
+
 def test_what_a_trainer_says_of_its_costs_is_bounded_and_an_older_one_says_nothing() -> None:
     metrics = NodeMetrics(version="0.1.0")
     gauges.note_cost(metrics, RUN, None)

@@ -22,9 +22,8 @@ WHOLE_S: Final = 0.25  # what takes a look at every rank, or sums up a ledger, i
 
 @dataclass(slots=True)
 class _Seen:
-    """What was exported of one run last."""
+    """What was exported of one run last, since it has series."""
 
-    recoveries: RecoveryWatch
     complete_s: dict[str, float] = field(default_factory=dict)  # snapshot id -> when it was seen to be complete
     protected: set[str] = field(default_factory=set)
     persisted: str = ""
@@ -38,6 +37,7 @@ class Gauges:
     def __init__(self, metrics: CoordinatorMetrics, policy: CorePolicy) -> None:
         self._metrics = metrics
         self._seen: dict[str, _Seen] = {}
+        self._recoveries: dict[str, RecoveryWatch] = {}  # those of runs without series last for some time as well
         self._lease_s = policy.lease_s
         self._margin = LeastMargin(policy.lease_s)
         metrics.report_lease_margin_seconds.set(policy.lease_s)
@@ -52,6 +52,7 @@ class Gauges:
     def close(self) -> None:
         """Another coordinator leads: what holds for a run is for it to say."""
         self._seen.clear()
+        self._recoveries.clear()
         self._metrics.keep_runs(())
         for liveness in Liveness:
             self._metrics.nodes.labels(state=liveness.value).set(0)
@@ -95,21 +96,22 @@ class Gauges:
         for run, state in core.runs.items():
             if state.evaluation is None:
                 continue
-            if run not in self._seen:
-                self._seen[run] = _Seen(RecoveryWatch(run, metrics))
-                metrics.first_seen_timestamp_seconds.of(run).set(unix_s)
-            self._update_run(state, state.evaluation, unix_s)
-            self._seen[run].recoveries.look(state, core.nodes, now_s)
-            if now_s - self._seen[run].whole_s >= WHOLE_S:
-                self._seen[run].whole_s = now_s
-                self._note_trainers(state, state.evaluation)
-                self._note_ledger(state, now_s)
-        for run in [run for run in self._seen if run not in core.runs]:
-            del self._seen[run]
+            if run not in self._recoveries:
+                self._recoveries[run] = RecoveryWatch(run, metrics)
+            self._recoveries[run].look(state, core.nodes, now_s)
+            if metrics.admit(run):
+                self._update_run(state, state.evaluation, now_s=now_s, unix_s=unix_s)
+        for run in self._recoveries.keys() - core.runs.keys():
+            del self._recoveries[run]
+            self._seen.pop(run, None)
         metrics.keep_runs(core.runs)
 
-    def _update_run(self, state: RunState, evaluation: Evaluation, unix_s: float) -> None:
+    def _update_run(self, state: RunState, evaluation: Evaluation, *, now_s: float, unix_s: float) -> None:
         metrics, run = self._metrics, state.run
+        if run not in self._seen:
+            self._seen[run] = _Seen()
+            metrics.first_seen_timestamp_seconds.of(run).set(unix_s)
+        seen = self._seen[run]
         metrics.spares.of(run).set(evaluation.spares)
         metrics.spares_wanted.of(run).set(evaluation.wanted)
         metrics.complete_step.of(run).set(evaluation.complete_step)
@@ -118,6 +120,10 @@ class Gauges:
         metrics.distrusted_snapshots.of(run).set(len(state.probation.distrusted))
         self._note_progress(state, unix_s)
         self._note_persisted(state, unix_s)
+        if now_s - seen.whole_s >= WHOLE_S:
+            seen.whole_s = now_s
+            self._note_trainers(state, evaluation)
+            self._note_ledger(state, now_s)
 
     def _note_trainers(self, state: RunState, evaluation: Evaluation) -> None:
         metrics, run = self._metrics, state.run

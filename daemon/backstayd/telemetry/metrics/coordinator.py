@@ -29,6 +29,10 @@ class CoordinatorMetrics(DaemonMetrics):
         self._add_storage()
         self._add_recoveries()
 
+    def admit(self, run: str) -> bool:
+        """Whether ``run`` has series: not while there are as many others as the limit allows."""
+        return self._registry.admit(run)
+
     def keep_runs(self, runs: Collection[str]) -> None:
         """Drop the series of every run but ``runs``; of all of them, when another coordinator leads."""
         self._registry.keep_runs(runs)

@@ -36,7 +36,7 @@ class PerRun(Generic[Kind]):
     """One metric with a series for each run (and each combination of its other labels).
 
     Args:
-        unregistered: The same metric outside of any registry, for runs above the limit.
+        unregistered: The same metric without labels, outside of any registry: where runs above the limit are counted.
         is_preset: What is known to come is exported from the first sight of a run on, at 0.
         is_possible: Which combinations of the other labels' values are; by default all.
     """
@@ -59,8 +59,7 @@ class PerRun(Generic[Kind]):
 
     def of(self, run: str, **labels: str) -> Kind:
         """The series of ``run``; it stays until :meth:`Registry.keep_runs` does not name the run any more."""
-        metric = self._metric if self._registry.admit(run) else self._nowhere
-        return metric.labels(**{RUN_LABEL: run}, **labels)
+        return self._metric.labels(**{RUN_LABEL: run}, **labels) if self._registry.admit(run) else self._nowhere
 
     def preset(self, run: str) -> None:
         """Export what is known to come, at 0."""
@@ -158,7 +157,7 @@ class Registry:
         self._declare(kind, name, documentation, {RUN_LABEL: (), **known})
         names = (RUN_LABEL, *known)
         metric = kind(f"{PREFIX}_{name}", documentation, names, registry=self.collector)
-        nowhere = kind(f"{PREFIX}_{name}", documentation, names, registry=None)
+        nowhere = kind(f"{PREFIX}_{name}", documentation, registry=None)
         family = PerRun(self, metric, nowhere, labels=known, is_preset=is_preset, is_possible=is_possible)
         self._per_run.append(family)
         return family
