@@ -12,6 +12,7 @@ from backstay.errors import SnapshotNotFoundError, UsageError
 from backstayd import cli
 from backstayd.cli import arguments, explain, snapshots, status, tables
 from backstayd.cli.coordinator import find_run
+from backstayd.cli.watching import Changes
 
 
 @pytest.fixture
@@ -130,6 +131,23 @@ def test_what_happens_at_every_snapshot_does_not_push_events_out(document: dict[
     assert "node_lost" in text
     assert "decided" in text
     assert "step 13" not in text
+
+
+def test_watching_tells_every_event_of_one_moment_and_of_a_clock_that_is_behind(document: dict[str, Any]) -> None:
+    def event(kind: str, message: str, time_unix_s: float) -> dict[str, Any]:
+        return {"time_unix_s": time_unix_s, "run": "default/gpt", "kind": kind, "message": message}
+
+    seen = Changes()
+    seen.take(document)
+    at_once = [event("quarantined", "rank 1", 1_800_000_010.0), event("quarantined", "rank 2", 1_800_000_010.0)]
+    document["timeline"] += at_once
+    assert seen.take(document) == ["default/gpt: quarantined: rank 1", "default/gpt: quarantined: rank 2"]
+    assert seen.take(document) == []
+    document["timeline"] = [
+        event("quarantined", "rank 3", 1_799_999_990.0),
+        event("protected", "step 9", 1_799_999_999.0),
+    ]
+    assert seen.take(document) == ["default/gpt: quarantined: rank 3"], "another coordinator's clock; no routine"
 
 
 def test_status_says_what_is_distrusted_and_why(document: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final, TextIO
 
 from backstay.errors import UnavailableError
 from backstayd.cli.tables import clock_time
+from backstayd.core.timeline import FREQUENT_KINDS
 
 PERIOD_S: Final = 1.0
 ENTER: Final = "\x1b[?1049h\x1b[?25l"  # a screen of its own, without a cursor
@@ -99,7 +100,7 @@ class Changes:
     def __init__(self) -> None:
         self._verdicts: dict[str, str] = {}
         self._nodes: dict[str, str] = {}
-        self._newest: dict[tuple[str, str], float] = {}  # by run and kind, the time of the newest event told
+        self._events: set[tuple[Any, ...]] = set()  # of the document before; no clock is compared with another
         self._is_first = True
 
     def take(self, document: Document) -> list[str]:
@@ -128,14 +129,13 @@ class Changes:
         return lines
 
     def _take_events(self, events: list[Document]) -> list[str]:
-        lines = []
+        lines, before = [], self._events
+        self._events = {tuple(event.values()) for event in events}
         for event in events:
-            place = (event["run"], event["kind"])
-            if event["time_unix_s"] > self._newest.get(place, 0.0):
-                self._newest[place] = event["time_unix_s"]
-                if not self._is_first and event["kind"] not in ("complete", "protected", "released_snapshot"):
-                    who = f"{event['run']}: " if event["run"] else ""
-                    lines.append(f"{who}{event['kind']}: {event['message']}")
+            is_new = tuple(event.values()) not in before
+            if is_new and not self._is_first and event["kind"] not in FREQUENT_KINDS:
+                who = f"{event['run']}: " if event["run"] else ""
+                lines.append(f"{who}{event['kind']}: {event['message']}")
         return lines
 
 
