@@ -15,6 +15,7 @@ from typing import NoReturn
 from backstay import __version__
 from backstay.errors import BackstayError, ConfigError, UsageError
 from backstayd import config
+from backstayd.printable import say
 from backstayd.security.configured import load_credentials
 from backstayd.telemetry import logs
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         return _run(arguments)
     except BackstayError as error:
-        print(f"backstayd: {error}", file=sys.stderr)
+        say(f"backstayd: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -261,6 +261,19 @@ def test_a_text_log_line_has_time_level_component_logger_and_extra_values(stream
     assert line[10] == "T"
 
 
+def test_what_others_say_cannot_pass_for_a_text_log_line(stream: io.StringIO) -> None:
+    logs.configure(level="info", form="text", component="node n1", stream=stream)
+    forged = "\n2026-11-21T03:42:45.123Z INFO node n1 backstayd.x: all is well\x1b[2J"
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logging.getLogger("backstayd.x").exception("distrusted: %s", forged, extra={"run": forged})
+    lines = stream.getvalue().removesuffix("\n").split("\n")
+    assert all(line.startswith("  ") for line in lines[1:]), "only a record begins at the margin"
+    assert lines[0].count("all is well") == 2
+    assert all(line.isprintable() for line in lines)
+
+
 def test_a_json_log_line_is_one_object_even_with_an_exception(stream: io.StringIO) -> None:
     logs.configure(level="debug", form="json", component="coordinator", stream=stream)
     try:

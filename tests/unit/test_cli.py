@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import socket
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backstay.errors import SnapshotNotFoundError, UsageError
+from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstayd import cli
-from backstayd.cli import arguments, explain, snapshots, status, tables
+from backstayd.cli import arguments, explain, snapshots, status, tables, watching
 from backstayd.cli.coordinator import find_run
-from backstayd.cli.watching import Changes
 
 
 @pytest.fixture
@@ -137,7 +140,7 @@ def test_watching_tells_every_event_of_one_moment_and_of_a_clock_that_is_behind(
     def event(kind: str, message: str, time_unix_s: float) -> dict[str, Any]:
         return {"time_unix_s": time_unix_s, "run": "default/gpt", "kind": kind, "message": message}
 
-    seen = Changes()
+    seen = watching.Changes()
     seen.take(document)
     at_once = [event("quarantined", "rank 1", 1_800_000_010.0), event("quarantined", "rank 2", 1_800_000_010.0)]
     document["timeline"] += at_once
@@ -148,6 +151,59 @@ def test_watching_tells_every_event_of_one_moment_and_of_a_clock_that_is_behind(
         event("protected", "step 9", 1_799_999_999.0),
     ]
     assert seen.take(document) == ["default/gpt: quarantined: rank 3"], "another coordinator's clock; no routine"
+
+
+HOSTILE = "\x1b]0;owned\x07nan\x9b2J\ndefault/gpt: all is well\u202e"
+
+
+def test_words_of_a_trainer_neither_command_a_terminal_nor_pass_for_lines_of_ours(document: dict[str, Any]) -> None:
+    run = document["runs"][0]
+    run["distrusted"] = [{"snapshot_id": "x", "attempt": 2, "step": 12, "reason": HOSTILE}]
+    run["reason"] = run["explain"]["message"] = run["decision"]["message"] = HOSTILE
+    run["quarantined"][0]["reason"] = run["snapshots"][0]["missing"] = document["timeline"][1]["message"] = HOSTILE
+    texts = [status.describe(document, events=9), explain.describe(run), snapshots.describe(run)]
+    for text in [*texts, tables.as_json(document)]:
+        assert all(line.isprintable() for line in text.split("\n"))
+        assert "default/gpt: all is well" not in text.split("\n")
+    assert r"distrusted: \x1b]0;owned\x07nan\x9b2J\ndefault/gpt: all is well\u202e" in texts[0]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_watching_shows_the_words_of_others_as_words(
+    is_terminal: bool, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+    answers: Iterator[Any] = iter([document, UnavailableError(HOSTILE), KeyboardInterrupt()])
+
+    def ask() -> dict[str, Any]:
+        answer = next(answers)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(watching, "PERIOD_S", 0.0)
+    document["runs"][0]["reason"] = document["nodes"][0]["state"] = HOSTILE
+    screen = Screen()
+    with pytest.raises(KeyboardInterrupt):
+        watching.Watch(ask, lambda shown: status.describe(shown, events=9), screen).run()
+    shown = screen.getvalue()
+    for ours in (watching.ENTER, watching.LEAVE, "\x1b[H", "\x1b[K\r", "\x1b[J"):
+        shown = shown.replace(ours, "")
+    assert "owned" in shown
+    assert all(line.isprintable() for line in shown.split("\n"))
+
+
+def test_an_error_is_printed_without_what_commands_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["certs", "--ca-dir", "/proc/\x1b[2J", "--operator"]) == 78
+    assert r"/proc/\x1b[2J" in capsys.readouterr().err
+
+
+def test_everything_a_command_prints_passes_one_place() -> None:
+    printing = re.compile(r"(?<!\w)print\(|std(out|err)\.write")
+    assert not [path.name for path in Path(cli.__file__).parent.glob("*.py") if printing.search(path.read_text())]
 
 
 def test_status_says_what_is_distrusted_and_why(document: dict[str, Any]) -> None:

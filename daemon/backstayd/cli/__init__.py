@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from backstay.errors import BackstayError
+from backstayd.printable import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(sys.argv[1:] if argv is None else argv)
     except BackstayError as error:
-        print(f"backstay: {error}", file=sys.stderr)
+        say(f"backstay: {error}", sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe left, as `| head` does

@@ -8,6 +8,7 @@ import datetime as dt
 from backstay.errors import UsageError
 from backstay.ids import check_name
 from backstayd.cli.tables import as_json, table
+from backstayd.printable import say
 from backstayd.security.authority import Authority, Issued
 from backstayd.security.identity import Identity, Role
 
@@ -21,12 +22,12 @@ def run(arguments: argparse.Namespace) -> int:
         directory = arguments.ca_dir / identity.role.value / identity.name
         issued.append(authority.issue(identity, directory, lifetime=lifetime, hosts=arguments.host))
     if arguments.json:
-        print(as_json({"ca": str(authority.directory / "ca.crt"), "issued": [_row(one) for one in issued]}))
+        say(as_json({"ca": str(authority.directory / "ca.crt"), "issued": [_row(one) for one in issued]}))
         return 0
     made = "made" if authority.is_new else "used"
-    print(f"{made} the authority in {authority.directory}; keep ca.key there, and nowhere else\n")
+    say(f"{made} the authority in {authority.directory}; keep ca.key there, and nowhere else\n")
     rows = [(one.identity.uri, f"{one.not_after:%Y-%m-%d}", f"{one.directory}/") for one in issued]
-    print(table(("IDENTITY", "VALID UNTIL", "tls.crt, tls.key AND ca.crt IN"), rows))
+    say(table(("IDENTITY", "VALID UNTIL", "tls.crt, tls.key AND ca.crt IN"), rows))
     return 0
 
 

@@ -8,16 +8,17 @@ from backstay.errors import UsageError
 from backstay.ids import RunKey
 from backstayd.cli import coordinator
 from backstayd.cli.tables import as_json
+from backstayd.printable import printable, say
 
 
 def run(arguments: argparse.Namespace) -> int:
     run_ = full_name(arguments.run, "distrust")
     outlook = coordinator.distrust(arguments, run_)
     if arguments.json:
-        print(as_json({"run": run_, "step": arguments.step, "reason": arguments.reason, "outlook": outlook}))
+        say(as_json({"run": run_, "step": arguments.step, "reason": arguments.reason, "outlook": outlook}))
     else:
-        print(f"step {arguments.step} of {run_}, and what was trained from it, is not restored again")
-        print(f"a restart now: {outlook}")
+        say(f"step {arguments.step} of {run_}, and what was trained from it, is not restored again")
+        say(f"a restart now: {printable(outlook)}")
     return 0
 
 

@@ -16,17 +16,18 @@ from backstayd.cli.coordinator import get_status
 from backstayd.cli.findings import Finding, Level, fail, ok
 from backstayd.cli.tables import as_json, table
 from backstayd.config import NodeConfig
+from backstayd.printable import say
 
 
 def run(arguments: argparse.Namespace) -> int:
     findings = examine(arguments)
     if arguments.json:
         rows = [{"level": item.level.value, "subject": item.subject, "detail": item.detail} for item in findings]
-        print(as_json({"findings": rows, "is_healthy": all(item.level is not Level.FAIL for item in findings)}))
+        say(as_json({"findings": rows, "is_healthy": all(item.level is not Level.FAIL for item in findings)}))
     else:
-        print(table(("", "WHAT", "FOUND"), [(item.level.value, item.subject, item.detail) for item in findings]))
+        say(table(("", "WHAT", "FOUND"), [(item.level.value, item.subject, item.detail) for item in findings]))
         counts = {level: sum(item.level is level for item in findings) for level in Level}
-        print(f"\n{counts[Level.OK]} OK, {counts[Level.WARN]} WARN, {counts[Level.FAIL]} FAIL")
+        say(f"\n{counts[Level.OK]} OK, {counts[Level.WARN]} WARN, {counts[Level.FAIL]} FAIL")
     return 1 if any(item.level is Level.FAIL for item in findings) else 0
 
 

@@ -13,6 +13,7 @@ from typing import Final
 from backstay.errors import UnavailableError
 from backstayd.cli import coordinator
 from backstayd.cli.tables import as_json
+from backstayd.printable import printable, say
 
 CALL_S: Final = 5.0  # longest wait for one answer
 POLL_S: Final = 0.5
@@ -22,9 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.node
     state, reason = _wait(arguments) if arguments.wait else _order(arguments)
     if arguments.json:
-        print(as_json({"node": name, "draining": state, "reason": reason}))
+        say(as_json({"node": name, "draining": state, "reason": reason}))
     else:
-        print(f"{name}: {describe(state, reason, undo=arguments.undo)}")
+        say(f"{name}: {describe(state, printable(reason), undo=arguments.undo)}")
     return 0
 
 
@@ -57,7 +58,7 @@ def _wait(arguments: argparse.Namespace) -> tuple[str, str]:
         if state == wanted:
             return state, reason
         if problem != said and not arguments.json:
-            print(f"{arguments.node}: {problem or 'waits for the node to obey'}", file=sys.stderr)
+            say(f"{arguments.node}: {printable(problem) or 'waits for the node to obey'}", sys.stderr)
             said = problem
         if time.monotonic() >= deadline_s:
             what = "still drains" if arguments.undo else "is not drained"

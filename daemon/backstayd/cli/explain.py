@@ -7,22 +7,24 @@ from typing import Any
 
 from backstayd.cli.coordinator import find_run, get_status
 from backstayd.cli.tables import as_json, table
+from backstayd.printable import printable_values, say
 
 
 def run(arguments: argparse.Namespace) -> int:
     document = get_status(arguments)
     found = find_run(document, arguments.run)
     if arguments.json:
-        print(as_json({"run": found["run"], "explain": found["explain"], "decision": found["decision"]}))
+        say(as_json({"run": found["run"], "explain": found["explain"], "decision": found["decision"]}))
     else:
-        print(describe(found))
+        say(describe(found))
         if not document["is_settled"]:
-            print("\nThe coordinator has just started: nodes that have not reported yet may change this.")
+            say("\nThe coordinator has just started: nodes that have not reported yet may change this.")
     return 0
 
 
 def describe(run_: dict[str, Any]) -> str:
     """The plan of a recovery that would begin now, then the decision in force."""
+    run_ = printable_values(run_)
     plan = run_["explain"]
     lines = [f"{run_['run']}  {run_['redundancy']}", "", "IF IT RESTARTED NOW"]
     if plan is None:

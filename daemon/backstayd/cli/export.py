@@ -14,6 +14,7 @@ from backstay.ids import RunKey
 from backstayd.cli.snapshot_readers import open_in_memory, open_persisted
 from backstayd.cli.tables import as_json
 from backstayd.config import format_size
+from backstayd.printable import say
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         differing = differing_copies(shards, prefix=arguments.prefix)
         aliases = aliases_of(shards, prefix=arguments.prefix)
     if arguments.json:
-        print(
+        say(
             as_json(
                 {
                     "run": run_,
@@ -40,14 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
             )
         )
         return 0
-    print(
+    say(
         f"{run_} at step {step}: {written.tensor_count} tensors, {format_size(written.size_bytes)}, in "
         f"{len(written.files)} files below {arguments.to}"
     )
     for name, target in aliases.items():
-        print(f"tied, written once: {name} is {target}")
+        say(f"tied, written once: {name} is {target}")
     for name, ranks in differing.items():
-        print(f"kept by ranks {', '.join(map(str, ranks))} with bytes of their own: {name} is that of rank {ranks[0]}")
+        say(f"kept by ranks {', '.join(map(str, ranks))} with bytes of their own: {name} is that of rank {ranks[0]}")
     return 0
 
 

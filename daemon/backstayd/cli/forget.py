@@ -8,6 +8,7 @@ from backstay.errors import UsageError
 from backstay.ids import RunKey
 from backstayd.cli import coordinator
 from backstayd.cli.tables import as_json
+from backstayd.printable import say
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -17,5 +18,5 @@ def run(arguments: argparse.Namespace) -> int:
         )
     run_ = str(RunKey.parse(arguments.run))
     coordinator.forget(arguments, run_)
-    print(as_json({"run": run_, "forgotten": True}) if arguments.json else f"{run_} is being deleted on every node")
+    say(as_json({"run": run_, "forgotten": True}) if arguments.json else f"{run_} is being deleted on every node")
     return 0

@@ -27,6 +27,7 @@ from backstayd.cli.tables import as_json
 from backstayd.config import format_size
 from backstayd.core.records import Lineage, PersistedSnapshot, VolumeShard
 from backstayd.core.storage_names import RECORD_NAME, run_url, snapshot_url
+from backstayd.printable import say
 from backstayd.storage.place import open_place
 from backstayd.storage.source import chunk_range
 from backstayd.store.stored import ShardChunks, parse_manifest
@@ -53,16 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
         url = snapshot_url(root, found.key)
         _publish(Path(directory), url, found)
     if arguments.json:
-        print(as_json(summary | {"run": run_, "url": url, "snapshot_id": found.snapshot_id}))
+        say(as_json(summary | {"run": run_, "url": url, "snapshot_id": found.snapshot_id}))
         return 0
-    print(
+    say(
         f"{run_}: {summary['tensors']} tensors ({format_size(float(summary['size_bytes']))}) of a {summary['format']} "
         f"checkpoint, with optimizer state of {summary['optimizer_parameters']} parameters, are step {summary['step']} at {url}"
     )
     if summary["left_out"]:
         shown = ", ".join(summary["left_out"][:5])
-        print(f"not taken over, the script's own are used: {shown}{', ...' if len(summary['left_out']) > 5 else ''}")
-    print(
+        say(f"not taken over, the script's own are used: {shown}{', ...' if len(summary['left_out']) > 5 else ''}")
+    say(
         f"Start the run with run_id={found.run.partition('/')[2]!r} under a coordinator with persist_url = {arguments.to!r}."
     )
     return 0

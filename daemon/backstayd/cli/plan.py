@@ -17,6 +17,7 @@ from backstay.errors import UsageError
 from backstayd.cli.tables import as_json, duration, table
 from backstayd.config import format_size
 from backstayd.core.sentences import amount
+from backstayd.printable import say
 from backstayd.sizing import rates
 from backstayd.sizing.plan import Answer, Choice, Question, answer
 
@@ -36,9 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         draw(found, arguments.plot)
     if arguments.json:
-        print(as_json(document(found)))
+        say(as_json(document(found)))
     else:
-        print(describe(found))
+        say(describe(found))
     return 0
 
 

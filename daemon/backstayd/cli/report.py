@@ -8,6 +8,7 @@ from typing import Any
 from backstay.errors import SnapshotNotFoundError
 from backstayd.cli.coordinator import find_run, get_status
 from backstayd.cli.tables import as_json, date_time, duration, table
+from backstayd.printable import printable_values, say
 
 PHASES = (("DETECT", "detect_s"), ("RESTART", "restart_s"), ("DECIDE", "decide_s"), ("LOAD", "release_s"))
 LEGEND = (
@@ -21,9 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
     document = get_status(arguments)
     runs = _runs(document, arguments.run)
     if arguments.json:
-        print(as_json({"time_unix_s": document["time_unix_s"], "runs": runs}))
+        say(as_json({"time_unix_s": document["time_unix_s"], "runs": runs}))
     else:
-        print("\n\n".join(describe(found) for found in runs) or "no run is known")
+        say("\n\n".join(describe(found) for found in runs) or "no run is known")
     return 0
 
 
@@ -52,6 +53,7 @@ def _entry(found: dict[str, Any], *, is_over: bool) -> dict[str, Any]:
 
 def describe(found: dict[str, Any]) -> str:
     """One run's ledger as text for people."""
+    found = printable_values(found)
     ledger = found["ledger"]
     if not ledger:
         return f"{found['run']}: no world of it has trained yet, as far as this coordinator knows"

@@ -9,20 +9,22 @@ from backstayd.cli.coordinator import find_run, get_status
 from backstayd.cli.status import describe_storage
 from backstayd.cli.tables import as_json, date_time, table
 from backstayd.config import format_size
+from backstayd.printable import printable_values, say
 
 
 def run(arguments: argparse.Namespace) -> int:
     document = get_status(arguments)
     runs = [find_run(document, arguments.run)] if arguments.run else document["runs"]
     if arguments.json:
-        print(as_json([{"run": r["run"], "snapshots": r["snapshots"], "storage": r.get("storage")} for r in runs]))
+        say(as_json([{"run": r["run"], "snapshots": r["snapshots"], "storage": r.get("storage")} for r in runs]))
     else:
-        print("\n\n".join(describe(run_) for run_ in runs) or "no run is known")
+        say("\n\n".join(describe(run_) for run_ in runs) or "no run is known")
     return 0
 
 
 def describe(run_: dict[str, Any]) -> str:
     """The snapshots of one run as a table, newest first, with a sentence for each that cannot be restored as it is."""
+    run_ = printable_values(run_)
     snapshots = sorted(run_["snapshots"], key=lambda item: (item["attempt"], item["step"]), reverse=True)
     rows = [
         (

@@ -10,6 +10,7 @@ from backstayd.cli.tables import as_json, clock_time, table
 from backstayd.cli.watching import count_sentence, watch
 from backstayd.config import format_size
 from backstayd.core.timeline import FREQUENT_KINDS
+from backstayd.printable import printable_values, say
 
 MANY_NODES: Final = 20  # above that only those are listed that are not well
 
@@ -18,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.watch:
         return watch(lambda: get_status(arguments, is_brief=True), lambda document: _text(document, arguments))
     document = get_status(arguments, is_brief=not arguments.json)
-    print(as_json(document) if arguments.json else _text(document, arguments))
+    say(as_json(document) if arguments.json else _text(document, arguments))
     return 0
 
 
@@ -33,6 +34,7 @@ def describe(document: dict[str, Any], *, events: int, has_all_nodes: bool = Fal
         events: So many of the newest of its timeline, without what happens at every snapshot.
         has_all_nodes: List every node even if there are many; else only those that are not well.
     """
+    document = printable_values(document)
     generation = document["generation"]["number"]
     settled = "settled" if document["is_settled"] else "settling: it decides nothing until the known nodes reported"
     leader = document.get("leader") or {}

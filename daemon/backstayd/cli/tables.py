@@ -1,4 +1,4 @@
-"""Aligned columns of text for people; standard library only."""
+"""Aligned columns of text for people, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
+
+from backstayd.printable import printable
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -30,8 +32,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def as_json(value: Any) -> str:
-    """Indented JSON in the order given."""
-    return json.dumps(value, indent=2, ensure_ascii=False)
+    """Indented JSON in the order given; in ASCII, so that a terminal takes nothing in it for a command."""
+    return json.dumps(value, indent=2)
 
 
 def clock_time(time_unix_s: float) -> str:
@@ -61,4 +63,4 @@ def duration(seconds: float) -> str:
 def _cell(value: object) -> str:
     if value is None or value == "":
         return "-"
-    return " ".join(str(value).split())
+    return printable(" ".join(str(value).split()))

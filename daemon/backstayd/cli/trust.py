@@ -7,13 +7,14 @@ import argparse
 from backstayd.cli import coordinator
 from backstayd.cli.distrust import full_name
 from backstayd.cli.tables import as_json
+from backstayd.printable import say
 
 
 def run(arguments: argparse.Namespace) -> int:
     run_ = full_name(arguments.run, "trust")
     count = coordinator.trust(arguments, run_)
     if arguments.json:
-        print(as_json({"run": run_, "trusted": count}))
+        say(as_json({"run": run_, "trusted": count}))
     else:
-        print(f"{run_}: {count} snapshot{'' if count == 1 else 's'} trusted again; its restores are counted anew")
+        say(f"{run_}: {count} snapshot{'' if count == 1 else 's'} trusted again; its restores are counted anew")
     return 0

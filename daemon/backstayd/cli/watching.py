@@ -14,6 +14,7 @@ from typing import Any, Final, TextIO
 from backstay.errors import UnavailableError
 from backstayd.cli.tables import clock_time
 from backstayd.core.timeline import FREQUENT_KINDS
+from backstayd.printable import printable, printable_lines
 
 PERIOD_S: Final = 1.0
 ENTER: Final = "\x1b[?1049h\x1b[?25l"  # a screen of its own, without a cursor
@@ -62,7 +63,8 @@ class Watch:
         if self._problem:
             since = f"what is below was true at {clock_time(self._confirmed_unix_s)[:8]}" if self._document else ""
             heading = f"NO ANSWER: {self._problem}\ntrying again; {since or 'nothing is known yet'}"
-        return f"{heading}\n\n{self._describe(self._document)}" if self._document is not None else heading
+        text = f"{heading}\n\n{self._describe(self._document)}" if self._document is not None else heading
+        return printable_lines(text)
 
     def _draw(self) -> None:
         """One write, each line overwritten in place, so that nothing flickers."""
@@ -90,7 +92,7 @@ class Watch:
             time.sleep(PERIOD_S)
 
     def _say(self, line: str) -> None:
-        self._out.write(f"{clock_time(time.time())[:8]} {line}\n")
+        self._out.write(f"{clock_time(time.time())[:8]} {printable(line)}\n")
         self._out.flush()
 
 

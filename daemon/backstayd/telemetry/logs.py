@@ -1,6 +1,7 @@
 """Logging set-up of the daemons: text for people or one JSON object per line, on stderr, standard library alone.
 
-Messages are complete sentences; structured values come through ``extra``. Must not import anything of backstay.
+Messages are complete sentences; structured values come through ``extra``. A text record is one line, and what follows of a
+traceback is indented: what others say cannot pass for a record. Must not know anything else of backstay.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import logging
 import sys
 import time
 from typing import Any, Final, TextIO
+
+from backstayd.printable import printable
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -23,9 +26,10 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
-        text = f"{_timestamp(record)} {record.levelname} {self.component} {record.name}: {record.getMessage()}{extra}"
+        said = printable(record.getMessage() + extra)
+        text = f"{_timestamp(record)} {record.levelname} {self.component} {record.name}: {said}"
         if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
+            text += "".join(f"\n  {printable(line)}" for line in self.formatException(record.exc_info).split("\n"))
         return text
 
 

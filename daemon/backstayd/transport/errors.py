@@ -8,6 +8,7 @@ import grpc
 
 from backstay import errors
 from backstay.errors import BackstayError, UnavailableError
+from backstayd.printable import printable
 
 REASON_KEY: Final = "backstay-reason"
 LEADER_KEY: Final = "backstay-leader"  # host:port of the coordinator that leads, where one that does not was asked
@@ -63,7 +64,8 @@ def error_of(call: grpc.RpcError, *, asked: str) -> BackstayError:
         return BackstayError(f"{asked}: {call}")
     code = call.code()
     told = {str(key): str(value) for key, value in call.trailing_metadata() or ()}
-    reason, message = told.get(REASON_KEY, ""), f"{asked}: {call.details() or code.name.lower().replace('_', ' ')}"
+    reason = told.get(REASON_KEY, "")
+    message = f"{asked}: {printable(call.details() or code.name.lower().replace('_', ' '))}"
     if reason == NOT_LEADER:
         return NotLeaderError(message, leader=told.get(LEADER_KEY, ""))
     return class_of(code)(message, reason=reason)
