@@ -59,6 +59,13 @@ def pod(document: Document) -> Document:
     return dict(document["spec"]["template"]["spec"])
 
 
+def configuration(found: list[Document], path: Path) -> Path:
+    """The chart's backstayd.toml as a file in ``path``."""
+    file = path / "backstayd.toml"
+    file.write_text(one(found, "ConfigMap")["data"]["backstayd.toml"])
+    return file
+
+
 def by_name(found: list[Document]) -> dict[tuple[str, str], Document]:
     return {(document["kind"], document["metadata"]["name"]): document for document in found}
 
@@ -110,6 +117,9 @@ def test_the_chart_has_no_error() -> None:
         {"node": {"maxUnavailable": "50%"}},
         {"coordinator": {"parity": "5"}},
         {"image": {"digest": "latest"}},
+        {"node": {"settings": {"http": "[::]:8080"}}},
+        {"node": {"settings": {"http_tls": "yes"}}},
+        {"coordinator": {"settings": {"keep": [2]}}},
     ],
     ids=json.dumps,
 )
@@ -201,8 +211,7 @@ def test_memory_of_the_pod_is_as_large_as_the_quota() -> None:
 
 def test_the_daemon_takes_the_configuration_that_it_is_given(tmp_path: Path) -> None:
     found = rendered()
-    file = tmp_path / "backstayd.toml"
-    file.write_text(one(found, "ConfigMap")["data"]["backstayd.toml"])
+    file = configuration(found, tmp_path)
     daemons = one(found, "DaemonSet")
     environ = environment(daemons, NODE_NAME="worker-7", POD_IP="10.0.0.7")
     node = config.load(config.NodeConfig, file=file, environ=environ, flags={})
@@ -219,11 +228,41 @@ def test_the_daemon_takes_the_configuration_that_it_is_given(tmp_path: Path) -> 
 
 
 def test_settings_of_the_chart_reach_the_daemons(tmp_path: Path) -> None:
-    values = {"coordinator": {"settings": {"keep": 2}, "parity": "2"}, "node": {"settings": {"domain": "rack-1"}}}
-    file = tmp_path / "backstayd.toml"
-    file.write_text(one(rendered(values), "ConfigMap")["data"]["backstayd.toml"])
+    bandwidth = {"persist_bandwidth_bytes_per_s": 100_000_000}
+    values = {"coordinator": {"settings": {"keep": 2} | bandwidth, "parity": "2"}}
+    file = configuration(rendered(values), tmp_path)
     coordinator = config.load(config.CoordinatorConfig, file=file, environ={}, flags={})
     assert (coordinator.keep, coordinator.parity) == (2, 2)
+    assert coordinator.persist_bandwidth_bytes_per_s == 100_000_000
+
+
+def test_settings_win_over_what_the_chart_would_write_even_when_they_say_none(tmp_path: Path) -> None:
+    parts = {
+        "node": {"lease_s": 0.5, "coders": 3, "log_format": "text", "http": "[::]:7072"},
+        "coordinator": {"parity": 0, "group_size": 4, "persist_url": "", "listen": "[::]:7070", "http": "[::]:7073"},
+    }
+    values: Document = {name: {"settings": settings} for name, settings in parts.items()}
+    values["coordinator"]["persistUrl"] = "s3://bucket"
+    found = rendered(values)
+    file = configuration(found, tmp_path)
+    written = tomllib.loads(file.read_text())
+    assert {name: {key: written[name][key] for key in settings} for name, settings in parts.items()} == parts
+    environ = environment(one(found, "DaemonSet"), NODE_NAME="worker-7", POD_IP="fd00::7")
+    node = config.load(config.NodeConfig, file=file, environ=environ, flags={})
+    assert (node.http, node.bulk) == ("[::]:7072", "[fd00::7]:7071")
+    environ = environment(one(found, "Deployment"), POD_IP="fd00::8")
+    coordinator = config.load(config.CoordinatorConfig, file=file, environ=environ, flags={})
+    assert (coordinator.listen, coordinator.http, coordinator.advertise) == ("[::]:7070", "[::]:7073", "[fd00::8]:7070")
+    assert coordinator.parity == 0
+
+
+def test_a_large_user_id_stays_a_whole_number() -> None:
+    found = rendered({"node": {"userID": 1_000_660_000, "memorySource": "emptyDir"}})
+    for kind in ("DaemonSet", "Deployment"):
+        document = one(found, kind)
+        kubernetes_validate.validate(document, KUBERNETES_VERSIONS[-1], strict=True)
+        assert pod(document)["securityContext"]["fsGroup"] == 1_000_660_000
+    assert "1000660000" in pod(one(found, "DaemonSet"))["initContainers"][0]["command"]
 
 
 def test_ports_are_those_of_the_configuration() -> None:
@@ -274,6 +313,37 @@ def test_probes_ask_what_the_daemons_answer_and_are_slow_to_kill() -> None:
         assert liveness["failureThreshold"] * liveness["periodSeconds"] >= 60
 
 
+@pytest.mark.parametrize("secure", ["node", "coordinator"])
+def test_pages_over_tls_are_asked_for_over_tls_and_the_others_are_not(secure: str) -> None:
+    found = rendered({secure: {"settings": {"http_tls": True}}, "podMonitor": {"enabled": True}})
+    for kind, component in (("DaemonSet", "node"), ("Deployment", "coordinator")):
+        scheme = "HTTPS" if component == secure else "HTTP"
+        container = pod(one(found, kind))["containers"][0]
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert container[probe]["httpGet"]["scheme"] == scheme
+        service = {port["name"]: port for port in one(found, "Service", f"backstay-{component}")["spec"]["ports"]}
+        assert service["http"]["appProtocol"] == scheme.lower()
+        endpoint = one(found, "PodMonitor", f"backstay-{component}")["spec"]["podMetricsEndpoints"][0]
+        assert endpoint["scheme"] == scheme.lower()
+        assert endpoint.get("tlsConfig") == ({"insecureSkipVerify": True} if component == secure else None)
+
+
+def test_a_scrape_adds_no_label_by_which_rules_would_judge_each_machine_alone_and_is_known_by_name() -> None:
+    alerts = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules" / "backstay.alerts.yml").read_text())
+    down = next(rule["expr"] for rule in alerts["groups"][0]["rules"] if rule["alert"] == "DaemonDown")
+    names = re.findall(r'job=~"(.+?)"', down)
+    assert len(names) == 1
+    monitors = [d for d in rendered({"podMonitor": {"enabled": True}}) if d["kind"] == "PodMonitor"]
+    assert len(monitors) == 2
+    for monitor in monitors:
+        job = f"{monitor['metadata']['namespace']}/{monitor['metadata']['name']}"  # as the operator calls it
+        assert re.fullmatch(names[0], job)
+        assert not {"relabelings", "metricRelabelings"} & monitor["spec"]["podMetricsEndpoints"][0].keys()
+        assert not {"podTargetLabels", "attachMetadata"} & monitor["spec"].keys()
+    static = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    assert all(re.fullmatch(names[0], scrape["job_name"]) for scrape in static)
+
+
 def test_a_rollout_takes_fewer_daemons_away_than_a_group_survives() -> None:
     update = one(rendered(), "DaemonSet")["spec"]["updateStrategy"]["rollingUpdate"]
     assert update == {"maxUnavailable": 1, "maxSurge": 0}
@@ -284,11 +354,11 @@ def test_disruption_budgets_are_of_the_form_that_works() -> None:
     daemons = one(found, "DaemonSet")["spec"]["selector"]["matchLabels"]
     for document in found:
         if document["kind"] == "PodDisruptionBudget":
-            assert isinstance(document["spec"]["minAvailable"], int)
+            assert "minAvailable" not in document["spec"], "one replica could never be drained"
+            assert document["spec"]["maxUnavailable"] == 1
             assert document["spec"]["selector"]["matchLabels"] != daemons, (
                 "a DaemonSet's pods are not evicted by a drain"
             )
-    assert one(found, "Deployment")["spec"]["replicas"] > one(found, "PodDisruptionBudget")["spec"]["minAvailable"]
 
 
 def test_selectors_select_and_do_not_hold_the_version() -> None:

@@ -20,11 +20,18 @@ app.kubernetes.io/name: backstay
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 
-{{/* Lines of TOML from a map of settings. */}}
+{{/* Lines of TOML from a list of maps of settings; the later wins. Texts, numbers and switches of JSON are those of TOML. */}}
 {{- define "backstay.settings" -}}
-{{- range $name, $value := . }}
-{{ $name }} = {{ if kindIs "string" $value }}{{ $value | quote }}{{ else }}{{ $value }}{{ end }}
+{{- $settings := dict }}
+{{- range . }}{{ range $name, $value := . }}{{ $_ := set $settings $name $value }}{{ end }}{{ end }}
+{{- range $name, $value := $settings }}
+{{ $name }} = {{ toJson $value }}
 {{- end }}
+{{- end }}
+
+{{/* How a component's HTTP port is asked; call with its values. */}}
+{{- define "backstay.scheme" -}}
+{{ if .settings.http_tls }}HTTPS{{ else }}HTTP{{ end }}
 {{- end }}
 
 {{/* What every container of ours may do: nothing. */}}
