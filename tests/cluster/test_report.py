@@ -112,6 +112,9 @@ def test_the_ledger_of_a_real_run_tells_what_happened_to_it(
     cluster.wait_until(lambda: ledger(cluster)["is_interrupted"], 30, "the lost node to be in the ledger")
     job.end()
     job.start()
+    cluster.wait_until(
+        lambda: not ledger(cluster)["is_interrupted"], 60, "the run to go on"
+    )  # rebuilding protects steps too
     job.wait_beyond(5)
 
     compare(ledger(cluster), job)
