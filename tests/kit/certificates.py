@@ -83,6 +83,7 @@ class TestAuthority:
         cert = builder.sign(self._key, hashes.SHA256())
         files = into or self._new_files()
         files.cert.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+        files.key.touch(mode=0o600)
         files.key.write_bytes(
             key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
