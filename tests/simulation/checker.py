@@ -206,15 +206,15 @@ class Checker:
             if run in node.memory:
                 truth.losses.add(id(node))
 
-    def stopped_drained(self, leaving: set[str]) -> None:
-        """What was protected a while ago has outlived the stop of nodes that drained, with all the spares there can be.
+    def stopped_drained(self, leaving: set[str], told_s: float) -> None:
+        """What was protected before they were called safe has outlived the stop of nodes that drained, with all its spares.
 
         Their stop is no loss: as many others may be lost as before.
         """
         self.check()
         names = set(self.cluster.nodes) - leaving
         for run, truth in self.runs.items():
-            known = [f for at_s, f in truth.floors if at_s < self.cluster.engine.now_s - self.cluster.lease_s]
+            known = [f for at_s, f in truth.floors if at_s < told_s - self.cluster.lease_s]
             if truth.floor is None or not known or not names or len(truth.losses) > 0:
                 continue
             owed = min(known[-1], truth.floor)

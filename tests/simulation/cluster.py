@@ -389,14 +389,17 @@ class Cluster:
             return False
         return True
 
-    def stop_drained(self, name: str, *, replace_after_s: float | None) -> bool:
-        """Stop a node for good that the coordinator calls drained, if nothing else has happened for a while."""
+    def stop_drained(self, name: str, *, replace_after_s: float | None, told_s: float | None = None) -> bool:
+        """Stop a node for good that the coordinator calls drained, if nothing else has happened for a while.
+
+        ``told_s``: it called it so then, for the last time for all we know.
+        """
         engine, verdict = self.engine, self.core().drains.get(name)
         steady_s = engine.now_s - 3 * self.lease_s
         is_steady = self.quiet_since_s < steady_s and all(n.steady_since_s < steady_s for n in self.nodes.values())
-        if verdict is None or verdict.state is not DrainState.SAFE or not is_steady:
+        if verdict is None or (told_s is None and verdict.state is not DrainState.SAFE) or not is_steady:
             return False
-        self.checker.stopped_drained({n for n, v in self.core().drains.items() if n in self.nodes})
+        self.checker.stopped_drained({n for n in self.core().drains if n in self.nodes}, told_s or engine.now_s)
         node = self.nodes.pop(name)
         node.destroy()
         if replace_after_s is not None:

@@ -140,8 +140,21 @@ class Scenario:
             engine.run_until(lambda: cluster.control is not None and self._is_drained(cluster), limit_s=8.0)
             drained = [] if cluster.control is None else sorted(set(cluster.core().drains) & set(cluster.nodes))
             if drained:
+                told_s = self._hesitate(engine, cluster)
                 after_s = engine.between(0.05, 3.0) if engine.random.random() < 0.7 else None
-                cluster.stop_drained(drained[0], replace_after_s=after_s)
+                if cluster.control is not None:
+                    cluster.stop_drained(drained[0], replace_after_s=after_s, told_s=told_s)
+
+    def _hesitate(self, engine: Engine, cluster: Cluster) -> float | None:
+        """The operator takes his time while room runs out. Returns when he was told that the nodes are safe."""
+        drains = cluster.core().drains
+        if self.seed % 4 != 2 or not all(verdict.state is DrainState.SAFE for verdict in drains.values()):
+            return None
+        told_s = engine.now_s
+        for node in cluster.nodes.values():
+            node.is_full = True
+        engine.run_for(self.seed % 9 * cluster.lease_s)
+        return told_s
 
     def _is_drained(self, cluster: Cluster) -> bool:
         """Whether some node is called safe to stop."""

@@ -125,6 +125,31 @@ def test_without_room_elsewhere_the_node_is_not_safe_and_snapshots_are_protected
     assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=40)
 
 
+@pytest.mark.parametrize(("count", "names"), [(4, ("n2",)), (5, ("n2", "n5"))])
+@pytest.mark.parametrize("is_new_coordinator", [False, True])
+def test_nodes_called_safe_may_be_stopped_for_a_while_though_the_next_snapshot_finds_no_room(
+    count: int, names: tuple[str, ...], is_new_coordinator: bool
+) -> None:
+    cluster = training(count, parity=1)
+    for name in names:
+        cluster.drain(name)
+    assert cluster.engine.run_until(lambda: all(is_safe(cluster, name) for name in names), limit_s=20)
+    told_s, step = cluster.engine.now_s, cluster.checker.protected_step(RUN)
+    for node in cluster.nodes.values():
+        node.is_full = True
+    if is_new_coordinator:
+        cluster.crash_coordinator(0.1)
+    is_taken_back = False
+    while cluster.engine.now_s < told_s + 9 * cluster.lease_s:
+        cluster.engine.run_for(0.05)
+        is_taken_back = is_taken_back or not is_safe(cluster, names[0])
+        assert spares_without(cluster, *names) >= 1, "who was told that they are safe may have stopped them"
+    assert is_taken_back, "the next snapshot found no room"
+    assert cluster.checker.protected_step(RUN) > step + 3, "meanwhile newer ones are protected as before"
+    cluster.engine.run_for(3 * cluster.lease_s)
+    assert spares_without(cluster, *names) < 1, "in the end the older one goes"
+
+
 def test_a_node_that_no_other_can_relieve_is_never_called_safe() -> None:
     cluster = training(2)
     cluster.drain("n1")

@@ -20,6 +20,7 @@ from backstayd.core.sentences import counted, listed
 CALM_LEASES: Final = (
     10  # so long after a shard found no home no node is called safe: the next one may not find one either
 )
+PROMISE_LEASES: Final = 10  # so long after "safe" was said last, what made it true is kept: who was told may act on it
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class Draining:
     is_frozen: bool = False  # a world decides: inventories hold still
     now_s: float = 0.0
     calm_s: float = 0.0  # until then the next snapshot may find no room either, as one did not long ago
+    promise_s: float = 0.0  # until then somebody who was told "safe" may act on it
 
     def update(self, context: RunContext, *, wanted: int, target: int, is_busy: bool) -> None:
         """See who leaves and what is left without them."""
@@ -69,6 +71,18 @@ class Draining:
     def spares_left(self, view: SnapshotView) -> int:
         """Spares of ``view`` once every leaving node has stopped."""
         return self.left.get(view.snapshot_id, NOT_RECOVERABLE) if self.is_on else view.spares
+
+    def promise(self, context: RunContext) -> None:
+        """The leaving nodes are called safe: for a while, what outlives their stop is not given up for what does not."""
+        self.promise_s = context.now_s + PROMISE_LEASES * context.lease_s
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether a snapshot that outlives the stop is kept beside newer ones for which there is no room elsewhere.
+
+        Not for ever: it takes a slot that they need.
+        """
+        return self.is_on and bool(self.homeless) and self.now_s < self.promise_s
 
     def is_enough(self, view: SnapshotView) -> bool:
         """Whether ``view`` is as well protected as it can be, now and after the leaving nodes have stopped."""

@@ -92,7 +92,8 @@ def _common(state: RunState, evaluation: Evaluation) -> RunDesired:
         release=tuple(sorted(evaluation.release)),
         schedule=state.pace.schedule,
         keep=state.policy.keep,
-        extra_slots=int(bool(state.held(context)) or has_both(context)) + int(bool(state.persisting.pinned)),
+        extra_slots=int(bool(state.held(context)) or has_both(context) or state.draining.is_holding)
+        + int(bool(state.persisting.pinned)),
         gate=state.probation.gate.verdict if recovery.decision is not None else None,
         distrusted=state.probation.distrusted,
         trusted=tuple(sorted(state.probation.trust.cleared)),

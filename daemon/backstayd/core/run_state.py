@@ -133,6 +133,8 @@ class RunState:
         wanted = self.policy.wanted_parity(host_count)
         target = self.protection.target(host_count=host_count, present_count=len(nodes))
         self.draining.update(context, wanted=wanted, target=target, is_busy=self.recovery.is_active)
+        if self.evaluation is None:  # a coordinator before this one may have called the leaving nodes safe
+            self.draining.promise(context)
         self._protect(context, target)
         self.rebuilds.update(context, self.recovery, self.persisting, hosts=self.hosts(context))
         self.persisting.update(
@@ -390,7 +392,7 @@ class RunState:
             abandoned=abandoned_keys(context.live_views, attempt=attempt, sessions=sessions),
             tainted=context.tainted,
             held=self.held(context) | self.persisting.pinned,
-            left=self.draining.spares_left if not self.draining.homeless else None,
+            left=self.draining.spares_left if self.draining.is_holding or not self.draining.homeless else None,
         )
         kept = {view.key for index, view in enumerate(context.views) if index not in chosen}
         release = {context.views[i].key: reason for i, reason in chosen.items() if context.views[i].key not in kept}
@@ -413,6 +415,9 @@ class RunState:
         redundancy, reason = self._redundancy(context, spares=spares, wanted=wanted)
         kept = [view for view in live if view.key not in release]
         broken = [view for view in context.sound_views if view.snapshot_id and not view.is_available]
+        drain_lacks = "a world restores" if self.recovery.is_active else self.draining.missing(kept, broken)
+        if not drain_lacks:
+            self.draining.promise(context)
         self.evaluation = Evaluation(
             context=context,
             target=target,
@@ -423,7 +428,7 @@ class RunState:
             reason=reason,
             complete_step=next((view.key.step for view in live), 0),
             protected_step=protected.key.step if protected is not None else 0,
-            drain_lacks="a world restores" if self.recovery.is_active else self.draining.missing(kept, broken),
+            drain_lacks=drain_lacks,
         )
 
     def _redundancy(self, context: RunContext, *, spares: int, wanted: int) -> tuple[str, str]:
