@@ -197,6 +197,29 @@ def test_a_root_that_is_not_there_is_named_and_not_made(tmp_path: Path, s3: Obje
     open_place(s3.url).require_root()
 
 
+def test_a_link_to_what_was_pruned_does_not_make_a_runs_directory_look_empty(tmp_path: Path) -> None:
+    """Somebody's ``latest`` that dangles: a survey that sees nothing would have the run begin from scratch."""
+    run = tmp_path / "job" / "run"
+    (run / "attempt-0001" / "step-00000012").mkdir(parents=True)
+    (run / "latest").symlink_to("attempt-0001/step-00000008")
+    place = open_place(f"file://{tmp_path}/job/run")
+    assert [entry.name for entry in place.list()] == ["attempt-0001"]
+
+
+@pytest.mark.parametrize("url", ["file:///mnt/ckpt?x=1", "file:///mnt/ckpt#1", "file://mnt/ckpt", "file://mnt"])
+def test_a_file_url_of_which_a_part_would_be_dropped_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="three slashes begin its path"):
+        open_place(f"{url}/job/run")
+
+
+def test_a_path_with_blanks_and_signs_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a b%#?é").mkdir()
+    for url in (f"{tmp_path}/a b%#?é", f"file://{tmp_path}/a%20b%25%23%3F%C3%A9"):
+        open_place(url).require_root()
+        open_place(f"{url}/job/run").put_small("x", b"1")
+        assert (tmp_path / "a b%#?é" / "job" / "run" / "x").read_bytes() == b"1"
+
+
 def test_a_scheme_or_package_that_is_missing_is_named_with_the_next_step() -> None:
     with pytest.raises(ConfigError, match="scheme 'foo' is not known"):
         check_url("foo://bar/x")

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from crc32c import crc32c
 
 from backstay import faults
-from backstay.errors import CapacityError, IntegrityError, UnavailableError
+from backstay.errors import CapacityError, ConfigError, IntegrityError, UnavailableError
 from backstay.manifest import CHUNK_BYTES
 from backstayd.storage.errors import NO_ROOT, explained
 from backstayd.storage.place import MAX_SMALL_BYTES, Entry, RangeReader
@@ -36,17 +36,14 @@ class LocalPlace:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._root = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url)
+        self._root = Path(_path_of(url) if url.startswith("file://") else url)
 
     def list(self, name: str = "") -> list[Entry]:
         with explained("list", self._url(name)):
             try:
                 with os.scandir(self._root / name) as found:
-                    return [
-                        Entry(e.name, -1 if e.is_dir() else e.stat().st_size)
-                        for e in found
-                        if not e.name.startswith(".")
-                    ]
+                    entries = [_entry(e) for e in found if not e.name.startswith(".")]
+                return [entry for entry in entries if entry is not None]
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
@@ -175,6 +172,26 @@ class _LocalReader:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _path_of(url: str) -> str:
+    """What would be dropped from the path is refused: with it all runs would lie in one directory, or in another one."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not parts.path:
+        raise ConfigError(
+            f"persist_url {url} is not the URL of a directory of this machine: three slashes begin its path, as in "
+            "file:///mnt/ckpt, and '?' and '#' in it are written %3F and %23",
+            reason="bad_url",
+        )
+    return unquote(parts.path)
+
+
+def _entry(found: os.DirEntry[str]) -> Entry | None:
+    """None for what is not there any more, or a link to it: that says nothing about the rest of the directory."""
+    try:
+        return Entry(found.name, -1 if found.is_dir() else found.stat().st_size)
+    except FileNotFoundError:
+        return None
 
 
 def _fill(fd: int, source: ShardSource) -> None:
