@@ -85,14 +85,17 @@ class StateReader:
         if isinstance(template, DTensor):
             local, offsets, _, _, home = sources.place_distributed(path, template)
             name = self._stored_name(rank, path, home if is_distributed else None)
-            whole = self._opened.tensor(name)
-            if whole.shape != tuple(template.shape):
-                raise IntegrityError(
-                    f"extra {path} has shape {whole.shape} in the snapshot, {tuple(template.shape)} here; nothing was loaded",
-                    reason="wrong_extras",
-                )
-            made = torch.empty(local.shape, dtype=whole.dtype, device=local.device)
-            targets.append(ReadTarget(name=name, tensor=made, offsets=offsets))
+            made = local.detach()  # if nothing of it lies here, this rank's shard does not name it
+            if local.numel() or self._opened.entries(name):
+                whole = self._opened.tensor(name)
+                if whole.shape != tuple(template.shape):
+                    raise IntegrityError(
+                        f"extra {path} has shape {whole.shape} in the snapshot, {tuple(template.shape)} here; nothing was "
+                        "loaded",
+                        reason="wrong_extras",
+                    )
+                made = torch.empty(local.shape, dtype=whole.dtype, device=local.device)
+                targets.append(ReadTarget(name=name, tensor=made, offsets=offsets))
             return DTensor.from_local(
                 made, template.device_mesh, template.placements, run_check=False, shape=template.shape,
                 stride=template.stride(),
