@@ -21,6 +21,7 @@ from backstay.trainer.position import Place, Position, place_of
 
 try:
     import transformers
+    from accelerate import skip_first_batches
     from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
 except ImportError as error:
     raise ImportError("backstay.transformers needs Transformers: pip install 'backstay[transformers]'") from error
@@ -82,8 +83,9 @@ class BackstayCallback(TrainerCallback):
         self._position = Position(self._places)
         self._loader: Any = None
         self._prepared: tuple[Any, Any] | None = None
-        self._rest: Any = None  # what is left of the epoch that was restored in its middle
+        self._rest: Any = None  # what is left of an epoch that is gone on with in its middle
         self._epoch = self._windows = self._last_step = 0
+        self._left_out = 0  # batches of the epoch that were used before a checkpoint folder, from which the run began
 
     def serve(self, trainer: Any) -> None:
         """Wrap the methods of ``trainer`` by which it resumes."""
@@ -151,18 +153,32 @@ class BackstayCallback(TrainerCallback):
         return prepared
 
     def _wrapped_run_epoch(self, **arguments: Any) -> Any:
-        """The Trainer's own; in the epoch that was restored, the rest of the data is the loader's that we follow."""
-        is_resumed = self._is_restored() and arguments["epoch"] == arguments["epochs_trained"]
+        """The Trainer's own; in an epoch that is gone on with, the rest of the data is a loader's that we follow."""
+        is_first = arguments["epoch"] == arguments["epochs_trained"]
+        is_restored = self._is_restored() and is_first
         self._progress.load_sums()
-        self._rest = None
-        if is_resumed:
+        self._epoch, self._rest, self._loader = arguments["epoch"], None, arguments["train_dataloader"]
+        if is_restored:
             arguments["resume_from_checkpoint"] = _FROM_MEMORY
-            if arguments["steps_trained_in_current_epoch"]:
-                self._rest = iter(arguments["train_dataloader"])
         else:
-            self._windows = 0
-        self._epoch = arguments["epoch"]
+            self._windows = self._left_out = 0
+        used = arguments["steps_trained_in_current_epoch"]
+        if is_first and used and arguments["resume_from_checkpoint"] is not None:
+            if not is_restored:
+                self._left_out, self._windows = used, used // self._trainer.args.gradient_accumulation_steps
+            self._follow_rest(is_restored)
         return self._original["_run_epoch"](**arguments)
+
+    def _follow_rest(self, is_restored: bool) -> None:
+        """Have the batches come from where the epoch was left, by a loader with a place."""
+        if not is_restored and hasattr(self._loader, "set_epoch"):
+            self._loader.set_epoch(self._epoch)
+        if self._left_out:
+            self._loader = skip_first_batches(self._loader, self._left_out)
+            follow_prepared(self._loader, self._position)
+            if is_restored:
+                self._loader.skip_batches = 0  # of a stream; its place counts them
+        self._rest = iter(self._loader)
 
     def _wrapped_load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint != _FROM_MEMORY:  # from memory they are set when the first batch is fetched
@@ -224,6 +240,7 @@ class _Progress:
             "loss": trainer._tr_loss.clone(),
             "epoch": owner._epoch,
             "windows": owner._windows,
+            "left_out": owner._left_out,
             "iteration": int(getattr(owner._loader, "iteration", 0)),
             "loaders": owner._position.state(batches_ahead),
         }
@@ -241,7 +258,7 @@ class _Progress:
             for attribute, value in attributes.items():
                 setattr(thing, attribute, value)
         self.sums = {**state["sums"], "_tr_loss": state["loss"]}
-        owner._epoch, owner._windows = state["epoch"], state["windows"]
+        owner._epoch, owner._windows, owner._left_out = state["epoch"], state["windows"], state.get("left_out", 0)
         owner._loader.iteration = state["iteration"]
         owner._position.load(state["loaders"])
 

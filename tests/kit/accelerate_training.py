@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.kit.adapter_runs import Run, digest, run_all
 
-CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "stateful": 1, "stream": 1, "ddp": 2, "dispatched": 2}
-DIE_AT = {"plain": 5, "epoch_end": 8, "workers": 5, "stateful": 5, "stream": 5, "ddp": 6, "dispatched": 6}
+CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "stateful": 1, "stream": 1, "two_loaders": 1, "ddp": 2, "dispatched": 2}
+DIE_AT = {"plain": 5, "epoch_end": 8, "workers": 5, "stateful": 5, "stream": 5, "two_loaders": 5, "ddp": 6, "dispatched": 6}
 ITEMS, EPOCHS, ACCUMULATE = 30, 3, 2
 
 
@@ -56,9 +56,12 @@ def train(run: Run) -> None:
         num_workers=2 if run.case == "workers" else 0,
     )  # fmt: skip
     evaluation: Any = DataLoader(Noisy(), batch_size=10)
+    other: Any = DataLoader(Noisy(), batch_size=4, shuffle=True)
     model, optimizer, loader, evaluation, scheduler = accelerator.prepare(
         model, optimizer, loader, evaluation, scheduler
     )
+    if run.case == "two_loaders":
+        other = accelerator.prepare(other)
     keeper: Any = None
     step = first_epoch = 0
     if run.is_attached:
@@ -70,7 +73,7 @@ def train(run: Run) -> None:
         run.log(restored=found.step, outcome=found.outcome)
     for epoch in range(first_epoch, EPOCHS):
         model.train()
-        for batch in loader:
+        for batch in map(torch.add, loader, other) if run.case == "two_loaders" else loader:
             with accelerator.accumulate(model):
                 loss = model(batch).square().mean() * (1 + random.random())
                 accelerator.backward(loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from tests.kit.adapter_runs import Run, digest, run_all
 
-CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "evaluated": 1, "stream": 1, "ddp": 2}
-DIE_AT = {"plain": 6, "epoch_end": 5, "workers": 6, "evaluated": 6, "stream": 6, "ddp": 6}
+CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "evaluated": 1, "stream": 1, "from_file": 1, "ddp": 2}
+DIE_AT = {"plain": 6, "epoch_end": 5, "workers": 6, "evaluated": 6, "stream": 6, "from_file": 9, "ddp": 6}
 ITEMS, EPOCHS = 36, 3
 
 
@@ -44,6 +45,17 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         out = self.net(x)
         return {"loss": (out - labels).square().mean() * (1 + random.random()), "logits": out}
+
+
+class StopAt(TrainerCallback):
+    """Saves a checkpoint folder and ends."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
 
 
 class Watcher(TrainerCallback):
@@ -91,6 +103,9 @@ def train(run: Run) -> None:
     if run.case == "evaluated":
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=50))
     data = Stream() if run.case == "stream" else Noisy()
+    folder = Path(arguments.output_dir, "checkpoint-6") if run.case == "from_file" else None
+    if folder is not None and not folder.exists():
+        Trainer(model=Net(), args=arguments, train_dataset=data, callbacks=[StopAt(6)]).train()
     trainer = Trainer(
         model=net, args=arguments, train_dataset=data, eval_dataset=Noisy() if run.case == "evaluated" else None,
         callbacks=callbacks,
@@ -100,7 +115,7 @@ def train(run: Run) -> None:
         import backstay.transformers
 
         watcher.mine = backstay.transformers.attach(trainer, run_id=run.run_id, deadline_s=60)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=folder and str(folder))
     if watcher.mine is not None:
         run.log(restored=watcher.mine.restored.step, outcome=watcher.mine.restored.outcome)
 

@@ -129,6 +129,7 @@ class Place:
         if counted.is_exhausted:
             self._position.settle(self)
             raise StopIteration
+        now = read_generators() if counted.ahead else None
         if counted.ahead:
             write_generators(counted.ahead.pop(0))
         else:
@@ -143,6 +144,8 @@ class Place:
         except StopIteration:
             counted.is_exhausted = True
             raise
+        if now is not None:
+            write_generators(now)  # this batch was drawn before: what comes next draws as if it had not been drawn again
         self._before.append(before)
         self.fetched += 1
         return batch
