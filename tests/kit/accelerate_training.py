@@ -14,8 +14,26 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.kit.adapter_runs import Run, digest, run_all
 
-CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "stateful": 1, "stream": 1, "two_loaders": 1, "ddp": 2, "dispatched": 2}
-DIE_AT = {"plain": 5, "epoch_end": 8, "workers": 5, "stateful": 5, "stream": 5, "two_loaders": 5, "ddp": 6, "dispatched": 6}
+CASES = {
+    "plain": 1,
+    "epoch_end": 1,
+    "workers": 1,
+    "stateful": 1,
+    "stream": 1,
+    "two_loaders": 1,
+    "ddp": 2,
+    "dispatched": 2,
+}
+DIE_AT = {
+    "plain": 5,
+    "epoch_end": 8,
+    "workers": 5,
+    "stateful": 5,
+    "stream": 5,
+    "two_loaders": 5,
+    "ddp": 6,
+    "dispatched": 6,
+}
 ITEMS, EPOCHS, ACCUMULATE = 30, 3, 2
 
 

@@ -145,7 +145,9 @@ class Place:
             counted.is_exhausted = True
             raise
         if now is not None:
-            write_generators(now)  # this batch was drawn before: what comes next draws as if it had not been drawn again
+            write_generators(
+                now
+            )  # this batch was drawn before: what comes next draws as if it had not been drawn again
         self._before.append(before)
         self.fetched += 1
         return batch
