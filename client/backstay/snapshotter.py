@@ -33,7 +33,7 @@ from backstay.restore.apply import Target
 from backstay.restore.probation import Probation
 from backstay.restore.result import RestoreResult, make_result
 from backstay.stats import NOT_SCHEDULED, REFUSED, SKIPPED, STARTED, SnapshotStatus, Stats
-from backstay.trainer import optimizer_state, sources, uncaptured, world
+from backstay.trainer import optimizer_state, sources, uncaptured, unsharded, world
 from backstay.trainer.sigterm import SigtermHook
 
 _log = logging.getLogger("backstay")
@@ -140,6 +140,7 @@ class Snapshotter:
         self._end_session()
         place = world.current()
         uncaptured.warn(self._model)
+        unsharded.reshard(self._model)
         holdings = sources.collect(self._model, self._optimizers, rank=place.rank)
         target = Target(
             model=self._model, optimizers=self._optimizers, extra=self._extra, rank=place.rank, world_size=place.size,

@@ -169,7 +169,8 @@ def test_the_plan_notices_what_moved_appeared_or_was_replaced() -> None:
     assert holdings.is_current()
     optimizer.step()
     assert not holdings.is_current(), "momentum buffers appeared"
-    for change in ("data", "replace", "state", "dtype"):
+    for change in ("data", "replace", "state", "strides", "order", "number", "dtype"):
+        optimizer.state[model[0].bias]["average"] = 0.5
         holdings = sources.collect(model, [optimizer], rank=0)
         assert holdings.is_current()
         if change == "data":
@@ -179,6 +180,12 @@ def test_the_plan_notices_what_moved_appeared_or_was_replaced() -> None:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         elif change == "state":
             optimizer.load_state_dict(optimizer.state_dict())
+        elif change == "strides":
+            model[0].weight.data = model[0].weight.data.t()
+        elif change == "order":
+            optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][::-1]
+        elif change == "number":
+            optimizer.state[model[0].bias]["average"] = torch.tensor(0.5)
         else:
             model.double()
         assert not holdings.is_current(), change

@@ -12,6 +12,7 @@ from torch import nn
 
 import backstay
 from backstay.errors import IntegrityError, UnavailableError, UsageError
+from backstay.trainer import sources
 from tests.kit.local_daemon import LocalDaemon
 
 
@@ -163,6 +164,52 @@ def test_scalar_and_nested_optimizer_state_comes_back(daemon: LocalDaemon) -> No
         assert keeper.restore().step == 1
     step(again, fresh)
     assert torch.equal(model.weight, again.weight)
+
+
+class Averaging(torch.optim.SGD):
+    """Keeps an average that is a number until there is something to average."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["average"] = state["average"] * 0.9 + parameter.grad.mean() if "average" in state else 0.0
+
+
+def test_a_number_that_becomes_a_tensor_between_two_snapshots_comes_back(daemon: LocalDaemon) -> None:
+    model = nn.Linear(20, 2)
+    optimizer = Averaging(model.parameters(), lr=0.1, momentum=0.9)
+    with keep(daemon, model, optimizer) as keeper:
+        keeper.restore()
+        for step in (1, 2):
+            train(model, optimizer)
+            keeper.snapshot(step)
+    fresh = nn.Linear(20, 2)
+    fresh_optimizer = Averaging(fresh.parameters(), lr=0.1, momentum=0.9)
+    with keep(daemon, fresh, fresh_optimizer) as keeper:
+        assert keeper.restore().step == 2
+    expected = optimizer.state[model.weight]["average"]
+    assert isinstance(expected, torch.Tensor)
+    assert torch.equal(fresh_optimizer.state[fresh.weight]["average"], expected)
+
+
+def test_state_that_its_description_does_not_know_is_refused(
+    daemon: LocalDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources.Holdings, "is_current", lambda _: True)  # as if the change above was not noticed
+    model = nn.Linear(20, 2)
+    optimizer = Averaging(model.parameters(), lr=0.1)
+    with keep(daemon, model, optimizer) as keeper:
+        keeper.restore()
+        train(model, optimizer)
+        keeper.snapshot(1)
+        train(model, optimizer)
+        keeper.snapshot(2)
+    with (
+        keep(daemon, model, optimizer) as keeper,
+        pytest.raises(IntegrityError, match=r"state of weight is described otherwise than it is: \['average'\]"),
+    ):
+        keeper.restore()
 
 
 def test_another_model_is_refused_by_the_names_that_differ(daemon: LocalDaemon) -> None:

@@ -207,6 +207,10 @@ class _One:
         for name in (name for group in groups for name in group):
             sources = {d.rank: decoded[d.rank]["values"].get(name, {}) for d in self._sources(name)}
             agreed = self._agreed(sources, f"state of {name}")
+            schema = self._sources(name)[0].schema(name) or []
+            unclear = {key[0] for key in schema if key[1] == "value"} ^ agreed.keys()
+            if unclear:
+                raise self._cannot(name, f"is described otherwise than it is: {sorted(map(str, unclear))[:3]}")
             if agreed:
                 scalars[name] = agreed
         other = self._agreed({rank: body["other"] for rank, body in decoded.items()}, "state of no parameter")

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from backstay.errors import UsageError
-from backstay.trainer import memory
+from backstay.trainer import memory, unsharded
 
 _STRIDED = "_StridedShard"
 
@@ -51,6 +51,7 @@ class LocalTensor:
         return (
             local.data_ptr() == self.local.data_ptr()
             and local.shape == self.local.shape
+            and local.stride() == self.local.stride()
             and local.dtype == self.local.dtype
         )
 
@@ -62,6 +63,7 @@ class Holdings:
     ``aliases``: name → name of the tensor that is the same object. ``names``: id of a parameter → its name without prefix.
     ``sizes``: (container, length): another length means that something was added or removed. ``links``: (dictionary, key,
     object or None) and ``lists``: (list, its items): another object means that something was replaced or came to be.
+    ``values``: (dictionary, key) of optimizer state that is no tensor: some begin as a number and become one.
     ``idle``: parameters that no optimizer has and that were not frozen, but may be later.
     """
 
@@ -72,6 +74,7 @@ class Holdings:
     sizes: tuple[tuple[Any, int], ...]
     links: tuple[tuple[dict[Any, Any], Any, object], ...]
     lists: tuple[tuple[list[Any], tuple[Any, ...]], ...]
+    values: tuple[tuple[dict[Any, Any], Any], ...] = ()
     idle: tuple[torch.nn.Parameter, ...] = ()
 
     def has_frozen_more(self) -> bool:
@@ -84,6 +87,7 @@ class Holdings:
             all(len(owner) == size for owner, size in self.sizes)
             and all(owner.get(key) is found for owner, key, found in self.links)
             and all(len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)) for a, b in self.lists)
+            and all(key in owner and not isinstance(owner[key], torch.Tensor) for owner, key in self.values)
             and all(t.is_current() for t in self.tensors)
         )
 
@@ -106,6 +110,7 @@ class Holdings:
 class _Collector:
     rank: int
     trained: frozenset[int] = frozenset()  # ids of the parameters that optimizers have
+    sharded: dict[int, unsharded.Place] = field(default_factory=dict)
     tensors: list[LocalTensor] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
@@ -116,6 +121,7 @@ class _Collector:
     sizes: list[tuple[Any, int]] = field(default_factory=list)
     links: list[tuple[dict[Any, Any], Any, object]] = field(default_factory=list)
     lists: list[tuple[list[Any], tuple[Any, ...]]] = field(default_factory=list)
+    values: list[tuple[dict[Any, Any], Any]] = field(default_factory=list)
     idle: list[torch.nn.Parameter] = field(default_factory=list)
 
     def add(
@@ -154,10 +160,10 @@ def collect(
     """Walk ``model`` and ``optimizers``; ``states`` stand in for the optimizers' own (a restore that is not yet applied).
 
     Raises:
-        UsageError: for FSDP1, lazy or sparse tensors, partial DTensors, unsharded FSDP2 parameters, naming the tensor.
+        UsageError: for FSDP1, lazy or sparse tensors, partial DTensors, naming the tensor.
     """
     trained = frozenset(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    collector = _Collector(rank, trained)
+    collector = _Collector(rank, trained, unsharded.sharded_places(model))
     with torch.no_grad():
         for clean, module, replicas, ignored in _walk(model, "", (rank,), frozenset()):
             _add_module(collector, clean, module, replicas=replicas, ignored=ignored)
@@ -165,7 +171,7 @@ def collect(
             collector.links += [(optimizer.__dict__, "state", optimizer.state)]
             collector.links += [(optimizer.__dict__, "param_groups", optimizer.param_groups)]
             state = optimizer.state if states is None else states[index]
-            _add_optimizer(collector, optimizer_prefix(index, len(optimizers)), optimizer, model, state)
+            _add_optimizer(collector, optimizer_prefix(index, len(optimizers)), optimizer, state)
     _refuse_several_gpus(collector.tensors)
     return Holdings(
         tensors=tuple(collector.tensors),
@@ -175,6 +181,7 @@ def collect(
         sizes=tuple(collector.sizes),
         links=tuple(collector.links),
         lists=tuple(collector.lists),
+        values=tuple(collector.values),
         idle=tuple(collector.idle),
     )
 
@@ -258,7 +265,8 @@ def _unwrap(
         )
     for attribute in ("_orig_mod", "_checkpoint_wrapped_module"):
         if set(module._modules) == {attribute}:
-            return module._modules[attribute], replicas, ignored
+            inner = frozenset(name.removeprefix(f"{attribute}.") for name in ignored)
+            return module._modules[attribute], replicas, inner
     return None, replicas, ignored
 
 
@@ -271,10 +279,12 @@ def _add_module(
     for empty in (module._parameters, module._buffers):
         collector.links += [(empty, name, None) for name, found in empty.items() if found is None]
     collector.links += [(module._modules, name, child) for name, child in module._modules.items()]
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
+    for name, shown in module._parameters.items():
+        if shown is not None:
             group = own if name in ignored else replicas
-            collector.add(f"model.{clean}{name}", module._parameters, name, replicas=group)
+            owner, key = collector.sharded.get(id(shown), (module._parameters, name))
+            parameter = owner[key]
+            collector.add(f"model.{clean}{name}", owner, key, replicas=group)
             collector.names.setdefault(id(parameter), f"{clean}{name}")
             collector.parameters.setdefault(f"{clean}{name}", parameter)
             collector.replicas.setdefault(id(parameter), group)
@@ -283,21 +293,21 @@ def _add_module(
             collector.add(f"model.{clean}{name}", module._buffers, name, replicas=own, is_eager=True)
 
 
-def _add_optimizer(
-    collector: _Collector, prefix: str, optimizer: torch.optim.Optimizer, model: torch.nn.Module, states: States
-) -> None:
+def _add_optimizer(collector: _Collector, prefix: str, optimizer: torch.optim.Optimizer, states: States) -> None:
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
         raise UsageError(
             f"{prefix} is a ZeroRedundancyOptimizer, which keeps its state in an optimizer of its own, another part on each "
             "rank; backstay does not support it: use FSDP2, or a plain optimizer",
             reason="unsupported_optimizer",
         )
-    collector.sizes += [(optimizer.param_groups, len(optimizer.param_groups)), (states, len(states))]
+    collector.sizes.append((states, len(states)))
+    collector.lists.append((optimizer.param_groups, tuple(optimizer.param_groups)))
     for group_index, group in enumerate(optimizer.param_groups):
+        collector.links.append((group, "params", group["params"]))
         collector.lists.append((group["params"], tuple(group["params"])))
         for index, parameter in enumerate(group["params"]):
             if id(parameter) not in collector.names:
-                _add_unnamed(collector, f"{prefix}.parameter.{group_index}.{index}", parameter, model)
+                _add_unnamed(collector, f"{prefix}.parameter.{group_index}.{index}", parameter)
             state = states.get(parameter)
             if isinstance(state, dict):
                 collector.links.append((states, parameter, state))  # type: ignore[arg-type]
@@ -311,18 +321,12 @@ def _add_parameter_state(collector: _Collector, prefix: str, parameter: torch.Te
         if isinstance(value, torch.Tensor):
             is_counter = value.ndim == 0 and value.device.type == "cpu" and not isinstance(value, DTensor)
             collector.add(f"{prefix}.state.{fqn}.{key}", state, key, replicas=replicas, is_eager=is_counter)
-        elif value is None:
-            collector.links.append((state, key, None))
+        else:
+            collector.values.append((state, key))
 
 
-def _add_unnamed(collector: _Collector, name: str, parameter: torch.Tensor, model: torch.nn.Module) -> None:
+def _add_unnamed(collector: _Collector, name: str, parameter: torch.Tensor) -> None:
     """A parameter the optimizer has and the model lacks."""
-    if isinstance(parameter, DTensor) and any(type(m).__name__.startswith("FSDP") for m in model.modules()):
-        raise UsageError(
-            f"{name} is a sharded parameter that the model does not have right now: FSDP2 holds its modules unsharded between "
-            "forward and backward; call snapshot() and restore() after optimizer.step()",
-            reason="unsharded",
-        )
     place: dict[str, torch.Tensor] = {"parameter": parameter}
     collector.add(name, place, "parameter", replicas=(collector.rank,))
     collector.names[id(parameter)] = name
