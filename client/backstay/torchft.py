@@ -211,7 +211,7 @@ def _read_all(opened: OpenedSnapshot) -> dict[str, torch.Tensor]:
     tensors = {}
     for name in opened.names():
         stored = opened.tensor(name)
-        tensors[name] = torch.empty(stored.shape, dtype=stored.dtype)
+        tensors[name] = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     opened.read([ReadTarget(name=name, tensor=t, offsets=(0,) * t.ndim) for name, t in tensors.items()])
     return tensors
 
@@ -250,7 +250,7 @@ def _give(kind: str, body: Any) -> Any:
     if kind != "DTensor":
         raise IntegrityError(f"the state holds a {kind}, which this version does not make", reason="bad_state")
     mesh = DeviceMesh(
-        body["mesh_device"], torch.tensor(body["mesh"], dtype=torch.int), _init_backend=False,
+        body["mesh_device"], torch.tensor(body["mesh"], dtype=torch.int, device="cpu"), _init_backend=False,
         mesh_dim_names=tuple(body["mesh_names"]) if body["mesh_names"] else None,
         _rank=dist.get_rank() if dist.is_initialized() else 0,
     )  # fmt: skip

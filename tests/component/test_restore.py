@@ -212,6 +212,19 @@ def test_state_that_its_description_does_not_know_is_refused(
         keeper.restore()
 
 
+def test_where_the_script_has_new_tensors_made_does_not_matter(daemon: LocalDaemon) -> None:
+    model, optimizer = build()
+    with keep(daemon, model, optimizer) as keeper:
+        keeper.restore()
+        train(model, optimizer)
+        with torch.device("meta"):  # stands in for a GPU, whose addresses cannot be written to either
+            assert keeper.snapshot(1).state == "started"
+    fresh_model, fresh_optimizer = build()
+    with keep(daemon, fresh_model, fresh_optimizer) as keeper, torch.device("meta"):
+        assert keeper.restore().step == 1
+    assert all(map(torch.equal, model.state_dict().values(), fresh_model.state_dict().values()))
+
+
 def test_another_model_is_refused_by_the_names_that_differ(daemon: LocalDaemon) -> None:
     save(daemon)
     for model in (build(31)[0], nn.Sequential(nn.Linear(20, 30))):

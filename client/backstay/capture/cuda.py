@@ -87,7 +87,7 @@ class DeviceCopier:
     def _copy_by_bounce(self, piece: Piece, slot: memory.Mapping) -> None:
         """Through pinned memory of our own: a second copy, needed because the slot's pages are not registered."""
         if self._bounce is None:
-            self._bounce = torch.empty(_BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
+            self._bounce = torch.empty(_BOUNCE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         source = piece.source.contiguous().reshape(-1).view(torch.uint8)
         for begin in range(0, piece.end - piece.begin, _BOUNCE_BYTES):
             part = source[begin : begin + _BOUNCE_BYTES]

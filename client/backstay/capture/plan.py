@@ -95,7 +95,7 @@ def build(
     capacity = (
         previous.state_bytes if previous is not None and len(state) <= previous.state_bytes else _capacity(len(state))
     )
-    staging: dict[str, torch.Tensor] = {state_name: torch.empty(capacity, dtype=torch.uint8)}
+    staging: dict[str, torch.Tensor] = {state_name: torch.empty(capacity, dtype=torch.uint8, device="cpu")}
     specs, sources, eager = [], {}, []
     frozen = {tensor.name for tensor, _, _ in boxes if tensor.is_frozen}
     for tensor, box, offsets in boxes:

@@ -392,7 +392,7 @@ def _index(opened: OpenedSnapshot, own_rank: int) -> Index:
 def _as_tensor(data: Any) -> torch.Tensor:
     view = memoryview(data).cast("B")
     if not view.nbytes:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     if view.readonly:  # torch warns of read-only memory though it is only read here
         return _from_readonly(view)
     return torch.frombuffer(view, dtype=torch.uint8)
@@ -408,5 +408,5 @@ def _layout(sources: dict[str, torch.Tensor], padding_name: str) -> shard.Layout
     size = shard.plan_layout(specs).size_bytes
     grain = max(shard.PAGE_BYTES, 1 << max(0, size.bit_length() - 5))
     padding = -size % grain
-    sources[padding_name] = torch.zeros(padding, dtype=torch.uint8)
+    sources[padding_name] = torch.zeros(padding, dtype=torch.uint8, device="cpu")
     return shard.plan_layout([*specs, shard.TensorSpec.whole(padding_name, "torch.uint8", (padding,))])

@@ -247,7 +247,7 @@ class OpenedSnapshot:
     def read_tensor(self, name: str) -> torch.Tensor:
         """A stored tensor as a whole, in CPU memory."""
         stored = self.tensor(name)
-        result = torch.empty(stored.shape, dtype=stored.dtype)
+        result = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
         self.read([ReadTarget(name=name, tensor=result, offsets=(0,) * result.ndim)])
         return result
 

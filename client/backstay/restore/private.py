@@ -108,7 +108,7 @@ class StateReader:
             )
         name = self._stored_name(rank, path, rank if is_distributed else None)
         whole = self._opened.tensor(name)
-        made = torch.empty(whole.shape, dtype=whole.dtype)
+        made = torch.empty(whole.shape, dtype=whole.dtype, device="cpu")
         targets.append(ReadTarget(name=name, tensor=made, offsets=(0,) * made.ndim))
         return made
 

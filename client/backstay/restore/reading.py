@@ -182,7 +182,7 @@ def _cut_windows(shard: _Shard, fd: int) -> list[_Window]:
 
 
 def _work(windows: Iterator[_Window], is_pinned: bool) -> None:
-    scratch = torch.empty(WINDOW_BYTES, dtype=torch.uint8, pin_memory=is_pinned)
+    scratch = torch.empty(WINDOW_BYTES, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
     view = memory.view_at(scratch.data_ptr(), WINDOW_BYTES)
     with torch.no_grad():
         for window in windows:

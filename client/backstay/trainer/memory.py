@@ -116,7 +116,7 @@ class Mapping:
     def tensor(self, begin: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor over bytes ``begin`` to ``end``; shares the memory."""
         if begin == end:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         raw = torch.frombuffer(self.view(begin, end), dtype=torch.uint8)
         return raw.view(dtype).reshape(shape)
 

@@ -86,7 +86,7 @@ def from_file(data: memoryview) -> dict[str, torch.Tensor]:
     tensors = {}
     for entry in layout.entries:
         dtype = getattr(torch, entry.torch_dtype.removeprefix("torch."))
-        tensor = tensors[entry.name] = torch.empty(entry.shape[: len(entry.offsets)], dtype=dtype)
+        tensor = tensors[entry.name] = torch.empty(entry.shape[: len(entry.offsets)], dtype=dtype, device="cpu")
         memory.view_at(tensor.data_ptr(), memory.byte_count(tensor))[:] = data[entry.begin : entry.end]
     return tensors
 

@@ -63,7 +63,7 @@ def read(file: IO[bytes], *, size_bytes: int, label: str) -> Any:
     tensors: dict[str, torch.Tensor] = {}
     for entry in layout.entries:
         crc, dtype, shape = digests[entry.name]
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device="cpu")
         data = _read(file, memory.byte_count(tensor), label)
         if crc32c(data) != crc:
             raise IntegrityError(
