@@ -423,3 +423,39 @@ def test_a_job_that_waits_for_a_replacement_is_repaired_meanwhile() -> None:
     best = next(view for view in state.context.live_views if view.spares == 2)
     assert all("n2" not in nodes for nodes in best.holders.values())
     assert {"rebuild", "repaired"} <= {event.kind for event in cluster.core().timeline.all()}
+
+
+def test_a_snapshot_that_is_there_and_cannot_be_staged_is_refused_by_its_reason_and_never_taken_for_none() -> None:
+    engine, cluster, job = training(4)
+    job.allow_fresh = True  # says what may be done when nothing is left, not when a node has no room
+    world, step = job.world_id, cluster.checker.protected_step(RUN)
+    cluster.nodes["n2"].staging_trouble = "600000 bytes wanted, 0 of 900000 free under quota"
+    cluster.kill_trainer(job.trainers[0])
+    assert engine.run_until(lambda: job.refusals != [], limit_s=20), job.decision
+    assert "its shards are there, but staging them failed again and again (n2: 600000 bytes wanted" in job.refusals[0]
+    assert "no older step" not in job.refusals[0]
+    cluster.nodes["n2"].staging_trouble = ""
+    again(engine, cluster, job, world)
+    assert job.decision is not None
+    assert (job.decision.outcome, job.decision.base is not None) == (Outcome.EXACT, True)
+    assert job.decision.base is not None
+    assert job.decision.base.step >= step
+
+
+def test_two_kept_snapshots_that_lost_a_node_do_not_keep_the_slots_of_all_that_come() -> None:
+    """Found by seed 920247: keep = 2, and a node was lost when the third was not protected yet but could be rebuilt."""
+    engine, cluster, job = training(6, policy=CorePolicy(lease_s=1.5, parity=2, keep=2))
+    state = cluster.core().runs[RUN]
+
+    def is_third_encoded() -> bool:
+        views = state.context.live_views if state.context is not None else ()
+        return [view.spares for view in views if view.is_complete] == [1, 2, 2]
+
+    cluster.work_s = (0.2, 0.3)
+    assert engine.run_until(is_third_encoded, limit_s=20)
+    world, step = job.world_id, job.step
+    job.placements[2] = "n2"
+    cluster.destroy("n3", replace_after_s=0.1)
+    again(engine, cluster, job, world)
+    cluster.restart_daemon("n6", 3.0)  # no snapshot is whole while the base is on probation and has a slot of its own
+    assert engine.run_until(lambda: cluster.checker.protected_step(RUN) > step + 20, limit_s=60), "snapshots go on"

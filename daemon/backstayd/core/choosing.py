@@ -5,8 +5,9 @@ NONE needs evidence; a known run without a restorable snapshot is refused with w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from backstay.ids import SnapshotKey
 from backstayd.core.catalog import NOT_RECOVERABLE, SnapshotView
@@ -58,17 +59,24 @@ def choose(
     memory: Memory,
     *,
     is_fresh_allowed: bool,
-    excluded: Collection[str] = (),
+    excluded: Mapping[str, str] = MappingProxyType({}),
 ) -> Choice:
-    """The newest restorable snapshot of the live history, however many ranks wrote it."""
+    """The newest restorable snapshot of the live history, however many ranks wrote it.
+
+    Args:
+        excluded: What was tried and could not be staged, by snapshot id, and why. It is there, so nothing starts from scratch.
+    """
     passed: list[SnapshotView] = []
     for view in context.candidates:
         if not view.is_available or view.snapshot_id in excluded or view.key in context.tainted:
             passed.append(view)
             continue
-        return _restore(context, memory, view, passed)
+        return _restore(context, memory, view, passed, excluded)
     if context.storage.error:
         return _refuse(context, f"durable storage may hold it and could not be read: {context.storage.error}")
+    unstaged = next((view for view in passed if view.snapshot_id in excluded and view.is_available), None)
+    if unstaged is not None:
+        return _refuse(context, f" at step {unstaged.key.step}: {_unstaged(excluded[unstaged.snapshot_id])}")
     if not memory.is_known and context.inventory.is_empty and not context.storage.is_known:
         message = f"no node knows {context.run}: it starts from scratch"
         return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
@@ -77,16 +85,19 @@ def choose(
     if _is_proved_empty(context, memory):
         message = "no snapshot was ever complete: it starts from scratch again"
         return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
-    return _refuse(context, missing=_missing_all(context, memory, passed, excluded))
+    return _refuse(context, missing=_missing_all(context, memory, passed))
 
 
-def _restore(context: RunContext, memory: Memory, view: SnapshotView, passed: list[SnapshotView]) -> Choice:
-    broken = [other for other in passed if _was_promised(context, memory, other)]
+def _restore(
+    context: RunContext, memory: Memory, view: SnapshotView, passed: list[SnapshotView], excluded: Mapping[str, str]
+) -> Choice:
+    broken = [other for other in passed if other.snapshot_id in excluded or _was_promised(context, memory, other)]
     if not broken:
         return Choice(outcome=Outcome.EXACT, view=view, message=f"step {view.key.step} is restorable on every rank")
     newest = broken[0]
+    why = missing_sentence(context, memory, newest) or _unstaged(excluded.get(newest.snapshot_id, ""))
     message = (
-        f"restoring step {view.key.step}, not {newest.key.step}: {missing_sentence(context, memory, newest)}; "
+        f"restoring step {view.key.step}, not {newest.key.step}: {why}; "
         f"{newest.key.step - view.key.step} steps are repeated"
     )
     return Choice(outcome=Outcome.EXACT_OLDER, view=view, message=message)
@@ -124,12 +135,11 @@ def missing_prefix(missing: str) -> str:
     return missing if missing.startswith(" at step ") else f": {missing}"
 
 
-def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView], excluded: Collection[str]) -> str:
-    if passed and passed[0].snapshot_id in excluded:
-        return (
-            f" at step {passed[0].key.step}: its shards are there, but staging them failed again and again (see the logs "
-            "of the hosts)"
-        )
+def _unstaged(reason: str) -> str:
+    return f"its shards are there, but staging them failed again and again ({reason})"
+
+
+def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]) -> str:
     known = [view for view in passed if view.snapshot_id] or passed
     had = f"no older step is in memory{' or on durable storage' if context.storage.url else ''}"
     if any(view.key in context.tainted for view in passed):

@@ -80,7 +80,9 @@ class Recovery:
     opened_s: float = 0.0
     adopted_id: str = ""  # the decision of a former coordinator that was taken over
     closed: dict[str, None] = field(default_factory=dict)
-    failures: dict[tuple[str, int], int] = field(default_factory=dict)
+    failures: dict[tuple[str, int], tuple[int, str]] = field(
+        default_factory=dict
+    )  # failed stagings and the last reason
 
     @property
     def is_active(self) -> bool:
@@ -284,11 +286,12 @@ class Recovery:
         memory.newest_attempt = max([memory.newest_attempt, *seen]) + 1
         return memory.newest_attempt
 
-    def _excluded(self, context: RunContext) -> set[str]:
+    def _excluded(self, context: RunContext) -> dict[str, str]:
+        """Snapshots that are passed over, and why staging them failed last."""
         marks = len(context.quarantined())
         return {
-            snapshot_id
-            for (snapshot_id, count), failures in self.failures.items()
+            snapshot_id: reason
+            for (snapshot_id, count), (failures, reason) in self.failures.items()
             if count == marks and failures >= SAME_FAILURES
         }
 
@@ -297,7 +300,8 @@ class Recovery:
         stagings = {host: self._staging(context, host) for host in self._hosts()}
         for host, staging in stagings.items():
             if staging is not None and staging.state is StagingState.FAILED:
-                self._decide_anew(context, f"{host} could not stage: {staging.reason or 'no reason given'}")
+                self._note_failure(context, f"{host}: {staging.reason or 'no reason given'}")
+                self._decide_anew(f"{host} could not stage: {staging.reason or 'no reason given'}")
                 return
         ready = [host for host in stagings if self._is_ready(context, host)]
         if len(ready) == len(stagings):
@@ -306,7 +310,7 @@ class Recovery:
             return
         problem = self._why_impossible(context, [host for host in stagings if host not in ready])
         if problem:
-            self._decide_anew(context, problem)
+            self._decide_anew(problem)
 
     def _record(self, context: RunContext) -> None:
         assert self.decision is not None
@@ -320,17 +324,22 @@ class Recovery:
         for host in self._hosts():
             staging = self._staging(context, host)
             if staging is not None and staging.state is StagingState.FAILED:
-                self._decide_anew(context, f"{host} could not record: {staging.reason or 'no reason given'}")
+                self._note_failure(context, f"{host}: {staging.reason or 'no reason given'}")
+                self._decide_anew(f"{host} could not record: {staging.reason or 'no reason given'}")
                 return
 
-    def _decide_anew(self, context: RunContext, why: str) -> None:
-        """No trainer has returned with this decision: fence again and choose from what is left."""
+    def _note_failure(self, context: RunContext, reason: str) -> None:
+        """A host could not stage the base, or not record its decision. A source that went away is no such failure."""
         assert self.decision is not None
         if self.decision.base is not None:
             place = (self.decision.base.snapshot_id, len(context.quarantined()))
-            self.failures[place] = self.failures.get(place, 0) + 1
+            count, _ = self.failures.get(place, (0, ""))
+            self.failures[place] = (count + 1, reason)
             while len(self.failures) > CLOSED_WORLDS:
                 del self.failures[next(iter(self.failures))]
+
+    def _decide_anew(self, why: str) -> None:
+        """No trainer has returned with this decision: fence again and choose from what is left."""
         self.say("abandoned", f"deciding anew: {why}")
         self._fence()
 

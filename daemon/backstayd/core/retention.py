@@ -29,7 +29,7 @@ def releasable(
     Args:
         live: indexes of the views that belong to the live history.
         dead: indexes of the views that a decision has left behind; they can never be restored again.
-        keep: how many snapshots that protect are held.
+        keep: how many snapshots that protect are held; one that has lost spares goes for as many that have lost no more.
         target: the spares that new snapshots reach. Where a job has shrunk, no more can be asked of the newer one.
         abandoned: steps that can never become complete, because a rank went past them without a shard.
         tainted: distrusted ones: for a sound one they are no substitute.
@@ -50,10 +50,12 @@ def releasable(
             is_tainted = view.key in tainted
             newer = [other for place, other in enumerate(views[:index]) if place in live and other.is_restorable]
             newer = [other for other in newer if is_tainted or not view.is_restorable or other.key not in tainted]
-            good = [other for other in newer if other.spares >= (target if view.is_restorable else 0)]
+            least = min(view.spares, target) if view.is_restorable else 0
+            good = [other for other in newer if other.spares >= least]
             good = [other for other in good if count_left(other) >= min(count_left(view), target)]
+            best = next((other for other in good if other.spares >= (target if view.is_restorable else 0)), None)
             is_enough = len(good) >= (keep if view.is_restorable and not is_tainted else 1)
-            reason = f"step {good[0].key.step} is as well protected ({good[0].spares} spares)" if is_enough else ""
+            reason = f"step {best.key.step} is as well protected ({best.spares} spares)" if best and is_enough else ""
         if reason and view.key not in held:
             chosen[index] = reason
     return chosen
