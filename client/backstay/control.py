@@ -301,6 +301,15 @@ def _drop_in_child() -> None:
 os.register_at_fork(after_in_child=_drop_in_child)
 
 
+def find_socket(given: str | os.PathLike[str] | None) -> str:
+    """Path of the daemon's socket: as given, else ``$BACKSTAY_SOCKET``, else the default."""
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        raise UsageError(
+            f"socket is a {type(given).__name__} ({given!r}): give the path of the daemon's Unix socket (its --socket)"
+        )
+    return os.fspath(given or os.environ.get(local.SOCKET_VARIABLE) or local.DEFAULT_SOCKET)
+
+
 def _connect(socket_path: str, timeout_s: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -314,7 +323,9 @@ def _connect(socket_path: str, timeout_s: float) -> socket.socket:
         sock.close()
         if isinstance(error, (FileNotFoundError, ConnectionError)):
             raise UnavailableError(
-                f"no daemon listens at {socket_path} ({error.strerror})", reason="no_daemon"
+                f"no daemon listens at {socket_path} ({error.strerror}): start `backstayd node` on this machine, or name its "
+                f"--socket in {local.SOCKET_VARIABLE}",
+                reason="no_daemon",
             ) from error
         if isinstance(error, BlockingIOError):
             raise UnavailableError(
@@ -322,7 +333,7 @@ def _connect(socket_path: str, timeout_s: float) -> socket.socket:
             ) from error
         raise ConfigError(
             f"cannot connect to the daemon's socket {socket_path}: {error.strerror or error}; "
-            "check the path (--socket of the daemon, BACKSTAY_SOCKET here) and its permissions",
+            f"check the path (--socket of the daemon, {local.SOCKET_VARIABLE} here) and its permissions",
             reason="bad_socket",
         ) from error
     return sock

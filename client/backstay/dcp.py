@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from typing import Any, Final, NoReturn
 
 import torch
@@ -31,16 +32,17 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from backstay.control import find_socket
 from backstay.direct import items, staging
 from backstay.direct.entering import enter
 from backstay.direct.filling import fill, hash_in_place, put
-from backstay.direct.line import Line, Slot, socket_path
+from backstay.direct.line import Line, Slot
 from backstay.direct.source import Source
 from backstay.errors import BackstayError, SnapshotNotFoundError, UsageError
 from backstay.ids import DEFAULT_JOB, RunKey
 from backstay.restore.opened import OpenedSnapshot, ReadTarget
 from backstay.restore.reading import true_shape
-from backstay.trainer import world
+from backstay.trainer import given, world
 
 _log = logging.getLogger("backstay")
 
@@ -69,14 +71,14 @@ class Store:
         *,
         run_id: str,
         job: str = DEFAULT_JOB,
-        socket: str | None = None,
+        socket: str | os.PathLike[str] | None = None,
         strict: bool = False,
         max_wait_s: float = DEFAULT_MAX_WAIT_S,
     ) -> None:
         self._run = RunKey(job, run_id)
-        self._socket_path = socket_path(socket)
+        self._socket_path = find_socket(socket)
         self.is_strict = strict
-        self.max_wait_s = max_wait_s
+        self.max_wait_s = given.seconds_of("max_wait_s", max_wait_s)
         self.last_problem = ""
         self.step: int | None = None  # what this world began from; None: nothing
         self._line: Line | None = None
@@ -110,6 +112,7 @@ class Store:
 
     def writer(self, step: int) -> BackstayWriter:
         """For one ``dcp.save`` or ``dcp.async_save``: all ranks give the same step, higher than the one before."""
+        step = given.step_of("writer", step)
         self.save.aim(step, self.line)
         return BackstayWriter(self, step)
 

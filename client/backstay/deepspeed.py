@@ -77,7 +77,7 @@ class BackstayCheckpointEngine(CheckpointEngine):
         run_id: str,
         save_dir: str | os.PathLike[str],
         job: str = DEFAULT_JOB,
-        socket: str | None = None,
+        socket: str | os.PathLike[str] | None = None,
         allow_fresh: bool = False,
         restore_deadline_s: float = 600.0,
         max_wait_s: float = DEFAULT_MAX_WAIT_S,

@@ -59,7 +59,6 @@ def begin(url: str, *, socket: str | None = None, allow_fresh: bool = False, dea
         job, _, run_id = run.partition("/")
         store = FileStore(run_id=run_id, job=job, socket=socket)
         place = world.current()
-        _check_place(place)
         step = store.begin(
             place=place, world_id=_agree_on_id(run, place), allow_fresh=allow_fresh, deadline_s=deadline_s
         )
@@ -372,15 +371,6 @@ def _enter_step(name: str, store: FileStore) -> int | None:
     if step is not None:
         store.open_folder = _folder_of(name)[0]
     return step
-
-
-def _check_place(place: World) -> None:
-    planned = int(os.environ.get("WORLD_SIZE", "1") or "1")
-    if place.size == 1 and planned > 1:
-        raise UsageError(
-            f"this process is one of {planned} (WORLD_SIZE), but torch.distributed is not initialised: call "
-            "init_process_group() before the first use of backstay:// files"
-        )
 
 
 def _agree_on_id(run: str, place: World) -> str:

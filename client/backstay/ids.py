@@ -1,6 +1,6 @@
 """Names and identities, as frozen values shared by both sides.
 
-Five names order events (DESIGN 2): attempt, snapshot id, plan id, incarnation, generation. Nothing else does.
+Five names order events (docs/glossary.md): attempt, snapshot id, plan id, incarnation, generation. Nothing else does.
 Standard library only.
 """
 
@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from backstay.errors import UsageError
 
@@ -18,9 +19,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 DEFAULT_JOB = "default"
 
 
-def check_name(kind: str, name: str) -> str:
+def check_name(kind: str, name: Any) -> str:
     """Return ``name`` if it is safe as one path component, else raise UsageError."""
-    if not _NAME.match(name):
+    if not isinstance(name, str) or not _NAME.match(name):
         raise UsageError(
             f"{kind} {name!r} is not usable: 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit",
             reason="bad_name",

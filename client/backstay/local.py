@@ -23,7 +23,8 @@ from backstay.errors import IntegrityError
 PROTOCOL_VERSION: Final = versions.LOCAL_PROTOCOL
 MAX_FRAME_BYTES: Final = 256 * 1024 * 1024  # a manifest of an 8 TiB shard; admission refuses such a shard long before
 MAX_FDS: Final = 128
-DEFAULT_SOCKET: Final = "/run/backstay/backstayd.sock"  # overridden by BACKSTAY_SOCKET
+DEFAULT_SOCKET: Final = "/run/backstay/backstayd.sock"
+SOCKET_VARIABLE: Final = "BACKSTAY_SOCKET"  # overrides it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

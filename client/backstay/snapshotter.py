@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Self
 
 import torch
@@ -25,22 +25,21 @@ from backstay.capture import filling as capturing
 from backstay.capture.fence import Fence
 from backstay.capture.filling import Capture, Filler
 from backstay.capture.session import Identity, Session
-from backstay.control import DaemonConnection
+from backstay.control import DaemonConnection, find_socket
 from backstay.errors import BackstayError, UnavailableError, UsageError
-from backstay.ids import DEFAULT_JOB, RunKey, check_name
+from backstay.ids import DEFAULT_JOB, RunKey
 from backstay.restore import apply, ask, gate, statements
 from backstay.restore.apply import Target
 from backstay.restore.probation import Probation
 from backstay.restore.result import RestoreResult, make_result
 from backstay.stats import NOT_SCHEDULED, REFUSED, SKIPPED, STARTED, SnapshotStatus, Stats
-from backstay.trainer import optimizer_state, sources, uncaptured, unsharded, world
+from backstay.trainer import given, optimizer_state, sources, uncaptured, unsharded, world
 from backstay.trainer.sigterm import SigtermHook
 
 _log = logging.getLogger("backstay")
 
 __all__ = ["RestoreResult", "SnapshotStatus", "Snapshotter", "Stats"]
 
-SOCKET_VARIABLE: Final = "BACKSTAY_SOCKET"
 DEFAULT_MAX_WAIT_S: Final = 3.0
 DEFAULT_CHECK_EVERY: Final = 50
 FIRST_CHECKED: Final = 2
@@ -52,8 +51,8 @@ _keepers: weakref.WeakSet[Snapshotter] = weakref.WeakSet()
 class Snapshotter:
     """Keeps one rank's training state in the memory of its node's daemon.
 
-    Not thread-safe: restore(), snapshot(), finish() and close() belong to the training thread. In forked children every
-    method does nothing.
+    Not thread-safe: restore(), snapshot(), finish() and close() belong to the training thread. In a forked child restore()
+    raises, and everything else does nothing.
 
     Args:
         model: A plain module, DDP, or FSDP2; may be compiled.
@@ -64,35 +63,35 @@ class Snapshotter:
         socket: Path of the daemon's socket; default ``$BACKSTAY_SOCKET``, then ``/run/backstay/backstayd.sock``.
         max_wait_s: How long a step may wait for a free slot, at the fence.
         strict: Raise where a snapshot fails, instead of a warning.
-        check_every: One in so many snapshots is compared byte for byte at the fence (and the first two are).
+        check_every: One in so many snapshots is compared byte for byte at the fence (and the first two are); 0: no other.
         persist_on_sigterm: On SIGTERM, ask for a durable copy (:meth:`persist`), then do what the signal did before.
 
     Raises:
-        UsageError: for names that cannot be used and for models that cannot be captured.
+        UsageError: for names that cannot be used, and arguments that are not what they must be.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
         *,
         run_id: str,
         job: str = DEFAULT_JOB,
         extra: Mapping[str, Any] | None = None,
-        socket: str | None = None,
+        socket: str | os.PathLike[str] | None = None,
         max_wait_s: float = DEFAULT_MAX_WAIT_S,
         strict: bool = False,
         check_every: int = DEFAULT_CHECK_EVERY,
         persist_on_sigterm: bool = False,
     ) -> None:
-        self._model = model
-        self._optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+        self._model = given.model_of(model)
+        self._optimizers = given.optimizers_of(optimizer)
         self._run = RunKey(job, run_id)
-        self._extra = _check_extra(extra or {})
-        self._socket_path = socket or os.environ.get(SOCKET_VARIABLE) or local.DEFAULT_SOCKET
-        self._max_wait_s = max_wait_s
+        self._extra = given.extra_of(extra)
+        self._socket_path = find_socket(socket)
+        self._max_wait_s = given.seconds_of("max_wait_s", max_wait_s)
         self._strict = strict
-        self._check_every = check_every
+        self._check_every = given.count_of("check_every", check_every)
         self._pid = os.getpid()
         self._session: Session | None = None
         self._filler: Filler | None = None
@@ -132,10 +131,12 @@ class Snapshotter:
             allow_fresh: Start over (step 0) if the run is known but nothing of it can be restored.
 
         Raises:
+            UsageError: a model or optimizer that cannot be captured, or several processes without torch.distributed.
             UnavailableError: no daemon, or no decision in time. UnrecoverableError: a known run without a restorable snapshot.
             IntegrityError: the snapshot does not fit or a byte is wrong.
         """
         self._refuse_closed("restore()")
+        deadline_s = given.seconds_of("deadline_s", deadline_s)
         begin_s = time.monotonic()
         self._end_session()
         place = world.current()
@@ -190,7 +191,8 @@ class Snapshotter:
         Buffers, generators, scalars and extras are copied now, parameters and optimizer state until the next optimizer step.
 
         Raises:
-            UsageError: before restore(), or if steps do not increase. Anything else only with ``strict``.
+            UsageError: before restore(), for a step that is no int from 1 on, or that does not increase. Anything else only
+                with ``strict``.
         """
         if os.getpid() != self._pid:
             return SnapshotStatus(step=step, state=REFUSED, reason="this is a forked child")
@@ -200,6 +202,7 @@ class Snapshotter:
             raise UsageError(
                 "snapshot() before restore(): call restore() first, also for a new run", reason="not_restored"
             )
+        step = given.step_of("snapshot", step)
         if step <= self._last_step:
             raise UsageError(
                 f"snapshot({step}) after step {self._last_step}: steps must increase", reason="step_not_increasing"
@@ -261,6 +264,7 @@ class Snapshotter:
         """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and close."""
         if os.getpid() != self._pid or self._is_closed:
             return
+        timeout_s = given.seconds_of("timeout_s", timeout_s)
         try:
             self.fence()
             if self._session is not None and not self._session.finish(keep=keep, timeout_s=timeout_s):
@@ -315,6 +319,7 @@ class Snapshotter:
 
     def wait_committed(self, timeout_s: float = 60.0) -> bool:
         """Wait until no capture is under way (a checked one ends with the next fence); False if the time is over."""
+        timeout_s = given.seconds_of("timeout_s", timeout_s)
         return self._session is None or self._session.wait_captures(timeout_s)
 
     # ---- one snapshot
@@ -507,18 +512,6 @@ class Snapshotter:
             raise UsageError(f"{what} in a forked child: make its own Snapshotter there", reason="forked")
         if self._is_closed:
             raise UsageError(f"{what} on a keeper that was closed", reason="closed")
-
-
-def _check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
-    for name, stateful in extra.items():
-        check_name("extra", name)
-        if not callable(getattr(stateful, "state_dict", None)) or not callable(
-            getattr(stateful, "load_state_dict", None)
-        ):
-            raise UsageError(
-                f"extra {name!r} is a {type(stateful).__name__} without state_dict() and load_state_dict()"
-            )
-    return dict(extra)
 
 
 def _forget_in_child() -> None:

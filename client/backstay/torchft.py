@@ -21,10 +21,10 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from backstay import ids, local
-from backstay.control import DaemonConnection
+from backstay.control import DaemonConnection, find_socket
 from backstay.direct.entering import enter
 from backstay.direct.filling import fill
-from backstay.direct.line import Line, socket_path
+from backstay.direct.line import Line
 from backstay.errors import (
     BackstayError,
     IntegrityError,
@@ -83,14 +83,14 @@ class BackstayTransport(CheckpointTransport[T]):
         replica: str | None = None,
         rank: int | None = None,
         job: str = DEFAULT_JOB,
-        socket: str | None = None,
+        socket: str | os.PathLike[str] | None = None,
     ) -> None:
         replica = os.environ.get("REPLICA_GROUP_ID", "") if replica is None else replica
         if not replica:
             raise UsageError("a replica needs a name of its own: replica=..., or $REPLICA_GROUP_ID", reason="bad_name")
         rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self.run = RunKey(job, f"{run_id}-{replica}-{rank}")
-        self._socket_path = socket_path(socket)
+        self._socket_path = find_socket(socket)
         self._line: Line | None = None
         self._sent = -1
         self._lock = threading.Lock()

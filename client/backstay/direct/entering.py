@@ -18,6 +18,7 @@ from backstay.direct.line import BY_CHUNKS, Line
 from backstay.direct.source import Source
 from backstay.errors import UnavailableError
 from backstay.restore.ask import Progress
+from backstay.trainer import given
 from backstay.trainer.world import World
 
 RETRY_S: Final = 0.2
@@ -40,6 +41,7 @@ def enter(run: str, place: World, world_id: str, *, socket_path: str, allow_fres
     Raises:
         UnavailableError: no daemon, or not all ranks in time. UnrecoverableError: a known run without a restorable snapshot.
     """
+    deadline_s = given.seconds_of("deadline_s", deadline_s)
     attach = local.Attach(
         run=run, world_id=world_id, rank=place.rank, world_size=place.size, layout=BY_CHUNKS,
         collective_timeout_s=place.collective_timeout_s, client_version=backstay.__version__,

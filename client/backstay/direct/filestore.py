@@ -22,14 +22,15 @@ from typing import Any, Final
 import torch
 
 from backstay import shard
+from backstay.control import find_socket
 from backstay.direct.entering import enter
 from backstay.direct.filling import fill
-from backstay.direct.line import POLL_S, Line, socket_path
+from backstay.direct.line import POLL_S, Line
 from backstay.direct.source import Source
 from backstay.errors import BackstayError, StaleGenerationError, UnavailableError, UsageError
 from backstay.ids import DEFAULT_JOB, RunKey
 from backstay.restore.opened import OpenedSnapshot
-from backstay.trainer import world
+from backstay.trainer import given, world
 from backstay.trainer.world import World
 
 _log = logging.getLogger("backstay")
@@ -65,12 +66,12 @@ class FileStore:
         *,
         run_id: str,
         job: str = DEFAULT_JOB,
-        socket: str | None = None,
+        socket: str | os.PathLike[str] | None = None,
         max_wait_s: float = DEFAULT_MAX_WAIT_S,
     ) -> None:
         self.run = RunKey(job, run_id)
-        self._socket_path = socket_path(socket)
-        self._max_wait_s = max_wait_s
+        self._socket_path = find_socket(socket)
+        self._max_wait_s = given.seconds_of("max_wait_s", max_wait_s)
         self.step: int | None = None  # what this world began from; None: nothing
         self.last_problem = ""
         self.open_step: int | None = None

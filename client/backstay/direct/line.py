@@ -22,7 +22,6 @@ from backstay.errors import BackstayError, CapacityError, StaleGenerationError, 
 from backstay.trainer import memory
 from backstay.trainer.world import World
 
-SOCKET_VARIABLE: Final = "BACKSTAY_SOCKET"
 ATTACH_DEADLINE_S: Final = 5.0
 POLL_S: Final = 0.2  # one request at a time: a longer one would hold up the others of this process
 RETRY_S: Final = 0.2
@@ -37,11 +36,6 @@ class Slot:
     step: int
     slot_id: str
     mapping: memory.Mapping
-
-
-def socket_path(given: str | None) -> str:
-    """The daemon's socket: as given, else ``$BACKSTAY_SOCKET``, else the default."""
-    return given or os.environ.get(SOCKET_VARIABLE) or local.DEFAULT_SOCKET
 
 
 class Line:

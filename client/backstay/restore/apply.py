@@ -258,7 +258,8 @@ def _prepare_private(
     here, there = set(target.extra), set(document["extra"])
     if here != there:
         raise IntegrityError(
-            f"the snapshot has extras {sorted(there)}, this Snapshotter {sorted(here)}; nothing was loaded",
+            f"the snapshot has extras {sorted(there)}, this Snapshotter {sorted(here)}; nothing was loaded. Give the "
+            "same names, or take a new run_id",
             reason="wrong_extras",
         )
     extras: dict[str, tuple[str, tuple[Any, ...]]] = {}

@@ -90,7 +90,8 @@ def plan(optimizers: Sequence[torch.optim.Optimizer], holdings: Holdings, origin
         bodies = json.loads(origin.opened.metadata(rank).get(METADATA_KEY, "[]"))
         if len(bodies) != len(optimizers):
             raise IntegrityError(
-                f"the snapshot has {len(bodies)} optimizers, this Snapshotter has {len(optimizers)}; nothing was loaded",
+                f"the snapshot has {len(bodies)} optimizers, this Snapshotter has {len(optimizers)}; nothing was loaded. "
+                "Give those that made it, in the same order, or take a new run_id",
                 reason="wrong_optimizers",
             )
         encoded = origin.reader.document(rank)["optimizers"]

@@ -5,12 +5,14 @@ Its name is the one collective of backstay: rank 0 makes it, everybody gets it, 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from backstay import ids
+from backstay.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +23,19 @@ class World:
 
 
 def current() -> World:
-    """This process's place; a world of one without torch.distributed."""
+    """This process's place; a world of one without torch.distributed.
+
+    Raises:
+        UsageError: if a launcher started several processes: each would take the run for its own, and end the others' part.
+    """
     if not (dist.is_available() and dist.is_initialized()):
+        started = os.environ.get("WORLD_SIZE", "1")
+        if started.isdecimal() and int(started) > 1:
+            raise UsageError(
+                f"this process is one of {started} (WORLD_SIZE), but torch.distributed is not initialised: call "
+                "torch.distributed.init_process_group() first; where each process is a run of its own, unset WORLD_SIZE",
+                reason="no_process_group",
+            )
         return World(rank=0, size=1)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), collective_timeout_s=_collective_timeout_s())
 

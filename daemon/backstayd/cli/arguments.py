@@ -12,7 +12,7 @@ from typing import Final
 
 from backstay import __version__
 from backstay.errors import UsageError
-from backstay.local import DEFAULT_SOCKET
+from backstay.local import DEFAULT_SOCKET, SOCKET_VARIABLE
 from backstayd.app import CommandParser
 from backstayd.cli.plan_arguments import add_arguments as add_plan_arguments
 from backstayd.config import parse_size, parse_trust_domain
@@ -158,7 +158,7 @@ def _trust_domain(text: str) -> str:
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
-    socket = os.environ.get("BACKSTAY_SOCKET", DEFAULT_SOCKET)
+    socket = os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
     export.add_argument("run", metavar="RUN", help="job/run_id, in full")
     export.add_argument(
         "--to", type=Path, required=True, metavar="DIR", help="where the model is written; no model may be there"
@@ -210,7 +210,7 @@ def _size(text: str) -> int:
 
 
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
-    socket = os.environ.get("BACKSTAY_SOCKET", DEFAULT_SOCKET)
+    socket = os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
     doctor.add_argument("--memory-dir", type=Path, metavar="DIR", help="the daemon's memory directory")
     doctor.add_argument("--socket", type=Path, default=Path(socket), help=f"the daemon's socket (default {socket})")
     doctor.add_argument(
