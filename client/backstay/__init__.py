@@ -1,7 +1,15 @@
 """backstay keeps the state of a training run alive in the memory of the machines that train it.
 
-This is the façade of the trainer's side. Names are loaded when first used (PEP 562), so that ``import backstay`` loads
-neither torch nor anything of the daemon.
+    keeper = backstay.Snapshotter(model, optimizer, run_id="gpt-7b-3", extra={"scheduler": scheduler, "loader": loader})
+    start = keeper.restore().step              # 0 for a run that is provably new; raises rather than guess
+    for step in range(start, total_steps):
+        train_one_step(step)
+        keeper.snapshot(step + 1)              # returns at once
+    keeper.finish()
+
+Adapters are modules of their own (``backstay.dcp``, ``files``, ``lightning``, ``transformers``, ``accelerate``, ``deepspeed``,
+``torchft``, ``torchtitan``); ``backstay.testing`` starts real daemons for a user's tests. Names are loaded when first used
+(PEP 562), so that ``import backstay`` loads neither torch nor anything of the daemon.
 """
 
 from __future__ import annotations
@@ -24,7 +32,7 @@ from backstay.errors import (
 
 if TYPE_CHECKING:
     from backstay import testing
-    from backstay.snapshotter import RestoreResult, SnapshotStatus, Snapshotter
+    from backstay.snapshotter import RestoreResult, SnapshotStatus, Snapshotter, Stats
 
 __version__ = "0.1.0"
 
@@ -39,6 +47,7 @@ __all__ = [
     "SnapshotStatus",
     "Snapshotter",
     "StaleGenerationError",
+    "Stats",
     "UnavailableError",
     "UnrecoverableError",
     "UsageError",
@@ -50,6 +59,7 @@ _LAZY = {
     "RestoreResult": "backstay.snapshotter",
     "SnapshotStatus": "backstay.snapshotter",
     "Snapshotter": "backstay.snapshotter",
+    "Stats": "backstay.snapshotter",
 }
 
 

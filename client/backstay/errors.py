@@ -14,7 +14,7 @@ class BackstayError(Exception):
 
     Args:
         message: What failed, which one, the numbers, what happens next.
-        reason: A stable snake_case code for programs, such as ``"slot_size_mismatch"``.
+        reason: A stable snake_case code for programs, such as ``"no_daemon"``.
     """
 
     exit_code: ClassVar[int] = 1

@@ -50,7 +50,7 @@ MAY_IMPORT_PICKLE = {"client/backstay/convert/foreign.py"}
 
 
 def test_no_code_runs_a_shell_or_unpickles() -> None:
-    """Law 9, by syntax: no ``import pickle``, no ``shell=True``."""
+    """By syntax: no ``import pickle``, no ``shell=True``."""
     found = []
     for path in _sources("client", "daemon"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""Where each byte of a group's volumes lies in its stripes: the layout of DESIGN 5.5, as arithmetic.
+"""Where each byte of a group's volumes lies in its stripes: the layout of docs/architecture.md, as arithmetic.
 
 A volume is a node's shards one after another, each padded (in arithmetic only) to whole chunks, so a chunk of a shard is a
 chunk of its volume and every reader can check it against the manifest. A volume of V chunks is cut into k blocks of

@@ -488,7 +488,7 @@ class NodeReport:
     corrupt_count: int = 0
     is_draining: bool = False  # it will be stopped; remembered beside what it holds, so that a new coordinator knows
     is_cordoned: bool = False  # and that is because its Kubernetes node is cordoned
-    takes_copies: bool = False  # it obeys RunDesired.copies; releases before 0.2 do not
+    takes_copies: bool = False  # it obeys RunDesired.copies; older releases do not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

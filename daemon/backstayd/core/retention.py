@@ -1,6 +1,6 @@
 """Which snapshots may go. Pure.
 
-Law 1: a protected snapshot is never given up before another is as well protected now.
+A protected snapshot is never given up before another is as well protected now.
 """
 
 from __future__ import annotations

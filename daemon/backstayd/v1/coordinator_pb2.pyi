@@ -1347,7 +1347,7 @@ class NodeReport(_message.Message):
     is_cordoned: _builtins.bool
     """It drains because its Kubernetes node is cordoned."""
     takes_copies: _builtins.bool
-    """It copies what it is told to copy; releases before 0.2 do not."""
+    """It copies what it is told to copy; older releases do not."""
     @_builtins.property
     def node(self) -> Global___NodeIdentity:
         """Name of a node."""

@@ -162,7 +162,7 @@ Global___Attached: _TypeAlias = Attached  # noqa: Y015
 
 @_typing.final
 class Restore(_message.Message):
-    """Ask for the world's decision; answered by Progress messages and one Restored or Error."""
+    """Ask for the world's decision; answered by Progress messages and one Restored, Offer or Error."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

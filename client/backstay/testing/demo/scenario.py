@@ -213,7 +213,7 @@ def _check(scenario: Scenario) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="make demo ARGS=...",
+        prog="backstay demo",
         description="Train a byte-level GPT over real daemons, break things, compare with an undisturbed run.",
     )
     add = parser.add_argument
