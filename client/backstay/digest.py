@@ -214,52 +214,6 @@ def verify_chunks(view: Buffer, manifest: Manifest, first_chunk: int) -> None:
         begin += length
 
 
-class ChunkVerifier:
-    """Rolling check of a shard's bytes where they were put: fed in file order, raises as soon as a chunk ends wrong.
-
-    What was fed since the last chunk end is unverified until the next one; :meth:`finish` says that nothing is left.
-    For one thread.
-    """
-
-    def __init__(self, manifest: Manifest, *, first_chunk: int = 0) -> None:
-        self._manifest = manifest
-        self._crc = 0
-        self._chunk = first_chunk
-        self._left = manifest.chunk_length(first_chunk)
-
-    @property
-    def position(self) -> int:
-        """Byte of the file that comes next."""
-        return self._chunk * CHUNK_BYTES + self._manifest.chunk_length(self._chunk) - self._left
-
-    def feed(self, view: Buffer) -> None:
-        """Hash the next bytes of the file, of any length, from the buffer that will be used.
-
-        Raises:
-            IntegrityError: at the end of a chunk that differs, naming it. UsageError: if the file has no more bytes.
-        """
-        view = _flat(view)
-        done = 0
-        while done < view.nbytes:
-            if self._left <= 0:
-                raise UsageError(
-                    f"{view.nbytes - done} bytes more than the shard's {self._manifest.size_bytes} were given"
-                )
-            piece = view[done : done + self._left]
-            self._crc = crc32c(piece, self._crc)
-            self._left -= piece.nbytes
-            done += piece.nbytes
-            if self._left == 0:
-                _check_chunk(self._manifest, self._chunk, self._crc)
-                self._chunk, self._crc = self._chunk + 1, 0
-                self._left = max(0, self._manifest.chunk_length(self._chunk))
-
-    def finish(self) -> None:
-        """Raise UsageError unless the whole file was fed, so that every byte of it is verified."""
-        if self._chunk < self._manifest.chunk_count:
-            raise UsageError(f"only {self.position} of {self._manifest.size_bytes} bytes were verified")
-
-
 def read_tensor(fd: int, manifest: Manifest, name: str) -> bytes:
     """The verified bytes of one tensor (or of what an alias stands for), read by ``pread``.
 

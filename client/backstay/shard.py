@@ -28,6 +28,7 @@ _METADATA: Final = "__metadata__"
 _SHARDING_KEY: Final = "DCP_SHARDING_INFO"
 _FORMAT_KEY: Final = "backstay.format"
 _DTYPES_KEY: Final = "backstay.dtypes"
+IMPORTED_KEY: Final = "backstay.imported"  # in the header of a shard that no trainer of ours wrote
 _SHAPES_KEY: Final = "backstay.global_shapes"
 _ALIASES_KEY: Final = "backstay.aliases"
 _RESERVED: Final = frozenset(

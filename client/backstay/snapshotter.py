@@ -418,7 +418,7 @@ class Snapshotter:
                 key="no_slot",
             )
             return
-        limit_s = 30.0 + capture.plan.layout.size_bytes / COPY_FLOOR_BYTES_PER_S
+        limit_s = _copy_limit_s(capture)
         if not capture.launched.wait(limit_s):
             capture.spoil(f"copying took longer than {limit_s:.0f} s")
             self._warn_once(
@@ -476,7 +476,7 @@ class Snapshotter:
             self._probation = None
         capture, self._capture, self._previous = self._capture, None, None
         if capture is not None and not capture.drop("cancelled"):
-            capture.launched.wait(30.0 + capture.plan.layout.size_bytes / COPY_FLOOR_BYTES_PER_S)
+            capture.launched.wait(_copy_limit_s(capture))
             if capture.is_checked:
                 capture.spoil("cancelled before the next optimizer step")
         if self._session is not None:
@@ -512,6 +512,10 @@ class Snapshotter:
             raise UsageError(f"{what} in a forked child: make its own Snapshotter there", reason="forked")
         if self._is_closed:
             raise UsageError(f"{what} on a keeper that was closed", reason="closed")
+
+
+def _copy_limit_s(capture: Capture) -> float:
+    return 30.0 + capture.plan.layout.size_bytes / COPY_FLOOR_BYTES_PER_S
 
 
 def _forget_in_child() -> None:

@@ -27,7 +27,7 @@ from backstayd.coder.jobs import (
 from backstayd.core import geometry
 from backstayd.core.records import FragmentSource, Plan, Rebuild, RebuildTarget, RebuildTask, seal_rebuild
 from backstayd.store.published import read_plan
-from backstayd.store.staging import missing_stripes, prepare_staging, staged_ranges_complete
+from backstayd.store.staging import missing_stripes, prepare_staging
 from tests.component.coder_nodes import (
     KEY,
     RUN,
@@ -168,7 +168,7 @@ def test_two_destroyed_nodes_are_rebuilt_byte_for_byte_on_a_replacement_and_a_su
                 for shard in plan.members[member].shards:
                     staged = owner.paths.staged(shard.rank, world, shard.digest)
                     assert staged.read_bytes() == originals[shard.rank]
-                    assert staged_ranges_complete(owner.paths, plan, member=member, rank=shard.rank)
+                    assert not missing_stripes(owner.paths, plan, member=member, rank=shard.rank)
             assert leftover_temporaries(survivors) == []
             kinds = {event.kind for event in replacement.events}
             assert "stripe_staged" in kinds

@@ -312,7 +312,7 @@ def test_the_importer_stores_what_writing_was_given(tmp_path: Path) -> None:
     )
     identity = writing.Identity(run=RUN, attempt=1, step=0, writer="test")
     manifests = writing.write_shards(
-        [source], tmp_path / "s", identity=identity, metadata={writing.IMPORTED_KEY: "huggingface"}
+        [source], tmp_path / "s", identity=identity, metadata={shard.IMPORTED_KEY: "huggingface"}
     )
     assert [m.world_size for m in manifests] == [1]
     assert importing.main(["--from", str(tmp_path / "s"), "--to", str(tmp_path / "t"), "--run", RUN]) == 0

@@ -12,9 +12,9 @@ from torch import nn
 
 from backstay.errors import IntegrityError
 from backstay.restore import apply
-from backstay.restore.imported import IMPORTED_KEY
 from backstay.restore.opened import OpenedSnapshot
 from backstay.restore.result import Loaded
+from backstay.shard import IMPORTED_KEY
 from backstay.trainer import sources
 from backstay.trainer.optimizer_state import METADATA_KEY
 from tests.kit.stored import open_stored, whole

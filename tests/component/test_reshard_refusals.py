@@ -18,6 +18,7 @@ from backstay.restore import apply
 from backstay.restore.opened import OpenedSnapshot
 from backstay.restore.private import derived_streams
 from backstay.restore.result import Loaded
+from backstay.shard import IMPORTED_KEY
 from backstay.trainer import optimizer_state, sources
 from tests.kit.stored import Stored, open_stored, whole
 
@@ -159,7 +160,7 @@ def test_tensors_that_are_tied_here_and_differ_there_are_refused(tmp_path: Path)
 def test_an_imported_snapshot_brings_the_model_alone(tmp_path: Path) -> None:
     value = stage("a")[0]
     tensors = {f"model.{name}": whole(p) for name, p in value.named_parameters()}
-    opened = open_stored(tmp_path, [tensors], metadata={apply.IMPORTED_KEY: "hf"})[0]
+    opened = open_stored(tmp_path, [tensors], metadata={IMPORTED_KEY: "hf"})[0]
     here = stage("a", seed=4, steps=0)
     drawn = torch.get_rng_state()
     loaded = restore(opened, here)

@@ -13,7 +13,7 @@ import pytest
 from backstay import record
 from backstay.errors import BackstayError, ConfigError, IntegrityError, SnapshotNotFoundError, UnavailableError
 from backstayd.core.storage_names import manifest_name, shard_name
-from backstayd.storage.place import Place, check_url, open_place
+from backstayd.storage.place import Place, open_place
 from backstayd.storage.reader import open_shard
 from backstayd.store.stored import ShardChunks, parse_manifest
 from tests.kit.object_store import ObjectStore, object_store
@@ -222,9 +222,9 @@ def test_a_path_with_blanks_and_signs_is_taken_as_it_is_written(tmp_path: Path) 
 
 def test_a_scheme_or_package_that_is_missing_is_named_with_the_next_step() -> None:
     with pytest.raises(ConfigError, match="scheme 'foo' is not known"):
-        check_url("foo://bar/x")
+        open_place("foo://bar/x")
     with pytest.raises(ConfigError, match=r"pip install 'backstay\[storage\]'"):
-        check_url("gs://bucket/x")
+        open_place("gs://bucket/x")
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not hasattr(os, "seteuid"), reason="needs another user")

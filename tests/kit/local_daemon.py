@@ -69,7 +69,6 @@ class LocalDaemon:
         self.is_full = False
         self.interval_steps = 1
         self.probation_steps = 3
-        self.commit_count = 0
         self.fetched_bytes = 0  # of chunks of another layout, each once
         self._lock = threading.Condition()
         self._numbers = iter(range(1, 1_000_000))
@@ -335,7 +334,6 @@ class LocalDaemon:
         key = (manifest.attempt, manifest.step)
         shards = run.snapshots.setdefault(key, {})
         shards[attach.rank] = Shard(path, message.manifest)
-        self.commit_count += 1
         if len(shards) == attach.world_size:
             for older in [k for k in run.snapshots if k < key]:
                 for rank, shard in run.snapshots.pop(older).items():

@@ -18,7 +18,6 @@ from backstay.testing.wait import wait_until
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     pid: int
-    time_s: float
     fields: dict[str, str]
 
 
@@ -69,4 +68,4 @@ class NotifySocket:
             pid = next(struct.unpack("iII", data)[0] for _, kind, data in control if kind == socket.SCM_CREDENTIALS)
             lines = raw.decode().splitlines()
             fields = {name: value for name, _, value in (line.partition("=") for line in lines)}
-            self.messages.append(Message(pid=pid, time_s=time.monotonic(), fields=fields))
+            self.messages.append(Message(pid=pid, fields=fields))

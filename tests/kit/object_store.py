@@ -29,10 +29,6 @@ class ObjectStore:
         """Forget every bucket, object and unfinished upload."""
         self._ask("POST", "/moto-api/reset")
 
-    def overwrite(self, key: str, data: bytes, *, bucket: str = BUCKET) -> None:
-        """Put other bytes where an object is, as a failing store would."""
-        self._ask("PUT", f"/{bucket}/{key}", data)
-
     def read(self, key: str, *, bucket: str = BUCKET) -> bytes:
         return self._ask("GET", f"/{bucket}/{key}")
 

@@ -61,7 +61,6 @@ class Trainer:
     skipped_step: int = 0
     refusal: str = ""
     capturing: int = 0
-    pending_step: int = -1
 
 
 @dataclass(slots=True)

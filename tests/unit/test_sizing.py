@@ -20,6 +20,7 @@ from backstayd.core.footprint import admission_bytes, parity_fraction
 from backstayd.core.policy import CorePolicy
 from backstayd.sizing import intervals, rates, survival
 from backstayd.sizing.plan import Question, answer
+from tests.kit import played_losses
 
 GIB = 1 << 30
 CLUSTER = Question(nodes=64, state_bytes=5600 * GIB, memory_bytes=500 * GIB, bandwidth_bytes_per_s=25e9, step_s=4.0)
@@ -111,9 +112,9 @@ def test_a_very_long_window_goes_on_as_the_steady_state_does() -> None:
 def test_monte_carlo_agrees_about_simultaneous_losses(group_size: int, m: int, losses: int) -> None:
     sizes = survival.group_sizes(64, group_size=group_size, m=m)
     rounds = 4000
-    found = survival.simulate_losses(sizes, m, losses, rounds=rounds, seed=7)
+    found = played_losses.simulate_losses(sizes, m, losses, rounds=rounds, seed=7)
     exact = survival.survive_losses(sizes, m, losses)
-    assert abs(found - exact) <= survival.confidence(found, rounds)
+    assert abs(found - exact) <= played_losses.confidence(found, rounds)
 
 
 @pytest.mark.parametrize(("m", "rate", "repair_s"), [(0, 2e-7, 600.0), (1, 3e-6, 1800.0), (2, 1.2e-5, 3000.0)])
@@ -121,11 +122,11 @@ def test_monte_carlo_agrees_about_a_window_between_durable_copies(m: int, rate: 
     sizes = survival.group_sizes(30, group_size=8, m=m)
     rounds, window_s = 1500, 86_400.0
     exact = survival.survive_window(sizes, m, rate_per_s=rate, repair_s=repair_s, window_s=window_s)
-    found = survival.simulate_window(
+    found = played_losses.simulate_window(
         sizes, m, rate_per_s=rate, repair_s=repair_s, window_s=window_s, rounds=rounds, seed=11
     )
     assert 0.3 < exact < 0.95, "the case says something"
-    assert abs(found - exact) <= survival.confidence(found, rounds)
+    assert abs(found - exact) <= played_losses.confidence(found, rounds)
 
 
 @pytest.mark.parametrize(

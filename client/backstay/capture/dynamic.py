@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from backstay.trainer import optimizer_state, rng, sources, state
-
-STATE_FORMAT: Final = 1
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, shape of the whole
 
@@ -42,7 +40,7 @@ def read(
     distributed = [path for path, tensor in found.items() if isinstance(tensor, DTensor)]
     plain, generators = rng.read()
     document = {
-        "format": STATE_FORMAT,
+        "format": state.STATE_FORMAT,
         "optimizers": encoded,
         "extra": extras,
         "distributed": distributed,

@@ -22,9 +22,7 @@ from backstay.convert import huggingface
 from backstay.convert.writing import Source
 from backstay.errors import IntegrityError, UsageError
 from backstay.shard import STORAGE_RULES
-from backstay.trainer.optimizer_state import METADATA_KEY
 
-FORMATS: Final = ("huggingface", "dcp", "universal")
 _SAFETENSORS: Final = {
     rule.dtype: name for name, rule in reversed(STORAGE_RULES.items()) if not rule.trailing and rule.dtype != "U8"
 } | {"U8": "torch.uint8"}
@@ -87,9 +85,6 @@ def optimizer_description(found: Found) -> str:
         of[parameter] = schemas.setdefault(schema, len(schemas))
     body = {"groups": [sorted(of)], "schemas": [json.loads(schema) for schema in schemas], "of": of}
     return json.dumps([body] if of else [], separators=(",", ":"))
-
-
-METADATA_NAME: Final = METADATA_KEY
 
 
 def _huggingface(directory: Path) -> Found:

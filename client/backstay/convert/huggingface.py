@@ -16,11 +16,11 @@ from typing import Any, Final
 from backstay.convert.consolidate import WholeTensor
 from backstay.convert.whole_files import appearing_whole, leaving_nothing
 from backstay.errors import IntegrityError, UsageError
+from backstay.shard import MAX_HEADER_BYTES
 
 DEFAULT_FILE_BYTES: Final = 5_000_000_000
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
-MAX_HEADER_BYTES: Final = 100_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

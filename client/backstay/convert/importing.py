@@ -16,6 +16,8 @@ import torch
 import backstay
 from backstay.convert import foreign, writing
 from backstay.errors import BackstayError, UsageError
+from backstay.shard import IMPORTED_KEY
+from backstay.trainer.optimizer_state import METADATA_KEY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +59,8 @@ def _convert(arguments: argparse.Namespace) -> dict[str, object]:
             )
         step = 0
     metadata = {
-        writing.IMPORTED_KEY: kind,
-        foreign.METADATA_NAME: foreign.optimizer_description(found),
+        IMPORTED_KEY: kind,
+        METADATA_KEY: foreign.optimizer_description(found),
     }
     identity = writing.Identity(
         run=arguments.run, attempt=1, step=step, writer=f"backstay {backstay.__version__} import of {arguments.source}"

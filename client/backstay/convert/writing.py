@@ -19,7 +19,6 @@ from backstay.manifest import CHUNK_BYTES, Manifest
 from backstay.shard import Layout, TensorSpec
 
 DEFAULT_SHARD_BYTES: Final = 8 * 1024**3
-IMPORTED_KEY: Final = "backstay.imported"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,12 @@ import torch
 from backstay import shard
 from backstay.capture.filling import Capture, Digests, Filler
 from backstay.capture.plan import Piece, Plan
+from backstay.capture.windows import WINDOW_BYTES
 from backstay.digest import Digester
 from backstay.manifest import CHUNK_BYTES
 from backstay.trainer import memory
 from backstay.trainer.sources import Holdings
 
-WINDOW_BYTES: Final = 4 * CHUNK_BYTES
 _NOTHING: Final = Holdings(tensors=(), aliases={}, names={}, parameters={}, sizes=(), links=(), lists=())
 
 

@@ -15,13 +15,14 @@ from torch.distributed.tensor import DTensor
 
 from backstay.errors import IntegrityError
 from backstay.restore import imported, optimizers, private
-from backstay.restore.imported import IMPORTED_KEY, ImportedPlan
+from backstay.restore.imported import ImportedPlan
 from backstay.restore.naming import Naming
 from backstay.restore.opened import OpenedSnapshot, ReadTarget
 from backstay.restore.optimizers import Origin
 from backstay.restore.private import StateReader
 from backstay.restore.reading import Reading
 from backstay.restore.result import Loaded
+from backstay.shard import IMPORTED_KEY
 from backstay.trainer import optimizer_state, rng, sources, state
 
 

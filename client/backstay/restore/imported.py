@@ -19,8 +19,6 @@ from backstay.restore.optimizers import make_distributed
 from backstay.trainer import optimizer_state, sources
 from backstay.trainer.sources import Holdings
 
-IMPORTED_KEY: Final = "backstay.imported"  # in the header of a shard that no trainer of ours wrote
-
 _ADAM: Final = frozenset({"step", "exp_avg", "exp_avg_sq"})
 _KEYS: Final[Mapping[type, frozenset[str]]] = {  # what each keeps for a parameter, without what options add
     torch.optim.Adam: _ADAM,

@@ -11,7 +11,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -20,8 +20,6 @@ from backstay.errors import IntegrityError
 from backstay.restore.naming import Naming
 from backstay.restore.opened import OpenedSnapshot, ReadTarget
 from backstay.trainer import sources, state
-
-STATE_FORMAT: Final = 1
 
 
 class StateReader:
@@ -35,7 +33,7 @@ class StateReader:
         """The state of ``rank``; None if the snapshot has none (it was imported)."""
         if rank not in self._documents:
             document = self._opened.read_state(rank)
-            if document is not None and document.get("format") != STATE_FORMAT:
+            if document is not None and document.get("format") != state.STATE_FORMAT:
                 raise IntegrityError(
                     f"{self._opened.label}: state of rank {rank} has a format that this version does not read; nothing was "
                     "loaded",

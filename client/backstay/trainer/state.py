@@ -14,7 +14,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from backstay.errors import IntegrityError, UsageError
 from backstay.trainer import memory
 
+STATE_FORMAT: Final = 1  # of the document that a rank's state.json holds
 _MAX_DEPTH = 64
 
 

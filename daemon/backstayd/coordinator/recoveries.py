@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Final
 
+from backstayd.core.ledger import farthest_source
 from backstayd.core.nodes import NodeTable
-from backstayd.core.records import Decision, SourceKind
+from backstayd.core.records import Decision
 from backstayd.core.recovery import ACTIVE, Recovery, Stage
 from backstayd.core.run_state import RunState
 from backstayd.telemetry.metrics import CoordinatorMetrics
 
 ORDER: Final = (Stage.FENCING, Stage.PREPARE, Stage.RECORD, Stage.RELEASED)
 PHASE_AFTER: Final = {Stage.FENCING: "decide", Stage.PREPARE: "stage", Stage.RECORD: "release"}
-FARTHEST: Final = (SourceKind.PERSISTED, SourceKind.REBUILD, SourceKind.PEER, SourceKind.LOCAL)
 
 
 class RecoveryWatch:
@@ -70,11 +70,10 @@ class RecoveryWatch:
                 self._release(recovery.decision)
 
     def _release(self, decision: Decision) -> None:
-        kinds = [source.kind for source in decision.sources]
-        for kind in kinds:
-            self._metrics.recovery_shards.of(self._run, source=kind.value).inc()
-        farthest = next((kind.value for kind in FARTHEST if kind in kinds), "none")
-        self._end(decision.outcome.value.lower(), source=farthest)
+        for source in decision.sources:
+            self._metrics.recovery_shards.of(self._run, source=source.kind.value).inc()
+        farthest = farthest_source(decision)
+        self._end(decision.outcome.value.lower(), source=farthest.value if farthest is not None else "none")
 
     def _end(self, outcome: str, *, source: str = "none") -> None:
         self._metrics.recoveries.of(self._run, source=source, outcome=outcome).inc()

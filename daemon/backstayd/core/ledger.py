@@ -358,9 +358,14 @@ def _between(begin_unix_s: float, end_unix_s: float) -> float | None:
     return max(0.0, end_unix_s - begin_unix_s) if begin_unix_s and end_unix_s else None
 
 
-def _source(decision: Decision) -> str:
+def farthest_source(decision: Decision) -> SourceKind | None:
+    """What the slowest of its shards comes from; None if it restores nothing."""
     kinds = {source.kind for source in decision.sources}
-    farthest = next((kind for kind in FARTHEST if kind in kinds), None)
+    return next((kind for kind in FARTHEST if kind in kinds), None)
+
+
+def _source(decision: Decision) -> str:
+    farthest = farthest_source(decision)
     return "none" if farthest is None else SOURCES.get(farthest, farthest.value)
 
 

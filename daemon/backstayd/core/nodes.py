@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from backstay.ids import Generation
 from backstayd.core.records import NodeIdentity, NodeReport, RunReport
@@ -131,10 +131,6 @@ class NodeTable:
     def get_present(self, name: str) -> NodeState | None:
         state = self.nodes.get(name)
         return None if state is None or state.liveness is Liveness.LOST else state
-
-    def lost_names(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that are not present."""
-        return sorted({name for name in names if self.get_present(name) is None})
 
 
 def staying(nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:

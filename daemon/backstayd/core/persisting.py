@@ -43,7 +43,6 @@ class Transfer:
     """One snapshot on its way. Invariant: every rank in ``done`` was reported whole by a node; the others get an owner."""
 
     snapshot: PersistedSnapshot
-    begun_s: float
     is_pinned: bool  # memory has room for one more slot per rank: it is not released meanwhile
     skipped: Mapping[int, int]  # rank -> newest step it had skipped when this began
     owners: dict[int, str] = field(default_factory=dict)
@@ -241,7 +240,6 @@ class Persisting:
         )
         self.transfer = Transfer(
             snapshot=snapshot,
-            begun_s=context.now_s,
             progress_s=context.now_s,
             is_pinned=_has_room(context, view),
             skipped={rank: session.record.skipped_step for rank, session in world.items()},

@@ -118,9 +118,6 @@ class Protection:
                 self._note_failure(snapshot_id, now_s)
         return notes
 
-    def next_retry_s(self) -> float | None:
-        return min(self.retry_s.values(), default=None)
-
     def surplus(self, view: SnapshotView, target: int) -> list[Plan]:
         """Plans of ``view`` that nothing needs: another set protects it, or all shards are there and they add nothing."""
         current = self.sets.get(view.snapshot_id)

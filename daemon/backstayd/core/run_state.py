@@ -176,7 +176,9 @@ class RunState:
         kept = [view for view in evaluation.context.sound_views if view.key not in evaluation.release]
         best = max((view.spares for view in evaluation.context.sound_views), default=-1)
         if best >= 0:
-            assert max((view.spares for view in kept), default=-1) >= min(best, evaluation.target), "law 1"
+            assert max((view.spares for view in kept), default=-1) >= min(best, evaluation.target), (
+                "a protected snapshot was given up for a worse one"
+            )
 
     def named_nodes(self, nodes: Mapping[str, NodeState]) -> set[str]:
         """Nodes that reports say have a part in this run."""

@@ -15,7 +15,6 @@ RECORD_NAME: Final = "snapshot.json"
 
 _ATTEMPT = re.compile(r"attempt-(\d{4,18})\Z")
 _STEP = re.compile(r"step-(\d{8,18})\Z")
-_KEY = re.compile(r"(.*)/attempt-(\d{4,18})/step-(\d{8,18})\Z")
 
 
 def run_url(persist_url: str, run: str) -> str:
@@ -41,14 +40,6 @@ def snapshot_name(key: SnapshotKey) -> str:
 
 def snapshot_url(run_url: str, key: SnapshotKey) -> str:
     return f"{run_url}/{snapshot_name(key)}"
-
-
-def split_snapshot_url(url: str) -> tuple[str, SnapshotKey]:
-    """The run's URL and the key of a snapshot's directory; raises ValueError for another."""
-    match = _KEY.match(url)
-    if match is None:
-        raise ValueError(f"{url} is not the directory of a snapshot")
-    return match[1], SnapshotKey(int(match[2]), int(match[3]))
 
 
 def attempt_of(name: str) -> int | None:

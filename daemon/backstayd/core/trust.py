@@ -14,7 +14,7 @@ from backstayd.core.nodes import NodeState
 from backstayd.core.records import Decision, Distrusted, Lineage
 
 MAX_DISTRUSTED = 64  # per run; the oldest go
-MAX_REASON = 500
+MAX_REASON = 500  # characters; it travels in every report
 
 
 @dataclass(slots=True)

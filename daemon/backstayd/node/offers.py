@@ -22,7 +22,7 @@ from backstayd.coder.pool import CoderPool
 from backstayd.core.records import Decision, ShardSource, SourceKind
 from backstayd.node.context import NodeContext
 from backstayd.node.offered import CHANGED, Offered, Totals, Work
-from backstayd.node.planning import BASE_DEADLINE_S, deadline_s
+from backstayd.node.planning import deadline_s, storage_deadline_s
 from backstayd.store import withdraw
 from backstayd.store.index import RunIndex
 from backstayd.store.published import find_manifest
@@ -34,8 +34,6 @@ RunJob = Callable[[Job], Awaitable[JobResult]]
 
 logger = logging.getLogger(__name__)
 
-STORAGE_DEADLINE_S: Final = 60.0
-STORAGE_FLOOR_BYTES_PER_S: Final = 5_000_000
 FIRST_PAUSE_S: Final = 0.05
 LAST_PAUSE_S: Final = 0.5
 MAX_DEADLINE_S: Final = 3600.0
@@ -171,7 +169,7 @@ class Offers:
             digests=tuple(source.digest for source in missing),
             addresses=self._addresses(offered, [*named, *self._peers(offered)]),
             url=url,
-            deadline_s=STORAGE_DEADLINE_S if url else BASE_DEADLINE_S,
+            deadline_s=storage_deadline_s(0) if url else deadline_s(0),
         )
         _raise_failure(await (self._run_storage_job if url else self._run_job)(job))
 
@@ -312,7 +310,7 @@ class Offers:
             addresses=self._addresses(offered, source.holders),
             is_here=is_here,
             url=url,
-            deadline_s=STORAGE_DEADLINE_S + size / STORAGE_FLOOR_BYTES_PER_S if url else deadline_s(size),
+            deadline_s=storage_deadline_s(size) if url else deadline_s(size),
         )
         store.fetching_bytes += 0 if is_here else size
         try:

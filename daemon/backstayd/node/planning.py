@@ -32,7 +32,7 @@ from backstayd.core.storage_names import is_local
 
 FLOOR_BYTES_PER_S = 20_000_000  # slower than this and a transfer counts as stuck
 BASE_DEADLINE_S = 30.0
-STORAGE_FLOOR_BYTES_PER_S = 5_000_000
+STORAGE_FLOOR_BYTES_PER_S = 5_000_000  # slower than this and a store counts as stuck
 STORAGE_DEADLINE_S = 60.0
 
 
@@ -163,6 +163,11 @@ class View:
 def deadline_s(size_bytes: int) -> float:
     """Time for moving ``size_bytes``."""
     return BASE_DEADLINE_S + size_bytes / FLOOR_BYTES_PER_S
+
+
+def storage_deadline_s(size_bytes: int) -> float:
+    """How long reading that much from durable storage may take before it counts as stuck."""
+    return STORAGE_DEADLINE_S + size_bytes / STORAGE_FLOOR_BYTES_PER_S
 
 
 def plan_actions(view: View) -> list[Action]:
@@ -474,7 +479,7 @@ def _fetch_persisted(decision: Decision, source: ShardSource) -> StartJob:
         size_bytes=source.size_bytes,
         digest=source.digest,
         url=decision.base.url,
-        deadline_s=STORAGE_DEADLINE_S + source.size_bytes / STORAGE_FLOOR_BYTES_PER_S,
+        deadline_s=storage_deadline_s(source.size_bytes),
     )
     return StartJob(key=f"{'verify-stored' if is_here else 'fetch'}:{decision.decision_id}:{source.rank}", job=job)
 

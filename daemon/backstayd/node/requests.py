@@ -1,4 +1,4 @@
-"""What an attached trainer can ask: restore, reserve, commit, abandon, finish.
+"""What an attached trainer can ask of its run, from restore to finish: each request is answered once.
 
 A world that is not the current one gets StaleGenerationError; a step that fails here costs the trainer nothing but itself.
 """
@@ -25,6 +25,7 @@ from backstay.errors import (
 from backstay.manifest import Manifest
 from backstayd.core.footprint import slots_of
 from backstayd.core.records import RunDesired, SessionPhase
+from backstayd.core.trust import MAX_REASON
 from backstayd.node import gauges, trust
 from backstayd.node.connection import Connection
 from backstayd.node.context import NodeContext
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 PROGRESS_S: Final = 1.0
 MAX_WAIT_S: Final = 600.0
 MAX_GATE_S: Final = 3600.0
-MAX_REASON: Final = 500  # characters; it travels in every report
 READER_POLL_S: Final = 0.05  # a reader that lets go of a slot rings no bell
 
 

@@ -18,13 +18,12 @@ from backstayd.coder.storage_jobs import PruneSnapshot, SurveyStorage, UploadSha
 from backstayd.core.persisting import RECORD_RANK
 from backstayd.core.records import PersistedSnapshot, StorageDesired, Survey, Upload, UploadState
 from backstayd.node.context import NodeContext
+from backstayd.node.planning import STORAGE_DEADLINE_S, STORAGE_FLOOR_BYTES_PER_S
 from backstayd.node.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
 PARALLEL_UPLOADS: Final = 2  # per node, over all runs
-BASE_DEADLINE_S: Final = 60.0
-FLOOR_BYTES_PER_S: Final = 5_000_000  # slower than this and a store counts as stuck
 LAST_PAUSE_LEASES: Final = 3
 LOUD_FAILURES: Final = (1, 2, 4, 8, 16)  # of a task; in between only debug says so
 
@@ -154,7 +153,7 @@ class Storing:
 
     async def _survey(self, run: str, desired: StorageDesired) -> None:
         key = f"survey:{run}:{desired.survey_id}"
-        job = SurveyStorage(run=run, url=desired.url, survey_id=desired.survey_id, deadline_s=BASE_DEADLINE_S)
+        job = SurveyStorage(run=run, url=desired.url, survey_id=desired.survey_id, deadline_s=STORAGE_DEADLINE_S)
         result = await self._attempt(run, job)
         state = self._runs.get(run)
         if state is None:
@@ -170,7 +169,8 @@ class Storing:
         self, run: str, key: str, snapshot: PersistedSnapshot, rank: int, desired: StorageDesired
     ) -> None:
         shard, rate = snapshot.shards[rank], desired.bandwidth_bytes_per_s
-        slowest = min(FLOOR_BYTES_PER_S, rate / (2 * PARALLEL_UPLOADS)) if rate else FLOOR_BYTES_PER_S
+        floor = STORAGE_FLOOR_BYTES_PER_S
+        slowest = min(floor, rate / (2 * PARALLEL_UPLOADS)) if rate else floor
         job = UploadShard(
             run=run,
             attempt=snapshot.attempt,
@@ -182,7 +182,7 @@ class Storing:
             url=desired.url,
             mark=self._context.identity.name,
             bandwidth_bytes_per_s=rate,
-            deadline_s=BASE_DEADLINE_S + shard.size_bytes / slowest,
+            deadline_s=STORAGE_DEADLINE_S + shard.size_bytes / slowest,
         )
         self._note(run, snapshot, rank, UploadState.UPLOADING, total=shard.size_bytes)
         result = await self._attempt(run, job)
@@ -193,14 +193,14 @@ class Storing:
         self._end(run, key, result, snapshot=snapshot, rank=rank, size_bytes=shard.size_bytes)
 
     async def _record(self, run: str, key: str, snapshot: PersistedSnapshot, desired: StorageDesired) -> None:
-        deadline_s = BASE_DEADLINE_S + snapshot.world_size
+        deadline_s = STORAGE_DEADLINE_S + snapshot.world_size
         result = await self._attempt(run, WriteRecord(snapshot=snapshot, url=desired.url, deadline_s=deadline_s))
         if not result.error_class:
             self._say("persisted", run, f"step {snapshot.step} of attempt {snapshot.attempt} is in {desired.url}")
         self._end(run, key, result, snapshot=snapshot, rank=RECORD_RANK, size_bytes=0)
 
     async def _prune(self, run: str, key: str, place: SnapshotKey, desired: StorageDesired) -> None:
-        job = PruneSnapshot(run=run, url=desired.url, key=place, deadline_s=BASE_DEADLINE_S)
+        job = PruneSnapshot(run=run, url=desired.url, key=place, deadline_s=STORAGE_DEADLINE_S)
         result = await self._attempt(run, job)
         state = self._runs.get(run)
         if result.error_class or state is None:

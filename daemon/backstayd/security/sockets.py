@@ -104,7 +104,7 @@ def refused(error: Exception, *, peer: str, material: Material) -> UnavailableEr
 def explain(error: Exception, *, material: Material) -> tuple[str, str]:
     """A stable reason and a sentence for an error of TLS."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return _explain_verification(error, material)
+        return _explain_verification(error)
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         name = error.reason or ""
         for part, reason, text in _ALERTS:
@@ -121,7 +121,7 @@ def explain(error: Exception, *, material: Material) -> tuple[str, str]:
     return "peer_failed", f"the TLS handshake failed: {error}"
 
 
-def _explain_verification(error: ssl.SSLCertVerificationError, material: Material) -> tuple[str, str]:
+def _explain_verification(error: ssl.SSLCertVerificationError) -> tuple[str, str]:
     what = error.verify_message.rstrip(".")
     if error.verify_code == 10:
         return "peer_expired", f"its certificate is refused: {what}; renew it there"

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -116,11 +115,6 @@ def scheme_of(url: str) -> str:
     return scheme if separator else "file"
 
 
-def check_url(url: str) -> None:
-    """Raise ConfigError unless the packages for ``url`` are installed and its scheme is known."""
-    open_place(url)
-
-
 def missing_package(url: str, scheme: str, error: ImportError) -> ConfigError:
     """What to install."""
     extra = "s3" if scheme in ("s3", "s3a") else "storage"
@@ -146,9 +140,3 @@ def _filesystem(url: str) -> tuple[Any, str]:
     options = _S3_OPTIONS if scheme_of(url) in ("s3", "s3a") else {}
     filesystem, path = fsspec_core.url_to_fs(url, use_listings_cache=False, **options)
     return filesystem, path.rstrip("/")
-
-
-def parts_of(offset: int, length: int, *, part_bytes: int) -> Sequence[tuple[int, int]]:
-    """``length`` bytes from ``offset`` in pieces of at most ``part_bytes``: (offset, length) each."""
-    end = offset + length
-    return [(begin, min(part_bytes, end - begin)) for begin in range(offset, end, part_bytes)]

@@ -14,8 +14,7 @@ from crc32c import crc32c
 
 from backstay.errors import IntegrityError
 from backstay.manifest import Manifest
-
-PAGE_BYTES = 4096
+from backstay.shard import PAGE_BYTES
 
 
 def check_header(fd: int, manifest: Manifest) -> None:

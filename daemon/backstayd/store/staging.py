@@ -66,11 +66,6 @@ def stripes_of_shard(plan: Plan, *, member: int, rank: int) -> tuple[int, ...]:
     )
 
 
-def staged_ranges_complete(paths: RunPaths, plan: Plan, *, member: int, rank: int) -> bool:
-    """Whether every stripe's range of that shard is complete in staging (its markers are there)."""
-    return not missing_stripes(paths, plan, member=member, rank=rank)
-
-
 def missing_stripes(paths: RunPaths, plan: Plan, *, member: int, rank: int) -> tuple[int, ...]:
     """The stripes whose range of that shard is not complete in staging yet."""
     (shard,) = (shard for shard in plan.members[member].shards if shard.rank == rank)

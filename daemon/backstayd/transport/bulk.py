@@ -25,7 +25,6 @@ R = TypeVar("R")
 
 NOT_READY: Final = "not_ready"
 GONE: Final = "gone"
-WRONG_IDENTITY: Final = "wrong_identity"
 TRUNCATED: Final = "truncated"
 BAD_CHUNK: Final = "bad_chunk"
 FLIPPED_IN_FLIGHT: Final = "flipped_in_flight"

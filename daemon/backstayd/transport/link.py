@@ -176,7 +176,7 @@ class CoordinatorLink:
         Raises what was against it if ``line`` is old.
         """
         try:
-            return await self._replace(line, target, stack)
+            return await self._replace(target, stack)
         except (TimeoutError, grpc.RpcError, BackstayError, OSError) as error:
             now = asyncio.get_running_loop().time()
             if now - line.began_s >= self._renew_s:
@@ -188,8 +188,8 @@ class CoordinatorLink:
             )
             return line
 
-    async def _replace(self, line: _Line, target: Target, stack: contextlib.AsyncExitStack) -> _Line:
-        """A second line beside ``line``, which ends once the new one has been answered: the node is never without."""
+    async def _replace(self, target: Target, stack: contextlib.AsyncExitStack) -> _Line:
+        """A second line; that of ``stack`` ends once the new one has been answered: the node is never without."""
         async with contextlib.AsyncExitStack() as fresh:
             new = await fresh.enter_async_context(self._open(target))
             self._take(target, await new.read(self._lease_s))

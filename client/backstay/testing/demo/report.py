@@ -35,7 +35,6 @@ class Report:
     faults: list[FaultRecord] = field(default_factory=list)
     comparison: Comparison | None = None
     shrinkage: Shrinkage | None = None
-    parameter_count: int = 0
     control_s: float = 0.0
     protected_s: float = 0.0
     stolen_core_s: float = 0.0

@@ -142,7 +142,6 @@ class Training:
     def __init__(self, settings: Settings, rank: int) -> None:
         torch.manual_seed(SEED)  # every rank draws the same full parameters and keeps its shard of them
         self.model = ByteGPT(settings)
-        self.parameter_count = sum(parameter.numel() for parameter in self.model.parameters())
         for block in self.model.blocks:
             fully_shard(block)
         fully_shard(self.model)

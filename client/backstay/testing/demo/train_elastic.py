@@ -84,7 +84,6 @@ class ElasticTraining:
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        self.parameter_count = sum(parameter.numel() for parameter in self.model.parameters())
         self._data_parallel = _shard(self.model, world_size)
         # One tensor at a time: the foreach kernels take no tensors of two meshes.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
