@@ -15,6 +15,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import torch
+
 from backstay.errors import ConfigError, UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
 from backstay.trainer.position import Place, Position, place_of
@@ -236,8 +238,8 @@ class _Progress:
         return {
             "state": dataclasses.asdict(trainer.state),
             "callbacks": [[type(thing).__name__, thing.state()["attributes"]] for thing in _exportable(trainer)],
-            "sums": {name: getattr(trainer, name) for name in _SUMS},
-            "loss": trainer._tr_loss.clone(),
+            "sums": {name: getattr(trainer, name, 0.0) for name in _SUMS},  # a Trainer that restores has none yet
+            "loss": trainer._tr_loss.clone() if hasattr(trainer, "_tr_loss") else torch.zeros(()),
             "epoch": owner._epoch,
             "windows": owner._windows,
             "left_out": owner._left_out,

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.kit.adapter_runs import Run, digest, run_all
+from tests.kit.fsdp_on_cpu import shard_on_cpu
 
 CASES = {
     "plain": 1,
@@ -65,6 +66,8 @@ def train(run: Run) -> None:
         use_stateful_dataloader=stateful, dispatch_batches=False if run.world_size > 1 else None
     )
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE, dataloader_config=config)
+    if run.case == "fsdp2":
+        shard_on_cpu(accelerator, "Linear")
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)

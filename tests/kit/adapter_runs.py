@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch._dynamo  # DDP and Trainers load it; once here is quicker than once a process
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 PARTS = ("control", "first", "second")
 CHECKED = 2  # the first snapshots are committed at the next fence only
@@ -69,10 +70,11 @@ class Run:
 
 
 def digest(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], *others: Any) -> str:
-    """SHA-256 over parameters, buffers, optimizer state, all generators and ``others``."""
+    """SHA-256 over this rank's parts of parameters, buffers, optimizer state, all generators and ``others``."""
     total = hashlib.sha256()
 
     def add(value: Any) -> None:
+        value = value._local_tensor if isinstance(value, DTensor) else value
         if isinstance(value, torch.Tensor):
             value = value.detach().contiguous()
             total.update(value.view(torch.uint8 if value.ndim else value.dtype).numpy().tobytes())

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.kit.adapter_runs import Run, digest, run_all
 
-CASES = {"plain": 1, "epoch_end": 1, "validated": 1, "stateful": 1, "stream": 1, "manual": 1, "ddp": 2}
-DIE_AT = {"plain": 5, "epoch_end": 5, "validated": 6, "stateful": 6, "stream": 6, "manual": 8, "ddp": 5}
+CASES = {"plain": 1, "epoch_end": 1, "validated": 1, "stateful": 1, "stream": 1, "manual": 1, "ddp": 2, "fsdp2": 2}
+DIE_AT = {"plain": 5, "epoch_end": 5, "validated": 6, "stateful": 6, "stream": 6, "manual": 8, "ddp": 5, "fsdp2": 6}
 ITEMS, EPOCHS = 36, 3
 
 
@@ -48,6 +51,12 @@ class Net(LightningModule):
         self.told = 0
         self.loss = torch.zeros(())
         self.batch = torch.zeros(())
+
+    def configure_model(self) -> None:
+        if self.run.case == "fsdp2" and not isinstance(self.net[0].weight, DTensor):
+            mesh = self.device_mesh["data_parallel"]
+            for part in (self.net[0], self.net[3], self.net):
+                fully_shard(part, mesh=mesh)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         self.batch = batch
@@ -159,8 +168,11 @@ def train(run: Run) -> None:
 
         mine = BackstayCallback(run_id=run.run_id, deadline_s=60)
         callbacks += [mine, Killer(run, mine)]
+    strategy: Any = "ddp" if run.world_size > 1 else "auto"
+    if run.case == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     trainer = Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", devices=run.world_size, strategy="ddp" if run.world_size > 1 else "auto",
+        max_epochs=EPOCHS, accelerator="cpu", devices=run.world_size, strategy=strategy,
         logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
         default_root_dir=str(run.out), **options,
     )  # fmt: skip

@@ -14,9 +14,10 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from tests.kit.adapter_runs import Run, digest, run_all
+from tests.kit.fsdp_on_cpu import shard_on_cpu
 
-CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "evaluated": 1, "stream": 1, "from_file": 1, "ddp": 2}
-DIE_AT = {"plain": 6, "epoch_end": 5, "workers": 6, "evaluated": 6, "stream": 6, "from_file": 9, "ddp": 6}
+CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "evaluated": 1, "stream": 1, "from_file": 1, "ddp": 2, "fsdp2": 2}
+DIE_AT = {"plain": 6, "epoch_end": 5, "workers": 6, "evaluated": 6, "stream": 6, "from_file": 9, "ddp": 6, "fsdp2": 6}
 ITEMS, EPOCHS = 36, 3
 
 
@@ -110,6 +111,9 @@ def train(run: Run) -> None:
         model=net, args=arguments, train_dataset=data, eval_dataset=Noisy() if run.case == "evaluated" else None,
         callbacks=callbacks,
     )  # fmt: skip
+    if run.case == "fsdp2":
+        shard_on_cpu(trainer.accelerator, "Linear")
+        trainer.is_fsdp_enabled = True
     torch.manual_seed(50 + run.rank)
     if run.is_attached:
         import backstay.transformers
