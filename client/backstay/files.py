@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import re
+import sys
 import threading
 from typing import Any, Final
 
@@ -384,10 +385,20 @@ def _agree_on_id(run: str, place: World) -> str:
 
 
 def _close_all() -> None:
-    """At the end of the process: seal what is open, hear what others seal, detach; the memory stays."""
+    """At the end of the process: seal what is open, hear what others seal, detach; the memory stays.
+
+    A process that ends by an exception may have been in the middle of a folder: what it has open is given up.
+    """
+    failure = getattr(sys, "last_value", None)
     for run, store in list(_stores.items()):
         try:
-            if store.open_step is not None:
+            if store.open_step is not None and failure is not None:
+                store.abandon(store.open_step, f"the process ended by {type(failure).__name__} with files of it open")
+                _log.warning(
+                    "backstay: the files of the last folder of %s are not kept, the process ended by %s: it may not be "
+                    "whole, which backstay.files.seal() says of a folder", run, type(failure).__name__,
+                )  # fmt: skip
+            elif store.open_step is not None:
                 store.seal(store.open_step, timeout_s=EXIT_COMPLETE_S)
             else:
                 store.linger()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -171,6 +173,33 @@ def test_without_a_daemon_the_error_says_where_it_was_looked_for(tmp_path: Path)
 def test_a_url_without_a_run_is_refused() -> None:
     with pytest.raises(UsageError, match="names no run"):
         backstay.files.seal("backstay://job")
+
+
+DYING = """
+import sys, fsspec, backstay.files
+url = sys.argv[1]
+print(backstay.files.begin(url), sorted(backstay.files.store_of(url).names()))
+for step in range(int(sys.argv[2]), int(sys.argv[3]) + 1):
+    for name in "ab":
+        with fsspec.open(f"{url}/step-{step}/{name}", "wb") as file:
+            file.write(b"1")
+        if name == "a" and step == 3:
+            raise RuntimeError("in the middle of a folder")
+"""
+
+
+def test_a_process_that_ends_by_an_exception_in_the_middle_of_a_folder_leaves_the_folder_before(url: str) -> None:
+    def run(first: int, last: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", DYING, url, str(first), str(last)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+    whole = run(1, 2)
+    assert whole.returncode == 0, whole.stderr
+    dying = run(3, 3)
+    assert dying.stdout.strip() == "2 ['step-2/a', 'step-2/b']"
+    assert "in the middle of a folder" in dying.stderr
+    assert "the files of the last folder" in dying.stderr
+    assert run(1, 0).stdout.strip() == "2 ['step-2/a', 'step-2/b']"
 
 
 def test_the_scheme_is_declared_to_fsspec() -> None:

@@ -1,5 +1,4 @@
-"""FSDP2 under Accelerate on the CPU. Accelerate shards on accelerators alone; all of its code for FSDP2 runs here, too, once it is
-told that this is what it does."""
+"""FSDP2 under Accelerate on the CPU: it shards on accelerators alone, but its code for FSDP2 runs here too once it is told to."""
 
 from __future__ import annotations
 
