@@ -1,4 +1,4 @@
-"""FSDP2 under Accelerate on the CPU: it shards on accelerators alone, but its code for FSDP2 runs here too once it is told to."""
+"""FSDP2 under Accelerate on the CPU: it shards on accelerators alone, but runs all of its code here once it is told to."""
 
 from __future__ import annotations
 
