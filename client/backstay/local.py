@@ -247,12 +247,16 @@ class Restored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve:
-    """Ask for a slot of exactly ``size_bytes`` for ``step``; the daemon waits up to ``wait_s`` for one to come free."""
+    """Ask for a slot of exactly ``size_bytes`` for ``step``; the daemon waits up to ``wait_s`` for one to come free.
+
+    ``is_ahead``: the step is still to come, so that the slot is there before it.
+    """
 
     step: int
     size_bytes: int
     wait_s: float = 0.0
     known_slots: tuple[str, ...] = ()  # slot ids whose descriptors the trainer still maps
+    is_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

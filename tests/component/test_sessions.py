@@ -26,7 +26,7 @@ from backstay.errors import (
 )
 from backstay.ids import SnapshotKey
 from backstayd.cli.daemon_checks import session_timeouts
-from backstayd.core.records import DecisionPhase, Outcome, RunDesired, SessionPhase
+from backstayd.core.records import DecisionPhase, Outcome, RunDesired, SessionPhase, SessionRecord
 from backstayd.node import sessions
 from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2
@@ -229,6 +229,30 @@ def test_a_refusal_reaches_the_trainer_word_for_word(node: NodeThread) -> None:
     trainer.attach()
     with pytest.raises(UnrecoverableError, match="step 8 could be had"):
         trainer.restore()
+    trainer.close()
+
+
+def test_a_slot_reserved_ahead_says_nothing_of_how_far_training_came(node: NodeThread) -> None:
+    node.start_world()
+    trainer = trainer_of(node)
+    trainer.snapshot(4)
+    ahead = trainer.reserve(8, is_ahead=True)
+    assert isinstance(ahead, local.Reserved)
+
+    def session() -> SessionRecord:
+        return node.report().runs[0].sessions[0]
+
+    assert session().last_step == 4, "step 8 is still to come"
+    trainer.call(local.Abandon(step=8, slot_id=ahead.slot_id, reason="the interval was lowered", is_unused=True))
+    assert (session().last_step, session().skipped_step) == (4, 0)
+    ahead = trainer.reserve(6, is_ahead=True)
+    assert isinstance(ahead, local.Reserved), "a step before the one that was reserved, for which nothing was captured"
+    assert session().last_step == 4
+    shard = trainer.make(6)
+    trainer.fill(ahead.slot_id, shard.data)
+    trainer.commit(6, ahead.slot_id, shard)
+    assert session().last_step == 6
+    node.check()
     trainer.close()
 
 

@@ -290,7 +290,7 @@ class Session:
         elif ahead is not None and self._connection is not None and not self._is_stopping:
             self._ahead = None if self._ahead == ahead else self._ahead
             step, size_bytes, wait_s = ahead
-            self._reserve(step, size_bytes, wait_s)
+            self._reserve(step, size_bytes, wait_s, is_ahead=True)
 
     def _say_persist(self) -> None:
         reply, _ = self._call(local.Persist(), self.identity.lease_s)
@@ -344,7 +344,7 @@ class Session:
             return self._slots[self._held[1]].mapping
         return None
 
-    def _reserve(self, step: int, size_bytes: int, wait_s: float) -> bool:
+    def _reserve(self, step: int, size_bytes: int, wait_s: float, *, is_ahead: bool = False) -> bool:
         """Ask for a slot; afterwards it is ``_held``, or the daemon had none."""
         if self._held is not None:
             held_step, held_id = self._held
@@ -354,7 +354,9 @@ class Session:
                 self._abandon(held_step, f"reserved ahead; the next snapshot is of step {step}", is_unused=True)
             self._held = None  # of the same step: the daemon takes it back for one of the right size
         self._prune(size_bytes)
-        request = local.Reserve(step=step, size_bytes=size_bytes, wait_s=wait_s, known_slots=tuple(self._slots))
+        request = local.Reserve(
+            step=step, size_bytes=size_bytes, wait_s=wait_s, known_slots=tuple(self._slots), is_ahead=is_ahead
+        )
         reply, fds = self._call(request, wait_s + self.identity.lease_s)
         if isinstance(reply, local.Skipped):
             self._note(reply.schedule, reply.redundancy, reply.protected_step)

@@ -7,7 +7,9 @@ What the numbers mean (times in seconds):
 
 - ``down_s`` of an interruption: from the last sign of life of what was lost until the ranks of the next world went on.
 - ``steps_lost``: newest step that a rank is known to have completed, less the step that was restored. Steps between two
-  snapshots are known to nobody but the trainer: it is a lower bound.
+  snapshots are known to nobody but the trainer: it is a lower bound. A slot that a trainer asks for ahead of a step says
+  nothing of how far it came; a trainer of an older release does not tell, and one interval too many may be counted for it,
+  as for a step whose slot was refused ahead.
 - ``recompute_s``: steps lost times the measured seconds per step.
 - ``blocked_s``: what ``snapshot()`` and the fence cost the slowest rank, as trainers report it.
 - ``goodput``: (elapsed - down - recompute - blocked) / elapsed.

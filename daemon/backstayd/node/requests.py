@@ -240,20 +240,21 @@ class Requests:
         context.changed()
         await self._send(answer)
 
-    def _exchange(self, session: Session, message: local.Reserve) -> None:
-        """A slot reserved ahead turned out to be of the wrong size: take it back, its step may be reserved again."""
-        for grant in [grant for grant in session.grants.values() if grant.step == message.step]:
+    def _take_back(self, session: Session, step: int) -> None:
+        """Nothing was captured into what was reserved ahead for ``step``, which may be reserved again, or one before it."""
+        for grant in [grant for grant in session.grants.values() if grant.step == step]:
             del session.grants[grant.slot_id]
             self._context.store.slots.put_back(grant)
-            session.last_step = min(session.last_step, message.step - 1)
+            session.forget_step(step)
 
     async def _reserve(self, session: Session, message: local.Reserve) -> None:
         self._check_current(session)
         desired = self._context.run_desired(session.run)
-        self._exchange(session, message)
-        if message.step <= session.last_step or message.step <= session.skipped_step:
+        self._take_back(session, message.step)  # one reserved ahead that turned out to be of the wrong size
+        newest = max(session.last_step, session.reserved_step, session.skipped_step)
+        if message.step <= newest:
             raise UsageError(
-                f"step {message.step} is not after step {max(session.last_step, session.skipped_step)}",
+                f"step {message.step} is not after step {newest}",
                 reason="step_not_increasing",
             )
         if message.size_bytes <= 0:
@@ -279,7 +280,9 @@ class Requests:
             await self._send(local.Skipped(reason=reason, schedule=schedule, **words))
             return
         session.grants[grant.slot_id] = grant
-        session.last_step = message.step
+        session.reserved_step = message.step
+        if not message.is_ahead:
+            session.last_step = message.step
         fds = () if grant.slot_id in message.known_slots else (grant.fd,)
         reply = local.Reserved(slot_id=grant.slot_id, size_bytes=grant.size_bytes, schedule=schedule, **words)
         await self._send(reply, fds)
@@ -378,22 +381,25 @@ class Requests:
     def _abandon(self, session: Session, message: local.Abandon) -> None:
         reason = message.reason[:MAX_REASON] or "abandoned"
         session.blocked_s += gauges.note_cost(self._context.metrics, session.run, message.cost)
+        if message.is_unused:  # the step may never come, and where the interval shrinks, one before it does
+            self._take_back(session, message.step)
+            self._context.changed()
+            return
         is_short = message.is_short_of_slots and self._context.run_desired(session.run).extra_slots == 0
         granted = [grant for grant in session.grants.values() if grant.step == message.step]
-        if granted or message.is_unused:
+        if granted:
             session.skip(message.step, reason, is_short_of_slots=is_short)
         else:
             self._skip(session, message.step, reason, is_short_of_slots=is_short)
         for grant in granted:
-            self._give_back(session, grant, reason, result="" if message.is_unused else "torn")
+            self._give_back(session, grant, reason, result="torn")
         self._context.changed()
 
     def _give_back(self, session: Session, grant: Grant, reason: str, *, result: str) -> None:
         session.grants.pop(grant.slot_id, None)
         self._context.store.slots.put_back(grant)
         session.skip(grant.step, reason)
-        if result:
-            self._context.metrics.shards.of(session.run, result=result).inc()
+        self._context.metrics.shards.of(session.run, result=result).inc()
         self._context.changed()
 
     def _persist(self, session: Session) -> None:

@@ -45,7 +45,8 @@ class Session:
     attempt: int = 0
     base_step: int = 0
     allow_fresh: bool = False
-    last_step: int = 0
+    last_step: int = 0  # the newest that it is known to have completed
+    reserved_step: int = 0  # the newest that it asked a slot for, maybe ahead of the step
     skipped_step: int = 0
     skip_reason: str = ""
     is_short_of_slots: bool = False
@@ -80,6 +81,10 @@ class Session:
             wants_persist=self.wish_step > persisted_step,
             gate=self.gate,
         )
+
+    def forget_step(self, step: int) -> None:
+        """The slot that was reserved for ``step`` was not used; this step, or one before it, may be asked for."""
+        self.last_step = self.reserved_step = min(self.last_step, step - 1)
 
     def skip(self, step: int, reason: str, *, is_short_of_slots: bool = False) -> bool:
         """Note that ``step`` will not be committed by this rank; ``is_short_of_slots``: because none came free in time.

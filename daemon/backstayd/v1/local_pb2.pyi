@@ -342,12 +342,15 @@ class Reserve(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     WAIT_S_FIELD_NUMBER: _builtins.int
     KNOWN_SLOTS_FIELD_NUMBER: _builtins.int
+    IS_AHEAD_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Step to capture."""
     size_bytes: _builtins.int
     """Exact size of the shard file."""
     wait_s: _builtins.float
     """How long the daemon may wait for a slot to come free."""
+    is_ahead: _builtins.bool
+    """The step is still to come: its slot is to be there before it."""
     @_builtins.property
     def known_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Slots whose descriptors the trainer still has."""
@@ -359,10 +362,11 @@ class Reserve(_message.Message):
         size_bytes: _builtins.int = ...,
         wait_s: _builtins.float = ...,
         known_slots: _abc.Iterable[_builtins.str] | None = ...,
+        is_ahead: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_slots", b"known_slots", "size_bytes", b"size_bytes", "step", b"step", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_ahead", b"is_ahead", "known_slots", b"known_slots", "size_bytes", b"size_bytes", "step", b"step", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
