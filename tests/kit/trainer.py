@@ -104,7 +104,9 @@ class PlainTrainer:
         self, step: int, *, size_bytes: int | None = None, wait_s: float = 0.0, is_ahead: bool = False
     ) -> local.Reserved | local.Skipped:
         size = len(self.make(step).data) if size_bytes is None else size_bytes
-        message = local.Reserve(step=step, size_bytes=size, wait_s=wait_s, known_slots=tuple(self.fds), is_ahead=is_ahead)
+        message = local.Reserve(
+            step=step, size_bytes=size, wait_s=wait_s, known_slots=tuple(self.fds), is_ahead=is_ahead
+        )
         reply, fds = self.call(message)
         if isinstance(reply, local.Reserved):
             if fds:
