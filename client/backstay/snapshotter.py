@@ -338,7 +338,8 @@ class Snapshotter:
             return SnapshotStatus(
                 step=step, state=SKIPPED, reason=session.tally.last_problem or "the capture before is unfinished"
             )
-        made = self._current_plan()
+        with torch.inference_mode(mode=False), torch.no_grad():  # staging is written to again, in whatever mode
+            made = self._current_plan()
         checked = self._counts["started"] < FIRST_CHECKED or (
             self._check_every > 0 and self._counts["started"] % self._check_every == 0
         )
@@ -388,8 +389,7 @@ class Snapshotter:
                     "backstay: tensors of the model appeared, went or changed their type since restore(); a restart must "
                     "build the model as it is now before it calls restore()"
                 )
-        with torch.no_grad():
-            made.stage(found.tensors, found.document)
+        made.stage(found.tensors, found.document)
         return made
 
     def _mark_ready(self, made: plan.Plan) -> torch.cuda.Event | None:

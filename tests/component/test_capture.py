@@ -115,6 +115,19 @@ def test_tied_weights_are_stored_once_and_named_as_alias() -> None:
     assert made.layout.aliases == {"model.head.weight": "model.embed.weight"}
 
 
+def test_state_that_an_optimizer_shares_between_parameters_makes_no_other_layout() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters())
+    fresh = sources.collect(model, [optimizer], rank=0)
+    shared = torch.zeros(256)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["map"] = shared
+    trained = sources.collect(model, [optimizer], rank=0)
+    assert trained.aliases == {"optimizer.state.bias.map": "optimizer.state.weight.map"}
+    assert sources.layout_signature(trained) == sources.layout_signature(fresh)
+    assert sources.model_signature(trained) == sources.model_signature(fresh)
+
+
 def test_an_update_that_nothing_announced_is_seen_by_its_bytes(directory: Path) -> None:
     model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

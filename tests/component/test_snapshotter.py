@@ -110,6 +110,16 @@ def test_a_snapshot_without_an_optimizer_step_is_refused(daemon: LocalDaemon) ->
     training.keeper.close()
 
 
+def test_a_snapshot_taken_in_inference_mode_spoils_none_after_it(daemon: LocalDaemon) -> None:
+    training = Training(daemon.socket_path)
+    training.keeper.restore()
+    training.step()
+    with torch.inference_mode():
+        assert training.keeper.snapshot(1).state == "started"
+    assert {status.state for status in training.run(1, 4)} == {"started"}
+    training.keeper.close()
+
+
 def test_only_scheduled_steps_are_captured(daemon: LocalDaemon) -> None:
     daemon.interval_steps = 3
     training = Training(daemon.socket_path)

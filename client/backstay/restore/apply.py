@@ -180,9 +180,9 @@ def check_model(
         there, here = opened.tensor(stored), (tensor.global_shape, tensor.local.dtype)
         if (there.shape, there.dtype) != here:
             differing.append(f"{bare}: {there.shape} {there.dtype} in the snapshot, {here[0]} {here[1]} here")
-    for alias, name in holdings.aliases.items():
+    for alias, name in holdings.model_aliases.items():
         pair = naming.find(alias, is_own=False), naming.find(name, is_own=False)
-        if alias.find("model.") >= 0 and pair[0] and pair[1] and naming.content(pair[0]) != naming.content(pair[1]):
+        if pair[0] and pair[1] and naming.content(pair[0]) != naming.content(pair[1]):
             differing.append(f"{alias} and {name} are one tensor here, two in the snapshot")
     lost: set[str] = set()
     if is_complete and {m.model_signature for m in opened.manifests.values()} != {target.signature}:

@@ -19,6 +19,10 @@ from backstay.errors import UsageError
 from backstay.trainer import memory, unsharded
 
 _STRIDED = "_StridedShard"
+_UNSUPPORTED_OPTIMIZERS = {
+    "ZeroRedundancyOptimizer": "which keeps its state in an optimizer of its own, another part on each rank",
+    "PostLocalSGDOptimizer": "with which the replicas of DDP differ until they are averaged, so that none stands for the others",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +98,12 @@ class Holdings:
     @property
     def model_tensors(self) -> tuple[LocalTensor, ...]:
         """Parameters and buffers of the model, without the optimizers' state."""
-        return tuple(t for t in self.tensors if split_name(t.name)[1].startswith("model."))
+        return tuple(t for t in self.tensors if _is_of_model(t.name))
+
+    @property
+    def model_aliases(self) -> dict[str, str]:
+        """``aliases`` without state that an optimizer shares between parameters."""
+        return {alias: name for alias, name in self.aliases.items() if _is_of_model(alias)}
 
     def is_parameter(self, tensor: LocalTensor) -> bool:
         """Whether it is one of the model's or the optimizers' parameters, neither buffer nor state."""
@@ -198,7 +207,7 @@ def optimizer_prefix(index: int, count: int) -> str:
 def model_signature(holdings: Holdings) -> str:
     """SHA-256 over names, global shapes and dtypes of parameters and buffers; 64 hex digits, the same on all replicas."""
     lines = [f"{bare_name(t.name)} {t.global_shape} {t.local.dtype}" for t in holdings.model_tensors]
-    lines += [f"{bare_name(alias)} = {bare_name(name)}" for alias, name in holdings.aliases.items()]
+    lines += [f"{bare_name(alias)} = {bare_name(name)}" for alias, name in holdings.model_aliases.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -212,8 +221,12 @@ def layout_signature(holdings: Holdings) -> str:
         f"{t.name} {t.global_shape} {t.local.dtype} {t.offsets} {tuple(t.local.shape)} {t.replicas}"
         for t in holdings.model_tensors
     ]
-    lines += [f"{alias} = {name}" for alias, name in holdings.aliases.items()]
+    lines += [f"{alias} = {name}" for alias, name in holdings.model_aliases.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _is_of_model(name: str) -> bool:
+    return bare_name(name).startswith("model.")
 
 
 def bare_name(name: str) -> str:
@@ -294,10 +307,11 @@ def _add_module(
 
 
 def _add_optimizer(collector: _Collector, prefix: str, optimizer: torch.optim.Optimizer, states: States) -> None:
-    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+    kind = type(optimizer).__name__
+    if kind in _UNSUPPORTED_OPTIMIZERS:
         raise UsageError(
-            f"{prefix} is a ZeroRedundancyOptimizer, which keeps its state in an optimizer of its own, another part on each "
-            "rank; backstay does not support it: use FSDP2, or a plain optimizer",
+            f"{prefix} is a {kind}, {_UNSUPPORTED_OPTIMIZERS[kind]}; backstay does not support it: use FSDP2, or a plain "
+            "optimizer",
             reason="unsupported_optimizer",
         )
     collector.sizes.append((states, len(states)))
