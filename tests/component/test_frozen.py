@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import logging
 import os
 import random
@@ -20,10 +21,11 @@ from torch import nn
 
 import backstay
 from backstay import record
-from backstay.capture import cuda
-from backstay.capture.frozen import STEADY
+from backstay.capture import cuda, plan
+from backstay.capture.frozen import RESTLESS, STEADY, Tracker
 from backstay.digest import read_tensor, verify_chunks
 from backstay.manifest import Manifest
+from backstay.trainer import sources
 from tests.kit.local_daemon import LocalDaemon
 
 WIDE = 700_001  # float32 elements: ten whole chunks, and no multiple of anything
@@ -318,6 +320,22 @@ def test_a_tensor_that_always_changes_is_watched_no_longer(daemon: LocalDaemon, 
         run.snapshot()
     finally:
         run.keeper.close()
+
+
+def test_what_ddp_does_not_keep_the_same_and_changes_is_said(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    found = sources.collect(model, [], rank=0)
+    shared = tuple(dataclasses.replace(tensor, replicas=(0, 1)) for tensor in found.tensors)  # as under DDP
+    holdings = dataclasses.replace(found, tensors=shared)
+    made = plan.build(holdings, rank=0, dynamic={}, state=b"{}", metadata={})
+    tracker = Tracker()
+    for step in range(2 * RESTLESS):
+        tracker.look(made, step, lambda _: [])
+        assert not caplog.records or step >= RESTLESS - 1
+        model.frozen["ordinary"].data.mul_(0.99)
+    tracker.close()
+    (said,) = caplog.messages
+    assert "model.frozen.ordinary needs no gradient" in said
+    assert "(1 tensors in all)" in said
 
 
 def test_a_run_that_is_restored_begins_with_whole_snapshots(daemon: LocalDaemon, model: Model) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 from crc32c import crc32c
+from torch.distributed.tensor import DTensor
 
 from backstay.capture.plan import Piece, Plan
 from backstay.digest import Digester
@@ -76,6 +77,7 @@ class Tracker:
     _frozen: list[_Frozen] = field(default_factory=list)
     _watch: PageWatch | None = None
     _is_refused: bool = False  # the kernel gives no marks
+    _is_said: bool = False
 
     def look(self, plan: Plan, step: int, device_sums: Fingerprint) -> list[int]:
         """The stamp of each piece of ``plan``; copy what changed only after this.
@@ -170,9 +172,25 @@ class Tracker:
         restless = [one for one in self._frozen if one.changes >= RESTLESS]
         if not restless:
             return
+        self._warn_of_replicas({one.piece.name for one in restless})
         self._frozen = [one for one in self._frozen if one.changes < RESTLESS]
         if self._watch is not None:
             self._watch.watch([one.inner for one in self._frozen if one.inner is not None])
+
+    def _warn_of_replicas(self, names: set[str]) -> None:
+        """Of what replicas share each rank writes a part; DDP keeps only that the same which has gradients."""
+        assert self._plan is not None
+        tensors = [t for t in self._plan.holdings.tensors if t.name in names and len(t.replicas) > 1]
+        shared = [tensor.name for tensor in tensors if not isinstance(tensor.living, DTensor)]
+        if shared and not self._is_said:
+            self._is_said = True
+            _log.warning(
+                "backstay: %s needs no gradient, so that DDP does not keep it the same on all ranks, and it changes (%d "
+                "tensors in all). That is fine if all ranks change it alike, as a teacher is. If each does so by its own data, "
+                "such as a codebook, a snapshot is a mix of ranks: make it a buffer, or have DDP ignore it",
+                shared[0],
+                len(shared),
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

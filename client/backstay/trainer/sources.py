@@ -21,7 +21,7 @@ from backstay.trainer import memory, unsharded
 _STRIDED = "_StridedShard"
 _UNSUPPORTED_OPTIMIZERS = {
     "ZeroRedundancyOptimizer": "which keeps its state in an optimizer of its own, another part on each rank",
-    "PostLocalSGDOptimizer": "with which the replicas of DDP differ until they are averaged, so that none stands for the others",
+    "PostLocalSGDOptimizer": "with which DDP's replicas differ until they are averaged, so that none stands for the others",
 }
 
 
