@@ -44,6 +44,7 @@ DEFAULT_MAX_WAIT_S: Final = 3.0
 DEFAULT_CHECK_EVERY: Final = 50
 FIRST_CHECKED: Final = 2
 COPY_FLOOR_BYTES_PER_S: Final = 50e6
+STEPLESS_STEPS: Final = 100  # a GradScaler that looks for its scale skips fewer in a row
 
 _keepers: weakref.WeakSet[Snapshotter] = weakref.WeakSet()
 
@@ -359,6 +360,12 @@ class Snapshotter:
         if "no_step" not in self._told:
             self._told.add("no_step")
             _log.info("backstay: snapshot(%d) not taken: %s (a GradScaler that skips a step is harmless)", step, reason)
+        if step - self._capture.step >= STEPLESS_STEPS:
+            self._warn_once(
+                f"snapshot({step}) is not taken: {reason}. None will be while the optimizers given to Snapshotter take no "
+                "step: if others train the model now, make a new Snapshotter with these",
+                key="stepless",
+            )
         return SnapshotStatus(step=step, state=REFUSED, reason=reason)
 
     def _is_previous_done(self, session: Session) -> bool:

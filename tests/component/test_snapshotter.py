@@ -110,6 +110,22 @@ def test_a_snapshot_without_an_optimizer_step_is_refused(daemon: LocalDaemon) ->
     training.keeper.close()
 
 
+def test_a_keeper_whose_optimizer_trains_no_longer_says_so(
+    daemon: LocalDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = Training(daemon.socket_path)
+    training.keeper.restore()
+    training.run(0, 1)
+    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING, logger="backstay"):
+        assert {status.state for status in training.run(1, 100)} == {"refused"}
+        assert not caplog.records
+        training.run(100, 105)
+    (said,) = caplog.messages
+    assert "snapshot(101) is not taken: no optimizer step since snapshot(1)" in said
+    training.keeper.close()
+
+
 def test_a_snapshot_taken_in_inference_mode_spoils_none_after_it(daemon: LocalDaemon) -> None:
     training = Training(daemon.socket_path)
     training.keeper.restore()
