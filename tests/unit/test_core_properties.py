@@ -248,7 +248,9 @@ def test_a_protected_snapshot_goes_only_when_a_newer_one_is_as_well_protected() 
     assert released([0, 0], target=0) == {1}, "without parity, complete is enough"
     assert released([2, 2, 2], target=2, keep=2) == {2}
     assert released([2, 1, 1], target=2, keep=2) == {2}, "two that lost a spare and are not whole would fill all slots"
+    assert released([1, 0, 1], target=1, keep=2) == {1}, "nor does one between two that protect"
     assert released([2, 0, 1], target=2, keep=2) == set()
+    assert released([0, 1, 1], target=1, keep=2) == set()
     assert released([1, 1, 1], target=2, keep=2) == set()
     assert released([0, -1], target=2) == {1}, "an incomplete older one has no worth beside a whole one"
     assert released([-1, 2], target=2) == set(), "an incomplete newer one may still become whole"

@@ -29,7 +29,7 @@ def releasable(
     Args:
         live: indexes of the views that belong to the live history.
         dead: indexes of the views that a decision has left behind; they can never be restored again.
-        keep: how many snapshots that protect are held; one that has lost spares goes for as many that have lost no more.
+        keep: how many snapshots that protect are held.
         target: the spares that new snapshots reach. Where a job has shrunk, no more can be asked of the newer one.
         abandoned: steps that can never become complete, because a rank went past them without a shard.
         tainted: distrusted ones: for a sound one they are no substitute.
@@ -48,17 +48,34 @@ def releasable(
             reason = "a rank went past it without a snapshot"
         else:
             is_tainted = view.key in tainted
-            newer = [other for place, other in enumerate(views[:index]) if place in live and other.is_restorable]
-            newer = [other for other in newer if is_tainted or not view.is_restorable or other.key not in tainted]
-            least = min(view.spares, target) if view.is_restorable else 0
-            good = [other for other in newer if other.spares >= least]
-            good = [other for other in good if count_left(other) >= min(count_left(view), target)]
-            best = next((other for other in good if other.spares >= (target if view.is_restorable else 0)), None)
-            is_enough = len(good) >= (keep if view.is_restorable and not is_tainted else 1)
-            reason = f"step {best.key.step} is as well protected ({best.spares} spares)" if best and is_enough else ""
+            others = [
+                (place < index, other)
+                for place, other in enumerate(views)
+                if place != index and place in live and other.is_restorable
+                and (is_tainted or not view.is_restorable or other.key not in tainted)
+                and count_left(other) >= min(count_left(view), target)
+            ]  # fmt: skip
+            reason = _why_release_live(
+                view,
+                newer=[other for is_newer, other in others if is_newer],
+                older=[other for is_newer, other in others if not is_newer],
+                keep=keep if view.is_restorable and not is_tainted else 1,
+                target=target if view.is_restorable else 0,
+            )
         if reason and view.key not in held:
             chosen[index] = reason
     return chosen
+
+
+def _why_release_live(
+    view: SnapshotView, *, newer: Sequence[SnapshotView], older: Sequence[SnapshotView], keep: int, target: int
+) -> str:
+    """One that has lost spares goes for a newer one in full if ``keep`` others are worth as much; it would only fill slots."""
+    best = next((other for other in newer if other.spares >= target), None)
+    good = [other for other in newer if other.spares >= min(view.spares, target)]
+    if view.spares < target:
+        good += [other for other in older if other.spares >= target]
+    return f"step {best.key.step} is as well protected ({best.spares} spares)" if best and len(good) >= keep else ""
 
 
 def _why_release_dead(
