@@ -302,6 +302,29 @@ def test_a_truncated_file_named_by_an_index_is_refused(tmp_path: Path) -> None:
         list(huggingface.find_tensors(tmp_path))
 
 
+def test_a_tensor_in_two_files_without_an_index_or_of_another_size_than_it_says_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(10), "b": torch.ones(10)}, tmp_path / "m.safetensors")
+    save_file({"a": torch.ones(10)}, tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match=r"a is in m\.safetensors and in other\.safetensors"):
+        foreign.read_checkpoint(tmp_path, "huggingface")
+    (tmp_path / "other.safetensors").unlink()
+    data = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(data.replace(b'"F32"', b'"F64"', 1))
+    with pytest.raises(IntegrityError, match=r"has 40 bytes, F64 of shape \[10\] has 80"):
+        foreign.read_checkpoint(tmp_path, "huggingface")
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: os.truncate(path, 200)])
+def test_a_dcp_checkpoint_whose_file_is_missing_or_cut_is_refused_in_words(tmp_path: Path, harm: Any) -> None:
+    source = tmp_path / "source-5"
+    dcp_save({"model": {"w": torch.arange(100.0)}}, checkpoint_id=str(source))
+    harm(next(source.glob("*.distcp")))
+    answer = convert(source, tmp_path / "out")
+    assert (answer["status"], answer["error_class"]) == (1, "IntegrityError")
+    assert "model.w cannot be read" in answer["message"]
+    assert "missing or damaged" in answer["message"]
+
+
 def test_the_importer_stores_what_writing_was_given(tmp_path: Path) -> None:
     source = writing.Source(
         name="model.w",

@@ -11,7 +11,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -89,10 +89,24 @@ def optimizer_description(found: Found) -> str:
 
 def _huggingface(directory: Path) -> Found:
     sources = []
+    paths: dict[str, Path] = {}
     for tensor in huggingface.find_tensors(directory):
         torch_dtype = _SAFETENSORS.get(tensor.dtype)
         if torch_dtype is None:
             raise UsageError(f"{tensor.path}: {tensor.name} is of dtype {tensor.dtype}, which cannot be stored")
+        size = _size_bytes(tensor.shape, getattr(torch, torch_dtype.removeprefix("torch.")))
+        if tensor.end - tensor.begin != size:
+            raise IntegrityError(
+                f"{tensor.path}: {tensor.name} has {tensor.end - tensor.begin} bytes, {tensor.dtype} of shape "
+                f"{list(tensor.shape)} has {size}; the file is damaged or mislabeled",
+                reason="bad_file",
+            )
+        if paths.setdefault(tensor.name, tensor.path) != tensor.path:
+            raise UsageError(
+                f"{tensor.name} is in {paths[tensor.name].name} and in {tensor.path.name}, and no {huggingface.INDEX} says "
+                "which is meant; leave the files of one model in the directory",
+                reason="ambiguous_model",
+            )
         sources.append(
             Source(
                 name=f"model.{tensor.name}",
@@ -103,6 +117,10 @@ def _huggingface(directory: Path) -> Found:
             )
         )
     return Found(sources=tuple(sources))
+
+
+def _size_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * torch.empty((), dtype=dtype).element_size()
 
 
 def _file_reader(path: Path, begin: int, end: int) -> Callable[[], bytes]:
@@ -206,17 +224,24 @@ def _dcp(directory: Path, prefix: str | None) -> Found:
 
 
 def _dcp_source(reader: Any, name: str, key: str, item: Any) -> Source:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
     dtype, shape = item.properties.dtype, tuple(item.size)
 
     def read() -> memoryview:
         target = {key: torch.empty(shape, dtype=dtype)}
-        load(target, storage_reader=reader, no_dist=True)
+        try:
+            load(target, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # whatever a damaged file made its reader raise
+            cause = next((failure for failure, _ in error.failures.values()), error)
+            raise IntegrityError(
+                f"{key} cannot be read from {reader.path}: {cause}; a file there is missing or damaged",
+                reason="bad_file",
+            ) from error
         return _bytes_of(target[key])
 
-    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
-    return Source(name=name, torch_dtype=str(dtype), shape=shape, size_bytes=size, read=read)
+    return Source(name=name, torch_dtype=str(dtype), shape=shape, size_bytes=_size_bytes(shape, dtype), read=read)
 
 
 def _reader(base: type[Any]) -> Callable[[Path, Any], Any]:
@@ -304,8 +329,7 @@ def _converted(source: Source, dtype: torch.dtype) -> Source:
         tensor = torch.frombuffer(data, dtype=before) if data else torch.empty(0, dtype=before)
         return _bytes_of(tensor.to(dtype))
 
-    size = math.prod(source.shape) * torch.empty((), dtype=dtype).element_size()
-    return replace(source, torch_dtype=str(dtype), size_bytes=size, read=read)
+    return replace(source, torch_dtype=str(dtype), size_bytes=_size_bytes(source.shape, dtype), read=read)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
