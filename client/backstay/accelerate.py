@@ -53,6 +53,8 @@ def attach(accelerator: accelerate.Accelerator, *, run_id: str, **options: Any) 
     Raises:
         UsageError: attached already, nothing prepared, or FSDP1, DeepSpeed, Megatron-LM or XLA.
     """
+    if not isinstance(accelerator, accelerate.Accelerator):
+        raise UsageError(f"attach() was given a {type(accelerator).__name__}: give the accelerate.Accelerator")
     return AcceleratedSnapshotter(accelerator, run_id=run_id, **options)
 
 

@@ -327,11 +327,11 @@ class _Writer(io.RawIOBase):
                 self._store.release()
 
 
-def _split(url: str) -> tuple[str, str]:
+def _split(url: Any) -> tuple[str, str]:
     """``job/run_id`` and the rest of a URL."""
-    text = url.removeprefix(f"{SCHEME}://").strip("/")
+    text = url.removeprefix(f"{SCHEME}://").strip("/") if isinstance(url, str) else ""
     run, name = _split_path(text)
-    if not run:
+    if not run or "://" in text:
         raise UsageError(f"{url!r} names no run: write {SCHEME}://<job>/<run_id>/<folder>")
     return run, name
 

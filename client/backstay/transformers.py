@@ -50,6 +50,10 @@ def attach(trainer: transformers.Trainer, *, run_id: str, **options: Any) -> Bac
         run_id: The training run whose state this is; a new one for a run that starts from scratch.
         **options: As of :class:`BackstayCallback`.
     """
+    if not isinstance(trainer, transformers.Trainer):
+        raise UsageError(
+            f"attach() was given a {type(trainer).__name__}: give the transformers.Trainer, before train()"
+        )
     if any(isinstance(callback, BackstayCallback) for callback in trainer.callback_handler.callbacks):
         raise UsageError("this Trainer has a BackstayCallback already; attach() once", reason="attached_twice")
     callback = BackstayCallback(run_id=run_id, **options)

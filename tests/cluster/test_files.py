@@ -170,9 +170,24 @@ def test_without_a_daemon_the_error_says_where_it_was_looked_for(tmp_path: Path)
         store.write(1, "x", b"")
 
 
-def test_a_url_without_a_run_is_refused() -> None:
-    with pytest.raises(UsageError, match="names no run"):
-        backstay.files.seal("backstay://job")
+@pytest.mark.parametrize("url", ["backstay://job", "s3://bucket/run/step-1", None, 3])
+def test_what_names_no_run_is_refused(url: Any) -> None:
+    with pytest.raises(UsageError, match=r"names no run: write backstay://<job>/<run_id>/<folder>"):
+        backstay.files.seal(url)
+
+
+def test_a_folder_into_which_nothing_was_written_does_not_take_the_place_of_the_one_before(url: str) -> None:
+    write(f"{url}/step-1/a", b"1")
+    backstay.files.seal(f"{url}/step-1")
+    with pytest.raises(UsageError, match="nothing was written for step 9, so it is not sealed; no files are open"):
+        backstay.files.seal(f"{url}/step-9")
+    write(f"{url}/step-2/a", b"2")
+    with pytest.raises(UsageError, match=r"nothing was written for step 9.* are open are of step 2"):
+        backstay.files.seal(f"{url}/step-9")
+    with pytest.raises(UsageError, match=r"timeout_s is a str \('1'\): give seconds"):
+        backstay.files.seal(f"{url}/step-2", timeout_s="1")  # type: ignore[arg-type]
+    backstay.files.seal(f"{url}/step-2")
+    assert read(f"{url}/step-2/a") == b"2"
 
 
 DYING = """

@@ -176,6 +176,10 @@ def test_what_needs_pickle_is_refused_with_its_path_and_the_old_file_stays(tmp_p
 
 def test_an_accelerator_without_prepared_objects_or_with_a_keeper_is_refused(tmp_path: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
+    with pytest.raises(UsageError, match=r"given a Linear: give the accelerate\.Accelerator"):
+        backstay.accelerate.attach(torch.nn.Linear(2, 2), run_id="a")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"given a Linear: give the transformers\.Trainer"):
+        backstay.transformers.attach(torch.nn.Linear(2, 2), run_id="a")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="prepared 0 models"):
         backstay.accelerate.attach(accelerator, run_id="a")
     model = torch.nn.Linear(2, 2)

@@ -199,10 +199,25 @@ class FileStore:
         """Declare that all ranks wrote all files of ``step``: every rank commits its part; returns when all have.
 
         Raises:
+            UsageError: nothing was written for it; an empty step would take the place of the one before.
             UnavailableError: not complete within ``timeout_s``: the step counts as not written, the one before stays.
         """
-        self.commit(step, is_sealing=True)
+        timeout_s = given.seconds_of("timeout_s", timeout_s)
         line = self._current()
+        is_known_empty = (
+            line.place.size == 1 and not self._carried and self.open_step != step
+        )  # other ranks may have some
+        if is_known_empty and step > self._committed:
+            raise UsageError(
+                f"{self.run}: nothing was written for step {step}, so it is not sealed; "
+                + (
+                    "no files are open"
+                    if self.open_step is None
+                    else f"the files that are open are of step {self.open_step}"
+                ),
+                reason="empty_step",
+            )
+        self.commit(step, is_sealing=True)
         if line.wait_complete(step, timeout_s):
             self._complete = max(self._complete, step)
         else:

@@ -19,7 +19,7 @@ from backstay import local, record, shard
 from backstay.capture.filling import Digests, Filler
 from backstay.control import DaemonConnection, register_child_cleanup
 from backstay.errors import BackstayError, CapacityError, StaleGenerationError, UnavailableError, UsageError
-from backstay.trainer import memory
+from backstay.trainer import given, memory
 from backstay.trainer.world import World
 
 ATTACH_DEADLINE_S: Final = 5.0
@@ -136,7 +136,7 @@ class Line:
 
     def wait_complete(self, step: int, timeout_s: float) -> bool:
         """Wait until every rank's shard of ``step`` (or of a later one) is held; False at the end of the time."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + given.seconds_of("timeout_s", timeout_s)
         while True:
             left = deadline - time.monotonic()
             try:
