@@ -56,7 +56,7 @@ class Snapshotter:
     raises, and everything else does nothing.
 
     Args:
-        model: A plain module, DDP, or FSDP2; may be compiled.
+        model: A plain module, DDP, FSDP2 (also as HSDP), tensor parallel, or one stage of a pipeline; may be compiled.
         optimizer: One optimizer, or several in an order that stays the same.
         run_id: The training run whose state this is; a new one for a run that starts from scratch.
         job: Name of the job the run belongs to.
@@ -120,7 +120,7 @@ class Snapshotter:
             )
         _keepers.add(self)
 
-    # ---- the five verbs
+    # ---- what a trainer calls
 
     def restore(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> RestoreResult:
         """Bring model, optimizers, extras and generators to the newest step that all ranks can have, or say: a new run.
