@@ -324,6 +324,7 @@ class Odd(nn.Module):
         self.nothing = nn.Parameter(torch.empty(0, 3))
         self.complex = nn.Parameter(torch.randn(5, 4, dtype=torch.complex64, generator=draw).t())
         self.large = nn.Parameter(torch.randn(3, dtype=torch.complex128, generator=draw))
+        self.conjugate = nn.Parameter(torch.randn(3, dtype=torch.complex64, generator=draw).conj(), requires_grad=False)
         self.register_buffer("eight", torch.randn(9, 9, generator=draw).to(torch.float8_e4m3fn).t())
         self.register_buffer("flags", torch.rand(17, generator=draw) > 0.5)
         self.register_buffer("wide", torch.randn(1, 3, generator=draw).expand(4, 3))

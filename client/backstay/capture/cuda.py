@@ -99,7 +99,8 @@ class DeviceCopier:
 def is_same_on_device(piece: Piece, slot: memory.Mapping) -> bool:
     """Whether the living source still has the bytes that lie in the slot, compared on the source's device."""
     stored = slot.tensor(piece.begin, piece.end, piece.source.dtype, tuple(piece.source.shape)).to(piece.source.device)
-    left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (stored, piece.source))
+    living = piece.source.resolve_conj().resolve_neg()
+    left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (stored, living))
     return torch.equal(left, right)
 
 
@@ -107,7 +108,7 @@ def make_weights(device: torch.device, words: int = _SUM_WORDS) -> torch.Tensor:
     """Random 64-bit weights for :func:`checksum`, drawn from a generator of its own."""
     generator = torch.Generator()
     generator.manual_seed(int.from_bytes(os.urandom(7)))
-    return torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, generator=generator).to(device)
+    return torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, generator=generator, device="cpu").to(device)
 
 
 def checksum(tensor: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

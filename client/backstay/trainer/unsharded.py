@@ -36,7 +36,7 @@ def _unsharded_groups(model: nn.Module) -> Iterator[tuple[Any, Any]]:
         if find is None:
             continue
         state = find()
-        # torch up to 2.10 has one group, and later ones may have several
+        # one group in older releases of torch
         groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
         for group in groups:
             if group is not None and not group.is_sharded:
