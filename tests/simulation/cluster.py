@@ -149,16 +149,18 @@ class Cluster:
         return delays
 
     def send_report(self, node: Node, report: NodeReport) -> None:
-        control = self.control
-        if not node.is_cut:
+        control, is_heard = self.control, not node.is_cut and node.mute_until_s <= self.engine.now_s
+        if is_heard:
             node.heard_s = self.engine.now_s
-        if control is not None and not node.is_cut:
+        if control is not None and is_heard:
             for delay_s in self.fates():
                 self.engine.after(delay_s, control.receive, report)
 
     def deliver(self, control: Control, name: str, incarnation: str, desired: NodeDesired) -> None:
         node = self.nodes.get(name)
-        if node is not None and not node.is_cut and (control is self.control or control.is_paused is False):
+        if node is None or node.deaf_until_s > self.engine.now_s:
+            return
+        if not node.is_cut and (control is self.control or control.is_paused is False):
             node.receive(desired, incarnation)
 
     def work_delay(self) -> float:

@@ -103,6 +103,7 @@ class Node:
         self.is_cut = False  # from the coordinator
         self.is_draining = False  # remembered beside the memory
         self.is_full = False  # takes no copies
+        self.deaf_until_s = self.mute_until_s = 0.0  # lines that carry one way only
         self.staging_trouble = ""  # why no decision can be staged here
         self.memory: dict[str, RunMemory] = {}
         self.generation = Generation()

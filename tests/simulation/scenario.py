@@ -10,6 +10,7 @@ from backstayd.core.policy import CorePolicy
 from tests.simulation.checker import BrokenPromiseError
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine, Network
+from tests.simulation.mishaps import MISHAPS, ONE_WAY, begin_recovery, cut_one_way, lose_half
 from tests.simulation.storage import URL
 
 FAULTS = (
@@ -27,6 +28,7 @@ class Scenario:
 
     seed: int
     is_harsh: bool = False  # loses more than parity covers, and corrupts
+    has_mishaps: bool = False  # lines carry one way, memory is half gone, recoveries are hit in the middle
     has_storage: bool = False  # which can be down; whole clusters are lost, and parts of them come back
 
     def run(self) -> Cluster:
@@ -75,6 +77,9 @@ class Scenario:
 
     def _break(self, engine: Engine, cluster: Cluster) -> None:
         draw = engine.random
+        if self.has_mishaps and draw.random() < 0.5:
+            self._mishap(engine, cluster, draw.choice(MISHAPS))
+            return
         fault = draw.choice(STORAGE_FAULTS if self.has_storage else FAULTS)
         name = draw.choice(sorted(cluster.nodes))
         if fault == "kill_trainer":
@@ -103,6 +108,24 @@ class Scenario:
             cluster.corrupt(name)
         elif fault in ("drain", "undrain", "stop_drained", "fill"):
             self._drain(engine, cluster, fault, name)
+
+    def _mishap(self, engine: Engine, cluster: Cluster, fault: str) -> None:
+        node = cluster.nodes[engine.random.choice(sorted(cluster.nodes))]
+        if fault in ONE_WAY:
+            cut_one_way(cluster, node, fault, engine.between(0.1, 4.0))
+        elif fault == "lose_half":
+            if node.is_running and (self.is_harsh or cluster.checker.can_lose(1)):
+                lose_half(cluster, node, engine.between(0.05, 2.0))
+        elif begin_recovery(cluster):
+            trainers = [t for job in cluster.jobs for t in job.trainers.values() if t.is_alive]
+            if fault == "kill" and trainers:
+                cluster.kill_trainer(engine.random.choice(trainers))
+            elif fault == "destroy":
+                self._destroy(engine, cluster, engine.random.choice(("destroy", "destroy_for_good")))
+            elif fault == "drain":
+                cluster.drain(node.name)
+            elif fault == "crash_coordinator":
+                cluster.crash_coordinator(engine.between(0.05, 2.0))
 
     def _break_storage(self, engine: Engine, cluster: Cluster, fault: str) -> None:
         if fault == "storage":

@@ -37,3 +37,10 @@ def test_promises_hold_under_the_faults_of_one_seed() -> None:
 def test_promises_hold_with_durable_storage_when_clusters_are_lost_and_parts_of_them_return(part: int) -> None:
     for seed in seeds_of(part):
         Scenario(seed, is_harsh=seed % 3 == 2, has_storage=True).run()
+
+
+@pytest.mark.skipif(bool(ONE_SEED), reason="one seed was asked for")
+@pytest.mark.parametrize("part", range(TESTS // 2))
+def test_promises_hold_when_half_of_something_fails_or_in_the_middle_of_a_recovery(part: int) -> None:
+    for seed in seeds_of(part):
+        Scenario(seed, is_harsh=seed % 3 == 2, has_mishaps=True).run()
