@@ -459,3 +459,21 @@ def test_two_kept_snapshots_that_lost_a_node_do_not_keep_the_slots_of_all_that_c
     again(engine, cluster, job, world)
     cluster.restart_daemon("n6", 3.0)  # no snapshot is whole while the base is on probation and has a slot of its own
     assert engine.run_until(lambda: cluster.checker.protected_step(RUN) > step + 20, limit_s=60), "snapshots go on"
+
+
+def test_a_shard_that_is_lost_before_its_snapshot_is_protected_is_rebuilt_though_an_older_one_protects() -> None:
+    """Found by simulation: the newest could be rebuilt, was not, and kept a slot of every other rank for ever."""
+    engine, cluster, job = training(4)
+    state = cluster.core().runs[RUN]
+    cluster.work_s = (0.2, 0.3)
+
+    def is_half_encoded() -> bool:
+        newest = state.context.live_views[0] if state.context is not None and state.context.live_views else None
+        plans = newest.plans if newest is not None and newest.is_complete else ()
+        return any(not plan.is_intact and plan.rank_spares[0] > 0 for plan in plans)
+
+    assert engine.run_until(is_half_encoded, limit_s=60)
+    assert state.context is not None
+    key, node = state.context.live_views[0].key, cluster.nodes["n1"]
+    node.quarantine_shard(RUN, node.memory[RUN].shards[key.attempt, key.step, 0])
+    assert engine.run_until(lambda: cluster.checker.protected_step(RUN) > key.step + 3, limit_s=60), "snapshots go on"

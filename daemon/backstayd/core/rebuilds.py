@@ -85,8 +85,9 @@ class Rebuilds:
             key=lambda view: (view.key not in context.tainted, view.spares, view.key),
             default=None,
         )
-        if best is None or best.is_complete:
-            best = persisting.incomplete_view(context)
+        if best is not None and best.is_complete:
+            best = _newer_incomplete(context, best)
+        best = best or persisting.incomplete_view(context)
         if best is None:
             self.missing_since.clear()
             return None, {}
@@ -95,6 +96,12 @@ class Rebuilds:
             return None, {}  # a new world may be on its way and choose better places
         placements = recovery.placements_of(best.world_size)
         return best, {rank: node for rank, node in placements.items() if node in staying(context.nodes)}
+
+
+def _newer_incomplete(context: RunContext, best: SnapshotView) -> SnapshotView | None:
+    """The newest after ``best`` of which a shard is gone: as it is, it can neither be protected nor released."""
+    views = (view for view in context.live_views if view.key > best.key and view.key not in context.tainted)
+    return next((view for view in views if view.is_restorable and not view.is_complete), None)
 
 
 def _decided(context: RunContext, recovery: Recovery) -> tuple[SnapshotView | None, dict[int, str]]:
