@@ -39,7 +39,10 @@ class Scenario:
             cluster.start_job(job)
         engine.run_for(engine.between(1.0, 4.0))
         for _ in range(engine.random.randint(2, 5)):
-            self._break(engine, cluster)
+            if self.has_mishaps and engine.random.random() < 0.5:
+                self._mishap(engine, cluster)
+            else:
+                self._break(engine, cluster)
             engine.run_for(engine.between(0.02, 2.5))
         self._heal(engine, cluster)
         self._check_liveness(engine, cluster)
@@ -77,9 +80,6 @@ class Scenario:
 
     def _break(self, engine: Engine, cluster: Cluster) -> None:
         draw = engine.random
-        if self.has_mishaps and draw.random() < 0.5:
-            self._mishap(engine, cluster, draw.choice(MISHAPS))
-            return
         fault = draw.choice(STORAGE_FAULTS if self.has_storage else FAULTS)
         name = draw.choice(sorted(cluster.nodes))
         if fault == "kill_trainer":
@@ -109,7 +109,8 @@ class Scenario:
         elif fault in ("drain", "undrain", "stop_drained", "fill"):
             self._drain(engine, cluster, fault, name)
 
-    def _mishap(self, engine: Engine, cluster: Cluster, fault: str) -> None:
+    def _mishap(self, engine: Engine, cluster: Cluster) -> None:
+        fault = engine.random.choice(MISHAPS)
         node = cluster.nodes[engine.random.choice(sorted(cluster.nodes))]
         if fault in ONE_WAY:
             cut_one_way(cluster, node, fault, engine.between(0.1, 4.0))

@@ -11,6 +11,7 @@ from backstayd.core.records import Outcome, SessionPhase, SourceKind
 from backstayd.core.recovery import Stage
 from tests.simulation.cluster import Cluster, Control, Job
 from tests.simulation.engine import Engine
+from tests.simulation.scenario import Scenario
 
 RUN = "default/gpt"
 
@@ -463,7 +464,7 @@ def test_two_kept_snapshots_that_lost_a_node_do_not_keep_the_slots_of_all_that_c
 
 def test_a_shard_that_is_lost_before_its_snapshot_is_protected_is_rebuilt_though_an_older_one_protects() -> None:
     """Found by simulation: the newest could be rebuilt, was not, and kept a slot of every other rank for ever."""
-    engine, cluster, job = training(4)
+    engine, cluster, _ = training(4)
     state = cluster.core().runs[RUN]
     cluster.work_s = (0.2, 0.3)
 
@@ -477,3 +478,8 @@ def test_a_shard_that_is_lost_before_its_snapshot_is_protected_is_rebuilt_though
     key, node = state.context.live_views[0].key, cluster.nodes["n1"]
     node.quarantine_shard(RUN, node.memory[RUN].shards[key.attempt, key.step, 0])
     assert engine.run_until(lambda: cluster.checker.protected_step(RUN) > key.step + 3, limit_s=60), "snapshots go on"
+
+
+def test_a_protected_snapshot_is_kept_while_a_node_that_may_make_it_whole_is_only_silent() -> None:
+    """Found by seed 306: one node lost its part, another was not heard for a lease, and what the others held was released."""
+    Scenario(306, has_mishaps=True).run()

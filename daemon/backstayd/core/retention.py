@@ -102,12 +102,16 @@ def _why_release_dead(
 
 
 def abandoned_keys(
-    views: Sequence[SnapshotView], *, attempt: int, sessions: Mapping[int, SessionRecord]
+    views: Sequence[SnapshotView], *, attempt: int, sessions: Mapping[int, SessionRecord], present: Collection[str]
 ) -> set[SnapshotKey]:
-    """Steps of ``attempt`` that some rank of the running world passed, or skipped, and whose shard nobody holds."""
+    """Steps of ``attempt`` that some rank of the running world passed, or skipped, and whose shard nobody holds.
+
+    Not one that was encoded and of which a member is not ``present``: with what that one holds it may be whole again.
+    """
     found = set()
     for view in views:
-        if view.key.attempt != attempt or view.is_restorable:
+        members = {member.node for state in view.plans for member in state.plan.members}
+        if view.key.attempt != attempt or view.is_restorable or not members <= set(present):
             continue
         for rank in view.unheld_ranks:
             session = sessions.get(rank)

@@ -391,7 +391,9 @@ class RunState:
             dead=self._dead(context),
             keep=self.policy.keep,
             target=target,
-            abandoned=abandoned_keys(context.live_views, attempt=attempt, sessions=sessions),
+            abandoned=abandoned_keys(
+                context.live_views, attempt=attempt, sessions=sessions, present=context.nodes.keys()
+            ),
             tainted=context.tainted,
             held=self.held(context) | self.persisting.pinned,
             left=self.draining.spares_left if self.draining.is_holding or not self.draining.homeless else None,
