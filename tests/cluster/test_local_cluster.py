@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from backstay.errors import UnavailableError, UsageError
+from backstay.errors import ConfigError, UnavailableError, UsageError
 from backstay.testing import DeadlineError, LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
 from backstay.testing.node import DAEMON_ROLE
@@ -103,3 +103,10 @@ def test_nothing_is_left_of_a_closed_cluster(local_cluster_factory: LocalCluster
     cluster.close()
     cluster.assert_nothing_left()
     assert not cluster.root.exists()
+
+
+def test_a_cluster_whose_start_fails_leaves_nothing_behind_without_being_closed() -> None:
+    cluster = LocalCluster(1, parity=0, settings={"nosuch": 3})
+    with pytest.raises(ConfigError, match="BACKSTAYD_COORDINATOR_NOSUCH is not a setting"):
+        cluster.start()
+    cluster.assert_nothing_left()

@@ -120,11 +120,7 @@ class LocalCluster:
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
+        self.start()
         return self
 
     def __exit__(
@@ -133,7 +129,14 @@ class LocalCluster:
         self.close()
 
     def start(self) -> None:
-        """Start everything and wait until the coordinator sees every node live."""
+        """Start everything and wait until the coordinator sees every node live; what fails leaves nothing behind."""
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=not self._is_own_root)
         self._guard.enter_context(guarded(self.cluster_id, self.root))
         if self.certificates is not None:
