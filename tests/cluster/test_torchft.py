@@ -167,7 +167,9 @@ def test_a_replica_that_was_killed_takes_its_state_from_the_healthy_one(cluster:
         killed.kill()
         again = replicas.start(1, "again", **env)
         loops.append(again)
-        cluster.wait_until(lambda: len(_joined(again)) >= 3, 90, "the second replica to come back")
+        cluster.wait_until(
+            lambda: len(healthy.digests(0).keys() & set(_joined(again))) >= 3, 90, "both to tell of its coming back"
+        )
     finally:
         for loop in loops:
             loop.kill()
