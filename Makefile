@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
 # Most of a cluster test is waiting for leases and process starts: three files at a time fit on two cores.
-JOBS   ?= 3
+JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest
 MANY   := $(PYTEST) -n $(JOBS) --dist loadfile
 ARGS   ?=

@@ -157,6 +157,7 @@ def test_a_node_is_drained_until_it_is_used_again(cluster: LocalCluster, capsys:
     cluster.wait_until(lambda: cluster.node_status(1)["is_draining"], DEADLINE_S, "the node to remember it")
     cluster.restart_daemon(1)
     assert cluster.node_status(1)["is_draining"], "the next daemon over its memory drains, too"
+    cluster.wait_until(lambda: "live, safe" in _text(capsys, cluster, "status"), DEADLINE_S, "it to be heard of again")
     assert "node-1: drained: it may be stopped" in _text(
         capsys, cluster, "drain", "node-1", "--wait", "--timeout-s", "30"
     )
