@@ -243,7 +243,7 @@ class _Progress:
             "state": dataclasses.asdict(trainer.state),
             "callbacks": [[type(thing).__name__, thing.state()["attributes"]] for thing in _exportable(trainer)],
             "sums": {name: getattr(trainer, name, 0.0) for name in _SUMS},  # a Trainer that restores has none yet
-            "loss": trainer._tr_loss.clone() if hasattr(trainer, "_tr_loss") else torch.zeros(()),
+            "loss": trainer._tr_loss.clone() if hasattr(trainer, "_tr_loss") else torch.zeros((), device="cpu"),
             "epoch": owner._epoch,
             "windows": owner._windows,
             "left_out": owner._left_out,

@@ -21,9 +21,7 @@ from backstay.trainer import memory
 if TYPE_CHECKING:
     from backstay.capture.filling import Capture
 
-WINDOW_BYTES: Final = (
-    4 * CHUNK_BYTES
-)  # fits the L2 cache, and few enough windows that taking the GIL back does not show
+WINDOW_BYTES: Final = 4 * CHUNK_BYTES  # fits the L2 cache; few enough that taking the GIL back does not show
 
 _Run = tuple[int, int, int]  # first byte in the file, byte behind the last, address of the source
 

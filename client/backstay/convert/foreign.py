@@ -120,7 +120,7 @@ def _huggingface(directory: Path) -> Found:
 
 
 def _size_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
-    return math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+    return math.prod(shape) * dtype.itemsize
 
 
 def _file_reader(path: Path, begin: int, end: int) -> Callable[[], bytes]:

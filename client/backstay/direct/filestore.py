@@ -204,17 +204,11 @@ class FileStore:
         """
         timeout_s = given.seconds_of("timeout_s", timeout_s)
         line = self._current()
-        is_known_empty = (
-            line.place.size == 1 and not self._carried and self.open_step != step
-        )  # other ranks may have some
-        if is_known_empty and step > self._committed:
+        is_alone = line.place.size == 1  # else other ranks may have written some
+        if is_alone and step > self._committed and not self._carried and self.open_step != step:
+            found = "no files" if self.open_step is None else f"the files of step {self.open_step}"
             raise UsageError(
-                f"{self.run}: nothing was written for step {step}, so it is not sealed; "
-                + (
-                    "no files are open"
-                    if self.open_step is None
-                    else f"the files that are open are of step {self.open_step}"
-                ),
+                f"{self.run}: nothing was written for step {step}, so it is not sealed; {found} are open",
                 reason="empty_step",
             )
         self.commit(step, is_sealing=True)

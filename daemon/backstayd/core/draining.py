@@ -17,9 +17,7 @@ from backstayd.core.placement import natural
 from backstayd.core.records import Plan, ShardCopy
 from backstayd.core.sentences import counted, listed
 
-CALM_LEASES: Final = (
-    10  # so long after a shard found no home no node is called safe: the next one may not find one either
-)
+CALM_LEASES: Final = 10  # so long after a shard found no home no node is called safe: the next may not find one either
 PROMISE_LEASES: Final = 10  # so long after "safe" was said last, what made it true is kept: who was told may act on it
 
 

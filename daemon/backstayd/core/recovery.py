@@ -80,9 +80,8 @@ class Recovery:
     opened_s: float = 0.0
     adopted_id: str = ""  # the decision of a former coordinator that was taken over
     closed: dict[str, None] = field(default_factory=dict)
-    failures: dict[tuple[str, int], tuple[int, str]] = field(
-        default_factory=dict
-    )  # failed stagings and the last reason
+    # (snapshot id, quarantine marks) -> how often staging it failed, and why the last time
+    failures: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)
 
     @property
     def is_active(self) -> bool:
