@@ -159,25 +159,26 @@ def test_two_jobs_at_once_do_not_see_each_other(local_cluster_factory: LocalClus
 
 @pytest.mark.parametrize("what", ["shard", "manifest", "parity"])
 def test_a_flipped_byte_is_detected_counted_and_survived(local_cluster_factory: LocalClusterFactory, what: str) -> None:
-    cluster = local_cluster_factory(4, 2, lease_s=LEASE_S)
+    # A node that is away for a lease has its shard rebuilt and its plan replaced: what was flipped would be read by nobody.
+    cluster = local_cluster_factory(4, 2, lease_s=4 * LEASE_S)
     with light_world(cluster, RUN) as first:
         _start_fresh(first)
         _protect_steps(cluster, first, range(1, 3))
         first.kill()
-        cluster.kill_daemon(1)
-        if what == "shard":
-            _flip_byte(_find(cluster, 1, "rank-00001-of-*.safetensors"), 256 * 1024 + 77)
-        elif what == "manifest":
-            path = _find(cluster, 1, "rank-00001-of-*.manifest.json")
-            _flip_byte(path, path.read_bytes().index(b'"chunk_crcs":"') + 20)
-        else:
+        if what == "parity":  # it is read only when a shard is to be rebuilt
             for path in cluster.nodes[1].memory_dir.rglob("parity/plan-*.index-*"):
                 if path.suffix != ".json":
                     _flip_byte(path, 1000)
-        cluster.restart_daemon(1)
-        if what == "parity":  # the parity is read only when a shard is to be rebuilt
             cluster.destroy_node(0)
             cluster.replace_node(0)
+        else:  # it is read when it is adopted
+            cluster.kill_daemon(1)
+            if what == "shard":
+                _flip_byte(_find(cluster, 1, "rank-00001-of-*.safetensors"), 256 * 1024 + 77)
+            else:
+                path = _find(cluster, 1, "rank-00001-of-*.manifest.json")
+                _flip_byte(path, path.read_bytes().index(b'"chunk_crcs":"') + 20)
+            cluster.restart_daemon(1)
         with light_world(cluster, RUN) as second:
             _check_restored(second.restore(), second, step=2)
         nodes = {node["name"]: node for node in cluster.status()["nodes"]}
