@@ -6,6 +6,8 @@ import contextlib
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +33,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def extension_builds(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DeepSpeed compiles at first use, under a lock file that a killed test run would leave for ever: one place per run."""
+@pytest.fixture(scope="session")
+def deepspeed_compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DeepSpeed with what it compiles at its first use, which beside other tests outlasts the deadlines of any of them.
+
+    It compiles under a lock file that a killed test run would leave for ever, hence in one place per run.
+    """
+    pytest.importorskip("deepspeed")
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     os.environ["TORCH_EXTENSIONS_DIR"] = str(shared / "torch-extensions")
+    code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=900)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from backstay.testing import LocalCluster
 from tests.kit.documented import write_example
 from tests.kit.loops import start_loop
 
-pytest.importorskip("deepspeed")
+pytestmark = [pytest.mark.usefixtures("deepspeed_compiled"), pytest.mark.timeout(1200)]
 
 LEASE_S = 1.0
 FAULT = "mid_copy,step=10:kill"

@@ -55,7 +55,7 @@ def test_the_same_from_s3_by_multipart_and_conditional_writes(tmp_path: Path) ->
             cluster_with(store.url, tmp_path, env=store.environment) as cluster,
             light_world(cluster, RUN, size_bytes=20 * MIB) as world,
         ):
-            world.restore()
+            world.start_fresh()
             world.publish(1)
             wait_persisted(cluster, 1)
         assert store.listing().count("snapshot.json") == 1
@@ -71,7 +71,7 @@ def test_the_same_from_s3_by_multipart_and_conditional_writes(tmp_path: Path) ->
 def test_trainers_that_are_gone_leave_their_newest_protected_step_to_be_copied(directory: Path, tmp_path: Path) -> None:
     with cluster_with(f"file://{directory}", tmp_path, every_steps=0) as cluster:
         with light_world(cluster, RUN) as world:
-            world.restore()
+            world.start_fresh()
             world.publish(1)
             wait_protected(cluster, RUN, 1)
             assert records_in(directory) == []
@@ -87,7 +87,7 @@ def test_a_shard_whose_node_is_lost_while_nobody_trains_is_rebuilt_and_copied_by
     fault = {"BACKSTAY_FAULTS": f"mid_upload,step=1,rank=1,once={marker}:killgroup"}
     with cluster_with(f"file://{directory}", tmp_path, every_steps=0, env=fault) as cluster:
         with light_world(cluster, RUN) as world:
-            world.restore()
+            world.start_fresh()
             world.publish(1)
             wait_protected(cluster, RUN, 1)
             world.kill()
@@ -103,7 +103,7 @@ def test_a_shard_whose_node_is_lost_while_nobody_trains_is_rebuilt_and_copied_by
 def test_a_corrupt_file_is_named_and_the_next_older_snapshot_is_used(directory: Path, tmp_path: Path) -> None:
     url = f"file://{directory}"
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
-        world.restore()
+        world.start_fresh()
         for step in (1, 2):
             world.publish(step)
             wait_persisted(cluster, step)
@@ -121,7 +121,7 @@ def test_a_corrupt_file_is_named_and_the_next_older_snapshot_is_used(directory: 
 def test_what_memory_lost_comes_from_storage_and_the_rest_from_memory(directory: Path, tmp_path: Path) -> None:
     with cluster_with(f"file://{directory}", tmp_path) as cluster:
         with light_world(cluster, RUN) as world:
-            world.restore()
+            world.start_fresh()
             world.publish(1)
             wait_protected(cluster, RUN, 1)
             wait_persisted(cluster, 1)
@@ -142,7 +142,7 @@ def test_retention_keeps_the_last_and_every_nth(directory: Path, tmp_path: Path)
         cluster_with(f"file://{directory}", tmp_path, keep_last=2, persist_keep_every=3) as cluster,
         light_world(cluster, RUN) as world,
     ):
-        world.restore()
+        world.start_fresh()
         for step in range(1, 7):
             world.publish(step)
             wait_persisted(cluster, step)
@@ -175,7 +175,7 @@ def test_a_full_disk_is_said_and_survived_and_the_copy_is_made_when_there_is_roo
         cluster_with(f"file://{disk}", tmp_path) as cluster,
         light_world(cluster, RUN) as world,
     ):
-        world.restore()
+        world.start_fresh()
         world.publish(1)
         cluster.wait_until(
             lambda: "No space left on device; free room there" in storage_of(cluster)["problem"], 30, "the reason"
@@ -208,7 +208,7 @@ def test_a_coordinator_that_restarts_in_the_middle_of_an_upload_ends_it(director
         cluster_with(f"file://{directory}", tmp_path, persist_bandwidth_bytes_per_s=rate) as cluster,
         light_world(cluster, RUN, size_bytes=8 * MIB) as world,
     ):
-        world.restore()
+        world.start_fresh()
         world.publish(1)
         cluster.wait_until(lambda: (storage_of(cluster)["upload"] or {}).get("done_bytes"), 30, "bytes on their way")
         cluster.restart_coordinator()
@@ -224,7 +224,7 @@ def test_an_operator_sees_how_far_the_copy_is(directory: Path, tmp_path: Path) -
         cluster_with(f"file://{directory}", tmp_path, persist_bandwidth_bytes_per_s=4_000_000) as cluster,
         light_world(cluster, RUN, size_bytes=8 * MIB) as world,
     ):
-        world.restore()
+        world.start_fresh()
         world.publish(1)
         shown = cluster.wait_until(
             lambda: [line for line in describe_storage(storage_of(cluster)) if "is copied to" in line], 30, "progress"
@@ -237,7 +237,7 @@ def test_an_operator_sees_how_far_the_copy_is(directory: Path, tmp_path: Path) -
 
 def test_what_is_written_is_private_to_the_daemons_user(directory: Path, tmp_path: Path) -> None:
     with cluster_with(f"file://{directory}", tmp_path) as cluster, light_world(cluster, RUN) as world:
-        world.restore()
+        world.start_fresh()
         world.publish(1)
         wait_persisted(cluster, 1)
     files = [path for path in directory.rglob("*") if path.is_file()]

@@ -182,7 +182,7 @@ def test_a_folder_into_which_nothing_was_written_does_not_take_the_place_of_the_
     with pytest.raises(UsageError, match="nothing was written for step 9, so it is not sealed; no files are open"):
         backstay.files.seal(f"{url}/step-9")
     write(f"{url}/step-2/a", b"2")
-    with pytest.raises(UsageError, match=r"nothing was written for step 9.* are open are of step 2"):
+    with pytest.raises(UsageError, match=r"nothing was written for step 9.* the files of step 2 are open"):
         backstay.files.seal(f"{url}/step-9")
     with pytest.raises(UsageError, match=r"timeout_s is a str \('1'\): give seconds"):
         backstay.files.seal(f"{url}/step-2", timeout_s="1")  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def test_a_cluster_that_dies_at_this_point_finds_the_newest_whole_one(point: str
     url, marker = storage(tmp_path), tmp_path / "died"
     fault = {"BACKSTAY_FAULTS": f"{point},{UPLOAD_POINTS[point]},once={marker}:killgroup"}
     with cluster_with(url, tmp_path, env=fault, keep_last=1) as cluster, light_world(cluster, RUN) as world:
-        world.restore()
+        world.start_fresh()
         for step in (1, 2):
             world.publish(step)
             wait_protected(cluster, RUN, step)
@@ -82,7 +82,7 @@ def test_a_cluster_that_dies_at_this_point_finds_the_newest_whole_one(point: str
 def test_a_kill_while_a_shard_is_fetched_from_storage_does_not_change_what_is_restored(tmp_path: Path) -> None:
     url, marker = storage(tmp_path), tmp_path / "died"
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
-        world.restore()
+        world.start_fresh()
         world.publish(1)
         wait_persisted(cluster, 1)
     point = next(iter(FETCH_POINTS))

@@ -116,7 +116,7 @@ def _train(cluster: LocalCluster, world: Ranks) -> None:
 def test_what_was_done_is_what_metrics_status_and_files_say(cluster: LocalCluster) -> None:
     coordinator, nodes = _coordinator(cluster), _nodes(cluster)
     with light_world(cluster, RUN) as world:
-        world.restore()
+        world.start_fresh()
         _train(cluster, world)
         _after_training(cluster, coordinator, nodes, size_bytes=_slot_size(cluster))
         world.ask_all("reserve", step=STEPS + 1)
@@ -216,7 +216,7 @@ def test_a_run_that_ended_leaves_no_series_anywhere(cluster: LocalCluster) -> No
     cluster.replace_node(1)
     cluster.wait_live()
     with light_world(cluster, "default/short") as world:
-        world.restore()
+        world.start_fresh()
         world.publish(1)
         board = _coordinator(cluster)
         cluster.wait_until(lambda: _has_run(board, "default/short"), 20, "the run to be exported")

@@ -73,7 +73,7 @@ def test_a_lost_node_and_the_return_of_protection_are_seen_without_a_reload(
         os.close(write_end)
         page.open(f"http://127.0.0.1:{cluster.coordinator_http_port}/")
         page.evaluate("window.isSamePage = true")
-        ranks.restore()
+        ranks.start_fresh()
         ranks.publish(1)
         wait_protected(cluster, RUN, 1)
         wait_until(

@@ -26,7 +26,7 @@ def url(tmp_path: Path) -> str:
     (tmp_path / "storage").mkdir()
     url = f"file://{tmp_path}/storage"
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
-        world.restore()
+        world.start_fresh()
         world.publish(1)
         wait_persisted(cluster, 1)
     return url

@@ -53,7 +53,7 @@ def test_storage_that_may_not_be_written_is_said_and_copied_to_once_it_may(tmp_p
     with mounted(tmp_path / "storage") as directory:
         remount(directory, "ro")
         with cluster_with(f"file://{directory}", tmp_path) as cluster, light_world(cluster, RUN) as world:
-            world.restore()
+            world.start_fresh()
             world.publish(1)
             wait_problem(cluster, words)
             wait_log(cluster, words)
@@ -74,7 +74,7 @@ def test_a_bucket_that_vanishes_is_said_and_copied_to_again_when_it_is_back(tmp_
             cluster_with(store.url, tmp_path, env=store.environment) as cluster,
             light_world(cluster, RUN) as world,
         ):
-            world.restore()
+            world.start_fresh()
             world.publish(1)
             wait_persisted(cluster, 1)
             store.empty()
@@ -102,7 +102,7 @@ def test_a_distrusted_step_gives_way_to_the_older_copy_on_storage(tmp_path: Path
     directory.mkdir()
     with cluster_with(f"file://{directory}", tmp_path) as cluster:
         with light_world(cluster, RUN) as world:
-            world.restore()
+            world.start_fresh()
             for step in (1, 2):
                 world.publish(step)
                 wait_protected(cluster, RUN, step)

@@ -30,11 +30,6 @@ def _check_restored(answers: list[dict[str, Any]], ranks: Ranks, *, step: int, s
         assert answer["shards"][str(rank.rank)]["sha256"] == rank.expected(seed, step)
 
 
-def _start_fresh(ranks: Ranks) -> None:
-    for answer in ranks.restore():
-        assert answer.get("outcome") == "NONE", answer
-
-
 def _protect_steps(cluster: LocalCluster, ranks: Ranks, steps: range, seed: str = "", run: str = RUN) -> None:
     for step in steps:
         ranks.publish(step, seed)
@@ -61,7 +56,7 @@ def test_a_trainer_frozen_replaced_and_thawed_cannot_touch_what_came_after_it(
 ) -> None:
     cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as old, light_world(cluster, RUN) as new, light_world(cluster, RUN) as last:
-        _start_fresh(old)
+        old.start_fresh()
         _protect_steps(cluster, old, range(1, 3), "old")
         frozen = old.ranks[0]
         frozen.ask("reserve", step=3)
@@ -87,7 +82,7 @@ def test_a_forked_worker_that_outlives_its_trainer_does_not_keep_its_session_ali
 ) -> None:
     cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
-        _start_fresh(first)
+        first.start_fresh()
         _protect_steps(cluster, first, range(1, 3))
         child = first.ranks[0].ask("fork")["pid"]
         first.kill()
@@ -103,7 +98,7 @@ def test_trainers_and_coordinator_restarting_together_never_begin_at_nothing(
 ) -> None:
     cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
-        _start_fresh(first)
+        first.start_fresh()
         _protect_steps(cluster, first, range(1, 4))
         cluster.kill_coordinator()
         first.kill()
@@ -121,7 +116,7 @@ def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(
 ) -> None:
     cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN, nodes=(0, 1, 2, 0)) as second:
-        _start_fresh(first)
+        first.start_fresh()
         _protect_steps(cluster, first, range(1, 3))
         first.kill()
         second.attach()
@@ -138,8 +133,8 @@ def test_two_jobs_at_once_do_not_see_each_other(local_cluster_factory: LocalClus
     cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
     one, two = "one/same-name", "two/same-name"
     with light_world(cluster, one) as first, light_world(cluster, two) as other:
-        _start_fresh(first)
-        _start_fresh(other)
+        first.start_fresh()
+        other.start_fresh()
         _protect_steps(cluster, first, range(1, 3), "one", one)
         _protect_steps(cluster, other, range(1, 6), "two", two)
         first.kill()
@@ -162,7 +157,7 @@ def test_a_flipped_byte_is_detected_counted_and_survived(local_cluster_factory: 
     # A node that is away for a lease has its shard rebuilt and its plan replaced: what was flipped would be read by nobody.
     cluster = local_cluster_factory(4, 2, lease_s=4 * LEASE_S)
     with light_world(cluster, RUN) as first:
-        _start_fresh(first)
+        first.start_fresh()
         _protect_steps(cluster, first, range(1, 3))
         first.kill()
         if what == "parity":  # it is read only when a shard is to be rebuilt
@@ -190,7 +185,7 @@ def test_a_flipped_byte_is_detected_counted_and_survived(local_cluster_factory: 
 def test_a_late_write_into_a_committed_slot_never_reaches_a_tensor(local_cluster_factory: LocalClusterFactory) -> None:
     cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
-        _start_fresh(first)
+        first.start_fresh()
         _protect_steps(cluster, first, range(1, 3))
         slot = first.ranks[1].ask("reserve", step=3)["slot_id"]
         committed = next(name for name in first.ranks[1].ask("slots")["slot_ids"] if name != slot)
@@ -217,7 +212,7 @@ def test_more_losses_than_parity_are_refused_with_what_is_missing_and_never_gues
 ) -> None:
     cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first:
-        _start_fresh(first)
+        first.start_fresh()
         _protect_steps(cluster, first, range(1, 4))
         first.kill()
     cluster.destroy_nodes([1, 2])
@@ -240,7 +235,7 @@ def test_a_daemon_that_is_killed_and_restarted_adopts_what_is_in_memory(
 ) -> None:
     cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
-        _start_fresh(first)
+        first.start_fresh()
         _protect_steps(cluster, first, range(1, 4))
         first.kill()
         for index in range(3):
@@ -259,7 +254,7 @@ def test_a_coordinator_that_was_frozen_itself_takes_no_node_for_lost(
 ) -> None:
     cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as ranks:
-        _start_fresh(ranks)
+        ranks.start_fresh()
         _protect_steps(cluster, ranks, range(1, 3))
         for step in (3, 4):
             cluster.freeze(COORDINATOR)
@@ -284,7 +279,7 @@ def test_a_node_of_an_old_history_that_comes_back_cannot_bring_its_steps_along(
 ) -> None:
     cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN, nodes=(0, 1, 2)) as old, light_world(cluster, RUN, nodes=(0, 3, 2)) as new:
-        _start_fresh(old)
+        old.start_fresh()
         _protect_steps(cluster, old, range(1, 4), "old")
         for rank in old.ranks[:2]:
             assert "digest" in rank.ask("publish", step=4, seed="old")
@@ -305,7 +300,7 @@ def test_ranks_whose_slots_come_free_with_jitter_still_complete_snapshots(
     cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
     chance = random.Random(7)
     with light_world(cluster, RUN) as world:
-        _start_fresh(world)
+        world.start_fresh()
         committed = []
         for step in range(1, 31):
             ranks: list[Rank] = chance.sample(world.ranks, len(world.ranks))

@@ -243,9 +243,9 @@ torch.save({n: p.detach() for n, p in model.named_parameters()}, sys.argv[1] + "
 """
 
 
-@pytest.mark.timeout(600)  # DeepSpeed compiles when it is first used, beside other tests
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("deepspeed_compiled")
 def test_a_deepspeed_universal_checkpoint_comes_in(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
     saved, universal = tmp_path / "ds", tmp_path / "global_step2_universal"
     saved.mkdir()
     (tmp_path / "train.py").write_text(UNIVERSAL)
@@ -255,7 +255,7 @@ def test_a_deepspeed_universal_checkpoint_comes_in(tmp_path: Path) -> None:
         [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments, "--num_extract_workers", "1",
          "--num_merge_workers", "1"],
     ):  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
     answer = convert(universal, tmp_path / "shards", "--dtype", "bfloat16")
     assert (answer["status"], answer["format"], answer["step"], answer["optimizer_parameters"]) == (

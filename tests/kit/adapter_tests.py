@@ -27,7 +27,7 @@ def run_script(script: str, cluster: LocalCluster, out: Path, *arguments: str) -
         start_new_session=True, text=True,
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=450)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

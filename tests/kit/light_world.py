@@ -147,6 +147,11 @@ class Ranks:
         self.attach()
         return self.ask_all("restore", **arguments)
 
+    def start_fresh(self) -> None:
+        """Attach and restore where nothing was kept before; anything but NONE on every rank fails the test."""
+        for answer in self.restore():
+            assert answer.get("outcome") == "NONE", answer
+
     def publish(self, step: int, seed: str = "") -> None:
         for answer in self.ask_all("publish", step=step, seed=seed):
             assert "digest" in answer, f"step {step} was not committed: {answer}"

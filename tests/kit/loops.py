@@ -37,7 +37,7 @@ class Loop:
 
     def wait_ended(self) -> list[int | None]:
         """Wait until every rank has ended; their exit statuses."""
-        self.cluster.wait_until(lambda: all(p.poll() is not None for p in self.processes), 120, f"{self.name} to end")
+        self.cluster.wait_until(lambda: all(p.poll() is not None for p in self.processes), 240, f"{self.name} to end")
         return [process.returncode for process in self.processes]
 
     def kill(self) -> None:

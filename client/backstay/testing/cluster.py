@@ -388,12 +388,17 @@ class LocalCluster:
         return wait_until(condition, deadline_s=deadline_s, why=why, evidence=self.evidence)
 
     def wait_live(self, *, deadline_s: float = _START_DEADLINE_S) -> None:
-        """Wait until the coordinator sees every node that was not destroyed as live."""
+        """Wait until the coordinator sees the daemon that runs now on every node that was not destroyed as live."""
 
         def all_live() -> bool:
             self._check_running()
-            states = {entry["name"]: entry["state"] for entry in self.status()["nodes"]}
-            return all(states.get(node.name) == "live" for node in self.nodes if not node.is_destroyed)
+            seen = {entry["name"]: (entry["state"], entry["incarnation"]) for entry in self.status()["nodes"]}
+            # a daemon killed a moment ago counts as live for a lease more: only its incarnation tells it from the next
+            return all(
+                seen.get(node.name) == ("live", node.status()["node"]["incarnation"])
+                for node in self.nodes
+                if not node.is_destroyed
+            )
 
         self.wait_until(all_live, deadline_s, why="every node to be live at the coordinator")
 
