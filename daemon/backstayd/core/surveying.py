@@ -20,6 +20,7 @@ from backstayd.core.storage_names import snapshot_url
 
 WAIT_LEASES = 10  # for a survey when memory has nothing to restore
 SHORT_WAIT_LEASES = 3  # when it has
+SURVEY_DEADLINE_S = 60.0  # a node gives one up after so long; until then a world without memory waits for it
 KEPT_PROBLEMS = 64
 MAX_NUMBER = 1 << 62  # of what a record counts: the wire has 64 bits, and decisions count on from there
 MAX_USER = 1 << 32
@@ -195,8 +196,7 @@ class Surveying:
         if not self.url:
             return StorageState()
         is_asked = self.survey_id != "" and self.fence == fence
-        limit_s = (SHORT_WAIT_LEASES if has_memory else WAIT_LEASES) * self.lease_s
-        is_late = now_s - self.asked_s >= limit_s
+        is_late = now_s - self.asked_s >= self._limit_s(has_memory=has_memory)
         has_failed = bool(self.asked) and all(self.asked.values())
         return StorageState(
             url=self.url,
@@ -207,6 +207,13 @@ class Surveying:
             problems=dict(self.problems),
             newest_attempt=max((key.attempt for key in self._keys()), default=0),
         )
+
+    def _limit_s(self, *, has_memory: bool) -> float:
+        """How long a decision waits for the survey: there is no other way to anything while memory has nothing."""
+        if has_memory:
+            return SHORT_WAIT_LEASES * self.lease_s
+        is_listing = any(not error for error in self.asked.values())
+        return max(WAIT_LEASES * self.lease_s, SURVEY_DEADLINE_S + self.lease_s if is_listing else 0.0)
 
     def _keys(self) -> list[SnapshotKey]:
         return [*self.partial, *(record.key for record in self.known.values())]

@@ -63,8 +63,10 @@ def activity_of(state: RunState) -> str:
     """What the job's trainers do now, in a few words."""
     context, recovery = state.context, state.recovery
     if recovery.is_active:
-        phase = "choosing what to restore" if recovery.decision is None else _PHASES[recovery.phase]
-        return f"recovering: {phase}"
+        if recovery.decision is not None:
+            return f"recovering: {_PHASES[recovery.phase]}"
+        is_listing = context is not None and not context.storage.is_ready
+        return f"recovering: {'a node lists durable storage' if is_listing else 'choosing what to restore'}"
     sessions = [s.record.phase for s in state.world(context).values()] if context is not None else []
     size = recovery.decision.world_size if recovery.decision is not None else 0
     if not sessions:

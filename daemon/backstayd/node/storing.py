@@ -17,6 +17,7 @@ from backstayd.coder.jobs import CoderEvent, Corrupt, Job, JobResult
 from backstayd.coder.storage_jobs import PruneSnapshot, SurveyStorage, UploadShard, WriteRecord
 from backstayd.core.persisting import RECORD_RANK
 from backstayd.core.records import PersistedSnapshot, StorageDesired, Survey, Upload, UploadState
+from backstayd.core.surveying import SURVEY_DEADLINE_S
 from backstayd.node.context import NodeContext
 from backstayd.node.planning import STORAGE_DEADLINE_S, STORAGE_FLOOR_BYTES_PER_S
 from backstayd.node.tasks import Tasks
@@ -153,7 +154,7 @@ class Storing:
 
     async def _survey(self, run: str, desired: StorageDesired) -> None:
         key = f"survey:{run}:{desired.survey_id}"
-        job = SurveyStorage(run=run, url=desired.url, survey_id=desired.survey_id, deadline_s=STORAGE_DEADLINE_S)
+        job = SurveyStorage(run=run, url=desired.url, survey_id=desired.survey_id, deadline_s=SURVEY_DEADLINE_S)
         result = await self._attempt(run, job)
         state = self._runs.get(run)
         if state is None:

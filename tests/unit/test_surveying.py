@@ -1,0 +1,146 @@
+"""What a decision waits for and believes of durable storage: surveys that are slow or fail, and records that are none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from backstay.ids import SnapshotKey
+from backstayd.core.records import Lineage, Outcome, Quarantined
+from backstayd.core.surveying import why_no_snapshot
+from backstayd.core.verdict import activity_of
+from tests.unit.test_persisting import NAMES, RUN, Cluster, persisted
+
+
+@pytest.mark.parametrize("allow_fresh", [False, True])
+def test_an_unreachable_store_is_never_taken_for_an_empty_one(allow_fresh: bool) -> None:
+    cluster = Cluster()
+    cluster.is_storage_up = False
+    cluster.open_world(allow_fresh=allow_fresh)
+    cluster.run(rounds=30, seconds=0.2)
+    assert cluster.core.runs[RUN].recovery.decision is None, "it waits first"
+    cluster.run(rounds=40, seconds=0.4)
+    decision = cluster.decision()
+    assert decision.outcome is Outcome.REFUSED
+    assert "could not be read: no answer" in decision.message
+
+
+def test_an_unreachable_store_does_not_keep_memory_from_being_restored() -> None:
+    cluster = Cluster()
+    cluster.is_storage_up = False
+    cluster.commit(2)
+    cluster.open_world("w2")
+    cluster.run(rounds=20, seconds=0.1)
+    decision = cluster.decision()
+    assert decision.base is not None
+    assert decision.base.step == 2
+
+
+def test_a_world_waits_for_the_survey_made_for_it() -> None:
+    cluster = Cluster()
+    cluster.open_world()
+    for _ in range(12):
+        cluster.tell(0.2)
+    assert cluster.core.runs[RUN].recovery.decision is None
+    surveyors = [name for name in NAMES if (s := cluster.desired(name).storage) is not None and s.survey_id]
+    assert surveyors == ["n0"], "one node lists"
+    cluster.answer_survey("n0")
+    cluster.tell()
+    assert cluster.decision().outcome is Outcome.NONE
+
+
+def test_a_listing_that_takes_long_is_waited_for_while_there_is_nothing_else_to_restore() -> None:
+    cluster = Cluster()
+    record = persisted(3)
+    cluster.storage = {record.snapshot_id: record}
+    cluster.open_world()
+    for _ in range(100):  # 40 leases
+        cluster.tell(0.4)
+    state = cluster.core.runs[RUN]
+    assert state.recovery.decision is None
+    assert activity_of(state) == "recovering: a node lists durable storage"
+    cluster.run()
+    assert cluster.decision().base is not None
+
+
+def test_a_listing_that_never_ends_is_given_up_when_its_node_must_have() -> None:
+    cluster = Cluster()
+    cluster.open_world()
+    for _ in range(160):
+        cluster.tell(0.4)
+    assert cluster.decision().outcome is Outcome.REFUSED
+    assert "could not be read: no node has listed it yet" in cluster.decision().message
+
+
+def test_another_node_lists_when_the_one_that_was_asked_is_lost() -> None:
+    cluster = Cluster()
+    cluster.open_world()
+    cluster.set("n1", sessions=tuple(report.sessions[0] for report in cluster.reports.values()))
+    cluster.set("n0", sessions=())
+    for _ in range(12):
+        cluster.tell(0.2)
+    asked = cluster.desired("n0").storage
+    assert asked is not None
+    assert asked.survey_id, "it is asked first"
+    cluster.absent = {"n0"}
+    for _ in range(6):
+        cluster.tell(0.4)
+    cluster.answer_survey("n1")
+    cluster.tell()
+    assert cluster.decision().outcome is Outcome.NONE
+
+
+def test_a_spoilt_snapshot_is_passed_over_for_the_next_older_one() -> None:
+    cluster = Cluster()
+    cluster.storage = {record.snapshot_id: record for record in (persisted(1), persisted(2))}
+    cluster.open_world()
+    while cluster.core.runs.get(RUN) is None or cluster.core.runs[RUN].recovery.decision is None:
+        cluster.tell()
+        cluster.answer_survey("n0")
+        assert cluster.now_s < 20
+    decision = cluster.decision()
+    assert decision.base is not None
+    assert decision.base.step == 2
+    mark = Quarantined(
+        what="shard rank 1 of step 2",
+        attempt=1,
+        step=2,
+        rank=1,
+        reason="chunk 0 has another crc",
+        node=decision.base.url,
+    )
+    cluster.set("n1", quarantined=(mark,))
+    cluster.run()
+    decision = cluster.decision()
+    assert decision.base is not None
+    assert (decision.base.step, decision.outcome) == (1, Outcome.EXACT_OLDER)
+    assert "chunk 0 has another crc" in decision.message
+
+
+def test_a_record_that_contradicts_itself_is_no_snapshot() -> None:
+    good = persisted(3)
+    key = good.key
+    assert why_no_snapshot(good, run=RUN, key=key) == ""
+    assert why_no_snapshot(good, run="job/other", key=key)
+    assert why_no_snapshot(good, run=RUN, key=SnapshotKey(1, 4))
+    assert why_no_snapshot(replace(good, shards=good.shards[:1]), run=RUN, key=key)
+    assert why_no_snapshot(replace(good, snapshot_id="0" * 64), run=RUN, key=key)
+    other = (replace(good.shards[0], digest="f" * 64), good.shards[1])
+    assert why_no_snapshot(replace(good, shards=other), run=RUN, key=key)
+
+
+def test_a_record_whose_numbers_nobody_can_calculate_with_is_no_snapshot() -> None:
+    good = replace(persisted(3), owner="1000")
+    assert why_no_snapshot(good, run=RUN, key=good.key) == ""
+    for wrong in (
+        replace(good, generation=(1 << 63) - 1),
+        replace(good, generation=-1),
+        replace(good, serial=1 << 70),
+        replace(good, lineage=(Lineage(attempt=1 << 63, base_attempt=0, base_step=0, world_id="w"),)),
+        replace(good, owner="root"),
+        replace(good, owner="-1"),
+        replace(good, owner="\u0661"),
+        replace(good, owner=str(1 << 32)),
+    ):
+        assert "no number" in (why := why_no_snapshot(wrong, run=RUN, key=good.key)) or "user's number" in why
