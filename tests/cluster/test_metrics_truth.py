@@ -212,17 +212,26 @@ def _after_recovery(cluster: LocalCluster, coordinator: Board, nodes: list[Board
         assert (coordinator.value("recovery_phase_seconds_count", phase=phase) or 0) >= 1, phase
 
 
-def test_a_run_that_ended_leaves_no_series_anywhere(cluster: LocalCluster) -> None:
+def test_runs_that_end_while_coders_are_at_work_for_them_leave_neither_files_nor_series(cluster: LocalCluster) -> None:
     cluster.replace_node(1)
     cluster.wait_live()
-    with light_world(cluster, "default/short") as world:
-        world.start_fresh()
-        world.publish(1)
-        board = _coordinator(cluster)
-        cluster.wait_until(lambda: _has_run(board, "default/short"), 20, "the run to be exported")
-        world.ask_all("finish")
-    for board in (_coordinator(cluster), *_nodes(cluster)):
-        cluster.wait_until(lambda board=board: not _has_run(board, "default/short"), 20, "its series to go")  # type: ignore[misc]
+    board = _coordinator(cluster)
+    runs = [f"default/short-{number}" for number in range(6)]
+    for run in runs:
+        with light_world(cluster, run) as world:
+            world.start_fresh()
+            world.publish(1)
+            if run == runs[0]:
+                cluster.wait_until(lambda: _has_run(board, runs[0]), 20, "the run to be exported")
+            world.ask_all("finish")
+
+    def left() -> list[str]:
+        known = [run["run"] for run in cluster.status()["runs"]]
+        files = [file for node in cluster.nodes for file in node.files()]
+        series = [run for run in runs for board in (_coordinator(cluster), *_nodes(cluster)) if _has_run(board, run)]
+        return [name for name in (*known, *files, *series) if "default/short-" in name]
+
+    cluster.wait_until(lambda: not left(), 30, "everything of them to go")
 
 
 def _has_run(board: Board, run: str) -> bool:

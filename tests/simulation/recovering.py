@@ -47,7 +47,7 @@ def _stage(node: Node, decision: Decision) -> bool:
     work, memory = node.work[decision.run], node.memory[decision.run]
     if work.staging is None or work.staging.decision_id != decision.decision_id:
         return True
-    if node.staging_trouble and decision.base is not None:
+    if node.staging_trouble:
         return _staged(node, decision, StagingState.FAILED, node.staging_trouble)
     if decision.base is not None and decision.base.world_size != decision.world_size:
         return _stage_chunks(node, decision)

@@ -435,12 +435,44 @@ def test_a_snapshot_that_is_there_and_cannot_be_staged_is_refused_by_its_reason_
     assert engine.run_until(lambda: job.refusals != [], limit_s=20), job.decision
     assert "its shards are there, but staging them failed again and again (n2: 600000 bytes wanted" in job.refusals[0]
     assert "no older step" not in job.refusals[0]
+    engine.run_for(0.1)  # every rank hears it
     cluster.nodes["n2"].staging_trouble = ""
     again(engine, cluster, job, world)
     assert job.decision is not None
     assert (job.decision.outcome, job.decision.base is not None) == (Outcome.EXACT, True)
     assert job.decision.base is not None
     assert job.decision.base.step >= step
+
+
+def test_a_node_that_cannot_stage_for_a_moment_costs_no_snapshot() -> None:
+    engine, cluster, job = training(4)
+    world, step = job.world_id, cluster.checker.protected_step(RUN)
+    cluster.nodes["n2"].staging_trouble = "the coder died"
+    cluster.kill_trainer(job.trainers[0])
+    assert engine.run_until(lambda: "abandoned" in {event.kind for event in cluster.core().timeline.all()}, limit_s=20)
+    engine.run_for(cluster.lease_s)
+    cluster.nodes["n2"].staging_trouble = ""
+    again(engine, cluster, job, world)
+    assert job.refusals == []
+    assert job.decision is not None
+    assert job.decision.outcome is Outcome.EXACT
+    assert job.decision.base is not None
+    assert job.decision.base.step >= step
+    assert [event.kind for event in cluster.core().timeline.all()].count("abandoned") <= 2, (
+        "not again and again at once"
+    )
+
+
+def test_a_fresh_start_that_a_node_cannot_take_is_not_decided_anew_in_a_storm() -> None:
+    engine, cluster = cluster_of(4)
+    job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    cluster.nodes["n2"].staging_trouble = "no space left on device"
+    cluster.start_job(job)
+    engine.run_for(20 * cluster.lease_s)
+    decided = [event.kind for event in cluster.core().timeline.all()].count("decided")
+    assert 2 <= decided <= 10, "at last three leases apart"
+    cluster.nodes["n2"].staging_trouble = ""
+    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20)
 
 
 def test_two_kept_snapshots_that_lost_a_node_do_not_keep_the_slots_of_all_that_come() -> None:

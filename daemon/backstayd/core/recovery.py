@@ -36,7 +36,7 @@ from backstayd.core.records import (
 from backstayd.core.sentences import amount, counted, listed
 from backstayd.core.trust import count_tries, loop_message
 
-SAME_FAILURES = 3  # so many failed stagings of one snapshot with nothing new quarantined, and it is passed over
+SAME_FAILURES = 3  # so many failed stagings of one snapshot, a lease and then two apart, and it is passed over
 CLOSED_WORLDS = 64
 LEAP_GENERATIONS = 1_000_000  # further than any cluster gets between two durable copies
 LEAP_ATTEMPTS = 1000
@@ -63,6 +63,15 @@ PHASES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Of one snapshot, with nothing new quarantined since."""
+
+    count: int
+    reason: str  # of the last one
+    again_s: float  # what failed a moment ago would fail again
+
+
 @dataclass(slots=True)
 class Recovery:
     """The current world of one run and its decision.
@@ -80,8 +89,7 @@ class Recovery:
     opened_s: float = 0.0
     adopted_id: str = ""  # the decision of a former coordinator that was taken over
     closed: dict[str, None] = field(default_factory=dict)
-    # (snapshot id, quarantine marks) -> how often staging it failed, and why the last time
-    failures: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)
+    failures: dict[tuple[str, int], Failure] = field(default_factory=dict)  # by snapshot id and quarantine marks
 
     @property
     def is_active(self) -> bool:
@@ -229,6 +237,9 @@ class Recovery:
             is_fresh_allowed=all(session.record.allow_fresh for session in world.values()),
             excluded=self._excluded(context),
         )
+        failed = self.failures.get(_place(context, choice.view))
+        if failed is not None and context.now_s < failed.again_s:
+            return
         if choice.outcome in (Outcome.NONE, Outcome.REFUSED) and not context.has_long_memory:
             return  # a node that could say otherwise may still be on its way
         if choice.view is not None and self._is_looping(context, memory, choice.view):
@@ -289,9 +300,9 @@ class Recovery:
         """Snapshots that are passed over, and why staging them failed last."""
         marks = len(context.quarantined())
         return {
-            snapshot_id: reason
-            for (snapshot_id, count), (failures, reason) in self.failures.items()
-            if count == marks and failures >= SAME_FAILURES
+            snapshot_id: failure.reason
+            for (snapshot_id, count), failure in self.failures.items()
+            if snapshot_id and count == marks and failure.count >= SAME_FAILURES
         }
 
     def _prepare(self, context: RunContext) -> None:
@@ -330,12 +341,11 @@ class Recovery:
     def _note_failure(self, context: RunContext, reason: str) -> None:
         """A host could not stage the base, or not record its decision. A source that went away is no such failure."""
         assert self.decision is not None
-        if self.decision.base is not None:
-            place = (self.decision.base.snapshot_id, len(context.quarantined()))
-            count, _ = self.failures.get(place, (0, ""))
-            self.failures[place] = (count + 1, reason)
-            while len(self.failures) > CLOSED_WORLDS:
-                del self.failures[next(iter(self.failures))]
+        place = _place(context, self.decision.base)
+        count = 1 + (self.failures[place].count if place in self.failures else 0)
+        self.failures[place] = Failure(count, reason, context.now_s + min(count, SAME_FAILURES) * context.lease_s)
+        while len(self.failures) > CLOSED_WORLDS:
+            del self.failures[next(iter(self.failures))]
 
     def _decide_anew(self, why: str) -> None:
         """No trainer has returned with this decision: fence again and choose from what is left."""
@@ -415,6 +425,10 @@ def _generation_floor(context: RunContext) -> int:
     """
     storage = context.storage
     return storage.newest_generation + (LEAP_GENERATIONS if storage.is_ahead_of(context.head) else 0)
+
+
+def _place(context: RunContext, what: SnapshotView | Base | None) -> tuple[str, int]:
+    return (what.snapshot_id if what is not None else "", len(context.quarantined()))
 
 
 def _base(view: SnapshotView) -> Base:

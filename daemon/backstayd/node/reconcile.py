@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TRIES: Final = 4
 MAX_FAILED: Final = 100  # decisions; plans per run
+MAX_GONE: Final = 1000
 MAX_VERIFIED: Final = 10_000
 STRIPE_POLL_S: Final = 0.5  # an event of a coder that died may be lost; the markers are the truth
 
@@ -72,6 +73,7 @@ class Reconciler:
         self.failed_plans: dict[str, list[str]] = {}
         self.failed_copies = FailedCopies(context.lease_s, context.changed)
         self.forgotten: set[str] = set()
+        self._gone: dict[str, None] = {}  # forgotten, and nobody came back: what still comes in of them is deleted
         self._verified: dict[tuple[str, str], None] = {}
         self._failed: dict[str, str] = {}
         self._handing_out = HandingOut()
@@ -135,6 +137,9 @@ class Reconciler:
 
     def on_event(self, event: CoderEvent) -> None:
         """Take what a coder stored into the index."""
+        if self._is_gone(event.run):
+            self._store.forget(event.run)
+            return
         key = SnapshotKey(event.attempt, event.step)
         try:
             if event.kind == "plan_stored":
@@ -326,6 +331,9 @@ class Reconciler:
                 result = await self._handing_out.take(key.split(":")[1], job, result)
         else:
             result = await self._pool.run(job)
+        if self._is_gone(run):
+            self._store.forget(run)
+            return
         for corrupt in result.corrupt:
             self.quarantine(corrupt)
         for what, count in result.moved.items():
@@ -494,10 +502,22 @@ class Reconciler:
         self._sessions.end_run(run)
         self._store.forget(run)
         self.forgotten.add(run)
+        self._gone[run] = None
+        while len(self._gone) > MAX_GONE:
+            del self._gone[next(iter(self._gone))]
         self.bad_sources.forget_run(run)
         self.failed_plans.pop(run, None)
         self._say("forgotten", run, "everything of the run was deleted here")
         self._context.changed()
+
+    def _is_gone(self, run: str) -> bool:
+        """Whether the run was forgotten and is not wanted again; coders here and at peers may be at work for it still."""
+        if run not in self._gone:
+            return False
+        desired = self._context.desired.get(run)
+        if self._sessions.of_run(run) or (desired is not None and not desired.forget):
+            del self._gone[run]
+        return run in self._gone
 
     def _say(self, kind: str, run: str, message: str) -> None:
         logger.info("run %s: %s: %s", run, kind, message)

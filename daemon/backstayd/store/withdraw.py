@@ -220,13 +220,14 @@ def note_staged(store: Store, run: str, *, rank: int, world_size: int, digest: s
 
 def note_plan(store: Store, run: str, key: SnapshotKey, plan_id: str) -> bool:
     """Take a plan that a coder stored into the index; returns whether it is new."""
-    index = store.index(run)
-    if plan_id in index.plans:
+    known = store.runs.get(run)
+    if known is not None and plan_id in known.plans:
         return False
     try:
-        index.plans[plan_id] = read_stored_plan(store.paths(run), key, plan_id)
+        plan = read_stored_plan(store.paths(run), key, plan_id)
     except SnapshotNotFoundError:
         return False
+    store.index(run).plans[plan_id] = plan
     return True
 
 
@@ -236,9 +237,9 @@ def note_fragment(store: Store, run: str, key: SnapshotKey, fragment: FragmentRe
     One whose plan was dropped while it was being published is removed: nothing else would find it.
     """
     note_plan(store, run, key, fragment.plan_id)
-    index, paths = store.index(run), store.paths(run)
-    plan = index.plans.get(fragment.plan_id)
-    if plan is None:
+    index, paths = store.runs.get(run), store.paths(run)
+    plan = index.plans.get(fragment.plan_id) if index is not None else None
+    if index is None or plan is None:
         place = {"stripe": fragment.stripe, "index": fragment.index}
         paths.fragment_record(key, fragment.plan_id, **place).unlink(missing_ok=True)
         paths.fragment(key, fragment.plan_id, **place).unlink(missing_ok=True)
