@@ -261,6 +261,8 @@ def test_a_dead_snapshot_that_protects_goes_only_when_a_live_one_is_as_good() ->
     assert released([2, 2], target=2, dead=frozenset({0})) == {0}
     assert released([-1, 0], target=2, dead=frozenset({0})) == {0}, "remnants only fill slots"
     assert released([-1, -1], target=2, dead=frozenset({0, 1})) == {0, 1}
+    for spares, worse in (([2, 2], 1), ([2, 0], 1), ([0, 2], 0)):
+        assert released(spares, target=2, dead=frozenset({0, 1})) == {worse}, "two of them fill all slots (seed 50003)"
 
 
 def sessions_at(last_step: int, skipped_step: int = 0) -> list[SessionRecord]:

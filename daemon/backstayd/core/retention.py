@@ -87,7 +87,7 @@ def _why_release_dead(
     target: int,
     count_left: Callable[[SnapshotView], int],
 ) -> str:
-    """A dead snapshot that protects goes when a live one is as good; the others only fill slots."""
+    """The best of the dead goes when a live one protects as well; the others only fill slots."""
     view = views[index]
     if not view.is_restorable:
         return "its history ended, and shards of it are missing"
@@ -96,7 +96,7 @@ def _why_release_dead(
             continue
         if place in live and other.is_restorable and other.spares >= min(view.spares, target):
             return f"its history ended; step {other.key.step} is as well protected"
-        if place in dead and place < index and other.spares >= view.spares:
+        if place in dead and (other.spares > view.spares or (other.spares == view.spares and place < index)):
             return f"its history ended, and so did that of step {other.key.step}, which is as well protected"
     return ""
 
