@@ -408,7 +408,8 @@ class Offers:
             marks = read_marks(self._context.store.paths(run), part.chunks)
         except BackstayError:  # withdrawn with its run
             marks = b""
-        present = marks.count(b"\x01") * part.chunks.chunk_bytes
+        whole = [range(len(marks))]  # of a shard's last chunk only what there is of it
+        present = run_bytes(part.chunks, whole) - run_bytes(part.chunks, missing_runs(marks, whole))
         self._context.store.fetched_bytes += present - part.present_bytes
         part.present_bytes = present
 
