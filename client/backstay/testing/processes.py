@@ -116,6 +116,9 @@ class ProcessKeeper:
                 start_new_session=True,
             )
         self.children.append(child)
+        environ = Path(f"/proc/{child.pid}/environ")
+        while child.poll() is None and not environ.read_bytes():  # exec shows it a moment after Popen returns
+            time.sleep(0.001)
         return child
 
     def marks(self, *, node: str | None = None, role: str | None = None) -> dict[str, str]:
