@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
-# Most of a cluster test is waiting for leases and process starts: three files at a time fit on two cores.
+# Most of a cluster test is waiting for leases and process starts: two files at a time fit on two cores.
 JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest
 MANY   := $(PYTEST) -n $(JOBS) --dist loadfile

@@ -65,7 +65,7 @@ PHASES = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Of one snapshot, with nothing new quarantined since."""
+    """Stagings of one snapshot, or of a fresh start, that failed with nothing new quarantined since."""
 
     count: int
     reason: str  # of the last one

@@ -120,6 +120,7 @@ class Reconciler:
         for run, wanted in runs.items():
             self._store.parity_fraction[run] = wanted.parity_fraction
             if not wanted.forget:
+                self._gone.pop(run, None)
                 self._remember(run, wanted)
         self.forgotten = {run for run in self.forgotten if run in runs and runs[run].forget}
         if is_new:
@@ -511,13 +512,8 @@ class Reconciler:
         self._context.changed()
 
     def _is_gone(self, run: str) -> bool:
-        """Whether the run was forgotten and is not wanted again; coders here and at peers may be at work for it still."""
-        if run not in self._gone:
-            return False
-        desired = self._context.desired.get(run)
-        if self._sessions.of_run(run) or (desired is not None and not desired.forget):
-            del self._gone[run]
-        return run in self._gone
+        """Whether the run was forgotten and has not come back; coders here and at peers may be at work for it still."""
+        return run in self._gone and run not in self._store.runs
 
     def _say(self, kind: str, run: str, message: str) -> None:
         logger.info("run %s: %s: %s", run, kind, message)
