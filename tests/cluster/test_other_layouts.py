@@ -23,9 +23,7 @@ CHUNKS = 4  # of a light rank's shard: the first holds the header, the last is s
 
 def write(cluster: LocalCluster, world: Ranks, steps: Sequence[int] = (1, 2), layout: str = "") -> None:
     """The world starts from scratch, publishes ``steps`` and ends."""
-    world.attach(layout=layout)
-    for answer in world.ask_all("restore"):
-        assert answer.get("outcome") == "NONE", answer
+    world.start_fresh(layout=layout)
     for step in steps:
         world.publish(step)
     wait_protected(cluster, RUN, steps[-1])

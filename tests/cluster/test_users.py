@@ -44,15 +44,10 @@ def refusal(world: Ranks) -> str:
     return messages.pop()
 
 
-def begin(world: Ranks) -> None:
-    for answer in world.restore():
-        assert answer.get("outcome") == "NONE", answer
-
-
 def test_a_run_is_one_users_on_nodes_that_never_heard_of_it_too(cluster: LocalCluster) -> None:
     run = "default/alices"
     with light_world(cluster, run, nodes=(0, 1), uid=ALICE) as alice:
-        begin(alice)
+        alice.start_fresh()
         alice.publish(1)
         wait_protected(cluster, run, 1)
         for node in (1, 3):  # where it trains, and where nothing of it is
@@ -66,7 +61,7 @@ def test_a_run_is_one_users_on_nodes_that_never_heard_of_it_too(cluster: LocalCl
 def test_a_new_coordinator_and_restarted_daemons_know_whose_run_it_is(cluster: LocalCluster) -> None:
     run = "default/kept"
     with light_world(cluster, run, nodes=(0, 1), uid=ALICE) as alice:
-        begin(alice)
+        alice.start_fresh()
         alice.publish(1)
         wait_protected(cluster, run, 1)
         cluster.kill_coordinator()
@@ -95,8 +90,8 @@ def test_users_with_runs_of_their_own_do_not_meet(cluster: LocalCluster) -> None
         light_world(cluster, "default/one", nodes=(0, 1), uid=ALICE) as alice,
         light_world(cluster, "default/two", nodes=(0, 1), uid=BOB) as bob,
     ):
-        begin(alice)
-        begin(bob)
+        alice.start_fresh()
+        bob.start_fresh()
         for world in (alice, bob):
             world.publish(1)
         wait_protected(cluster, "default/one", 1)

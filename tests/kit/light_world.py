@@ -147,9 +147,10 @@ class Ranks:
         self.attach()
         return self.ask_all("restore", **arguments)
 
-    def start_fresh(self) -> None:
-        """Attach and restore where nothing was kept before; anything but NONE on every rank fails the test."""
-        for answer in self.restore():
+    def start_fresh(self, **arguments: Any) -> None:
+        """Attach with ``arguments`` and restore where nothing was kept; anything but NONE on every rank fails the test."""
+        self.attach(**arguments)
+        for answer in self.ask_all("restore"):
             assert answer.get("outcome") == "NONE", answer
 
     def publish(self, step: int, seed: str = "") -> None:
