@@ -246,7 +246,8 @@ def crc_of(tensor: torch.Tensor) -> int:
     crc = 0
     for piece in _pieces(tensor.detach()):
         host = piece if memory.is_plain_memory(piece) else piece.resolve_conj().resolve_neg().contiguous().cpu()
-        crc = crc32c(memory.view_at(host.data_ptr(), memory.byte_count(host)), crc)
+        with memory.lent(host) as view:
+            crc = crc32c(view, crc)
     return crc
 
 

@@ -5,14 +5,16 @@ The only place that handles addresses. Knows nothing of steps, daemons or optimi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 
 import torch
 
-from backstay.errors import IntegrityError, InvariantError
+from backstay.errors import IntegrityError, InvariantError, UsageError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _memcmp = _libc.memcmp  # a CDLL function: called without the GIL
@@ -43,10 +45,34 @@ def is_same_bytes(left: int, right: int, count: int) -> bool:
 
 
 def view_at(address: int, count: int) -> memoryview:
-    """A writable view of ``count`` bytes at ``address``; the caller keeps that memory alive."""
+    """A writable view of ``count`` bytes at ``address``; the caller keeps that memory alive. Of a tensor: :func:`lent`."""
     if count == 0:
         return memoryview(bytearray())
     return _memoryview_at(address, count, _WRITABLE)
+
+
+@contextlib.contextmanager
+def lent(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in plain memory, writable: the tensor lives for the block, and the view ends with it."""
+    if not is_plain_memory(tensor):
+        raise InvariantError(f"a {type(tensor).__name__} on {tensor.device} whose elements are not one run of bytes")
+    view = view_at(tensor.data_ptr(), byte_count(tensor))
+    try:
+        yield view
+    finally:
+        view.release()
+
+
+def as_plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A tensor of the same elements in plain memory: ``tensor`` itself, detached, where it lies so.
+
+    Raises:
+        UsageError: it has no memory of its own (a DTensor), naming it.
+    """
+    problem = why_not_stored(tensor)
+    if problem:
+        raise UsageError(f"{name} {problem}: of a DTensor, store its full_tensor()", reason="bad_tensor")
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def byte_count(tensor: torch.Tensor) -> int:

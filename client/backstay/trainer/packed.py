@@ -48,6 +48,9 @@ def pack(value: Any, take: Take) -> Packed:
     """
     tensors: dict[str, torch.Tensor] = {}
     document = state.encode(_mark(value, take, ROOT), ROOT, tensors)
+    for path, tensor in tensors.items():
+        if problem := memory.why_not_stored(tensor):  # a DTensor: state.encode leaves it to who captures
+            raise UsageError(f"{path} {problem}", reason="bad_tensor")
     text = bytearray(state.dumps(document))
     return Packed(tensors={**tensors, DOCUMENT: torch.frombuffer(text, dtype=torch.uint8)})
 
@@ -60,7 +63,8 @@ def unpack(tensors: Mapping[str, torch.Tensor], give: Give, *, device: str | Non
     """
     if DOCUMENT not in tensors:
         raise IntegrityError("a packed state without its JSON document; nothing was loaded", reason="missing_tensor")
-    document = state.loads(memory.view_at(tensors[DOCUMENT].data_ptr(), tensors[DOCUMENT].numel()))
+    with memory.lent(tensors[DOCUMENT]) as view:
+        document = state.loads(view)
     if device is not None:
         _place(document, device)
     return _unmark(state.decode(document, tensors), give)
@@ -71,11 +75,14 @@ def as_file(packed: Packed) -> bytearray:
     layout = packed.layout()
     data = bytearray(layout.size_bytes)
     data[: layout.header_bytes] = layout.header
-    whole = torch.frombuffer(data, dtype=torch.uint8)
+    target, whole = memoryview(data), torch.frombuffer(data, dtype=torch.uint8)
     with torch.no_grad():
         for entry in layout.entries:
             source = packed.tensors[entry.name]
-            if source.numel():
+            if memory.is_plain_memory(source):  # as bytes: torch copies no elements of some dtypes
+                with memory.lent(source) as view:
+                    target[entry.begin : entry.end] = view
+            else:
                 whole[entry.begin : entry.end].view(source.dtype).reshape(source.shape).copy_(source)
     return data
 
@@ -87,7 +94,8 @@ def from_file(data: memoryview) -> dict[str, torch.Tensor]:
     for entry in layout.entries:
         dtype = getattr(torch, entry.torch_dtype.removeprefix("torch."))
         tensor = tensors[entry.name] = torch.empty(entry.shape[: len(entry.offsets)], dtype=dtype, device="cpu")
-        memory.view_at(tensor.data_ptr(), memory.byte_count(tensor))[:] = data[entry.begin : entry.end]
+        with memory.lent(tensor) as view:
+            view[:] = data[entry.begin : entry.end]
     return tensors
 
 

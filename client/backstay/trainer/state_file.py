@@ -29,7 +29,7 @@ def write(file: IO[bytes], value: Any, *, name: str) -> None:
     """
     living: dict[str, torch.Tensor] = {}
     document = _on_cpu(state.encode(value, name, living))
-    tensors = {f"tensor.{path}": tensor.cpu().contiguous() for path, tensor in living.items()}
+    tensors = {f"tensor.{path}": memory.as_plain(tensor, path) for path, tensor in living.items()}
     document_bytes = bytearray(state.dumps(document))
     tensors[_DOCUMENT] = torch.frombuffer(document_bytes, dtype=torch.uint8)
     specs = [
@@ -38,11 +38,12 @@ def write(file: IO[bytes], value: Any, *, name: str) -> None:
         )
         for path, t in tensors.items()
     ]  # fmt: skip
-    digests = json.dumps({path: [crc32c(_view(t)), str(t.dtype), list(t.shape)] for path, t in tensors.items()})
+    digests = json.dumps({path: [_crc(t), str(t.dtype), list(t.shape)] for path, t in tensors.items()})
     layout = shard.plan_layout(specs, metadata={_DIGESTS: digests, _DIGESTS_CRC: str(crc32c(digests.encode()))})
     file.write(layout.header)
     for entry in layout.entries:
-        file.write(_view(tensors[entry.name]))
+        with memory.lent(tensors[entry.name]) as view:
+            file.write(view)
 
 
 def read(file: IO[bytes], *, size_bytes: int, label: str) -> Any:
@@ -61,6 +62,7 @@ def read(file: IO[bytes], *, size_bytes: int, label: str) -> Any:
         raise IntegrityError(f"{label}: its digests are missing or changed; nothing was loaded", reason="corrupt")
     digests = json.loads(text)
     tensors: dict[str, torch.Tensor] = {}
+    document = b""
     for entry in layout.entries:
         crc, dtype, shape = digests[entry.name]
         tensor = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device="cpu")
@@ -70,10 +72,13 @@ def read(file: IO[bytes], *, size_bytes: int, label: str) -> Any:
                 f"{label}: the bytes of {entry.name} are not those that were written; nothing was loaded",
                 reason="corrupt",
             )
-        _view(tensor)[:] = data
+        if entry.name == _DOCUMENT:
+            document = data
+            continue
+        with memory.lent(tensor) as view:
+            view[:] = data
         tensors[entry.name.removeprefix("tensor.")] = tensor
-    document = state.loads(_view(tensors.pop(_DOCUMENT)))
-    return state.decode(document, tensors)
+    return state.decode(state.loads(document), tensors)
 
 
 def _read(file: IO[bytes], count: int, label: str) -> bytes:
@@ -85,8 +90,9 @@ def _read(file: IO[bytes], count: int, label: str) -> bytes:
     return data
 
 
-def _view(tensor: torch.Tensor) -> memoryview:
-    return memory.view_at(tensor.data_ptr(), memory.byte_count(tensor))
+def _crc(tensor: torch.Tensor) -> int:
+    with memory.lent(tensor) as view:
+        return int(crc32c(view))
 
 
 def _on_cpu(document: Any) -> Any:
