@@ -88,6 +88,7 @@ class Recovery:
     fence: int = 0
     opened_s: float = 0.0
     adopted_id: str = ""  # the decision of a former coordinator that was taken over
+    unreleased_from: int = 0  # decisions made here at this generation and above were not released; 0: the newest was
     closed: dict[str, None] = field(default_factory=dict)
     failures: dict[tuple[str, int], Failure] = field(default_factory=dict)  # by snapshot id and quarantine marks
 
@@ -124,6 +125,11 @@ class Recovery:
             self._record(context)
         if self.stage is Stage.RELEASED:
             memory.is_proved_empty = False
+
+    def is_unreleased(self, decision: Decision, own: Generation) -> bool:
+        """Whether ``decision`` was made here and no trainer can have returned with it, even where hosts have recorded it."""
+        made_here = decision.generation.incarnation == own.incarnation
+        return made_here and 0 < self.unreleased_from <= decision.generation.number
 
     def recorded_hosts(self, context: RunContext) -> list[str]:
         """Hosts of the decision that have it on their tmpfs."""
@@ -224,6 +230,7 @@ class Recovery:
     def _fence(self, above: int = 0) -> None:
         self.stage, self.decision = Stage.FENCING, None
         self.fence = self.raise_generation(above).number
+        self.unreleased_from = self.unreleased_from or self.fence
 
     def _decide(self, context: RunContext, memory: Memory) -> None:
         floor = _generation_floor(context)
@@ -329,6 +336,7 @@ class Recovery:
             self.say("recorded", f"the decision is recorded on {listed(recorded)}")
             self.say("released", _describe(self.decision))
             self.stage = Stage.RELEASED
+            self.unreleased_from = 0
             context.trust.begin_world()
             return
         for host in self._hosts():

@@ -1,6 +1,7 @@
 """Which snapshots may go. Pure.
 
-A protected snapshot is never given up before another is as well protected now.
+A protected snapshot is never given up before another is as well protected now, and nothing that a decision left behind is
+deleted before a trainer has returned with that decision.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from backstay.ids import SnapshotKey
 from backstayd.core.catalog import SnapshotView
-from backstayd.core.records import SessionPhase, SessionRecord
+from backstayd.core.context import RunContext
+from backstayd.core.records import Decision, SessionPhase, SessionRecord
 
 
 def releasable(
@@ -121,3 +123,13 @@ def abandoned_keys(
                 found.add(view.key)
                 break
     return found
+
+
+def has_returned(context: RunContext, decision: Decision) -> bool:
+    """Whether a trainer is known to have returned with ``decision``: one trains, has finished, or has written a shard."""
+    world = context.worlds.get(decision.world_id, {})
+    phases = {session.record.phase for session in world.values()}
+    own = ("", decision.world_id)
+    is_written = any(view.key.attempt == decision.attempt and view.world_id in own for view in context.views)
+    is_stored = any(record.attempt == decision.attempt for record in context.live_records)
+    return bool(phases & {SessionPhase.TRAINING, SessionPhase.ENDED}) or is_written or is_stored

@@ -25,7 +25,7 @@ from backstayd.core.protection import Protection
 from backstayd.core.rebuilds import Rebuilds
 from backstayd.core.records import Decision, RunDesired, RunReport, SessionPhase, SessionRecord
 from backstayd.core.recovery import Recovery, Say, Stage
-from backstayd.core.retention import abandoned_keys, releasable
+from backstayd.core.retention import abandoned_keys, has_returned, releasable
 from backstayd.core.sentences import any_nodes, counted, listed
 from backstayd.core.surveying import live_records, stored_views, with_urls
 from backstayd.core.trust import tainted_views
@@ -83,7 +83,8 @@ class RunState:
     accounts: Accounts = field(init=False)
     pace: Pace = field(default_factory=Pace)
     memory: Memory = field(default_factory=Memory)
-    head: Decision | None = None
+    head: Decision | None = None  # the decision that the history follows: never one of ours that was not released
+    returned_id: str = ""  # of the newest decision with which a trainer was seen to have returned
     owner: str = ""  # the user whose run it is; "" until a node names one
     strangers: Mapping[str, str] = field(default_factory=dict)  # nodes where another user attached, and who
     evaluation: Evaluation | None = None
@@ -220,7 +221,8 @@ class RunState:
     ) -> RunContext:
         inventory, views = self._look(nodes)
         known = [decision for decision, _ in inventory.decisions.values()]
-        self.head = newest_decision([*known, *([self.head] if self.head is not None else [])])
+        followed = [decision for decision in known if not self.recovery.is_unreleased(decision, generation)]
+        self.head = newest_decision([*followed, *([self.head] if self.head is not None else [])])
         surveying = self.persisting.surveying
         surveying.take(self.run, nodes, now_s)
         lineage = live_lineage(self.head, views, known, surveying.known.values())
@@ -407,9 +409,16 @@ class RunState:
         return release
 
     def _dead(self, context: RunContext) -> set[int]:
-        """Snapshots that a decision left behind; none while the newest decision's witnesses are all away."""
-        if context.head is None or context.lineage != context.head.lineage:
+        """Snapshots that a decision left behind and that may be deleted: a trainer has returned with that decision.
+
+        None while the newest decision's witnesses are all away.
+        """
+        head = context.head
+        if head is None or context.lineage != head.lineage:
             return set()
+        if head.decision_id != self.returned_id and not has_returned(context, head):
+            return set()
+        self.returned_id = head.decision_id
         return set(range(len(context.views))) - context.live
 
     def _describe(self, context: RunContext, *, target: int, wanted: int, release: Mapping[SnapshotKey, str]) -> None:
