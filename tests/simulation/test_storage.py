@@ -7,6 +7,7 @@ import pytest
 from backstayd.core.policy import CorePolicy
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
+from tests.simulation.scenario import Scenario
 from tests.simulation.storage import URL
 from tests.simulation.test_traps import RUN, again, training
 
@@ -49,6 +50,12 @@ def test_nodes_of_a_lost_cluster_that_return_with_newer_decisions_bring_no_dead_
     newest = cluster.checker.protected_step(RUN)
     assert recover(engine, cluster, job) >= newest - 1
     assert job.decision.lineage[1].attempt == begun.attempt, "it goes on with the new cluster's history"
+
+
+@pytest.mark.parametrize("seed", [500195, 700019])
+def test_a_surveyor_that_is_replaced_under_its_name_keeps_no_run_waiting(seed: int) -> None:
+    """Two seeds that waited for ever for a node that had been asked before it was an empty one."""
+    Scenario(seed, is_harsh=seed % 3 == 2, has_storage=True).run()
 
 
 def test_distrust_has_the_older_copy_restored_when_memory_has_nothing_older() -> None:

@@ -30,6 +30,7 @@ from backstayd.core.records import (
     Staging,
     StagingState,
     Survey,
+    Unreadable,
     Upload,
     UploadState,
     VolumeShard,
@@ -83,6 +84,8 @@ class Cluster:
         self.is_alive = True
         self.visitor: NodeReport | None = None
         self.partial: tuple[SnapshotKey, ...] = ()
+        self.unreadable: tuple[Unreadable, ...] = ()
+        self.lives = dict.fromkeys(NAMES, 0)
 
     def desired(self, name: str) -> RunDesired:
         return next((run for run in self.core.desired(name).runs if run.run == RUN), RunDesired(run=RUN))
@@ -97,9 +100,9 @@ class Cluster:
         for name in NAMES:
             if name in self.absent:
                 continue
-            identity = NodeIdentity(name=name, incarnation=f"inc-{name}", bulk_address=f"{name}:1")
+            identity = NodeIdentity(name=name, incarnation=f"inc-{name}-{self.lives[name]}", bulk_address=f"{name}:1")
             report = NodeReport(
-                node=identity, sequence=self.sequence, generation=self.core.generation, runs=(self.reports[name],)
+                node=identity, sequence=self.sequence, generation=self.core.generation, runs=self._runs(name)
             )
             self.core.observe(report, self.now_s)
         if self.visitor is not None:
@@ -107,6 +110,9 @@ class Cluster:
         self.core.tick(self.now_s)
         self.core.evaluate()
         self.core.check_invariants()
+
+    def _runs(self, name: str) -> tuple[RunReport, ...]:
+        return (self.reports[name],) if name in self.reports else ()
 
     def _hear_visitor(self, visitor: NodeReport) -> None:
         self.core.observe(replace(visitor, sequence=self.sequence), self.now_s)
@@ -122,8 +128,8 @@ class Cluster:
         if self.is_storage_up:
             snapshots = tuple(self.storage.values())
             survey = Survey(
-                url=RUN_URL, survey_id=wanted.survey_id, is_done=True, is_known=bool(snapshots or self.partial),
-                snapshots=snapshots, partial=self.partial,
+                url=RUN_URL, survey_id=wanted.survey_id, is_done=True, snapshots=snapshots, partial=self.partial,
+                is_known=bool(snapshots or self.partial or self.unreadable), unreadable=self.unreadable,
             )  # fmt: skip
         self.set(name, survey=survey)
 

@@ -64,7 +64,8 @@ def _persisted(storage: dict[str, Any] | None) -> list[str]:
     lines = ["", f"on durable storage in {storage['url']}"]
     lines.append(table(("STEP", "ATTEMPT", "STATE", "RANKS", "SIZE", "SNAPSHOT ID", "WRITTEN"), rows))
     lines += describe_storage(storage)[1:]
-    return lines + [f"step {item['step']}: {item['problem']}" for item in storage["snapshots"] if item["problem"]]
+    problems = [item for item in storage["snapshots"] if item["problem"]] + storage.get("unreadable", [])
+    return lines + [f"step {item['step']} of attempt {item['attempt']}: {item['problem']}" for item in problems]
 
 
 def _places(shards: list[dict[str, Any]], limit: int = 16) -> str:

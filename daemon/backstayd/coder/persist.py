@@ -25,7 +25,7 @@ from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.pacing import BUCKET
 from backstayd.coder.sources import pread_chunks
 from backstayd.coder.storage_jobs import PruneSnapshot, SurveyStorage, UploadShard, WriteRecord
-from backstayd.core.records import PersistedSnapshot, Survey
+from backstayd.core.records import PersistedSnapshot, Survey, Unreadable
 from backstayd.core.storage_names import (
     RECORD_NAME,
     attempt_of,
@@ -47,10 +47,11 @@ logger = logging.getLogger(__name__)
 
 PARALLEL_SMALL = 8  # records and manifests read at a time
 PROGRESS_S = 0.5
+MAX_REASON = 300  # characters of what is wrong with a record
 
 
 def run_survey(context: JobContext, job: SurveyStorage) -> Survey:
-    """Do ``job``. A record that is none is passed over and logged; what cannot be listed raises."""
+    """Do ``job``. A record that cannot be used is named and logged; what cannot be listed raises."""
     open_place(root_of(job.url)).require_root()
     place = open_place(job.url)
     attempts = [entry.name for entry in place.list() if entry.is_directory and attempt_of(entry.name) is not None]
@@ -64,33 +65,38 @@ def run_survey(context: JobContext, job: SurveyStorage) -> Survey:
                 keys.append(SnapshotKey(attempt, step))
     with ThreadPoolExecutor(PARALLEL_SMALL, thread_name_prefix="survey") as pool:
         found = list(pool.map(lambda key: _read_record(context, place, job.run, key), sorted(keys)))
-    snapshots = tuple(snapshot for snapshot in found if snapshot is not None)
-    whole = {snapshot.key for snapshot in snapshots}
+    snapshots = tuple(item for item in found if isinstance(item, PersistedSnapshot))
+    unreadable = tuple(item for item in found if isinstance(item, Unreadable))
+    has_record = {item.key for item in snapshots} | {item.key for item in unreadable}
     return Survey(
         url=job.url,
         survey_id=job.survey_id,
         is_done=True,
         is_known=bool(attempts),
         snapshots=snapshots,
-        partial=tuple(key for key in sorted(keys) if key not in whole),
+        partial=tuple(key for key in sorted(keys) if key not in has_record),
+        unreadable=unreadable,
     )
 
 
-def _read_record(context: JobContext, place: Place, run: str, key: SnapshotKey) -> PersistedSnapshot | None:
+def _read_record(
+    context: JobContext, place: Place, run: str, key: SnapshotKey
+) -> PersistedSnapshot | Unreadable | None:
+    """None: there is no record, which is another thing than one that cannot be used."""
     context.check()
     name = f"{snapshot_name(key)}/{RECORD_NAME}"
     try:
         snapshot = record.loads(PersistedSnapshot, place.read_small(name))
     except SnapshotNotFoundError:
         return None
-    except IntegrityError as error:
-        logger.error("%s/%s is no completion record and is passed over: %s", place.url, name, error)
-        return None
-    problem = why_no_snapshot(snapshot, run=run, key=key)
-    if problem:
-        logger.error("%s/%s is passed over: %s", place.url, name, problem)
-        return None
-    return snapshot
+    except (IntegrityError, MemoryError) as error:
+        problem = str(error) or "it is too large to be read"
+    else:
+        problem = why_no_snapshot(snapshot, run=run, key=key)
+        if not problem:
+            return snapshot
+    logger.error("%s/%s cannot be used; the snapshot is passed over and kept: %s", place.url, name, problem)
+    return Unreadable(attempt=key.attempt, step=key.step, reason=problem[:MAX_REASON])
 
 
 def run_upload(context: JobContext, job: UploadShard) -> None:

@@ -92,13 +92,16 @@ def _restore(
     context: RunContext, memory: Memory, view: SnapshotView, passed: list[SnapshotView], excluded: Mapping[str, str]
 ) -> Choice:
     broken = [other for other in passed if other.snapshot_id in excluded or _was_promised(context, memory, other)]
-    if not broken:
+    newest = broken[0].key if broken else None
+    unreadable = context.storage.unreadable_above(newest or view.key, context.lineage)
+    if unreadable is not None:
+        newest, why = unreadable, context.storage.problem_at(unreadable)
+    elif broken:
+        why = missing_sentence(context, memory, broken[0]) or _unstaged(excluded.get(broken[0].snapshot_id, ""))
+    if newest is None:
         return Choice(outcome=Outcome.EXACT, view=view, message=f"step {view.key.step} is restorable on every rank")
-    newest = broken[0]
-    why = missing_sentence(context, memory, newest) or _unstaged(excluded.get(newest.snapshot_id, ""))
     message = (
-        f"restoring step {view.key.step}, not {newest.key.step}: {why}; "
-        f"{newest.key.step - view.key.step} steps are repeated"
+        f"restoring step {view.key.step}, not {newest.step}: {why}; {newest.step - view.key.step} steps are repeated"
     )
     return Choice(outcome=Outcome.EXACT_OLDER, view=view, message=message)
 
@@ -141,7 +144,7 @@ def _unstaged(reason: str) -> str:
 
 def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]) -> str:
     known = [view for view in passed if view.snapshot_id] or passed
-    had = f"no older step is in memory{' or on durable storage' if context.storage.url else ''}"
+    had = f"no older step is in memory{' or on durable storage' if context.storage.url else ''}{_nor_read(context)}"
     if any(view.key in context.tainted for view in passed):
         had += (
             f". Keep two (keep = 2 of the coordinator) or a durable copy (persist_url) to have an older one next time; "
@@ -194,7 +197,14 @@ def _nor_stored(context: RunContext) -> str:
     storage = context.storage
     if not storage.url:
         return ""
-    return f", and what lies in {storage.url} is no whole snapshot" if storage.is_known else f" or in {storage.url}"
+    found = f", and what lies in {storage.url} is no whole snapshot" if storage.is_known else f" or in {storage.url}"
+    return found + _nor_read(context)
+
+
+def _nor_read(context: RunContext) -> str:
+    """The newest copy whose record cannot be used, for the person who may be able to repair it."""
+    newest = max(context.storage.unreadable, default=None)
+    return f" (step {newest.step}: {context.storage.problem_at(newest)})" if newest is not None else ""
 
 
 def _gone(

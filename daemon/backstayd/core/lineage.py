@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from backstay.ids import SnapshotKey
 from backstayd.core.catalog import SnapshotView
 from backstayd.core.records import Decision, Lineage, Outcome, PersistedSnapshot
 
@@ -39,14 +40,19 @@ def live_lineage(
 
 def is_live(view: SnapshotView, lineage: Sequence[Lineage]) -> bool:
     """Whether ``view`` belongs to one of the live attempts, at or below the step where the next one left it."""
+    return is_live_place(view.key, lineage, world_id=view.world_id)
+
+
+def is_live_place(key: SnapshotKey, lineage: Sequence[Lineage], *, world_id: str = "") -> bool:
+    """As :func:`is_live`, for a snapshot of which only the place and maybe its world are known."""
     limit: int | None = None
     expected = lineage[0].attempt if lineage else 0
     for entry in lineage:
         if entry.attempt != expected:
             return False
-        if view.key.attempt == entry.attempt:
-            is_same_world = not entry.world_id or not view.world_id or entry.world_id == view.world_id
-            return is_same_world and (limit is None or view.key.step <= limit)
+        if key.attempt == entry.attempt:
+            is_same_world = not entry.world_id or not world_id or entry.world_id == world_id
+            return is_same_world and (limit is None or key.step <= limit)
         expected, limit = entry.base_attempt, entry.base_step
     return False
 

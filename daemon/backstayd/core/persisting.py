@@ -117,12 +117,25 @@ class Persisting:
         if not self.surveying.survey_id or (is_busy and self.surveying.fence != fence):
             self.surveying.ask(self.run, context.nodes, context.generation, fence=fence, now_s=context.now_s)
         self.served &= _wishes(context)
+        self._say_unreadable()
         self._note_pruned(context)
         if self.transfer is not None:
             self._advance(context, world)
         if self.transfer is None and self.surveying.is_answered and not is_busy:
             self._begin(context, world, target)
         self._choose_prunes(context, is_waiting=is_busy or is_proving)
+
+    def _say_unreadable(self) -> None:
+        """A copy that cannot be used is there all the same: it is kept, and a person may repair its record."""
+        unreadable = self.surveying.unreadable
+        if unreadable:
+            newest = max(unreadable)
+            more = f" ({len(unreadable)} such copies)" if len(unreadable) > 1 else ""
+            self.say(
+                "storage_unreadable",
+                f"the completion record of step {newest.step} of attempt {newest.attempt} in {self.surveying.url} cannot be "
+                f"used: {unreadable[newest]}; the copy is neither restored nor pruned{more}",
+            )
 
     def desired(self, nodes: Collection[str]) -> dict[str, StorageDesired]:
         """What each of ``nodes`` should do with durable storage; nothing without any."""
@@ -203,6 +216,10 @@ class Persisting:
                     "problem": self.surveying.problems.get(name, ""),
                 }
                 for name, record in sorted(self.surveying.known.items(), key=lambda item: item[1].key, reverse=True)
+            ],
+            "unreadable": [
+                {"attempt": key.attempt, "step": key.step, "problem": f"its completion record cannot be used: {why}"}
+                for key, why in sorted(self.surveying.unreadable.items(), reverse=True)
             ],
         }
 

@@ -297,9 +297,22 @@ class PersistedSnapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """A directory on durable storage whose completion record is there and cannot be used; ``reason`` says why."""
+
+    attempt: int
+    step: int
+    reason: str
+
+    @property
+    def key(self) -> SnapshotKey:
+        return SnapshotKey(self.attempt, self.step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
     """What one node found of a run under ``url``. ``is_known``: something lies there, whole or not; ``partial``: directories
-    of snapshots without a completion record."""
+    of snapshots without a completion record; ``unreadable``: with one that cannot be used."""
 
     url: str
     is_done: bool = False
@@ -308,6 +321,7 @@ class Survey:
     snapshots: tuple[PersistedSnapshot, ...] = ()
     survey_id: str = ""
     partial: tuple[SnapshotKey, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
 
 
 class UploadState(enum.StrEnum):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from backstay.errors import UsageError
 from backstay.ids import Generation, SnapshotKey, snapshot_id
 from backstayd.core.catalog import Inventory, SnapshotView
-from backstayd.core.lineage import is_live
+from backstayd.core.lineage import is_live, is_live_place
 from backstayd.core.nodes import Liveness, NodeState
 from backstayd.core.placement import natural
 from backstayd.core.records import Decision, Lineage, PersistedSnapshot, RunReport, Survey
@@ -37,6 +37,7 @@ class StorageState:
     records: tuple[PersistedSnapshot, ...] = ()  # newest first
     problems: Mapping[str, str] = field(default_factory=dict)  # snapshot id -> why it cannot be read
     newest_attempt: int = 0  # of all that lies there, whole or not
+    unreadable: Mapping[SnapshotKey, str] = field(default_factory=dict)  # its record cannot be used, and why
 
     @property
     def newest_generation(self) -> int:
@@ -52,8 +53,17 @@ class StorageState:
 
     def problem_at(self, key: SnapshotKey) -> str:
         """Why what lies there for ``key`` cannot be read; "" if it can, or nothing does."""
+        if key in self.unreadable:
+            return f"its completion record in {snapshot_url(self.url, key)} cannot be used: {self.unreadable[key]}"
         return next(
             (self.problems[r.snapshot_id] for r in self.records if r.key == key and r.snapshot_id in self.problems), ""
+        )
+
+    def unreadable_above(self, key: SnapshotKey, lineage: Sequence[Lineage]) -> SnapshotKey | None:
+        """The newest snapshot after ``key`` whose record cannot be used, and which may be of the live history."""
+        newest = lineage[0].attempt if lineage else 0
+        return max(
+            (k for k in self.unreadable if k > key and (k.attempt > newest or is_live_place(k, lineage))), default=None
         )
 
 
@@ -63,8 +73,10 @@ def why_no_snapshot(record: PersistedSnapshot, *, run: str, key: SnapshotKey) ->
         return f"it is of run {record.run}"
     if record.key != key:
         return f"it is of step {record.step} of attempt {record.attempt}"
-    if [shard.rank for shard in record.shards] != list(range(record.world_size)) or not record.shards:
+    if not record.shards or len(record.shards) != record.world_size:  # first: nothing is made of a size only claimed
         return f"it names {len(record.shards)} shards of {record.world_size} ranks"
+    if [shard.rank for shard in record.shards] != list(range(len(record.shards))):
+        return "its shards are not those of its ranks in order"
     try:
         found = snapshot_id(
             key=key, world_size=record.world_size, shard_digests=[shard.digest for shard in record.shards]
@@ -146,12 +158,13 @@ class Surveying:
     fence: int = -1  # the generation of the decision that the newest survey is for
     serial: int = 0
     asked_s: float = 0.0
-    asked: dict[str, str] = field(default_factory=dict)  # node -> its error so far
+    asked: dict[tuple[str, str], str] = field(default_factory=dict)  # (node, incarnation) -> its error so far
     is_answered: bool = False
     is_known: bool = False
     known: dict[str, PersistedSnapshot] = field(default_factory=dict)
     written: dict[str, PersistedSnapshot] = field(default_factory=dict)  # since the newest survey was asked for
     partial: dict[SnapshotKey, float] = field(default_factory=dict)  # directory without a record -> first seen
+    unreadable: dict[SnapshotKey, str] = field(default_factory=dict)  # with one that cannot be used -> why
     problems: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -182,14 +195,14 @@ class Surveying:
             if survey is None or survey.survey_id != self.survey_id or survey.url != self.url or self.is_answered:
                 continue
             if survey.error:
-                self.asked[name] = survey.error
+                self.asked[name, node.identity.incarnation] = survey.error
             elif survey.is_done:
                 self._take_answer(survey, now_s)
         self._choose_surveyors(run, nodes)
 
     def wants(self, node: str) -> str:
         """The survey that ``node`` should make; "" for none."""
-        return self.survey_id if node in self.asked and not self.is_answered else ""
+        return self.survey_id if not self.is_answered and any(name == node for name, _ in self.asked) else ""
 
     def state(self, *, fence: int, has_memory: bool, now_s: float) -> StorageState:
         """What the decision under generation ``fence`` may build on."""
@@ -206,6 +219,7 @@ class Surveying:
             records=tuple(sorted(self.known.values(), key=lambda record: record.key, reverse=True)),
             problems=dict(self.problems),
             newest_attempt=max((key.attempt for key in self._keys()), default=0),
+            unreadable=dict(self.unreadable),
         )
 
     def _limit_s(self, *, has_memory: bool) -> float:
@@ -216,7 +230,7 @@ class Surveying:
         return max(WAIT_LEASES * self.lease_s, SURVEY_DEADLINE_S + self.lease_s if is_listing else 0.0)
 
     def _keys(self) -> list[SnapshotKey]:
-        return [*self.partial, *(record.key for record in self.known.values())]
+        return [*self.partial, *self.unreadable, *(record.key for record in self.known.values())]
 
     def note_written(self, record: PersistedSnapshot) -> None:
         """Its completion record is there."""
@@ -237,6 +251,7 @@ class Surveying:
         self.known = {record.snapshot_id: record for record in survey.snapshots} | self.written
         self.is_known = survey.is_known or bool(self.known)
         self.partial = {key: self.partial.get(key, now_s) for key in survey.partial}
+        self.unreadable = {item.key: item.reason for item in survey.unreadable}
         self.problems = {name: why for name, why in self.problems.items() if name in self.known}
 
     def _take_problems(self, report: RunReport) -> None:
@@ -248,13 +263,14 @@ class Surveying:
                     self.problems[name] = f"the shard of rank {mark.rank} in {mark.node} is spoilt: {mark.reason}"
 
     def _choose_surveyors(self, run: str, nodes: Mapping[str, NodeState]) -> None:
-        """One node first; another when that one cannot, or has gone."""
+        """One node first; another when that one cannot, or has gone: with its daemon, what was asked of it went, too."""
         if not self.survey_id or self.is_answered:
             return
-        self.asked = {name: error for name, error in self.asked.items() if name in nodes}
+        present = {(name, node.identity.incarnation) for name, node in nodes.items()}
+        self.asked = {asked: error for asked, error in self.asked.items() if asked in present}
         if self.asked and not all(self.asked.values()):
             return
-        able = [name for name, node in nodes.items() if run in node.runs and name not in self.asked]
-        able.sort(key=lambda name: (nodes[name].liveness is not Liveness.LIVE, natural(name)))
+        able = [asked for asked in present - set(self.asked) if run in nodes[asked[0]].runs]
         if able:
-            self.asked[able[0]] = ""
+            is_late = lambda asked: (nodes[asked[0]].liveness is not Liveness.LIVE, natural(asked[0]))  # noqa: E731
+            self.asked[min(able, key=is_late)] = ""

@@ -50,6 +50,10 @@ class LocalPlace:
     def read_small(self, name: str) -> bytes:
         with explained("read", self._url(name)):
             path = self._root / name
+            if path.is_symlink() and not path.exists():  # something is there, and maybe mounted again tomorrow
+                raise IntegrityError(f"{self._url(name)} is a link to a file that is not there", reason="bad_record")
+            if path.is_dir():
+                raise IntegrityError(f"{self._url(name)} is a directory, not a file", reason="bad_record")
             if path.stat().st_size > MAX_SMALL_BYTES:
                 raise IntegrityError(f"{self._url(name)} is larger than {MAX_SMALL_BYTES} bytes", reason="bad_record")
             return path.read_bytes()

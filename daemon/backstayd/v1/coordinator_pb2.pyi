@@ -2119,6 +2119,7 @@ class Survey(_message.Message):
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     SURVEY_ID_FIELD_NUMBER: _builtins.int
     PARTIAL_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """Directory of the run."""
     is_done: _builtins.bool
@@ -2137,6 +2138,10 @@ class Survey(_message.Message):
     def partial(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotKey]:
         """Directories of snapshots without a completion record."""
 
+    @_builtins.property
+    def unreadable(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unreadable]:
+        """Directories of snapshots with a completion record that cannot be used."""
+
     def __init__(
         self,
         *,
@@ -2147,14 +2152,45 @@ class Survey(_message.Message):
         snapshots: _abc.Iterable[Global___PersistedSnapshot] | None = ...,
         survey_id: _builtins.str = ...,
         partial: _abc.Iterable[Global___SnapshotKey] | None = ...,
+        unreadable: _abc.Iterable[Global___Unreadable] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "is_done", b"is_done", "is_known", b"is_known", "partial", b"partial", "snapshots", b"snapshots", "survey_id", b"survey_id", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "is_done", b"is_done", "is_known", b"is_known", "partial", b"partial", "snapshots", b"snapshots", "survey_id", b"survey_id", "unreadable", b"unreadable", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Survey: _TypeAlias = Survey  # noqa: Y015
+
+@_typing.final
+class Unreadable(_message.Message):
+    """A directory on durable storage whose completion record is there and cannot be used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the history within the run."""
+    step: _builtins.int
+    """Completed optimizer step."""
+    reason: _builtins.str
+    """Why, in words."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Unreadable: _TypeAlias = Unreadable  # noqa: Y015
 
 @_typing.final
 class Upload(_message.Message):
