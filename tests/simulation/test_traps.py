@@ -515,3 +515,23 @@ def test_a_shard_that_is_lost_before_its_snapshot_is_protected_is_rebuilt_though
 def test_a_protected_snapshot_is_kept_while_a_node_that_may_make_it_whole_is_only_silent() -> None:
     """Found by seed 306: one node lost its part, another was not heard for a lease, and what the others held was released."""
     Scenario(306, has_mishaps=True).run()
+
+
+def test_after_a_rebuild_the_old_parity_stays_until_the_new_one_protects() -> None:
+    """Found by seed 700137: it was dropped when the shards of a silent node were rebuilt, and the node came back."""
+    engine, cluster, job = training(6, policy=CorePolicy(lease_s=1.5, parity=1))
+    job.is_stopped = True
+    engine.run_for(2)
+    state = cluster.core().runs[RUN]
+    cluster.cut("n4", 6.0)
+    assert engine.run_until(lambda: bool(state.rebuilds.under_way), limit_s=10)
+    assert engine.run_until(lambda: not state.rebuilds.under_way, limit_s=3)
+    cluster.work_s = (8.0, 9.0)  # nothing is encoded anew for a while
+    engine.run_for(0.5)
+    assert not cluster.is_protected(RUN), "prove that the new parity is not there yet"
+    assert engine.run_until(lambda: not cluster.nodes["n4"].is_cut, limit_s=10)
+    cluster.destroy("n1", replace_after_s=None)  # one loss, as parity covers: the checker looks after every event
+    engine.run_for(1.0)
+    cluster.work_s = (0.01, 0.05)
+    assert engine.run_until(lambda: cluster.is_protected(RUN), limit_s=40)
+    assert engine.run_until(lambda: all(len(n.memory[RUN].plans) == 1 for n in cluster.nodes.values()), limit_s=10)

@@ -119,16 +119,15 @@ class Protection:
         return notes
 
     def surplus(self, view: SnapshotView, target: int) -> list[Plan]:
-        """Plans of ``view`` that nothing needs: another set protects it, or all shards are there and they add nothing."""
+        """Plans of ``view`` that nothing needs, because another set protects it as well as can be.
+
+        Until then even one that survives no loss of the worst node survives that of others.
+        """
         current = self.sets.get(view.snapshot_id)
-        current_ids = {plan.plan_id for plan in current.plans} if current else set()
-        protects = current is not None and current.was_intact and view.spares >= target
-        return [
-            state.plan
-            for state in view.plans
-            if state.plan.plan_id not in current_ids
-            and (protects or (view.is_complete and min(state.rank_spares.values(), default=0) <= 0))
-        ]
+        if current is None or not current.was_intact or view.spares < target:
+            return []
+        current_ids = {plan.plan_id for plan in current.plans}
+        return [state.plan for state in view.plans if state.plan.plan_id not in current_ids]
 
     def check_invariants(self) -> None:
         """Raise AssertionError for a mistake of ours."""
