@@ -153,3 +153,37 @@ def test_a_world_that_ends_because_of_nan_is_told_from_one_that_died() -> None:
     cluster.kill_trainer(job.trainers[1])
     assert engine.run_until(lambda: ledger_of(cluster)["is_interrupted"], limit_s=10)
     assert [entry["cause"] for entry in ledger_of(cluster)["interruptions"]] == ["trainer_died", "distrusted"]
+
+
+def test_training_beside_a_dead_daemon_is_behind_and_not_interrupted() -> None:
+    engine, cluster, job = training(4)
+    run = cluster.core().runs[RUN]
+    cluster.restart_daemon("n3", 30.0)
+    protected = job.step
+    assert engine.run_until(lambda: run.lag.behind is not None, limit_s=4 * cluster.lease_s)
+    engine.run_for(15)
+    document = cluster.core().status(engine.now_s)["runs"][0]
+    assert job.step > protected + 20, "training must go on for this to mean anything"
+    assert document["verdict"]["word"] == "behind"
+    assert document["behind"]["steps"] >= job.step - protected - 2
+    assert document["behind"]["seconds"] > 10
+    assert not document["ledger"]["is_interrupted"]
+    assert (document["ledger"]["interruptions"], document["ledger"]["down_s"]) == ([], 0)
+    assert document["ledger"]["silent_since_unix_s"] > 0
+    assert engine.run_until(lambda: run.lag.behind is None, limit_s=40), "it is protected again once the daemon is back"
+    after = cluster.core().status(engine.now_s)["runs"][0]
+    assert after["verdict"]["word"] == "protected"
+    assert after["protected_step"] >= job.step - 3
+    assert (after["ledger"]["interruptions"], after["ledger"]["down_s"]) == ([], 0)
+
+
+def test_a_node_that_takes_its_trainer_along_is_one_interruption_from_its_last_report_on() -> None:
+    engine, cluster, job = training(4)
+    engine.run_for(3)
+    world = job.world_id
+    cluster.destroy("n2", replace_after_s=4.0)
+    again(engine, cluster, job, world)
+    (entry,) = ledger_of(cluster)["interruptions"]
+    compare(entry, job.lives[0], job.lives[1], cluster.lease_s)
+    assert entry["cause"] == "node_lost"
+    assert cluster.core().runs[RUN].lag.behind is None

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from backstayd.cli.coordinator import find_run, get_status
+from backstayd.cli.status import describe_lag
 from backstayd.cli.tables import as_json, table
 from backstayd.printable import printable_values, say
 
@@ -33,6 +34,7 @@ def describe(run_: dict[str, Any]) -> str:
         lines.append(
             f"{plan['outcome']}{_base(plan)}: {plan['message']}" if plan["message"] else plan["outcome"] + _base(plan)
         )
+        lines += [f"{run_['verdict']['reason']}; {line}" for line in describe_lag(run_)]
         if plan["sources"]:
             lines.append(_sources(plan["sources"]))
     decision = run_["decision"]
@@ -43,7 +45,7 @@ def describe(run_: dict[str, Any]) -> str:
             f"{decision['outcome']}{_base(base) if base else ''}, phase {decision['phase']}, "
             f"this history is attempt {decision['attempt']} (world {run_['world_id'] or '-'})"
         )
-        if decision["message"]:
+        if decision["message"] and (decision["phase"], decision["outcome"]) != ("release", "NONE"):
             lines.append(decision["message"])
         if decision["sources"]:
             lines.append(_sources(decision["sources"]))

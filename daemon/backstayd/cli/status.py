@@ -88,8 +88,8 @@ def _runs(runs: list[dict[str, Any]]) -> str:
             run_["redundancy"],
             f"{run_.get('trainer_count', len(run_['sessions']))}/{run_['world_size']}",
             run_["attempt"],
-            run_["complete_step"],
-            run_["protected_step"],
+            run_["complete_step"] or "-",
+            run_["protected_step"] or "-",
             (run_.get("storage") or {}).get("step"),
             run_["interval_steps"],
         )
@@ -150,11 +150,21 @@ def describe_storage(storage: dict[str, Any] | None) -> list[str]:
     return lines
 
 
+def describe_lag(run_: dict[str, Any]) -> list[str]:
+    """What a restart would cost now, for a run that trains ahead of what is protected; nothing for one that is not."""
+    behind = run_.get("behind")
+    if not behind:
+        return []
+    steps = f"{behind['steps']} steps" if behind["steps"] else "all steps"
+    return [f"a restart now would repeat {steps} of the last {behind['seconds']:.0f} s"]
+
+
 def _notes(run_: dict[str, Any]) -> list[str]:
     notes = []
     reason = _verdict(run_)["reason"]
     if reason:
         notes.append(f"{run_['run']}: {reason}")
+    notes += [f"{run_['run']}: {line}" for line in describe_lag(run_)]
     ttl_s = run_.get("forgotten_in_s")
     if ttl_s is not None:
         notes.append(f"{run_['run']}: no trainer is connected; its memory is freed in {ttl_s / 3600:.1f} h")

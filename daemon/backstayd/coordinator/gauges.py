@@ -116,6 +116,9 @@ class Gauges:
         metrics.spares_wanted.of(run).set(evaluation.wanted)
         metrics.complete_step.of(run).set(evaluation.complete_step)
         metrics.protected_step.of(run).set(evaluation.protected_step)
+        behind = state.lag.behind
+        since_unix_s = unix_s - (now_s - behind.since_s) if behind is not None else 0.0
+        metrics.behind_since_timestamp_seconds.of(run).set(since_unix_s)
         metrics.snapshot_interval_steps.of(run).set(state.pace.schedule.interval_steps)
         metrics.distrusted_snapshots.of(run).set(len(state.probation.distrusted))
         self._note_progress(state, unix_s)

@@ -26,7 +26,7 @@ from backstay.ids import SnapshotKey
 from backstayd.core.context import RunContext, World
 from backstayd.core.interruptions import Interruption, Ledger
 from backstayd.core.placement import natural
-from backstayd.core.records import Decision, Outcome, SourceKind
+from backstayd.core.records import Decision, Outcome, Placement, SourceKind
 from backstayd.core.recovery import Recovery, Stage
 from backstayd.core.sentences import amount, counted, listed
 
@@ -46,6 +46,7 @@ class Progress:
     first_s: float = 0.0
     blocked_s: float = 0.0
     heard_s: dict[str, float] = field(default_factory=dict)  # host -> when it reported last
+    seen_by: dict[int, str] = field(default_factory=dict)  # rank -> incarnation of the daemon that reported it last
 
     def note(self, step: int, now_s: float) -> None:
         """Training has come to ``step``."""
@@ -73,6 +74,8 @@ class Accounts:
     ledger: Ledger | None = None
     current: Decision | None = None
     open: Interruption | None = None
+    is_interrupted: bool = False  # ``open`` is certain: a daemon saw a rank die, or another world began
+    silent: tuple[Placement, ...] = ()  # ranks that no daemon reports, and none saw die
     progress: Progress = field(default_factory=Progress)
     ended_unix_s: float = 0.0
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("complete", "protected", "persisted"), 0))
@@ -103,6 +106,7 @@ class Accounts:
         current = self.current
         if current is not None and self.open is None and recovery.is_active and recovery.world_id != current.world_id:
             self.open = self._restarted(recovery.opened_s)
+        self.is_interrupted = self.open is not None and (self.is_interrupted or self._is_replaced(recovery))
         if recovery.stage is not Stage.RELEASED or decision is None or decision.decision_id == _id(self.current):
             return
         self.ledger = decision.ledger or self.ledger or Ledger(began_unix_s=self._unix(context.now_s))
@@ -140,14 +144,15 @@ class Accounts:
         if self.ledger is None or self.current is None:
             return None
         now = self.ended_unix_s or self._unix(now_s)
-        entries = [*self.ledger.entries, *([self.open] if self.open is not None else [])]
+        entries = [*self.ledger.entries, *([self.open] if self.open is not None and self.is_interrupted else [])]
         found = summary(self.ledger, entries, now_unix_s=now, blocked_s=self.progress.blocked_s)
         return found | {
             "ended_unix_s": self.ended_unix_s,
             "attempt": self.current.attempt,
             "newest_step": self.progress.newest_step,
-            "step_s": self._step_s(),
-            "is_interrupted": self.open is not None,
+            "step_s": self.step_s,
+            "is_interrupted": self.is_interrupted,
+            "silent_since_unix_s": self.open.heard_unix_s if self.open is not None and not self.is_interrupted else 0.0,
             "snapshots": dict(self.counts),
         }
 
@@ -159,7 +164,7 @@ class Accounts:
         self._begin(head, context)
 
     def _begin(self, decision: Decision, context: RunContext) -> None:
-        self.current, self.open = decision, None
+        self.current, self.open, self.is_interrupted, self.silent = decision, None, False, ()
         base = decision.base.step if decision.base is not None else 0
         self.progress = Progress(newest_step=base)
         for place in decision.placements:
@@ -206,10 +211,15 @@ class Accounts:
         missing = [p for p in decision.placements if p.rank not in world and p.rank not in over]
         for host in {place.node for place in decision.placements} & set(context.nodes):
             self.progress.heard_s[host] = context.nodes[host].seen_s
+        for rank, session in world.items():
+            self.progress.seen_by[rank] = context.nodes[session.node].identity.incarnation
+        # A silent node says nothing of its trainers, nor does a daemon that has just restarted: they train on meanwhile.
+        self.silent = tuple(place for place in missing if not self._is_dead(place, context))
         if not missing:
             if self.open is not None and self.open.cause != "world_restarted":
-                self.open = None  # a daemon was away, not its trainers
+                self.open, self.is_interrupted = None, False  # a daemon was away, not its trainers
             return
+        self.is_interrupted = self.is_interrupted or len(self.silent) < len(missing)
         cause, detail = self._cause(context, world, [place.rank for place in missing])
         if self.open is None:
             gone = [self.progress.heard_s[p.node] for p in missing if p.node not in context.nodes]
@@ -243,6 +253,16 @@ class Accounts:
         report = context.nodes[host].runs.get(context.run) if host in context.nodes else None
         return report is not None and report.decision is not None and report.decision.attempt >= self.current.attempt
 
+    def _is_dead(self, place: Placement, context: RunContext) -> bool:
+        """Whether the daemon that reported a rank of this world is there and does not report it any more."""
+        node = context.nodes.get(place.node)
+        return node is not None and node.identity.incarnation == self.progress.seen_by.get(place.rank)
+
+    def _is_replaced(self, recovery: Recovery) -> bool:
+        """Whether another world asks what to restore: the one before has ended."""
+        assert self.current is not None
+        return recovery.is_active and recovery.world_id != self.current.world_id
+
     # -- entries ------------------------------------------------------------------------------------------------------
 
     def _restarted(self, opened_s: float) -> Interruption:
@@ -258,11 +278,13 @@ class Accounts:
             heard_unix_s=self._unix(heard_s),
             noticed_unix_s=self._unix(noticed_s),
             newest_step=self.progress.newest_step,
-            step_s=self._step_s(),
+            step_s=self.step_s,
             blocked_s=self.progress.blocked_s,
         )
 
-    def _step_s(self) -> float:
+    @property
+    def step_s(self) -> float:
+        """Measured seconds per step, of the history before where this one is too young; 0: not known."""
         entry = self._last()
         return self.progress.step_s or (entry.step_s if entry is not None else 0.0)
 

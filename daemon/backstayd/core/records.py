@@ -544,7 +544,7 @@ class RunDesired:
     release: tuple[SnapshotKey, ...] = ()  # delete shards and parity of these snapshots
     rebuilds: tuple[Rebuild, ...] = ()
     schedule: Schedule = field(default_factory=Schedule)
-    redundancy: str = ""  # "PROTECTED(2)", "DEGRADED(1)", "AT_RISK(0)", "REBUILDING 40 %", "UNPROTECTED"
+    redundancy: str = ""  # "PROTECTED(2)", "DEGRADED(1)", "AT_RISK(0)", "REBUILDING 40 %", "STARTING", "UNPROTECTED"
     protected_step: int = 0
     is_release_possible: bool = True  # false: no slot will come free soon; do not wait for one
     forget: bool = False

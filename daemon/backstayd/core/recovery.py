@@ -182,7 +182,7 @@ class Recovery:
         _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
         if phases & {SessionPhase.TRAINING, SessionPhase.ENDED} or hosts <= recorded:
             self.stage, self.decision = Stage.RELEASED, head
-            self.say("settled", f"kept the decision of {listed(sorted(recorded))}: {_describe(head)}")
+            self.say("settled", f"kept the decision that {listed(sorted(recorded))} recorded: {_history(head)}")
         # a world that still waits is opened next, and goes on with this decision
 
     def _check_world(self, context: RunContext) -> None:
@@ -475,6 +475,13 @@ def _describe(decision: Decision) -> str:
         f"{decision.outcome.value}: attempt {decision.attempt} from step {decision.base.step} of attempt "
         f"{decision.base.attempt}{other}, {', '.join(kinds)}{older}"
     )
+
+
+def _history(decision: Decision) -> str:
+    """Which history a decision began, for whoever takes it over: what it found then is long past."""
+    if decision.base is None:
+        return f"attempt {decision.attempt}, which began from scratch, goes on"
+    return f"attempt {decision.attempt}, which began from step {decision.base.step}, goes on"
 
 
 def _by_kind(decision: Decision) -> dict[SourceKind, list[int]]:

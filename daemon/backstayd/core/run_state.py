@@ -12,6 +12,7 @@ from backstayd.core.choosing import Memory, choose
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.draining import Draining
 from backstayd.core.forgetting import Forgetting
+from backstayd.core.lag import Lag, Training, behind_sentence
 from backstayd.core.ledger import Accounts
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.nodes import NodeState
@@ -82,6 +83,7 @@ class RunState:
     draining: Draining = field(init=False)
     accounts: Accounts = field(init=False)
     pace: Pace = field(default_factory=Pace)
+    lag: Lag = field(default_factory=Lag)
     memory: Memory = field(default_factory=Memory)
     head: Decision | None = None  # the decision that the history follows: never one of ours that was not released
     returned_id: str = ""  # of the newest decision with which a trainer was seen to have returned
@@ -148,6 +150,7 @@ class RunState:
         )
         release = self._release(context, target)
         self._describe(context, target=target, wanted=wanted, release=release)
+        self._judge_lag(context)
         self._adjust_pace(context, target)
 
     def desired(self, node: str) -> RunDesired | None:
@@ -272,8 +275,8 @@ class RunState:
         """Nothing of the run is left anywhere: whoever asks under its name starts from scratch."""
         self.closed_ledger = self.accounts.document(self.context.now_s if self.context is not None else 0.0)
         self._set_out()
-        self.pace, self.memory = Pace(), Memory()
-        self.head, self.evaluation, self.owner = None, None, ""
+        self.pace, self.memory, self.lag = Pace(), Memory(), Lag()
+        self.head, self.evaluation, self.owner, self.known_sessions = None, None, "", {}
 
     def _set_out(self) -> None:
         self.protection = Protection(self.policy)
@@ -451,6 +454,9 @@ class RunState:
             percent = min(99, 100 * done // total) if total else 0
             ranks = sorted(t.rank for rebuild in self.rebuilds.under_way.values() for t in rebuild.targets)
             return f"REBUILDING {percent} %", f"the shards of {counted(ranks, 'rank')} are being rebuilt"
+        is_new = not self.memory.protected and not context.tainted
+        if is_new and spares <= 0 and wanted > 0 and self.memory.newest_complete is None:
+            return "STARTING", "no snapshot is complete yet"
         if spares < 0:
             return "UNPROTECTED", f"no {'other ' if context.tainted else ''}snapshot is restorable" + (
                 f"; step {max(context.tainted).step}: {context.tainted[max(context.tainted)]}"
@@ -465,8 +471,39 @@ class RunState:
                 f"the loss of {any_nodes(spares)} is survived, not of {wanted}; repair brings it back",
             )
         if not self.memory.protected:
-            return "UNPROTECTED", "the first snapshots are still being encoded"
+            return "STARTING", "the first snapshots are still being encoded"
         return "AT_RISK(0)", "the next loss of a node loses the newest snapshot; repair is under way"
+
+    def _judge_lag(self, context: RunContext) -> None:
+        """How far the steps that are trained are ahead of what is safe."""
+        decision, accounts = self.accounts.current, self.accounts
+        phases = {session.record.phase for session in self.world(context).values()}
+        is_training = phases - {SessionPhase.ENDED} or accounts.silent
+        if self.recovery.is_active or decision is None or accounts.is_interrupted or not is_training:
+            self.lag.stop()
+            return
+        assert self.evaluation is not None
+        stored = context.live_records[0].step if context.live_records else 0
+        base = decision.base.step if decision.base is not None else 0  # it was whole when it was restored
+        skips = [session.record for session in self.world(context).values() if session.record.skip_reason]
+        newest = max(skips, key=lambda record: record.skipped_step, default=None)
+        training = Training(
+            trained_step=accounts.progress.newest_step,
+            protected_step=max(self.evaluation.protected_step, stored, base),
+            interval_steps=self.pace.schedule.interval_steps,
+            step_s=accounts.step_s,
+            silent_ranks=[place.rank for place in accounts.silent],
+            silent_nodes={place.node for place in accounts.silent},
+            skip_reason=newest.skip_reason if newest is not None else "",
+        )
+        was_behind = self.lag.behind is not None
+        self.lag.update(training, lease_s=self.policy.lease_s, now_s=context.now_s)
+        if self.lag.behind is not None and not was_behind:
+            self.again("behind")
+            self.say("behind", behind_sentence(self.lag.behind))
+        elif was_behind and self.lag.behind is None:
+            self.again("caught_up")
+            self.say("caught_up", f"step {training.protected_step} is protected: within the usual interval again")
 
     def _adjust_pace(self, context: RunContext, target: int) -> None:
         if self.recovery.stage is not Stage.RELEASED or self.recovery.decision is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,7 @@ def _outline(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]
         "forgotten_in_s": state.forgotten_in_s(),
         "complete_step": 0,
         "protected_step": 0,
+        "behind": _behind(state, now_s),
         "interval_steps": state.pace.schedule.interval_steps,
         "decision": _decision(state, is_brief=is_brief),
         "sessions": [],
@@ -124,6 +126,14 @@ def _outline(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]
         "storage": state.persisting.document(),
         "ledger": state.accounts.document(now_s),
     }
+
+
+def _behind(state: RunState, now_s: float) -> dict[str, Any] | None:
+    """How far training is ahead of what is protected; None while that is as usual."""
+    behind = state.lag.behind
+    if behind is None:
+        return None
+    return {"steps": behind.steps, "seconds": now_s - behind.since_s, "reason": behind.reason}
 
 
 def _sessions(world: World) -> list[dict[str, Any]]:
@@ -170,12 +180,13 @@ def _sources(sources: tuple[ShardSource, ...]) -> list[dict[str, Any]]:
 
 def _snapshot(state: RunState, context: RunContext, index: int, *, is_brief: bool) -> dict[str, Any]:
     view = context.views[index]
-    assert state.evaluation is not None
+    word = _snapshot_state(state, context, index)
+    is_calm = word in (SnapshotState.BEING_WRITTEN, SnapshotState.BEING_FREED, SnapshotState.DEAD)
     return {
         "attempt": view.key.attempt,
         "step": view.key.step,
         "is_distrusted": view.key in context.tainted,
-        "state": _snapshot_state(view, is_live=index in context.live, wanted=state.evaluation.wanted),
+        "state": word.value,
         "spares": view.spares,
         "snapshot_id": view.snapshot_id,
         "size_bytes": view.size_bytes,
@@ -185,25 +196,58 @@ def _snapshot(state: RunState, context: RunContext, index: int, *, is_brief: boo
             {"rank": rank, "nodes": list(view.holders.get(rank, ())), "size_bytes": view.sizes.get(rank, 0)}
             for rank in range(view.world_size)
         ],
-        "missing": missing_sentence(context, state.memory, view),
+        "missing": "" if is_calm else missing_sentence(context, state.memory, view),
     }
 
 
-def _snapshot_state(view: SnapshotView, *, is_live: bool, wanted: int) -> str:
-    if not is_live:
-        return "dead"
+class SnapshotState(enum.StrEnum):
+    """What a snapshot in memory is, for people."""
+
+    BEING_WRITTEN = "being written"  # ranks are still committing their shards
+    INCOMPLETE = "incomplete"  # a rank never committed its shard
+    COMPLETE = "complete"  # every shard is there, parity is not
+    DEGRADED = "degraded"
+    PROTECTED = "protected"
+    UNRECOVERABLE = "unrecoverable"
+    BEING_FREED = "being freed"  # a newer one is as well protected: nodes delete it in their own time
+    DEAD = "dead"  # a restore of an older step left it behind
+
+
+def _snapshot_state(state: RunState, context: RunContext, index: int) -> SnapshotState:
+    view, evaluation = context.views[index], state.evaluation
+    assert evaluation is not None
+    if view.key in evaluation.release:
+        return SnapshotState.BEING_FREED
+    if index not in context.live:
+        return SnapshotState.DEAD
     if not view.snapshot_id:
-        return "incomplete"
+        return SnapshotState.BEING_WRITTEN if _is_being_written(state, context, view) else SnapshotState.INCOMPLETE
     if not view.is_restorable:
-        return "unrecoverable"
-    if view.spares >= wanted:
-        return "protected"
-    return "complete" if view.is_complete and view.spares <= 0 else "degraded"
+        return SnapshotState.UNRECOVERABLE
+    if view.spares >= evaluation.wanted:
+        return SnapshotState.PROTECTED
+    return SnapshotState.COMPLETE if view.is_complete and view.spares <= 0 else SnapshotState.DEGRADED
+
+
+def _is_being_written(state: RunState, context: RunContext, view: SnapshotView) -> bool:
+    """Whether each rank may still commit its shard: the world is whole, and none has come past the step without it."""
+    decision, world = state.recovery.decision, state.world(context)
+    if decision is None or view.key.attempt != decision.attempt or len(world) < decision.world_size:
+        return False
+    missing = [world[rank].record for rank in view.lost_ranks if rank in world]
+    return all(max(session.last_step, session.skipped_step) <= view.key.step for session in missing)
 
 
 def _groups(state: RunState, context: RunContext) -> list[dict[str, Any]]:
-    """Groups of the newest snapshot that is encoded, or was: a set of plans that lost a member is planned anew."""
-    for view in context.live_views:
+    """Groups of the newest snapshot that is as well protected as any, or else of the newest that is being encoded.
+
+    The parity of a snapshot that is still being encoded is no weakness of its groups. A set of plans that lost a member
+    is planned anew.
+    """
+    assert state.evaluation is not None
+    views = context.live_views
+    best = [view for view in views if view.is_restorable and view.spares == state.evaluation.spares]
+    for view in [*best[:1], *views]:
         plan_set = state.protection.sets.get(view.snapshot_id)
         plans = plan_set.plans if plan_set is not None else _newest_plans(view)
         if plans:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from backstayd.core.catalog import SnapshotView
 from backstayd.core.context import RunContext
+from backstayd.core.lag import behind_sentence
 from backstayd.core.placement import natural
 from backstayd.core.records import DecisionPhase, SessionPhase
 from backstayd.core.sentences import amount, listed
@@ -25,6 +26,7 @@ NAMED = 3  # nodes named in a sentence
 class Word(enum.StrEnum):
     PROTECTED = "protected"  # it survives as many losses as the operator asked for
     DEGRADED = "degraded"  # it survives the next loss, and fewer than asked for
+    BEHIND = "behind"  # what is held is safe, and training has left it behind: its newest steps are not protected
     AT_RISK = "at risk"  # the next loss of a node loses the newest snapshot
     UNPROTECTED = "unprotected"  # no snapshot can be restored from memory
     STARTING = "starting"  # nothing was protected yet
@@ -49,8 +51,10 @@ def verdict_of(state: RunState) -> Verdict:
     if context is None or evaluation is None:
         return Verdict(word=Word.UNKNOWN, survives=-1, reason="the coordinator has not heard from every node of it yet")
     word = _word(state, evaluation)
-    is_well = word is Word.PROTECTED and not state.rebuilds.under_way
-    parts = [f"every fragment of step {evaluation.protected_step} is held" if is_well else evaluation.reason]
+    is_well = evaluation.spares >= evaluation.wanted and not state.rebuilds.under_way
+    behind = state.lag.behind
+    parts = [behind_sentence(behind)] if behind is not None else []
+    parts += [f"every fragment of step {evaluation.protected_step} is held" if is_well else evaluation.reason]
     missing = missing_nodes(state, context)
     if missing:
         parts.append(f"{_named(missing)} {'is' if len(missing) == 1 else 'are'} lost")
@@ -99,6 +103,13 @@ def _members(view: SnapshotView) -> set[str]:
 
 
 def _word(state: RunState, evaluation: Evaluation) -> Word:
+    word = _held_word(state, evaluation)
+    is_calm = word in (Word.PROTECTED, Word.DEGRADED, Word.STARTING)
+    return Word.BEHIND if state.lag.behind is not None and is_calm else word
+
+
+def _held_word(state: RunState, evaluation: Evaluation) -> Word:
+    """How safe the newest protected snapshot is, however old it is."""
     if evaluation.spares < 0 or (evaluation.spares == 0 and not state.memory.protected):
         is_new = not state.memory.protected and not evaluation.context.tainted
         return Word.STARTING if is_new and evaluation.wanted > 0 else _weak(evaluation)

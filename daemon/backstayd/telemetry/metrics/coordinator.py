@@ -77,6 +77,10 @@ class CoordinatorMetrics(DaemonMetrics):
         self.protected_step = registry.run_gauge(
             "protected_step", "Step of the newest snapshot that is as well protected as it can be now."
         )
+        self.behind_since_timestamp_seconds = registry.run_gauge(
+            "behind_since_timestamp_seconds",
+            "Unix time since when training is further ahead of the newest protected step than is usual; 0: it is not.",
+        )
         self.complete_timestamp_seconds = registry.run_gauge(
             "complete_timestamp_seconds", "Unix time at which this coordinator last saw a snapshot become complete."
         )

@@ -9,11 +9,11 @@ const STALE_MS = 5000; // since the coordinator last confirmed what is shown
 const EVENTS_SHOWN = 150;
 const ROUTINE = new Set(["complete", "protected", "released_snapshot"]);
 const TONES = {
-  protected: "good", degraded: "warn", "at risk": "bad", unprotected: "bad", starting: "idle", ending: "idle", unknown: "warn",
+  protected: "good", degraded: "warn", behind: "bad", "at risk": "bad", unprotected: "bad", starting: "idle", ending: "idle", unknown: "warn",
 };
 const EVENT_TONES = {
   node_lost: "bad", session_lost: "bad", refused: "bad", gate_failed: "bad", quarantined: "bad", distrusted: "warn",
-  abandoned: "warn", interval_raised: "warn", node_drain: "warn", protected: "good", repaired: "good", released: "good", node_joined: "good",
+  behind: "bad", caught_up: "good", abandoned: "warn", interval_raised: "warn", node_drain: "warn", protected: "good", repaired: "good", released: "good", node_joined: "good",
 };
 const NODE_TONES = { live: "idle", suspect: "warn", lost: "bad" };
 const ORDER = { lost: 0, suspect: 1, safe: 2, draining: 2, live: 3 };
@@ -50,6 +50,10 @@ function clock(seconds) {
 // -- jobs ------------------------------------------------------------------------------------------------------------
 
 function headline(run) {
+  if (run.behind) {
+    const steps = run.behind.steps ? amount(run.behind.steps, "step") : "all steps";
+    return `${steps} of the last ${Math.round(run.behind.seconds)} s are not protected`;
+  }
   const survives = run.verdict.survives;
   if (survives > 0) return `survives the loss of any ${survives === 1 ? "node" : `${survives} nodes`} of a group`;
   if (survives === 0) return "does not survive the loss of a node";
@@ -84,7 +88,8 @@ function facts(run) {
 
 function notes(run) {
   const found = [];
-  if (run.decision && run.decision.message) found.push(`Last recovery (${run.decision.phase}): ${run.decision.message}`);
+  const isOld = run.decision && run.decision.phase === "release" && run.decision.outcome === "NONE";
+  if (run.decision && run.decision.message && !isOld) found.push(`Last recovery (${run.decision.phase}): ${run.decision.message}`);
   if (run.explain && run.explain.message) found.push(`A restart now: ${run.explain.message}`);
   if (run.storage && run.storage.problem) found.push(`Durable storage: ${run.storage.problem}`);
   for (const item of run.distrusted) found.push(`Step ${item.step} of attempt ${item.attempt} is distrusted: ${item.reason}`);
