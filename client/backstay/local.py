@@ -289,14 +289,16 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerCost:
-    """What snapshots cost a trainer since it last said so: ``snapshot_s`` inside snapshot(), ``fence_s`` waiting at the fence,
-    ``capture_s`` and ``copied_bytes`` of copying in the background; ``kept_bytes`` were unchanged and not copied."""
+    """What snapshots cost a trainer since it last said so: ``snapshot_s`` inside snapshot(), ``fence_s`` at the fence,
+    ``waited_s`` of that waiting for a slot and for the copy, ``capture_s`` and ``copied_bytes`` of copying in the background;
+    ``kept_bytes`` were unchanged and not copied."""
 
     snapshot_s: float = 0.0
     fence_s: float = 0.0
     capture_s: float = 0.0
     copied_bytes: int = 0
     kept_bytes: int = 0
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from backstay.capture import filling as capturing
 from backstay.capture.fence import Fence
 from backstay.capture.filling import Capture, Filler
 from backstay.capture.session import Identity, Session
+from backstay.capture.waiting import Waits
 from backstay.control import DaemonConnection, find_socket
 from backstay.errors import BackstayError, UnavailableError, UsageError
 from backstay.ids import DEFAULT_JOB, RunKey
@@ -110,6 +111,7 @@ class Snapshotter:
         self._last_started: tuple[int, float] | None = None
         self._counts = {"started": 0, "refused": 0, "skipped": 0}
         self._blocked_s = self._fence_s = 0.0
+        self._waits = Waits(left_out=FIRST_CHECKED)
         self._told: set[str] = set()
         self._fence = Fence(self._optimizers, self.fence)
         self._is_synchronous = bool(self._fence.unhooked)
@@ -302,6 +304,8 @@ class Snapshotter:
         return Stats(
             blocked_s=self._blocked_s,
             fence_s=self._fence_s,
+            waited_s=self._waits.total_s,
+            wait_share=self._waits.share,
             started=self._counts["started"],
             committed=tally.committed if tally else 0,
             skipped=self._counts["skipped"] + (tally.skipped if tally else 0),
@@ -417,16 +421,22 @@ class Snapshotter:
 
     def _settle(self, capture: Capture, session: Session) -> None:
         wait_s = self._max_wait_s if session.is_responsive else 0.0
-        if not capture.began.wait(wait_s) and capture.drop(f"no slot within {wait_s:g} s"):
+        begin_s = time.monotonic()
+        has_begun = capture.began.wait(wait_s)
+        slot_s = time.monotonic() - begin_s
+        if not has_begun and capture.drop(f"no slot within {wait_s:g} s"):
             capture.is_late = wait_s > 0
             session.note_stall()
+            self._note_wait(session, slot_s, 0.0)
             self._warn_once(
                 f"step {capture.step} is not captured: {session.tally.last_problem or capture.drop_reason}",
                 key="no_slot",
             )
             return
         limit_s = _copy_limit_s(capture)
-        if not capture.launched.wait(limit_s):
+        is_copied = capture.launched.wait(limit_s)
+        self._note_wait(session, slot_s, time.monotonic() - begin_s - slot_s)
+        if not is_copied:
             capture.spoil(f"copying took longer than {limit_s:.0f} s")
             self._warn_once(
                 f"step {capture.step}: {capture.drop_reason}; training goes on, this snapshot is discarded", key="slow"
@@ -440,6 +450,14 @@ class Snapshotter:
         if capture.device_done is not None and self._filler is not None:
             for copier in self._filler.copiers.values():
                 copier.hold_stream(capture.device_done)
+
+    def _note_wait(self, session: Session, slot_s: float, copy_s: float) -> None:
+        counted_s = self._waits.note(slot_s=slot_s, copy_s=copy_s, now_s=time.monotonic())
+        session.costs.add(local.TrainerCost(waited_s=counted_s))
+        warning = self._waits.warning() if "waits" not in self._told else ""
+        if warning:
+            self._told.add("waits")
+            _log.warning("backstay: %s (further occurrences are not logged)", warning)
 
     # ---- sessions
 
@@ -466,6 +484,7 @@ class Snapshotter:
         self._last_started = None
         self._counts = dict.fromkeys(self._counts, 0)
         self._blocked_s = self._fence_s = 0.0
+        self._waits = Waits(left_out=FIRST_CHECKED)
 
     def _begin_probation(self, restored: local.Restored) -> None:
         assert self._target is not None

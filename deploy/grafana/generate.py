@@ -159,6 +159,8 @@ JOB_BOARD = Board(
         "What it costs": [
             Panel("Trainers blocked", "percentunit", "Part of their time that trainers spend in snapshot() and at the fence, mean "
                   "over ranks.", {"blocked": "training_job:backstay_trainer_blocked:ratio_rate5m{%s}" % JOB}),
+            Panel("Waiting for snapshots", "percentunit", "Part of its time that the slowest rank waits for slots and copying; above "
+                  "5 % the interval is raised.", {"waiting": per_job("max", "backstay_snapshot_wait_ratio")}),
             Panel("Blocked by where", "s", "Seconds per second, all ranks together.",
                   {"{{where}}": rate("backstay_trainer_blocked_seconds_total", JOB)}),
             Panel("Bytes by stage", "Bps", "What goes through each stage on all nodes together.",

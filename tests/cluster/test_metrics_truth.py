@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,3 +237,26 @@ def test_runs_that_end_while_coders_are_at_work_for_them_leave_neither_files_nor
 
 def _has_run(board: Board, run: str) -> bool:
     return any(dict(labels).get("training_job") == run for _, labels in _scrape(board._port))
+
+
+def test_a_rank_that_waits_for_snapshots_shows_and_has_all_ranks_take_fewer(cluster: LocalCluster) -> None:
+    run, step, intervals = "default/waits", 0, [1, 1]
+    deadline = time.monotonic() + 60
+    with light_world(cluster, run) as world:
+        world.start_fresh()
+        while intervals != [2, 2]:
+            assert time.monotonic() < deadline, f"the interval is still {intervals} at step {step}"
+            step += 1
+            for rank in world.ranks:
+                waited_s = 0.5 if rank.rank == 1 else 0.0
+                rank.ask("reserve", step=step)
+                rank.ask("fill", step=step)
+                answer = rank.ask("commit", step=step, fence_s=waited_s, waited_s=waited_s)
+                intervals[rank.rank] = answer["interval_steps"]
+            wait_protected(cluster, run, step)
+        status = cluster.run_status(run)
+        assert 0.05 < status["wait_ratio"] <= 1
+        labels = (("training_job", run),)
+        assert _scrape(cluster.coordinator_http_port)["backstay_snapshot_wait_ratio", labels] > 0.05
+        said = [event["message"] for event in cluster.status()["timeline"] if event["kind"] == "interval_raised"]
+        assert any("rank 1 waited" in message for message in said), said

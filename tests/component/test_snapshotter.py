@@ -277,6 +277,29 @@ def test_a_dead_daemon_costs_a_warning_and_a_re_attach(daemon: LocalDaemon, capl
     training.keeper.close()
 
 
+def test_a_trainer_that_waits_for_slots_is_told_once_what_happens_and_what_would_help(
+    daemon: LocalDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = Training(daemon.socket_path, strict=True)
+    training.keeper.restore()
+    training.run(0, 3)
+    assert training.keeper.stats().wait_share == 0.0, "the first slots are being made"
+    daemon.slot_delay_s = 0.05
+    with caplog.at_level(logging.WARNING, logger="backstay"):
+        training.run(3, 20)
+        training.keeper.fence()
+    assert training.keeper.wait_committed()
+    stats = training.keeper.stats()
+    assert 0.2 < stats.wait_share <= 1
+    assert stats.skipped == 0, "no step was given up: it was slowed"
+    assert 0.5 < stats.waited_s <= stats.fence_s
+    assert daemon.runs["default/r"].waited_s == pytest.approx(stats.waited_s, abs=0.1)
+    (said,) = caplog.messages
+    for words in ("training waits", "% of its time", "a slot is not free", "interval", "bandwidth", "not logged"):
+        assert words in said
+    training.keeper.close()
+
+
 def test_a_daemon_that_is_restarted_during_a_long_step_has_its_trainer_back_before_the_step_ends(
     daemon: LocalDaemon,
 ) -> None:

@@ -220,13 +220,18 @@ class LightRank:
         slot[at] ^= 0xFF
         return {"offset": at}
 
-    def do_commit(self, step: int, snapshot_s: float = 0.0, fence_s: float = 0.0) -> dict[str, Any]:
+    def do_commit(
+        self, step: int, snapshot_s: float = 0.0, fence_s: float = 0.0, waited_s: float = 0.0
+    ) -> dict[str, Any]:
         assert self.reserved is not None
         commit = local.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest)
         if hasattr(local, "TrainerCost"):  # a rank of an older release says nothing of it
-            commit = replace(commit, cost=local.TrainerCost(snapshot_s=snapshot_s, fence_s=fence_s))
+            cost = local.TrainerCost(snapshot_s=snapshot_s, fence_s=fence_s)
+            if waited_s:
+                cost = replace(cost, waited_s=waited_s)
+            commit = replace(commit, cost=cost)
         answer, _ = self._ask(commit)
-        return {"digest": answer.digest}
+        return {"digest": answer.digest, "interval_steps": answer.schedule.interval_steps}
 
     def do_publish(self, step: int, seed: str = "", wait_s: float = 20.0) -> dict[str, Any]:
         """Reserve, fill and commit."""

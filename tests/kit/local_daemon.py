@@ -48,6 +48,7 @@ class Run:
     free: dict[int, list[Path]] = field(default_factory=dict)
     abandoned: list[tuple[int, int, str]] = field(default_factory=list)  # rank, step, reason
     finished: set[int] = field(default_factory=set)
+    waited_s: float = 0.0  # for slots and copying, as its trainers say
     gates: dict[str, dict[int, GateReport]] = field(default_factory=dict)  # by decision and rank
     distrusted: list[tuple[int, int, str]] = field(default_factory=list)  # rank, step, reason
     staged: dict[str, set[int]] = field(default_factory=dict)  # world to ranks that have all they need
@@ -56,7 +57,8 @@ class Run:
 
 class LocalDaemon:
     """Serves ``socket_path`` until ``close()``. ``hold_slots``: Reserve answers Skipped; ``is_full``: it is an
-    error, with other numbers each time; ``is_frozen``: nothing is answered; ``unanswered``: no message of these kinds.
+    error, with other numbers each time; ``slot_delay_s``: so long a slot takes to come free; ``is_frozen``: nothing is
+    answered; ``unanswered``: no message of these kinds.
     """
 
     def __init__(self) -> None:
@@ -67,6 +69,7 @@ class LocalDaemon:
         self.unanswered: tuple[type, ...] = ()
         self.hold_slots = False
         self.is_full = False
+        self.slot_delay_s = 0.0
         self.interval_steps = 1
         self.probation_steps = 3
         self.fetched_bytes = 0  # of chunks of another layout, each once
@@ -310,6 +313,7 @@ class LocalDaemon:
             return local.Skipped(reason="slots are held by the test", schedule=schedule), ()
         if self.is_full:
             raise CapacityError(f"no room for step {message.step}", reason="no_room")
+        time.sleep(self.slot_delay_s)
         free = run.free.setdefault(attach.rank, [])
         path = next((p for p in free if p.stat().st_size == message.size_bytes), None)
         if path is None:
@@ -322,6 +326,7 @@ class LocalDaemon:
         return local.Reserved(slot_id=path.name, size_bytes=message.size_bytes, schedule=schedule), fds
 
     def _commit(self, run: Run, attach: local.Attach, message: local.Commit) -> local.Committed:
+        run.waited_s += message.cost.waited_s if message.cost is not None else 0.0
         path = self.directory / message.slot_id
         manifest = record.from_json(Manifest, message.manifest)
         if (manifest.attempt, manifest.step, manifest.rank) != (run.attempt, message.step, attach.rank):

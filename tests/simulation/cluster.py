@@ -26,6 +26,7 @@ from tests.simulation.node import Node, RunMemory, Trainer
 from tests.simulation.storage import Storage
 
 EVALUATE_COALESCE_S = 0.005
+WAIT_POLL_S = 0.01
 
 
 class Control:
@@ -102,6 +103,7 @@ class Job:
     placements: dict[int, str]
     allow_fresh: bool = False
     step_s: float = 0.4
+    max_wait_s: float = 0.0  # how long a step is held up for a slot; all ranks wait for the slowest
     world_id: str = ""
     world_count: int = 0
     trainers: dict[int, Trainer] = field(default_factory=dict)
@@ -317,6 +319,10 @@ class Cluster:
         if any(t.phase is not SessionPhase.TRAINING for t in job.trainers.values()):
             self.engine.after(0.05, self._step, job, world_id)
             return
+        held_up = [trainer for trainer in job.trainers.values() if self._is_held_up(trainer, job.max_wait_s)]
+        if held_up:
+            self.engine.after(WAIT_POLL_S, self._step, job, world_id)
+            return
         job.step += 1
         job.lives[-1].step = job.step
         for trainer in job.trainers.values():
@@ -334,9 +340,34 @@ class Cluster:
             return
         trainer.last_step = step
         if not node.may_write(trainer) or node.free_slots(trainer) <= 0:
-            trainer.skipped_step = step
-            node.changed()
+            trainer.waiting_step, trainer.held_s = step, 0.0
+            job = self._job_of(trainer)
+            if job is None or job.max_wait_s == 0.0 or (desired is not None and not desired.is_release_possible):
+                self._skip(trainer)
             return
+        self._capture(trainer, node, step)
+
+    def _is_held_up(self, trainer: Trainer, max_wait_s: float) -> bool:
+        """Whether the optimizer's step must wait for a slot of ``trainer`` still; captures or skips where it need not."""
+        node, step = self.nodes.get(trainer.node), trainer.waiting_step
+        if step == 0 or node is None:
+            return False
+        if node.may_write(trainer) and node.free_slots(trainer) > 0:
+            trainer.waiting_step = 0
+            self._capture(trainer, node, step)
+            return False
+        if trainer.held_s >= max_wait_s:
+            self._skip(trainer)
+            return False
+        trainer.held_s += WAIT_POLL_S
+        trainer.waited_s += WAIT_POLL_S
+        return True
+
+    def _skip(self, trainer: Trainer) -> None:
+        trainer.skipped_step, trainer.waiting_step = trainer.waiting_step, 0
+        self.nodes[trainer.node].changed()
+
+    def _capture(self, trainer: Trainer, node: Node, step: int) -> None:
         trainer.capturing += 1
         shard = ShardRecord(
             attempt=trainer.attempt,
@@ -348,9 +379,6 @@ class Cluster:
             world_id=trainer.world_id,
         )
         self.engine.after(self.engine.between(0.01, 0.08), node.commit, trainer, shard)
-
-    def slot_freed(self, trainer: Trainer) -> None:
-        """Nothing waits for slots in this model; a rank without one skips."""
 
     def committed(self, trainer: Trainer, shard: ShardRecord) -> None:
         self.checker.committed(trainer.run, shard)

@@ -61,6 +61,9 @@ class Trainer:
     skipped_step: int = 0
     refusal: str = ""
     capturing: int = 0
+    waiting_step: int = 0  # held up at the fence until a slot is free for it; 0: not
+    held_s: float = 0.0  # how long it has been
+    waited_s: float = 0.0  # all together
 
 
 @dataclass(slots=True)
@@ -225,6 +228,8 @@ class Node:
             last_step=trainer.last_step,
             skipped_step=trainer.skipped_step,
             is_short_of_slots=trainer.skipped_step > 0,
+            blocked_s=round(trainer.waited_s, 3),
+            waited_s=round(trainer.waited_s, 3),
         )
 
     # -- desired state ------------------------------------------------------------------------------------------------
@@ -298,8 +303,6 @@ class Node:
             memory.fragments = {f for f in memory.fragments if f[0] != plan_id}
         if places or plans:
             self.changed()
-            for trainer in self.trainers:
-                self.cluster.slot_freed(trainer)
 
     def job(self, run: str, name: object, action: object, *arguments: object) -> None:
         """Start a job once; it says itself when it is over (:meth:`_done`)."""

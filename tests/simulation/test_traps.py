@@ -277,6 +277,26 @@ def test_ranks_whose_snapshots_arrive_with_jitter_keep_being_protected() -> None
     assert cluster.core().runs[RUN].pace.schedule.interval_steps > 1
 
 
+def test_steps_shorter_than_protection_are_held_up_only_until_the_interval_fits() -> None:
+    engine, cluster, job = training(4)
+    cluster.work_s = (1.5, 1.8)  # longer than a step, and always just within what a rank waits
+    job.step_s, job.max_wait_s = 1.0, 3.0
+
+    def waited_share(span_s: float) -> float:
+        before = max(trainer.waited_s for trainer in job.trainers.values())
+        engine.run_for(span_s)
+        return (max(trainer.waited_s for trainer in job.trainers.values()) - before) / span_s
+
+    assert waited_share(10) > 0.2, "it was slowed"
+    engine.run_for(40)
+    assert waited_share(60) < 0.05
+    cluster.checker.check()
+    assert cluster.core().runs[RUN].pace.schedule.interval_steps > 1
+    cluster.work_s = (0.01, 0.06)
+    assert engine.run_until(lambda: cluster.core().runs[RUN].pace.schedule.interval_steps == 1, limit_s=400), "room"
+    assert waited_share(10) < 0.05
+
+
 def test_two_jobs_at_once_do_not_see_each_other() -> None:
     engine, cluster = cluster_of(4)
     jobs = [Job(run, {rank: f"n{rank + 1}" for rank in range(4)}) for run in ("a/x", "b/x")]

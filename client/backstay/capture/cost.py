@@ -23,6 +23,7 @@ class Costs:
                 capture_s=self._sum.capture_s + cost.capture_s,
                 copied_bytes=self._sum.copied_bytes + cost.copied_bytes,
                 kept_bytes=self._sum.kept_bytes + cost.kept_bytes,
+                waited_s=self._sum.waited_s + cost.waited_s,
             )
 
     def take(self) -> local.TrainerCost:

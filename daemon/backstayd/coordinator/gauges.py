@@ -120,6 +120,7 @@ class Gauges:
         since_unix_s = unix_s - (now_s - behind.since_s) if behind is not None else 0.0
         metrics.behind_since_timestamp_seconds.of(run).set(since_unix_s)
         metrics.snapshot_interval_steps.of(run).set(state.pace.schedule.interval_steps)
+        metrics.snapshot_wait_ratio.of(run).set(state.pace.waits.share)
         metrics.distrusted_snapshots.of(run).set(len(state.probation.distrusted))
         self._note_progress(state, unix_s)
         self._note_persisted(state, unix_s)

@@ -225,6 +225,7 @@ class SessionRecord:
     wants_persist: bool = False  # the trainer asked for the newest protected snapshot on durable storage, now
     sealed_step: int = 0  # the newest step whose files this rank declared whole (file store); 0: none
     blocked_s: float = 0.0  # what snapshots have cost this rank since it attached here, as it says
+    waited_s: float = 0.0  # of that, what it waited for slots and for copying at the fence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,6 +115,7 @@ def _outline(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]
         "protected_step": 0,
         "behind": _behind(state, now_s),
         "interval_steps": state.pace.schedule.interval_steps,
+        "wait_ratio": round(state.pace.waits.share, 4),
         "decision": _decision(state, is_brief=is_brief),
         "sessions": [],
         "snapshots": [],

@@ -86,13 +86,13 @@ def note_traffic(metrics: NodeMetrics, event: CoderEvent) -> None:
     metrics.peer_bytes.labels(direction="received").inc(event.received_bytes)
 
 
-def note_cost(metrics: NodeMetrics, run: str, cost: local.TrainerCost | None) -> float:
+def note_cost(metrics: NodeMetrics, run: str, cost: local.TrainerCost | None) -> tuple[float, float]:
     """What a trainer says its snapshots cost it since it said so last; an older one says nothing.
 
-    Returns how long it was held up.
+    Returns how long it was held up, and how much of that it waited for slots and for copying.
     """
     if cost is None:
-        return 0.0
+        return 0.0, 0.0
     blocked = metrics.trainer_blocked_seconds
     snapshot_s, fence_s = _within(cost.snapshot_s, MAX_COST_S), _within(cost.fence_s, MAX_COST_S)
     blocked.of(run, where="snapshot").inc(snapshot_s)
@@ -101,7 +101,7 @@ def note_cost(metrics: NodeMetrics, run: str, cost: local.TrainerCost | None) ->
         metrics.stage_seconds.labels(stage="capture").observe(_within(cost.capture_s, MAX_COST_S))
     metrics.stage_bytes.of(run, stage="capture").inc(_within(cost.copied_bytes, MAX_COST_BYTES))
     metrics.trainer_kept_bytes.of(run).inc(_within(cost.kept_bytes, MAX_COST_BYTES))
-    return snapshot_s + fence_s
+    return snapshot_s + fence_s, min(_within(cost.waited_s, MAX_COST_S), fence_s)
 
 
 class NodeGauges:

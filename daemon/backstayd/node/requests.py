@@ -349,7 +349,7 @@ class Requests:
     def _commit(self, session: Session, message: local.Commit) -> local.Committed:
         metrics = self._context.metrics
         self._check_current(session)
-        session.blocked_s += gauges.note_cost(metrics, session.run, message.cost)
+        session.note_cost(*gauges.note_cost(metrics, session.run, message.cost))
         grant = session.grants.get(message.slot_id)
         if grant is None or grant.step != message.step:
             raise UnavailableError(
@@ -380,7 +380,7 @@ class Requests:
 
     def _abandon(self, session: Session, message: local.Abandon) -> None:
         reason = message.reason[:MAX_REASON] or "abandoned"
-        session.blocked_s += gauges.note_cost(self._context.metrics, session.run, message.cost)
+        session.note_cost(*gauges.note_cost(self._context.metrics, session.run, message.cost))
         if message.is_unused:  # the step may never come, and where the interval shrinks, one before it does
             self._take_back(session, message.step)
             self._context.changed()

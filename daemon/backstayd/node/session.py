@@ -53,6 +53,7 @@ class Session:
     wish_step: int = 0  # the trainer asked for this step, or a newer one, on durable storage; 0: it did not
     sealed_step: int = 0  # file store: the newest step this rank declared whole
     blocked_s: float = 0.0  # what snapshots have cost it, as it says
+    waited_s: float = 0.0  # of that, for slots and for copying
     gate: GateReport | None = None  # what it says it loaded
     grants: dict[str, Grant] = field(default_factory=dict)  # by slot id
     answer: asyncio.Future[RestoreAnswer] | None = None
@@ -78,9 +79,15 @@ class Session:
             is_short_of_slots=self.is_short_of_slots,
             sealed_step=self.sealed_step,
             blocked_s=round(self.blocked_s, 3),
+            waited_s=round(self.waited_s, 3),
             wants_persist=self.wish_step > persisted_step,
             gate=self.gate,
         )
+
+    def note_cost(self, blocked_s: float, waited_s: float) -> None:
+        """What snapshots have cost it since it said so last."""
+        self.blocked_s += blocked_s
+        self.waited_s += waited_s
 
     def forget_step(self, step: int) -> None:
         """The slot that was reserved for ``step`` was not used; this step, or one before it, may be asked for."""

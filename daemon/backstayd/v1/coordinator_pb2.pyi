@@ -453,6 +453,7 @@ class SessionRecord(_message.Message):
     WANTS_PERSIST_FIELD_NUMBER: _builtins.int
     SEALED_STEP_FIELD_NUMBER: _builtins.int
     BLOCKED_S_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
     world_id: _builtins.str
     """The set of processes that train together."""
     rank: _builtins.int
@@ -477,6 +478,8 @@ class SessionRecord(_message.Message):
     """The newest step whose files this rank declared whole; 0 if none."""
     blocked_s: _builtins.float
     """What snapshots have cost this rank since it attached, in seconds."""
+    waited_s: _builtins.float
+    """Of that, what it waited for slots and for copying at the fence."""
     @_builtins.property
     def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks whose shards this rank may read at restore."""
@@ -502,10 +505,11 @@ class SessionRecord(_message.Message):
         wants_persist: _builtins.bool = ...,
         sealed_step: _builtins.int = ...,
         blocked_s: _builtins.float = ...,
+        waited_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "blocked_s", b"blocked_s", "gate", b"gate", "is_short_of_slots", b"is_short_of_slots", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "sealed_step", b"sealed_step", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "wants_persist", b"wants_persist", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "blocked_s", b"blocked_s", "gate", b"gate", "is_short_of_slots", b"is_short_of_slots", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "sealed_step", b"sealed_step", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "waited_s", b"waited_s", "wants_persist", b"wants_persist", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -527,6 +527,7 @@ class TrainerCost(_message.Message):
     CAPTURE_S_FIELD_NUMBER: _builtins.int
     COPIED_BYTES_FIELD_NUMBER: _builtins.int
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
     snapshot_s: _builtins.float
     """Time inside snapshot()."""
     fence_s: _builtins.float
@@ -537,6 +538,8 @@ class TrainerCost(_message.Message):
     """Bytes copied."""
     kept_bytes: _builtins.int
     """Bytes that were unchanged and not copied."""
+    waited_s: _builtins.float
+    """Of fence_s: waiting for a slot, and for the copy of what the optimizer is about to change."""
     def __init__(
         self,
         *,
@@ -545,10 +548,11 @@ class TrainerCost(_message.Message):
         capture_s: _builtins.float = ...,
         copied_bytes: _builtins.int = ...,
         kept_bytes: _builtins.int = ...,
+        waited_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_s", b"capture_s", "copied_bytes", b"copied_bytes", "fence_s", b"fence_s", "kept_bytes", b"kept_bytes", "snapshot_s", b"snapshot_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_s", b"capture_s", "copied_bytes", b"copied_bytes", "fence_s", b"fence_s", "kept_bytes", b"kept_bytes", "snapshot_s", b"snapshot_s", "waited_s", b"waited_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,6 +93,11 @@ class CoordinatorMetrics(DaemonMetrics):
         self.snapshot_interval_steps = registry.run_gauge(
             "snapshot_interval_steps", "One in so many steps is captured."
         )
+        self.snapshot_wait_ratio = registry.run_gauge(
+            "snapshot_wait_ratio",
+            "Part of its time that the rank which waits longest spent waiting for slots and copying, over the last few "
+            "snapshots; above 0.05 snapshots are taken less often.",
+        )
 
     def _add_snapshots(self) -> None:
         registry = self._registry
