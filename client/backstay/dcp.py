@@ -255,33 +255,59 @@ class BackstayReader(StorageReader):
         """A checkpoint_id means nothing here: what is read was decided in begin()."""
 
     def read_metadata(self, *args: Any, **_: Any) -> Metadata:
-        """What the manifests say is there."""
-        return self._store.source.read(self._describe)
+        """What the manifests say is there, and how it was nested when it was saved (planner_data)."""
+        source = self._store.source
+        metadata, holders = source.read(self._describe)
+        nesting: items.Nesting = {}
+        seen: set[int] = set()
+        for fqn, ranks in holders.items():
+            if fqn not in nesting and ranks and seen.isdisjoint(ranks):  # few are read: ranks nest much alike
+                rank = min(ranks)
+                seen.add(rank)
+                name = items.nesting_name(rank)
+                nesting |= items.unpack_nesting(source.read_bytes(name), name)
+        if seen:
+            found = metadata.state_dict_metadata
+            metadata.planner_data = {fqn: path for fqn, path in nesting.items() if fqn in found}
+            metadata.state_dict_metadata = {fqn: found[fqn] for fqn in metadata.planner_data} | found  # in saved order
+        return metadata
 
-    def _describe(self, opened: OpenedSnapshot) -> Metadata:
+    def _describe(self, opened: OpenedSnapshot) -> tuple[Metadata, dict[str, set[int]]]:
+        """The metadata without its planner_data, and for each fqn the ranks that hold it and wrote how it is nested."""
         found: dict[str, Any] = {}
+        holders: dict[str, set[int]] = {}
         self._places = {}
         own = self._store.line.place.rank
+        nested = {rank for rank in opened.manifests if opened.entries(items.nesting_name(rank))}
         for name in [*opened.names(), *opened.aliases()]:
+            if items.is_nesting_name(name):
+                continue
             thing = items.object_of(name)
             if thing is not None:
                 rank, fqn = thing
                 found.setdefault(fqn, BytesStorageMetadata())
+                holders.setdefault(fqn, set()).update({rank} & nested)
                 if rank == own or MetadataIndex(fqn) not in self._places:
                     self._places[MetadataIndex(fqn)] = (name, ())
                 continue
-            stored = opened.tensor(name)
-            tensor = TensorStorageMetadata(
-                properties=TensorProperties(dtype=stored.dtype), size=torch.Size(stored.shape), chunks=[]
-            )
-            for _, entry in opened.entries(name):
-                index = MetadataIndex(name, entry.offsets)
-                if index not in self._places:  # else a replica
-                    self._places[index] = (name, entry.offsets)
-                    sizes = torch.Size(true_shape(entry))
-                    tensor.chunks.append(ChunkStorageMetadata(offsets=torch.Size(entry.offsets), sizes=sizes))
-            found[name] = tensor
-        return Metadata(state_dict_metadata=found, storage_data=dict(self._places), storage_meta=StorageMeta())
+            found[name] = self._tensor(opened, name)
+            holders[name] = {rank for rank, _ in opened.entries(name)} & nested
+        metadata = Metadata(state_dict_metadata=found, storage_data=dict(self._places), storage_meta=StorageMeta())
+        return metadata, holders
+
+    def _tensor(self, opened: OpenedSnapshot, name: str) -> TensorStorageMetadata:
+        """One tensor and its chunks, whose places are noted."""
+        stored = opened.tensor(name)
+        tensor = TensorStorageMetadata(
+            properties=TensorProperties(dtype=stored.dtype), size=torch.Size(stored.shape), chunks=[]
+        )
+        for _, entry in opened.entries(name):
+            index = MetadataIndex(name, entry.offsets)
+            if index not in self._places:  # else a replica
+                self._places[index] = (name, entry.offsets)
+                sizes = torch.Size(true_shape(entry))
+                tensor.chunks.append(ChunkStorageMetadata(offsets=torch.Size(entry.offsets), sizes=sizes))
+        return tensor
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Each rank made its metadata itself."""

@@ -31,6 +31,16 @@ def test_what_four_ranks_saved_is_loaded_by_four_by_two_and_by_one(
         assert world.all("loaded", "differing") == [[[]]] * ranks
 
 
+def test_branches_of_different_ranks_are_nested_again_where_nothing_is_known_of_them(
+    local_cluster_factory: LocalClusterFactory, tmp_path: Path
+) -> None:
+    cluster = local_cluster_factory(1, 0, lease_s=LEASE_S)
+    World(cluster, tmp_path, [["begin"], ["save_own", 3], ["complete", 3]], ranks=2).join()
+    alone = World(cluster, tmp_path, [["begin"], ["load_without_template"]], ranks=1).join()
+    layers = {str(rank): [[float(rank)] * 3, {"rank": rank}] for rank in (0, 1)}
+    assert alone.all("loaded_free", "state") == [[{"layers": layers, "step": 3}]]
+
+
 def test_async_save_keeps_what_was_staged_though_the_tensors_change_at_once(
     local_cluster_factory: LocalClusterFactory, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import warnings
@@ -9,16 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, _load_state_dict_from_keys
 
 import backstay.dcp
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.testing import LocalCluster
+from backstay.trainer.state import is_same
 from tests.kit.listing import files_in
 
 MIB = 1 << 20
@@ -143,6 +148,43 @@ def test_what_could_only_be_unpickled_is_refused_when_it_is_saved(store: backsta
         dcp.save({"nested": {"thing": Own()}}, storage_writer=store.writer(1))
     dcp.save(state(2), storage_writer=store.writer(2))
     assert store.wait_complete(2)
+
+
+def test_what_is_refused_is_named_with_its_type_and_what_to_do(store: backstay.dcp.Store) -> None:
+    cases: list[tuple[Any, str]] = [
+        (np.float32(2), r"it is a numpy\.float32, .*\.item\(\)"),
+        (np.ones(3), r"it is a numpy\.ndarray, .*from_numpy"),
+        (io.BytesIO(b"x"), r"it is a _io\.BytesIO, .*getvalue"),
+        (Own(), r"it is a tests\.cluster\.\S+\.Own, .*add_safe_globals"),
+    ]
+    for step, (value, message) in enumerate(cases, start=1):
+        with pytest.raises(CheckpointException, match=rf"a\.list\.1 cannot be saved: {message}"):
+            dcp.save({"a": {"list": [1, value], "b": 2}}, storage_writer=store.writer(step))
+
+
+def test_a_load_without_a_template_is_nested_as_it_was_saved(
+    cluster: LocalCluster, store: backstay.dcp.Store, request: pytest.FixtureRequest
+) -> None:
+    saved = {"w": torch.ones(8), "opt": {"state": [{"m": torch.ones(2)}, {"m": torch.zeros(3)}], "lr": 0.5}, "a.b": 1}
+    stager = store.stager()
+    dcp.save(saved, storage_writer=store.writer(1))
+    for step in (2, 3):  # the second one is staged into the slot
+        dcp.async_save(saved, storage_writer=store.writer(step), async_stager=stager).result()
+    assert store.wait_complete(3)
+    second = again(cluster, store, request.node.name)
+    assert second.begin() == 3
+    found: dict[str, Any] = {}
+    _load_state_dict(found, second.reader(), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    assert is_same(found, saved)
+    part = _load_state_dict_from_keys({"opt"}, storage_reader=second.reader())
+    assert is_same(part, {"opt": saved["opt"]})
+    flat = DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save({"w": torch.ones(8)}, storage_writer=second.writer(4), planner=flat)
+    assert second.wait_complete(4)
+    third = again(cluster, second, request.node.name)
+    assert third.begin() == 4
+    assert third.reader().read_metadata().planner_data is None
+    third.close()
 
 
 def test_a_missing_tensor_and_one_of_another_dtype_are_named(

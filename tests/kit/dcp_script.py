@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -113,6 +115,18 @@ class Rank:
         fill(self.state, -1)
         dcp.load(self.state, checkpoint_id=f"{self.url}/step-{step}")
         self.say("loaded", step=step, differing=differing(self.state, step))
+
+    def save_own(self, step: int) -> None:
+        """Each rank has a branch that no other has, as pipeline stages do."""
+        rank = self.options["rank"]
+        own = {"layers": {str(rank): [torch.full((3,), float(rank)), {"rank": rank}]}, "step": step}
+        dcp.save(own, storage_writer=self.store.writer(step))
+
+    def load_without_template(self) -> None:
+        """What dcp_to_torch_save does: the nesting comes from the checkpoint alone."""
+        found: dict[str, Any] = {}
+        _load_state_dict(found, self.store.reader(), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+        self.say("loaded_free", state=json.loads(json.dumps(found, default=torch.Tensor.tolist)))
 
     def save(self, step: int) -> None:
         fill(self.state, step)
