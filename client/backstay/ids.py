@@ -11,12 +11,17 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from backstay.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 DEFAULT_JOB = "default"
+MAX_COUNT: Final = (
+    1 << 48
+)  # steps, attempts and sizes lie below: sums and products of them still fit the wire's 64 bits
+MAX_GENERATION: Final = 1 << 62  # room for every term of an election (32 bits) and for counting on from there
+MAX_WORLD_SIZE: Final = 1 << 20
 
 
 def check_name(kind: str, name: Any) -> str:
@@ -59,6 +64,11 @@ class Generation:
     def admits(self, other: Generation) -> bool:
         """Whether a holder of ``self`` (the highest seen) may obey ``other``."""
         return other.number > self.number or other == self
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether numbers can be counted on from here; a flipped bit or a stranger makes one where they cannot."""
+        return 0 <= self.number < MAX_GENERATION
 
 
 @dataclass(frozen=True, slots=True, order=True)

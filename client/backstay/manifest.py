@@ -11,9 +11,11 @@ from typing import Final
 
 from backstay import record, versions
 from backstay.errors import IntegrityError
+from backstay.ids import MAX_COUNT, MAX_WORLD_SIZE
 
 FORMAT_VERSION: Final = versions.FILE_FORMAT
 CHUNK_BYTES: Final = 256 * 1024  # the unit of every digest, transfer and verification
+MAX_LABEL: Final = 200  # characters of what names a world, a layout, a writer: it travels in every report of the shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +93,21 @@ class Manifest:
             raise IntegrityError(
                 f"manifest with chunks of {self.chunk_bytes} bytes, not {CHUNK_BYTES}", reason="bad_format"
             )
-        if not 0 <= self.rank < self.world_size or self.attempt < 0 or self.step < 0:
+        longest = max(map(len, (self.run, self.world_id, self.model_signature, self.writer, self.layout)))
+        if longest > MAX_LABEL:
             raise IntegrityError(
-                f"manifest of rank {self.rank} of {self.world_size}, attempt {self.attempt}, step {self.step}: no such shard",
+                f"manifest with a name, layout or signature of {longest} characters; at most {MAX_LABEL} are allowed",
+                reason="bad_manifest",
+            )
+        if (
+            not 0 <= self.rank < self.world_size <= MAX_WORLD_SIZE
+            or not 0 <= self.attempt < MAX_COUNT
+            or not 0 <= self.step < MAX_COUNT
+            or self.size_bytes >= MAX_COUNT
+        ):
+            raise IntegrityError(
+                f"manifest of rank {self.rank} of {self.world_size}, attempt {self.attempt}, step {self.step}, "
+                f"{self.size_bytes} bytes: no such shard",
                 reason="bad_manifest",
             )
         if not 0 <= self.header_bytes <= self.size_bytes:

@@ -50,8 +50,9 @@ ELECTED_SETTLE_LEASES: Final = 2.0  # nodes notice the loss, go round the addres
 SILENT_LEASES: Final = 2.0  # all nodes at once are silent for so long: it is this coordinator that is cut off
 WARNING_KINDS: Final = frozenset(
     {"node_lost", "session_lost", "abandoned", "behind", "quarantined", "interval_raised", "distrusted"}
+    | {"report_refused"}
 )
-ERROR_KINDS: Final = frozenset({"refused", "gate_failed"})
+ERROR_KINDS: Final = frozenset({"refused", "gate_failed", "evaluation_failed"})
 
 
 def run(config: CoordinatorConfig, load: Callable[[], CoordinatorConfig]) -> int:
@@ -310,6 +311,8 @@ class CoordinatorProcess:
         """Tell people and nodes what the core has decided."""
         for event in core.take_events():
             self._tell(event)
+            if event.kind == "evaluation_failed" and event.run in core.faults:
+                logger.error("run %s: where its evaluation failed", event.run, exc_info=core.faults[event.run])
         self._gauges.update(core, now_s=self._clock.monotonic_s(), unix_s=self._clock.unix_s())
         if core.has_changed:
             self._server.wake()

@@ -6,6 +6,7 @@ are never one snapshot: digests come from one plan's tables or from one world. P
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from backstayd.core.placement import natural
 from backstayd.core.records import Decision, Plan, Quarantined, ShardRecord, VolumeShard
 
 NOT_RECOVERABLE = -1
+MAX_LISTED_RANKS = 1 << 16  # of those that lack something: what one shard claims of its world must not cost more
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,16 +180,23 @@ class SnapshotView:
     @property
     def spares(self) -> int:
         """How many more node losses every shard survives now; -1: some shard is gone."""
+        if (
+            len(self.rank_spares) < self.world_size
+        ):  # nothing is known of some rank, however many a shard claims there are
+            return NOT_RECOVERABLE
         return min((self.rank_spares.get(rank, NOT_RECOVERABLE) for rank in range(self.world_size)), default=-1)
 
     @property
     def unheld_ranks(self) -> tuple[int, ...]:
-        return tuple(rank for rank in range(self.world_size) if not self.holders.get(rank))
+        """Ranks whose shard nobody holds; the first MAX_LISTED_RANKS of them."""
+        unheld = (rank for rank in range(self.world_size) if not self.holders.get(rank))
+        return tuple(itertools.islice(unheld, MAX_LISTED_RANKS))
 
     @property
     def lost_ranks(self) -> tuple[int, ...]:
-        """Ranks whose shard neither is held nor can be rebuilt."""
-        return tuple(r for r in range(self.world_size) if self.rank_spares.get(r, NOT_RECOVERABLE) < 0)
+        """Ranks whose shard neither is held nor can be rebuilt; the first MAX_LISTED_RANKS of them."""
+        lost = (rank for rank in range(self.world_size) if self.rank_spares.get(rank, NOT_RECOVERABLE) < 0)
+        return tuple(itertools.islice(lost, MAX_LISTED_RANKS))
 
     @property
     def size_bytes(self) -> int:
@@ -274,6 +283,8 @@ def _loose_table(
 
 def _complete_from(table: _Table, key: SnapshotKey, shards: list[ShardRecord]) -> None:
     """Fill in ranks of groups whose plan is not known, if the whole then has the snapshot id that the plans name."""
+    if len(table.digests) + len(shards) < table.world_size:
+        return
     missing = set(range(table.world_size)) - set(table.digests)
     found = {shard.rank: shard for shard in shards if shard.rank in missing}
     if not missing or set(found) != missing:

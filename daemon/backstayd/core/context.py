@@ -97,7 +97,7 @@ def is_waiting(world: World) -> bool:
     """Whether all ranks of the world are there and blocked in restore()."""
     sizes = {session.record.world_size for session in world.values()}
     return (
-        len(sizes) == 1
-        and sorted(world) == list(range(next(iter(sizes))))
+        sizes == {len(world)}
+        and max(world) < len(world)
         and all(session.record.phase is SessionPhase.RESTORING for session in world.values())
     )

@@ -10,7 +10,8 @@ from typing import Any
 
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import Generation
-from backstayd.core.catalog import ShapeCache
+from backstayd.core.catalog import ShapeCache, build_views, take_inventory
+from backstayd.core.door import admitted, check_node
 from backstayd.core.drains import DrainState, DrainVerdict, order_drain, verdict_of
 from backstayd.core.ledger import ledger_sentence
 from backstayd.core.locating import Located, locate
@@ -27,6 +28,7 @@ FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease
 MAX_RESETTLE_LEASES = 16
 TERM_GENERATIONS = 1_000_000_000  # of one term of an election: room for 999 leaps after a total loss (LEAP_GENERATIONS)
 KEPT_LEDGERS = 16
+REFUSED_AGAIN_S = 60.0
 
 
 class Coordinator:
@@ -63,6 +65,13 @@ class Coordinator:
         self.runs: dict[str, RunState] = {}
         self.timeline = Timeline()
         self.drains: dict[str, DrainVerdict] = {}  # of the nodes that drain
+        self.faults: dict[
+            str, Exception
+        ] = {}  # runs whose last evaluation failed: a mistake of ours, or a rogue report
+        self._admitted: dict[
+            str, tuple[NodeReport, NodeReport]
+        ] = {}  # by node: its last report, and what is used of it
+        self._refused_s: dict[str, float] = {}  # by node: when something of its report was refused last
         self._shapes = ShapeCache()
         self._started_s = now_s
         self._now_s = now_s
@@ -88,9 +97,13 @@ class Coordinator:
             state.adopt(policy)
 
     def observe(self, report: NodeReport, now_s: float) -> None:
-        """Take in a report; nothing is decided before :meth:`evaluate`."""
+        """Take in a report; nothing is decided before :meth:`evaluate`.
+
+        Raises:
+            IntegrityError: it cannot be that of any node. A run in it that cannot be calculated with is passed over.
+        """
         self._now_s = max(self._now_s, now_s)
-        change = self.nodes.observe(report, self._now_s)
+        change = self.nodes.observe(self._admit(report), self._now_s)
         if change is None:
             return
         self._is_dirty = self.has_news = True
@@ -102,6 +115,28 @@ class Coordinator:
         for run in report.runs:
             if run.run not in self.runs:
                 self.runs[run.run] = self._new_run(run.run)
+
+    def _admit(self, report: NodeReport) -> NodeReport:
+        """The report as far as it can be calculated with; the very same one again costs nothing."""
+        known = self._admitted.get(report.node.name)
+        if known is not None and known[0] is report:
+            return known[1]
+        check_node(report)
+        before = self.nodes.nodes.get(report.node.name)
+        found, problems = admitted(report, before.runs if before is not None else {})
+        self._admitted[report.node.name] = (report, found)
+        if problems:
+            self._say_refused(report.node.name, problems)
+        return found
+
+    def _say_refused(self, node: str, problems: Mapping[str, str]) -> None:
+        """Once a minute and node: a rogue one may report something else each time."""
+        if self._now_s - self._refused_s.get(node, -REFUSED_AGAIN_S) < REFUSED_AGAIN_S:
+            return
+        self._refused_s[node] = self._now_s
+        run, problem = next(iter(problems.items()))
+        more = f" (and {len(problems) - 1} more runs)" if len(problems) > 1 else ""
+        self._say("", "report_refused", f"what {node} reports of run {run}{more} is not used: {problem}")
 
     def tick(self, now_s: float, *, away_s: float = 0.0) -> None:
         """Let time pass: leases run out.
@@ -121,6 +156,8 @@ class Coordinator:
                 "", "node_lost", f"{name} did not report for {self.policy.lease_s:g} s: what it held counts as gone"
             )
         self.nodes.forget_lost(self._now_s, FORGET_LOST_NODES_LEASES * self.policy.lease_s)
+        self._admitted = {name: known for name, known in self._admitted.items() if name in self.nodes.nodes}
+        self._refused_s = {name: at_s for name, at_s in self._refused_s.items() if name in self.nodes.nodes}
         self._is_dirty = True
 
     def evaluate(self) -> bool:
@@ -149,17 +186,33 @@ class Coordinator:
             return
         present = {node.name: node for node in self.nodes.present()}
         for name in list(self.runs):
-            is_sure = self._has_long_memory() or self.runs[name].named_nodes(present) <= set(self.nodes.nodes)
-            if not is_sure:
-                continue  # somebody who knows more of this run may still be on its way
-            self.runs[name].evaluate(
-                present, generation=self.generation, has_long_memory=self._has_long_memory(), now_s=self._now_s
-            )
-            self._keep_ledger(self.runs[name])
-            if self._is_over(name, present):
-                del self.runs[name]
-                self.timeline.forget(name)
+            try:
+                self._evaluate_run(name, present)
+                self.faults.pop(name, None)
+            except Exception as error:  # noqa: BLE001 - the boundary of one run: the others go on
+                self._set_apart(name, error, present)
         self._judge_drains()
+
+    def _evaluate_run(self, name: str, present: Mapping[str, NodeState]) -> None:
+        is_sure = self._has_long_memory() or self.runs[name].named_nodes(present) <= set(self.nodes.nodes)
+        if not is_sure:
+            return  # somebody who knows more of this run may still be on its way
+        self.runs[name].evaluate(
+            present, generation=self.generation, has_long_memory=self._has_long_memory(), now_s=self._now_s
+        )
+        self._keep_ledger(self.runs[name])
+        if self._is_over(name, present):
+            del self.runs[name]
+            self.timeline.forget(name)
+
+    def _set_apart(self, name: str, error: Exception, present: Mapping[str, NodeState]) -> None:
+        """The run could not be evaluated: its nodes get no orders, keep what they hold, and it is tried again."""
+        self.faults[name] = error
+        nodes = [node for node in present.values() if name in node.runs]
+        guilty = [node.name for node in nodes if not _can_be_read(name, node)] or [node.name for node in nodes]
+        why = f"it cannot be evaluated ({error!r:.200}); reported by {listed(guilty[:8])}"
+        self.runs[name].set_apart(why)
+        self._say(name, "evaluation_failed", f"{why}; nothing of it is deleted or protected until that has changed")
 
     def desired(self, node: str) -> NodeDesired:
         """Everything ``node`` should do now; before settling nothing, under a generation that no node obeys."""
@@ -171,7 +224,8 @@ class Coordinator:
         return found
 
     def _make_desired(self, node: str) -> NodeDesired:
-        wanted = {name: desired for name, state in self.runs.items() if (desired := state.desired(node)) is not None}
+        found = {name: state.desired(node) for name, state in self.runs.items() if name not in self.faults}
+        wanted = {name: desired for name, desired in found.items() if desired is not None}
         return NodeDesired(
             generation=self.generation,
             runs=tuple(wanted[name] for name in sorted(wanted)),
@@ -312,6 +366,8 @@ class Coordinator:
 
     def check_invariants(self) -> None:
         """Raise AssertionError for a mistake of ours."""
+        for run, fault in self.faults.items():
+            raise AssertionError(f"run {run} could not be evaluated") from fault
         for state in self.runs.values():
             state.check_invariants()
         if self.is_settled:
@@ -403,3 +459,12 @@ class Coordinator:
         state = self.runs[run]
         is_mentioned = any(run in node.runs for node in present.values())
         return not is_mentioned and not state.memory.is_known and not state.recovery.is_active
+
+
+def _can_be_read(run: str, node: NodeState) -> bool:
+    """Whether what this node alone reports of the run can be calculated with."""
+    try:
+        build_views(take_inventory(run, [node]), ShapeCache())
+    except Exception:  # noqa: BLE001 - whatever it is: this is the node
+        return False
+    return True

@@ -115,9 +115,9 @@ def abandoned_keys(
         members = {member.node for state in view.plans for member in state.plan.members}
         if view.key.attempt != attempt or view.is_restorable or not members <= set(present):
             continue
-        for rank in view.unheld_ranks:
-            session = sessions.get(rank)
-            if session is None or session.phase is not SessionPhase.TRAINING:
+        for rank, session in sessions.items():
+            is_lacking = rank < view.world_size and not view.holders.get(rank)
+            if not is_lacking or session.phase is not SessionPhase.TRAINING:
                 continue
             if session.last_step > view.key.step or session.skipped_step >= view.key.step:
                 found.add(view.key)

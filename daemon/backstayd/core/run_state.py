@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backstay.ids import Generation, SnapshotKey
@@ -152,6 +152,13 @@ class RunState:
         self._describe(context, target=target, wanted=wanted, release=release)
         self._judge_lag(context)
         self._adjust_pace(context, target)
+
+    def set_apart(self, why: str) -> None:
+        """The evaluation failed half way: what the last one found stands, as something that protects nothing now."""
+        self.orders = None
+        if self.evaluation is not None:
+            self.evaluation = replace(self.evaluation, redundancy="UNPROTECTED", spares=-1, reason=why)
+        self.context = self.evaluation.context if self.evaluation is not None else None
 
     def desired(self, node: str) -> RunDesired | None:
         """What ``node`` should do for this run; None if it has no part in it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+MAX_COUNTED = 32  # beyond that a sentence gives the number and the first few
+
 
 def listed(items: Iterable[object]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
@@ -24,5 +26,7 @@ def any_nodes(count: int) -> str:
 
 
 def counted(items: Sequence[object], singular: str) -> str:
-    """``rank 3`` or ``ranks 3, 4 and 5``."""
+    """``rank 3``, ``ranks 3, 4 and 5`` or ``4096 ranks (0, 1, 2, ...)``."""
+    if len(items) > MAX_COUNTED:
+        return f"{len(items)} {singular}s ({', '.join(str(item) for item in items[:3])}, ...)"
     return f"{singular}{'' if len(items) == 1 else 's'} {listed(items)}"

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from backstay import record
-from backstayd.core.catalog import PlanState, SnapshotView
+from backstayd.core.catalog import MAX_LISTED_RANKS, PlanState, SnapshotView
 from backstayd.core.choosing import choose, missing_sentence, sources_of
 from backstayd.core.context import RunContext, World
 from backstayd.core.drains import DrainVerdict
@@ -195,7 +195,7 @@ def _snapshot(state: RunState, context: RunContext, index: int, *, is_brief: boo
         if is_brief
         else [
             {"rank": rank, "nodes": list(view.holders.get(rank, ())), "size_bytes": view.sizes.get(rank, 0)}
-            for rank in range(view.world_size)
+            for rank in (range(view.world_size) if view.world_size <= MAX_LISTED_RANKS else sorted(view.digests))
         ],
         "missing": "" if is_calm else missing_sentence(context, state.memory, view),
     }

@@ -43,9 +43,9 @@ def check_header(fd: int, manifest: Manifest) -> None:
         )
     try:
         header = json.loads(head[8 : manifest.header_bytes])
-    except ValueError as error:
-        raise IntegrityError(f"the header is not JSON: {error}", reason="bad_header") from error
-    _compare(header, manifest)
+        _compare(header, manifest)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise IntegrityError(f"the header is not safetensors JSON: {error!r:.200}", reason="bad_header") from error
 
 
 def _compare(header: Any, manifest: Manifest) -> None:
