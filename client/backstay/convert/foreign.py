@@ -22,6 +22,7 @@ from backstay.convert import huggingface
 from backstay.convert.writing import Source
 from backstay.errors import IntegrityError, UsageError
 from backstay.shard import STORAGE_RULES
+from backstay.trainer import memory
 
 _SAFETENSORS: Final = {
     rule.dtype: name for name, rule in reversed(STORAGE_RULES.items()) if not rule.trailing and rule.dtype != "U8"
@@ -333,7 +334,4 @@ def _converted(source: Source, dtype: torch.dtype) -> Source:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().contiguous().reshape(-1)
-    if flat.numel() == 0:
-        return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy().data)
+    return memoryview(memory.read_bytes(tensor.detach().contiguous()))

@@ -24,6 +24,7 @@ from backstay.digest import verify_chunks
 from backstay.errors import IntegrityError, SnapshotNotFoundError
 from backstay.manifest import CHUNK_BYTES, Manifest, TensorEntry
 from backstay.restore.reading import Part, Reading, chunk_ranges, true_dtype, true_shape
+from backstay.trainer import memory
 
 MAX_SHARDS_PER_FETCH: Final = 64  # descriptors that one frame may carry, with room
 SOURCE_ORDER: Final = ("local", "peer", "persisted", "rebuild")  # cheapest first
@@ -262,7 +263,7 @@ class OpenedSnapshot:
             return None
         data = self.read_tensor(name)
         try:
-            document = json.loads(data.numpy(force=True).tobytes() if data.numel() else b"{}")
+            document = json.loads(memory.read_bytes(data) or b"{}")
         except ValueError as error:
             raise IntegrityError(
                 f"{self.label}: state of rank {rank} is not JSON: {error}; nothing was loaded", reason="bad_state"

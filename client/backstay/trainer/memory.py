@@ -75,6 +75,12 @@ def as_plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
+def read_bytes(tensor: torch.Tensor) -> bytes:
+    """A copy of the bytes of a tensor in plain memory; ``Tensor.numpy()`` would need numpy, which torch does not install."""
+    with lent(tensor) as view:
+        return bytes(view)
+
+
 def byte_count(tensor: torch.Tensor) -> int:
     """Bytes of the elements of ``tensor``, not of its storage."""
     return tensor.numel() * tensor.element_size()

@@ -233,8 +233,7 @@ def _decode_tagged(tag: str, value: dict[str, Any], tensors: Mapping[str, torch.
     if tag == "$dict":
         return _decode_dict(value, tensors)
     if tag == "$ndarray":
-        import numpy as np
-
+        np = _numpy()
         array = np.frombuffer(base64.b64decode(body), dtype=np.dtype(value["dtype"])).reshape(value["shape"]).copy()
         return array[()] if value["scalar"] else array
     if tag == "$torch":
@@ -245,6 +244,17 @@ def _decode_tagged(tag: str, value: dict[str, Any], tensors: Mapping[str, torch.
             f"state has the unknown tag {tag!r}; it was written by a newer version", reason="bad_state"
         )
     return simple(body)
+
+
+def _numpy() -> Any:
+    try:
+        import numpy as np
+    except ModuleNotFoundError as error:
+        raise IntegrityError(
+            "the snapshot has numpy arrays and this environment has no numpy; nothing was loaded: pip install numpy",
+            reason="missing_package",
+        ) from error
+    return np
 
 
 def _decode_dict(value: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
