@@ -1,10 +1,13 @@
 """backstay keeps the state of a training run alive in the memory of the machines that train it.
 
     keeper = backstay.Snapshotter(model, optimizer, run_id="gpt-7b-3", extra={"scheduler": scheduler, "loader": loader})
-    start = keeper.restore().step              # 0 for a run that is provably new; raises rather than guess
-    for step in range(start, total_steps):
-        train_one_step(step)
-        keeper.snapshot(step + 1)              # returns at once
+    step = keeper.restore().step               # 0 for a run that is provably new; raises rather than guess
+    for epoch in range(keeper.values.get("epoch", 0), epochs):
+        keeper.values["epoch"] = epoch         # plain values, in each snapshot
+        for batch in loader:                   # after a restart: from the next batch on
+            train_one_step(batch)
+            step += 1
+            keeper.snapshot(step)              # returns at once
     keeper.finish()
 
 Adapters are modules of their own (``backstay.dcp``, ``files``, ``lightning``, ``transformers``, ``accelerate``, ``deepspeed``,

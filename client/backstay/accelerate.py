@@ -17,7 +17,7 @@ Must not change what the accelerator does. Imported by those who use it, never b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Self
 
 import torch
@@ -25,6 +25,7 @@ import torch
 from backstay.errors import UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
 from backstay.stats import NOT_SCHEDULED, SnapshotStatus, Stats
+from backstay.trainer import loaders
 from backstay.trainer.position import Place, Position, follow, place_of
 
 try:
@@ -70,6 +71,7 @@ class AcceleratedSnapshotter:
         **options: Any,
     ) -> None:
         refuse_unsupported(accelerator)
+        loaders.refuse(extra or {}, "backstay.accelerate")
         if getattr(accelerator, _ATTRIBUTE, None) is not None:
             raise UsageError(
                 "this accelerator has a keeper already: call attach() once, and close() or finish() before another",
@@ -97,13 +99,15 @@ class AcceleratedSnapshotter:
         )
         setattr(accelerator, _ATTRIBUTE, self)
 
-    def restore(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> RestoreResult:
+    def restore(
+        self, *, allow_fresh: bool = False, deadline_s: float = 600.0, missing_ok: Iterable[str] = ()
+    ) -> RestoreResult:
         """As :meth:`backstay.Snapshotter.restore`; loaders go on where they were at their next ``for``.
 
         :attr:`epoch` is then the epoch to go on with. A snapshot of an epoch's last batch gives that epoch without a batch, so
         that what follows the batches is run once.
         """
-        result = self._keeper.restore(allow_fresh=allow_fresh, deadline_s=deadline_s)
+        result = self._keeper.restore(allow_fresh=allow_fresh, deadline_s=deadline_s, missing_ok=missing_ok)
         if result.outcome != "NONE":
             self._position.arm()
         return result

@@ -23,7 +23,7 @@ import torch
 
 from backstay.errors import UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
-from backstay.trainer import lightning_state, state_file
+from backstay.trainer import lightning_state, loaders, state_file
 from backstay.trainer.position import Place, Position, follow, place_of
 
 _log = logging.getLogger("backstay")
@@ -72,6 +72,7 @@ class BackstayCallback(Callback):
         self.restored: RestoreResult | None = None
         self._run_id, self._options = run_id, options
         self._extra: Mapping[str, Any] = options.pop("extra", None) or {}
+        loaders.refuse(self._extra, "BackstayCallback")
         self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
         self._trainer: Any = None
         self._position = Position(self._places)

@@ -34,7 +34,7 @@ from backstay.restore.apply import Target
 from backstay.restore.probation import Probation
 from backstay.restore.result import RestoreResult, make_result
 from backstay.stats import NOT_SCHEDULED, REFUSED, SKIPPED, STARTED, SnapshotStatus, Stats
-from backstay.trainer import given, optimizer_state, sources, uncaptured, unsharded, world
+from backstay.trainer import given, loaders, optimizer_state, sources, uncaptured, unsharded, world
 from backstay.trainer.sigterm import SigtermHook
 
 _log = logging.getLogger("backstay")
@@ -61,12 +61,17 @@ class Snapshotter:
         optimizer: One optimizer, or several in an order that stays the same.
         run_id: The training run whose state this is; a new one for a run that starts from scratch.
         job: Name of the job the run belongs to.
-        extra: Things with ``state_dict()`` and ``load_state_dict()``: schedulers, scalers, loaders.
+        extra: Things with ``state_dict()`` and ``load_state_dict()``: schedulers, scalers, an EMA; and DataLoaders of any kind,
+            which go on with the next batch at their next ``for``. Plain values belong into :attr:`values`.
         socket: Path of the daemon's socket; default ``$BACKSTAY_SOCKET``, then ``/run/backstay/backstayd.sock``.
         max_wait_s: How long a step may wait for a free slot, at the fence.
         strict: Raise where a snapshot fails, instead of a warning.
         check_every: One in so many snapshots is compared byte for byte at the fence (and the first two are); 0: no other.
         persist_on_sigterm: On SIGTERM, ask for a durable copy (:meth:`persist`), then do what the signal did before.
+
+    Attributes:
+        values: The script's own numbers, texts, lists and dictionaries, such as its epoch: each snapshot holds what is in it at
+            that moment, and restore() makes it that again.
 
     Raises:
         UsageError: for names that cannot be used, and arguments that are not what they must be.
@@ -89,7 +94,8 @@ class Snapshotter:
         self._model = given.model_of(model)
         self._optimizers = given.optimizers_of(optimizer)
         self._run = RunKey(job, run_id)
-        self._extra = given.extra_of(extra)
+        self._extra = loaders.follow_all(given.extra_of(extra))
+        self.values: dict[str, Any] = {}
         self._socket_path = find_socket(socket)
         self._max_wait_s = given.seconds_of("max_wait_s", max_wait_s)
         self._strict = strict
@@ -124,7 +130,9 @@ class Snapshotter:
 
     # ---- what a trainer calls
 
-    def restore(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> RestoreResult:
+    def restore(
+        self, *, allow_fresh: bool = False, deadline_s: float = 600.0, missing_ok: Iterable[str] = ()
+    ) -> RestoreResult:
         """Bring model, optimizers, extras and generators to the newest step that all ranks can have, or say: a new run.
 
         A collective: all ranks call it. Blocks up to ``deadline_s``. Tensors are written in place. The snapshot may be of
@@ -132,6 +140,8 @@ class Snapshotter:
 
         Args:
             allow_fresh: Start over (step 0) if the run is known but nothing of it can be restored.
+            deadline_s: How long all of it may take.
+            missing_ok: Names of extras that were added or removed since the snapshot: those stay as the script made them.
 
         Raises:
             UsageError: a model or optimizer that cannot be captured, or several processes without torch.distributed.
@@ -140,6 +150,7 @@ class Snapshotter:
         """
         self._refuse_closed("restore()")
         deadline_s = given.seconds_of("deadline_s", deadline_s)
+        missing_ok = given.names_of("missing_ok", missing_ok)
         begin_s = time.monotonic()
         self._end_session()
         place = world.current()
@@ -148,7 +159,7 @@ class Snapshotter:
         holdings = sources.collect(self._model, self._optimizers, rank=place.rank)
         target = Target(
             model=self._model, optimizers=self._optimizers, extra=self._extra, rank=place.rank, world_size=place.size,
-            run=str(self._run), signature=sources.model_signature(holdings),
+            run=str(self._run), signature=sources.model_signature(holdings), values=self.values, missing_ok=missing_ok,
         )  # fmt: skip
         attach = local.Attach(
             run=str(self._run), world_id=world.agree_on_id(place), rank=place.rank, world_size=place.size,
@@ -387,7 +398,7 @@ class Snapshotter:
             if made is not None and is_current
             else sources.collect(target.model, target.optimizers, rank=target.rank)
         )
-        found = dynamic.read(target.optimizers, target.extra, holdings, rank=target.rank)
+        found = dynamic.read(target.optimizers, target.extra, holdings, rank=target.rank, values=target.values)
         if made is None or not is_current or not made.fits(found.tensors, found.document):
             metadata = {optimizer_state.METADATA_KEY: optimizer_state.describe(target.optimizers, holdings)}
             made = self._plan = plan.build(

@@ -19,6 +19,7 @@ import torch
 
 from backstay.errors import ConfigError, UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
+from backstay.trainer import loaders
 from backstay.trainer.position import Place, Position, place_of
 
 try:
@@ -83,6 +84,7 @@ class BackstayCallback(TrainerCallback):
         self.restored: RestoreResult | None = None
         self._run_id, self._options = run_id, options
         self._extra: Mapping[str, Any] = options.pop("extra", None) or {}
+        loaders.refuse(self._extra, "BackstayCallback")
         self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
         self._trainer: Any = None
         self._original: dict[str, Callable[..., Any]] = {}

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from backstay.trainer import optimizer_state, rng, sources, state
+
+VALUES_PATH: Final = "keeper.values"
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, shape of the whole
 
@@ -32,17 +34,20 @@ def read(
     holdings: sources.Holdings,
     *,
     rank: int,
+    values: Mapping[str, Any] | None = None,
 ) -> Dynamic:
     """Read what lies around the tensors now; the tensors are the living ones, not copies."""
     found: dict[str, torch.Tensor] = {}
     encoded = optimizer_state.read_values(optimizers, holdings, found)
     extras = {name: state.encode(stateful.state_dict(), name, found) for name, stateful in extra.items()}
+    kept = state.encode(dict(values or {}), VALUES_PATH, found)
     distributed = [path for path, tensor in found.items() if isinstance(tensor, DTensor)]
     plain, generators = rng.read()
     document = {
         "format": state.STATE_FORMAT,
         "optimizers": encoded,
         "extra": extras,
+        "values": kept,
         "distributed": distributed,
         "rng": state.encode(plain, "rng", found),
     }

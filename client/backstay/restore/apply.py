@@ -6,8 +6,9 @@ fit or cannot be verified raises.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Target:
     world_size: int
     run: str
     signature: str
+    values: dict[str, Any] = field(default_factory=dict)  # plain values of the script
+    missing_ok: frozenset[str] = frozenset()  # extras that the snapshot, or the script, may lack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,7 @@ class _Private:
     """Decoded state of this rank's own things. ``extras``: name → (method, arguments); ``words`` say where each is from."""
 
     extras: Mapping[str, tuple[str, tuple[Any, ...]]]
+    values: Mapping[str, Any]
     cursors: Mapping[str, int]
     rng: tuple[Any, dict[str, torch.Tensor]]
     rng_words: str
@@ -81,6 +85,8 @@ class Prepared:
         if private is not None:
             for name, (method, arguments) in private.extras.items():
                 getattr(target.extra[name], method)(*arguments)
+            target.values.clear()
+            target.values.update(private.values)
             rng.write(*private.rng)  # last: all of the above may draw
         return Loaded(
             description=description,
@@ -257,15 +263,18 @@ def _prepare_private(
     own_rank = target.rank % opened.world_size
     document = reader.document(own_rank)
     here, there = set(target.extra), set(document["extra"])
-    if here != there:
+    if (here ^ there) - target.missing_ok:
         raise IntegrityError(
-            f"the snapshot has extras {sorted(there)}, this Snapshotter {sorted(here)}; nothing was loaded. Give the "
-            "same names, or take a new run_id",
+            f"the snapshot has extras {sorted(there)}, this Snapshotter {sorted(here)}; nothing was loaded. Give the same "
+            f"names, or restore(missing_ok={sorted(here ^ there)}): those stay as the script made them",
             reason="wrong_extras",
         )
     extras: dict[str, tuple[str, tuple[Any, ...]]] = {}
-    words: dict[str, str] = {}
+    words: dict[str, str] = dict.fromkeys(here - there, "not in the snapshot: as the script made it")
+    words |= dict.fromkeys(there - here, "left in the snapshot: this Snapshotter has none of that name")
     for name, stateful in target.extra.items():
+        if name not in there:
+            continue
         if target.world_size != opened.world_size and callable(getattr(stateful, "load_state_dicts", None)):
             states = [reader.decode(rank, reader.document(rank)["extra"][name]) for rank in range(opened.world_size)]
             extras[name] = ("load_state_dicts", (states, target.rank, target.world_size))
@@ -278,8 +287,9 @@ def _prepare_private(
         words[name] = f"state of rank {own_rank} of {opened.world_size}"
     streams, rng_words = _prepare_rng(target, opened, reader)
     is_same_size = target.world_size == opened.world_size
-    cursors = dict.fromkeys(target.extra, own_rank) if is_same_size else {}
-    return _Private(extras=extras, cursors=cursors, rng=streams, rng_words=rng_words, words=words)
+    cursors = dict.fromkeys(extras, own_rank) if is_same_size else {}
+    values = reader.decode(own_rank, document.get("values", {}))
+    return _Private(extras=extras, values=values, cursors=cursors, rng=streams, rng_words=rng_words, words=words)
 
 
 def _templates(
@@ -305,6 +315,12 @@ def _prepare_rng(
         has_cuda = "cuda" in reader.generators(0)
         plain, generators = private.derived_streams(opened.snapshot_id, target.rank, has_cuda=has_cuda)
         words = f"new stream, derived from the snapshot and rank {target.rank}: the snapshot has {opened.world_size} streams"
+    if "numpy" in plain and importlib.util.find_spec("numpy") is None:
+        raise IntegrityError(
+            "the snapshot has the state of numpy's generator and this environment has no numpy; nothing was loaded: "
+            "pip install numpy",
+            reason="missing_package",
+        )
     if "cuda" in generators and not torch.cuda.is_available():
         raise IntegrityError(
             "the snapshot has a CUDA generator, this process has no GPU; nothing was loaded", reason="missing_device"

@@ -48,11 +48,14 @@ def extra_of(given: Any) -> dict[str, Any]:
         raise UsageError(f'extra is {_kind(given)}: give names to things, as in extra={{"scheduler": scheduler}}')
     for name, stateful in given.items():
         check_name("extra", name)
+        if isinstance(stateful, torch.utils.data.DataLoader):
+            continue  # its place is kept, whether it has a state of its own or not
         lacks = [verb for verb in ("state_dict", "load_state_dict") if not callable(getattr(stateful, verb, None))]
         if lacks or inspect.isclass(stateful):
+            plain = f"; a plain value has its place in keeper.values[{name!r}]" if _is_plain(stateful) else ""
             raise UsageError(
                 f"extra {name!r} is {_kind(stateful)}: give an object with state_dict() and load_state_dict(), which "
-                "return and take what it is to keep"
+                f"return and take what it is to keep, or a DataLoader{plain}"
             )
     return dict(given)
 
@@ -93,6 +96,18 @@ def step_of(call: str, given: Any) -> int:
             reason="bad_step",
         )
     return step
+
+
+def names_of(argument: str, given: Any) -> frozenset[str]:
+    """Several names; a bare text would be taken for its letters."""
+    found = () if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) else tuple(given)
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes)) or not all(isinstance(n, str) for n in found):
+        raise UsageError(f'{argument} is {_kind(given)}: give the names of extras, as in {argument}=["ema"]')
+    return frozenset(found)
+
+
+def _is_plain(given: Any) -> bool:
+    return given is None or isinstance(given, (bool, int, float, str, list, tuple, dict, set, torch.Tensor))
 
 
 def _is_optimizer(given: Any) -> bool:

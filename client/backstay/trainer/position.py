@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from backstay.errors import IntegrityError
-from backstay.trainer import rng
+from backstay.trainer import memory, rng
 
 _PLACE: Final = "_backstay_place"
+_FOLLOWS: Final = "_backstay_follows"  # in a class: the one it stands for
 _MAP_STYLE: Final = 0
 _SAMPLERS: Final = ("sampler", "batch_sampler")
 _COUNTERS: Final = ("epoch", "initial_seed")
@@ -62,8 +63,16 @@ class Position:
 
     def claim(self, place: Place) -> dict[str, Any] | None:
         """What was loaded for ``place``, once."""
-        index = next((i for i, own in enumerate(self._order()) if own is place), None)
+        index = self._index_of(place) if self._waiting else None
         return None if index is None else self._waiting.pop(index, None)
+
+    def waiting(self, place: Place) -> dict[str, Any] | None:
+        """What was loaded for ``place`` and not claimed yet: still where it stands."""
+        index = self._index_of(place) if self._waiting else None
+        return None if index is None else self._waiting.get(index)
+
+    def _index_of(self, place: Place) -> int | None:
+        return next((i for i, own in enumerate(self._order()) if own is place), None)
 
 
 class Place:
@@ -101,6 +110,9 @@ class Place:
 
     def state(self, ahead: int) -> dict[str, Any]:
         """See :meth:`Position.state`."""
+        waiting = self._position.waiting(self)
+        if waiting is not None:
+            return waiting
         counted = self._iterator() if self._iterator is not None else None
         if counted is not None and counted.saved is not None:
             return counted.saved
@@ -110,7 +122,8 @@ class Place:
                 "done": True,
                 "sources": _read_sources(self.loader),
                 "primed": _is_primed(self.loader),
-                "loader": self._read_source(0),
+                "loader": None if self._is_untouched() else self._read_source(0),
+                "untouched": self._is_untouched(),
             }
         recent = list(self._before)[len(self._before) - ahead :] if ahead else []
         return {
@@ -122,8 +135,16 @@ class Place:
             "loader": self._read_source(ahead),
         }
 
+    def load_between_passes(self, saved: dict[str, Any]) -> None:
+        """Take over the state of a loader without an open pass: at once, for the script may set an epoch before the next."""
+        self._iterator = None
+        self._load_source(saved)
+
     def fetch(self, counted: _Counted) -> Any:
+        if counted.saved is None:  # loaded after this iterator was made
+            counted.saved = self._position.claim(self)
         if counted.saved is not None:
+            self._iterator = weakref.ref(counted)
             self._replay(counted)
         self.tell()
         if counted.is_exhausted:
@@ -183,6 +204,10 @@ class Place:
         if not saved["open"]:
             self._begin_new(counted)
 
+    def _is_untouched(self) -> bool:
+        """Whether asking the loader for its state would make an iterator, which draws: it has no state to give yet."""
+        return self.prepared is None and getattr(self.loader, "_iterator", self) is None
+
     def _read_source(self, ahead: int) -> Any:
         if self.source is None:
             return None
@@ -195,6 +220,8 @@ class Place:
         if _is_primed(self.loader) and not saved["primed"]:
             self.loader._iterator, self.loader._initial_iter_for_state_dict = None, False
         state = saved["loader"]
+        if saved.get("untouched"):
+            return
         if (state is None) != (self.source is None):
             raise IntegrityError(
                 f"the data loader {'has' if self.source is not None else 'lacks'} a state_dict() that the one in the snapshot "
@@ -260,11 +287,17 @@ def follow(loader: Any, position: Position, *, depth: int = 1) -> Any:
         return loader
     if isinstance(loader, DataLoader) and "__class__" not in type(loader).__dict__:
         kind: Any = type(loader)
-        loader.__class__ = _followed_class(kind)
+        if not hasattr(kind, _FOLLOWS):
+            loader.__class__ = _followed_class(kind)
     else:
         loader = FollowedSized(loader) if hasattr(loader, "__len__") else Followed(loader)
     loader.__dict__[_PLACE] = Place(loader, position, depth)
     return loader
+
+
+def release(loader: Any) -> None:
+    """Follow ``loader`` no longer; a pass that is under way goes on."""
+    getattr(loader, "__dict__", {}).pop(_PLACE, None)
 
 
 def place_of(loader: Any) -> Place | None:
@@ -294,7 +327,7 @@ def write_generators(generators: dict[str, Any]) -> None:
 
 
 def _to_bytes(state: torch.Tensor) -> bytes:
-    return state.numpy().tobytes()
+    return memory.read_bytes(state)
 
 
 def _from_bytes(data: bytes) -> torch.Tensor:
@@ -308,7 +341,8 @@ def _followed_class(kind: Any) -> type[Any]:
         make = functools.partial(kind.__iter__, self)
         return make() if place is None else place.begin(make)
 
-    return type(kind.__name__, (kind,), {"__iter__": begin, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    body = {"__iter__": begin, _FOLLOWS: kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), body)
 
 
 def _is_stateful(thing: Any) -> bool:

@@ -1,0 +1,87 @@
+"""DataLoaders among the extras: followed, so that a restarted pass goes on with the next batch and draws nothing of its own.
+
+A loader's own ``state_dict()`` is not enough: the iterator that takes it up draws its base seed from the restored generator,
+and from then on everything random differs. Must not change what a loader yields.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from backstay.errors import UsageError
+from backstay.trainer import position
+
+
+class FollowedLoader:
+    """An extra: the place of one loader."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self._position = position.Position(lambda: [self._place])
+        position.release(loader)
+        position.follow(loader, self._position)
+        place = position.place_of(loader)
+        assert place is not None
+        self._place = place
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._place.state(0)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Have the next batch, of a new iterator or of one that is there, be the one after the snapshot's."""
+        if "sources" not in state:  # written before loaders were followed
+            self._loader.load_state_dict(state)
+        elif state["open"]:
+            self._position.load([state])
+        else:
+            self._place.load_between_passes(state)
+
+
+def is_followed(thing: Any) -> bool:
+    """Whether it is a DataLoader whose place backstay keeps; one that reshards its own state does that itself."""
+    return (
+        isinstance(thing, DataLoader)
+        and "__class__" not in type(thing).__dict__
+        and not callable(getattr(thing, "load_state_dicts", None))
+    )
+
+
+def follow_all(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """``extra`` with each DataLoader replaced by its place.
+
+    Raises:
+        UsageError: for a loader that an iterator is reading already: how far it is cannot be known.
+    """
+    for name, thing in extra.items():
+        if is_followed(thing) and _is_being_read(thing):
+            raise UsageError(
+                f"an iterator of extra {name!r} was made before the Snapshotter, so the batches it has taken are not known; "
+                "make the Snapshotter first, then iter(loader)",
+                reason="loader_in_use",
+            )
+    return {name: FollowedLoader(thing) if is_followed(thing) else thing for name, thing in extra.items()}
+
+
+def refuse(extra: Mapping[str, Any], adapter: str) -> None:
+    """Raise UsageError for a DataLoader in the extras of an adapter, which follows its framework's loaders itself."""
+    for name, thing in extra.items():
+        if is_followed(thing):
+            raise UsageError(
+                f"extra {name!r} is a {type(thing).__name__}: {adapter} keeps the place of its loaders already; leave it out"
+            )
+
+
+def _is_being_read(loader: Any) -> bool:
+    if position.place_of(loader) is not None or getattr(loader, "_initial_iter_for_state_dict", False):
+        return False
+    return any(
+        issubclass(type(found), _BaseDataLoaderIter)
+        and getattr(found, "_index_sampler", None) is loader._index_sampler
+        and not getattr(found, "_finished", False)
+        for found in gc.get_objects()
+    )
