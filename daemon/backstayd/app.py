@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from backstay import __version__
 from backstay.errors import BackstayError, ConfigError, UsageError
-from backstayd import config
+from backstayd import config, preflight
 from backstayd.printable import say
 from backstayd.security.configured import load_credentials
 from backstayd.telemetry import logs
@@ -110,5 +110,9 @@ def _show(settings: config.NodeConfig | config.CoordinatorConfig) -> int:
     problem = credentials.validity_problem() if credentials is not None else ""
     if problem:
         raise ConfigError(f"{problem}; renew it", reason="expired")
+    if isinstance(settings, config.NodeConfig):
+        preflight.check_node(settings)
+    else:
+        preflight.check_coordinator(settings)
     print("configuration is valid")
     return 0

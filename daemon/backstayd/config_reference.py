@@ -10,8 +10,8 @@ HEAD = """# Configuration
 
 Made from the code by `make sample`; do not edit. Settings come from a TOML file (`--config FILE`, one may hold both tables),
 the environment and flags; the later wins. A key that is not known is refused, and the nearest known one is named.
-`--check-config` shows what holds and says what is wrong, without starting anything; `--print-default-config` prints a
-file with all defaults.
+`--check-config` shows what holds and refuses what a start on this machine would refuse (memory directory, quota, socket,
+addresses, certificates), without starting anything; `--print-default-config` prints a file with all defaults.
 Sizes are written `8GiB` or `500MB`, durations in seconds.
 """
 TITLES = {"node": "Node daemons: `backstayd node`", "coordinator": "The coordinator: `backstayd coordinator`"}

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -100,7 +101,7 @@ def test_an_unknown_run_is_exit_66_and_one_line(cluster: LocalCluster, capsys: p
 
 
 def test_a_run_is_seen_from_attach_to_protected_and_until_it_is_forgotten(
-    cluster: LocalCluster, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+    cluster: LocalCluster, trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     restored, _ = trainer.ask(local.Restore(deadline_s=DEADLINE_S, world_size=1), local.Restored)
     assert (restored.outcome, restored.step) == ("NONE", 0)
@@ -123,13 +124,19 @@ def test_a_run_is_seen_from_attach_to_protected_and_until_it_is_forgotten(
     assert "node-0" in text
     assert "EXACT from step 1" in _text(capsys, cluster, "explain", RUN)
 
+    for command in (["distrust", "operated", "1", "--reason", "tried"], ["trust", "operated"]):
+        assert RUN in _text(capsys, cluster, *command), "a run_id that only one job has will do everywhere"
+    directory, at = str(tmp_path / "model"), ["--socket", str(cluster.nodes[0].socket)]
+    assert cli.main(["export", "operated", "--to", directory, *at]) == 0
+    assert f"{RUN} at step 1: 1 tensors" in capsys.readouterr().out
+
     argv = ["forget", RUN, "--coordinator", cluster.coordinator_address]
     assert cli.main(argv) == 64, "a run with a living trainer is not taken from under it"
     trainer.ask(local.Finish(keep=True), local.Done)
     cluster.wait_until(
         lambda: not _json(capsys, cluster, "status")["runs"][0]["sessions"], DEADLINE_S, "the trainer to be detached"
     )
-    _text(capsys, cluster, "forget", RUN)
+    assert f"{RUN} is being deleted" in _text(capsys, cluster, "forget", "operated")
     cluster.wait_until(lambda: not _json(capsys, cluster, "status")["runs"], DEADLINE_S, "the run to be forgotten")
     for index in range(2):
         cluster.wait_until(

@@ -96,13 +96,14 @@ def test_an_expired_certificate_starts_a_daemon_and_is_named(authority: TestAuth
 
 
 def test_checking_the_configuration_finds_a_bad_certificate(
-    authority: TestAuthority, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    authority: TestAuthority, tmpfs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("BACKSTAYD_NODE_INSECURE")
+    place = ["--memory-dir", str(tmpfs_dir), "--socket", str(tmpfs_dir / "socket")]
 
     def check(files: TlsFiles) -> tuple[int, str]:
         argv = ["node", "--name", "n1", "--tls-cert", str(files.cert), "--tls-key", str(files.key)]
-        status = app.main([*argv, "--tls-ca", str(files.ca), "--check-config"])
+        status = app.main([*argv, *place, "--tls-ca", str(files.ca), "--check-config"])
         return status, capsys.readouterr().err
 
     assert check(authority.make([node_uri("n1")]))[0] == 0

@@ -14,7 +14,7 @@ import pytest
 
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstayd import cli
-from backstayd.cli import arguments, explain, snapshots, status, tables, watching
+from backstayd.cli import explain, snapshots, status, tables, watching
 from backstayd.cli.coordinator import find_run
 
 
@@ -211,12 +211,6 @@ def test_status_says_what_is_distrusted_and_why(document: dict[str, Any]) -> Non
     assert "default/gpt: step 12 of attempt 2 is distrusted: the loss is nan" in status.describe(document, events=0)
 
 
-@pytest.mark.parametrize("command", [["distrust", "gpt", "12", "--reason", "x"], ["trust", "gpt"]])
-def test_what_changes_a_run_does_not_guess_which(command: list[str]) -> None:
-    with pytest.raises(UsageError, match="name the run in full, such as default/gpt"):
-        arguments.dispatch(command)
-
-
 def test_status_says_while_the_coordinator_settles(document: dict[str, Any]) -> None:
     document["is_settled"] = False
     assert "settling" in status.describe(document, events=0)
@@ -276,7 +270,7 @@ def test_without_a_coordinator_a_command_says_what_to_do_and_exits_69(
         (["explain"], "required: RUN"),
         (["status", "--coordinator", "nowhere"], "--coordinator 'nowhere' is not HOST:PORT"),
         (["status", "--timeout-s", "0"], "'0' is not a positive number of seconds"),
-        (["forget", "gpt"], "name the run in full, such as default/gpt"),
+        (["forget", "a/b/c"], "'b/c'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_64(

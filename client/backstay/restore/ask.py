@@ -20,6 +20,9 @@ from backstay.restore.opened import OpenedSnapshot
 
 _log = logging.getLogger("backstay")
 
+REPEAT_S = 60.0  # between two lines of one cause
+MOVING_S = 10.0  # the same while its numbers move
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -74,7 +77,7 @@ def ask(
                 raise UnavailableError(f"{socket_path}: {error}; restore() gives up after {deadline_s:g} s") from error
             if is_final:
                 raise
-            progress.say(f"daemon at {socket_path} is not available ({error}); trying again for {left:.0f} s")
+            progress.say(f"daemon at {socket_path} is not available ({error}); trying again until the deadline")
             _pause(0.2)
 
 
@@ -161,23 +164,26 @@ class _Conversation:
 
 
 class Progress:
-    """Says once a second what is being waited for: to the log if someone listens, else rank 0 to stderr."""
+    """Writes what is waited for, one line per cause and minute: to the log if someone listens, else rank 0 to stderr."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._begin_s = time.monotonic()
+    def __init__(self, rank: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rank, self._clock = rank, clock
+        self._begin_s = clock()
         self._said_s = self._begin_s
-        self._last = ""
+        self._last, self._last_cause = "", ""
 
     def __call__(self, progress: local.Progress) -> None:
         amount = f" {progress.done_bytes >> 20} of {progress.total_bytes >> 20} MiB" if progress.total_bytes else ""
-        self.say(f"{progress.phase}{amount}{': ' if progress.detail else ''}{progress.detail}")
+        detail = f"{': ' if progress.detail else ''}{progress.detail}"
+        self.say(f"{progress.phase}{amount}{detail}", cause=f"{progress.phase}{detail}")
 
-    def say(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self._said_s < 1.0 or (text == self._last and now - self._said_s < 10.0):
+    def say(self, text: str, *, cause: str = "") -> None:
+        """Write ``text``, unless a line of the same ``cause`` (by default the text itself) was written a moment ago."""
+        now, cause = self._clock(), cause or text
+        pause_s = 1.0 if cause != self._last_cause else REPEAT_S if text == self._last else MOVING_S
+        if now - self._said_s < pause_s:
             return
-        self._said_s, self._last = now, text
+        self._said_s, self._last, self._last_cause = now, text, cause
         line = f"backstay restore, rank {self._rank}, {now - self._begin_s:.0f} s: {text}"
         if _log.isEnabledFor(logging.INFO):
             _log.info("%s", line)

@@ -78,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", "what interruptions cost RUN: goodput, and what was lost when and why")
     report.add_argument("run", nargs="?", metavar="RUN", help="job/run_id or run_id; all runs when left out")
     forget = command("forget", "free the memory of RUN on every node; its state is gone then")
-    forget.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    forget.add_argument("run", metavar="RUN", help="job/run_id, or a run_id that only one job has")
     distrust = command("distrust", "never restore STEP of RUN again, nor what was trained from it")
-    distrust.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    distrust.add_argument("run", metavar="RUN", help="job/run_id, or a run_id that only one job has")
     distrust.add_argument("step", type=int, metavar="STEP", help="the step of the snapshot")
     distrust.add_argument("--reason", required=True, metavar="TEXT", help="why, for those who read it later")
     trust = command("trust", "take back every distrust of RUN and count its restores anew")
-    trust.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    trust.add_argument("run", metavar="RUN", help="job/run_id, or a run_id that only one job has")
     drain = command("drain", "move protection away from NODE and say when it may be stopped", timeout_s=600.0)
     drain.add_argument("node", metavar="NODE", help="its name in `backstay status`")
     drain.add_argument("--undo", action="store_true", help="it stays: use it again")
@@ -159,7 +159,7 @@ def _trust_domain(text: str) -> str:
 
 def _add_export(export: argparse.ArgumentParser) -> None:
     socket = os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
-    export.add_argument("run", metavar="RUN", help="job/run_id, in full")
+    export.add_argument("run", metavar="RUN", help="job/run_id, or a run_id that only one job has")
     export.add_argument(
         "--to", type=Path, required=True, metavar="DIR", help="where the model is written; no model may be there"
     )

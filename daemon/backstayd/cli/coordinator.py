@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError, UsageError
+from backstay.ids import RunKey
 from backstayd.config import split_addresses
 
 if TYPE_CHECKING:
@@ -120,6 +121,17 @@ def unreachable(error: UnavailableError) -> UnavailableError:
         f"BACKSTAY_COORDINATOR (several with commas between). Training goes on without it; a restore waits for it.",
         reason=error.reason,
     )
+
+
+def full_name(arguments: argparse.Namespace) -> str:
+    """The run that ``arguments`` name as job/run_id; a run_id alone is looked up at the coordinator.
+
+    Raises:
+        SnapshotNotFoundError: no run is called so. UsageError: several jobs have one, or it cannot be a name.
+    """
+    if "/" in arguments.run:
+        return str(RunKey.parse(arguments.run))
+    return str(find_run(get_status(arguments, is_brief=True), arguments.run)["run"])
 
 
 def find_run(document: Document, name: str) -> dict[str, Any]:

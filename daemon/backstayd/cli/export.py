@@ -10,7 +10,6 @@ from pathlib import Path
 from backstay.convert import huggingface
 from backstay.convert.consolidate import Shard, aliases_of, check_manifests, differing_copies, whole_tensors
 from backstay.errors import BackstayError
-from backstay.ids import RunKey
 from backstayd.cli.snapshot_readers import open_in_memory, open_persisted
 from backstayd.cli.tables import as_json
 from backstayd.config import format_size
@@ -18,8 +17,8 @@ from backstayd.printable import say
 
 
 def run(arguments: argparse.Namespace) -> int:
-    run_ = str(RunKey.parse(arguments.run))
-    with _shards(arguments, run_) as shards:
+    with _shards(arguments) as shards:
+        run_ = shards[0].manifest.run
         check_manifests({shard.manifest.rank: shard.manifest for shard in shards})
         step = shards[0].manifest.step
         tensors = whole_tensors(shards, prefix=arguments.prefix)
@@ -53,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _shards(arguments: argparse.Namespace, run: str) -> Iterator[list[Shard]]:
+def _shards(arguments: argparse.Namespace) -> Iterator[list[Shard]]:
+    run = arguments.run
     opened = (
         open_persisted(arguments.source, run, step=arguments.step)
         if arguments.source

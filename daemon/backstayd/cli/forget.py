@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from backstay.errors import UsageError
-from backstay.ids import RunKey
 from backstayd.cli import coordinator
 from backstayd.cli.tables import as_json
 from backstayd.printable import say
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if "/" not in arguments.run:
-        raise UsageError(
-            f"forget deletes; name the run in full, such as default/{arguments.run}", reason="bad_arguments"
-        )
-    run_ = str(RunKey.parse(arguments.run))
+    run_ = coordinator.full_name(arguments)
     coordinator.forget(arguments, run_)
     say(as_json({"run": run_, "forgotten": True}) if arguments.json else f"{run_} is being deleted on every node")
     return 0

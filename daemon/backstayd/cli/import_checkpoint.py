@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     if summary["left_out"]:
         shown = ", ".join(summary["left_out"][:5])
         say(f"not taken over, the script's own are used: {shown}{', ...' if len(summary['left_out']) > 5 else ''}")
-    say(
-        f"Start the run with run_id={found.run.partition('/')[2]!r} under a coordinator with persist_url = {arguments.to!r}."
-    )
+    job, _, run_id = found.run.partition("/")
+    named = f"run_id={run_id!r}" + (f", job={job!r}" if job != "default" else "")
+    say(f"Start the run with {named} under a coordinator with persist_url = {arguments.to!r}.")
     return 0
 
 

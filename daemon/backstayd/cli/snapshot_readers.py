@@ -15,8 +15,8 @@ from typing import Final
 from backstay import local, record
 from backstay.control import DaemonConnection
 from backstay.convert.consolidate import Shard
-from backstay.errors import IntegrityError, SnapshotNotFoundError
-from backstay.ids import SnapshotKey
+from backstay.errors import IntegrityError, SnapshotNotFoundError, UsageError
+from backstay.ids import RunKey, SnapshotKey, check_name
 from backstay.manifest import Manifest
 from backstayd.core.records import PersistedSnapshot
 from backstayd.core.storage_names import RECORD_NAME, attempt_of, run_url, snapshot_url, step_of
@@ -83,6 +83,7 @@ def open_persisted(persist_url: str, run: str, *, step: int) -> Iterator[list[Sh
     """
     from backstayd.storage.reader import open_shard
 
+    run = _full_name(persist_url, run)
     root = run_url(persist_url, run)
     found = newest_persisted(root, run, step=step)
     url = snapshot_url(root, found.key)
@@ -93,6 +94,23 @@ def open_persisted(persist_url: str, run: str, *, step: int) -> Iterator[list[Sh
             stack.callback(shard.close)
             shards.append(Shard(manifest=record.loads(Manifest, shard.manifest_bytes), bytes=shard))
         yield shards
+
+
+def _full_name(persist_url: str, name: str) -> str:
+    """``name`` as job/run_id; a run_id alone is looked for in every job's directory."""
+    from backstayd.storage.place import open_place
+
+    if "/" in name:
+        return str(RunKey.parse(name))
+    check_name("run_id", name)
+    place = open_place(persist_url)
+    jobs = sorted(job.name for job in place.list() if job.is_directory)
+    found = [f"{job}/{name}" for job in jobs if any(run.name == name for run in place.list(job))]
+    if len(found) > 1:
+        raise UsageError(f"{name} is a run of several jobs; say which: {', '.join(found)}", reason="bad_arguments")
+    if not found:
+        raise SnapshotNotFoundError(f"no job in {persist_url} has a run {name}", reason="unknown_run")
+    return found[0]
 
 
 def newest_persisted(root: str, run: str, *, step: int) -> PersistedSnapshot:

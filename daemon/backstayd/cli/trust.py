@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 
 from backstayd.cli import coordinator
-from backstayd.cli.distrust import full_name
 from backstayd.cli.tables import as_json
 from backstayd.printable import say
 
 
 def run(arguments: argparse.Namespace) -> int:
-    run_ = full_name(arguments.run, "trust")
+    run_ = coordinator.full_name(arguments)
     count = coordinator.trust(arguments, run_)
     if arguments.json:
         say(as_json({"run": run_, "trusted": count}))

@@ -317,7 +317,7 @@ class Coordinator:
         """
         if not self.is_settled:
             raise UnavailableError("the coordinator has just started and gathers reports; try again", reason="settling")
-        state = self.runs.get(run)
+        state = self._named(run)
         if state is None or state.context is None or state.forgetting.is_under_way:
             raise SnapshotNotFoundError(f"no node knows run {run}", reason="unknown_run")
         return locate(state.context, step)
@@ -334,6 +334,13 @@ class Coordinator:
         self._say(run, "trusted", f"the operator trusts {count} snapshots again, and restores are counted anew")
         self._is_dirty = True
         return count
+
+    def _named(self, name: str) -> RunState | None:
+        """The run called ``name``: job/run_id, or a run_id that only one job has."""
+        found = [run for run in self.runs if run.partition("/")[2] == name] if "/" not in name else [name]
+        if len(found) > 1:
+            raise UsageError(f"{name} is a run of several jobs; say which: {', '.join(sorted(found))}")
+        return self.runs.get(found[0]) if found else None
 
     def _known(self, run: str) -> RunState:
         state = self.runs.get(run)

@@ -12,7 +12,7 @@ from typing import Final
 
 from backstay import local
 from backstay.errors import CapacityError, UsageError
-from backstay.ids import RunKey
+from backstay.ids import RunKey, check_name
 from backstayd.core.locating import Located
 from backstayd.node.context import NodeContext
 from backstayd.node.offered import Offered
@@ -35,7 +35,10 @@ class Visits:
         Raises:
             SnapshotNotFoundError, UnavailableError: there is none to read now. UsageError: it is another user's.
         """
-        RunKey.parse(message.run)
+        if "/" in message.run:
+            RunKey.parse(message.run)
+        else:  # the coordinator knows which job has it
+            check_name("run_id", message.run)
         if message.step < 0:
             raise UsageError(f"step {message.step} is none", reason="bad_step")
         if self.count >= MAX_VISITS:

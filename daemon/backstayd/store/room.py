@@ -6,9 +6,12 @@ Three limits count: the operator's quota, every cgroup above this process (v1 or
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from backstay.errors import ConfigError
 
 UNLIMITED: Final = 1 << 62
 _CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
@@ -32,6 +35,55 @@ def limits(
         found.append(Limit(name="quota", total_bytes=quota_bytes, free_bytes=quota_bytes - used_bytes))
     found.extend(_cgroup_limits(cgroup_root))
     return tuple(found)
+
+
+def existing_parent(path: Path) -> Path:
+    """``path``, or the nearest directory above it that exists: where it would be made."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def require_usable(memory_dir: Path, place: Path) -> None:
+    """Raise ConfigError unless this user may hold snapshots in ``memory_dir``; ``place`` is it, or where it will be made."""
+    owner = place.stat().st_uid
+    if place == memory_dir.absolute() and owner != os.geteuid():
+        raise ConfigError(
+            f"memory directory {memory_dir} belongs to user {owner}, this daemon is user "
+            f"{os.geteuid()}; its owner could read and replace every snapshot",
+            reason="bad_memory_dir",
+        )
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise unusable(memory_dir, f"{place} is not a directory that it may write to")
+
+
+def unusable(memory_dir: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"memory directory {memory_dir} cannot be used by user {os.geteuid()}: {why}; give it to that user or "
+        "choose another with --memory-dir",
+        reason="bad_memory_dir",
+    )
+
+
+def require_tmpfs(memory_dir: Path, place: Path) -> None:
+    """Raise ConfigError unless ``place``, where ``memory_dir`` is or will be made, is on a tmpfs."""
+    if not is_tmpfs(place):
+        raise ConfigError(
+            f"memory directory {memory_dir} is not on a tmpfs: mount -t tmpfs -o size=...,mode=0700 backstay {memory_dir}",
+            reason="no_tmpfs",
+        )
+
+
+def require_quota(limits: Iterable[Limit], quota_bytes: int) -> None:
+    """Raise ConfigError if the quota is more than tmpfs and cgroup can ever hold."""
+    for limit in limits:
+        if limit.name != "quota" and limit.total_bytes < quota_bytes:
+            raise ConfigError(
+                f"quota_bytes = {quota_bytes} does not fit: {limit.name} holds {limit.total_bytes} bytes; raise that "
+                "limit or lower --quota",
+                reason="quota_over_limit",
+            )
 
 
 def is_tmpfs(path: Path) -> bool:

@@ -205,13 +205,7 @@ class Store:
 
     def require_quota(self) -> None:
         """Raise ConfigError if the quota is more than tmpfs and cgroup can ever hold: nothing was taken yet."""
-        for limit in self._limits():
-            if limit.name != "quota" and limit.total_bytes < self.quota_bytes:
-                raise ConfigError(
-                    f"quota_bytes = {self.quota_bytes} does not fit: {limit.name} holds {limit.total_bytes} bytes; raise that "
-                    "limit or lower --quota",
-                    reason="quota_over_limit",
-                )
+        room.require_quota(self._limits(), self.quota_bytes)
 
     def require_room(self, wanted_bytes: int, purpose: str) -> None:
         """Check that ``wanted_bytes`` fit, giving up unused slots for them if need be.
@@ -342,22 +336,15 @@ def remove_empty(directory: Path) -> None:
 
 
 def _lock(memory_dir: Path, must_be_tmpfs: bool) -> int:
+    if must_be_tmpfs:
+        room.require_tmpfs(memory_dir, room.existing_parent(memory_dir))
     try:
         make_directory(memory_dir)
-        if memory_dir.stat().st_uid != os.geteuid():
-            raise ConfigError(
-                f"memory directory {memory_dir} belongs to user {memory_dir.stat().st_uid}, this daemon is user "
-                f"{os.geteuid()}; its owner could read and replace every snapshot",
-                reason="bad_memory_dir",
-            )
+        room.require_usable(memory_dir, memory_dir.absolute())
         os.chmod(memory_dir, 0o700)
         fd = os.open(memory_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise ConfigError(
-            f"memory directory {memory_dir} cannot be used by user {os.geteuid()}: {error.strerror}; give it to that user or "
-            "choose another with --memory-dir",
-            reason="bad_memory_dir",
-        ) from error
+        raise room.unusable(memory_dir, error.strerror or str(error)) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -366,12 +353,6 @@ def _lock(memory_dir: Path, must_be_tmpfs: bool) -> int:
             f"memory directory {memory_dir} belongs to another running daemon; one daemon per directory",
             reason="directory_in_use",
         ) from None
-    if not room.is_tmpfs(memory_dir):
-        if must_be_tmpfs:
-            os.close(fd)
-            raise ConfigError(
-                f"memory directory {memory_dir} is not on a tmpfs: mount -t tmpfs -o size=...,mode=0700 backstay {memory_dir}",
-                reason="no_tmpfs",
-            )
+    if not must_be_tmpfs and not room.is_tmpfs(memory_dir):
         logger.warning("memory directory %s is not on a tmpfs: snapshots would be written to a disk", memory_dir)
     return fd
