@@ -29,6 +29,9 @@ def follow(node: Node, decision: Decision, phase: DecisionPhase) -> None:
         return
     if phase is DecisionPhase.RELEASE:
         if memory.decision is not None and memory.decision.decision_id == decision.decision_id:
+            if memory.decision.generation.number < decision.generation.number:
+                memory.decision = decision
+                node.changed()
             _release_trainers(node, decision)
         return
     if work.staging is None or work.staging.decision_id != decision.decision_id:

@@ -246,6 +246,25 @@ def test_a_decision_is_recorded_only_when_everything_is_verified() -> None:
     assert staging.state is StagingState.RECORDED
 
 
+def test_a_decision_is_never_recorded_over_a_later_one() -> None:
+    later = decision({}, decision_id="e" * 32, generation=Generation(9, "cc"), attempt=5)
+    for phase in (DecisionPhase.RECORD, DecisionPhase.RELEASE):
+        now = view(
+            desired(phase=phase),
+            shards=(shard(0),),
+            decision=later,
+            verified=frozenset({(LOCAL.decision_id, digest(0))}),
+        )
+        assert not any(isinstance(action, RecordDecision) for action in plan_actions(now))
+
+
+def test_a_recorded_decision_that_was_raised_above_others_is_recorded_again() -> None:
+    raised = replace(LOCAL, generation=Generation(12, "cc"))
+    wanted = replace(desired(phase=DecisionPhase.RELEASE), decision=raised)
+    assert plan_actions(view(wanted, decision=LOCAL)) == [RecordDecision(decision=raised)]
+    assert plan_actions(view(wanted, decision=raised)) == []
+
+
 def test_trainers_go_on_only_when_released_and_only_those_of_that_world() -> None:
     waiting = {"sessions": (restoring(0),), "decision": LOCAL, "waiting_worlds": frozenset({"w2"})}
     for phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD):

@@ -129,6 +129,8 @@ def take_inventory(run: str, nodes: Iterable[NodeState], *, readers: Iterable[No
             held.setdefault((fragment.stripe, fragment.index), set()).add(node.name)
         if report.decision is not None:
             known, holders = inventory.decisions.get(report.decision.decision_id, (report.decision, set()))
+            if report.decision.generation.number > known.generation.number:
+                known = report.decision  # it was raised above others, and not every node has recorded that
             whole = known if known.ledger is not None else report.decision  # a node of an older version keeps no ledger
             inventory.decisions[report.decision.decision_id] = (whole, holders | {node.name})
     return inventory

@@ -27,7 +27,8 @@ class Memory:
     keys: dict[str, SnapshotKey] = field(default_factory=dict)
     protected: dict[str, None] = field(default_factory=dict)  # snapshot ids that were protected once
     is_proved_empty: bool = False  # decided so, and no trainer has returned since
-    newest_attempt: int = 0
+    newest_attempt: int = 0  # of the decisions made here; 0: none was
+    whole_head_id: str = ""  # the newest decision of which all hosts were seen at once
     is_known: bool = False
     newest_complete: SnapshotKey | None = None
 
@@ -35,6 +36,12 @@ class Memory:
         """Who held each shard when the snapshot was last complete; empty if it never was."""
         known = view.snapshot_id or next((i for i, key in self.keys.items() if key == view.key), "")
         return self.holders.get(known, {})
+
+    def note_head(self, context: RunContext) -> None:
+        """Remember that all hosts of the newest decision are here at once."""
+        head = context.head
+        if head is not None and all(place.node in context.nodes for place in head.placements):
+            self.whole_head_id = head.decision_id
 
     def note(self, view: SnapshotView) -> None:
         """Remember a complete snapshot."""

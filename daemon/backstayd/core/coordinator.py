@@ -61,7 +61,7 @@ class Coordinator:
         self.incarnation = incarnation
         self.generation = Generation(0, incarnation)
         self.is_settled = False
-        self.nodes = NodeTable(policy.lease_s)
+        self.nodes = NodeTable(policy.lease_s, incarnation)
         self.runs: dict[str, RunState] = {}
         self.timeline = Timeline()
         self.drains: dict[str, DrainVerdict] = {}  # of the nodes that drain
@@ -404,15 +404,8 @@ class Coordinator:
 
     def _settle(self) -> None:
         highest = max((node.generation.number for node in self.nodes.nodes.values()), default=0)
-        foreign = max(
-            (n.generation.number for n in self.nodes.present() if n.generation.incarnation != self.incarnation),
-            default=0,
-        )
         if self.is_settled:
-            if foreign > self.generation.number and self._has_long_memory():
-                self._step_back(foreign)
-            elif foreign > self.generation.number:  # a late word of the coordinator before this one
-                self.generation = Generation(foreign + 1, self.incarnation)
+            self._face_others()
             return
         named = self._named_nodes()
         have_reported = bool(named) and named <= set(self.nodes.nodes)
@@ -423,6 +416,30 @@ class Coordinator:
             missing = sorted(named - set(self.nodes.nodes))
             rest = f"; without {', '.join(missing)}, named by others but silent" if missing else ""
             self._say("", "settled", f"{len(self.nodes.nodes)} nodes have reported{rest}; deciding from now on")
+
+    def _face_others(self) -> None:
+        """Nodes report a generation of another coordinator that is not below: one that acts now, or one of before this one.
+
+        It acts if a node that obeyed this one obeys it. What was raised before, and comes back with nodes that were away, ends
+        nothing that this coordinator has decided meanwhile: it raises above it.
+        """
+        mine, ahead = self.incarnation, self.generation.number
+        foreign = [n for n in self.nodes.present() if n.generation.incarnation != mine and n.generation.number >= ahead]
+        if not foreign:
+            return
+        highest = max(node.generation.number for node in foreign)
+        is_acting = any(node.has_obeyed for node in foreign)
+        has_decided = any(state.recovery.has_decided for state in self.runs.values())
+        if self._has_long_memory() and (is_acting or not has_decided):
+            self._step_back(highest)
+            return
+        self.generation = Generation(highest + 1, mine)
+        names = listed(sorted(node.name for node in foreign))
+        self._say(
+            "", "settled", f"{names} came back with generation {highest} of a former coordinator: going on above it"
+        )
+        for state in self.runs.values():
+            state.recovery.raise_above(self.generation)
 
     def _step_back(self, number: int) -> None:
         """Another coordinator acts: want nothing for a while that grows each time, then settle again above it."""

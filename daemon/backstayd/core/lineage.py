@@ -31,7 +31,7 @@ def live_lineage(
         if record.attempt > (known[0].attempt if known else 0):
             known = record.lineage or (Lineage(attempt=record.attempt, base_attempt=0, base_step=0),)
     top = known[0].attempt if known else 0
-    witnessed = {decision.attempt for decision in decisions}
+    witnessed = {entry.attempt for decision in decisions for entry in decision.lineage}
     newest = max((view.key.attempt for view in views if view.key.attempt not in witnessed), default=0)
     if newest > top:
         return (Lineage(attempt=newest, base_attempt=0, base_step=0),)

@@ -26,6 +26,7 @@ class NodeState:
         self.retired: deque[str] = deque(maxlen=32)  # incarnations before this one: late reports of theirs mean nothing
         self.runs: dict[str, RunReport] = {run.run: run for run in report.runs}
         self.drain_order: bool | None = None  # of an operator, until the node reports that it obeys
+        self.has_obeyed = False  # it was seen at a generation of this coordinator
 
     @property
     def is_draining(self) -> bool:
@@ -55,8 +56,9 @@ class NodeState:
 class NodeTable:
     """Invariant: a node's report never goes back, neither in sequence nor to an incarnation that was replaced."""
 
-    def __init__(self, lease_s: float) -> None:
+    def __init__(self, lease_s: float, coordinator: str = "") -> None:
         self._lease_s = lease_s
+        self._coordinator = coordinator  # its incarnation
         self.nodes: dict[str, NodeState] = {}
 
     def observe(self, report: NodeReport, now_s: float) -> str | None:
@@ -69,8 +71,10 @@ class NodeTable:
         if state is not None and state.report is report and state.liveness is Liveness.LIVE:
             state.seen_s = now_s
             return None
+        is_obeying = bool(self._coordinator) and report.generation.incarnation == self._coordinator
         if state is None:
             self.nodes[name] = NodeState(report, now_s)
+            self.nodes[name].has_obeyed = is_obeying
             return "joined"
         if report.node.incarnation in state.retired:
             return None
@@ -83,6 +87,7 @@ class NodeTable:
         elif state.liveness is Liveness.LOST:
             change = "returned"
         state.report = report
+        state.has_obeyed |= is_obeying
         state.seen_s = now_s
         state.liveness = Liveness.LIVE
         state.runs = {run.run: run for run in report.runs}

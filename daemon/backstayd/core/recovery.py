@@ -97,6 +97,16 @@ class Recovery:
         return self.stage in ACTIVE
 
     @property
+    def released(self) -> Decision | None:
+        """The decision with which trainers may have returned."""
+        return self.decision if self.stage is Stage.RELEASED else None
+
+    @property
+    def has_decided(self) -> bool:
+        """Whether a decision stands, or is being carried out."""
+        return self.decision is not None and self.stage is not Stage.REFUSED
+
+    @property
     def phase(self) -> DecisionPhase:
         return PHASES.get(self.stage, DecisionPhase.PREPARE)
 
@@ -130,6 +140,17 @@ class Recovery:
         """Whether ``decision`` was made here and no trainer can have returned with it, even where hosts have recorded it."""
         made_here = decision.generation.incarnation == own.incarnation
         return made_here and 0 < self.unreleased_from <= decision.generation.number
+
+    def raise_above(self, generation: Generation) -> None:
+        """Nodes came back with a higher generation of a former coordinator, and maybe with its decisions.
+
+        The decision that trainers may have returned with is the later one all the same: it is raised above theirs, and its
+        hosts record it again. One that was not released is made anew, from what is known now.
+        """
+        if self.stage is Stage.RELEASED and self.decision is not None:
+            self.decision = replace(self.decision, generation=generation)
+        elif self.stage in (Stage.PREPARE, Stage.RECORD):
+            self._decide_anew("nodes came back that know decisions of a former coordinator")
 
     def recorded_hosts(self, context: RunContext) -> list[str]:
         """Hosts of the decision that have it on their tmpfs."""
@@ -233,7 +254,7 @@ class Recovery:
         self.unreleased_from = self.unreleased_from or self.fence
 
     def _decide(self, context: RunContext, memory: Memory) -> None:
-        floor = _generation_floor(context)
+        floor = _generation_floor(context, memory)
         if context.generation.number <= floor:
             self._fence(above=floor)
             return
@@ -297,10 +318,10 @@ class Recovery:
     def _next_attempt(self, context: RunContext, memory: Memory) -> int:
         seen = [view.key.attempt for view in context.views]
         seen.extend(decision.attempt for decision, _ in context.inventory.decisions.values())
-        leap = LEAP_ATTEMPTS - 1 if context.storage.is_ahead_of(context.head) else 0
-        seen.append(context.storage.newest_attempt + leap)
+        seen.append(context.storage.newest_attempt)
         seen.extend(entry.attempt for entry in context.lineage)
-        memory.newest_attempt = max([memory.newest_attempt, *seen]) + 1
+        leap = LEAP_ATTEMPTS - 1 if _may_be_behind(context, memory) else 0
+        memory.newest_attempt = max([memory.newest_attempt, *(attempt + leap for attempt in seen)]) + 1
         return memory.newest_attempt
 
     def _excluded(self, context: RunContext) -> dict[str, str]:
@@ -425,14 +446,21 @@ def _runs_where_decided(world: World, decision: Decision) -> bool:
     return {rank: s.node for rank, s in world.items()} == {place.rank: place.node for place in decision.placements}
 
 
-def _generation_floor(context: RunContext) -> int:
-    """What the generation of a decision must be above: that of every decision which a node of an old cluster may bring back.
+def _may_be_behind(context: RunContext, memory: Memory) -> bool:
+    """Whether nodes that are away may know later decisions than any that is known here.
 
-    Where storage is ahead of what nodes remember, the nodes that decided last are away, and had decided on since their
-    last durable copy.
+    So it is where durable storage is ahead of what nodes remember, and for a coordinator that has not yet decided anything nor
+    seen all hosts of the newest decision it knows.
     """
-    storage = context.storage
-    return storage.newest_generation + (LEAP_GENERATIONS if storage.is_ahead_of(context.head) else 0)
+    if context.storage.is_ahead_of(context.head):
+        return True
+    return context.head is not None and memory.newest_attempt == 0 and context.head.decision_id != memory.whole_head_id
+
+
+def _generation_floor(context: RunContext, memory: Memory) -> int:
+    """What the generation of a decision must be above: that of every decision which a node that is away may bring back."""
+    known = [context.storage.newest_generation, context.head.generation.number if context.head is not None else 0]
+    return max(known) + (LEAP_GENERATIONS if _may_be_behind(context, memory) else 0)
 
 
 def _place(context: RunContext, what: SnapshotView | Base | None) -> tuple[str, int]:

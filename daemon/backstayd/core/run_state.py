@@ -232,7 +232,8 @@ class RunState:
         inventory, views = self._look(nodes)
         known = [decision for decision, _ in inventory.decisions.values()]
         followed = [decision for decision in known if not self.recovery.is_unreleased(decision, generation)]
-        self.head = newest_decision([*followed, *([self.head] if self.head is not None else [])])
+        followed += [one for one in (self.head, self.recovery.released) if one is not None]
+        self.head = newest_decision(followed)
         surveying = self.persisting.surveying
         surveying.take(self.run, nodes, now_s)
         lineage = live_lineage(self.head, views, known, surveying.known.values())
@@ -302,6 +303,7 @@ class RunState:
         """Note what is new in the reports: snapshots, sessions, corruption."""
         if not context.inventory.is_empty:
             self.memory.is_known = True
+        self.memory.note_head(context)
         for view in reversed(context.live_views):
             if view.is_complete:
                 if view.snapshot_id not in self.memory.holders:

@@ -513,7 +513,9 @@ def _decide(view: View) -> list[Action]:
     is_ready = staging is not None and staging.state is StagingState.READY
     may_record = desired.decision_phase is DecisionPhase.RECORD and is_ready
     may_record |= desired.decision_phase is DecisionPhase.RELEASE and staging is not None
-    if may_record and not is_recorded:
+    here = view.decision.generation.number if view.decision is not None else -1
+    is_raised = is_recorded and here < decision.generation.number  # above those that other nodes came back with
+    if may_record and (is_raised or (not is_recorded and here <= decision.generation.number)):
         actions.append(RecordDecision(decision=decision))
     if desired.decision_phase is DecisionPhase.RELEASE and is_waiting and not _unopened(view, decision):
         actions.append(ReleaseWorld(decision=decision))

@@ -1,0 +1,83 @@
+"""Nodes that know a run are out of reach while its world comes up elsewhere, and come back, on the simulated cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from backstayd.core.policy import CorePolicy
+from backstayd.core.records import Outcome
+from tests.simulation.cluster import Cluster, Job
+from tests.simulation.engine import Engine
+
+RUN = "default/gpt"
+OLD, NEW = ("n1", "n2", "n3", "n4"), ("n5", "n6", "n7", "n8")
+
+
+def cut_off(engine: Engine, cluster: Cluster, names: tuple[str, ...], for_s: float) -> None:
+    """The coordinator restarts while these nodes are out of reach, and all others are not."""
+    for name in cluster.nodes:
+        cluster.nodes[name].is_cut = False
+    for name in names:
+        cluster.cut(name, for_s)
+    cluster.crash_coordinator(0.1)
+    engine.run_for(0.2)
+
+
+def trained(seed: int, *, stale_from: int) -> tuple[Engine, Cluster, Job]:
+    """Eight nodes, of which four train and were restarted a few times; the others hear nothing from some restart on."""
+    engine = Engine(seed)
+    cluster = Cluster(engine, node_count=8, policy=CorePolicy(lease_s=1.5))
+    job = Job(RUN, dict(enumerate(OLD)))
+    cluster.start_job(job)
+    for attempt in range(3):
+        for name in NEW if attempt == stale_from else ():
+            cluster.nodes[name].is_cut = True
+        assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+        world = job.world_id
+        cluster.kill_trainer(job.trainers[0])
+        assert engine.run_until(lambda world=world: job.world_id != world and cluster.is_training(job), limit_s=20)  # type: ignore[misc]
+    engine.run_for(3)
+    return engine, cluster, job
+
+
+def moved(engine: Engine, cluster: Cluster, job: Job, *, allow_fresh: bool) -> Job:
+    """The supervisor takes the old nodes for dead and starts the job on the others; the old trainers go on."""
+    job.is_stopped = True
+    later = Job(RUN, dict(enumerate(NEW)), allow_fresh=allow_fresh)
+    cluster.start_job(later)
+    return later
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nodes_that_come_back_with_a_higher_generation_do_not_end_the_world_that_trains(seed: int) -> None:
+    engine, cluster, job = trained(seed, stale_from=1)
+    cut_off(engine, cluster, OLD, 15.0)
+    later = moved(engine, cluster, job, allow_fresh=True)
+    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=12)
+    assert cluster.outcome(later) is Outcome.NONE
+    world, step = later.world_id, later.step
+    old, new = cluster.nodes["n1"].generation, cluster.nodes["n5"].generation
+    assert old.incarnation != new.incarnation
+    engine.run_for(15)  # the old nodes are back
+    assert not cluster.nodes["n1"].is_cut
+    assert (later.world_id, cluster.is_training(later)) == (world, True)
+    assert engine.run_until(
+        lambda: cluster.is_protected(RUN) and cluster.checker.protected_step(RUN) > step + 5, limit_s=20
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_coordinator_that_starts_after_their_return_follows_the_world_that_trains(seed: int) -> None:
+    engine, cluster, job = trained(seed, stale_from=1)
+    cut_off(engine, cluster, OLD, 15.0)
+    later = moved(engine, cluster, job, allow_fresh=True)
+    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=12)
+    engine.run_for(15)
+    world = later.world_id
+    cluster.crash_coordinator(0.1)
+    engine.run_for(6)
+    assert (later.world_id, cluster.is_training(later)) == (world, True)
+    cluster.kill_trainer(later.trainers[0])
+    assert engine.run_until(lambda: later.world_id != world and cluster.is_training(later), limit_s=20), later.refusals
+    assert later.decision is not None
+    assert {source.digest.split("/")[1] for source in later.decision.sources} == {world}
