@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from backstayd.coder.jobs import CoderEvent, EncodeStripe, JobResult
 from backstayd.coder.pool import CoderPool
 from backstayd.core.records import Member, Plan, VolumeShard
 from backstayd.store.paths import RunPaths
+from backstayd.store.stored import StoredFragment
 
 RUN = "job/run"
 KEY = SnapshotKey(1, 12)
@@ -164,3 +166,15 @@ def leftover_temporaries(nodes: list[CoderNode]) -> list[Path]:
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def spoil_parity(paths: RunPaths, plan: Plan, *, stripe: int, index: int, at: int) -> None:
+    """Change a byte and have the record agree, as an encoder would whose bit flipped."""
+    path = paths.fragment(plan.key, plan.plan_id, stripe=stripe, index=index)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    record_path = paths.fragment_record(plan.key, plan.plan_id, stripe=stripe, index=index)
+    stored = record.loads(StoredFragment, record_path.read_bytes())
+    crcs = "".join(f"{crc32c(data[i : i + CHUNK_BYTES]):08x}" for i in range(0, len(data), CHUNK_BYTES))
+    record_path.write_bytes(record.dumps(dataclasses.replace(stored, chunk_crcs=crcs)))

@@ -36,6 +36,7 @@ from tests.component.coder_nodes import (
     leftover_temporaries,
     make_plan,
     random_volumes,
+    spoil_parity,
 )
 from tests.component.flipping_proxy import FlippingProxy
 
@@ -297,6 +298,49 @@ def test_a_rebuild_goes_on_with_a_spare_source_when_one_is_corrupt(tmpfs_dir: Pa
             manifest = volumes[4][0]
             assert nodes[0].paths.staged(4, 5, manifest.digest).read_bytes() == original
             assert_ok([await nodes[0].coders.run(verify_of(manifest, is_staged=True))])
+
+    run(scenario)
+
+
+def test_parity_that_is_wrong_with_right_digests_is_named_and_its_shard_rebuilt_without_it(tmpfs_dir: Path) -> None:
+    async def scenario() -> None:
+        async with group_of(tmpfs_dir, 6) as nodes:
+            volumes = random_volumes(nodes, [[3 * MIB + 70] for _ in nodes], seed=21)
+            plan = make_plan(nodes, volumes, m=3)
+            assert_ok(await encode_all(nodes, plan))
+            original = nodes[5].paths.shard(KEY, 5, 6).read_bytes()
+            spoil_parity(nodes[1].paths, plan, stripe=1, index=0, at=2 * CHUNK_BYTES + 5)  # where stripe 1 is decoded
+            spoil_parity(nodes[2].paths, plan, stripe=1, index=1, at=2 * CHUNK_BYTES + 9)  # at a peer
+            assert_ok([await nodes[1].coders.run(VerifyFragment(plan=plan, stripe=1, index=0, deadline_s=20))])
+            prepare(nodes[0], volumes[5])
+            await nodes[5].destroy()
+            results = await decode_all(nodes[:5], rebuild_of(plan, nodes, {5: nodes[0]}, spare=True))
+            assert_ok(results)
+            named = {(c.node, c.plan_id, c.stripe, c.index, c.is_misfit) for result in results for c in result.corrupt}
+            assert named == {("", plan.plan_id, 1, 0, True), (nodes[2].address, plan.plan_id, 1, 1, True)}
+            manifest = volumes[5][0]
+            assert nodes[0].paths.staged(5, 6, manifest.digest).read_bytes() == original
+            assert_ok([await nodes[0].coders.run(verify_of(manifest, is_staged=True))])
+
+    run(scenario)
+
+
+def test_wrong_parity_without_another_is_named_until_its_holder_has_looked_and_nothing_is_rebuilt_of_it(
+    tmpfs_dir: Path,
+) -> None:
+    async def scenario() -> None:
+        async with group_of(tmpfs_dir, 4) as nodes:
+            volumes = random_volumes(nodes, [[MIB] for _ in nodes], seed=22)
+            plan = make_plan(nodes, volumes, m=1)
+            assert_ok(await encode_all(nodes, plan))
+            spoil_parity(nodes[1].paths, plan, stripe=1, index=0, at=5)
+            prepare(nodes[0], volumes[3])
+            await nodes[3].destroy()
+            results = await decode_all(nodes[:3], rebuild_of(plan, nodes, {3: nodes[0]}, spare=True))
+            (failed,) = [result for result in results if result.error_class]
+            assert (failed.error_class, failed.reason) == ("IntegrityError", "bad_rebuild")
+            assert [(c.stripe, c.index, c.is_misfit) for c in failed.corrupt] == [(1, 0, False)]
+            assert missing_stripes(nodes[0].paths, plan, member=3, rank=3) == (1,)
 
     run(scenario)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from backstayd.coder.misfits import Rebuilt, find_fit
 from backstayd.coder.windows import decode_windows, encode_windows, padded
 from backstayd.core import geometry
 from backstayd.core.records import Member, Plan, VolumeShard
@@ -39,6 +40,10 @@ class MemorySink:
         assert chunk == len(self.chunks)
         self.chunks.append(b"".join(pieces))
 
+    def is_right(self, chunk: int, pieces: Sequence[memoryview]) -> bool:
+        """Whatever is decoded is compared at the end."""
+        return True
+
 
 @dataclass
 class Group:
@@ -58,6 +63,10 @@ class Group:
 
 def nothing(chunk: int) -> None:
     """No progress to report."""
+
+
+def nothing_fits(*_: object) -> Rebuilt:
+    raise AssertionError("what was decoded is said to be wrong")
 
 
 def encoded_group(n: int, m: int, generator: random.Random) -> Group:
@@ -122,6 +131,7 @@ def rebuilt_blocks(group: Group, stripe: int, lost: set[int], generator: random.
         codec_for(plan.k, plan.m),
         chunks=range(longest),
         read_chunk=read_chunk,
+        search=nothing_fits,
         sinks=sinks,
         on_chunk=nothing,
     )
@@ -147,3 +157,30 @@ def assert_rebuilds(group: Group, lost: set[int], generator: random.Random) -> N
         )
         original = b"".join(group.shards[shard.rank] for shard in group.plan.members[member].shards)
         assert volume == original, f"n={n} m={m} lost={sorted(lost)} member={member}"
+
+
+@pytest.mark.parametrize(("n", "m"), [(n, m) for n, m in SHAPES if m > 1])
+def test_parity_that_is_wrong_is_told_from_k_and_one_more_fragments_that_are_right(n: int, m: int) -> None:
+    k, generator = n - m, random.Random(7000 * n + m)
+    codec = codec_for(k, m)
+    blocks = [memoryview(generator.randbytes(CHUNK)) for _ in range(k)]
+    whole = {**dict(enumerate(blocks)), **{k + index: piece for index, piece in enumerate(codec.encode(blocks))}}
+    for lost in range(1, min(k, m - 1) + 1):
+        for wrong in itertools.combinations(range(k, n), m - lost):  # ``lost`` fragments of parity are right
+            wanted = generator.sample(range(k), lost)
+            spoilt = {index: memoryview(generator.randbytes(CHUNK)) for index in wrong}
+            available = {index: view for index, view in {**whole, **spoilt}.items() if index not in wanted}
+            originals = [blocks[index] for index in wanted]
+            fit = find_fit(
+                codec, available, wanted, length=CHUNK, is_right=lambda found, o=originals: joined(found) == joined([o])
+            )
+            assert fit is not None
+            assert fit.wrong == wrong
+            assert joined(fit.rebuilt) == joined([originals])
+            fewer = {index: view for index, view in available.items() if index < k or index in wrong}
+            nothing_right = find_fit(codec, fewer, wanted, length=CHUNK, is_right=lambda _: False)
+            assert nothing_right is None
+
+
+def joined(fragments: Rebuilt) -> bytes:
+    return b"".join(piece for pieces in fragments for piece in pieces)

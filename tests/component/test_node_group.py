@@ -16,6 +16,8 @@ import pytest
 from backstay import local
 from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
+from backstayd.store.paths import RunPaths
+from tests.component.coder_nodes import spoil_parity
 from tests.kit.listing import files_in
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN, MadeShard
@@ -26,13 +28,13 @@ RANKS = range(3)
 
 
 @contextmanager
-def running_coordinator() -> Iterator[CoordinatorProcess]:
+def running_coordinator(parity: int) -> Iterator[CoordinatorProcess]:
     box: dict[str, Any] = {}
     started = threading.Event()
 
     async def main() -> None:
         process = CoordinatorProcess(
-            CoordinatorConfig(insecure=True, listen="127.0.0.1:0", http="127.0.0.1:0", parity=1, lease_s=LEASE_S)
+            CoordinatorConfig(insecure=True, listen="127.0.0.1:0", http="127.0.0.1:0", parity=parity, lease_s=LEASE_S)
         )
         await process.start()
         box.update(process=process, loop=asyncio.get_running_loop(), stop=asyncio.Event())
@@ -108,8 +110,8 @@ class Group:
 
 
 @pytest.fixture
-def group(tmpfs_dir: Path) -> Iterator[Group]:
-    with running_coordinator() as coordinator, ExitStack() as stack:
+def group(tmpfs_dir: Path, request: pytest.FixtureRequest) -> Iterator[Group]:
+    with running_coordinator(getattr(request, "param", 1)) as coordinator, ExitStack() as stack:
         group = Group(tmpfs_dir, coordinator.address, stack)
         yield group
         for node in group.nodes.values():
@@ -166,6 +168,27 @@ def test_a_flipped_byte_here_or_at_a_peer_is_put_aside_and_the_next_source_used(
     flip(group.shard_file(0, 2))
     trainers, answers = group.world("third", moved)
     assert [shards[rank] for rank, (_, shards) in enumerate(answers)] == [shard.data for shard in made]
+    for trainer in trainers:
+        trainer.close()
+
+
+@pytest.mark.parametrize("group", [2], indirect=True)
+def test_a_lost_node_is_rebuilt_past_parity_that_is_wrong_with_right_digests(group: Group) -> None:
+    trainers, _ = group.world("first")
+    made = group.snapshot(trainers, 1)
+    for trainer in trainers:
+        trainer.close()
+    group.destroy(0)
+    stored = group.nodes[1].report().runs[0]
+    (spoilt,) = [fragment for fragment in stored.fragments if (fragment.stripe, fragment.index) == (1, 0)]
+    spoil_parity(RunPaths(group.nodes[1].memory_dir, RUN), stored.plans[0], stripe=1, index=0, at=5)
+    group.start(0)
+    trainers, answers = group.world("second")
+    assert {(answer.outcome, answer.step) for answer, _ in answers} == {("EXACT", 1)}
+    assert [shards[rank] for rank, (_, shards) in enumerate(answers)] == [shard.data for shard in made]
+    (mark,) = group.nodes[1].report().runs[0].quarantined
+    assert (mark.plan_id, mark.stripe, mark.index) == (spoilt.plan_id, 1, 0)
+    assert "does not fit the other fragments" in mark.reason
     for trainer in trainers:
         trainer.close()
 

@@ -45,6 +45,18 @@ def test_more_fragments_than_k_may_be_given_in_any_order() -> None:
     assert codec.reconstruct(available, [2]) == [data[2]]
 
 
+def test_fragments_come_in_the_order_in_which_they_are_asked_for() -> None:
+    codec = PyeclibCodec(3, 2)
+    data = blocks_of(3, 500)
+    fragments = {**dict(enumerate(data)), **{3 + index: piece for index, piece in enumerate(codec.encode(data))}}
+    available = {index: fragments[index] for index in (1, 3, 4)}
+    for wanted in itertools.permutations([0, 2]):
+        assert codec.reconstruct(available, wanted) == [fragments[index] for index in wanted]
+    available = {index: fragments[index] for index in (0, 1, 3)}
+    for wanted in itertools.permutations([2, 4]):
+        assert codec.reconstruct(available, wanted) == [fragments[index] for index in wanted]
+
+
 def test_fewer_than_k_fragments_are_refused() -> None:
     with pytest.raises(UnrecoverableError, match="3 of 4"):
         PyeclibCodec(4, 2).reconstruct(dict(enumerate(blocks_of(3, 10))), [5])

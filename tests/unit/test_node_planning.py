@@ -15,6 +15,7 @@ from backstayd.core.records import (
     Base,
     Decision,
     DecisionPhase,
+    FragmentRecord,
     FragmentSource,
     Member,
     Outcome,
@@ -46,6 +47,7 @@ from backstayd.node.planning import (
     ReleaseSnapshot,
     ReleaseWorld,
     Restoring,
+    SetAside,
     StagedState,
     StartJob,
     View,
@@ -383,3 +385,16 @@ def test_a_source_that_a_reader_found_bad_is_looked_at() -> None:
     )
     jobs = [action.job for action in plan_actions(now) if isinstance(action, StartJob)]
     assert [type(job) for job in jobs] == [VerifyShard, VerifyFragment]
+
+
+def test_parity_that_a_reader_has_proven_not_to_fit_is_set_aside_and_nothing_else_is() -> None:
+    misfit = Quarantined(
+        what="", attempt=1, step=12, reason="does not fit", node="n0", plan_id=PLAN.plan_id, stripe=2, index=0,
+        is_misfit=True,
+    )  # fmt: skip
+    wanted, here = RunDesired(run=RUN, suspects=(misfit,)), FragmentRecord(plan_id=PLAN.plan_id, stripe=2, index=0)
+    other = FragmentRecord(plan_id=PLAN.plan_id, stripe=0, index=0)
+    now = view(wanted, plans={PLAN.plan_id: PLAN}, fragments=frozenset({here, other}))
+    assert plan_actions(now) == [SetAside(fragment=here, reason="does not fit")]
+    later = view(wanted, plans={PLAN.plan_id: PLAN}, fragments=frozenset({other}))
+    assert plan_actions(later) == []

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -123,12 +124,18 @@ class JobContext:
         finally:
             self.seconds[what] += time.perf_counter() - begin
 
-    def blame(self, ref: ShardRef | FragmentRef, *, node: str, detail: str) -> CorruptSourceError:
-        """Note a corrupt source, tell its holder, and return the error to raise."""
-        corrupt = corrupt_of(ref, node=node, detail=detail)
+    def blame(
+        self, ref: ShardRef | FragmentRef, *, node: str, detail: str, is_misfit: bool = False
+    ) -> CorruptSourceError:
+        """Note a corrupt source, tell its holder, and return the error to raise.
+
+        Args:
+            is_misfit: It is parity whose digests are right: its holder would find nothing, and hears from the coordinator.
+        """
+        corrupt = replace(corrupt_of(ref, node=node, detail=detail), is_misfit=is_misfit)
         self.corrupt.append(corrupt)
         logger.warning("%s", CorruptSourceError(corrupt))
-        if node:
+        if node and not is_misfit:
             with contextlib.suppress(BackstayError):
                 client = self.client(node)
                 try:

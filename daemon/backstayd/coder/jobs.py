@@ -143,6 +143,7 @@ class Corrupt:
     stripe: int = -1
     index: int = -1
     detail: str = ""  # which chunk, expected and found crc
+    is_misfit: bool = False  # its digests are right, and it does not fit the other fragments of its stripe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

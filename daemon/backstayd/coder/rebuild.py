@@ -1,17 +1,19 @@
 """Decoding one stripe: k fragments are read once, all lost data blocks of it decoded and put to their owners.
 
-A source that fails is replaced by a spare one at the chunk where it failed, when the task names more than k.
+A source that fails is replaced by a spare one at the chunk where it failed, when the task names more than k. So is parity that
+is wrong although its digests are right.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from backstay import faults
 from backstay.errors import BackstayError, IntegrityError, UnavailableError, UnrecoverableError
 from backstayd.coder.context import CorruptSourceError, JobContext
 from backstayd.coder.jobs import DecodeStripe
+from backstayd.coder.misfits import Fit, Rebuilt, find_fit
 from backstayd.coder.plans import check_plan, fetch_plan
 from backstayd.coder.sinks import RebuiltBlock, RebuiltRange, open_staged, when_ready
 from backstayd.coder.sources import (
@@ -65,6 +67,7 @@ def run_decode(context: JobContext, job: DecodeStripe) -> None:
             codec_for(plan.k, plan.m),
             chunks=chunks,
             read_chunk=sources.read_chunk,
+            search=sources.search,
             sinks=sinks,
             on_chunk=on_chunk,
         )
@@ -137,8 +140,10 @@ class StripeSources:
         self._members = geometry.data_members(task.stripe, n=len(plan.members), m=plan.m)
         self._counts = {i: len(geometry.block_range(plan, task.stripe, m)) for i, m in enumerate(self._members)}
         empty = {i for i, count in self._counts.items() if count <= chunks.start} - unusable
-        self._active: dict[int, Source | None] = dict.fromkeys(sorted(empty)[: plan.k])
-        self._spare = [s for s in _local_first(task) if s.index not in empty and s.index not in unusable]
+        self._zeros = tuple(sorted(empty)[: plan.k])
+        self._active: dict[int, Source | None] = dict.fromkeys(self._zeros)
+        self._sources = [s for s in _local_first(task) if s.index not in empty and s.index not in unusable]
+        self._spare = list(self._sources)
         self._buffers: dict[int, memoryview] = {}
         self._failures: list[BackstayError] = []
         self._fill(chunks.start)
@@ -160,6 +165,65 @@ class StripeSources:
                     self._fill(chunk)
         return found
 
+    def search(self, chunk: int, length: int, wanted: Sequence[int], is_right: Callable[[Rebuilt], bool]) -> Rebuilt:
+        """What k fragments decode to is wrong, though each passed its digests: read all anew and find k that decode to what
+        is right. Parity that does not fit these is named for good, and not read again.
+
+        Raises:
+            IntegrityError: no k do; all parity of the stripe is named, until its holders have looked.
+        """
+        available = self._read_every(chunk, length)
+        codec = codec_for(self._plan.k, self._plan.m)
+        fit = find_fit(codec, available, wanted, length=length, is_right=is_right)
+        place = f"chunk {chunk} of stripe {self._task.stripe}"
+        if fit is None:
+            detail = (
+                f"{place} does not decode to what the manifests say with it, nor with any other parity that is left"
+            )
+            for index in [index for index in available if index >= self._plan.k]:
+                self._blame(index, detail, is_misfit=False)
+            raise IntegrityError(
+                f"{place} cannot be decoded: no {self._plan.k} of {len(available)} fragments give what the manifests say; "
+                "nothing was rebuilt from it",
+                reason="bad_rebuild",
+            )
+        for index in fit.wrong:
+            self._blame(index, f"{place} passes its digest, and does not fit the other fragments", is_misfit=True)
+        if not fit.wrong:
+            self._context.flipped_in_flight += 1
+        self._keep(fit)
+        return fit.rebuilt
+
+    def _read_every(self, chunk: int, length: int) -> dict[int, memoryview]:
+        """This chunk of every fragment that can be read, over new connections."""
+        self.close()
+        self._active = dict.fromkeys(self._zeros)
+        for source in list(self._sources):
+            try:
+                self._active[source.index] = self._open(source, chunk)
+            except BackstayError as error:
+                self._fail(source.index, error)
+        with self._context.timed("read"):
+            found = {index: self._read(index, chunk, length) for index in list(self._active)}
+        available = {index: view for index, view in found.items() if view is not None}
+        if len(available) < self._plan.k:
+            raise self._too_few()
+        return available
+
+    def _blame(self, index: int, detail: str, *, is_misfit: bool) -> None:
+        source = next(source for source in self._sources if source.index == index)
+        node = "" if source.node == self._task.decoder else source.bulk_address
+        self._context.blame(self._fragment(source), node=node, detail=detail, is_misfit=is_misfit)
+
+    def _keep(self, fit: Fit) -> None:
+        """Go on with ``fit``; what else is right is a spare again."""
+        for index in self._active.keys() - set(fit.used):
+            source = self._active.pop(index)
+            if source is not None:
+                source.close()
+        self._sources = [source for source in self._sources if source.index not in fit.wrong]
+        self._spare = [source for source in self._sources if source.index not in fit.used]
+
     def close(self) -> None:
         for source in self._active.values():
             if source is not None:
@@ -177,11 +241,16 @@ class StripeSources:
             return None
 
     def _drop(self, index: int, error: BackstayError) -> None:
-        self._context.check()
-        self._failures.append(error)
+        self._fail(index, error)
         source = self._active.pop(index)
         if source is not None:
             source.close()
+
+    def _fail(self, index: int, error: BackstayError) -> None:
+        """That source is not tried again."""
+        self._context.check()
+        self._failures.append(error)
+        self._sources = [source for source in self._sources if source.index != index]
 
     def _fill(self, chunk: int) -> None:
         """Open spare sources from ``chunk`` on until k are active."""
@@ -194,8 +263,7 @@ class StripeSources:
             try:
                 self._active[spare.index] = self._open(spare, chunk)
             except BackstayError as error:
-                self._context.check()
-                self._failures.append(error)
+                self._fail(spare.index, error)
 
     def _too_few(self) -> BackstayError:
         for error in self._failures:
@@ -207,13 +275,21 @@ class StripeSources:
             f"cannot decode stripe {self._task.stripe}: {len(self._active)} of {self._plan.k} fragments named as sources"
         )
 
+    def _fragment(self, source: FragmentSource) -> FragmentRef:
+        plan = self._plan
+        return FragmentRef(
+            run=plan.run,
+            key=plan.key,
+            plan_id=plan.plan_id,
+            stripe=self._task.stripe,
+            index=source.index - plan.k,
+        )
+
     def _open(self, source: FragmentSource, chunk: int) -> Source:
         plan, stripe = self._plan, self._task.stripe
         is_local = source.node == self._task.decoder
         if source.index >= plan.k:
-            ref = FragmentRef(
-                run=plan.run, key=plan.key, plan_id=plan.plan_id, stripe=stripe, index=source.index - plan.k
-            )
+            ref = self._fragment(source)
             if is_local:
                 return LocalFragment(self._context, ref, first_chunk=chunk)
             count = self._stop - chunk

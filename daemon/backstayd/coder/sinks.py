@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from crc32c import crc32c
 
 from backstay import faults
-from backstay.errors import IntegrityError, UnavailableError
+from backstay.errors import InvariantError, UnavailableError
 from backstay.manifest import CHUNK_BYTES
 from backstayd.coder.context import JobContext
 from backstayd.coder.jobs import shard_event
@@ -134,22 +134,28 @@ class RebuiltBlock:
         self._context = context
         self._stripe = stripe
         self._ranges = list(ranges)
+        self._crc = -1  # of what was looked at last
         self._client: BulkClient | None = None
         self._staged: StagedShard | None = None
 
+    def is_right(self, chunk: int, pieces: Sequence[memoryview]) -> bool:
+        """Whether its manifest says so of these bytes; what nobody lacks is not looked at."""
+        if not self._ranges or chunk < self._ranges[0].begin:
+            return True
+        shard = self._ranges[0].shard
+        self._crc = crc_of(pieces)
+        return self._crc == shard.chunks.chunk_crc(shard.first_chunk + chunk - self._ranges[0].begin)
+
     def write(self, chunk: int, pieces: Sequence[memoryview]) -> None:
+        """Take what :meth:`is_right` has just found right."""
         if not self._ranges or chunk < self._ranges[0].begin:
             return  # of a shard that nobody lacks
         current = self._ranges[0]
         shard = current.shard
         shard_chunk = shard.first_chunk + chunk - current.begin
-        crc = crc_of(pieces)
+        crc = self._crc
         if crc != shard.chunks.chunk_crc(shard_chunk):
-            raise IntegrityError(
-                f"rebuilt chunk {shard_chunk} of rank {shard.chunks.rank} has crc {crc:08x}, its manifest says "
-                f"{shard.chunks.chunk_crc(shard_chunk):08x}; it is not used",
-                reason="bad_rebuild",
-            )
+            raise InvariantError(f"rebuilt chunk {shard_chunk} of rank {shard.chunks.rank} was not found right")
         if chunk == current.begin:
             self._begin(current)
         with self._context.timed("put"):

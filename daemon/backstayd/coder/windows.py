@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from backstay.manifest import CHUNK_BYTES
+from backstayd.coder.misfits import Rebuilt
 from backstayd.core import geometry
 from backstayd.core.records import Plan
 from backstayd.erasure.codec import Codec, encode_chunk, reconstruct_chunk
@@ -32,9 +33,21 @@ class ChunkSink(Protocol):
         ...
 
 
+class RebuiltSink(ChunkSink, Protocol):
+    """Takes rebuilt chunks, and knows what they must be."""
+
+    def is_right(self, chunk: int, pieces: Sequence[memoryview]) -> bool:
+        """Whether these are the bytes of chunk ``chunk``."""
+        ...
+
+
 ReadChunk = Callable[
     [int, int], Mapping[int, memoryview]
 ]  # (chunk, length) -> fragment index -> bytes, k or more of them
+
+Search = Callable[
+    [int, int, Sequence[int], Callable[[Rebuilt], bool]], Rebuilt
+]  # (chunk, length, wanted, is_right) -> what is right, or it raises
 
 
 def padded(source: ChunkSource | None, buffer: memoryview, length: int) -> memoryview:
@@ -83,13 +96,15 @@ def decode_windows(
     *,
     chunks: range,
     read_chunk: ReadChunk,
-    sinks: Mapping[int, ChunkSink],
+    search: Search,
+    sinks: Mapping[int, RebuiltSink],
     on_chunk: Callable[[int], None],
 ) -> None:
     """Decode the data fragments ``sinks`` names, all from one read, over the stripe's ``chunks``.
 
     Args:
         read_chunk: Called for each chunk in order; returns at least k fragments, cut or padded to the length given.
+        search: Called when a sink says that what these decode to is wrong.
         sinks: By data fragment index; each gets those of ``chunks`` that its block has, at the length of that chunk.
     """
     members = geometry.data_members(stripe, n=len(plan.members), m=plan.m)
@@ -105,7 +120,16 @@ def decode_windows(
         available = read_chunk(chunk, length)
         if not lengths:
             continue
+
+        def is_right(rebuilt: Rebuilt, chunk: int = chunk, lengths: dict[int, int] = lengths) -> bool:
+            return all(
+                sinks[index].is_right(chunk, trimmed(pieces, own_length))
+                for (index, own_length), pieces in zip(lengths.items(), rebuilt, strict=True)
+            )
+
         rebuilt = reconstruct_chunk(codec, available, tuple(lengths), length=length)
+        if not is_right(rebuilt):
+            rebuilt = search(chunk, length, tuple(lengths), is_right)
         for (index, own_length), pieces in zip(lengths.items(), rebuilt, strict=True):
             sinks[index].write(chunk, trimmed(pieces, own_length))
 

@@ -461,6 +461,9 @@ class Quarantined:
     plan_id: str = ""  # a parity fragment
     stripe: int = -1
     index: int = -1
+    is_misfit: bool = (
+        False  # parity that does not fit its stripe, whatever its digests say: proven by the one who read it
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

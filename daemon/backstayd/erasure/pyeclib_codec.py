@@ -51,8 +51,9 @@ class PyeclibCodec:
         used = sorted(available)[: self._k]
         headers = self._headers(len(available[used[0]]))
         payloads = [b"".join((headers[index], available[index])) for index in used]  # pyeclib wants headers in front
-        found = self._driver.reconstruct(payloads, list(wanted))
-        return [memoryview(fragment)[_HEADER_BYTES:] for fragment in found]
+        order = sorted(wanted)  # pyeclib answers in ascending order, whatever it is asked
+        found = dict(zip(order, self._driver.reconstruct(payloads, order), strict=True))
+        return [memoryview(found[index])[_HEADER_BYTES:] for index in wanted]
 
     def _make_headers(self, length: int) -> tuple[bytes, ...]:
         fragments = self._driver.encode(bytes(length * self._k))

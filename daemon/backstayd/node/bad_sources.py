@@ -39,13 +39,17 @@ class BadSources:
     def put_aside(self, corrupt: Corrupt, peers: Mapping[str, str]) -> None:
         """Put a bad local source aside; name a bad one of ``peers`` (name → bulk address) to the coordinator."""
         is_own = corrupt.node in ("", self._context.identity.bulk_address)
-        entry = self._quarantine(corrupt) if is_own else self._mark(corrupt, peers)
+        self._note(corrupt.run, self._quarantine(corrupt) if is_own else self._mark(corrupt, peers))
+
+    def set_aside(self, run: str, fragment: FragmentRecord, reason: str) -> None:
+        """Put parity of this node aside that a peer has proven not to fit its stripe."""
+        self._note(run, withdraw.quarantine_fragment(self._context.store, run, fragment, reason=reason))
+
+    def _note(self, run: str, entry: Quarantined | None) -> None:
         if entry is None:
             return
-        self._context.metrics.corrupt.labels(where="shard" if corrupt.rank >= 0 else "parity").inc()
-        self._say(
-            "quarantined", corrupt.run, f"{entry.what} {('on ' + entry.node) if entry.node else 'here'}: {entry.reason}"
-        )
+        self._context.metrics.corrupt.labels(where="shard" if entry.rank >= 0 else "parity").inc()
+        self._say("quarantined", run, f"{entry.what} {('on ' + entry.node) if entry.node else 'here'}: {entry.reason}")
         self._context.changed()
 
     def _quarantine(self, corrupt: Corrupt) -> Quarantined | None:
@@ -67,6 +71,7 @@ class BadSources:
             plan_id=corrupt.plan_id,
             stripe=corrupt.stripe,
             index=corrupt.index,
+            is_misfit=corrupt.is_misfit,
         )
         asyncio.get_running_loop().call_later(
             max(5.0, 3 * self._context.lease_s), self._forget_mark, corrupt.run, entry

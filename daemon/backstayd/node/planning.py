@@ -16,6 +16,7 @@ from backstayd.core.layouts import base_size, takes_whole
 from backstayd.core.records import (
     Decision,
     DecisionPhase,
+    FragmentRecord,
     Plan,
     Rebuild,
     RebuildTarget,
@@ -81,6 +82,14 @@ class DiscardStaged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SetAside:
+    """Quarantine a parity fragment of this node."""
+
+    fragment: FragmentRecord
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecordDecision:
     decision: Decision
 
@@ -103,7 +112,7 @@ class ForgetRun:
 
 
 Action = (
-    StartJob | PrepareTarget | CancelTask | FenceWorld | ReleaseSnapshot | DropPlan | DiscardStaged
+    StartJob | PrepareTarget | CancelTask | FenceWorld | ReleaseSnapshot | DropPlan | DiscardStaged | SetAside
     | RecordDecision | ReleaseWorld | RefuseWorld | ForgetRun
 )  # fmt: skip
 
@@ -142,6 +151,7 @@ class View:
     desired: RunDesired
     peers: Mapping[str, str] = field(default_factory=dict)  # name -> bulk address
     shards: tuple[ShardRecord, ...] = ()
+    fragments: frozenset[FragmentRecord] = frozenset()
     plans: Mapping[str, Plan] = field(default_factory=dict)
     decision: Decision | None = None
     sessions: tuple[SessionRecord, ...] = ()
@@ -185,6 +195,7 @@ def plan_actions(view: View) -> list[Action]:
     held = {shard.key for shard in view.shards} | {plan.key for plan in view.plans.values()}
     actions += [ReleaseSnapshot(key=key) for key in desired.release if key in held]
     actions += [DropPlan(plan_id=plan_id) for plan_id in desired.drop_plans if plan_id in view.plans]
+    actions += _misfits(view)
     actions += _discard(view)
     actions += [action for action in wanted_jobs if action.key not in view.running | view.settled]
     actions += _decide(view)
@@ -261,10 +272,22 @@ def rebuilt_bytes(view: View) -> tuple[int, int]:
     return done, total
 
 
+def _misfits(view: View) -> list[SetAside]:
+    """Parity here of which a reader has proven that it does not fit its stripe: its own digests would say nothing."""
+    return [
+        SetAside(fragment=fragment, reason=mark.reason)
+        for mark in view.desired.suspects
+        for fragment in view.fragments
+        if mark.is_misfit and fragment == FragmentRecord(plan_id=mark.plan_id, stripe=mark.stripe, index=mark.index)
+    ]
+
+
 def _suspects(view: View) -> list[StartJob]:
     """Look at what a reader elsewhere found corrupt here: if it is, it is put aside; if not, the reader's word runs out."""
     jobs = []
     for mark in view.desired.suspects:
+        if mark.is_misfit:
+            continue
         key = f"suspect:{mark.attempt}:{mark.step}:{mark.rank}:{mark.plan_id}:{mark.stripe}:{mark.index}"
         plan = view.plans.get(mark.plan_id)
         if plan is not None:

@@ -175,6 +175,7 @@ class Reconciler:
             desired=desired,
             peers=self.peers,
             shards=tuple(held.record for held in index.shards.values()),
+            fragments=frozenset(index.fragments),
             plans=dict(index.plans),
             decision=index.decision,
             sessions=tuple(session.record() for session in sessions),
@@ -302,6 +303,8 @@ class Reconciler:
             withdraw.drop_plan(store, run, action.plan_id)
         elif isinstance(action, planning.DiscardStaged):
             self._discard(run, action)
+        elif isinstance(action, planning.SetAside):
+            self.bad_sources.set_aside(run, action.fragment, action.reason)
         elif isinstance(action, planning.RecordDecision):
             store.record_decision(action.decision)
             self._say("recorded", run, f"decision {action.decision.decision_id[:8]}: attempt {action.decision.attempt}")

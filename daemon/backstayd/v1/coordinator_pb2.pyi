@@ -1152,6 +1152,7 @@ class Quarantined(_message.Message):
     PLAN_ID_FIELD_NUMBER: _builtins.int
     STRIPE_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    IS_MISFIT_FIELD_NUMBER: _builtins.int
     what: _builtins.str
     """What was found corrupt."""
     attempt: _builtins.int
@@ -1170,6 +1171,8 @@ class Quarantined(_message.Message):
     """Stripe of the plan."""
     index: _builtins.int
     """Fragment of the stripe."""
+    is_misfit: _builtins.bool
+    """Parity that does not fit its stripe, although its digests are right."""
     def __init__(
         self,
         *,
@@ -1182,10 +1185,11 @@ class Quarantined(_message.Message):
         plan_id: _builtins.str = ...,
         stripe: _builtins.int | None = ...,
         index: _builtins.int | None = ...,
+        is_misfit: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "_rank", b"_rank", "_stripe", b"_stripe", "index", b"index", "rank", b"rank", "stripe", b"stripe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "_rank", b"_rank", "_stripe", b"_stripe", "attempt", b"attempt", "index", b"index", "node", b"node", "plan_id", b"plan_id", "rank", b"rank", "reason", b"reason", "step", b"step", "stripe", b"stripe", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "_rank", b"_rank", "_stripe", b"_stripe", "attempt", b"attempt", "index", b"index", "is_misfit", b"is_misfit", "node", b"node", "plan_id", b"plan_id", "rank", b"rank", "reason", b"reason", "step", b"step", "stripe", b"stripe", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__index: _TypeAlias = _typing.Literal["index"]  # noqa: Y015
     _WhichOneofArgType__index: _TypeAlias = _typing.Literal["_index", b"_index"]  # noqa: Y015
