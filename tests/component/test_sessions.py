@@ -26,7 +26,7 @@ from backstay.errors import (
 )
 from backstay.ids import SnapshotKey
 from backstayd.cli.daemon_checks import session_timeouts
-from backstayd.core.records import DecisionPhase, Outcome, RunDesired, SessionPhase, SessionRecord
+from backstayd.core.records import DecisionPhase, Outcome, RunDesired, SessionRecord
 from backstayd.node import sessions
 from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2
@@ -438,21 +438,6 @@ def test_a_lost_connection_of_a_living_trainer_is_forgiven_for_a_lease(node: Nod
     with pytest.raises(StaleGenerationError, match="not the current one"):
         stale.attach(attempt=1)
     stale.close()
-
-
-def test_finish_and_forget_leave_nothing(node: NodeThread) -> None:
-    node.start_world()
-    trainer = trainer_of(node)
-    trainer.snapshot(1)
-    trainer.call(local.Finish())
-    assert sessions_of(node) == [(0, SessionPhase.ENDED.value)]
-    node.desire(RunDesired(run=RUN, forget=True))
-    wait_until(lambda: not (node.memory_dir / "job").exists(), why="the run is deleted")
-    (run,) = node.report().runs
-    assert run.is_forgotten
-    node.desire()
-    assert node.report().runs == ()
-    trainer.close()
 
 
 def test_garbage_on_the_socket_ends_only_its_own_connection(node: NodeThread) -> None:

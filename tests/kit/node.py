@@ -53,10 +53,10 @@ class NodeThread:
 
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
-    def desire(self, *runs: RunDesired, generation: int | None = None) -> None:
+    def desire(self, *runs: RunDesired, generation: int | None = None, **more: Any) -> None:
         if generation is not None:
             self.generation = generation
-        desired = NodeDesired(generation=Generation(self.generation, COORDINATOR), runs=runs, peers=self.peers)
+        desired = NodeDesired(generation=Generation(self.generation, COORDINATOR), runs=runs, peers=self.peers, **more)
         self.call(lambda: self.node.reconciler.on_desired(desired))
 
     def report(self) -> NodeReport:

@@ -30,6 +30,8 @@ from backstayd.core.records import (
     Survey,
     Upload,
 )
+from backstayd.core.tombstone import Tombstone
+from tests.simulation.burying import bury
 from tests.simulation.distrusting import remember_distrust
 from tests.simulation.draining import copy_shards
 from tests.simulation.recovering import follow
@@ -79,7 +81,6 @@ class RunMemory:
     decision: Decision | None = None
     recorded_s: float = 0.0
     distrusted: dict[str, Distrusted] = field(default_factory=dict)  # by snapshot id
-    is_forgotten: bool = False
 
 
 @dataclass(slots=True)
@@ -109,6 +110,7 @@ class Node:
         self.deaf_until_s = self.mute_until_s = 0.0  # lines that carry one way only
         self.staging_trouble = ""  # why no decision can be staged here
         self.memory: dict[str, RunMemory] = {}
+        self.tombstones: dict[str, Tombstone] = {}  # files beside the memory
         self.generation = Generation()
         self.incarnation = ""
         self.sequence = 0
@@ -146,6 +148,7 @@ class Node:
         """The machine dies, with its trainers and its tmpfs."""
         self.stop()
         self.memory = {}
+        self.tombstones = {}
         self.generation = Generation()
         for trainer in self.trainers:
             trainer.is_alive = False
@@ -192,6 +195,8 @@ class Node:
             runs=tuple(self._run_report(run) for run in names),
             is_draining=self.is_draining,
             takes_copies=True,
+            takes_tombstones=True,
+            tombstones=tuple(self.tombstones[run] for run in sorted(self.tombstones)),
         )
 
     def _run_report(self, run: str) -> RunReport:
@@ -211,7 +216,6 @@ class Node:
             quarantined=tuple(memory.quarantined),
             failed_plans=tuple(sorted(work.failed_plans)),
             distrusted=tuple(memory.distrusted[key] for key in sorted(memory.distrusted)),
-            is_forgotten=memory.is_forgotten,
             survey=work.survey,
             uploads=tuple(work.uploads[place] for place in sorted(work.uploads)),
             pruned=tuple(sorted(work.pruned)),
@@ -248,6 +252,7 @@ class Node:
         if desired.drain not in (None, self.is_draining):
             self.is_draining = not self.is_draining
             self.changed()
+        bury(self, desired)
         for run in desired.runs:
             self.work.setdefault(run.run, RunWork()).desired = run
             self._reconcile(run)
@@ -262,12 +267,9 @@ class Node:
 
     def _reconcile(self, desired: RunDesired) -> None:
         memory = self.memory.setdefault(desired.run, RunMemory())
-        if desired.forget:
-            self._forget(desired.run)
-            return
         remember_distrust(self, memory, desired)
         for key in desired.release:
-            self._delete(memory, lambda a, s, key=key: (a, s) == (key.attempt, key.step))
+            self.delete(memory, lambda a, s, key=key: (a, s) == (key.attempt, key.step))
         for plan_id in desired.drop_plans:
             if memory.plans.pop(plan_id, None) is not None:
                 memory.fragments = {f for f in memory.fragments if f[0] != plan_id}
@@ -284,14 +286,7 @@ class Node:
         if desired.decision is not None:
             follow(self, desired.decision, desired.decision_phase)
 
-    def _forget(self, run: str) -> None:
-        memory = self.memory[run]
-        if not memory.is_forgotten:
-            self.memory[run] = RunMemory(is_forgotten=True)
-            self.work[run] = RunWork()
-            self.changed()
-
-    def _delete(self, memory: RunMemory, match: object) -> None:
+    def delete(self, memory: RunMemory, match: object) -> None:
         assert callable(match)
         places = [place for place in memory.shards if match(place[0], place[1])]
         plans = [p.plan_id for p in memory.plans.values() if match(p.attempt, p.step)]
@@ -316,7 +311,7 @@ class Node:
 
     def _run_job(self, run: str, name: object, action: object, arguments: tuple[object, ...], incarnation: str) -> None:
         assert callable(action)
-        if not self.is_running or incarnation != self.incarnation:
+        if not self.is_running or incarnation != self.incarnation or name not in self.work[run].jobs:
             return
         if self.is_paused:
             self.cluster.engine.after(RETRY_S, self._run_job, run, name, action, arguments, incarnation)

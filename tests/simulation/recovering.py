@@ -40,7 +40,6 @@ def follow(node: Node, decision: Decision, phase: DecisionPhase) -> None:
         node.changed()
     if phase is DecisionPhase.RECORD and work.staging.state is StagingState.READY:
         memory.decision, memory.recorded_s = decision, node.cluster.engine.now_s
-        memory.is_forgotten = False
         work.staging = Staging(decision_id=decision.decision_id, state=StagingState.RECORDED)
         node.cluster.recorded(node, decision)
         node.changed()

@@ -7,7 +7,7 @@ import pytest
 from backstay.errors import UsageError
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import Outcome, SessionPhase, SourceKind
+from backstayd.core.records import Outcome, SourceKind
 from backstayd.core.recovery import Stage
 from tests.simulation.cluster import Cluster, Control, Job
 from tests.simulation.engine import Engine
@@ -380,57 +380,6 @@ def test_a_coordinator_that_dies_while_shards_are_rebuilt_for_another_layout_is_
     assert engine.run_until(is_rebuilding, limit_s=20)
     cluster.crash_coordinator(0.2)  # the next one names owners of its own
     assert engine.run_until(lambda: cluster.is_training(later), limit_s=40), later.refusals
-
-
-def test_a_finished_run_is_forgotten_everywhere_and_its_name_can_be_used_again() -> None:
-    engine, cluster, job = training(4)
-    job.is_stopped = True
-    cluster.checker.forget(RUN)
-    for trainer in job.trainers.values():
-        trainer.phase = SessionPhase.ENDED
-        cluster.nodes[trainer.node].changed()
-    assert engine.run_until(lambda: not cluster.kept_keys(RUN), limit_s=20)
-    for trainer in job.trainers.values():
-        cluster.nodes[trainer.node].trainers.remove(trainer)
-        cluster.nodes[trainer.node].changed()
-    engine.run_for(2)
-    later = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
-    cluster.start_job(later)
-    assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
-    assert cluster.outcome(later) is Outcome.NONE
-
-
-def test_a_run_that_nobody_comes_back_to_is_forgotten_and_not_before() -> None:
-    engine, cluster, job = training(4, policy=CorePolicy(lease_s=1.5, job_ttl_s=20.0))
-    engine.run_for(25)  # it trains for longer than that
-    job.is_stopped = True
-    for trainer in [job.trainers[rank] for rank in (0, 1, 2)]:
-        cluster.kill_trainer(trainer)
-    engine.run_for(25)
-    assert cluster.core().runs[RUN].forgotten_in_s() is None, "one trainer is still connected"
-    cluster.kill_trainer(job.trainers[3])
-    engine.run_for(10)
-    left_s = cluster.core().status(engine.now_s)["runs"][0]["forgotten_in_s"]
-    assert 8 < left_s < 11
-    assert cluster.kept_keys(RUN)
-    cluster.checker.forget(RUN)
-    assert engine.run_until(lambda: not cluster.kept_keys(RUN), limit_s=15)
-
-
-def test_a_node_that_was_away_when_its_run_was_forgotten_forgets_it_when_it_comes_back() -> None:
-    engine, cluster, job = training(4)
-    job.is_stopped = True
-    cluster.cut("n4", 4.0)
-    cluster.checker.forget(RUN)
-    for trainer in job.trainers.values():
-        trainer.phase = SessionPhase.ENDED
-        cluster.nodes[trainer.node].changed()
-    engine.run_for(0.4)
-    core = cluster.core()
-    core.runs[RUN].forgetting.is_under_way = True  # as when the last rank's word came just before the cut
-    engine.run_for(3.0)
-    assert cluster.nodes["n4"].memory[RUN].shards
-    assert engine.run_until(lambda: not cluster.kept_keys(RUN), limit_s=20)
 
 
 def test_a_job_that_waits_for_a_replacement_is_repaired_meanwhile() -> None:

@@ -107,7 +107,7 @@ def take_inventory(run: str, nodes: Iterable[NodeState], *, readers: Iterable[No
     suspects = suspects_of(run, nodes if readers is None else readers)
     for node in nodes:
         report = node.runs.get(run)
-        if report is None or report.is_forgotten:
+        if report is None:
             continue
         for shard in report.shards:
             where = (shard.key, shard.rank, shard.digest)

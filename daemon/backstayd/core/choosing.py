@@ -15,6 +15,7 @@ from backstayd.core.context import RunContext
 from backstayd.core.placement import natural
 from backstayd.core.records import Outcome, Plan, ShardSource, SourceKind
 from backstayd.core.sentences import counted, listed
+from backstayd.core.tombstone import Cause
 
 REMEMBERED_SNAPSHOTS = 16
 
@@ -84,15 +85,33 @@ def choose(
     unstaged = next((view for view in passed if view.snapshot_id in excluded and view.is_available), None)
     if unstaged is not None:
         return _refuse(context, f" at step {unstaged.key.step}: {_unstaged(excluded[unstaged.snapshot_id])}")
-    if not memory.is_known and context.inventory.is_empty and not context.storage.is_known:
-        message = f"no node knows {context.run}: it starts from scratch"
-        return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
+    if not memory.is_known and context.inventory.is_empty:
+        over = _over(context, is_fresh_allowed=is_fresh_allowed)
+        if over is not None:
+            return over
     if is_fresh_allowed:
         return Choice(outcome=Outcome.NONE, message="nothing is restorable and every rank allows to start from scratch")
     if _is_proved_empty(context, memory):
         message = "no snapshot was ever complete: it starts from scratch again"
         return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
     return _refuse(context, missing=_missing_all(context, memory, passed))
+
+
+def _over(context: RunContext, *, is_fresh_allowed: bool) -> Choice | None:
+    """For a run of which no node holds anything: it is new, or over; None: it is neither."""
+    tombstone = context.tombstone
+    if tombstone is not None and tombstone.cause in (Cause.FINISHED, Cause.IDLE) and not is_fresh_allowed:
+        return Choice(
+            outcome=Outcome.REFUSED,
+            message=f"{context.run} {tombstone.sentence()}, and no snapshot of it is left in memory"
+            f"{_nor_stored(context)}; choose a new run_id, or start over under this one with restore(allow_fresh=True)",
+        )
+    if context.storage.is_known:
+        return None
+    known = f"no node knows {context.run}"
+    if tombstone is not None and tombstone.cause is not Cause.UNUSED:
+        known = f"{context.run} {tombstone.sentence()}"
+    return Choice(outcome=Outcome.NONE, message=f"{known}: it starts from scratch", is_proved_empty=True)
 
 
 def _restore(
@@ -135,6 +154,11 @@ def _is_proved_empty(context: RunContext, memory: Memory) -> bool:
         return False
     _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
     return {place.node for place in head.placements} <= recorded
+
+
+def is_never_used(context: RunContext, memory: Memory) -> bool:
+    """Whether nothing can be missed if the run's name is dropped: every host is here, and none ever saw a snapshot."""
+    return context.has_long_memory and not context.views and _is_proved_empty(context, memory)
 
 
 def _refuse(context: RunContext, missing: str) -> Choice:

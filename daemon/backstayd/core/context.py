@@ -10,6 +10,7 @@ from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView
 from backstayd.core.nodes import NodeState
 from backstayd.core.records import Decision, Lineage, PersistedSnapshot, Quarantined, SessionPhase, SessionRecord
 from backstayd.core.surveying import StorageState
+from backstayd.core.tombstone import Tombstone
 from backstayd.core.trust import Trust
 
 
@@ -47,6 +48,7 @@ class RunContext:
     storage: StorageState = field(default_factory=StorageState)
     stored: tuple[SnapshotView, ...] = ()  # of the live history, on durable storage and not in memory; newest first
     live_records: tuple[PersistedSnapshot, ...] = ()  # of the live history; newest first
+    tombstone: Tombstone | None = None  # of the histories of this name that are forgotten
 
     @property
     def live_views(self) -> list[SnapshotView]:

@@ -6,6 +6,7 @@ Decides nothing before each node that reports name has reported, or a lease ran 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
@@ -23,6 +24,8 @@ from backstayd.core.run_state import RunState
 from backstayd.core.sentences import listed
 from backstayd.core.status import status_document
 from backstayd.core.timeline import Event, Timeline
+from backstayd.core.tombstone import Cause, Tombstone
+from backstayd.core.tombstones import Tombstones
 
 FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease
 MAX_RESETTLE_LEASES = 16
@@ -72,6 +75,7 @@ class Coordinator:
             str, tuple[NodeReport, NodeReport]
         ] = {}  # by node: its last report, and what is used of it
         self._refused_s: dict[str, float] = {}  # by node: when something of its report was refused last
+        self.tombstones = Tombstones()  # of the runs that are over
         self._shapes = ShapeCache()
         self._started_s = now_s
         self._now_s = now_s
@@ -107,6 +111,7 @@ class Coordinator:
         if change is None:
             return
         self._is_dirty = self.has_news = True
+        self.tombstones.take(report)
         name = report.node.name
         if change:
             words = {"joined": "joined", "restarted": "was started again", "returned": "came back within its old life"}
@@ -178,25 +183,30 @@ class Coordinator:
         """What :meth:`desired` is made from: the very same things while no node need be told anything."""
         orders = (state.orders if state.orders is not None else object() for state in self.runs.values())
         drains = (node.drain_order for node in self.nodes.nodes.values())
-        return self.is_settled, self.generation, *self.runs, *orders, *drains
+        return self.is_settled, self.generation, self.tombstones.orders, *self.runs, *orders, *drains
 
     def _decide(self) -> None:
         self._settle()
         if not self.is_settled:
             return
         present = {node.name: node for node in self.nodes.present()}
+        unsure = set()
         for name in list(self.runs):
             try:
-                self._evaluate_run(name, present)
+                if not self._evaluate_run(name, present):
+                    unsure.add(name)
                 self.faults.pop(name, None)
             except Exception as error:  # noqa: BLE001 - the boundary of one run: the others go on
+                unsure.add(name)
                 self._set_apart(name, error, present)
+        self.tombstones.arrange(present, unsure, now_unix_s=self._now_s + self.unix_offset_s)
         self._judge_drains()
 
-    def _evaluate_run(self, name: str, present: Mapping[str, NodeState]) -> None:
+    def _evaluate_run(self, name: str, present: Mapping[str, NodeState]) -> bool:
+        """Bring one run in line; False if too little is known of it."""
         is_sure = self._has_long_memory() or self.runs[name].named_nodes(present) <= set(self.nodes.nodes)
         if not is_sure:
-            return  # somebody who knows more of this run may still be on its way
+            return False  # somebody who knows more of this run may still be on its way
         self.runs[name].evaluate(
             present, generation=self.generation, has_long_memory=self._has_long_memory(), now_s=self._now_s
         )
@@ -204,6 +214,7 @@ class Coordinator:
         if self._is_over(name, present):
             del self.runs[name]
             self.timeline.forget(name)
+        return True
 
     def _set_apart(self, name: str, error: Exception, present: Mapping[str, NodeState]) -> None:
         """The run could not be evaluated: its nodes get no orders, keep what they hold, and it is tried again."""
@@ -232,6 +243,8 @@ class Coordinator:
             peers=self._peers(tuple(wanted)),
             has_storage=self.policy.persist_url != "",
             drain=self.nodes.nodes[node].drain_order if node in self.nodes.nodes else None,
+            tombstones=self.tombstones.orders.keep.get(node, ()),
+            lifted=self.tombstones.orders.lift.get(node, ()),
         )
 
     def forget(self, run: str) -> None:
@@ -240,9 +253,12 @@ class Coordinator:
         Raises:
             SnapshotNotFoundError: if no node knows it. UsageError: if its trainers are still there.
         """
-        state = self.runs.get(run)
+        state, tombstone = self.runs.get(run), self.tombstones.get(run)
         if state is None or state.context is None or (state.context.inventory.is_empty and not state.context.worlds):
-            raise SnapshotNotFoundError("no node knows that run", reason="unknown_run")
+            if tombstone is None or tombstone.cause is Cause.UNUSED:
+                raise SnapshotNotFoundError("no node knows that run", reason="unknown_run")
+            self._free_name(tombstone)
+            return
         alive = [
             f"rank {rank} on {session.node}"
             for world in state.context.worlds.values()
@@ -255,7 +271,19 @@ class Coordinator:
                 reason="run_is_active",
             )
         self._say(run, "abandoned", "the operator forgets the run on every node")
-        state.forgetting.is_under_way = True
+        state.bury(Cause.FORGOTTEN)
+        self._is_dirty = True
+
+    def _free_name(self, tombstone: Tombstone) -> None:
+        """Nothing is left of the run: from now on its name may be used again as if it were new."""
+        self._say(tombstone.run, "abandoned", f"it {tombstone.sentence()}; the operator frees its name")
+        again = replace(
+            tombstone,
+            cause=Cause.FORGOTTEN,
+            generation=max(tombstone.generation, self.generation.number),
+            unix_s=self._now_s + self.unix_offset_s,
+        )
+        self.tombstones.bury(again)
         self._is_dirty = True
 
     def distrust(self, run: str, step: int, reason: str) -> str:
@@ -389,6 +417,7 @@ class Coordinator:
             run=run,
             policy=self.policy,
             shapes=self._shapes,
+            tombstones=self.tombstones,
             raise_generation=self._raise_generation,
             say=lambda kind, message: self._say(run, kind, message),
             again=lambda kind: self.timeline.allow_again(run, kind),

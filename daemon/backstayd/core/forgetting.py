@@ -1,21 +1,30 @@
-"""When a run is over: every rank has ended, nobody came back, or a node says it was forgotten. Pure.
+"""When a run is over, and when what says so is wrong. Pure.
 
-Says that everything of the run may go; must not delete.
+A run is over when every rank has ended, when nobody came back, when an operator gives it up, or when it never held anything.
+Names what may go (:mod:`tombstone`); must not delete, and a run in which somebody lives is not over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from backstay.ids import SnapshotKey
+from backstayd.core.catalog import SnapshotView
+from backstayd.core.choosing import Memory, is_never_used
 from backstayd.core.context import RunContext
+from backstayd.core.lineage import newest_decision
 from backstayd.core.persisting import Persisting
-from backstayd.core.records import SessionPhase
-from backstayd.core.recovery import Recovery, Say, Stage
+from backstayd.core.records import Decision, RunReport, SessionPhase, SessionRecord
+from backstayd.core.recovery import Recovery, Say
+from backstayd.core.tombstone import MAX_ABSENT, Cause, Tombstone
+
+UNUSED_LEASES = 60  # after so many without a trainer a run that never held a snapshot is dropped: three minutes
 
 
 @dataclass(slots=True)
 class Forgetting:
-    """Invariant: once under way it goes on until no node holds anything of the run."""
+    """Watches one run. ``is_under_way``: it is over, nobody uses its name, and nodes still hold something of it."""
 
     job_ttl_s: float
     say: Say
@@ -23,19 +32,19 @@ class Forgetting:
     ended: dict[str, set[int]] = field(default_factory=dict)  # ranks of a world that have finished
     idle_since_s: float | None = None  # no trainer is connected, as far as this coordinator has seen
 
-    def update(self, context: RunContext, recovery: Recovery, persisting: Persisting) -> None:
-        """Begin when the run is over."""
-        self._count_idle(context)
-        self._count_ended(context, recovery, persisting)
-        reports = [node.runs[context.run] for node in context.nodes.values() if context.run in node.runs]
-        is_new = recovery.stage is not Stage.IDLE  # a later run of a forgotten name: a world was opened since
-        if any(report.is_forgotten for report in reports) and not context.inventory.is_empty and not is_new:
-            self.is_under_way = True
-
-    def is_done(self, context: RunContext) -> bool:
-        """Whether nothing of the run is left anywhere, sessions of the world that ended included."""
-        has_unfinished = any(world_id in self.ended for world_id in context.worlds)
-        return self.is_under_way and context.inventory.is_empty and not has_unfinished
+    def judge(self, context: RunContext, recovery: Recovery, persisting: Persisting, memory: Memory) -> Cause | None:
+        """Why the run is over; None while it is not."""
+        is_idle = self._is_idle(context)
+        if self._is_finished(context, recovery, persisting):
+            self.say("abandoned", "every rank has finished: the run is forgotten on every node")
+            return Cause.FINISHED
+        if is_idle and self.due_in_s(context.now_s) == 0:
+            self.say("abandoned", f"no trainer was connected for {self.job_ttl_s:g} s: the run is forgotten")
+            return Cause.IDLE
+        if is_idle and self.idle_s(context.now_s) >= UNUSED_LEASES * context.lease_s and is_never_used(context, memory):
+            self.say("abandoned", "it never held a snapshot, and no trainer is connected: its name is dropped")
+            return Cause.UNUSED
+        return None
 
     def due_in_s(self, now_s: float) -> float | None:
         """Time until the run's memory is freed because no trainer comes back; None: not as things are."""
@@ -43,24 +52,92 @@ class Forgetting:
             return None
         return max(0.0, self.idle_since_s + self.job_ttl_s - now_s)
 
-    def _count_idle(self, context: RunContext) -> None:
+    def idle_s(self, now_s: float) -> float:
+        """For how long no trainer has been connected."""
+        return now_s - self.idle_since_s if self.idle_since_s is not None else 0.0
+
+    def _is_idle(self, context: RunContext) -> bool:
         """Count from when the last trainer left; one that is connected anywhere, or a new coordinator, begins anew."""
         phases = {session.record.phase for world in context.worlds.values() for session in world.values()}
         if phases - {SessionPhase.ENDED} or context.inventory.is_empty:
             self.idle_since_s = None
         elif self.idle_since_s is None:
             self.idle_since_s = context.now_s
-        elif self.due_in_s(context.now_s) == 0 and not self.is_under_way:
-            self.say("abandoned", f"no trainer was connected for {self.job_ttl_s:g} s: the run is forgotten")
-            self.is_under_way = True
+        return self.idle_since_s is not None
 
-    def _count_ended(self, context: RunContext, recovery: Recovery, persisting: Persisting) -> None:
+    def _is_finished(self, context: RunContext, recovery: Recovery, persisting: Persisting) -> bool:
         for world_id, world in context.worlds.items():
             ended = {rank for rank, session in world.items() if session.record.phase is SessionPhase.ENDED}
             if ended:
                 self.ended.setdefault(world_id, set()).update(ended)
-                size = next(iter(world.values())).record.world_size
-                is_over = world_id == recovery.world_id and len(self.ended[world_id]) >= size
-                if is_over and not self.is_under_way and not persisting.is_saving(context):
-                    self.say("abandoned", "every rank has finished: the run is forgotten on every node")
-                    self.is_under_way = True
+        world = context.worlds.get(recovery.world_id, {})
+        size = next((session.record.world_size for session in world.values()), 0)
+        return 0 < size <= len(self.ended.get(recovery.world_id, ())) and not persisting.is_saving(context)
+
+
+def tombstone_of(
+    context: RunContext, cause: Cause, *, newest_attempt: int, idle_s: float, absent: Collection[str]
+) -> Tombstone:
+    """What is known of the run now, by name.
+
+    Args:
+        newest_attempt: The newest that was given out; a node that is away may have recorded it.
+        absent: Nodes that have a part in it and are away.
+    """
+    decisions = [decision for decision, _ in context.inventory.decisions.values()]
+    keys = [view.key for view in context.views] + [SnapshotKey(decision.attempt, 0) for decision in decisions]
+    attempt = max([key.attempt for key in keys] + ([newest_attempt] if cause is not Cause.IDLE else []), default=0)
+    steps = [key.step for key in keys if key.attempt == attempt or cause is not Cause.IDLE]
+    steps += [session.record.last_step for world in context.worlds.values() for session in world.values()]
+    step, head = max(steps, default=0), context.head
+    return Tombstone(
+        run=context.run,
+        attempt=attempt,
+        generation=context.generation.number,
+        cause=cause if step or cause is Cause.FORGOTTEN else Cause.UNUSED,
+        world_id=head.world_id if head is not None and head.attempt == attempt else "",
+        step=step,
+        idle_s=idle_s if cause is Cause.IDLE else 0.0,
+        absent=tuple(sorted(absent))[:MAX_ABSENT],
+    )
+
+
+def why_wrong(
+    tombstone: Tombstone, reports: Mapping[str, RunReport], views: Sequence[SnapshotView], head: Decision | None
+) -> str:
+    """Why ``tombstone`` must not be followed, because it names what lives; "" if it may be.
+
+    Args:
+        reports: Of all present nodes, with what the tombstone covers.
+        views: What lies there, covered or not.
+        head: The newest decision that this coordinator has followed.
+    """
+    decisions = [report.decision for report in reports.values() if report.decision is not None]
+    newest = newest_decision([*decisions, *([head] if head is not None else [])])
+    if newest is not None and newest.attempt > tombstone.attempt:  # the name is used again, or the run went on
+        is_rooted = any(0 < entry.base_attempt <= tombstone.attempt for entry in newest.lineage)
+        return f"attempt {newest.attempt} went on from what it names" if is_rooted else ""
+    if newest is not None and newest.generation.number > tombstone.generation:
+        return f"attempt {newest.attempt} was decided after it, at generation {newest.generation.number}"
+    living = _living(tombstone, reports)
+    if living:
+        name, session = living[0]
+        return f"rank {session.rank} on {name} is there"
+    if any(_is_beyond(tombstone, view) for view in views):
+        return f"there are snapshots above step {tombstone.step}"
+    return ""
+
+
+def _living(tombstone: Tombstone, reports: Mapping[str, RunReport]) -> list[tuple[str, SessionRecord]]:
+    """Trainers of what is named; where it was only idle, of whoever asks for it while some of it is left."""
+    sessions = [(name, session) for name, report in sorted(reports.items()) for session in report.sessions]
+    phases = {SessionPhase.TRAINING}
+    if tombstone.cause is not Cause.FINISHED and tombstone.cause is not Cause.FORGOTTEN:
+        phases |= {SessionPhase.ATTACHED, SessionPhase.RESTORING}
+    return [(name, session) for name, session in sessions if session.phase in phases]
+
+
+def _is_beyond(tombstone: Tombstone, view: SnapshotView) -> bool:
+    """Whether the newest history that is named has gone on; parts that nobody can restore are no sign of that."""
+    is_named = view.key.attempt == tombstone.attempt and view.world_id in ("", tombstone.world_id)
+    return is_named and view.key.step > tombstone.step and (view.is_restorable or tombstone.cause is Cause.IDLE)

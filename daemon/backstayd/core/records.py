@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from backstay import record, versions
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.interruptions import Ledger
+from backstayd.core.tombstone import Tombstone
 
 
 class SessionPhase(enum.StrEnum):
@@ -481,7 +482,6 @@ class RunReport:
     failed_plans: tuple[str, ...] = ()  # plan ids this node could not encode; the reason is in its log
     rebuilt_bytes: int = 0
     rebuild_total_bytes: int = 0
-    is_forgotten: bool = False  # finished or forgotten here; nothing of it is kept
     survey: Survey | None = None
     uploads: tuple[Upload, ...] = ()
     pruned: tuple[SnapshotKey, ...] = ()  # of those to be pruned: gone now
@@ -507,6 +507,8 @@ class NodeReport:
     is_draining: bool = False  # it will be stopped; remembered beside what it holds, so that a new coordinator knows
     is_cordoned: bool = False  # and that is because its Kubernetes node is cordoned
     takes_copies: bool = False  # it obeys RunDesired.copies; older releases do not
+    takes_tombstones: bool = False  # older releases know only RunDesired.forget
+    tombstones: tuple[Tombstone, ...] = ()  # of runs that are over, one each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -551,7 +553,7 @@ class RunDesired:
     redundancy: str = ""  # "PROTECTED(2)", "DEGRADED(1)", "AT_RISK(0)", "REBUILDING 40 %", "STARTING", "UNPROTECTED"
     protected_step: int = 0
     is_release_possible: bool = True  # false: no slot will come free soon; do not wait for one
-    forget: bool = False
+    forget: bool = False  # for releases that take no tombstones
     keep: int = 1  # protected snapshots kept; a rank has one slot more
     suspects: tuple[Quarantined, ...] = ()  # sources of this node that a reader found corrupt: verify them now
     parity_fraction: float = 0.0  # m / k of the run's groups: parity per byte of state, for admission; 0 = not known
@@ -584,3 +586,5 @@ class NodeDesired:
     peers: tuple[Peer, ...] = ()  # live nodes of the same jobs, so that holders named in a decision have addresses
     has_storage: bool = False  # there is durable storage: a node gets ready to use it
     drain: bool | None = None  # an operator's order to drain, or not to any more, that the node does not report yet
+    tombstones: tuple[Tombstone, ...] = ()  # keep them, and delete what they cover
+    lifted: tuple[Tombstone, ...] = ()  # keep these no longer: they name what lives

@@ -320,6 +320,7 @@ class Recovery:
         seen.extend(decision.attempt for decision, _ in context.inventory.decisions.values())
         seen.append(context.storage.newest_attempt)
         seen.extend(entry.attempt for entry in context.lineage)
+        seen.append(context.tombstone.attempt if context.tombstone is not None else 0)
         leap = LEAP_ATTEMPTS - 1 if _may_be_behind(context, memory) else 0
         memory.newest_attempt = max([memory.newest_attempt, *(attempt + leap for attempt in seen)]) + 1
         return memory.newest_attempt

@@ -11,7 +11,7 @@ from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_vi
 from backstayd.core.choosing import Memory, choose
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.draining import Draining
-from backstayd.core.forgetting import Forgetting
+from backstayd.core.forgetting import Forgetting, tombstone_of, why_wrong
 from backstayd.core.lag import Lag, Training, behind_sentence
 from backstayd.core.ledger import Accounts
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
@@ -29,6 +29,8 @@ from backstayd.core.recovery import Recovery, Say, Stage
 from backstayd.core.retention import abandoned_keys, has_returned, releasable
 from backstayd.core.sentences import any_nodes, counted, listed
 from backstayd.core.surveying import live_records, stored_views, with_urls
+from backstayd.core.tombstone import Cause, Tombstone
+from backstayd.core.tombstones import Tombstones
 from backstayd.core.trust import tainted_views
 
 
@@ -70,6 +72,7 @@ class RunState:
     run: str
     policy: CorePolicy
     shapes: ShapeCache
+    tombstones: Tombstones
     raise_generation: Callable[[int], Generation]
     say: Say
     again: Callable[[str], None]  # the state that the last sentence of this kind described has passed
@@ -105,7 +108,7 @@ class RunState:
         self, nodes: Mapping[str, NodeState], *, generation: Generation, has_long_memory: bool, now_s: float
     ) -> None:
         """Bring everything in line with the reports of ``nodes``."""
-        nodes = self._own(nodes)
+        nodes = self._look_past(self._own(nodes))
         before, self.orders = self.orders, None
         self._evaluate(nodes, generation, has_long_memory, now_s)
         if self.evaluation is not None and not self.forgetting.is_under_way:
@@ -116,11 +119,10 @@ class RunState:
         self, nodes: Mapping[str, NodeState], generation: Generation, has_long_memory: bool, now_s: float
     ) -> None:
         context = self.context = self._take_context(nodes, generation, has_long_memory, now_s)
-        self.forgetting.update(context, self.recovery, self.persisting)
-        if self.forgetting.is_done(context):
-            self._begin_again()
+        cause = self.forgetting.judge(context, self.recovery, self.persisting, self.memory)
+        if cause is not None:
+            self.bury(cause)
         if self.forgetting.is_under_way:
-            self.accounts.end(now_s)
             return
         self._watch(context)
         before = self.recovery.world_id
@@ -168,8 +170,9 @@ class RunState:
         if node in self.strangers:
             return RunDesired(run=self.run, owner=self.owner)
         if self.forgetting.is_under_way:
-            report = context.nodes[node].runs.get(self.run) if node in context.nodes else None
-            return RunDesired(run=self.run, forget=True) if report is not None and not report.is_forgotten else None
+            is_told = node not in context.nodes or context.nodes[node].report.takes_tombstones
+            is_left = node in context.nodes and self.run in context.nodes[node].runs
+            return RunDesired(run=self.run, forget=True) if is_left and not is_told else None
         if self.orders is None:
             return None
         has_report = node in context.nodes and self.run in context.nodes[node].runs
@@ -261,6 +264,7 @@ class RunState:
             storage=storage,
             stored=stored,
             live_records=records,
+            tombstone=self._epitaph(),
             trust=self.probation.trust,
             restore_loop_limit=self.policy.restore_loop_limit,
         )
@@ -279,12 +283,48 @@ class RunState:
         """Time until the run's memory is freed because no trainer comes back; None: not as things are."""
         return self.forgetting.due_in_s(self.context.now_s) if self.context is not None else None
 
-    def _begin_again(self) -> None:
-        """Nothing of the run is left anywhere: whoever asks under its name starts from scratch."""
-        self.closed_ledger = self.accounts.document(self.context.now_s if self.context is not None else 0.0)
+    def bury(self, cause: Cause) -> None:
+        """The run is over: every node deletes what it holds of it, and nothing of it is restored from now on."""
+        context = self.context
+        assert context is not None
+        tombstone = tombstone_of(
+            context,
+            cause,
+            newest_attempt=self.memory.newest_attempt,
+            idle_s=self.forgetting.idle_s(context.now_s),
+            absent=self.named_nodes(context.nodes) - set(context.nodes),
+        )
+        self.tombstones.bury(replace(tombstone, owner=self.owner, unix_s=context.now_s + self.unix_offset_s))
+        self.accounts.end(context.now_s)
+        self.closed_ledger = self.accounts.document(context.now_s)
         self._set_out()
-        self.pace, self.memory, self.lag = Pace(), Memory(), Lag()
-        self.head, self.evaluation, self.owner, self.known_sessions = None, None, "", {}
+        self.forgetting.is_under_way = True
+        self.pace, self.memory, self.lag, self.known_sessions = Pace(), Memory(), Lag(), {}
+        self.head, self.evaluation, self.orders, self.owner, self.seen = None, None, None, "", None
+
+    def _epitaph(self) -> Tombstone | None:
+        """What is forgotten under this name; to another user than its owner's it tells nothing."""
+        found = self.tombstones.get(self.run)
+        if found is not None and found.owner and self.owner and found.owner != self.owner:
+            return replace(found, cause=Cause.UNUSED)
+        return found
+
+    def _look_past(self, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
+        """``nodes`` without what is forgotten of the run; what says so is lifted if it names what lives."""
+        reports = {name: node.runs[self.run] for name, node in nodes.items() if self.run in node.runs}
+        is_left = any(self.tombstones.is_left(name, report) for name, report in reports.items())
+        tombstone = self.tombstones.get(self.run)
+        if tombstone is not None and is_left:
+            views = build_views(take_inventory(self.run, nodes.values()), self.shapes)
+            why = why_wrong(tombstone, reports, views, self.head)
+            if why:
+                self.tombstones.lift(self.run)
+                self.say("abandoned", f"it {tombstone.sentence()}, as was thought; it goes on, because {why}")
+        seen = self.tombstones.visible(self.run, nodes)
+        parts = [seen[name].runs[self.run] for name in reports]
+        is_used = any(part.sessions or part.shards or part.plans or part.decision is not None for part in parts)
+        self.forgetting.is_under_way = self.tombstones.get(self.run) is not None and is_left and not is_used
+        return seen
 
     def _set_out(self) -> None:
         self.protection = Protection(self.policy)

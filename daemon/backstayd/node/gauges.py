@@ -139,7 +139,7 @@ class NodeGauges:
         metrics.node_lease_margin_seconds.set(self._margin.least_s(self._now_s()))
         metrics.peers.set(sum(1 for name in reconciler.peers if name != context.identity.name))
         known = {*store.runs, *context.desired, *(session.run for session in sessions)}
-        metrics.keep_runs(known - reconciler.forgotten)
+        metrics.keep_runs(known)
 
 
 def _within(value: float, most: float) -> float:

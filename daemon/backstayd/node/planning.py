@@ -184,8 +184,9 @@ def plan_actions(view: View) -> list[Action]:
     """The actions that bring this node nearer to what is desired, in the order in which they must happen."""
     desired = view.desired
     if desired.forget:
-        is_used = any(s.phase in (SessionPhase.TRAINING, SessionPhase.ENDED) for s in view.sessions)
-        return [ForgetRun()] if view.has_memory or is_used else []
+        phases = {session.phase for session in view.sessions}
+        is_left = view.has_memory or SessionPhase.ENDED in phases
+        return [ForgetRun()] if is_left and SessionPhase.TRAINING not in phases else []
     actions: list[Action] = []
     if desired.world_id and any(world != desired.world_id for world in view.granted_worlds):
         actions.append(FenceWorld(world_id=desired.world_id))

@@ -38,6 +38,7 @@ from backstayd.core.records import (
 )
 from backstayd.node import answers, planning, trust
 from backstayd.node.bad_sources import BadSources
+from backstayd.node.burying import Burying
 from backstayd.node.context import NodeContext
 from backstayd.node.draining import FailedCopies
 from backstayd.node.handing_out import HandingOut
@@ -55,7 +56,6 @@ logger = logging.getLogger(__name__)
 
 MAX_TRIES: Final = 4
 MAX_FAILED: Final = 100  # decisions; plans per run
-MAX_GONE: Final = 1000
 MAX_VERIFIED: Final = 10_000
 STRIPE_POLL_S: Final = 0.5  # an event of a coder that died may be lost; the markers are the truth
 
@@ -72,8 +72,7 @@ class Reconciler:
         self.bad_sources = BadSources(context, self._say)
         self.failed_plans: dict[str, list[str]] = {}
         self.failed_copies = FailedCopies(context.lease_s, context.changed)
-        self.forgotten: set[str] = set()
-        self._gone: dict[str, None] = {}  # forgotten, and nobody came back: what still comes in of them is deleted
+        self._burying = Burying(context, sessions, self._note_forgotten)
         self._verified: dict[tuple[str, str], None] = {}
         self._failed: dict[str, str] = {}
         self._handing_out = HandingOut()
@@ -120,9 +119,8 @@ class Reconciler:
         for run, wanted in runs.items():
             self._store.parity_fraction[run] = wanted.parity_fraction
             if not wanted.forget:
-                self._gone.pop(run, None)
                 self._remember(run, wanted)
-        self.forgotten = {run for run in self.forgotten if run in runs and runs[run].forget}
+        self._burying.on_desired(desired)
         if is_new:
             self._context.bell.ring()
         self.kick()
@@ -138,7 +136,7 @@ class Reconciler:
 
     def on_event(self, event: CoderEvent) -> None:
         """Take what a coder stored into the index."""
-        if self._is_gone(event.run):
+        if self._burying.is_over(event.run):
             self._store.forget(event.run)
             return
         key = SnapshotKey(event.attempt, event.step)
@@ -253,6 +251,7 @@ class Reconciler:
         self._is_kicked = False
         if self._is_closed:
             return
+        self._burying.act()
         has_acted = False
         handed_out, said = set(), self._said
         self._said = {}
@@ -335,7 +334,7 @@ class Reconciler:
                 result = await self._handing_out.take(key.split(":")[1], job, result)
         else:
             result = await self._pool.run(job)
-        if self._is_gone(run):
+        if self._burying.is_over(run):
             self._store.forget(run)
             return
         for corrupt in result.corrupt:
@@ -503,20 +502,16 @@ class Reconciler:
         self._context.bell.ring()
 
     def _forget(self, run: str) -> None:
+        """A coordinator of an older release names no tombstone: it means whatever lies here."""
         self._sessions.end_run(run)
         self._store.forget(run)
-        self.forgotten.add(run)
-        self._gone[run] = None
-        while len(self._gone) > MAX_GONE:
-            del self._gone[next(iter(self._gone))]
+        self._note_forgotten(run)
+        self._context.changed()
+
+    def _note_forgotten(self, run: str) -> None:
         self.bad_sources.forget_run(run)
         self.failed_plans.pop(run, None)
         self._say("forgotten", run, "everything of the run was deleted here")
-        self._context.changed()
-
-    def _is_gone(self, run: str) -> bool:
-        """Whether the run was forgotten and has not come back; coders here and at peers may be at work for it still."""
-        return run in self._gone and run not in self._store.runs
 
     def _say(self, kind: str, run: str, message: str) -> None:
         logger.info("run %s: %s: %s", run, kind, message)

@@ -29,7 +29,7 @@ class Reporter:
     def report(self) -> NodeReport:
         """The whole truth of this node now."""
         store = self._context.store
-        runs = sorted(set(store.runs) | self._reconciler.forgotten | {session.run for session in self._sessions})
+        runs = sorted(set(store.runs) | {session.run for session in self._sessions})
         return NodeReport(
             node=self._context.identity,
             sequence=next(self._sequence),
@@ -41,6 +41,8 @@ class Reporter:
             is_draining=self._context.drain.is_draining,
             is_cordoned=self._context.drain.is_cordoned,
             takes_copies=True,
+            takes_tombstones=True,
+            tombstones=tuple(store.tombstones.values()),
         )
 
     def document(self) -> dict[str, Any]:
@@ -100,7 +102,6 @@ class Reporter:
             failed_copies=self._reconciler.failed_copies.of(run),
             owner=str(index.owner_uid) if index.owner_uid != UNKNOWN_UID else "",
             recorded_unix_s=index.recorded_unix_s,
-            is_forgotten=run in self._reconciler.forgotten and not view.has_memory,
         )
 
     def _run_document(self, index: RunIndex) -> dict[str, Any]:

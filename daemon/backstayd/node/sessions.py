@@ -104,7 +104,7 @@ class Sessions:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
         for session in self:
-            self._drop(session)
+            self.drop(session)
 
     def fence(self, run: str, world_id: str) -> None:
         """Only ``world_id`` may write from now on: take back what other worlds were granted."""
@@ -121,7 +121,7 @@ class Sessions:
                     error_class=UnavailableError.__name__, reason="forgotten", message=f"run {run} was forgotten"
                 )
                 session.answer.set_result(RestoreAnswer(message=error))
-            self._drop(session)
+            self.drop(session)
 
     def put_back(self, session: Session) -> None:
         """End every grant of a session without a commit."""
@@ -213,6 +213,8 @@ class Sessions:
             former = self._former(message, holder)
         except BaseException:
             holder.close()
+            if not self.of_run(message.run):
+                context.store.drop_unused(message.run)
             raise
         session = Session(
             session_id=secrets.token_hex(8),
@@ -235,8 +237,9 @@ class Sessions:
         if former is not None:
             session.skipped_step, session.skip_reason = former.skipped_step, former.skip_reason
             session.gate = former.gate
-            self._drop(former)
         self._add(session)
+        if former is not None:  # now: the name goes with its last session
+            self.drop(former)
         logger.info(
             "run %s: rank %d of %d attached (world %s, pid %d%s)",
             session.run, session.rank, session.world_size, session.world_id, holder.record.pid,
@@ -305,19 +308,20 @@ class Sessions:
         sentence = f"run {session.run}: rank {session.rank} ({session.phase}) left: {why}"
         logger.info("%s", sentence)
         self._context.timeline.add("session_lost", session.run, sentence)
-        self._drop(session)
+        self.drop(session)
 
     def drop_ended(self, run: str, current_world: str) -> None:
         """Forget sessions that finished in an older world."""
         for session in self.of_run(run) if current_world else ():
             if session.phase is SessionPhase.ENDED and session.world_id != current_world:
-                self._drop(session)
+                self.drop(session)
 
     def leave(self, session: Session) -> None:
         """The trainer detaches; the memory stays."""
         self._end(session, "it finished and keeps its memory")
 
-    def _drop(self, session: Session) -> None:
+    def drop(self, session: Session) -> None:
+        """The session is no more; a name under which nothing lies goes with the last one."""
         if self._sessions.pop(session.session_id, None) is None:
             return
         self._unwatch(session)
@@ -325,6 +329,8 @@ class Sessions:
         if session.answer is not None and not session.answer.done():
             session.answer.cancel()
         session.holder.close()
+        if not self.of_run(session.run):
+            self._context.store.drop_unused(session.run)
         self._host()
         self._context.changed()
 

@@ -20,6 +20,7 @@ from backstay.ids import RunKey, SnapshotKey
 from backstay.manifest import Manifest
 from backstayd.core import geometry
 from backstayd.core.records import Decision, Distrusted, FragmentRecord, Plan, Quarantined, ShardRecord
+from backstayd.core.tombstone import Tombstone
 from backstayd.store import paths as names
 from backstayd.store.holder import HolderRecord
 from backstayd.store.index import HeldShard, RunIndex, Slot, StagedFile
@@ -29,6 +30,7 @@ from backstayd.store.stored import StoredFragment, StoredPlan, read_small
 LOCK_NAME = ".lock"
 GENERATION_NAME = ".generation.json"  # no job can have such a name
 DRAINING_NAME = ".draining.json"
+FORGOTTEN_NAME = ".forgotten.json"
 T = TypeVar("T")
 
 
@@ -37,6 +39,13 @@ class Owner:
     """Contents of owner.json."""
 
     uid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgotten:
+    """Contents of .forgotten.json: what is kept of runs that are over."""
+
+    tombstones: tuple[Tombstone, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +102,7 @@ def scan(memory_dir: Path) -> Scan:
     """Everything in ``memory_dir``."""
     result = Scan()
     for job in _children(memory_dir):
-        if job.name in (LOCK_NAME, GENERATION_NAME, DRAINING_NAME):
+        if job.name in (LOCK_NAME, GENERATION_NAME, DRAINING_NAME, FORGOTTEN_NAME):
             continue
         if not _is_directory(job):
             result.findings.append(_stray(job, ""))

@@ -12,21 +12,26 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from backstay import record
 from backstay.errors import BackstayError, CapacityError, ConfigError, InvariantError, UsageError
 from backstay.ids import Generation, RunKey
 from backstayd.core.records import Decision, Distrusted
+from backstayd.core.tombstone import Tombstone, trimmed
 from backstayd.store import room
 from backstayd.store.index import UNKNOWN_UID, RunIndex
 from backstayd.store.paths import RunPaths
 from backstayd.store.scan import (
+    FORGOTTEN_NAME,
     GENERATION_NAME,
     LOCK_NAME,
     Distrust,
     Finding,
     FindingKind,
+    Forgotten,
     Owner,
     QuarantineRecord,
     scan,
@@ -71,6 +76,7 @@ class Store:
         self.foreign: list[Finding] = []
         self.corrupt_count = 0
         self.generation = Generation()
+        self.tombstones: dict[str, Tombstone] = {}  # of runs that are over, by run; as they lie in the directory
         self.parity_fraction: dict[str, float] = {}  # m / k by run, for admission
         self.fetched_bytes = 0  # chunks in sparse staging, and
         self.fetching_bytes = 0  # those on their way there
@@ -149,6 +155,29 @@ class Store:
         index.distrusted = distrusted
         return True
 
+    def bury(self, tombstones: Iterable[Tombstone]) -> bool:
+        """Keep ``tombstones`` from now on, each in the place of an older one of its run; False if nothing changed."""
+        found = dict(self.tombstones)
+        for one in tombstones:
+            if one.run not in found or found[one.run].order <= one.order:
+                found[one.run] = one
+        return self._keep_tombstones(found)
+
+    def lift(self, tombstones: Iterable[Tombstone]) -> bool:
+        """Keep these no longer; False if none of them was here."""
+        wrong = {one.run: one.order for one in tombstones}
+        found = {run: one for run, one in self.tombstones.items() if run not in wrong or one.order > wrong[run]}
+        return self._keep_tombstones(found)
+
+    def _keep_tombstones(self, tombstones: Mapping[str, Tombstone]) -> bool:
+        kept = trimmed(tombstones.values(), now_unix_s=time.time())
+        if kept == tuple(self.tombstones.values()):
+            return False
+        raw = record.dumps(Forgotten(tombstones=kept))
+        write_atomically(self.memory_dir / FORGOTTEN_NAME, raw, incarnation=self.incarnation)
+        self.tombstones = {one.run: one for one in kept}
+        return True
+
     def forget(self, run: str) -> None:
         """Delete everything of a run; mappings that trainers still have keep their pages until they go."""
         self.slots.end_run(run)
@@ -161,6 +190,18 @@ class Store:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
+
+    def drop_unused(self, run: str) -> None:
+        """Forget a name under which nothing lies but whose it is; what a coder may be putting there is left alone."""
+        index = self.runs.get(run)
+        if index is None or replace(index, owner_uid=UNKNOWN_UID) != RunIndex(run=run):
+            return
+        self.runs.pop(run)
+        self.parity_fraction.pop(run, None)
+        paths = self.paths(run)
+        paths.owner.unlink(missing_ok=True)
+        for directory in (paths.root, paths.root.parent):
+            remove_empty(directory)
 
     @property
     def used_bytes(self) -> int:
@@ -251,8 +292,10 @@ class Store:
             except BackstayError as error:
                 logger.error("%s is not used: %s; the next coordinator's generation is taken", path, error)
                 remove(path)
-        for leftover in self.memory_dir.glob(f"{GENERATION_NAME}.*.tmp"):
-            remove(leftover)
+        self._adopt_tombstones()
+        for name in (GENERATION_NAME, FORGOTTEN_NAME):
+            for leftover in self.memory_dir.glob(f"{name}.*.tmp"):
+                remove(leftover)
         found = scan(self.memory_dir)
         self.runs = found.runs
         for finding in sorted(found.findings, key=lambda f: f.kind is not FindingKind.LEFTOVER):
@@ -264,6 +307,15 @@ class Store:
                 run, len(index.shards), len(index.plans), len(index.fragments), len(index.slots),
             )  # fmt: skip
         self.check_invariants()
+
+    def _adopt_tombstones(self) -> None:
+        path = self.memory_dir / FORGOTTEN_NAME
+        if path.exists():
+            try:
+                self.tombstones = {one.run: one for one in record.loads(Forgotten, read_small(path)).tombstones}
+            except BackstayError as error:
+                logger.error("%s is not used: %s; other nodes keep the same", path, error)
+                remove(path)
 
     def _act_on(self, finding: Finding) -> None:
         if finding.kind is FindingKind.FOREIGN:

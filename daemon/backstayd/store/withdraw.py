@@ -78,6 +78,14 @@ def drop_plan(store: Store, run: str, plan_id: str) -> bool:
     return True
 
 
+def drop_decision(store: Store, run: str) -> None:
+    """Delete the recorded decision; idempotent."""
+    index = store.runs.get(run)
+    store.paths(run).decision.unlink(missing_ok=True)
+    if index is not None:
+        index.decision, index.recorded_unix_s = None, 0.0
+
+
 def drop_vanished(store: Store) -> list[str]:
     """Strike out what somebody deleted behind our back: a report promises only what is there. Returns names."""
     names = []

@@ -149,6 +149,38 @@ STAGING_STATE_FAILED: StagingState.ValueType  # 4
 """failed."""
 Global___StagingState: _TypeAlias = StagingState  # noqa: Y015
 
+class _Cause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Cause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CAUSE_UNSPECIFIED: _Cause.ValueType  # 0
+    """Never sent."""
+    CAUSE_FINISHED: _Cause.ValueType  # 1
+    """finished."""
+    CAUSE_FORGOTTEN: _Cause.ValueType  # 2
+    """forgotten."""
+    CAUSE_IDLE: _Cause.ValueType  # 3
+    """idle."""
+    CAUSE_UNUSED: _Cause.ValueType  # 4
+    """unused."""
+
+class Cause(_Cause, metaclass=_CauseEnumTypeWrapper):
+    """Why a run is over."""
+
+CAUSE_UNSPECIFIED: Cause.ValueType  # 0
+"""Never sent."""
+CAUSE_FINISHED: Cause.ValueType  # 1
+"""finished."""
+CAUSE_FORGOTTEN: Cause.ValueType  # 2
+"""forgotten."""
+CAUSE_IDLE: Cause.ValueType  # 3
+"""idle."""
+CAUSE_UNUSED: Cause.ValueType  # 4
+"""unused."""
+Global___Cause: _TypeAlias = Cause  # noqa: Y015
+
 class _DecisionPhase:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1223,7 +1255,6 @@ class RunReport(_message.Message):
     FAILED_PLANS_FIELD_NUMBER: _builtins.int
     REBUILT_BYTES_FIELD_NUMBER: _builtins.int
     REBUILD_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
-    IS_FORGOTTEN_FIELD_NUMBER: _builtins.int
     SURVEY_FIELD_NUMBER: _builtins.int
     UPLOADS_FIELD_NUMBER: _builtins.int
     DISTRUSTED_FIELD_NUMBER: _builtins.int
@@ -1237,8 +1268,6 @@ class RunReport(_message.Message):
     """Bytes rebuilt so far."""
     rebuild_total_bytes: _builtins.int
     """Bytes to rebuild."""
-    is_forgotten: _builtins.bool
-    """Finished or forgotten here; nothing of it is kept."""
     owner: _builtins.str
     """The user whose run it is, a number; empty if not known here."""
     recorded_unix_s: _builtins.float
@@ -1309,7 +1338,6 @@ class RunReport(_message.Message):
         failed_plans: _abc.Iterable[_builtins.str] | None = ...,
         rebuilt_bytes: _builtins.int = ...,
         rebuild_total_bytes: _builtins.int = ...,
-        is_forgotten: _builtins.bool = ...,
         survey: Global___Survey | None = ...,
         uploads: _abc.Iterable[Global___Upload] | None = ...,
         distrusted: _abc.Iterable[Global___Distrusted] | None = ...,
@@ -1320,7 +1348,7 @@ class RunReport(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "staging", b"staging", "survey", b"survey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_copies", b"failed_copies", "failed_plans", b"failed_plans", "fragments", b"fragments", "is_forgotten", b"is_forgotten", "owner", b"owner", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "recorded_unix_s", b"recorded_unix_s", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_copies", b"failed_copies", "failed_plans", b"failed_plans", "fragments", b"fragments", "owner", b"owner", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "recorded_unix_s", b"recorded_unix_s", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1342,6 +1370,8 @@ class NodeReport(_message.Message):
     IS_DRAINING_FIELD_NUMBER: _builtins.int
     IS_CORDONED_FIELD_NUMBER: _builtins.int
     TAKES_COPIES_FIELD_NUMBER: _builtins.int
+    TAKES_TOMBSTONES_FIELD_NUMBER: _builtins.int
+    TOMBSTONES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts the reports of one incarnation."""
     capacity_bytes: _builtins.int
@@ -1356,6 +1386,8 @@ class NodeReport(_message.Message):
     """It drains because its Kubernetes node is cordoned."""
     takes_copies: _builtins.bool
     """It copies what it is told to copy; older releases do not."""
+    takes_tombstones: _builtins.bool
+    """It obeys tombstones; older releases do not."""
     @_builtins.property
     def node(self) -> Global___NodeIdentity:
         """Name of a node."""
@@ -1367,6 +1399,10 @@ class NodeReport(_message.Message):
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunReport]:
         """One entry per run."""
+
+    @_builtins.property
+    def tombstones(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tombstone]:
+        """What it keeps of runs that are over, one each."""
 
     def __init__(
         self,
@@ -1381,14 +1417,76 @@ class NodeReport(_message.Message):
         is_draining: _builtins.bool = ...,
         is_cordoned: _builtins.bool = ...,
         takes_copies: _builtins.bool = ...,
+        takes_tombstones: _builtins.bool = ...,
+        tombstones: _abc.Iterable[Global___Tombstone] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "corrupt_count", b"corrupt_count", "generation", b"generation", "is_cordoned", b"is_cordoned", "is_draining", b"is_draining", "node", b"node", "runs", b"runs", "sequence", b"sequence", "takes_copies", b"takes_copies", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "corrupt_count", b"corrupt_count", "generation", b"generation", "is_cordoned", b"is_cordoned", "is_draining", b"is_draining", "node", b"node", "runs", b"runs", "sequence", b"sequence", "takes_copies", b"takes_copies", "takes_tombstones", b"takes_tombstones", "tombstones", b"tombstones", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeReport: _TypeAlias = NodeReport  # noqa: Y015
+
+@_typing.final
+class Tombstone(_message.Message):
+    """Every history of a run up to an attempt is forgotten, as it was known at a generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    WORLD_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    UNIX_S_FIELD_NUMBER: _builtins.int
+    IDLE_S_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    ABSENT_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """job/run_id."""
+    attempt: _builtins.int
+    """Newest history that is forgotten."""
+    generation: _builtins.int
+    """Number of the generation at which it was forgotten."""
+    cause: Global___Cause.ValueType
+    """Why."""
+    world_id: _builtins.str
+    """The set of processes that wrote the newest attempt; empty if not known."""
+    step: _builtins.int
+    """Newest step known."""
+    unix_s: _builtins.float
+    """When, Unix seconds."""
+    idle_s: _builtins.float
+    """How long no trainer was connected."""
+    owner: _builtins.str
+    """The user whose run it was, a number."""
+    @_builtins.property
+    def absent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes that may hold a part and were away."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        cause: Global___Cause.ValueType = ...,
+        world_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+        unix_s: _builtins.float = ...,
+        idle_s: _builtins.float = ...,
+        owner: _builtins.str = ...,
+        absent: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "attempt", b"attempt", "cause", b"cause", "generation", b"generation", "idle_s", b"idle_s", "owner", b"owner", "run", b"run", "step", b"step", "unix_s", b"unix_s", "world_id", b"world_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tombstone: _TypeAlias = Tombstone  # noqa: Y015
 
 @_typing.final
 class SnapshotKey(_message.Message):
@@ -1642,7 +1740,7 @@ class RunDesired(_message.Message):
     is_release_possible: _builtins.bool
     """False: no slot will come free soon."""
     forget: _builtins.bool
-    """Delete everything of the run."""
+    """Delete everything of the run; for releases that take no tombstones."""
     keep: _builtins.int
     """Protected snapshots kept; a rank has one slot more."""
     parity_fraction: _builtins.float
@@ -1835,6 +1933,8 @@ class NodeDesired(_message.Message):
     PEERS_FIELD_NUMBER: _builtins.int
     HAS_STORAGE_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    TOMBSTONES_FIELD_NUMBER: _builtins.int
+    LIFTED_FIELD_NUMBER: _builtins.int
     has_storage: _builtins.bool
     """Whether there is durable storage: a node gets ready to use it."""
     drain: _builtins.bool
@@ -1851,6 +1951,14 @@ class NodeDesired(_message.Message):
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
         """Live nodes of the same jobs."""
 
+    @_builtins.property
+    def tombstones(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tombstone]:
+        """Keep these, and delete what they cover."""
+
+    @_builtins.property
+    def lifted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tombstone]:
+        """Keep these no longer: they name what lives."""
+
     def __init__(
         self,
         *,
@@ -1859,10 +1967,12 @@ class NodeDesired(_message.Message):
         peers: _abc.Iterable[Global___Peer] | None = ...,
         has_storage: _builtins.bool = ...,
         drain: _builtins.bool | None = ...,
+        tombstones: _abc.Iterable[Global___Tombstone] | None = ...,
+        lifted: _abc.Iterable[Global___Tombstone] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_drain", b"_drain", "drain", b"drain", "generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain", b"_drain", "drain", b"drain", "generation", b"generation", "has_storage", b"has_storage", "peers", b"peers", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain", b"_drain", "drain", b"drain", "generation", b"generation", "has_storage", b"has_storage", "lifted", b"lifted", "peers", b"peers", "runs", b"runs", "tombstones", b"tombstones"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__drain: _TypeAlias = _typing.Literal["drain"]  # noqa: Y015
     _WhichOneofArgType__drain: _TypeAlias = _typing.Literal["_drain", b"_drain"]  # noqa: Y015
