@@ -157,6 +157,7 @@ class Snapshotter:
         uncaptured.warn(self._model)
         unsharded.reshard(self._model)
         holdings = sources.collect(self._model, self._optimizers, rank=place.rank)
+        optimizer_state.read_values(self._optimizers, holdings, {})  # raises here, not at the first snapshot
         target = Target(
             model=self._model, optimizers=self._optimizers, extra=self._extra, rank=place.rank, world_size=place.size,
             run=str(self._run), signature=sources.model_signature(holdings), values=self.values, missing_ok=missing_ok,
@@ -364,7 +365,7 @@ class Snapshotter:
         session.submit(capture)
         self._counts["started"] += 1
         self._plan_ahead(session, step, made.layout.size_bytes)
-        if self._is_synchronous:
+        if self._is_synchronous or self._fence.is_doubtful():
             self.fence()
         return SnapshotStatus(step=step, state=STARTED)
 

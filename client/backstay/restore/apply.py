@@ -7,6 +7,7 @@ fit or cannot be verified raises.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ from backstay.restore.reading import Reading
 from backstay.restore.result import Loaded
 from backstay.shard import IMPORTED_KEY
 from backstay.trainer import optimizer_state, rng, sources, state
+
+_log = logging.getLogger("backstay")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,8 @@ class Prepared:
             if self.optimizers is not None:
                 optimizer_state.attach(target.optimizers, self.holdings, self.optimizers.states, self.optimizers.values)
                 description = self.optimizers.description
+                for note in self.optimizers.notes:
+                    _log.warning("backstay: %s", note)
             if self.imported is not None:
                 description = imported.settle(self.imported, target.optimizers, self.holdings)
         if private is not None:
@@ -142,7 +147,7 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
         holdings=holdings,
         optimizers=planned,
         private=private,
-        notes=notes,
+        notes=(*notes, *planned.notes),
     )
 
 

@@ -18,9 +18,10 @@ from backstay.errors import IntegrityError
 from backstay.restore.naming import Naming
 from backstay.restore.opened import OpenedSnapshot
 from backstay.restore.private import StateReader
-from backstay.trainer import optimizer_state, state
+from backstay.trainer import nested_optimizers, optimizer_state, state
+from backstay.trainer.in_place import is_like
 from backstay.trainer.optimizer_state import METADATA_KEY, KeySchema, Values
-from backstay.trainer.sources import Holdings, States, optimizer_prefix
+from backstay.trainer.sources import Holdings, States, bare_name, optimizer_prefix
 
 MAX_CONSULTED: Final = (
     16  # ranks whose hyper-parameters are compared; beyond, as many as hold all of this rank's parameters
@@ -29,11 +30,13 @@ MAX_CONSULTED: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerPlan:
-    """What the optimizers get: ``states`` are to be filled, "value" keys hold None until attached. ``description``: of them."""
+    """What the optimizers get: ``states`` are to be filled, "value" keys hold None until attached. ``description``: of them.
+    ``notes``: what the user should know."""
 
     states: Sequence[States]
     values: Sequence[Values]
     description: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,7 @@ class _Described:
     of: dict[str, int]
     distributed: frozenset[str]
     places: dict[str, tuple[int, int]]
+    strides: Mapping[tuple[str, Any], tuple[int, ...]]
     encoded: Mapping[str, Any]
 
     def schema(self, fqn: str) -> list[KeySchema] | None:
@@ -98,15 +102,19 @@ def plan(optimizers: Sequence[torch.optim.Optimizer], holdings: Holdings, origin
         for index, body in enumerate(bodies):
             _check_class(index, optimizers[index], body)
             described[index].append(_read_description(rank, body, encoded[index]))
-    states, values = [], []
-    for index, optimizer in enumerate(optimizers):
-        one = _One(origin, described[index], holdings, index=index, count=len(optimizers))
-        groups = [[holdings.names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-        matched = one.match_groups(groups)
-        states.append(one.states(optimizer))
-        values.append(one.values(groups, matched))
+    ones = [
+        _One(origin, described[index], holdings, index=index, count=len(optimizers)) for index in range(len(optimizers))
+    ]
+    matched = [one.match_groups(optimizer) for one, optimizer in zip(ones, optimizers, strict=True)]
+    states = [one.states(optimizer) for one, optimizer in zip(ones, optimizers, strict=True)]
+    named = _share(holdings, states, origin.opened.aliases())
+    values, notes = [], []
+    for index, (one, optimizer) in enumerate(zip(ones, optimizers, strict=True)):
+        values.append(one.values(optimizer, matched[index], named))
+        nested_optimizers.check_beyond(index, optimizer, values[-1].beyond)
+        notes += one.frozen_notes(optimizer)
     description = optimizer_state.describe(optimizers, holdings, states)
-    return OptimizerPlan(states=states, values=values, description=description)
+    return OptimizerPlan(states=states, values=values, description=description, notes=tuple(notes))
 
 
 def _check_class(index: int, optimizer: torch.optim.Optimizer, body: Mapping[str, Any]) -> None:
@@ -141,6 +149,7 @@ def _read_description(rank: int, body: Mapping[str, Any], encoded: Mapping[str, 
         of=body["of"],
         distributed=frozenset(body.get("distributed", ())),
         places={name: (g, at) for g, names in enumerate(body["groups"]) for at, name in enumerate(names)},
+        strides={(name, key): tuple(strides) for name, key, strides in body.get("strides", ())},
         encoded=encoded,
     )
 
@@ -156,8 +165,12 @@ class _One:
 
     # ---- groups
 
-    def match_groups(self, groups: Sequence[Sequence[str]]) -> list[dict[int, int]]:
+    def _groups(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+        return [[self._holdings.names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+    def match_groups(self, optimizer: torch.optim.Optimizer) -> list[dict[int, int]]:
         """For each group here: rank → index of the group there that its parameters are in."""
+        groups = self._groups(optimizer)
         matched: list[dict[int, int]] = []
         known = {name for d in self._described for name in d.places}
         unknown = [name for group in groups for name in group if name not in known]
@@ -194,10 +207,19 @@ class _One:
 
     # ---- values
 
-    def values(self, groups: Sequence[Sequence[str]], matched: Sequence[Mapping[int, int]]) -> Values:
+    def values(
+        self,
+        optimizer: torch.optim.Optimizer,
+        matched: Sequence[Mapping[int, int]],
+        named: Mapping[str, torch.Tensor],
+    ) -> Values:
         """Hyper-parameters, scalars and state of no parameter, on which all ranks that hold the parameters agree."""
+        decode = self._origin.reader.decode
         decoded = {
-            d.rank: {key: self._origin.reader.decode(d.rank, d.encoded[key]) for key in ("groups", "values", "other")}
+            d.rank: {
+                key: decode(d.rank, d.encoded.get(key, {}), named=named)
+                for key in ("groups", "values", "other", "beyond")
+            }
             for d in self._described
         }
         hyper = []
@@ -205,7 +227,7 @@ class _One:
             sources = {rank: decoded[rank]["groups"][at] for rank, at in found.items()}
             hyper.append(self._agreed(sources, f"group {number}") if sources else {})
         scalars: dict[str, Any] = {}
-        for name in (name for group in groups for name in group):
+        for name in (name for group in self._groups(optimizer) for name in group):
             sources = {d.rank: decoded[d.rank]["values"].get(name, {}) for d in self._sources(name)}
             agreed = self._agreed(sources, f"state of {name}")
             schema = self._sources(name)[0].schema(name) or []
@@ -215,7 +237,29 @@ class _One:
             if agreed:
                 scalars[name] = agreed
         other = self._agreed({rank: body["other"] for rank, body in decoded.items()}, "state of no parameter")
-        return Values(scalars=scalars, other=other, groups=hyper)
+        beyond = self._agreed({rank: body["beyond"] for rank, body in decoded.items()}, "its own state_dict()")
+        return Values(scalars=scalars, other=other, groups=hyper, beyond=beyond)
+
+    def frozen_notes(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """What the snapshot trained and this program does not, and the other way round: torch's optimizers pass it over."""
+        if any("frozen" not in d.encoded for d in self._described):
+            return []  # of a version that did not say
+        there = {name for d in self._described for name in d.encoded["frozen"]}
+        here = {
+            self._holdings.names[id(p)]: not p.requires_grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        stopped = [name for name, is_frozen in here.items() if is_frozen and name not in there]
+        begun = [name for name, is_frozen in here.items() if not is_frozen and name in there]
+        return [
+            f"optimizer {self._index}: {len(names)} parameters {what}: {', '.join(names[:3])}{', ...' if names[3:] else ''}"
+            for names, what in (
+                (stopped, "were trained when the snapshot was taken and are frozen here (requires_grad=False)"),
+                (begun, "were frozen when the snapshot was taken and are trained here (requires_grad=True)"),
+            )
+            if names
+        ]
 
     def _agreed(self, values: Mapping[int, Any], what: str) -> Any:
         """The value that all ranks have, or a refusal that says which of its keys differs."""
@@ -277,7 +321,23 @@ class _One:
             made = torch.empty_like(local.detach(), dtype=dtype, device=device, requires_grad=False)
         else:
             made = torch.empty(shape, dtype=dtype, device=device)
+        made = self._laid_out(made, name, schema[0])
         return existing if is_like(existing, made) else made
+
+    def _laid_out(self, made: torch.Tensor, name: str, key: Any) -> torch.Tensor:
+        """``made`` with the strides it had on the ranks it is of: kernels round by them."""
+        known = (d.strides.get((name, key)) for d in self._sources(name))
+        found = {strides for strides in known if strides is not None}
+        is_whole = not isinstance(made, DTensor) or not self._origin.opened.is_offered
+        local = made._local_tensor if isinstance(made, DTensor) else made
+        if len(found) != 1 or not is_whole or len(strides := found.pop()) != local.ndim:
+            return made
+        laid = torch.empty_strided(local.shape, strides, dtype=local.dtype, device=local.device)
+        if not isinstance(made, DTensor):
+            return laid
+        return DTensor.from_local(
+            laid, made.device_mesh, made.placements, run_check=False, shape=made.shape, stride=made.stride()
+        )
 
     def _whole_shape(self, name: str, schema: KeySchema, parameter: torch.Tensor) -> tuple[int, ...]:
         key, kind, _, _, shape, _ = schema
@@ -303,13 +363,27 @@ class _One:
         )
 
 
-def is_like(existing: Any, made: torch.Tensor) -> bool:
-    """Whether a tensor that is there can be filled instead of a new one."""
-    if not isinstance(existing, torch.Tensor) or isinstance(existing, DTensor) != isinstance(made, DTensor):
-        return False
-    if existing.shape != made.shape or existing.dtype != made.dtype or existing.device != made.device:
-        return False
-    return not isinstance(made, DTensor) or (isinstance(existing, DTensor) and existing.placements == made.placements)
+def _share(holdings: Holdings, states: Sequence[States], aliases: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Have what is one tensor in the snapshot be one in ``states``, and what is two be two; all tensors by name."""
+    own = [t for t in holdings.tensors if holdings.is_parameter(t)]
+    named = {bare_name(t.name): t.living for t in (*holdings.model_tensors, *own)}
+    twins = {bare_name(alias): bare_name(name) for alias, name in aliases.items()}
+    seen: set[int] = set()
+    for index, made in enumerate(states):
+        prefix = optimizer_prefix(index, len(states))
+        for parameter, keys in made.items():
+            for key, value in keys.items():
+                if value is None:
+                    continue
+                name = f"{prefix}.state.{holdings.names[id(parameter)]}.{key}"
+                twin = named.get(twins.get(name, ""))
+                if twin is not None and (twin.shape, twin.dtype) == (value.shape, value.dtype):
+                    keys[key] = twin
+                elif id(value) in seen:
+                    keys[key] = torch.empty_like(value)
+                named[name] = keys[key]
+                seen.add(id(keys[key]))
+    return named
 
 
 def make_distributed(

@@ -51,13 +51,21 @@ class StateReader:
             )
         return found
 
-    def decode(self, rank: int, encoded: Any, templates: Mapping[str, torch.Tensor] | None = None) -> Any:
+    def decode(
+        self,
+        rank: int,
+        encoded: Any,
+        templates: Mapping[str, torch.Tensor] | None = None,
+        *,
+        named: Mapping[str, torch.Tensor] | None = None,
+    ) -> Any:
         """A value of the state of ``rank``, with its tensors.
 
         Args:
             rank: Whose state it is.
             encoded: A part of its document.
             templates: By path, tensors that are DTensors here: what is stored is cut like them.
+            named: By name, what it may refer to besides its own tensors.
         """
         distributed = set(self.document(rank)["distributed"])
         tensors: dict[str, torch.Tensor] = {}
@@ -65,7 +73,7 @@ class StateReader:
         for path in sorted(state.tensor_paths(encoded)):
             tensors[path] = self._target(rank, path, path in distributed, (templates or {}).get(path), targets)
         self._opened.read(targets)
-        return state.decode(encoded, tensors)
+        return state.decode(encoded, tensors, named)
 
     def generators(self, rank: int) -> dict[str, torch.Tensor]:
         """Generator states of ``rank`` by kind."""

@@ -17,6 +17,7 @@ import torch
 
 from backstay.errors import UsageError
 from backstay.ids import check_name
+from backstay.trainer.nested_optimizers import is_optimizer, with_inner
 
 MAX_STEP: Final = 10**18 - 1  # what a directory's name holds
 
@@ -28,17 +29,17 @@ def model_of(given: Any) -> torch.nn.Module:
 
 
 def optimizers_of(given: Any) -> tuple[Any, ...]:
-    """One optimizer or several as a tuple; anything with ``param_groups`` and ``state`` is one."""
-    found = (given,) if _is_optimizer(given) or not _is_collection(given) else tuple(given)
+    """One optimizer or several as a tuple, with those within them; anything with ``param_groups`` and ``state`` is one."""
+    found = (given,) if is_optimizer(given) or not _is_collection(given) else tuple(given)
     if not found:
         raise UsageError("no optimizer was given: give the one that trains the model, or a list of all")
     for index, optimizer in enumerate(found):
-        if not _is_optimizer(optimizer):
+        if not is_optimizer(optimizer):
             which = "optimizer" if len(found) == 1 else f"optimizer {index} of {len(found)}"
             raise UsageError(f"{which} is {_kind(optimizer)}: give a torch.optim.Optimizer, or a list of them")
     if len({id(optimizer) for optimizer in found}) < len(found):
         raise UsageError(f"the same optimizer was given twice among {len(found)}: give each once")
-    return found
+    return with_inner(found)
 
 
 def extra_of(given: Any) -> dict[str, Any]:
@@ -108,10 +109,6 @@ def names_of(argument: str, given: Any) -> frozenset[str]:
 
 def _is_plain(given: Any) -> bool:
     return given is None or isinstance(given, (bool, int, float, str, list, tuple, dict, set, torch.Tensor))
-
-
-def _is_optimizer(given: Any) -> bool:
-    return not inspect.isclass(given) and hasattr(given, "param_groups") and hasattr(given, "state")
 
 
 def _is_collection(given: Any) -> bool:

@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -91,13 +91,29 @@ def is_plain_memory(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
+def unusual_strides(tensor: torch.Tensor, like: torch.Tensor | None = None) -> list[int] | None:
+    """Strides with which to make the tensor anew; None if row-major, or those of a new tensor like ``like``, will do."""
+    if tensor.is_contiguous() if like is None else tensor.stride() == like.stride():
+        return None
+    dense = torch.empty_like(tensor, device="meta").stride()
+    usual = torch.empty(tensor.shape, device="meta") if like is None else torch.empty_like(like, device="meta")
+    return None if is_same_order(tensor.shape, dense, usual.stride()) else list(dense)
+
+
+def is_same_order(shape: Sequence[int], left: Sequence[int], right: Sequence[int]) -> bool:
+    """Whether strides put the elements of ``shape`` at the same places."""
+    return all(size <= 1 or a == b for size, a, b in zip(shape, left, right, strict=True))
+
+
 def why_not_stored(tensor: torch.Tensor) -> str:
     """Empty if the elements are bytes that a capture can copy, else what is in the way."""
     if tensor.device.type == "meta":
         return "is on the meta device: materialise the model first"
     kind: type[object] = type(tensor)
     if hasattr(kind, "__tensor_flatten__"):  # what torch knows wrapper subclasses by
-        return f"is a {kind.__name__}, which has no memory of its own"
+        return (
+            f"is a {kind.__name__}, which has no memory of its own: use an optimizer or layer that keeps plain tensors"
+        )
     if tensor.device.type not in ("cpu", "cuda"):
         return f"is on {tensor.device}: only CPU and CUDA tensors are stored"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:

@@ -15,7 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from backstay.errors import IntegrityError
-from backstay.trainer import state
+from backstay.trainer import memory, nested_optimizers, state
+from backstay.trainer.in_place import settle
 from backstay.trainer.sources import Holdings, States, optimizer_prefix
 
 METADATA_KEY: Final = "backstay.optimizers"
@@ -39,6 +40,7 @@ def describe(
         of: dict[str, int] = {}
         groups = []
         distributed = []
+        strides: list[Any] = []
         for group in optimizer.param_groups:
             groups.append([holdings.names[id(p)] for p in group["params"]])
             for parameter in group["params"]:
@@ -48,10 +50,13 @@ def describe(
                 if isinstance(found, dict) and found:
                     schema = json.dumps([_describe_key(key, value, parameter) for key, value in found.items()])
                     of[holdings.names[id(parameter)]] = schemas.setdefault(schema, len(schemas))
+                    strides += _unusual_strides(holdings.names[id(parameter)], parameter, found)
         body: dict[str, Any] = {"class": type(optimizer).__name__, "groups": groups}
         body |= {"schemas": [json.loads(schema) for schema in schemas], "of": of}
         if any(key[1] == "plain" and key[4] for schema in body["schemas"] for key in schema):
             body["distributed"] = distributed
+        if strides:
+            body["strides"] = strides
         described.append(body)
     return json.dumps(described, separators=(",", ":"))
 
@@ -63,6 +68,8 @@ def read_values(
     encoded = []
     for index, optimizer in enumerate(optimizers):
         path = f"~{optimizer_prefix(index, len(optimizers))}"
+        names = holdings.names
+        known = holdings.living_names
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         values: dict[str, Any] = {}
         other: dict[Any, Any] = {}
@@ -72,15 +79,19 @@ def read_values(
                 other[key] = found
                 continue
             kept = {k: v for k, v in found.items() if not isinstance(v, torch.Tensor)}
-            if kept and id(key) in holdings.names:  # else of a parameter that was replaced: no step reads it again
-                values[holdings.names[id(key)]] = kept
-        encoded.append(
-            {
-                "groups": state.encode(groups, f"{path}.groups", tensors),
-                "values": state.encode(values, f"{path}.values", tensors),
-                "other": state.encode(other, f"{path}.other", tensors),
-            }
-        )
+            if kept and id(key) in names:  # else of a parameter that was replaced: no step reads it again
+                values[names[id(key)]] = kept
+        body = {
+            "groups": state.encode(groups, f"{path}.groups", tensors, known),
+            "values": state.encode(values, f"{path}.values", tensors, known),
+            "other": state.encode(other, f"{path}.other", tensors, known),
+            "frozen": [names[id(p)] for g in optimizer.param_groups for p in g["params"] if not p.requires_grad],
+        }
+        if nested_optimizers.has_own_state_dict(optimizer):
+            held = {nested_optimizers.address(t) for t in (*(t.local for t in holdings.tensors), *tensors.values())}
+            beyond = nested_optimizers.read_beyond(path.removeprefix("~"), optimizer, held)
+            body["beyond"] = state.encode(beyond, f"{path}.beyond", tensors, known)
+        encoded.append(body)
     return encoded
 
 
@@ -89,32 +100,46 @@ class Values:
     """One optimizer's state besides the tensors of its parameters, decoded.
 
     ``scalars``: name of a parameter → key → value. ``other``: state of no parameter. ``groups``: hyper-parameters of
-    each group.
+    each group. ``beyond``: attributes that the optimizer's own ``state_dict()`` shows.
     """
 
     scalars: Mapping[str, Mapping[Any, Any]]
     other: Mapping[Any, Any]
     groups: Sequence[Mapping[str, Any]]
+    beyond: Mapping[str, Any]
 
 
 def attach(
     optimizers: Sequence[torch.optim.Optimizer], holdings: Holdings, states: Sequence[States], values: Sequence[Values]
 ) -> None:
-    """Give verified ``states`` and values to the optimizers; replaces all state they had."""
+    """Give verified ``states`` and values to the optimizers in place of all state they had; dictionaries, lists and tensors of
+    the same form are filled, not replaced."""
     for optimizer, made, stored in zip(optimizers, states, values, strict=True):
+        former: dict[Any, Any] = dict(optimizer.state)
         optimizer.state.clear()
         for parameter, keys in made.items():
             scalars = stored.scalars.get(holdings.names[id(parameter)], {})
-            optimizer.state[parameter] = {
-                key: scalars.get(key) if value is None else value for key, value in keys.items()
-            }
-        optimizer.state.update(stored.other)
+            whole = {key: scalars.get(key) if value is None else value for key, value in keys.items()}
+            optimizer.state[parameter] = settle(former.get(parameter), whole)
+        for key, value in stored.other.items():
+            optimizer.state[key] = settle(former.get(key), value)
         for group, hyper in zip(optimizer.param_groups, stored.groups, strict=True):
             for key, value in hyper.items():
-                if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
-                    group[key].copy_(value)  # in place: a captured CUDA graph reads this very tensor
-                else:
-                    group[key] = value
+                group[key] = settle(group.get(key), value)  # in place: a captured CUDA graph reads this very tensor
+        nested_optimizers.write_beyond(optimizer, stored.beyond)
+
+
+def _unusual_strides(name: str, parameter: torch.Tensor, found: Mapping[Any, Any]) -> list[Any]:
+    """[name, key, strides] of tensors that do not lie in memory as those that a restore makes anew by themselves."""
+    own = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+    listed = []
+    for key, value in found.items():
+        if isinstance(value, torch.Tensor):
+            local = value._local_tensor if isinstance(value, DTensor) else value
+            strides = memory.unusual_strides(local, own if local.shape == own.shape else None)
+            if strides is not None:
+                listed.append([name, key, strides])
+    return listed
 
 
 def _describe_key(key: str, value: Any, parameter: torch.Tensor) -> KeySchema:

@@ -16,12 +16,22 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from backstay.errors import UsageError
-from backstay.trainer import memory, unsharded
+from backstay.trainer import memory, nested_optimizers, unsharded
 
 _STRIDED = "_StridedShard"
-_UNSUPPORTED_OPTIMIZERS = {
-    "ZeroRedundancyOptimizer": "which keeps its state in an optimizer of its own, another part on each rank",
-    "PostLocalSGDOptimizer": "with which DDP's replicas differ until they are averaged, so that none stands for the others",
+_UNSUPPORTED_OPTIMIZERS = {  # by class, or by the package it is of
+    "ZeroRedundancyOptimizer": (
+        "which keeps its state in an optimizer of its own, another part on each rank; unsupported: use FSDP2, or a plain "
+        "optimizer"
+    ),
+    "PostLocalSGDOptimizer": (
+        "with which DDP's replicas differ until they are averaged, so that none stands for the others; it is not supported: "
+        "use FSDP2, or a plain optimizer"
+    ),
+    "torchao": (
+        "which keeps its state in tensor subclasses without memory of their own; it is not supported: use one of torch.optim, "
+        "or bitsandbytes' 8-bit optimizers, whose state is plain tensors"
+    ),
 }
 
 
@@ -67,6 +77,7 @@ class Holdings:
     ``aliases``: name → name of the tensor that is the same object. ``names``: id of a parameter → its name without prefix.
     ``sizes``: (container, length): another length means that something was added or removed. ``links``: (dictionary, key,
     object or None) and ``lists``: (list, its items): another object means that something was replaced or came to be.
+    ``living_names``: id of any of the tensors → its name without home rank. ``attributes``: (object, name, value), by identity.
     ``values``: (dictionary, key) of optimizer state that is no tensor: some begin as a number and become one.
     ``idle``: parameters that no optimizer has and that were not frozen, but may be later.
     """
@@ -79,6 +90,8 @@ class Holdings:
     links: tuple[tuple[dict[Any, Any], Any, object], ...]
     lists: tuple[tuple[list[Any], tuple[Any, ...]], ...]
     values: tuple[tuple[dict[Any, Any], Any], ...] = ()
+    attributes: tuple[tuple[Any, str, object], ...] = ()
+    living_names: dict[int, str] = field(default_factory=dict)
     idle: tuple[torch.nn.Parameter, ...] = ()
 
     def has_frozen_more(self) -> bool:
@@ -90,6 +103,7 @@ class Holdings:
         return (
             all(len(owner) == size for owner, size in self.sizes)
             and all(owner.get(key) is found for owner, key, found in self.links)
+            and all(getattr(owner, name) is found for owner, name, found in self.attributes)
             and all(len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)) for a, b in self.lists)
             and all(key in owner and not isinstance(owner[key], torch.Tensor) for owner, key in self.values)
             and all(t.is_current() for t in self.tensors)
@@ -131,6 +145,7 @@ class _Collector:
     links: list[tuple[dict[Any, Any], Any, object]] = field(default_factory=list)
     lists: list[tuple[list[Any], tuple[Any, ...]]] = field(default_factory=list)
     values: list[tuple[dict[Any, Any], Any]] = field(default_factory=list)
+    attributes: list[tuple[Any, str, object]] = field(default_factory=list)
     idle: list[torch.nn.Parameter] = field(default_factory=list)
 
     def add(
@@ -177,8 +192,7 @@ def collect(
         for clean, module, replicas, ignored in _walk(model, "", (rank,), frozenset()):
             _add_module(collector, clean, module, replicas=replicas, ignored=ignored)
         for index, optimizer in enumerate(optimizers):
-            collector.links += [(optimizer.__dict__, "state", optimizer.state)]
-            collector.links += [(optimizer.__dict__, "param_groups", optimizer.param_groups)]
+            collector.attributes += [(optimizer, name, getattr(optimizer, name)) for name in ("state", "param_groups")]
             state = optimizer.state if states is None else states[index]
             _add_optimizer(collector, optimizer_prefix(index, len(optimizers)), optimizer, state)
     _refuse_several_gpus(collector.tensors)
@@ -191,6 +205,8 @@ def collect(
         links=tuple(collector.links),
         lists=tuple(collector.lists),
         values=tuple(collector.values),
+        attributes=tuple(collector.attributes),
+        living_names={id(tensor.living): bare_name(tensor.name) for tensor in collector.tensors},
         idle=tuple(collector.idle),
     )
 
@@ -307,13 +323,11 @@ def _add_module(
 
 
 def _add_optimizer(collector: _Collector, prefix: str, optimizer: torch.optim.Optimizer, states: States) -> None:
-    kind = type(optimizer).__name__
-    if kind in _UNSUPPORTED_OPTIMIZERS:
-        raise UsageError(
-            f"{prefix} is a {kind}, {_UNSUPPORTED_OPTIMIZERS[kind]}; backstay does not support it: use FSDP2, or a plain "
-            "optimizer",
-            reason="unsupported_optimizer",
-        )
+    kind, module = type(optimizer).__name__, type(optimizer).__module__
+    why = _UNSUPPORTED_OPTIMIZERS.get(kind) or _UNSUPPORTED_OPTIMIZERS.get(module.partition(".")[0])
+    if why:
+        raise UsageError(f"{prefix} is a {module}.{kind}, {why}", reason="unsupported_optimizer")
+    nested_optimizers.refuse_unsteady(prefix, optimizer)
     collector.sizes.append((states, len(states)))
     collector.lists.append((optimizer.param_groups, tuple(optimizer.param_groups)))
     for group_index, group in enumerate(optimizer.param_groups):

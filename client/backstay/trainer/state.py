@@ -14,7 +14,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -26,30 +26,53 @@ STATE_FORMAT: Final = 1  # of the document that a rank's state.json holds
 _MAX_DEPTH = 64
 
 
-def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def encode(value: Any, path: str, tensors: dict[str, torch.Tensor], names: Mapping[int, str] | None = None) -> Any:
     """JSON form of ``value``; tensors in it are put into ``tensors`` under their path.
 
     Args:
         value: What a ``state_dict()`` gave.
         path: Dotted name of ``value``, for messages and for the names of its tensors.
         tensors: Receives path → tensor (the living one, not a copy).
+        names: id of a tensor that is captured by itself → its name; a reference by name is stored then.
 
     Raises:
         UsageError: for a value that would need pickle, naming the path and its type.
     """
-    return _encode(value, path, tensors, 0)
+    return _encode(value, path, _Found(tensors, names or {}, {}), 0)
 
 
-def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Inverse of :func:`encode`; raises IntegrityError for a missing tensor or an unknown tag."""
+def decode(value: Any, tensors: Mapping[str, torch.Tensor], named: Mapping[str, torch.Tensor] | None = None) -> Any:
+    """Inverse of :func:`encode`; raises IntegrityError for a missing tensor or an unknown tag.
+
+    Args:
+        value: The encoded value.
+        tensors: By path, the tensors it refers to.
+        named: By name, the tensors it refers to that were captured by themselves.
+    """
+    return _decode(value, _Known(tensors, named or {}, {}))
+
+
+def _decode(value: Any, known: _Known) -> Any:
     if isinstance(value, list):
-        return [decode(item, tensors) for item in value]
+        return [_decode(item, known) for item in value]
     if not isinstance(value, dict):
         return value
     tag = next((key for key in value if key.startswith("$")), None)
     if tag is None:
-        return {key: decode(item, tensors) for key, item in value.items()}
-    return _decode_tagged(tag, value, tensors)
+        return {key: _decode(item, known) for key, item in value.items()}
+    return _decode_tagged(tag, value, known)
+
+
+class _Found(NamedTuple):
+    tensors: dict[str, torch.Tensor]
+    names: Mapping[int, str]
+    encoded: dict[int, Any]  # by id of a tensor: one object in two places stays one
+
+
+class _Known(NamedTuple):
+    tensors: Mapping[str, torch.Tensor]
+    named: Mapping[str, torch.Tensor]
+    decoded: dict[str, torch.Tensor]  # by path
 
 
 def tensor_paths(value: Any) -> set[str]:
@@ -71,7 +94,8 @@ def is_same(left: Any, right: Any) -> bool:
         is_alike = left.shape == right.shape and left.dtype == right.dtype
         return is_alike and bool(torch.equal(_bytes_of(left), _bytes_of(right)))
     if isinstance(left, dict):
-        return list(left) == list(right) and all(is_same(left[key], right[key]) for key in left)
+        is_alike = len(left) == len(right) and all(a is b or is_same(a, b) for a, b in zip(left, right, strict=True))
+        return is_alike and all(is_same(a, b) for a, b in zip(left.values(), right.values(), strict=True))
     if isinstance(left, (list, tuple, collections.deque)):
         return len(left) == len(right) and all(is_same(a, b) for a, b in zip(left, right, strict=True))
     if hasattr(left, "tobytes"):
@@ -98,7 +122,7 @@ def loads(data: bytes | memoryview) -> Any:
         ) from error
 
 
-def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int) -> Any:
+def _encode(value: Any, path: str, found: _Found, depth: int) -> Any:
     if depth > _MAX_DEPTH:
         raise UsageError(
             f"{path} is nested more than {_MAX_DEPTH} deep; it cannot be stored", reason="unsupported_state"
@@ -111,25 +135,18 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int)
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, torch.Tensor):
-        problem = memory.why_not_stored(value._local_tensor if isinstance(value, DTensor) else value)
-        if problem:
-            raise UsageError(f"{path} {problem}", reason="unsupported_tensor")
-        while path in tensors:
-            path += "'"  # {"a": {"b": …}, "a.b": …} and {1: …, "1": …} would share a name
-        tensors[path] = value.detach()
-        device = value.device.type
-        return {"$tensor": path, "device": device, "parameter": isinstance(value, torch.nn.Parameter)}
+        return _encode_tensor(value, path, found)
     if kind in (dict, collections.OrderedDict, collections.defaultdict, collections.Counter):
-        return _encode_dict(value, path, tensors, depth)
+        return _encode_dict(value, path, found, depth)
     if kind in (list, tuple) and _are_integers(value):  # Python's generator has 625 of them
         return list(value) if kind is list else {"$tuple": list(value)}
     if kind is list:
-        return [_encode(item, f"{path}.{index}", tensors, depth + 1) for index, item in enumerate(value)]
+        return [_encode(item, f"{path}.{index}", found, depth + 1) for index, item in enumerate(value)]
     if kind in (tuple, set, frozenset, collections.deque):
         items = sorted(value, key=repr) if kind in (set, frozenset) else value
         body: dict[str, Any] = {
             f"${kind.__name__}": [
-                _encode(item, f"{path}.{index}", tensors, depth + 1) for index, item in enumerate(items)
+                _encode(item, f"{path}.{index}", found, depth + 1) for index, item in enumerate(items)
             ]
         }
         if kind is collections.deque:
@@ -138,14 +155,36 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int)
     return _encode_special(value, path)
 
 
+def _encode_tensor(value: torch.Tensor, path: str, found: _Found) -> Any:
+    if id(value) in found.names:
+        return {"$named": found.names[id(value)]}
+    if id(value) in found.encoded:
+        return found.encoded[id(value)]
+    problem = memory.why_not_stored(value._local_tensor if isinstance(value, DTensor) else value)
+    if problem:
+        raise UsageError(f"{path} {problem}", reason="unsupported_tensor")
+    while path in found.tensors:
+        path += "'"  # {"a": {"b": …}, "a.b": …} and {1: …, "1": …} would share a name
+    found.tensors[path] = value.detach()
+    encoded: dict[str, Any] = {
+        "$tensor": path,
+        "device": value.device.type,
+        "parameter": isinstance(value, torch.nn.Parameter),
+    }
+    if not isinstance(value, DTensor) and (strides := memory.unusual_strides(value)):
+        encoded["stride"] = strides
+    found.encoded[id(value)] = encoded
+    return encoded
+
+
 def _are_integers(items: Sequence[Any]) -> bool:
     """Whether all are integers that JSON takes as they are."""
     return set(map(type, items)) == {int} and min(items) >= -(2**63) and max(items) < 2**64
 
 
-def _encode_dict(value: dict[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Any:
+def _encode_dict(value: dict[Any, Any], path: str, found: _Found, depth: int) -> Any:
     if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
-        return {key: _encode(item, f"{path}.{key}", tensors, depth + 1) for key, item in value.items()}
+        return {key: _encode(item, f"{path}.{key}", found, depth + 1) for key, item in value.items()}
     kind = "OrderedDict" if isinstance(value, collections.OrderedDict) else "dict"
     if isinstance(value, collections.Counter):
         kind = "Counter"
@@ -153,8 +192,15 @@ def _encode_dict(value: dict[Any, Any], path: str, tensors: dict[str, torch.Tens
         kind = f"defaultdict:{getattr(value.default_factory, '__name__', '')}"
         if value.default_factory not in (int, float, list, dict, set, str):
             raise _refusal(value.default_factory, path + " (default factory)")
+    odd = [key for key in value if isinstance(key, torch.Tensor) and id(key) not in found.names]
+    if odd:
+        raise UsageError(
+            f"{path} has a tensor of shape {tuple(odd[0].shape)} as a key, which means nothing in another process: use "
+            "names or numbers as keys",
+            reason="unsupported_state",
+        )
     pairs = [
-        [_encode(key, f"{path}.key{index}", tensors, depth + 1), _encode(item, f"{path}.{key}", tensors, depth + 1)]
+        [_encode(key, f"{path}.key{index}", found, depth + 1), _encode(item, f"{path}.{key}", found, depth + 1)]
         for index, (key, item) in enumerate(value.items())
     ]
     return {"$dict": pairs, "kind": kind}
@@ -209,29 +255,26 @@ def _refusal(value: Any, path: str) -> UsageError:
     kind = type(value)
     return UsageError(
         f"{path} is a {kind.__module__}.{kind.__qualname__}, which can only be stored by pickle; backstay stores dicts, lists, "
-        "tuples, numbers, text, bytes, arrays and tensors: return those from state_dict()",
+        "tuples, numbers, text, bytes, arrays and tensors: return those from state_dict(), or use an optimizer of those",
         reason="unsupported_state",
     )
 
 
-def _decode_tagged(tag: str, value: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+def _decode_tagged(tag: str, value: dict[str, Any], known: _Known) -> Any:
     body = value[tag]
     if tag == "$tensor":
-        if body not in tensors:
-            raise IntegrityError(
-                f"state refers to tensor {body!r}, which is not in the snapshot", reason="missing_tensor"
-            )
-        tensor = tensors[body]
-        if value["device"] != "cpu" and tensor.device.type == "cpu":
-            tensor = tensor.to(value["device"])
-        return torch.nn.Parameter(tensor) if value["parameter"] else tensor
+        return _decode_tensor(value, known)
+    if tag == "$named":
+        if body not in known.named:
+            raise IntegrityError(f"state refers to {body!r}, which is not here", reason="missing_tensor")
+        return known.named[body]
     sequences: dict[str, Any] = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}
     if tag in sequences:
-        return sequences[tag](decode(item, tensors) for item in body)
+        return sequences[tag](_decode(item, known) for item in body)
     if tag == "$deque":
-        return collections.deque((decode(item, tensors) for item in body), maxlen=value.get("maxlen"))
+        return collections.deque((_decode(item, known) for item in body), maxlen=value.get("maxlen"))
     if tag == "$dict":
-        return _decode_dict(value, tensors)
+        return _decode_dict(value, known)
     if tag == "$ndarray":
         np = _numpy()
         array = np.frombuffer(base64.b64decode(body), dtype=np.dtype(value["dtype"])).reshape(value["shape"]).copy()
@@ -257,8 +300,24 @@ def _numpy() -> Any:
     return np
 
 
-def _decode_dict(value: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
-    pairs = [(decode(key, tensors), decode(item, tensors)) for key, item in value["$dict"]]
+def _decode_tensor(value: dict[str, Any], known: _Known) -> torch.Tensor:
+    path = value["$tensor"]
+    if path in known.decoded:
+        return known.decoded[path]
+    if path not in known.tensors:
+        raise IntegrityError(f"state refers to tensor {path!r}, which is not in the snapshot", reason="missing_tensor")
+    tensor = known.tensors[path]
+    if value["device"] != "cpu" and tensor.device.type == "cpu":
+        tensor = tensor.to(value["device"])
+    if "stride" in value and not isinstance(tensor, DTensor):  # kernels round by them: another order is another sum
+        laid = torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype, device=tensor.device)
+        tensor = laid.copy_(tensor)
+    known.decoded[path] = torch.nn.Parameter(tensor) if value["parameter"] else tensor
+    return known.decoded[path]
+
+
+def _decode_dict(value: dict[str, Any], known: _Known) -> Any:
+    pairs = [(_decode(key, known), _decode(item, known)) for key, item in value["$dict"]]
     kind, _, factory = value["kind"].partition(":")
     if kind == "defaultdict":
         factories: dict[str, Any] = {"int": int, "float": float, "list": list, "dict": dict, "set": set, "str": str}
