@@ -107,7 +107,7 @@ def _mark(value: Any, take: Take, path: str) -> Any:
             raise UsageError(f"{path} has the key {_MARK!r}, which is reserved", reason="unsupported_state")
         items = {key: _mark(item, take, f"{path}.{key}") for key, item in value.items()}
         is_same = all(items[key] is item for key, item in value.items())
-        return value if is_same else kind(items)
+        return value if is_same else _like(value, items)
     if kind in (list, tuple):
         found = [_mark(item, take, f"{path}.{index}") for index, item in enumerate(value)]
         return value if all(a is b for a, b in zip(found, value, strict=True)) else kind(found)
@@ -118,12 +118,21 @@ def _mark(value: Any, take: Take, path: str) -> Any:
     return {_MARK: name, "body": _mark(body, take, path)}
 
 
+def _like(value: Any, items: dict[Any, Any]) -> Any:
+    """A dictionary of the kind of ``value`` with other items, and with the versions of modules where it has them."""
+    made = type(value)(items)
+    versions = state.module_versions(value)
+    if versions is not None:
+        made._metadata = versions
+    return made
+
+
 def _unmark(value: Any, give: Give) -> Any:
     kind = type(value)
     if kind in (dict, collections.OrderedDict):
         if _MARK in value:
             return give(value[_MARK], _unmark(value["body"], give))
-        return kind((key, _unmark(item, give)) for key, item in value.items())
+        return _like(value, {key: _unmark(item, give) for key, item in value.items()})
     if kind in (list, tuple):
         return kind(_unmark(item, give) for item in value)
     return value

@@ -203,7 +203,16 @@ def _encode_dict(value: dict[Any, Any], path: str, found: _Found, depth: int) ->
         [_encode(key, f"{path}.key{index}", found, depth + 1), _encode(item, f"{path}.{key}", found, depth + 1)]
         for index, (key, item) in enumerate(value.items())
     ]
-    return {"$dict": pairs, "kind": kind}
+    body = {"$dict": pairs, "kind": kind}
+    versions = module_versions(value)
+    if versions is not None:
+        body["metadata"] = _encode(versions, f"{path}.metadata", found, depth + 1)
+    return body
+
+
+def module_versions(value: Any) -> Any:
+    """What ``Module.state_dict()`` hangs on its result: each module's version, by which loading tells what it must convert."""
+    return getattr(value, "_metadata", None) if isinstance(value, collections.OrderedDict) else None
 
 
 def _encode_special(value: Any, path: str) -> Any:
@@ -324,7 +333,12 @@ def _decode_dict(value: dict[str, Any], known: _Known) -> Any:
         return collections.defaultdict(factories[factory], pairs)
     if kind == "Counter":
         return collections.Counter(dict(pairs))
-    return collections.OrderedDict(pairs) if kind == "OrderedDict" else dict(pairs)
+    if kind != "OrderedDict":
+        return dict(pairs)
+    decoded: Any = collections.OrderedDict(pairs)
+    if "metadata" in value:
+        decoded._metadata = _decode(value["metadata"], known)
+    return decoded
 
 
 _SIMPLE: dict[str, Any] = {
