@@ -18,6 +18,7 @@ def at(
     return Training(
         trained_step=trained,
         protected_step=protected,
+        restorable_step=protected,
         interval_steps=interval,
         step_s=step_s,
         silent_ranks=silent,
@@ -57,3 +58,15 @@ def test_ranks_that_nobody_reports_are_behind_once_they_could_have_left_the_usua
     assert "rank 2 on node-2" in behind_sentence(lag.behind)
     lag.stop()
     assert lag.behind is None
+
+
+def test_a_protected_snapshot_that_is_being_repaired_is_not_left_behind_unless_it_is_gone() -> None:
+    lag = Lag()
+    lag.update(at(10, 10), lease_s=LEASE_S, now_s=0.0)
+    repairing = dataclasses.replace(at(11, 0), restorable_step=10)
+    lag.update(repairing, lease_s=LEASE_S, now_s=100.0)
+    assert lag.behind is None
+    for now_s in (101.0, 101.0 + LEASE_S):
+        lag.update(at(11, 0), lease_s=LEASE_S, now_s=now_s)
+    assert lag.behind is not None
+    assert lag.behind.protected_step == 0

@@ -125,7 +125,9 @@ def _weak_groups(run_: dict[str, Any]) -> list[tuple[Any, ...]]:
             ", ".join(group["members"]),
         )
         for group in run_["groups"]
-        if group["spares"] < group["m"] or group.get("missing")
+        if group.get(
+            "is_weak", group["spares"] < group["m"] or group.get("missing")
+        )  # an older coordinator does not say
     ]
 
 

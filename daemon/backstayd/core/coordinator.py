@@ -270,13 +270,13 @@ class Coordinator:
                 f"trainers of it are connected ({listed(alive[:3])}{', ...' if len(alive) > 3 else ''}); stop the job first",
                 reason="run_is_active",
             )
-        self._say(run, "abandoned", "the operator forgets the run on every node")
+        self._say(run, "freed", "the operator forgets the run on every node")
         state.bury(Cause.FORGOTTEN)
         self._is_dirty = True
 
     def _free_name(self, tombstone: Tombstone) -> None:
         """Nothing is left of the run: from now on its name may be used again as if it were new."""
-        self._say(tombstone.run, "abandoned", f"it {tombstone.sentence()}; the operator frees its name")
+        self._say(tombstone.run, "freed", f"it {tombstone.sentence()}; the operator frees its name")
         again = replace(
             tombstone,
             cause=Cause.FORGOTTEN,

@@ -36,13 +36,13 @@ class Forgetting:
         """Why the run is over; None while it is not."""
         is_idle = self._is_idle(context)
         if self._is_finished(context, recovery, persisting):
-            self.say("abandoned", "every rank has finished: the run is forgotten on every node")
+            self.say("finished", "every rank has finished: the run is forgotten on every node")
             return Cause.FINISHED
         if is_idle and self.due_in_s(context.now_s) == 0:
-            self.say("abandoned", f"no trainer was connected for {self.job_ttl_s:g} s: the run is forgotten")
+            self.say("freed", f"no trainer was connected for {self.job_ttl_s:g} s: the run is forgotten")
             return Cause.IDLE
         if is_idle and self.idle_s(context.now_s) >= UNUSED_LEASES * context.lease_s and is_never_used(context, memory):
-            self.say("abandoned", "it never held a snapshot, and no trainer is connected: its name is dropped")
+            self.say("freed", "it never held a snapshot, and no trainer is connected: its name is dropped")
             return Cause.UNUSED
         return None
 

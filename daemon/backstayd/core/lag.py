@@ -21,7 +21,8 @@ class Training:
     """What is known of a world that trains, at one moment."""
 
     trained_step: int  # the newest step that a rank is known to have completed
-    protected_step: int
+    protected_step: int  # now
+    restorable_step: int  # the newest that a restart would find, protected or not
     interval_steps: int
     step_s: float  # measured; 0: not known yet
     silent_ranks: Collection[int] = ()  # no daemon reports them, and nothing says that they died
@@ -50,15 +51,19 @@ class Lag:
 
     covered_s: float | None = None  # when the newest protected step was last within the usual distance
     behind: Behind | None = None
+    protected_step: int = 0  # the newest that was protected while this world trained
 
     def stop(self) -> None:
         """No world trains: what it trained and nobody holds is lost, and nothing is behind."""
-        self.covered_s, self.behind = None, None
+        self.covered_s, self.behind, self.protected_step = None, None, 0
 
     def update(self, training: Training, *, lease_s: float, now_s: float) -> None:
         """Look at a world that trains."""
+        # A protected snapshot whose parity is being repaired is at risk, which the verdict says; training is not behind it.
+        held_step = max(training.protected_step, min(self.protected_step, training.restorable_step))
+        self.protected_step = max(held_step, self.protected_step)
         usual_steps = LAG_INTERVALS * max(1, training.interval_steps)
-        is_within = training.trained_step - training.protected_step <= usual_steps and not training.silent_ranks
+        is_within = training.trained_step - held_step <= usual_steps and not training.silent_ranks
         if is_within or self.covered_s is None:
             self.covered_s = now_s
         # A silent rank's steps are not known: until it could have left the usual distance, it has not.
@@ -67,7 +72,7 @@ class Lag:
             self.behind = None
             return
         self.behind = Behind(
-            protected_step=training.protected_step,
+            protected_step=held_step,
             trained_step=training.trained_step,
             since_s=self.covered_s,
             reason=_reason(training),

@@ -539,6 +539,7 @@ class RunState:
         training = Training(
             trained_step=accounts.progress.newest_step,
             protected_step=max(self.evaluation.protected_step, stored, base),
+            restorable_step=self.evaluation.complete_step,
             interval_steps=self.pace.schedule.interval_steps,
             step_s=accounts.step_s,
             silent_ranks=[place.rank for place in accounts.silent],

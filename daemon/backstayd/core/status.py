@@ -106,7 +106,7 @@ def _outline(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]
         "trainer_count": 0,
         "last_step": 0,
         "attempt": state.head.attempt if state.head is not None else 0,
-        "redundancy": "UNPROTECTED",
+        "redundancy": verdict.word.value.upper(),
         "spares": -1,
         "wanted_spares": 0,
         "reason": "forgetting" if state.forgetting.is_under_way else "not evaluated yet",
@@ -253,8 +253,14 @@ def _groups(state: RunState, context: RunContext) -> list[dict[str, Any]]:
         plans = plan_set.plans if plan_set is not None else _newest_plans(view)
         if plans:
             states = {plan_state.plan.plan_id: plan_state for plan_state in view.plans}
-            return [_group(plan, states.get(plan.plan_id), context) for plan in plans]
+            is_new = view.snapshot_id not in state.memory.protected  # its parity is still being made
+            groups = [_group(plan, states.get(plan.plan_id), context) for plan in plans]
+            return [group | {"is_weak": _is_weak(group, is_new=is_new)} for group in groups]
     return []
+
+
+def _is_weak(group: dict[str, Any], *, is_new: bool) -> bool:
+    return bool(group["missing"]) or (not is_new and group["spares"] < group["m"])
 
 
 def _newest_plans(view: SnapshotView) -> list[Plan]:

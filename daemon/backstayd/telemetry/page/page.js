@@ -13,7 +13,7 @@ const TONES = {
 };
 const EVENT_TONES = {
   node_lost: "bad", session_lost: "bad", refused: "bad", gate_failed: "bad", quarantined: "bad", distrusted: "warn",
-  behind: "bad", caught_up: "good", abandoned: "warn", interval_raised: "warn", node_drain: "warn", protected: "good", repaired: "good", released: "good", node_joined: "good",
+  behind: "bad", caught_up: "good", finished: "good", abandoned: "warn", interval_raised: "warn", node_drain: "warn", protected: "good", repaired: "good", released: "good", node_joined: "good",
 };
 const NODE_TONES = { live: "idle", suspect: "warn", lost: "bad" };
 const ORDER = { lost: 0, suspect: 1, safe: 2, draining: 2, live: 3 };
@@ -133,7 +133,7 @@ function strip(run, events, now) {
 
 function groups(run) {
   if (!run.groups.length) return null;
-  const weak = run.groups.filter((group) => group.spares < group.m || group.missing.length);
+  const weak = run.groups.filter((group) => group.is_weak ?? (group.spares < group.m || group.missing.length));
   const box = element("details");
   const step = run.groups[0].step;
   const words = weak.length ? `${weak.length} weaker than planned` : "all as planned";
