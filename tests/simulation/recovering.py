@@ -28,7 +28,9 @@ def follow(node: Node, decision: Decision, phase: DecisionPhase) -> None:
                 node.cluster.refused(trainer, decision)
         return
     if phase is DecisionPhase.RELEASE:
-        if memory.decision is not None and memory.decision.decision_id == decision.decision_id:
+        if node.name not in {place.node for place in decision.placements}:
+            _witness(node, decision)
+        elif memory.decision is not None and memory.decision.decision_id == decision.decision_id:
             if memory.decision.generation.number < decision.generation.number:
                 memory.decision = decision
                 node.changed()
@@ -42,6 +44,15 @@ def follow(node: Node, decision: Decision, phase: DecisionPhase) -> None:
         memory.decision, memory.recorded_s = decision, node.cluster.engine.now_s
         work.staging = Staging(decision_id=decision.decision_id, state=StagingState.RECORDED)
         node.cluster.recorded(node, decision)
+        node.changed()
+
+
+def _witness(node: Node, decision: Decision) -> None:
+    """Keep the decision of a run that lives on other nodes."""
+    memory = node.memory[decision.run]
+    here = memory.decision
+    if here is None or here.generation.number < decision.generation.number:
+        memory.decision, memory.recorded_s = decision, node.cluster.engine.now_s
         node.changed()
 
 

@@ -10,6 +10,7 @@ from backstayd.core.records import Outcome, SessionPhase
 from backstayd.core.tombstone import Cause, Tombstone
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
+from tests.simulation.node import Node
 from tests.simulation.test_traps import RUN, cluster_of, training
 
 
@@ -150,7 +151,7 @@ def test_a_job_that_asks_while_a_node_brings_back_a_forgotten_run_is_not_given_i
     cluster.nodes["n1"].is_cut = False
     refusal = asks(engine, cluster, Job(RUN, {0: "n2"}))
     assert "finished at step" in refusal
-    assert not held(cluster)
+    assert engine.run_until(lambda: not held(cluster), limit_s=10)
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -209,7 +210,7 @@ def test_a_run_name_that_never_held_a_snapshot_leaves_every_memory() -> None:
     for trainer in list(job.trainers.values()):
         cluster.kill_trainer(trainer)
     engine.run_for(10)
-    assert held(cluster) == {"n1", "n2"}, "who comes back soon finds his name"
+    assert held(cluster) == {"n1", "n2", "n3"}, "who comes back soon finds his name; n3 is a witness"
     assert engine.run_until(lambda: not held(cluster), limit_s=120)
     engine.run_for(2)
     assert RUN not in cluster.core().runs
@@ -228,3 +229,22 @@ def test_an_operator_frees_the_name_of_a_finished_run() -> None:
     assert cluster.outcome(later) is Outcome.NONE
     with pytest.raises(UsageError, match="trainers of it are connected"):
         cluster.core().forget(RUN)
+
+
+@pytest.mark.parametrize("node_count", [4, 6])  # with and without nodes that keep its decision
+def test_a_run_whose_nodes_are_all_gone_does_not_stay_for_ever(node_count: int) -> None:
+    engine, cluster = cluster_of(node_count, policy=CorePolicy(lease_s=1.5, job_ttl_s=20.0))
+    job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    cluster.start_job(job)
+    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+    job.is_stopped = True
+    cluster.checker.forget(RUN)
+    for rank in range(4):
+        cluster.destroy(f"n{rank + 1}", replace_after_s=None)
+    cluster.nodes["n9"] = Node(cluster, "n9")
+    cluster.nodes["n9"].start()
+    engine.run_for(10)
+    assert RUN in cluster.core().runs
+    assert engine.run_until(lambda: RUN not in cluster.core().runs and not held(cluster), limit_s=30)
+    refusal = asks(engine, cluster, Job(RUN, {0: "n9"}))
+    assert "was freed at step" in refusal

@@ -267,6 +267,15 @@ def test_a_recorded_decision_that_was_raised_above_others_is_recorded_again() ->
     assert plan_actions(view(wanted, decision=raised)) == []
 
 
+def test_a_witness_records_what_was_released_and_stages_nothing() -> None:
+    for phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD):
+        assert plan_actions(view(desired(phase=phase), node="n9")) == []
+    released = desired(phase=DecisionPhase.RELEASE)
+    assert plan_actions(view(released, node="n9")) == [RecordDecision(decision=LOCAL)]
+    assert plan_actions(view(released, node="n9", decision=LOCAL)) == []
+    assert staging_of(view(released, node="n9")) is None
+
+
 def test_trainers_go_on_only_when_released_and_only_those_of_that_world() -> None:
     waiting = {"sessions": (restoring(0),), "decision": LOCAL, "waiting_worlds": frozenset({"w2"})}
     for phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD):

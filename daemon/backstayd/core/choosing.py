@@ -188,10 +188,18 @@ def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]
         snapshot_id, key = remembered[0]
         nodes = sorted(set(memory.holders.get(snapshot_id, {}).values()), key=natural)
         return f" at step {key.step}: no node that is left holds anything of it (it was on {listed(nodes)}); {had}"
+    away = _hosts_away(context)
+    last = f"; it last ran on {listed(away)}, which {'is' if len(away) == 1 else 'are'} away" if away else ""
     return (
-        f"the run is known, but no snapshot of it is in memory anywhere{_nor_stored(context)}; start over with "
-        "restore(allow_fresh=True) or under a new run_id"
+        f"the run is known, but no snapshot of it is in memory anywhere{_nor_stored(context)}{last}; "
+        f"{'wait for it to come back, or ' if away else ''}start over with restore(allow_fresh=True) or under a new run_id"
     )
+
+
+def _hosts_away(context: RunContext) -> list[str]:
+    """Hosts of the newest known decision that are not here."""
+    hosts = {place.node for place in context.head.placements} if context.head is not None else set()
+    return sorted(hosts - context.nodes.keys(), key=natural)
 
 
 def missing_sentence(context: RunContext, memory: Memory, view: SnapshotView) -> str:

@@ -34,7 +34,7 @@ class Forgetting:
 
     def judge(self, context: RunContext, recovery: Recovery, persisting: Persisting, memory: Memory) -> Cause | None:
         """Why the run is over; None while it is not."""
-        is_idle = self._is_idle(context)
+        is_idle = self._is_idle(context, memory)
         if self._is_finished(context, recovery, persisting):
             self.say("finished", "every rank has finished: the run is forgotten on every node")
             return Cause.FINISHED
@@ -56,10 +56,13 @@ class Forgetting:
         """For how long no trainer has been connected."""
         return now_s - self.idle_since_s if self.idle_since_s is not None else 0.0
 
-    def _is_idle(self, context: RunContext) -> bool:
-        """Count from when the last trainer left; one that is connected anywhere, or a new coordinator, begins anew."""
+    def _is_idle(self, context: RunContext, memory: Memory) -> bool:
+        """Count from when the last trainer left; one that is connected anywhere, or a new coordinator, begins anew.
+
+        Also for a run of which nothing is left to be seen, as long as this coordinator remembers it.
+        """
         phases = {session.record.phase for world in context.worlds.values() for session in world.values()}
-        if phases - {SessionPhase.ENDED} or context.inventory.is_empty:
+        if phases - {SessionPhase.ENDED} or (context.inventory.is_empty and not memory.is_known):
             self.idle_since_s = None
         elif self.idle_since_s is None:
             self.idle_since_s = context.now_s
@@ -76,25 +79,29 @@ class Forgetting:
 
 
 def tombstone_of(
-    context: RunContext, cause: Cause, *, newest_attempt: int, idle_s: float, absent: Collection[str]
+    context: RunContext, cause: Cause, *, memory: Memory, idle_s: float, absent: Collection[str]
 ) -> Tombstone:
     """What is known of the run now, by name.
 
     Args:
-        newest_attempt: The newest that was given out; a node that is away may have recorded it.
-        absent: Nodes that have a part in it and are away.
+        memory: Its newest attempt was given out; a node that is away may have recorded it.
+        absent: Nodes that have a part in it and are away. Where only they know what it held, it is not called unused.
     """
     decisions = [decision for decision, _ in context.inventory.decisions.values()]
+    decisions += [context.head] if context.head is not None else []
     keys = [view.key for view in context.views] + [SnapshotKey(decision.attempt, 0) for decision in decisions]
+    keys += [memory.newest_complete] if memory.newest_complete is not None else []
+    newest_attempt = memory.newest_attempt
     attempt = max([key.attempt for key in keys] + ([newest_attempt] if cause is not Cause.IDLE else []), default=0)
     steps = [key.step for key in keys if key.attempt == attempt or cause is not Cause.IDLE]
     steps += [session.record.last_step for world in context.worlds.values() for session in world.values()]
     step, head = max(steps, default=0), context.head
+    is_known_to_absent = cause is Cause.IDLE and bool(absent)
     return Tombstone(
         run=context.run,
         attempt=attempt,
         generation=context.generation.number,
-        cause=cause if step or cause is Cause.FORGOTTEN else Cause.UNUSED,
+        cause=cause if step or cause is Cause.FORGOTTEN or is_known_to_absent else Cause.UNUSED,
         world_id=head.world_id if head is not None and head.attempt == attempt else "",
         step=step,
         idle_s=idle_s if cause is Cause.IDLE else 0.0,

@@ -18,6 +18,7 @@ from backstayd.core.nodes import Liveness
 from backstayd.core.probation import has_both
 from backstayd.core.records import Peer, Plan, Quarantined, Rebuild, RunDesired, ShardCopy, StorageDesired
 from backstayd.core.recovery import Stage
+from backstayd.core.witnesses import choose_witnesses
 
 if TYPE_CHECKING:
     from backstayd.core.run_state import Evaluation, RunState
@@ -29,6 +30,7 @@ class Orders:
 
     common: RunDesired
     hosts: frozenset[str]
+    witnesses: frozenset[str]  # they keep the decision, too
     plans: Mapping[str, tuple[Plan, ...]]
     drops: Mapping[str, tuple[str, ...]]
     rebuilds: Mapping[str, tuple[Rebuild, ...]]
@@ -41,7 +43,7 @@ class Orders:
     _made: dict[str, RunDesired] = field(default_factory=dict, compare=False)
 
     def has_work(self, node: str) -> bool:
-        return node in self.plans or node in self.rebuilds or node in self.copies
+        return node in self.plans or node in self.rebuilds or node in self.copies or node in self.witnesses
 
     def of(self, node: str) -> RunDesired:
         """For one node; the same record again while the orders stand."""
@@ -50,7 +52,7 @@ class Orders:
             is_host = node in self.hosts
             made = self._made[node] = replace(
                 self.common,
-                decision=self.common.decision if is_host else None,
+                decision=self.common.decision if is_host or node in self.witnesses else None,
                 gate=self.common.gate if is_host else None,
                 plans=self.plans.get(node, ()),
                 drop_plans=self.drops.get(node, ()),
@@ -66,10 +68,11 @@ class Orders:
 def make_orders(state: RunState, evaluation: Evaluation) -> Orders:
     """The orders that follow from ``evaluation``."""
     context = evaluation.context
-    decision = state.recovery.decision
+    decision, released = state.recovery.decision, state.recovery.released
     return Orders(
         common=_common(state, evaluation),
         hosts=frozenset(state.recovery.placements().values()) if decision is not None else frozenset(),
+        witnesses=choose_witnesses(context, released) if released is not None else frozenset(),
         plans=_plans(state),
         drops=_drops(state, evaluation),
         rebuilds=_rebuilds(state),

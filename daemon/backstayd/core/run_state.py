@@ -290,9 +290,9 @@ class RunState:
         tombstone = tombstone_of(
             context,
             cause,
-            newest_attempt=self.memory.newest_attempt,
+            memory=self.memory,
             idle_s=self.forgetting.idle_s(context.now_s),
-            absent=self.named_nodes(context.nodes) - set(context.nodes),
+            absent=(self.named_nodes(context.nodes) | self.hosts(context)) - set(context.nodes),
         )
         self.tombstones.bury(replace(tombstone, owner=self.owner, unix_s=context.now_s + self.unix_offset_s))
         self.accounts.end(context.now_s)

@@ -536,8 +536,9 @@ def _decide(view: View) -> list[Action]:
     is_recorded = staging is not None and staging.state is StagingState.RECORDED
     is_ready = staging is not None and staging.state is StagingState.READY
     may_record = desired.decision_phase is DecisionPhase.RECORD and is_ready
-    may_record |= desired.decision_phase is DecisionPhase.RELEASE and staging is not None
+    may_record |= desired.decision_phase is DecisionPhase.RELEASE  # a host of it, or one of the witnesses
     here = view.decision.generation.number if view.decision is not None else -1
+    is_recorded |= view.decision is not None and view.decision.decision_id == decision.decision_id
     is_raised = is_recorded and here < decision.generation.number  # above those that other nodes came back with
     if may_record and (is_raised or (not is_recorded and here <= decision.generation.number)):
         actions.append(RecordDecision(decision=decision))
