@@ -49,6 +49,21 @@ _UNSUPPORTED = {
     "XLAStrategy": "XLA",
     "XLAFSDPStrategy": "XLA",
 }
+_UNSUPPORTED_CALLBACKS = {  # by class, subclasses too: what each does that a restart in mid-epoch could not do again
+    "WeightAveraging": (
+        "keeps the average outside of what is captured: average with torch.optim.swa_utils.AveragedModel in a callback of your "
+        'own, and pass that model as BackstayCallback(extra={"average": averaged})'
+    ),
+    "StochasticWeightAveraging": (
+        "changes schedulers and weights between epochs: average with torch.optim.swa_utils.AveragedModel in a callback of your "
+        'own, pass that model as BackstayCallback(extra={"average": averaged}), and give SWALR in configure_optimizers()'
+    ),
+    "BaseFinetuning": (
+        "adds parameters to the optimizer while training, so that a restarted script builds another one: give it all of them "
+        "in configure_optimizers(), the backbone as a group of its own whose learning rate a scheduler holds at 0 "
+        "until it is to train"
+    ),
+}
 
 
 class BackstayCallback(Callback):
@@ -76,6 +91,7 @@ class BackstayCallback(Callback):
         self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
         self._trainer: Any = None
         self._position = Position(self._places)
+        self._parts: lightning_state.LightningState | None = None
         self._last_step = 0
         self._goes_on = False
         self._undo: Callable[[], None] | None = None
@@ -95,11 +111,18 @@ class BackstayCallback(Callback):
         kind = type(trainer.strategy).__name__
         if kind in _UNSUPPORTED:
             raise UsageError(f"strategy {kind} is {_UNSUPPORTED[kind]}", reason="unsupported_strategy")
+        for callback in trainer.callbacks:
+            names = [base.__name__ for base in type(callback).__mro__ if base.__name__ in _UNSUPPORTED_CALLBACKS]
+            if names:
+                raise UsageError(
+                    f"callback {type(callback).__name__} {_UNSUPPORTED_CALLBACKS[names[0]]}",
+                    reason="unsupported_callback",
+                )
         self._trainer = trainer
         self._follow_loaders(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        parts = lightning_state.LightningState(trainer, self._position, _batches_ahead)
+        parts = self._parts = lightning_state.LightningState(trainer, self._position, _batches_ahead)
         self.keeper = Snapshotter(
             trainer.strategy.model,
             trainer.optimizers,
@@ -124,7 +147,8 @@ class BackstayCallback(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._goes_on:
             self._goes_on = False
-            lightning_state.end_of_restart(trainer)
+            assert self._parts is not None
+            self._parts.end_restart()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs

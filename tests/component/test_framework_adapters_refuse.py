@@ -83,6 +83,63 @@ def test_a_strategy_that_lightning_shards_by_itself_is_refused_by_name(tmp_path:
         trainer.fit(Net(), _loader())
 
 
+class _Unfreezing(lightning.callbacks.BaseFinetuning):  # type: ignore[misc]
+    def freeze_before_training(self, pl_module: Any) -> None:
+        pass
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lightning.callbacks.EMAWeightAveraging, r"EMAWeightAveraging keeps the average .*extra="),
+        (
+            lambda: lightning.callbacks.StochasticWeightAveraging(swa_lrs=0.1),
+            r"StochasticWeightAveraging changes .*SWALR",
+        ),
+        (
+            lightning.callbacks.BackboneFinetuning,
+            r"BackboneFinetuning adds parameters .*configure_optimizers",
+        ),
+        (_Unfreezing, r"_Unfreezing adds parameters to the optimizer .*configure_optimizers"),
+    ],
+)
+def test_a_lightning_callback_that_a_restart_could_not_follow_is_refused_at_the_start(
+    make: Any, words: str, tmp_path: Path
+) -> None:
+    net = Net()
+    net.backbone = torch.nn.Linear(2, 2)
+    for callbacks in ([make(), BackstayCallback(run_id="a")], [BackstayCallback(run_id="a"), make()]):
+        with pytest.raises(UsageError, match=words):
+            _trainer(tmp_path, *callbacks).fit(net, _loader())
+    assert net.steps == []
+
+
+def test_gradients_are_accumulated_as_before_after_a_restart_in_mid_epoch(tmp_path: Path) -> None:
+    def fit(*callbacks: Any) -> Net:
+        torch.manual_seed(1)
+        net = Net()
+        schedule = lightning.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+        trainer = _trainer(tmp_path, schedule, *callbacks)
+        trainer.fit_loop.max_epochs = 3
+        trainer.fit(net, torch.utils.data.DataLoader(torch.arange(72.0).reshape(18, 1, 4) / 72, batch_size=2))
+        return net
+
+    expected = fit()
+    with LocalDaemon() as daemon:
+        with pytest.raises(RuntimeError, match="stopped"):  # 9 batches an epoch: 9 steps, then 5 each
+            fit(BackstayCallback(run_id="r", socket=daemon.socket_path), StopAt(11))
+        again = BackstayCallback(run_id="r", socket=daemon.socket_path)
+        net = fit(again)
+    assert again.restored is not None
+    assert again.restored.step in (10, 11)
+    assert expected.steps[-len(net.steps) :] == net.steps
+    assert bool(expected.net.weight.isfinite().all())
+    assert torch.equal(expected.net.weight, net.net.weight)
+
+
 def test_lightning_without_a_daemon_raises_before_a_batch_is_trained(tmp_path: Path) -> None:
     net = Net()
     trainer = _trainer(tmp_path, BackstayCallback(run_id="a", socket=str(tmp_path / "none"), deadline_s=0.2))

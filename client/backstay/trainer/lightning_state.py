@@ -21,6 +21,7 @@ class LightningState:
 
     def __init__(self, trainer: Any, position: Position, ahead: Callable[[Place], int]) -> None:
         self._trainer, self._position, self._ahead = trainer, position, ahead
+        self._accumulate: int | None = None
         self._call = import_module(type(trainer).__module__.rpartition(".")[0] + ".call")
 
     def state_dict(self) -> dict[str, Any]:
@@ -30,6 +31,7 @@ class LightningState:
             "loaders": self._position.state(self._ahead),
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,  # a callback sets it when an epoch begins
             "callbacks": self._call._call_callbacks_state_dict(trainer),
             "datamodule": trainer.datamodule.state_dict() if trainer.datamodule is not None else {},
         }
@@ -45,10 +47,19 @@ class LightningState:
         self._call._call_callbacks_on_load_checkpoint(trainer, checkpoint)
         self._call._call_callbacks_load_state_dict(trainer, checkpoint)
         trainer.precision_plugin.load_state_dict(state["precision"])
+        self._accumulate = state.get("accumulate_grad_batches")
+        if state["loops"]["epoch_loop.batch_progress"]["current"]["ready"] == 0:
+            self._accumulate = None  # the epoch begins anew, and sets it
         trainer.fit_loop.load_state_dict(state["loops"])
         for config, scheduler in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(scheduler)
         self._position.load(state["loaders"])
+
+    def end_restart(self) -> None:
+        """The epoch goes on as any other: to Lightning it would count as restarted to its end, and not step some schedulers."""
+        self._trainer.fit_loop._restarting = False
+        if self._accumulate is not None:  # not before the first batch: a callback checks that it alone sets it
+            self._trainer.accumulate_grad_batches = self._accumulate
 
     def _read_hooks(self, state: dict[str, Any]) -> dict[str, Any]:
         """What ``on_save_checkpoint`` of module and callbacks put into a checkpoint."""
@@ -77,11 +88,6 @@ def begin_pass(trainer: Any) -> None:
     """Where the first batch of an epoch is next, have Lightning begin that epoch as one that is new."""
     if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
         trainer.fit_loop.epoch_loop.restarting = False
-
-
-def end_of_restart(trainer: Any) -> None:
-    """The epoch goes on as any other: to Lightning it would count as restarted to its end, and not step some schedulers."""
-    trainer.fit_loop._restarting = False
 
 
 def pass_over_checkpoint(trainer: Any, step: int) -> None:
