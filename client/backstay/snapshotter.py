@@ -400,6 +400,8 @@ class Snapshotter:
             else sources.collect(target.model, target.optimizers, rank=target.rank)
         )
         found = dynamic.read(target.optimizers, target.extra, holdings, rank=target.rank, values=target.values)
+        if len(found.document) > dynamic.HEAVY_JSON_BYTES and "heavy" not in self._told:
+            self._warn_of_heavy_state(found)
         if made is None or not is_current or not made.fits(found.tensors, found.document):
             metadata = {optimizer_state.METADATA_KEY: optimizer_state.describe(target.optimizers, holdings)}
             made = self._plan = plan.build(
@@ -414,6 +416,15 @@ class Snapshotter:
                 )
         made.stage(found.tensors, found.document)
         return made
+
+    def _warn_of_heavy_state(self, found: dynamic.Dynamic) -> None:
+        self._told.add("heavy")
+        name, size = found.heaviest()
+        _log.warning(
+            "backstay: %.1f MiB of each snapshot are numbers and texts that the training thread writes as JSON, about 0.1 s "
+            "per MiB; most of it is %s (%.1f MiB): keep it in tensors, which are copied as bytes",
+            len(found.document) / 2**20, name, size / 2**20,
+        )  # fmt: skip
 
     def _mark_ready(self, made: plan.Plan) -> torch.cuda.Event | None:
         device = next((p.source.device for p in made.pieces if p.source.device.type == "cuda"), None)

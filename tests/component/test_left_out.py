@@ -157,3 +157,38 @@ def test_what_torch_itself_adds_to_modules_is_not_named(caplog: pytest.LogCaptur
     )  # fmt: skip
     uncaptured.warn(model)
     assert not caplog.records, caplog.text
+
+
+class Tokens:
+    """A packing buffer as Python numbers, or as a tensor."""
+
+    def __init__(self, *, is_tensor: bool) -> None:
+        numbers = list(range(300_000))
+        self.state: dict[str, Any] = {"buffer": torch.tensor(numbers) if is_tensor else numbers}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize("is_tensor", [False, True], ids=["numbers", "tensor"])
+def test_numbers_that_cost_the_training_thread_its_time_are_named_once(
+    is_tensor: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    extra = {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3), "tokens": Tokens(is_tensor=is_tensor)}
+    with (
+        LocalDaemon() as daemon,
+        backstay.Snapshotter(model, optimizer, run_id="r", socket=daemon.socket_path, extra=extra) as keeper,
+    ):
+        keeper.restore()
+        for step in (1, 2):
+            keeper.snapshot(step)
+            optimizer.step()
+            assert keeper.wait_committed()
+    found = [record.message for record in caplog.records if "MiB of each snapshot" in record.message]
+    assert len(found) == (0 if is_tensor else 1)
+    assert all("most of it is extra 'tokens' (1.9 MiB): keep it in tensors" in message for message in found)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from backstay.trainer import optimizer_state, rng, sources, state
 
+HEAVY_JSON_BYTES: Final = 1 << 20  # about 0.1 s of the training thread
 VALUES_PATH: Final = "keeper.values"
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, shape of the whole
@@ -21,11 +22,20 @@ Place = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, shape of the whole
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dynamic:
-    """JSON bytes, and tensors by stored name; ``places``: where those that are parts lie in their whole."""
+    """JSON bytes, and tensors by stored name; ``places``: where those that are parts lie in their whole.
+
+    ``parts``: what the JSON is made of, by the name of the extra that gave it.
+    """
 
     document: bytes
     tensors: Mapping[str, torch.Tensor]
     places: Mapping[str, Place]
+    parts: Mapping[str, Any]
+
+    def heaviest(self) -> tuple[str, int]:
+        """The part with most JSON, and its bytes; writes all of it again, so not for every step."""
+        sizes = {name: len(state.dumps(part)) for name, part in self.parts.items()}
+        return max(sizes.items(), key=lambda item: item[1])
 
 
 def read(
@@ -62,4 +72,9 @@ def read(
         else:
             tensors[f"{prefix}extra.{path}"] = tensor
     tensors.update({f"{prefix}rng.{kind}": tensor for kind, tensor in generators.items()})
-    return Dynamic(document=state.dumps(document), tensors=tensors, places=places)
+    parts = {
+        **{f"extra {name!r}": part for name, part in extras.items()},
+        VALUES_PATH: kept,
+        "optimizer state": encoded,
+    }
+    return Dynamic(document=state.dumps(document), tensors=tensors, places=places, parts=parts)
