@@ -9,7 +9,6 @@ interpret what is in a file, nor show a folder that is not whole.
 from __future__ import annotations
 
 import atexit
-import io
 import logging
 import os
 import re
@@ -18,11 +17,15 @@ import threading
 from typing import Any, Final
 
 import torch.distributed as dist
+from fsspec.core import has_magic
 from fsspec.registry import register_implementation
 from fsspec.spec import AbstractFileSystem
+from fsspec.transaction import Transaction
 
 from backstay import ids
 from backstay.direct.filestore import DEFAULT_COMPLETE_S, FileStore
+from backstay.direct.folders import SCHEME, enter_step, folder_of, move, split_path, step_of
+from backstay.direct.open_files import ReadFile, WriteFile
 from backstay.errors import BackstayError, UsageError
 from backstay.trainer import world
 from backstay.trainer.world import World
@@ -31,12 +34,7 @@ _log = logging.getLogger("backstay")
 
 __all__ = ["BackstayFileSystem", "FileStore", "begin", "finish", "seal", "store_of"]
 
-SCHEME: Final = "backstay"
 EXIT_COMPLETE_S: Final = 10.0
-_STEP_FOLDER: Final = re.compile(
-    r"(?:.*[^a-z])?(?:global_?step|step|iter(?:ation)?|checkpoint|ckpt|epoch)s?[-_=]?(\d+)", re.I
-)
-_NUMBERED: Final = re.compile(r".*?(\d+)")
 _RANK_METADATA: Final = re.compile(r"__\d+\.metadata")
 
 _stores: dict[str, FileStore] = {}
@@ -77,7 +75,7 @@ def seal(url: str, *, timeout_s: float = DEFAULT_COMPLETE_S) -> None:
     """
     _run, name = _split(url)
     store = store_of(url)
-    step = _step_of(f"{name}/file", store) if name else store.open_step
+    step = step_of(f"{name}/file", store) if name else store.open_step
     if step is None:
         raise UsageError(f"{url!r} names no folder, and none is open: there is nothing to seal")
     store.seal(step, timeout_s=timeout_s)
@@ -101,27 +99,48 @@ def store_of(url: str, *, socket: str | None = None) -> FileStore:
         return _stores[run]
 
 
+class _Transaction(Transaction):
+    """fsspec's transaction: when it ends well, its files are there, and their folders are whole."""
+
+    def complete(self, commit: bool = True) -> None:
+        written = [file for file in self.files if isinstance(file, WriteFile)]
+        try:
+            super().complete(commit)
+        finally:
+            for file in written:
+                file.discard()  # of those that are not there: an error came before them
+        for store, step in {(file.store, file.step) for file in written if commit and file.step is not None}:
+            store.seal(step)
+
+
 class BackstayFileSystem(AbstractFileSystem):
     """Files in the memory of the nodes. Directories exist as far as files lie in them, or ``makedirs`` named them."""
 
     protocol = SCHEME
     root_marker = ""
+    transaction_type = _Transaction
 
     def __init__(self, socket: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._socket = socket
         self._directories: set[str] = set()
-        self._handles: dict[str, _Writer] = {}
+        self._handles: dict[str, WriteFile] = {}
 
     # ---- looking
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         path = self._strip_protocol(path)
-        run, name = _split_path(path)
-        files = self._store(run).names() if run else {}
+        run, name = split_path(path)
+        files = self._names(run, name)
         if name in files:
             return {"name": path, "size": files[name], "type": "file"}
-        is_directory = not name or path in self._directories or any(file.startswith(f"{name}/") for file in files)
+        within = f"{path}/"
+        is_directory = (
+            not name
+            or path in self._directories
+            or any(file.startswith(f"{name}/") for file in files)
+            or any(directory.startswith(within) for directory in tuple(self._directories))
+        )
         if not is_directory:
             raise FileNotFoundError(f"{SCHEME}://{path}")
         return {"name": path, "size": 0, "type": "directory"}
@@ -131,14 +150,17 @@ class BackstayFileSystem(AbstractFileSystem):
         itself = self.info(path)
         if itself["type"] == "file":
             return [itself] if detail else [path]
-        run, name = _split_path(path)
-        start = f"{name}/" if name else ""
+        run, name = split_path(path)
         found: dict[str, dict[str, Any]] = {}
-        for file, size in (self._store(run).names() if run else {}).items():
-            if file.startswith(start):
-                first, _slash, rest = file[len(start) :].partition("/")
-                full = f"{run}/{start}{first}"
-                found[full] = {"name": full, "size": 0 if rest else size, "type": "directory" if rest else "file"}
+        start = f"{path}/" if path else ""
+        below: dict[str, int | None] = dict.fromkeys(self._directories)  # None: a directory
+        below |= {f"{run}/{file}": size for file, size in self._names(run, name).items()}
+        for full, size in below.items():
+            if full.startswith(start) and full != path:
+                first, _slash, rest = full[len(start) :].partition("/")
+                is_directory = bool(rest) or size is None
+                kind = "directory" if is_directory else "file"
+                found[start + first] = {"name": start + first, "size": 0 if is_directory else size, "type": kind}
         names = sorted(found)
         return [found[each] for each in names] if detail else names
 
@@ -171,7 +193,7 @@ class BackstayFileSystem(AbstractFileSystem):
     def rm_file(self, path: str) -> None:
         """Forget a file that is not sealed; a sealed one goes by itself, when a later step is safe."""
         path = self._strip_protocol(path)
-        run, name = _split_path(path)
+        run, name = split_path(path)
         handle = self._handles.get(path)
         if handle is not None:
             handle.discard()
@@ -185,30 +207,46 @@ class BackstayFileSystem(AbstractFileSystem):
         self.rm_file(path)
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
-        for given in [path] if isinstance(path, str) else path:
-            each = str(self._strip_protocol(given))
-            if each in self._handles or self.info(each)["type"] == "file":
+        """Delete open files, globs and directories of them; a whole sealed folder goes by itself, and is left alone."""
+        given = [self._strip_protocol(each) for each in ([path] if isinstance(path, str) else path)]
+        for each in given:
+            if each in self._handles:
                 self.rm_file(each)
-            elif recursive:
-                run, name = _split_path(each)
-                store = self._store(run)
-                for file in [file for file in store.names() if file.startswith(f"{name}/")]:
-                    store.remove(file)
-                self._directories = {d for d in self._directories if d != each and not d.startswith(f"{each}/")}
-            else:
+            elif not recursive and not has_magic(each) and self.info(each)["type"] == "directory":
                 raise IsADirectoryError(f"{SCHEME}://{each}")
+            else:
+                found = self.expand_path(each, recursive=recursive, maxdepth=maxdepth)
+                self._rm_all(found, is_folder=recursive and found[0] == each and len(found) > 1)
+
+    def _rm_all(self, paths: list[str], *, is_folder: bool) -> None:
+        for each in reversed(paths):
+            run, name = split_path(each)
+            if each in self._directories or (self.exists(each) and self.info(each)["type"] == "directory"):
+                self.rmdir(each)
+            elif is_folder:
+                self._store(run).remove(name)
+            else:
+                self.rm_file(each)
 
     def mv(self, path1: str, path2: str, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:
-        """Rename a file that is not sealed. To ``.metadata`` (DCP): its folder is whole; returns when all ranks' parts are."""
+        """Rename a file or directory that is not sealed, also into another folder if nothing else is open.
+
+        To ``.metadata`` (DCP): its folder is whole; returns when all ranks' parts are.
+        """
         old, new = self._strip_protocol(path1), self._strip_protocol(path2)
-        (run, name), (new_run, new_name) = _split_path(old), _split_path(new)
+        if new in self._directories or self.isdir(new):
+            new = f"{new}/{old.rpartition('/')[2]}"
+        (run, name), (new_run, new_name) = split_path(old), split_path(new)
         store = self._store(run)
-        step = _step_of(new_name, store)
-        if run != new_run or not store.rename(name, new_name):
-            if not self.exists(old):
-                raise FileNotFoundError(f"{SCHEME}://{old}")
+        directories = {each for each in self._directories if each == old or each.startswith(f"{old}/")}
+        seen = {each for each in self._names(run, name) if each == name or each.startswith(f"{name}/")}
+        if not seen and not directories:
+            raise FileNotFoundError(f"{SCHEME}://{old}")
+        if not name or not new_name or run != new_run or not seen <= store.open_names():
             raise PermissionError(f"{SCHEME}://{old} cannot be renamed to {new}: only open files, within one run")
-        last = new_name.rpartition("/")[2]
+        move(store, name, new_name)
+        self._directories = self._directories - directories | {new + each[len(old) :] for each in directories}
+        step, last = step_of(new_name, store), new_name.rpartition("/")[2]
         if step is None:
             return
         if last == ".metadata":
@@ -217,161 +255,58 @@ class BackstayFileSystem(AbstractFileSystem):
             store.commit(step)
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
-        self.pipe_file(path2, self.cat_file(path1))
+        if self.isdir(path1):
+            self.makedirs(path2, exist_ok=True)
+        else:
+            self.pipe_file(path2, self.cat_file(path1))
 
-    def _open(self, path: str, mode: str = "rb", *args: Any, **_: Any) -> Any:
+    def _open(
+        self, path: str, mode: str = "rb", block_size: Any = None, autocommit: bool = True, **_: Any
+    ) -> ReadFile | WriteFile:
         path = self._strip_protocol(path)
-        run, name = _split_path(path)
+        run, name = split_path(path)
         store = self._store(run)
         if mode == "rb":
-            return io.BufferedReader(_View(store.read(name)))
+            self._settle(store, name)
+            return ReadFile(path, store.read(name))
         if mode not in ("wb", "ab", "xb"):
             raise ValueError(f"{SCHEME}://{path}: mode {mode!r} is not supported; use rb, wb, ab or xb")
-        if mode == "xb" and self.exists(path):
+        is_there = mode != "wb" and self.exists(path)
+        if mode == "xb" and is_there:
             raise FileExistsError(f"{SCHEME}://{path}")
-        begin = bytes(store.read(name)) if mode == "ab" and self.exists(path) else b""
-        handle = _Writer(self, path, store, begin)
+        begin = bytes(store.read(name)) if mode == "ab" and is_there else b""
+
+        def on_end() -> None:
+            if self._handles.get(path) is handle:
+                del self._handles[path]
+
+        step = enter_step(name, store)
+        handle = WriteFile(path, store, name, step, begin=begin, autocommit=autocommit, on_end=on_end)
         self._handles[path] = handle
         return handle
 
-    def forget(self, path: str, handle: _Writer) -> None:
-        """A file being written was closed."""
-        if self._handles.get(path) is handle:
-            del self._handles[path]
+    def _names(self, run: str, name: str) -> dict[str, int]:
+        """All files of a run that can be seen, as they are for a look at ``name``."""
+        if not run:
+            return {}
+        store = self._store(run)
+        self._settle(store, name)
+        return store.names()
+
+    def _settle(self, store: FileStore, name: str) -> None:
+        store.settle(folder_of(f"{name}/")[1])
 
     def _store(self, run: str) -> FileStore:
         return store_of(f"{SCHEME}://{run}", socket=self._socket)
 
 
-class _View(io.RawIOBase):
-    """A file that is read from memory without a copy of it."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data, self._position = data, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        part = self._data[self._position : self._position + view.nbytes]
-        view[: part.nbytes] = part
-        self._position += part.nbytes
-        return part.nbytes
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._data.nbytes}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-
-class _Writer(io.RawIOBase):
-    """A file being written; it is there when it is closed."""
-
-    _is_ready = False  # an object whose making failed is closed too, when it dies
-
-    def __init__(self, owner: BackstayFileSystem, path: str, store: FileStore, begin: bytes) -> None:
-        super().__init__()
-        self._owner, self._path, self._store = owner, path, store
-        self._data = bytearray(begin)
-        self._position = len(self._data)
-        self._name = _split_path(path)[1]
-        self._is_discarded = False
-        self._step = _enter_step(self._name, store)
-        if self._step is not None:
-            store.hold(self._step, self._name)
-        self._is_ready = True
-
-    def discard(self) -> None:
-        """Whatever is written to it, there will be no file."""
-        self._is_discarded = True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self._position > len(self._data):
-            self._data.extend(bytes(self._position - len(self._data)))
-        self._data[self._position : self._position + view.nbytes] = view
-        self._position += view.nbytes
-        return view.nbytes
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        super().close()
-        if not self._is_ready:
-            return
-        self._owner.forget(self._path, self)
-        try:
-            if self._is_discarded:
-                return
-            if self._step is None:
-                self._store.carry(self._name, self._data)
-            else:
-                self._store.write(self._step, self._name, self._data)
-        finally:
-            if self._step is not None:
-                self._store.release()
-
-
 def _split(url: Any) -> tuple[str, str]:
     """``job/run_id`` and the rest of a URL."""
     text = url.removeprefix(f"{SCHEME}://").strip("/") if isinstance(url, str) else ""
-    run, name = _split_path(text)
+    run, name = split_path(text)
     if not run or "://" in text:
         raise UsageError(f"{url!r} names no run: write {SCHEME}://<job>/<run_id>/<folder>")
     return run, name
-
-
-def _split_path(path: str) -> tuple[str, str]:
-    parts = path.split("/", 2)
-    if len(parts) < 2:
-        return "", ""
-    return f"{parts[0]}/{parts[1]}", parts[2] if len(parts) == 3 else ""
-
-
-def _folder_of(name: str) -> tuple[str, int | None]:
-    """The folder that is one snapshot, and the step in its name: ``step-100/x/y`` and ``runs/step-100/x`` are step 100."""
-    parents = name.split("/")[:-1]
-    for pattern in (_STEP_FOLDER, _NUMBERED):
-        for index, parent in enumerate(parents):
-            if found := pattern.fullmatch(parent):
-                return "/".join(parents[: index + 1]), int(found.group(1))
-    return (parents[0] if parents else ""), None
-
-
-def _step_of(name: str, store: FileStore) -> int | None:
-    """The step that a file belongs to: its folder's number, else one more than the newest; None: it lies in no folder."""
-    folder, step = _folder_of(name)
-    if not folder or step is not None:
-        return step
-    if store.open_folder == folder and store.open_step is not None:
-        return store.open_step
-    return max(store.newest_step, store.open_step or 0) + 1
-
-
-def _enter_step(name: str, store: FileStore) -> int | None:
-    """The step of a file to write; the first file of a later one says that the one before is whole."""
-    step = _step_of(name, store)
-    before = store.open_step
-    if step is not None and before is not None and step > before:
-        store.commit(before, is_sealing=True)
-    if step is not None:
-        store.open_folder = _folder_of(name)[0]
-    return step
 
 
 def _agree_on_id(run: str, place: World) -> str:

@@ -190,6 +190,117 @@ def test_a_folder_into_which_nothing_was_written_does_not_take_the_place_of_the_
     assert read(f"{url}/step-2/a") == b"2"
 
 
+def test_what_a_transaction_wrote_is_there_when_it_ends_and_its_folder_is_whole(url: str) -> None:
+    fs = fsspec.filesystem("backstay")
+    with fs.transaction, fs.open(f"{url}/final/a", "wb") as file:
+        file.write(b"1")
+        assert not fs.exists(f"{url}/final/a")
+    assert backstay.files.begin(url) == 1, "the folder was sealed"
+    assert read(f"{url}/final/a") == b"1"
+    with pytest.raises(RuntimeError, match="in the middle"), fs.transaction:  # noqa: PT012
+        fs.pipe_file(f"{url}/final/b", b"2")
+        raise RuntimeError("in the middle")
+    assert not fs.exists(f"{url}/final/b")
+    with fs.transaction, fs.open(f"{url}/latest", "w") as text:
+        text.write("final")
+    assert read(f"{url}/latest") == b"final"
+    write(f"{url}/final/c", b"3")
+    backstay.files.seal(f"{url}/final")
+    assert backstay.files.begin(url) == 2
+    assert fs.find(f"{url}/final") == [f"{url}/final/c".removeprefix("backstay://")]
+
+
+def test_lightning_saves_its_checkpoints_there_and_goes_on_from_one(url: str) -> None:
+    lightning = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
+    def trainer(steps: int) -> Any:
+        saving = ModelCheckpoint(dirpath=f"{url}/checkpoints", every_n_train_steps=1, save_top_k=1, save_last=True)
+        return lightning.Trainer(
+            max_steps=steps, accelerator="cpu", callbacks=[saving], logger=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+
+    model = BoringModel()
+    trainer(2).fit(model)
+    assert backstay.files.begin(url) is not None
+    again, later = BoringModel(), trainer(3)
+    later.fit(again, ckpt_path=f"{url}/checkpoints/last.ckpt")
+    assert later.global_step == 3
+    with fsspec.open(f"{url}/checkpoints/last.ckpt", "rb") as file:
+        found = torch.load(file, weights_only=True)
+    assert found["global_step"] == 3
+    assert torch.equal(found["state_dict"]["layer.weight"], again.layer.weight)
+
+
+def test_an_open_file_knows_its_size_and_is_read_from_its_end_and_cut(url: str) -> None:
+    fs = fsspec.filesystem("backstay")
+    write(f"{url}/step-1/a", b"first\nsecond\nthird\n")
+    assert fs.tail(f"{url}/step-1/a", 6) == b"third\n"
+    assert fs.cat_file(f"{url}/step-1/a", -6, -1) == b"third"
+    assert fs.cat_ranges([f"{url}/step-1/a"] * 2, [0, -6], [5, None]) == [b"first", b"third\n"]
+    assert fs.read_block(f"{url}/step-1/a", 2, 6, delimiter=b"\n") == b"second\n"
+    with fs.open(f"{url}/step-1/a", "rb") as file:
+        assert file.size == 19
+    with fs.open(f"{url}/step-1/b", "wb") as file:
+        file.write(b"0123456789")
+        assert file.size == 10
+        file.seek(4)
+        assert file.truncate() == 4
+        assert file.truncate(6) == 6
+        file.write(b"x")
+    assert read(f"{url}/step-1/b") == b"0123x\0"
+
+
+def test_files_are_deleted_by_glob_and_directories_renamed(url: str) -> None:
+    fs = fsspec.filesystem("backstay")
+    for name in ("a.tmp", "b.tmp", "keep", "sub/x", "sub/deep/y"):
+        write(f"{url}/step-1/{name}", name.encode())
+    fs.rm(f"{url}/step-1/*.tmp")
+    fs.mv(f"{url}/step-1/sub", f"{url}/step-1/moved")
+    left = [path.rpartition("step-1/")[2] for path in fs.find(f"{url}/step-1")]
+    assert left == ["keep", "moved/deep/y", "moved/x"]
+    assert read(f"{url}/step-1/moved/deep/y") == b"sub/deep/y"
+    with pytest.raises(UsageError, match="while files of step 1"):
+        fs.mv(f"{url}/step-1/moved", f"{url}/step-2/moved")
+    with pytest.raises(FileNotFoundError):
+        fs.mv(f"{url}/step-1/nothing", f"{url}/step-1/other")
+    write(f"{url}/latest.tmp", b"step-1")
+    fs.mv(f"{url}/latest.tmp", f"{url}/latest")
+    backstay.files.seal(f"{url}/step-1")
+    assert read(f"{url}/latest") == b"step-1"
+    with pytest.raises(PermissionError, match="only open files"):
+        fs.mv(f"{url}/step-1/moved", f"{url}/step-1/again")
+
+
+def test_a_folder_that_is_renamed_when_it_is_whole_is_of_the_step_of_its_new_name(url: str) -> None:
+    """Write beside, then rename: what many tools do."""
+    fs = fsspec.filesystem("backstay")
+    write(f"{url}/checkpoint-7.tmp/sub/a", b"1")
+    write(f"{url}/checkpoint-7.tmp/b", b"2")
+    fs.mv(f"{url}/checkpoint-7.tmp", f"{url}/checkpoint-7", recursive=True)
+    write(f"{url}/checkpoint-7/c", b"3")
+    backstay.files.seal(f"{url}/checkpoint-7")
+    assert backstay.files.begin(url) == 7
+    assert [path.rpartition("checkpoint-7/")[2] for path in fs.find(url)] == ["b", "c", "sub/a"]
+    with pytest.raises(UsageError, match=r"step 7 .* is sealed"):
+        write(f"{url}/checkpoint-7/d", b"4")
+    write(f"{url}/checkpoint-8.tmp/a", b"1")
+    with pytest.raises(UsageError, match=r"step 7 .* is sealed"):
+        fs.mv(f"{url}/checkpoint-8.tmp", f"{url}/checkpoint-6")
+
+
+def test_a_folder_is_there_for_every_rank_when_the_save_returned(
+    local_cluster_factory: LocalClusterFactory, tmp_path: Path
+) -> None:
+    cluster = local_cluster_factory(2, 1, lease_s=1.0)
+    do: list[list[Any]] = [["begin_files"], *(["save_files", step] for step in range(1, 7)), ["load_files", 6]]
+    world = World(cluster, tmp_path, do, ranks=2).join()
+    assert world.all("saved", "is_seen") == [[True] * 6] * 2
+    assert world.all("loaded", "differing") == [[[]], [[]]]
+
+
 DYING = """
 import sys, fsspec, backstay.files
 url = sys.argv[1]

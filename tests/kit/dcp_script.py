@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -170,7 +171,7 @@ class Rank:
     def save_files(self, step: int) -> None:
         fill(self.state, step)
         dcp.save(self.state, checkpoint_id=f"{self.url}/step-{step}")
-        self.say("saved", step=step)
+        self.say("saved", step=step, is_seen=fsspec.filesystem("backstay").exists(f"{self.url}/step-{step}/.metadata"))
 
     def async_save_files(self, step: int) -> None:
         fill(self.state, step)

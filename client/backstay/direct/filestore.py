@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Final
 
 import torch
@@ -42,6 +42,7 @@ _NAME: Final = re.compile(rf"rank-(\d{{5,}})\.({FILE}|{CARRIED})\.(.*)", re.DOTA
 PADDING: Final = "padding"
 DEFAULT_MAX_WAIT_S: Final = 10.0
 DEFAULT_COMPLETE_S: Final = 120.0
+LOOK_S: Final = 10.0
 RETRY_S: Final = 0.5
 LINGER_S: Final = 2.0
 
@@ -80,9 +81,11 @@ class FileStore:
         self._files: dict[str, Any] = {}  # name -> bytes-like
         self._busy = 0  # files that are being written: a step with such a file is not committed
         self._committed = 0  # newest step that this rank committed or gave up
+        self._committing = 0  # a step whose files this rank is committing
         self._sealed: dict[str, int] = {}  # name -> size of what this rank committed last
         self._line: Line | None = None
         self._complete = 0  # newest complete step, as far as this rank heard
+        self._awaited = 0  # newest step that a look waited for, whether or not it became complete
         self._source: Source | None = None
         self._index: Index | None = None  # what is in ``_source``
         self._pid = os.getpid()
@@ -112,7 +115,7 @@ class FileStore:
         )  # fmt: skip
         self._line, self._source, self._index = entered.line, entered.source, None
         self.step = entered.source.step if entered.source is not None else None
-        self._committed = self._complete = self.step or 0
+        self._committed = self._committing = self._complete = self._awaited = self.step or 0
         self._sealed = {}
         self._carried = self._carried_before(place)
         self._stop.clear()
@@ -160,13 +163,46 @@ class FileStore:
         with self._state:
             return self._files.pop(name, self._carried.pop(name, None)) is not None
 
-    def rename(self, name: str, new_name: str) -> bool:
-        """Rename a buffered file; False if there is none."""
+    def open_names(self) -> frozenset[str]:
+        """Names of the buffered files: those of the open step, and those that belong to no step."""
         with self._state:
-            if name not in self._files:
-                return False
-            self._files[new_name] = self._files.pop(name)
-            return True
+            return frozenset(self._files) | frozenset(self._carried)
+
+    def holds_only(self, names: Container[str]) -> bool:
+        """Whether all files of the open step are among ``names``, and none is being written."""
+        with self._state:
+            return not self._busy and all(name in names for name in self._files)
+
+    def move(self, names: Mapping[str, str], step: int | None) -> None:
+        """Rename buffered files, old name to new; they then belong to ``step``, or to none.
+
+        Raises:
+            UsageError: ``step`` is sealed, or not all files of the open step go along to it.
+        """
+        with self._state:
+            if step is not None:
+                first = next(iter(names.values()))
+                if self.open_step not in (None, step) and self.holds_only(names):
+                    self._check_open(step, first)
+                    self.open_step = step
+                else:
+                    self._open(step, first)
+            target = self._carried if step is None else self._files
+            for name, new_name in names.items():
+                target[new_name] = self._files.pop(name) if name in self._files else self._carried.pop(name)
+
+    def settle(self, step: int | None = None) -> None:
+        """Before a look at the files of ``step`` (None: of any): if this rank committed it, wait until it is complete.
+
+        So what one rank saw complete is there for all of them, though the thread that watches hears of it a little later. A
+        step is waited for once, and for at most ``LOOK_S``.
+        """
+        newest = max(self._committed, self._committing)
+        if newest <= max(self._complete, self._awaited) or step not in (None, newest):
+            return
+        self._awaited = newest
+        if self._current().wait_complete(newest, LOOK_S):
+            self._complete = max(self._complete, newest)
 
     def names(self) -> dict[str, int]:
         """Name and size of every file that can be seen: of the newest complete step (all ranks'), and written here since."""
@@ -316,7 +352,7 @@ class FileStore:
                 self._index = source.read(lambda opened: _index(opened, line.place.rank))
             return source, self._index or {}
 
-    def _open(self, step: int, name: str) -> None:
+    def _check_open(self, step: int, name: str) -> None:
         self._current()
         if step <= self._committed:
             began = " and is what this world began from" if step == self.step else ""
@@ -325,6 +361,9 @@ class FileStore:
                 "change any more; write into the folder of a later step",
                 reason="sealed",
             )
+
+    def _open(self, step: int, name: str) -> None:
+        self._check_open(step, name)
         if self.open_step not in (None, step):
             raise UsageError(
                 f"{name} of step {step} cannot be written while files of step {self.open_step} of {self.run} are open; seal "
@@ -335,6 +374,7 @@ class FileStore:
 
     def _commit_files(self, line: Line, step: int, files: Mapping[str, Any]) -> None:
         try:
+            self._committing = step
             carried = dict(self._carried)
             start = f"rank-{line.place.rank:05d}."
             sources = {f"{start}{FILE}.{name}": _as_tensor(data) for name, data in files.items()}
