@@ -275,6 +275,7 @@ class Reserved:
     schedule: ScheduleBody = field(default_factory=ScheduleBody)
     redundancy: str = ""
     protected_step: int = 0
+    notice: str = ""  # what keeps snapshots from becoming complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,6 +286,7 @@ class Skipped:
     schedule: ScheduleBody = field(default_factory=ScheduleBody)
     redundancy: str = ""
     protected_step: int = 0
+    notice: str = ""  # what keeps snapshots from becoming complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,6 +317,7 @@ class Committed:
     schedule: ScheduleBody = field(default_factory=ScheduleBody)
     redundancy: str = ""
     protected_step: int = 0
+    notice: str = ""  # what keeps snapshots from becoming complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

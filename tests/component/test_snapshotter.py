@@ -300,6 +300,27 @@ def test_a_trainer_that_waits_for_slots_is_told_once_what_happens_and_what_would
     training.keeper.close()
 
 
+def test_which_ranks_take_no_snapshots_is_logged_once_whatever_becomes_of_ones_own(
+    daemon: LocalDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = Training(daemon.socket_path)
+    training.keeper.restore()
+    daemon.notice = "rank 1 on n2 has taken no snapshot since restore()"
+    with caplog.at_level(logging.WARNING, logger="backstay"):
+        training.run(0, 3)
+        training.keeper.fence()
+        assert training.keeper.wait_committed()
+        daemon.hold_slots = True
+        training.run(3, 6)
+        training.keeper.fence()
+    assert [message for message in caplog.messages if "rank 1 on n2" in message] == [
+        f"backstay: {daemon.notice} (further occurrences are not logged)",
+        *[m for m in caplog.messages if "is not captured" in m],  # the step that found no slot says the same of why
+    ]
+    assert training.keeper.stats().last_problem == daemon.notice
+    training.keeper.close()
+
+
 def test_a_daemon_that_is_restarted_during_a_long_step_has_its_trainer_back_before_the_step_ends(
     daemon: LocalDaemon,
 ) -> None:

@@ -70,6 +70,7 @@ class LocalDaemon:
         self.hold_slots = False
         self.is_full = False
         self.slot_delay_s = 0.0
+        self.notice = ""
         self.interval_steps = 1
         self.probation_steps = 3
         self.fetched_bytes = 0  # of chunks of another layout, each once
@@ -310,7 +311,7 @@ class LocalDaemon:
     def _reserve(self, run: Run, attach: local.Attach, message: local.Reserve) -> tuple[Any, tuple[int, ...]]:
         schedule = local.ScheduleBody(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)
         if self.hold_slots:
-            return local.Skipped(reason="slots are held by the test", schedule=schedule), ()
+            return local.Skipped(reason="slots are held by the test", schedule=schedule, notice=self.notice), ()
         if self.is_full:
             raise CapacityError(f"no room for step {message.step}", reason="no_room")
         time.sleep(self.slot_delay_s)
@@ -344,7 +345,7 @@ class LocalDaemon:
                 for rank, shard in run.snapshots.pop(older).items():
                     run.free.setdefault(rank, []).append(shard.path)
         schedule = local.ScheduleBody(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)
-        return local.Committed(digest=manifest.digest, schedule=schedule)
+        return local.Committed(digest=manifest.digest, schedule=schedule, notice=self.notice)
 
 
 def len_of(shards: dict[int, Shard]) -> int:

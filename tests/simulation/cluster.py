@@ -326,7 +326,8 @@ class Cluster:
         job.step += 1
         job.lives[-1].step = job.step
         for trainer in job.trainers.values():
-            self.engine.after(self.engine.between(0.0, job.step_s * 0.5), self._snapshot, trainer, job.step)
+            if not trainer.is_mute:
+                self.engine.after(self.engine.between(0.0, job.step_s * 0.5), self._snapshot, trainer, job.step)
         self.engine.after(job.step_s * self.engine.between(0.9, 1.2), self._step, job, world_id)
 
     def _snapshot(self, trainer: Trainer, step: int) -> None:
@@ -356,7 +357,8 @@ class Cluster:
             trainer.waiting_step = 0
             self._capture(trainer, node, step)
             return False
-        if trainer.held_s >= max_wait_s:
+        desired = node.work[trainer.run].desired if trainer.run in node.work else None
+        if trainer.held_s >= max_wait_s or (desired is not None and not desired.is_release_possible):
             self._skip(trainer)
             return False
         trainer.held_s += WAIT_POLL_S

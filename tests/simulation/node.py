@@ -63,6 +63,7 @@ class Trainer:
     skipped_step: int = 0
     refusal: str = ""
     capturing: int = 0
+    is_mute: bool = False  # it trains, and never calls snapshot()
     waiting_step: int = 0  # held up at the fence until a slot is free for it; 0: not
     held_s: float = 0.0  # how long it has been
     waited_s: float = 0.0  # all together

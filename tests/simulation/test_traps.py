@@ -297,6 +297,32 @@ def test_steps_shorter_than_protection_are_held_up_only_until_the_interval_fits(
     assert waited_share(10) < 0.05
 
 
+def test_ranks_that_never_call_snapshot_are_named_and_nobody_waits_for_slots_meanwhile() -> None:
+    engine, cluster = cluster_of(4)
+    job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)}, max_wait_s=3.0)
+    cluster.start_job(job)
+    for rank in (1, 3):
+        job.trainers[rank].is_mute = True
+    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20)
+    missing = cluster.core().runs[RUN].missing
+    assert engine.run_until(lambda: missing.found is not None, limit_s=20)
+    assert missing.found is not None
+    assert missing.found.ranks == (1, 3)
+    assert missing.sentence.startswith("ranks 1 and 3 on n2 and n4 have taken no snapshot since restore()")
+    (run,) = cluster.core().status(engine.now_s)["runs"]
+    assert run["missing_ranks"] == [1, 3]
+    assert run["verdict"]["word"] == "behind"
+    assert missing.sentence in run["verdict"]["reason"]
+    engine.run_for(1)  # they hear of it
+    before = max(trainer.waited_s for trainer in job.trainers.values())
+    engine.run_for(5)
+    assert max(trainer.waited_s for trainer in job.trainers.values()) == before, "no slot comes free by waiting"
+    for rank in (1, 3):
+        job.trainers[rank].is_mute = False
+    assert engine.run_until(lambda: missing.found is None and cluster.is_protected(RUN), limit_s=20)
+    cluster.checker.check()
+
+
 def test_two_jobs_at_once_do_not_see_each_other() -> None:
     engine, cluster = cluster_of(4)
     jobs = [Job(run, {rank: f"n{rank + 1}" for rank in range(4)}) for run in ("a/x", "b/x")]

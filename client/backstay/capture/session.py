@@ -106,6 +106,7 @@ class Session:
         self._is_busy = False
         self._is_stopping = False
         self._is_banned = False
+        self._notice = ""  # the newest that was logged
         self._said = ""  # reason of the failure that was told last, since something went well
         self._backoff_s = FIRST_BACKOFF_S
         self._next_attach_s = 0.0
@@ -359,12 +360,12 @@ class Session:
         )
         reply, fds = self._call(request, wait_s + self.identity.lease_s)
         if isinstance(reply, local.Skipped):
-            self._note(reply.schedule, reply.redundancy, reply.protected_step)
-            self.tally.last_problem = reply.reason
+            self._note(reply)
+            self.tally.last_problem = reply.notice or reply.reason
             return False
         if not isinstance(reply, local.Reserved):
             return False
-        self._note(reply.schedule, reply.redundancy, reply.protected_step)
+        self._note(reply)
         if not self._map(reply.slot_id, fds, size_bytes):
             return False
         self._held = (step, reply.slot_id)
@@ -428,7 +429,7 @@ class Session:
             self._filler.vouch(capture, digests)
             self.tally.committed += 1
             self.tally.last_committed_step = capture.step
-            self._note(reply.schedule, reply.redundancy, reply.protected_step)
+            self._note(reply)
         else:
             self.tally.abandoned += 1
 
@@ -453,11 +454,15 @@ class Session:
             if reply is None:
                 self.costs.add(cost)
 
-    def _note(self, schedule: local.ScheduleBody, redundancy: str, protected_step: int) -> None:
+    def _note(self, reply: local.Reserved | local.Skipped | local.Committed) -> None:
+        schedule = reply.schedule
         if schedule != self.schedule:
             _log.info("backstay snapshots every %d steps from step %d on", schedule.interval_steps, schedule.from_step)
         self.schedule = schedule
-        self.tally.redundancy, self.tally.protected_step = redundancy, protected_step
+        self.tally.redundancy, self.tally.protected_step = reply.redundancy, reply.protected_step
+        if reply.notice and reply.notice != self._notice:
+            _log.warning("backstay: %s (further occurrences are not logged)", reply.notice)
+        self._notice = reply.notice or self._notice
 
     def _call(self, request: object, deadline_s: float) -> tuple[object | None, list[int]]:
         """One call; a failure is noted and gives ``(None, [])``."""

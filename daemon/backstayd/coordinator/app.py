@@ -49,7 +49,16 @@ DOCUMENT_TIMEOUT_S: Final = 2.0
 ELECTED_SETTLE_LEASES: Final = 2.0  # nodes notice the loss, go round the addresses and may meet a dead one on the way
 SILENT_LEASES: Final = 2.0  # all nodes at once are silent for so long: it is this coordinator that is cut off
 WARNING_KINDS: Final = frozenset(
-    {"node_lost", "session_lost", "abandoned", "behind", "quarantined", "interval_raised", "distrusted"}
+    {
+        "node_lost",
+        "session_lost",
+        "abandoned",
+        "behind",
+        "quarantined",
+        "interval_raised",
+        "distrusted",
+        "ranks_missing",
+    }
     | {"report_refused"}
 )
 ERROR_KINDS: Final = frozenset({"refused", "gate_failed", "evaluation_failed"})

@@ -28,6 +28,7 @@ class Training:
     silent_ranks: Collection[int] = ()  # no daemon reports them, and nothing says that they died
     silent_nodes: Collection[str] = ()
     skip_reason: str = ""  # of the newest step that was skipped
+    missing: str = ""  # which ranks take no snapshots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,8 @@ def _reason(training: Training) -> str:
         nodes = listed(sorted(training.silent_nodes)[:NAMED])
         verb = "does" if len(ranks) == 1 else "do"
         return f"{counted(ranks[:NAMED], 'rank')}{more} on {nodes} {verb} not report, so no snapshot becomes complete"
+    if training.missing:
+        return training.missing
     if training.skip_reason:
         return f"the newest snapshot was skipped ({training.skip_reason})"
     return "newer snapshots do not become protected"

@@ -108,6 +108,7 @@ def _common(state: RunState, evaluation: Evaluation) -> RunDesired:
         sealed_step=state.sealed[1] if state.sealed[0] == recovery.world_id else 0,
         complete_step=evaluation.complete_step,
         owner=state.owner,
+        missing=state.missing.found,
     )
 
 
@@ -200,9 +201,9 @@ def _parity_fraction(state: RunState, evaluation: Evaluation) -> float:
 
 
 def _is_release_possible(state: RunState, context: RunContext) -> bool:
-    """Whether slots come free as soon as encoding gets there: every host is heard from and every rank trains."""
+    """Whether slots come free as soon as encoding gets there: every host is heard from, every rank trains and offers steps."""
     decision = state.recovery.decision
-    if state.recovery.stage is not Stage.RELEASED or decision is None:
+    if state.recovery.stage is not Stage.RELEASED or decision is None or state.missing.sentence:
         return False
     is_heard = {name: node.liveness is Liveness.LIVE for name, node in context.nodes.items()}
     is_whole = len(state.world(context)) == decision.world_size

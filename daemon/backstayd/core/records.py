@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from backstay import record, versions
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.interruptions import Ledger
+from backstayd.core.missing_ranks import MissingRanks
 from backstayd.core.tombstone import Tombstone
 
 
@@ -569,6 +570,7 @@ class RunDesired:
     )
     copies: tuple[ShardCopy, ...] = ()
     owner: str = ""  # the user whose run it is, a number; trainers of others are refused. "" = not known
+    missing: MissingRanks | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

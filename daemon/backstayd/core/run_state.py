@@ -15,6 +15,7 @@ from backstayd.core.forgetting import Forgetting, tombstone_of, why_wrong
 from backstayd.core.lag import Lag, Training, behind_sentence
 from backstayd.core.ledger import Accounts
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
+from backstayd.core.missing import Missing
 from backstayd.core.nodes import NodeState
 from backstayd.core.orders import Orders, make_orders
 from backstayd.core.ownership import owner_of, strangers, without
@@ -86,6 +87,7 @@ class RunState:
     draining: Draining = field(init=False)
     accounts: Accounts = field(init=False)
     pace: Pace = field(default_factory=Pace)
+    missing: Missing = field(default_factory=Missing)
     lag: Lag = field(default_factory=Lag)
     memory: Memory = field(default_factory=Memory)
     head: Decision | None = None  # the decision that the history follows: never one of ours that was not released
@@ -131,6 +133,7 @@ class RunState:
         self.accounts.follow(context, self.recovery)
         if self.recovery.world_id != before:
             self.pace.restart()
+        self._look_for_missing(context)
         self._note_seals(context)
         if self.recovery.stage is Stage.RELEASED and self.recovery.decision is not None:
             self.probation.judge(self.recovery.decision, self.world(context), context, self.say)
@@ -299,7 +302,7 @@ class RunState:
         self.closed_ledger = self.accounts.document(context.now_s)
         self._set_out()
         self.forgetting.is_under_way = True
-        self.pace, self.memory, self.lag, self.known_sessions = Pace(), Memory(), Lag(), {}
+        self.pace, self.memory, self.lag, self.missing, self.known_sessions = Pace(), Memory(), Lag(), Missing(), {}
         self.head, self.evaluation, self.orders, self.owner, self.seen = None, None, None, "", None
 
     def _epitaph(self) -> Tombstone | None:
@@ -523,6 +526,24 @@ class RunState:
             return "STARTING", "the first snapshots are still being encoded"
         return "AT_RISK(0)", "the next loss of a node loses the newest snapshot; repair is under way"
 
+    def _look_for_missing(self, context: RunContext) -> None:
+        """Which ranks keep the others waiting."""
+        recovery, before = self.recovery, self.missing.found
+        is_training = recovery.stage is Stage.RELEASED and recovery.decision is not None
+        decision = recovery.decision if is_training else None
+        self.missing.look(
+            context.worlds,
+            training=recovery.world_id if decision is not None else "",
+            size=decision.world_size if decision is not None else 0,
+            base_step=decision.base.step if decision is not None and decision.base is not None else 0,
+            lease_s=self.policy.lease_s,
+            now_s=context.now_s,
+        )
+        found = self.missing.found
+        if found is not None and found != before:
+            self.again("ranks_missing")
+            self.say("ranks_missing", found.sentence)
+
     def _judge_lag(self, context: RunContext) -> None:
         """How far the steps that are trained are ahead of what is safe."""
         decision, accounts = self.accounts.current, self.accounts
@@ -545,6 +566,7 @@ class RunState:
             silent_ranks=[place.rank for place in accounts.silent],
             silent_nodes={place.node for place in accounts.silent},
             skip_reason=newest.skip_reason if newest is not None else "",
+            missing=self.missing.sentence,
         )
         was_behind = self.lag.behind is not None
         self.lag.update(training, lease_s=self.policy.lease_s, now_s=context.now_s)

@@ -116,6 +116,7 @@ def _outline(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]
         "behind": _behind(state, now_s),
         "interval_steps": state.pace.schedule.interval_steps,
         "wait_ratio": round(state.pace.waits.share, 4),
+        "missing_ranks": list(state.missing.found.ranks) if state.missing.found is not None else [],
         "decision": _decision(state, is_brief=is_brief),
         "sessions": [],
         "snapshots": [],

@@ -53,7 +53,7 @@ def verdict_of(state: RunState) -> Verdict:
     word = _word(state, evaluation)
     is_well = evaluation.spares >= evaluation.wanted and not state.rebuilds.under_way
     behind = state.lag.behind
-    parts = [behind_sentence(behind)] if behind is not None else []
+    parts = [behind_sentence(behind) if behind is not None else state.missing.sentence]
     parts += [f"every fragment of step {evaluation.protected_step} is held" if is_well else evaluation.reason]
     missing = missing_nodes(state, context)
     if missing:
@@ -66,6 +66,8 @@ def verdict_of(state: RunState) -> Verdict:
 def activity_of(state: RunState) -> str:
     """What the job's trainers do now, in a few words."""
     context, recovery = state.context, state.recovery
+    if state.missing.found is not None and not state.missing.found.is_training:
+        return f"waiting in restore(): {state.missing.found.sentence}"
     if recovery.is_active:
         if recovery.decision is not None:
             return f"recovering: {_PHASES[recovery.phase]}"
@@ -105,7 +107,8 @@ def _members(view: SnapshotView) -> set[str]:
 def _word(state: RunState, evaluation: Evaluation) -> Word:
     word = _held_word(state, evaluation)
     is_calm = word in (Word.PROTECTED, Word.DEGRADED, Word.STARTING)
-    return Word.BEHIND if state.lag.behind is not None and is_calm else word
+    is_behind = state.lag.behind is not None or state.missing.sentence != ""
+    return Word.BEHIND if is_behind and is_calm else word
 
 
 def _held_word(state: RunState, evaluation: Evaluation) -> Word:

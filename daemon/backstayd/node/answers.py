@@ -23,7 +23,14 @@ def progress(context: NodeContext, session: Session, staging_of: Callable[[str],
     if not context.is_coordinator_connected():
         return local.Progress(phase="waiting", detail="for the coordinator")
     if decision is None or decision.world_id != session.world_id:
-        return local.Progress(phase="waiting", detail="for the other ranks and the coordinator's decision")
+        missing = desired.missing
+        is_ours = missing is not None and missing.world_id == session.world_id
+        others = (
+            missing.sentence
+            if missing is not None and is_ours
+            else "for the other ranks and the coordinator's decision"
+        )
+        return local.Progress(phase="waiting", detail=others)
     staging = staging_of(session.run)
     done, total = (staging.done_bytes, staging.total_bytes) if staging else (0, 0)
     if desired.decision_phase is DecisionPhase.PREPARE:

@@ -267,6 +267,7 @@ class Requests:
             raise
         desired = self._context.run_desired(session.run)
         words: dict[str, Any] = {"redundancy": desired.redundancy, "protected_step": desired.protected_step}
+        words["notice"] = _notice(session, desired)
         schedule = local.ScheduleBody(**record.to_json(desired.schedule))
         if grant is None:
             reason = "no slot came free"
@@ -376,6 +377,7 @@ class Requests:
             schedule=local.ScheduleBody(**record.to_json(desired.schedule)),
             redundancy=desired.redundancy,
             protected_step=desired.protected_step,
+            notice=_notice(session, desired),
         )
 
     def _abandon(self, session: Session, message: local.Abandon) -> None:
@@ -455,6 +457,13 @@ class Requests:
         session.phase = SessionPhase.ENDED
         self._context.timeline.add("finished", session.run, f"rank {session.rank} finished at step {session.last_step}")
         self._context.changed()
+
+
+def _notice(session: Session, desired: RunDesired) -> str:
+    """What keeps the snapshots of this world from becoming complete; "" if nothing does."""
+    missing = desired.missing
+    is_ours = missing is not None and missing.is_training and missing.world_id == session.world_id
+    return missing.sentence if missing is not None and is_ours else ""
 
 
 def _check_identity(session: Session, grant: Grant, manifest: Manifest) -> None:

@@ -1727,6 +1727,7 @@ class RunDesired(_message.Message):
     EXTRA_SLOTS_FIELD_NUMBER: _builtins.int
     COPIES_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     world_id: _builtins.str
@@ -1803,6 +1804,10 @@ class RunDesired(_message.Message):
     def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardCopy]:
         """Shards to copy here from nodes that will be stopped."""
 
+    @_builtins.property
+    def missing(self) -> Global___MissingRanks:
+        """Ranks for which the others wait; absent if none."""
+
     def __init__(
         self,
         *,
@@ -1832,10 +1837,11 @@ class RunDesired(_message.Message):
         extra_slots: _builtins.int = ...,
         copies: _abc.Iterable[Global___ShardCopy] | None = ...,
         owner: _builtins.str = ...,
+        missing: Global___MissingRanks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "schedule", b"schedule", "storage", b"storage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "decision", b"decision", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "missing", b"missing", "schedule", b"schedule", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "complete_step", b"complete_step", "copies", b"copies", "decision", b"decision", "decision_phase", b"decision_phase", "distrusted", b"distrusted", "drop_plans", b"drop_plans", "extra_slots", b"extra_slots", "forget", b"forget", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "owner", b"owner", "parity_fraction", b"parity_fraction", "plans", b"plans", "probation_steps", b"probation_steps", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "sealed_step", b"sealed_step", "storage", b"storage", "suspects", b"suspects", "trusted", b"trusted", "world_id", b"world_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible", "_keep", b"_keep", "complete_step", b"complete_step", "copies", b"copies", "decision", b"decision", "decision_phase", b"decision_phase", "distrusted", b"distrusted", "drop_plans", b"drop_plans", "extra_slots", b"extra_slots", "forget", b"forget", "gate", b"gate", "is_release_possible", b"is_release_possible", "keep", b"keep", "missing", b"missing", "owner", b"owner", "parity_fraction", b"parity_fraction", "plans", b"plans", "probation_steps", b"probation_steps", "protected_step", b"protected_step", "rebuilds", b"rebuilds", "redundancy", b"redundancy", "release", b"release", "run", b"run", "schedule", b"schedule", "sealed_step", b"sealed_step", "storage", b"storage", "suspects", b"suspects", "trusted", b"trusted", "world_id", b"world_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__is_release_possible: _TypeAlias = _typing.Literal["is_release_possible"]  # noqa: Y015
     _WhichOneofArgType__is_release_possible: _TypeAlias = _typing.Literal["_is_release_possible", b"_is_release_possible"]  # noqa: Y015
@@ -1847,6 +1853,46 @@ class RunDesired(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__keep) -> _WhichOneofReturnType__keep | None: ...
 
 Global___RunDesired: _TypeAlias = RunDesired  # noqa: Y015
+
+@_typing.final
+class MissingRanks(_message.Message):
+    """Ranks of one world for which the others wait."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORLD_ID_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    IS_TRAINING_FIELD_NUMBER: _builtins.int
+    world_id: _builtins.str
+    """The set of processes that train together."""
+    count: _builtins.int
+    """How many there are."""
+    sentence: _builtins.str
+    """What they have not done, in words."""
+    is_training: _builtins.bool
+    """They train, and take no snapshots; else they have not called restore()."""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The first few of them."""
+
+    def __init__(
+        self,
+        *,
+        world_id: _builtins.str = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        count: _builtins.int = ...,
+        sentence: _builtins.str = ...,
+        is_training: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "is_training", b"is_training", "ranks", b"ranks", "sentence", b"sentence", "world_id", b"world_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MissingRanks: _TypeAlias = MissingRanks  # noqa: Y015
 
 @_typing.final
 class ShardCopy(_message.Message):

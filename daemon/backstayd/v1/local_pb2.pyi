@@ -413,6 +413,7 @@ class Reserved(_message.Message):
     SCHEDULE_FIELD_NUMBER: _builtins.int
     REDUNDANCY_FIELD_NUMBER: _builtins.int
     PROTECTED_STEP_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     slot_id: _builtins.str
     """Names the inode."""
     size_bytes: _builtins.int
@@ -421,6 +422,8 @@ class Reserved(_message.Message):
     """Such as "PROTECTED(2)"."""
     protected_step: _builtins.int
     """Newest protected step of the run."""
+    notice: _builtins.str
+    """What keeps snapshots from becoming complete, in words; empty: nothing."""
     @_builtins.property
     def schedule(self) -> Global___ScheduleBody:
         """Which steps are captured."""
@@ -433,10 +436,11 @@ class Reserved(_message.Message):
         schedule: Global___ScheduleBody | None = ...,
         redundancy: _builtins.str = ...,
         protected_step: _builtins.int = ...,
+        notice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protected_step", b"protected_step", "redundancy", b"redundancy", "schedule", b"schedule", "size_bytes", b"size_bytes", "slot_id", b"slot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["notice", b"notice", "protected_step", b"protected_step", "redundancy", b"redundancy", "schedule", b"schedule", "size_bytes", b"size_bytes", "slot_id", b"slot_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,12 +456,15 @@ class Skipped(_message.Message):
     SCHEDULE_FIELD_NUMBER: _builtins.int
     REDUNDANCY_FIELD_NUMBER: _builtins.int
     PROTECTED_STEP_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Why, in a sentence."""
     redundancy: _builtins.str
     """Such as "PROTECTED(2)"."""
     protected_step: _builtins.int
     """Newest protected step of the run."""
+    notice: _builtins.str
+    """What keeps snapshots from becoming complete, in words; empty: nothing."""
     @_builtins.property
     def schedule(self) -> Global___ScheduleBody:
         """Which steps are captured."""
@@ -469,10 +476,11 @@ class Skipped(_message.Message):
         schedule: Global___ScheduleBody | None = ...,
         redundancy: _builtins.str = ...,
         protected_step: _builtins.int = ...,
+        notice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protected_step", b"protected_step", "reason", b"reason", "redundancy", b"redundancy", "schedule", b"schedule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["notice", b"notice", "protected_step", b"protected_step", "reason", b"reason", "redundancy", b"redundancy", "schedule", b"schedule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -568,12 +576,15 @@ class Committed(_message.Message):
     SCHEDULE_FIELD_NUMBER: _builtins.int
     REDUNDANCY_FIELD_NUMBER: _builtins.int
     PROTECTED_STEP_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """SHA-256 of the manifest."""
     redundancy: _builtins.str
     """Such as "PROTECTED(2)"."""
     protected_step: _builtins.int
     """Newest protected step of the run."""
+    notice: _builtins.str
+    """What keeps snapshots from becoming complete, in words; empty: nothing."""
     @_builtins.property
     def schedule(self) -> Global___ScheduleBody:
         """Which steps are captured."""
@@ -585,10 +596,11 @@ class Committed(_message.Message):
         schedule: Global___ScheduleBody | None = ...,
         redundancy: _builtins.str = ...,
         protected_step: _builtins.int = ...,
+        notice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "protected_step", b"protected_step", "redundancy", b"redundancy", "schedule", b"schedule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "notice", b"notice", "protected_step", b"protected_step", "redundancy", b"redundancy", "schedule", b"schedule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
