@@ -148,7 +148,7 @@ class Checker:
         if truth is None or not truth.worlds or self.cluster.quiet_since_s > engine.now_s - 3 * lease_s:
             return
         self._check_stored(decision, truth)
-        if any(node.staging_trouble for node in self.cluster.nodes.values()):
+        if any(node.staging_trouble or node.recording_trouble for node in self.cluster.nodes.values()):
             return  # what is held cannot be restored there
         steady = {name for name, node in self.cluster.nodes.items() if node.steady_since_s < engine.now_s - 3 * lease_s}
         chain = self._live_chain(truth)

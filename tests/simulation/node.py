@@ -110,6 +110,7 @@ class Node:
         self.is_full = False  # takes no copies
         self.deaf_until_s = self.mute_until_s = 0.0  # lines that carry one way only
         self.staging_trouble = ""  # why no decision can be staged here
+        self.recording_trouble = ""  # why no decision can be written here
         self.memory: dict[str, RunMemory] = {}
         self.tombstones: dict[str, Tombstone] = {}  # files beside the memory
         self.generation = Generation()

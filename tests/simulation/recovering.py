@@ -40,7 +40,9 @@ def follow(node: Node, decision: Decision, phase: DecisionPhase) -> None:
         work.staging = Staging(decision_id=decision.decision_id, state=StagingState.STAGING)
         node.job(decision.run, ("stage", decision.decision_id), _stage, node, decision)
         node.changed()
-    if phase is DecisionPhase.RECORD and work.staging.state is StagingState.READY:
+    if phase is DecisionPhase.RECORD and work.staging.state is StagingState.READY and node.recording_trouble:
+        _staged(node, decision, StagingState.FAILED, node.recording_trouble)
+    elif phase is DecisionPhase.RECORD and work.staging.state is StagingState.READY:
         memory.decision, memory.recorded_s = decision, node.cluster.engine.now_s
         work.staging = Staging(decision_id=decision.decision_id, state=StagingState.RECORDED)
         node.cluster.recorded(node, decision)

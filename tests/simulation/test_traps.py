@@ -458,6 +458,42 @@ def test_a_node_that_cannot_stage_for_a_moment_costs_no_snapshot() -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(4))  # the names of the worlds are drawn
+def test_of_two_worlds_that_wait_the_one_that_came_last_is_served_and_the_other_never(seed: int) -> None:
+    engine, cluster, job = training(4, seed=seed)
+    cluster.work_s = (30.0, 40.0)  # the recovery under way takes its time
+    cluster.kill_trainer(job.trainers[0])
+    state = cluster.core().runs[RUN]
+    assert engine.run_until(lambda: state.recovery.stage is Stage.PREPARE, limit_s=10)
+    first, last = (Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)}) for _ in range(2))
+    for other in (first, last):
+        cluster.start_job(other)
+        engine.run_for(1)
+    job.is_stopped = True
+    for trainer in list(job.trainers.values()):
+        cluster.kill_trainer(trainer)
+    cluster.work_s = (0.01, 0.06)
+    assert engine.run_until(lambda: cluster.is_training(last), limit_s=20), last.refusals
+    engine.run_for(5)
+    assert cluster.is_training(last)
+    assert first.lives == []
+
+
+def test_a_node_that_cannot_record_what_was_decided_refuses_the_world_by_its_reason() -> None:
+    engine, cluster, job = training(4)
+    world, step = job.world_id, cluster.checker.protected_step(RUN)
+    cluster.nodes["n2"].recording_trouble = "no room to write decision.json"
+    cluster.kill_trainer(job.trainers[0])
+    assert engine.run_until(lambda: job.refusals != [], limit_s=20), job.decision
+    assert "n2: no room to write decision.json" in job.refusals[0]
+    engine.run_for(0.1)  # every rank hears it
+    cluster.nodes["n2"].recording_trouble = ""
+    again(engine, cluster, job, world)
+    assert job.decision is not None
+    assert job.decision.base is not None
+    assert job.decision.base.step >= step
+
+
 def test_a_fresh_start_that_a_node_cannot_take_is_not_decided_anew_in_a_storm() -> None:
     engine, cluster = cluster_of(4)
     job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 from backstay.ids import SnapshotKey
 from backstayd.core.catalog import SnapshotView
 from backstayd.core.records import Decision, Lineage, Outcome, PersistedSnapshot
+
+KEPT_ATTEMPTS = 32
 
 
 def newest_decision(decisions: Iterable[Decision]) -> Decision | None:
@@ -55,6 +58,21 @@ def is_live_place(key: SnapshotKey, lineage: Sequence[Lineage], *, world_id: str
             return is_same_world and (limit is None or key.step <= limit)
         expected, limit = entry.base_attempt, entry.base_step
     return False
+
+
+def trimmed(lineage: Sequence[Lineage], *, needed: Collection[int]) -> tuple[Lineage, ...]:
+    """``lineage`` without old attempts of which nothing is left; it travels in every report, and a run restarts for months.
+
+    The newest ``KEPT_ATTEMPTS`` stay whatever is left of them: nodes that are away may hold it. What began from an attempt
+    that goes counts as begun where that one did, so that the same snapshots are live as before.
+    """
+    kept: list[Lineage] = []
+    for place, entry in enumerate(lineage):
+        if place < KEPT_ATTEMPTS or entry.attempt in needed:
+            kept.append(entry)
+        elif entry.base_attempt:
+            kept[-1] = replace(kept[-1], base_attempt=entry.base_attempt, base_step=entry.base_step)
+    return tuple(kept)
 
 
 def extend(lineage: Sequence[Lineage], *, attempt: int, base: tuple[int, int], world_id: str) -> tuple[Lineage, ...]:

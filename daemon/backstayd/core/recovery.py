@@ -17,7 +17,7 @@ from backstayd.core.catalog import SnapshotView
 from backstayd.core.choosing import Choice, Memory, choose, sources_of
 from backstayd.core.context import RunContext, World, is_waiting
 from backstayd.core.layouts import base_size, readers_of
-from backstayd.core.lineage import extend
+from backstayd.core.lineage import extend, trimmed
 from backstayd.core.placement import natural
 from backstayd.core.rebuilding import choose_targets
 from backstayd.core.records import (
@@ -90,6 +90,7 @@ class Recovery:
     adopted_id: str = ""  # the decision of a former coordinator that was taken over
     unreleased_from: int = 0  # decisions made here at this generation and above were not released; 0: the newest was
     closed: dict[str, None] = field(default_factory=dict)
+    arrived_s: dict[str, float] = field(default_factory=dict)  # when a rank of each world was first seen
     failures: dict[tuple[str, int], Failure] = field(default_factory=dict)  # by snapshot id and quarantine marks
 
     @property
@@ -121,6 +122,7 @@ class Recovery:
 
     def update(self, context: RunContext, memory: Memory) -> None:
         """Go as far as the reports allow."""
+        self._note_arrivals(context)
         if self._is_news(context):
             self._adopt(context)
         if self.is_active:
@@ -221,7 +223,7 @@ class Recovery:
         self.stage, self.decision = Stage.IDLE, None
 
     def _open(self, context: RunContext) -> None:
-        """Begin with a world whose ranks all wait: fence everything else off."""
+        """Begin with a world whose ranks all wait: fence everything else off. Of several it is the one that came last."""
         waiting = sorted(
             world_id
             for world_id, world in context.worlds.items()
@@ -231,12 +233,14 @@ class Recovery:
         )
         if not waiting:
             return
-        if self.world_id and self.world_id != waiting[0]:
-            self.closed[self.world_id] = None
-            while len(self.closed) > CLOSED_WORLDS:
-                del self.closed[next(iter(self.closed))]
+        chosen = max(waiting, key=lambda world_id: self.arrived_s.get(world_id, 0.0))
+        for world_id in waiting:
+            if self.arrived_s.get(world_id, 0.0) < self.arrived_s.get(chosen, 0.0):
+                self._close(world_id)
+        if self.world_id and self.world_id != chosen:
+            self._close(self.world_id)
             self.failures.clear()
-        self.world_id = waiting[0]
+        self.world_id = chosen
         self.opened_s = context.now_s
         world = context.worlds[self.world_id]
         nodes = sorted({session.node for session in world.values()}, key=natural)
@@ -247,6 +251,19 @@ class Recovery:
             self.say("settled", f"finishing the decision that some hosts recorded: {_describe(head)}")
             return
         self._fence()
+
+    def _note_arrivals(self, context: RunContext) -> None:
+        """Remember when each world was first seen."""
+        for world_id in context.worlds:
+            self.arrived_s.setdefault(world_id, context.now_s)
+        for world_id in [known for known in self.arrived_s if known not in context.worlds][:-CLOSED_WORLDS]:
+            del self.arrived_s[world_id]
+
+    def _close(self, world_id: str) -> None:
+        """That world is not served any more: a later one takes its place."""
+        self.closed[world_id] = None
+        while len(self.closed) > CLOSED_WORLDS:
+            del self.closed[next(iter(self.closed))]
 
     def _fence(self, above: int = 0) -> None:
         self.stage, self.decision = Stage.FENCING, None
@@ -292,7 +309,7 @@ class Recovery:
         attempt = self._next_attempt(context, memory)
         base = None if view is None else _base(view)
         lineage = extend(
-            context.lineage,
+            trimmed(context.lineage, needed=_attempts_in_use(context)),
             attempt=attempt,
             base=(base.attempt, base.step) if base else (0, 0),
             world_id=self.world_id,
@@ -462,6 +479,13 @@ def _generation_floor(context: RunContext, memory: Memory) -> int:
     """What the generation of a decision must be above: that of every decision which a node that is away may bring back."""
     known = [context.storage.newest_generation, context.head.generation.number if context.head is not None else 0]
     return max(known) + (LEAP_GENERATIONS if _may_be_behind(context, memory) else 0)
+
+
+def _attempts_in_use(context: RunContext) -> set[int]:
+    """Attempts of which anything is left, in memory or on durable storage, or which are distrusted."""
+    found = {view.key.attempt for view in context.views} | {record.attempt for record in context.storage.records}
+    found |= {distrusted.attempt for distrusted in context.trust.united(context.run, context.nodes.values())}
+    return found
 
 
 def _place(context: RunContext, what: SnapshotView | Base | None) -> tuple[str, int]:

@@ -324,6 +324,10 @@ def encode_key(plan: Plan) -> str:
     return f"encode:{plan.plan_id}"
 
 
+def record_key(decision: Decision) -> str:
+    return f"record:{decision.decision_id}"
+
+
 def _rebuild(view: View) -> list[StartJob | PrepareTarget]:
     wanted: list[StartJob | PrepareTarget] = []
     for rebuild in view.desired.rebuilds:
@@ -540,6 +544,7 @@ def _decide(view: View) -> list[Action]:
     here = view.decision.generation.number if view.decision is not None else -1
     is_recorded |= view.decision is not None and view.decision.decision_id == decision.decision_id
     is_raised = is_recorded and here < decision.generation.number  # above those that other nodes came back with
+    may_record &= record_key(decision) not in view.settled  # a failed try rests a while
     if may_record and (is_raised or (not is_recorded and here <= decision.generation.number)):
         actions.append(RecordDecision(decision=decision))
     if desired.decision_phase is DecisionPhase.RELEASE and is_waiting and not _unopened(view, decision):

@@ -305,15 +305,28 @@ class Reconciler:
         elif isinstance(action, planning.SetAside):
             self.bad_sources.set_aside(run, action.fragment, action.reason)
         elif isinstance(action, planning.RecordDecision):
-            store.record_decision(action.decision)
-            self._say("recorded", run, f"decision {action.decision.decision_id[:8]}: attempt {action.decision.attempt}")
-            self.kick()
+            self._record(run, action.decision)
         elif isinstance(action, planning.ReleaseWorld):
             self._release_world(action.decision)
         elif isinstance(action, planning.RefuseWorld):
             self._refuse_world(action.decision)
         elif isinstance(action, planning.ForgetRun):
             self._forget(run)
+
+    def _record(self, run: str, decision: Decision) -> None:
+        """Keep the decision; where that fails before the release, the coordinator hears of it and decides anew."""
+        key = planning.record_key(decision)
+        try:
+            self._store.record_decision(decision)
+        except (BackstayError, OSError) as error:
+            count = self.tasks.fail(key, run)
+            if self._context.run_desired(run).decision_phase is DecisionPhase.RECORD:
+                self.fail_decision(run, decision.decision_id, f"its record cannot be written: {error}")
+            elif count == 1:
+                logger.error("run %s: decision %s cannot be kept here: %s", run, decision.decision_id[:8], error)
+            return
+        self._say("recorded", run, f"decision {decision.decision_id[:8]}: attempt {decision.attempt}")
+        self.kick()
 
     def _start_job(self, run: str, action: planning.StartJob) -> None:
         work: Callable[[], Awaitable[None]] = lambda: self._run_job(run, action.key, action.job)  # noqa: E731
