@@ -15,7 +15,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 
 from backstay.errors import UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
-from backstay.trainer import lightning_state, loaders, state_file
+from backstay.trainer import given, lightning_state, loaders, state_file
 from backstay.trainer.position import Place, Position, follow, place_of
 
 _log = logging.getLogger("backstay")
@@ -75,13 +75,21 @@ class BackstayCallback(Callback):
     Args:
         run_id: The training run whose state this is; a new one for a run that starts from scratch.
         allow_fresh: Start over if the run is known but nothing of it can be restored.
+        missing_ok: As of :meth:`backstay.Snapshotter.restore`: names in ``extra`` that the snapshot may lack.
         deadline_s: How long restoring may take.
         keep: Keep the run's memory (until ``job_ttl_s``) when fit() ends well.
         **options: As of :class:`backstay.Snapshotter`: ``job``, ``extra``, ``socket``, ``max_wait_s``, ``strict``...
     """
 
     def __init__(
-        self, *, run_id: str, allow_fresh: bool = False, deadline_s: float = 600.0, keep: bool = False, **options: Any
+        self,
+        *,
+        run_id: str,
+        allow_fresh: bool = False,
+        deadline_s: float = 600.0,
+        missing_ok: Iterable[str] = (),
+        keep: bool = False,
+        **options: Any,
     ) -> None:
         self.keeper: Snapshotter | None = None
         self.restored: RestoreResult | None = None
@@ -89,6 +97,7 @@ class BackstayCallback(Callback):
         self._extra: Mapping[str, Any] = options.pop("extra", None) or {}
         loaders.refuse(self._extra, "BackstayCallback")
         self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
+        self._missing_ok = given.names_of("missing_ok", missing_ok)
         self._trainer: Any = None
         self._position = Position(self._places)
         self._parts: lightning_state.LightningState | None = None
@@ -130,7 +139,9 @@ class BackstayCallback(Callback):
             extra={"lightning": parts, **self._extra},
             **self._options,
         )
-        self.restored = self.keeper.restore(allow_fresh=self._allow_fresh, deadline_s=self._deadline_s)
+        self.restored = self.keeper.restore(
+            allow_fresh=self._allow_fresh, deadline_s=self._deadline_s, missing_ok=self._missing_ok
+        )
         if self.restored.outcome == "NONE":
             return
         lightning_state.pass_over_checkpoint(trainer, self.restored.step)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
 
 from backstay.errors import ConfigError, UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
-from backstay.trainer import loaders
+from backstay.trainer import given, loaders
 from backstay.trainer.position import Place, Position, place_of
 
 try:
@@ -72,13 +72,21 @@ class BackstayCallback(TrainerCallback):
     Args:
         run_id: The training run whose state this is.
         allow_fresh: Start over if the run is known but nothing of it can be restored.
+        missing_ok: As of :meth:`backstay.Snapshotter.restore`: names in ``extra`` that the snapshot may lack.
         deadline_s: How long restoring may take.
         keep: Keep the run's memory (until ``job_ttl_s``) when train() ends well.
         **options: As of :class:`backstay.Snapshotter`: ``job``, ``extra``, ``socket``, ``max_wait_s``, ``strict``...
     """
 
     def __init__(
-        self, *, run_id: str, allow_fresh: bool = False, deadline_s: float = 600.0, keep: bool = False, **options: Any
+        self,
+        *,
+        run_id: str,
+        allow_fresh: bool = False,
+        deadline_s: float = 600.0,
+        missing_ok: Iterable[str] = (),
+        keep: bool = False,
+        **options: Any,
     ) -> None:
         self.keeper: Snapshotter | None = None
         self.restored: RestoreResult | None = None
@@ -86,6 +94,7 @@ class BackstayCallback(TrainerCallback):
         self._extra: Mapping[str, Any] = options.pop("extra", None) or {}
         loaders.refuse(self._extra, "BackstayCallback")
         self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
+        self._missing_ok = given.names_of("missing_ok", missing_ok)
         self._trainer: Any = None
         self._original: dict[str, Callable[..., Any]] = {}
         self._position = Position(self._places)
@@ -219,7 +228,9 @@ class BackstayCallback(TrainerCallback):
             extra["scaler"] = trainer.accelerator.scaler
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         self.keeper = Snapshotter(model, optimizer, run_id=self._run_id, extra=extra, **self._options)
-        self.restored = self.keeper.restore(allow_fresh=self._allow_fresh, deadline_s=self._deadline_s)
+        self.restored = self.keeper.restore(
+            allow_fresh=self._allow_fresh, deadline_s=self._deadline_s, missing_ok=self._missing_ok
+        )
         if self.restored.outcome != "NONE":
             self._position.arm()
         return self.restored

@@ -309,3 +309,37 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(module: str, pack
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert f"pip install 'backstay[{module}]'" in done.stdout, done.stderr
+
+
+def test_a_loader_among_the_extras_of_an_adapter_is_refused_because_the_adapter_keeps_its_place() -> None:
+    """Followed twice, it would pass over its batches twice."""
+    extra = {"loader": _loader()}
+    for kind in (BackstayCallback, backstay.transformers.BackstayCallback):
+        with pytest.raises(
+            UsageError, match=r"extra 'loader' is a DataLoader: BackstayCallback keeps the place.*leave it out"
+        ):
+            kind(run_id="a", extra=extra)
+        with pytest.raises(UsageError, match=r'missing_ok is a str .*missing_ok=\["ema"\]'):
+            kind(run_id="a", missing_ok="ema")
+    accelerator = accelerate.Accelerator(cpu=True)
+    with pytest.raises(UsageError, match=r"extra 'loader' is a DataLoader: backstay\.accelerate keeps the place"):
+        backstay.accelerate.attach(accelerator, run_id="a", extra=extra)
+
+
+def test_an_extra_that_was_added_in_mid_run_is_left_to_the_script_under_lightning(tmp_path: Path) -> None:
+    data = _loader()
+    with LocalDaemon() as daemon:
+        options: dict[str, Any] = {"run_id": "r", "socket": daemon.socket_path}
+
+        def fit(*callbacks: Any) -> None:
+            _trainer(tmp_path, *callbacks).fit(Net(), data)
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            fit(BackstayCallback(**options), StopAt(2))
+        ema = torch.nn.Linear(2, 2)
+        with pytest.raises(IntegrityError, match=r"missing_ok=\['ema'\]"):
+            fit(BackstayCallback(extra={"ema": ema}, **options))
+        again = BackstayCallback(extra={"ema": ema}, missing_ok=["ema"], **options)
+        fit(again)
+    assert again.restored is not None
+    assert again.restored.extras["ema"] == "not in the snapshot: as the script made it"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from backstay.capture import dynamic, plan
@@ -19,7 +20,7 @@ from backstay.restore.opened import OpenedSnapshot
 from backstay.restore.private import derived_streams
 from backstay.restore.result import Loaded
 from backstay.shard import IMPORTED_KEY
-from backstay.trainer import optimizer_state, sources
+from backstay.trainer import loaders, optimizer_state, sources
 from tests.kit.stored import Stored, open_stored, whole
 
 Rank = tuple[nn.Module, torch.optim.Optimizer]
@@ -228,3 +229,40 @@ def test_a_stateful_data_loader_goes_on_exactly_with_the_same_ranks_and_is_asked
     assert shared.given == ["3", "5"]
     assert loaded.extras == {"loader": "its load_state_dicts() got the states of all 2 ranks"}
     assert loaded.cursors == {}
+
+
+def distributed_loader(rank: int, world_size: int) -> DataLoader[Any]:
+    sampler: Any = DistributedSampler(range(48), num_replicas=world_size, rank=rank, seed=5)
+    return DataLoader(list(range(48)), batch_size=2, sampler=sampler)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_loaders_of_another_number_of_ranks_go_on_where_the_old_ones_were_together(
+    tmp_path: Path, world_size: int
+) -> None:
+    """No sample is left out and none is trained twice, where the ranks divide what was used without a rest."""
+    old = [distributed_loader(rank, 2) for rank in range(2)]
+    extras = [loaders.follow_all({"loader": loader}) for loader in old]
+    passes = [iter(loader) for loader in old]
+    used = [sample for batches in passes for _ in range(6) for sample in next(batches).tolist()]
+    found = list(used)
+    for rank in range(world_size):
+        directory = tmp_path / str(rank)
+        directory.mkdir()
+        loader = distributed_loader(rank, world_size)
+        loaded = restore(
+            snapshot_of(directory, [stage("a"), stage("a")], extras), stage("a", seed=4, steps=0), rank=rank,
+            world_size=world_size, extra=loaders.follow_all({"loader": loader}),
+        )  # fmt: skip
+        assert loaded.extras == {"loader": f"state of rank {rank % 2} of 2, scaled to its length"}
+        found += [sample for batch in loader for sample in batch.tolist()]
+    assert sorted(found) == list(range(48))
+
+
+def test_what_an_older_version_kept_of_a_loader_is_taken_as_the_loaders_own_state(tmp_path: Path) -> None:
+    old, rest = loader_at(3, 1)
+    opened = snapshot_of(tmp_path, [stage("a")], [{"loader": old}])
+    expected = [batch.tolist() for batch in rest]
+    fresh: StatefulDataLoader[Any] = StatefulDataLoader(list(range(40)), batch_size=2, shuffle=True, num_workers=0)
+    restore(opened, stage("a", seed=4, steps=0), extra=loaders.follow_all({"loader": fresh}))
+    assert [batch.tolist() for batch in fresh] == expected

@@ -26,6 +26,7 @@ from backstay.restore.reading import Reading
 from backstay.restore.result import Loaded
 from backstay.shard import IMPORTED_KEY
 from backstay.trainer import optimizer_state, rng, sources, state
+from backstay.trainer.loaders import FollowedLoader
 
 _log = logging.getLogger("backstay")
 
@@ -288,8 +289,14 @@ def _prepare_private(
         encoded = document["extra"][name]
         is_cut_there = not state.tensor_paths(encoded).isdisjoint(document["distributed"])
         templates = _templates(name, stateful, encoded, holdings, is_cut_there=is_cut_there)
-        extras[name] = ("load_state_dict", (reader.decode(own_rank, encoded, templates),))
-        words[name] = f"state of rank {own_rank} of {opened.world_size}"
+        is_scaled = isinstance(stateful, FollowedLoader) and target.world_size != opened.world_size
+        extras[name] = (
+            "load_scaled" if is_scaled else "load_state_dict",
+            (reader.decode(own_rank, encoded, templates),),
+        )
+        words[name] = f"state of rank {own_rank} of {opened.world_size}" + (
+            ", scaled to its length" if is_scaled else ""
+        )
     streams, rng_words = _prepare_rng(target, opened, reader)
     is_same_size = target.world_size == opened.world_size
     cursors = dict.fromkeys(extras, own_rank) if is_same_size else {}

@@ -30,7 +30,7 @@ class FollowedLoader:
         self._place = place
 
     def state_dict(self) -> dict[str, Any]:
-        return self._place.state(0)
+        return {**self._place.state(0), "length": _length(self._loader)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next batch, of a new iterator or of one that is there, be the one after the snapshot's."""
@@ -40,6 +40,17 @@ class FollowedLoader:
             self._position.load([state])
         else:
             self._place.load_between_passes(state)
+
+    def load_scaled(self, state: dict[str, Any]) -> None:
+        """As :meth:`load_state_dict`, from a world of another size: as far through a pass of the length that it has here.
+
+        Where ranks divide the samples of one order among them (DistributedSampler), that is where the old ranks were together;
+        rounded down to a batch, so that none is left out.
+        """
+        here, there = _length(self._loader), state.get("length")
+        if here is not None and there and "skip" in state:
+            state = {**state, "skip": state["skip"] * here // there}
+        self.load_state_dict(state)
 
 
 def is_followed(thing: Any) -> bool:
@@ -74,6 +85,14 @@ def refuse(extra: Mapping[str, Any], adapter: str) -> None:
             raise UsageError(
                 f"extra {name!r} is a {type(thing).__name__}: {adapter} keeps the place of its loaders already; leave it out"
             )
+
+
+def _length(loader: Any) -> int | None:
+    """Batches in a pass; None for a stream that does not say."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _is_being_read(loader: Any) -> bool:
