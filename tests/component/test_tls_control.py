@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 pytest.importorskip("cryptography")
@@ -20,16 +21,16 @@ from backstay.errors import BackstayError, ConfigError
 from backstayd.core.records import NodeDesired
 from backstayd.security import credentials as credentials_module
 from backstayd.security import handshakes
-from backstayd.security.credentials import Credentials
+from backstayd.security.credentials import Credentials, TlsFiles
 from backstayd.security.identity import Role
 from backstayd.transport import link as link_module
 from backstayd.transport.access import roles_of
 from backstayd.transport.coordinator_service import CoordinatorServer
 from backstayd.transport.link import CoordinatorLink
 from backstayd.transport.operator import OperatorClient
-from backstayd.v1 import coordinator_pb2, operator_pb2
+from backstayd.v1 import coordinator_pb2, operator_pb2, operator_pb2_grpc
 from tests.component.test_transport import LEASE_S, RecordingBackend, report_of, run, until
-from tests.kit.certificates import TestAuthority, node_credentials, node_uri
+from tests.kit.certificates import COORDINATOR, OPERATOR, TestAuthority, node_credentials, node_uri
 
 PAST = -dt.timedelta(hours=1)
 
@@ -394,3 +395,24 @@ def test_connections_end_with_their_age_so_that_what_was_withdrawn_works_no_long
                 assert ("n2", "i1") in backend.suspects
 
     run(scenario)
+
+
+def test_a_name_that_ends_at_a_zero_byte_for_others_is_not_an_operators(authority: TestAuthority) -> None:
+    async def scenario() -> None:
+        async with serving(authority.coordinator()) as (address, _):
+            disguised = authority.operator()
+            authority.make([f"{OPERATOR}\x00.example"], into=disguised.files)
+            material = read_pair(disguised.files)
+            options = [("grpc.ssl_target_name_override", f"[{COORDINATOR}]")]
+            with grpc.secure_channel(address, grpc.ssl_channel_credentials(*material), options=options) as channel:
+                stub = operator_pb2_grpc.OperatorServiceStub(channel)
+                with pytest.raises(grpc.RpcError) as caught:
+                    await asyncio.to_thread(stub.Forget, operator_pb2.ForgetRequest(run="default/gpt"), timeout=5)
+            assert caught.value.code() is not grpc.StatusCode.OK
+            assert "cannot be read" in str(caught.value)
+
+    run(scenario)
+
+
+def read_pair(files: TlsFiles) -> tuple[bytes, bytes, bytes]:
+    return files.ca.read_bytes(), files.key.read_bytes(), files.cert.read_bytes()

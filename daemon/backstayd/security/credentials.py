@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from backstay.errors import ConfigError
+from backstayd.security.certificate import Certificate, read_der
 from backstayd.security.identity import Identity, Role, authorise, identify
 
 logger = logging.getLogger(__name__)
@@ -155,13 +156,14 @@ class Credentials:
         watcher = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         watcher.minimum_version = ssl.TLSVersion.TLSv1_3
         _load_pair(watcher, self.files, cert, key)
-        found = _peer_certificate(self.files, client, server)
+        own = _own_certificate(self.files, client, server)
         try:
-            identity = identify(uris_of(found), trust_domain=self.trust_domain)
+            identity = identify(certificate_of(own).uris, trust_domain=self.trust_domain)
             authorise(identity, {self.role}, doing=f"be the certificate of the {self.role.value}", name=self.name)
         except ConfigError as error:
             raise ConfigError(f"{self.files.cert}: {error}", reason=error.reason) from None
         warn_if_open(self.files.key)
+        found = dict(own.getpeercert() or {})
         for context in (client, server):  # of peers, validity counts
             context.verify_flags &= ~_NO_CHECK_TIME
         return Material(
@@ -198,17 +200,9 @@ def _ends_unix_s(certificate: Mapping[str, Any]) -> float:
     return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
 
 
-def certificate_of(end: ssl.SSLSocket | ssl.SSLObject) -> dict[str, Any]:
+def certificate_of(end: ssl.SSLSocket | ssl.SSLObject) -> Certificate:
     """What the peer's certificate says; raises ConfigError (``no_identity``) for one whose names are no text."""
-    try:
-        return dict(end.getpeercert() or {})
-    except (ValueError, ssl.SSLError) as error:  # an authority may have signed what Python cannot read
-        raise ConfigError(f"the certificate's names cannot be read: {error}", reason="no_identity") from None
-
-
-def uris_of(certificate: Mapping[str, Any]) -> list[str]:
-    """The URIs among the alternative names of a certificate as :func:`certificate_of` gives it."""
-    return [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
+    return read_der(end.getpeercert(binary_form=True) or b"")
 
 
 def _read_file(path: Path) -> bytes:
@@ -267,8 +261,8 @@ def _no_password() -> str:
     raise ConfigError("the private key is encrypted; backstay has no password for it", reason="bad_certificate")
 
 
-def _peer_certificate(files: TlsFiles, client: ssl.SSLContext, server: ssl.SSLContext) -> dict[str, Any]:
-    """The certificate as peers will see it: a handshake with ourselves, in memory, in both directions."""
+def _own_certificate(files: TlsFiles, client: ssl.SSLContext, server: ssl.SSLContext) -> ssl.SSLObject:
+    """The end that sees our certificate as peers will see it: a handshake with ourselves, in memory, in both directions."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_side=False),
@@ -293,7 +287,4 @@ def _peer_certificate(files: TlsFiles, client: ssl.SSLContext, server: ssl.SSLCo
         raise ConfigError(
             f"{files.cert} cannot be used for TLS: {error.reason or error}", reason="bad_certificate"
         ) from None
-    try:
-        return certificate_of(ends[0])
-    except ConfigError as error:
-        raise ConfigError(f"{files.cert}: {error}", reason=error.reason) from None
+    return ends[0]

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Final
 
 from backstay.errors import ConfigError, UnavailableError
-from backstayd.security.credentials import Credentials, Material, certificate_of, uris_of
+from backstayd.security.credentials import Credentials, Material, certificate_of
 from backstayd.security.identity import Identity, Role, authorise, identify
 
 DRAIN_S: Final = 2.0
@@ -88,7 +88,7 @@ def check_peer(
 ) -> Identity:
     """Who is on the other side; raises UnavailableError when it is nobody of ``roles``, to whom ``doing`` is open."""
     try:
-        identity = identify(uris_of(certificate_of(sock)), trust_domain=credentials.trust_domain)
+        identity = identify(certificate_of(sock).uris, trust_domain=credentials.trust_domain)
         authorise(identity, roles, doing=doing)
     except ConfigError as error:
         raise UnavailableError(f"{peer}: {error}", reason=error.reason) from None

@@ -11,6 +11,7 @@ from typing import Any, Final
 import grpc
 
 from backstay.errors import BackstayError, ConfigError, InvariantError
+from backstayd.security.certificate import Certificate, read_pem
 from backstayd.security.handshakes import Handshakes
 from backstayd.security.identity import Identity, Role, authorise, identify, shown
 from backstayd.security.refusals import Refusals
@@ -73,8 +74,15 @@ class RoleInterceptor(grpc.aio.ServerInterceptor):
 
 def identity_of(context: Any, trust_domain: str) -> Identity:
     """Whom the caller's certificate names; raises ConfigError."""
-    uris = [uri.decode("utf-8", "replace") for uri in context.auth_context().get("peer_uri", ())]
-    return identify(uris, trust_domain=trust_domain)
+    return identify(certificate_of(context).uris, trust_domain=trust_domain)
+
+
+def certificate_of(context: Any) -> Certificate:
+    """The caller's certificate, from its bytes: of what gRPC reads out of it, names end at a zero byte."""
+    pems = context.auth_context().get("x509_pem_cert", ())
+    if len(pems) != 1:
+        raise ConfigError("the connection shows no certificate", reason="no_identity")
+    return read_pem(pems[0])
 
 
 def check_name(context: Any, trust_domain: str, name: str) -> None:

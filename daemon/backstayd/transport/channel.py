@@ -7,6 +7,7 @@ opens another one when the certificate has changed.
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 import grpc
@@ -60,14 +61,28 @@ def add_port(
     if credentials is None:
         return int(server.add_insecure_port(listen))
 
-    def fetch() -> grpc.ServerCertificateConfiguration:
-        """Called for each handshake, from a thread of gRPC's."""
+    lock, used = threading.Lock(), credentials.current()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """Called for each handshake, from threads of gRPC's; None: as before.
+
+        A new configuration makes gRPC build its TLS state anew while other handshakes use the one before. Handing one out
+        for each handshake crashed the process when many came at once, so it is done only when the certificate changed.
+        """
+        nonlocal used
         if handshakes is not None:
             handshakes.note_begun()
-        return _server_certificates(credentials.current())
+        with lock:
+            newest = credentials.current()
+            if newest.number == used.number:
+                return None
+            used = newest
+        return _server_certificates(newest)
 
     secure = grpc.dynamic_ssl_server_credentials(
-        _server_certificates(credentials.current()), fetch, require_client_authentication=True
+        _server_certificates(used),
+        fetch,  # type: ignore[arg-type]  # the stubs do not know of None
+        require_client_authentication=True,
     )
     return int(server.add_secure_port(listen, secure))
 
