@@ -347,7 +347,7 @@ def with_an_object(model: nn.Module) -> Optimizer:
     [
         (lambda m: Apart(m.parameters(), lr=0.1), r"optimizer is a Apart whose state_dict\(\) has 'masks' beside"),
         (lambda m: Mute(m.parameters(), lr=0.1), r"a Mute whose state_dict\(\) raises NotImplementedError: use dist"),
-        (of_torchao, r"torchao.optim.adam.AdamW8bit, .* use one of torch.optim, or bitsandbytes' 8-bit"),
+        (of_torchao, r"AdamW8bit, which \(torchao\) .* use one of torch.optim, or bitsandbytes' 8-bit"),
         (with_quantized_state, r"state.weight.codes is a Quantized, .* use an optimizer or layer that keeps plain"),
         (with_an_object, r"groups.0.projector is a types.SimpleNamespace, .* use an optimizer of those"),
     ],

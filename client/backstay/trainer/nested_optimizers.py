@@ -101,7 +101,7 @@ def read_beyond(prefix: str, optimizer: Any, held: AbstractSet[int]) -> dict[str
     held_by = [other for _, other in inner(optimizer)]
     has_state = all(other.state is not optimizer.state for other in held_by)
     try:
-        shown = optimizer.state_dict()
+        shown = dict(optimizer.state_dict())
     except Exception as error:
         raise _refusal(prefix, optimizer, f"raises {type(error).__name__}: {error}") from error
     attributes = getattr(optimizer, "__dict__", {})

@@ -19,7 +19,11 @@ from backstay.errors import UsageError
 from backstay.trainer import memory, nested_optimizers, unsharded
 
 _STRIDED = "_StridedShard"
-_UNSUPPORTED_OPTIMIZERS = {  # by class, or by the package it is of
+_IN_SUBCLASSES = (
+    "which (torchao) keeps its state in tensor subclasses without memory of their own; unsupported: use one of torch.optim, or "
+    "bitsandbytes' 8-bit optimizers, whose state is plain tensors"
+)
+_UNSUPPORTED_OPTIMIZERS = {  # by class, of a package where others have a class of that name
     "ZeroRedundancyOptimizer": (
         "which keeps its state in an optimizer of its own, another part on each rank; unsupported: use FSDP2, or a plain "
         "optimizer"
@@ -28,9 +32,9 @@ _UNSUPPORTED_OPTIMIZERS = {  # by class, or by the package it is of
         "with which DDP's replicas differ until they are averaged, so that none stands for the others; it is not supported: "
         "use FSDP2, or a plain optimizer"
     ),
-    "torchao": (
-        "which keeps its state in tensor subclasses without memory of their own; it is not supported: use one of torch.optim, "
-        "or bitsandbytes' 8-bit optimizers, whose state is plain tensors"
+    **{f"torchao.{name}{bits}": _IN_SUBCLASSES for name in ("Adam", "AdamW") for bits in ("8bit", "4bit", "Fp8")},
+    "torchao.CPUOffloadOptimizer": (
+        "which keeps its state in optimizers of its own, copied behind the step; it is not supported: use one of torch.optim"
     ),
 }
 
@@ -323,10 +327,11 @@ def _add_module(
 
 
 def _add_optimizer(collector: _Collector, prefix: str, optimizer: torch.optim.Optimizer, states: States) -> None:
-    kind, module = type(optimizer).__name__, type(optimizer).__module__
-    why = _UNSUPPORTED_OPTIMIZERS.get(kind) or _UNSUPPORTED_OPTIMIZERS.get(module.partition(".")[0])
-    if why:
-        raise UsageError(f"{prefix} is a {module}.{kind}, {why}", reason="unsupported_optimizer")
+    for base in type(optimizer).__mro__:
+        package = base.__module__.partition(".")[0]
+        why = _UNSUPPORTED_OPTIMIZERS.get(base.__name__) or _UNSUPPORTED_OPTIMIZERS.get(f"{package}.{base.__name__}")
+        if why:
+            raise UsageError(f"{prefix} is a {type(optimizer).__name__}, {why}", reason="unsupported_optimizer")
     nested_optimizers.refuse_unsteady(prefix, optimizer)
     collector.sizes.append((states, len(states)))
     collector.lists.append((optimizer.param_groups, tuple(optimizer.param_groups)))
