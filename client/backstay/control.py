@@ -236,7 +236,9 @@ class DaemonConnection:
     ) -> tuple[Any, list[int]]:
         self._message_id += 1
         until = deadline if silence_s is None else min(deadline, time.monotonic() + silence_s)
-        local.send_frame(self._socket, message, message_id=self._message_id, deadline=until)
+        slot_bytes = message.manifest.get("size_bytes", 0) if isinstance(message, local.Commit) else 0
+        limit_bytes = local.request_limit(slot_bytes)
+        local.send_frame(self._socket, message, message_id=self._message_id, deadline=until, limit_bytes=limit_bytes)
         while True:
             reply, message_id, fds = local.receive_frame(self._socket, deadline=until)
             is_ours = message_id == self._message_id

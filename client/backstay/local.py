@@ -22,6 +22,8 @@ from backstay.errors import IntegrityError
 
 PROTOCOL_VERSION: Final = versions.LOCAL_PROTOCOL
 MAX_FRAME_BYTES: Final = 256 * 1024 * 1024  # a manifest of an 8 TiB shard; admission refuses such a shard long before
+REQUEST_BYTES: Final = 4 * 1024 * 1024  # of one request to a daemon, beside what a granted slot adds
+MAX_REQUEST_BYTES: Final = 64 * 1024 * 1024
 MAX_FDS: Final = 128
 DEFAULT_SOCKET: Final = "/run/backstay/backstayd.sock"
 SOCKET_VARIABLE: Final = "BACKSTAY_SOCKET"  # overrides it
@@ -377,12 +379,22 @@ MESSAGES: Final[dict[str, type[Any]]] = {
 }  # fmt: skip
 
 
-def encode_frame(message: Any, message_id: int) -> bytes:
-    """One frame: length, then JSON."""
+def request_limit(slot_bytes: int) -> int:
+    """Longest request that a daemon takes of a trainer to which it granted a slot of ``slot_bytes``: a manifest grows with
+    the chunks of its shard (1/32768 of the bytes) and with its tensors, and no other message is long."""
+    return min(MAX_REQUEST_BYTES, REQUEST_BYTES + slot_bytes // 128)
+
+
+def encode_frame(message: Any, message_id: int, *, limit_bytes: int = MAX_FRAME_BYTES) -> bytes:
+    """One frame: length, then JSON; raises IntegrityError for one longer than ``limit_bytes``."""
     envelope = {"type": type(message).__name__, "id": message_id, "body": record.to_json(message)}
     payload = json.dumps(envelope, separators=(",", ":")).encode()
-    if len(payload) > MAX_FRAME_BYTES:
-        raise IntegrityError(f"frame of {len(payload)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    if len(payload) > limit_bytes:
+        raise IntegrityError(
+            f"{type(message).__name__} of {len(payload)} bytes is over the limit of {limit_bytes}: too many tensors for the "
+            "bytes that they hold; join small ones",
+            reason="too_large",
+        )
     return struct.pack(">I", len(payload)) + payload
 
 
@@ -400,17 +412,24 @@ def decode_payload(payload: bytes) -> tuple[Any, int]:
 
 
 def send_frame(
-    sock: socket.socket, message: Any, *, message_id: int, fds: tuple[int, ...] = (), deadline: float | None = None
+    sock: socket.socket,
+    message: Any,
+    *,
+    message_id: int,
+    fds: tuple[int, ...] = (),
+    deadline: float | None = None,
+    limit_bytes: int = MAX_FRAME_BYTES,
 ) -> None:
     """Send one frame on a blocking socket; ``fds`` ride on its first byte.
 
     Args:
+        limit_bytes: What the other side takes; nothing is sent of a longer frame.
         deadline: A time of ``time.monotonic``; None leaves the socket's own timeout.
 
     Raises:
         TimeoutError: at the deadline, with part of the frame sent. ConnectionError: the other side is gone.
     """
-    frame = memoryview(encode_frame(message, message_id))
+    frame = memoryview(encode_frame(message, message_id, limit_bytes=limit_bytes))
     sent = 0
     _set_timeout(sock, deadline)
     if fds:

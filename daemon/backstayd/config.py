@@ -282,7 +282,9 @@ class NodeConfig:
     """Settings of ``backstayd node``: the daemon that holds the memory of one machine."""
 
     section: ClassVar[str] = "node"
-    live: ClassVar[frozenset[str]] = frozenset({"log_format", "log_level", "quota_bytes"})  # taken over at SIGHUP
+    live: ClassVar[frozenset[str]] = frozenset(
+        {"log_format", "log_level", "quota_bytes", "user_quota_bytes"}
+    )  # taken over at SIGHUP
 
     name: str = _setting(
         socket.gethostname, _name, "Name of this node, unique in the cluster (default: the host name)."
@@ -321,6 +323,9 @@ class NodeConfig:
         "Most memory to hold, such as '8GiB'; 0 is what tmpfs and cgroup allow.",
         flag="--quota",
         metavar="SIZE",
+    )
+    user_quota_bytes: int = _setting(
+        0, parse_size, "Most of it that the runs of one user may hold; 0 is no limit of its own.", metavar="SIZE"
     )
     coders: int = _setting(1, _count(1, 64), "Processes that encode, rebuild, verify and move bytes.")
     lease_s: float = _setting(3.0, _seconds, _LEASE)

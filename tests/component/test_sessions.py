@@ -27,7 +27,7 @@ from backstay.errors import (
 from backstay.ids import SnapshotKey
 from backstayd.cli.daemon_checks import session_timeouts
 from backstayd.core.records import DecisionPhase, Outcome, RunDesired, SessionRecord
-from backstayd.node import sessions
+from backstayd.node import tenants
 from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2
 from tests.kit.node import NodeThread, fresh_decision, running_node
@@ -495,7 +495,7 @@ def test_connections_that_never_attach_are_few_small_and_short(node: NodeThread)
     for one in idle:
         with contextlib.suppress(BrokenPipeError):
             one.socket.sendall(b"\0")
-    assert len(node.node.sessions._open) <= sessions.MAX_UNATTACHED + 1
+    assert len(node.node.sessions._open) <= tenants.MAX_UNATTACHED + 1
     trainer.snapshot(1)
     for one in idle:
         with pytest.raises(ConnectionError):

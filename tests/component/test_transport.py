@@ -13,10 +13,10 @@ import pytest
 
 from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError
 from backstay.ids import Generation
-from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport, RunDesired
+from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport, RunDesired, RunReport
 from backstayd.transport import convert
-from backstayd.transport.coordinator_service import CoordinatorServer
-from backstayd.transport.link import CoordinatorLink
+from backstayd.transport.coordinator_service import CoordinatorServer, _response, _Stream
+from backstayd.transport.link import CoordinatorLink, _Words
 from backstayd.transport.operator import OperatorClient
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
 
@@ -244,3 +244,41 @@ def test_an_address_in_use_is_an_operators_error() -> None:
         await first.close()
 
     run(scenario)
+
+
+def test_a_stream_that_is_refused_again_and_again_is_one_line_a_minute_without_a_trace(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        server = CoordinatorServer("127.0.0.1:0", RecordingBackend(), lease_s=LEASE_S)
+        address = await server.start()
+        async with grpc.aio.insecure_channel(address) as channel:
+            for _ in range(10):
+                change_of_nothing = coordinator_pb2.SyncRequest(delta=coordinator_pb2.Delta(changed=[1]))
+                call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Sync(iter([change_of_nothing]))
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+        await server.close()
+
+    run(scenario)
+    assert len([line for line in caplog.messages if "a node's stream" in line]) == 1, caplog.messages
+    assert "Traceback" not in caplog.text
+    assert "Unexpected" not in caplog.text
+
+
+def test_a_report_too_large_loses_its_largest_run_by_name_and_not_the_node(caplog: pytest.LogCaptureFixture) -> None:
+    sound, huge = RunReport(run="job/sound", owner="1"), RunReport(run="job/huge", owner="1" * 5000)
+    words, stream = _Words(), CoordinatorServer("127.0.0.1:0", RecordingBackend(), lease_s=LEASE_S)
+    words.read(_response(NodeDesired(generation=Generation(1, "c")), None))
+    last: NodeReport | None = None
+    for sequence, runs in enumerate(
+        [(sound, huge), (sound, huge), (sound,), (huge, replace(sound, rebuilt_bytes=1))], 1
+    ):
+        request = words.write(replace(report_of(sequence=sequence), runs=runs), limit_bytes=4000)
+        assert request.ByteSize() < 4000
+        last = stream._read(request, last, _Stream(), None)
+        assert [run.run for run in last.runs] == ["job/sound"]
+    assert last is not None
+    assert last.runs[0].rebuilt_bytes == 1
+    assert sum("job/huge" in line for line in caplog.messages) == 1

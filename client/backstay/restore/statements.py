@@ -29,7 +29,7 @@ from backstay.trainer.sources import Holdings, LocalTensor, bare_name, optimizer
 WINDOW_BYTES: Final = 16 * 1024 * 1024
 MAX_SCOPE_NAMED: Final = 8
 MAX_DETAIL_NAMES: Final = 20_000
-MAX_DETAIL_NAME: Final = 400
+MAX_DETAIL_NAME: Final = 200
 
 Scope = tuple[int, ...]
 

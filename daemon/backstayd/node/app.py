@@ -38,11 +38,13 @@ from backstayd.node.report import Reporter
 from backstayd.node.sessions import Sessions
 from backstayd.node.storage_coder import StorageCoder
 from backstayd.node.storing import Storing
+from backstayd.node.tenants import drop_unused_names
 from backstayd.node.timeline import Timeline
 from backstayd.process import DaemonProcess
 from backstayd.reload import Reloader
 from backstayd.security.configured import load_credentials
 from backstayd.security.expiry import ExpiryWatch
+from backstayd.security.refusals import Refusals
 from backstayd.store import withdraw
 from backstayd.store.store import Store
 from backstayd.store.stored import make_directory
@@ -54,6 +56,7 @@ from backstayd.telemetry.routes import Route, document_route, metrics_route, pro
 from backstayd.transport.link import CoordinatorLink
 
 logger = logging.getLogger(__name__)
+_grown = Refusals(logger)
 
 DOCUMENT_TIMEOUT_S: Final = 2.0
 
@@ -94,6 +97,7 @@ class Node:
 def _adopt(settings: NodeConfig, node: Node) -> None:
     """Bring settings into force that may change while it runs."""
     node.context.store.set_quota(settings.quota_bytes)
+    node.context.store.user_quota_bytes = settings.user_quota_bytes
     logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
     node.context.metrics.set_config(settings)
     node.context.changed()
@@ -110,6 +114,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             config.memory_dir,
             incarnation=incarnation,
             quota_bytes=config.quota_bytes,
+            user_quota_bytes=config.user_quota_bytes,
             must_be_tmpfs=True,
             reader_wait_s=config.lease_s,
         )
@@ -313,6 +318,7 @@ async def _maintain(
     while True:
         health.beat("the maintenance")
         sessions.end_lost()
+        drop_unused_names(context.store, sessions, set(context.desired))
         _look_for_files(context)
         update_gauges()
         expiry.look()
@@ -329,6 +335,9 @@ def _look_for_files(context: NodeContext) -> None:
     except (BackstayError, OSError) as error:
         logger.error("cannot look for what should lie in %s: %s", directory, error)
         return
+    for sentence in context.store.slots.cut_back():
+        context.timeline.add("grown", "", sentence)
+        _grown.note(sentence, cause=sentence.partition(" added ")[0], level=logging.ERROR)
     if vanished:
         logger.error("%d files were deleted from %s by others: %s", len(vanished), directory, ", ".join(vanished[:5]))
         context.changed()

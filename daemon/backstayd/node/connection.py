@@ -16,8 +16,10 @@ from typing import Any, Final
 
 from backstay import local
 from backstay.errors import IntegrityError
+from backstayd.security.refusals import Refusals
+from backstayd.store.holder import peer_credentials
 
-logger = logging.getLogger(__name__)
+_refusals = Refusals(logging.getLogger(__name__))
 
 READ_AHEAD_FRAMES: Final = 4
 FIRST_FRAME_BYTES: Final = 1024 * 1024  # enough to attach; more only for those who did
@@ -30,6 +32,7 @@ class Connection:
     def __init__(self, sock: socket.socket, on_lost: Any) -> None:
         sock.setblocking(False)
         self._socket = sock
+        self._uid = peer_credentials(sock).uid
         self._loop = asyncio.get_running_loop()
         self._frames: asyncio.Queue[tuple[Any, int] | None] = asyncio.Queue(READ_AHEAD_FRAMES)
         self._on_lost = on_lost
@@ -89,7 +92,10 @@ class Connection:
         except (ConnectionError, OSError):
             pass
         except IntegrityError as error:
-            logger.warning("a trainer sent something that is no frame: %s; its connection is closed", error)
+            _refusals.note(
+                f"user {self._uid} sent something that is not a frame: {error}; the connection is closed",
+                cause=f"frame {self._uid}",
+            )
         finally:
             self._lose()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 from backstay.errors import UsageError
 from backstayd.node.context import NodeContext
@@ -34,3 +36,13 @@ def adopt_owner(context: NodeContext, run: str, owner: str, *, has_memory: Calla
     if is_unclaimed == has_memory():  # unclaimed memory, or a claim without any
         context.store.write_owner(run, int(owner))
         index.owner_uid = int(owner)
+
+
+def document_for(context: NodeContext, uid: int) -> dict[str, Any]:
+    """The status document without what is other users'; root and the daemon's own user see all."""
+    document = context.document()
+    if uid in (0, os.geteuid()):
+        return document
+    own = {"", *(run for run, index in context.store.runs.items() if index.owner_uid in (uid, UNKNOWN_UID))}
+    shown = {name: [item for item in document[name] if item["run"] in own] for name in ("runs", "timeline")}
+    return document | shown | {"foreign": []}

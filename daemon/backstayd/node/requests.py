@@ -22,6 +22,7 @@ from backstay.errors import (
     UnavailableError,
     UsageError,
 )
+from backstay.ids import MAX_COUNT
 from backstay.manifest import Manifest
 from backstayd.core.footprint import slots_of
 from backstayd.core.records import RunDesired, SessionPhase
@@ -58,6 +59,7 @@ class Requests:
     async def handle(self, session: Session, message: Any) -> None:
         """Answer ``message``; raises BackstayError for a refusal, ConnectionError when the trainer is gone."""
         check_owner(self._context, session.run, session.uid)
+        _check_step(message)
         if isinstance(message, local.Restore):
             await self._restore(session, message)
         elif isinstance(message, local.Fetch):
@@ -87,7 +89,7 @@ class Requests:
             self._finish(session, message)
             await self._send(local.Done())
         else:
-            raise UsageError(f"{type(message).__name__} is no request", reason="bad_request")
+            raise UsageError(f"unexpected message type {type(message).__name__}", reason="bad_request")
 
     async def _send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
         await self._connection.send(message, message_id=self._message_id, fds=fds)
@@ -258,7 +260,7 @@ class Requests:
                 reason="step_not_increasing",
             )
         if message.size_bytes <= 0:
-            raise UsageError(f"a shard of {message.size_bytes} bytes is none", reason="bad_size")
+            raise UsageError(f"invalid shard size: {message.size_bytes} bytes", reason="bad_size")
         try:
             with self._context.metrics.stage_seconds.labels(stage="reserve").time():
                 grant = await self._await_slot(session, message)
@@ -281,6 +283,8 @@ class Requests:
             await self._send(local.Skipped(reason=reason, schedule=schedule, **words))
             return
         session.grants[grant.slot_id] = grant
+        limit = local.request_limit(grant.size_bytes)
+        self._connection.max_frame_bytes = max(self._connection.max_frame_bytes, limit)
         session.reserved_step = message.step
         if not message.is_ahead:
             session.last_step = message.step
@@ -464,6 +468,13 @@ def _notice(session: Session, desired: RunDesired) -> str:
     missing = desired.missing
     is_ours = missing is not None and missing.is_training and missing.world_id == session.world_id
     return missing.sentence if missing is not None and is_ours else ""
+
+
+def _check_step(message: Any) -> None:
+    """Everything is counted on from a step: past MAX_COUNT nobody could."""
+    step = getattr(message, "step", 0)
+    if not 0 <= step < MAX_COUNT:
+        raise UsageError(f"step {step} is out of range: a step is 0 to {MAX_COUNT - 1}", reason="bad_step")
 
 
 def _check_identity(session: Session, grant: Grant, manifest: Manifest) -> None:

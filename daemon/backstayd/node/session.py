@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from backstay import record
+from backstay.errors import IntegrityError
 from backstayd.core.records import GateReport, SessionPhase, SessionRecord
 from backstayd.node.connection import Connection
 from backstayd.node.offered import Offered
 from backstayd.store.holder import Holder
 from backstayd.store.slots import Grant
+
+MAX_SAID_BYTES: Final = 3 << 20  # of all that one trainer has its daemon report of it; a report carries them all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,3 +106,14 @@ class Session:
             return False
         self.skipped_step, self.skip_reason, self.is_short_of_slots = step, reason, is_short_of_slots
         return True
+
+
+def check_said(session: Session, *, gate: GateReport | None = None) -> None:
+    """Raise IntegrityError if what the session is reported with, and ``gate`` beside it, is more than a report should carry."""
+    said_bytes = len(record.dumps(session.record())) + (len(record.dumps(gate)) if gate is not None else 0)
+    if said_bytes > MAX_SAID_BYTES:
+        raise IntegrityError(
+            f"rank {session.rank} of run {session.run} states {said_bytes} bytes for the coordinator, more than "
+            f"{MAX_SAID_BYTES}; they are not passed on",
+            reason="too_large",
+        )

@@ -16,23 +16,23 @@ from typing import Any, Final
 
 from backstay import __version__, local, versions
 from backstay.errors import BackstayError, StaleGenerationError, UnavailableError, UsageError
-from backstay.ids import RunKey
+from backstay.ids import MAX_WORLD_SIZE, RunKey
 from backstayd.core.records import SessionPhase
 from backstayd.node.connection import Connection
 from backstayd.node.context import NodeContext
 from backstayd.node.offered import Offered
-from backstayd.node.ownership import check_owner
+from backstayd.node.ownership import check_owner, document_for
 from backstayd.node.requests import Requests
-from backstayd.node.session import RestoreAnswer, Session
+from backstayd.node.session import RestoreAnswer, Session, check_said
+from backstayd.node.tenants import Places, check_names, check_trainers
 from backstayd.node.visits import Visits
+from backstayd.security.refusals import Refusals
 from backstayd.store.holder import Holder, peer_credentials, peer_holder
 
 logger = logging.getLogger(__name__)
 
-MAX_WORLD_SIZE: Final = 1 << 20
 MAX_WORLD_ID: Final = 100  # characters; it travels in every report
 MAX_LAYOUT: Final = 100  # it travels in the reports of its shards
-MAX_UNATTACHED: Final = 64  # connections of nobody we know
 ATTACH_TIMEOUT_S: Final = 10.0  # such a connection says what it wants, or is closed
 
 
@@ -45,10 +45,6 @@ class _Caller:
     bound: list[Session]
     visit: Offered | None = None
 
-    @property
-    def is_known(self) -> bool:
-        return bool(self.bound) or self.visit is not None
-
 
 class Sessions:
     """All sessions of the node. Invariant: one session per (run, world, rank)."""
@@ -56,15 +52,11 @@ class Sessions:
     def __init__(self, context: NodeContext) -> None:
         self._context = context
         self._sessions: dict[str, Session] = {}
-        self._connections: set[asyncio.Task[None]] = set()
+        self._places = Places()
+        self._refusals = Refusals(logger)
         self._open: set[Connection] = set()
         self._visits = Visits(context)
         self.attach_timeout_s = ATTACH_TIMEOUT_S
-
-    @property
-    def _unattached(self) -> int:
-        attached = sum(1 for session in self._sessions.values() if session.connection is not None)
-        return len(self._connections) - attached - self._visits.count
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
@@ -90,19 +82,19 @@ class Sessions:
                 logger.warning("cannot accept a trainer: %s", error)
                 await asyncio.sleep(0.1)  # out of descriptors: try again when some came free
                 continue
-            if self._unattached >= MAX_UNATTACHED:
-                logger.debug("%d connections have not attached; another one is closed", self._unattached)
+            uid = peer_credentials(connection).uid
+            if self._places.is_full(uid):
+                logger.debug("user %d has too many connections; another one is closed", uid)
                 connection.close()
                 continue
-            task = asyncio.create_task(self._serve_connection(connection))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+            self._places.enter(asyncio.create_task(self._serve_connection(connection)), uid)
 
     async def close(self) -> None:
         """Close all connections; trainers go on and attach to the next daemon."""
-        for task in list(self._connections):
+        tasks = self._places.tasks
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for session in self:
             self.drop(session)
 
@@ -146,7 +138,7 @@ class Sessions:
         caller = _Caller(sock, connection, bound)
         self._open.add(connection)
         try:
-            while (received := await self._next_frame(connection, is_known=caller.is_known)) is not None:
+            while (received := await self._next_frame(caller)) is not None:
                 message, message_id = received
                 try:
                     await self._answer(caller, message, message_id)
@@ -155,8 +147,9 @@ class Sessions:
                     await connection.send(reply_error, message_id=message_id)
         except (ConnectionError, TimeoutError, OSError) as error:
             logger.debug("connection ended: %s", error)
-        except Exception:  # the boundary of a trainer's connection: the daemon goes on
-            logger.exception("a trainer's request failed; its connection is closed")
+        except Exception as error:  # noqa: BLE001 - the boundary of a trainer's connection: the daemon goes on
+            text = f"a trainer's request failed ({error!r:.200}); its connection is closed"
+            self._refusals.note(text, cause=repr(type(error)), level=logging.ERROR, error=error)
         finally:
             self._end_visit(caller)
             self._open.discard(connection)
@@ -168,14 +161,16 @@ class Sessions:
         if isinstance(message, local.Attach):
             session, reply = self._attach(caller.sock, connection, message)
             bound[:] = [session]
-            connection.max_frame_bytes = local.MAX_FRAME_BYTES
+            self._places.note(asyncio.current_task(), is_known=True)
+            connection.max_frame_bytes = max(connection.max_frame_bytes, local.request_limit(0))
             await connection.send(reply, message_id=message_id)
         elif isinstance(message, local.Status):
-            await connection.send(local.StatusBody(document=self._context.document()), message_id=message_id)
+            document = document_for(self._context, peer_credentials(caller.sock).uid)
+            await connection.send(local.StatusBody(document=document), message_id=message_id)
         elif isinstance(message, local.Open):
             self._end_visit(caller)
             caller.visit, offer = await self._visits.open(message, uid=peer_credentials(caller.sock).uid)
-            connection.max_frame_bytes = local.MAX_FRAME_BYTES
+            connection.max_frame_bytes = max(connection.max_frame_bytes, local.request_limit(0))
             await connection.send(offer, message_id=message_id)
         elif visit is not None and isinstance(message, local.Fetch) and message.decision_id == visit.offer_id:
             await requests.answer_fetch(visit, message)
@@ -186,12 +181,15 @@ class Sessions:
 
     def _end_visit(self, caller: _Caller) -> None:
         if caller.visit is not None:
-            self._visits.close(caller.visit)
+            self._visits.close(caller.visit, uid=peer_credentials(caller.sock).uid)
             caller.visit = None
 
-    async def _next_frame(self, connection: Connection, *, is_known: bool) -> tuple[Any, int] | None:
+    async def _next_frame(self, caller: _Caller) -> tuple[Any, int] | None:
+        is_attached = any(self._sessions.get(session.session_id) is session for session in caller.bound)
+        is_known = is_attached or caller.visit is not None
+        self._places.note(asyncio.current_task(), is_known=is_known)
         async with asyncio.timeout(None if is_known else self.attach_timeout_s):
-            return await connection.receive()
+            return await caller.connection.receive()
 
     def _attach(
         self, sock: socket.socket, connection: Connection, message: local.Attach
@@ -207,10 +205,12 @@ class Sessions:
             )
         try:
             check_owner(context, message.run, credentials.uid)
-            index = context.store.open_run(message.run, uid=credentials.uid)
+            former = self._former(message, holder)
+            check_trainers(self, credentials.uid, former=former)
+            check_names(context.store, message.run, credentials.uid)
             if message.attempt:
                 self._check_reattach(message)
-            former = self._former(message, holder)
+            index = context.store.open_run(message.run, uid=credentials.uid)
         except BaseException:
             holder.close()
             if not self.of_run(message.run):
@@ -234,6 +234,11 @@ class Sessions:
             session.phase, session.attempt = SessionPhase.TRAINING, message.attempt
             session.base_step = decision.base.step if decision is not None and decision.base is not None else 0
             session.last_step = max(session.base_step, index.last_step(message.attempt, message.rank))
+        try:
+            check_said(session)
+        except BaseException:
+            holder.close()
+            raise
         if former is not None:
             session.skipped_step, session.skip_reason = former.skipped_step, former.skip_reason
             session.gate = former.gate
@@ -260,12 +265,16 @@ class Sessions:
         current = context.current_world(message.run)
         decisions = [context.decision_of(message.run), context.run_desired(message.run).decision]
         is_known = any(
-            decision is not None and (decision.world_id, decision.attempt) == (message.world_id, message.attempt)
+            decision is not None
+            and (decision.world_id, decision.attempt, decision.world_size)
+            == (message.world_id, message.attempt, message.world_size)
+            and any(place.rank == message.rank for place in decision.placements)
             for decision in decisions
         )
         if current not in ("", message.world_id) or not is_known:
             raise StaleGenerationError(
-                f"rank {message.rank} of run {message.run} writes attempt {message.attempt} of world {message.world_id}, "
+                f"rank {message.rank} of {message.world_size} of run {message.run} writes attempt {message.attempt} of world "
+                f"{message.world_id}, "
                 f"which is not the current one here ({current or 'none'}); this trainer must restart and restore",
                 reason="stale_world",
             )
@@ -356,10 +365,10 @@ def _check_attach(message: local.Attach) -> None:
         raise UsageError(problem, reason="bad_protocol")
     RunKey.parse(message.run)
     if not 0 < message.world_size <= MAX_WORLD_SIZE or not 0 <= message.rank < message.world_size:
-        raise UsageError(f"rank {message.rank} of {message.world_size} is no rank", reason="bad_rank")
+        raise UsageError(f"rank {message.rank} is out of range for world size {message.world_size}", reason="bad_rank")
     if len(message.layout) > MAX_LAYOUT:
         raise UsageError(f"a layout has at most {MAX_LAYOUT} characters", reason="bad_attach")
     if not 0 < len(message.world_id) <= MAX_WORLD_ID:
         raise UsageError(f"a world id has 1 to {MAX_WORLD_ID} characters", reason="bad_attach")
     if any(not 0 <= rank < message.world_size for rank in message.needs):
-        raise UsageError("a needed rank is none of the world", reason="bad_attach")
+        raise UsageError(f"a needed rank is out of range for world size {message.world_size}", reason="bad_attach")

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from backstay import local, record
+from backstay import local
 from backstay.errors import IntegrityError
 from backstayd.core.records import Distrusted, GateDetail, GateEntry, GateReport, GateState, RunDesired
 from backstayd.core.trust import MAX_DISTRUSTED, MAX_REASON
 from backstayd.node.context import NodeContext
-from backstayd.node.session import Session
+from backstayd.node.session import Session, check_said
 
 MAX_ENTRIES: Final = 4096  # statements of one rank
 MAX_NAMES: Final = 20_000  # tensors in one detail
@@ -27,19 +27,22 @@ def take_gate(session: Session, message: local.Gate) -> None:
         IntegrityError: more than a report should carry.
     """
     names = sum(len(detail.names) for detail in message.details)
-    longest = max((len(entry.name) + len(entry.digest) for entry in message.entries), default=0)
+    longest = max([len(message.decision_id), *(len(entry.name) + len(entry.digest) for entry in message.entries)])
     if len(message.entries) > MAX_ENTRIES or names > MAX_NAMES or longest > 2 * MAX_NAME:
         raise IntegrityError(
             f"rank {session.rank} makes {len(message.entries)} statements with {names} tensors, more than "
             f"{MAX_ENTRIES} and {MAX_NAMES}; it was not compared",
             reason="gate_too_large",
         )
-    session.gate = GateReport(
+    gate = GateReport(
         decision_id=message.decision_id,
-        entries=tuple(record.from_json(GateEntry, record.to_json(entry)) for entry in message.entries),
-        details=tuple(record.from_json(GateDetail, record.to_json(detail)) for detail in message.details),
+        entries=tuple(GateEntry(name=e.name, ranks=e.ranks, digest=e.digest) for e in message.entries),
+        details=tuple(GateDetail(entry=d.entry, names=d.names, digests=d.digests) for d in message.details),
         failure=message.failure[:MAX_REASON],
     )
+    session.gate = None
+    check_said(session, gate=gate)
+    session.gate = gate
 
 
 def answer_gate(session: Session, desired: RunDesired) -> local.GateAnswer | None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+from collections import Counter
 from typing import Final
 
 from backstay import local
 from backstay.errors import CapacityError, UsageError
-from backstay.ids import RunKey, check_name
+from backstay.ids import MAX_COUNT, RunKey, check_name
 from backstayd.core.locating import Located
 from backstayd.node.context import NodeContext
 from backstayd.node.offered import Offered
 from backstayd.transport.operator import OperatorClient
 
 MAX_VISITS: Final = 64
+MAX_VISITS_OF_ONE: Final = 32  # of one user
 ASK_S: Final = 5.0
 
 
@@ -27,7 +29,7 @@ class Visits:
 
     def __init__(self, context: NodeContext) -> None:
         self._context = context
-        self.count = 0
+        self._counts: Counter[int] = Counter()  # by user
 
     async def open(self, message: local.Open, *, uid: int) -> tuple[Offered, local.Offer]:
         """Find the snapshot and make an offer of it; :meth:`close` it.
@@ -39,11 +41,14 @@ class Visits:
             RunKey.parse(message.run)
         else:  # the coordinator knows which job has it
             check_name("run_id", message.run)
-        if message.step < 0:
-            raise UsageError(f"step {message.step} is none", reason="bad_step")
-        if self.count >= MAX_VISITS:
-            raise CapacityError(f"{self.count} snapshots are being read here already; try later", reason="busy")
-        self.count += 1
+        if not 0 <= message.step < MAX_COUNT:
+            raise UsageError(f"step {message.step} is out of range", reason="bad_step")
+        own, total = self._counts[uid], self._counts.total()
+        if own >= MAX_VISITS_OF_ONE or total >= MAX_VISITS:
+            raise CapacityError(
+                f"{total} snapshots are being read here already, {own} of them by user {uid}; try later", reason="busy"
+            )
+        self._counts[uid] += 1
         offered: Offered | None = None
         try:
             located = await asyncio.to_thread(self._locate, message)
@@ -58,12 +63,12 @@ class Visits:
             self._context.offers.begin_visit(offered)
             return offered, await self._context.offers.offer(offered)
         except BaseException:
-            self.close(offered)
+            self.close(offered, uid=uid)
             raise
 
-    def close(self, offered: Offered | None) -> None:
+    def close(self, offered: Offered | None, *, uid: int) -> None:
         """The visitor has gone."""
-        self.count -= 1
+        self._counts -= Counter({uid: 1})
         if offered is not None:
             self._context.offers.end_visit(offered)
             self._context.kick()

@@ -26,16 +26,25 @@ class Refusals:
         self._known: dict[str, _Known] = {}
         self._lock = threading.Lock()
 
-    def note(self, text: str) -> None:
-        """``text`` says who was refused and why, without what differs from try to try, such as a port."""
+    def note(
+        self, text: str, *, cause: str = "", level: int = logging.WARNING, error: BaseException | None = None
+    ) -> None:
+        """Log ``text``: who was refused and why.
+
+        Args:
+            cause: What is logged once a while; by default ``text``, which then must not say what differs from try to try,
+                such as a port.
+            error: Its stack trace is logged, too: a mistake of ours.
+        """
         now = time.monotonic()
+        cause = cause or text
         with self._lock:
-            known = self._known.get(text)
+            known = self._known.get(cause)
             if known is not None and now - known.said_s < AGAIN_S:
                 known.unsaid += 1
                 return
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
-            self._known[text] = _Known(now)
+            self._known[cause] = _Known(now)
         times = f" ({known.unsaid} more times meanwhile)" if known is not None and known.unsaid else ""
-        self._logger.warning("refused: %s%s", text, times)
+        self._logger.log(level, "refused: %s%s", text, times, exc_info=error)

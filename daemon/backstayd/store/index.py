@@ -67,6 +67,11 @@ class RunIndex:
             + sum(staged.size_bytes for staged in self.staged.values())
         )
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing lies here but, at most, whose name it is."""
+        return self == RunIndex(run=self.run, owner_uid=self.owner_uid)
+
     def last_step(self, attempt: int, rank: int) -> int:
         """Newest step of ``rank`` committed in ``attempt``; 0 for none."""
         return max((key.step for key, owner in self.shards if owner == rank and key.attempt == attempt), default=0)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HUGE_PAGE_BYTES = 2 << 20  # tmpfs may round up to whole ones
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
@@ -80,6 +82,18 @@ def allocate(allocation: Allocation) -> None:
         raise
     finally:
         os.close(fd)
+
+
+def _cut_back(path: Path, size_bytes: int) -> int:
+    """Cut the file to ``size_bytes`` if more of it is there; returns how much that was."""
+    try:
+        status = path.lstat()
+        excess = max(status.st_size - size_bytes, status.st_blocks * 512 - size_bytes - HUGE_PAGE_BYTES)
+        if excess > 0:
+            os.truncate(path, size_bytes)
+    except OSError:  # it was renamed or deleted just now
+        return 0
+    return excess
 
 
 class Slots:
@@ -270,6 +284,32 @@ class Slots:
                     freed += slot.size_bytes
         return freed
 
+    def cut_back(self) -> list[str]:
+        """Take back what trainers added to their files past the size they were granted: their descriptors cannot be sealed.
+
+        Returns what was done, with the culprits, for the log.
+        """
+        found = []
+        for index in self._store.runs.values():
+            paths = self._store.paths(index.run)
+            places = [
+                (paths.slot(slot.rank, slot.number), slot.size_bytes, slot.slot_id) for slot in index.slots.values()
+            ]
+            places += [
+                (paths.shard(key, rank, held.record.world_size), held.record.size_bytes, held.slot_id)
+                for (key, rank), held in index.shards.items()
+            ]
+            for path, size_bytes, slot_id in places:
+                excess = _cut_back(path, size_bytes)
+                if excess > 0:
+                    holder = index.holders.get(slot_id)
+                    who = f"process {holder.pid}" if holder is not None else "a process that is not known"
+                    found.append(
+                        f"{who} of user {index.owner_uid} added {excess} bytes to {path.name} of run {index.run} past the "
+                        f"{size_bytes} bytes that were granted; they were taken back"
+                    )
+        return found
+
     def end_run(self, run: str) -> None:
         """The run is forgotten: its grants end, its descriptors are closed."""
         for grant in [grant for grant in self.grants.values() if grant.run == run]:
@@ -355,6 +395,7 @@ class Slots:
             for fragment, size in index.fragments.items()
             if world_size in (0, index.plans[fragment.plan_id].world_size)
         )
+        self._store.require_share(index, more * size_bytes + max(0, parity - held_parity))
         self._store.require_room(
             more * size_bytes + max(0, parity - held_parity),
             f"run {index.run}: rank {rank} needs {more} more slots of {size_bytes} bytes and "
@@ -374,6 +415,10 @@ class Slots:
         self._pending[index.run, rank, number] = allocation
         self.pending_bytes += size_bytes
         return allocation
+
+    def pending_of(self, run: str) -> int:
+        """Bytes that are being allocated for the run now."""
+        return sum(allocation.size_bytes for (owner, _, _), allocation in self._pending.items() if owner == run)
 
     def _end_allocation(self, allocation: Allocation) -> None:
         del self._pending[allocation.run, allocation.rank, allocation.number]

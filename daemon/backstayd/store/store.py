@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backstay import record
-from backstay.errors import BackstayError, CapacityError, ConfigError, InvariantError, UsageError
+from backstay.errors import BackstayError, CapacityError, ConfigError, IntegrityError, InvariantError, UsageError
 from backstay.ids import Generation, RunKey
 from backstayd.core.records import Decision, Distrusted
 from backstayd.core.tombstone import Tombstone, trimmed
@@ -52,6 +52,7 @@ class Store:
         memory_dir: Made (mode 0700) if it does not exist.
         incarnation: Of this daemon; part of temporary names.
         quota_bytes: Most to hold; 0 is what tmpfs and cgroup allow.
+        user_quota_bytes: Most that the runs of one user may hold of it; 0 is no limit of its own.
         must_be_tmpfs: Refuse another file system (else warn).
         reader_wait_s: How long a reader may keep a released slot from being used again.
 
@@ -65,6 +66,7 @@ class Store:
         *,
         incarnation: str,
         quota_bytes: int = 0,
+        user_quota_bytes: int = 0,
         must_be_tmpfs: bool = False,
         reader_wait_s: float = 3.0,
         cgroup_root: Path = Path("/sys/fs/cgroup"),
@@ -72,6 +74,7 @@ class Store:
         self.memory_dir = memory_dir
         self.incarnation = incarnation
         self.quota_bytes = quota_bytes
+        self.user_quota_bytes = user_quota_bytes
         self.runs: dict[str, RunIndex] = {}
         self.foreign: list[Finding] = []
         self.corrupt_count = 0
@@ -129,7 +132,7 @@ class Store:
 
     def admit_generation(self, generation: Generation) -> bool:
         """Whether ``generation`` may be obeyed; a higher one is remembered across restarts."""
-        if not self.generation.admits(generation):
+        if not self.generation.admits(generation) or not generation.is_possible:
             return False
         if generation != self.generation:
             write_atomically(self.memory_dir / GENERATION_NAME, record.dumps(generation), incarnation=self.incarnation)
@@ -248,6 +251,20 @@ class Store:
         """Raise ConfigError if the quota is more than tmpfs and cgroup can ever hold: nothing was taken yet."""
         room.require_quota(self._limits(), self.quota_bytes)
 
+    def require_share(self, index: RunIndex, wanted_bytes: int) -> None:
+        """Raise CapacityError if the run's user would hold more than ``user_quota_bytes``."""
+        uid = index.owner_uid
+        if not self.user_quota_bytes or uid == UNKNOWN_UID:
+            return
+        own = [other for other in self.runs.values() if other.owner_uid == uid]
+        held = sum(other.used_bytes + self.slots.pending_of(other.run) for other in own)
+        if held + wanted_bytes > self.user_quota_bytes:
+            raise CapacityError(
+                f"run {index.run}: {wanted_bytes} bytes wanted, user {uid} holds {held} of {self.user_quota_bytes} "
+                "(user_quota_bytes) on this node; forget a run, or ask the operator for more",
+                reason="user_quota",
+            )
+
     def require_room(self, wanted_bytes: int, purpose: str) -> None:
         """Check that ``wanted_bytes`` fit, giving up unused slots for them if need be.
 
@@ -288,7 +305,10 @@ class Store:
         path = self.memory_dir / GENERATION_NAME
         if path.exists():
             try:
-                self.generation = record.loads(Generation, read_small(path))
+                generation = record.loads(Generation, read_small(path))
+                if not generation.is_possible:
+                    raise IntegrityError(f"generation {generation.number} is out of range", reason="bad_record")
+                self.generation = generation
             except BackstayError as error:
                 logger.error("%s is not used: %s; the next coordinator's generation is taken", path, error)
                 remove(path)

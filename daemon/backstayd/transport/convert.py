@@ -47,9 +47,15 @@ def from_message(cls: type[R], message: Message) -> R:
     """The message as a record.
 
     Raises:
-        IntegrityError: for an enum value this version does not know, where nothing can be left out.
+        IntegrityError: for an enum value this version does not know, where nothing can be left out, and for a message
+            without a part that the record cannot be without.
     """
-    return cls(**read_fields(cls, message))
+    values = read_fields(cls, message)
+    kind: Any = cls
+    missing = _required(kind) - values.keys()
+    if missing:
+        raise IntegrityError(f"a {cls.__name__} came without {', '.join(sorted(missing))}", reason="bad_record")
+    return cls(**values)
 
 
 def read_fields(cls: type[Any], message: Message, names: Container[str] | None = None) -> dict[str, Any]:
@@ -71,6 +77,13 @@ def read_fields(cls: type[Any], message: Message, names: Container[str] | None =
         else:
             values[name] = tuple(_value(kind, item) for item in value) if is_tuple else _value(kind, value)
     return values
+
+
+@functools.cache
+def _required(cls: Any) -> frozenset[str]:
+    """Names of the fields without a default."""
+    missing = dataclasses.MISSING
+    return frozenset(f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing)
 
 
 def element_of(cls: type[Any], name: str) -> type[Any]:

@@ -21,6 +21,7 @@ from backstayd.core.locating import Located
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.security.credentials import Credentials
 from backstayd.security.handshakes import Handshakes
+from backstayd.security.refusals import Refusals
 from backstayd.transport import convert, delta, errors
 from backstayd.transport.access import RoleInterceptor, check_name
 from backstayd.transport.channel import add_port, server_options
@@ -206,19 +207,27 @@ def _response(desired: NodeDesired, last: NodeDesired | None) -> coordinator_pb2
 class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def __init__(self, server: CoordinatorServer) -> None:
         self._server = server
+        self._refusals = Refusals(logger)
 
     async def Sync(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        error: BackstayError | None = None
         try:
             await self._server.sync(request_iterator, context)
         except* BackstayError as group:
-            error = group.exceptions[0]
-            level = logging.DEBUG if isinstance(error, errors.NotLeaderError) else logging.WARNING
-            logger.log(level, "a node's stream was refused: %s", error)
-            await _abort(context, error if isinstance(error, BackstayError) else BackstayError(str(error)))
-        except* Exception as group:
+            error = _first_of(group)
+        except* Exception as group:  # noqa: BLE001 - the boundary of a stream: logged below
             if not context.done():
-                logger.exception("a mistake in serving a node's stream; it is cut, and the node connects anew")
-                await _abort(context, InvariantError(f"the coordinator made a mistake: {group.exceptions[0]!r}"))
+                cause = _first_of(group)
+                error = InvariantError(f"the coordinator made a mistake: {cause!r}")
+                text = f"a mistake in serving a node's stream ({cause!r}); it is cut, and the node connects anew"
+                self._refusals.note(text, cause=repr(type(cause)), level=logging.ERROR, error=cause)
+        if error is None:
+            return
+        if isinstance(error, errors.NotLeaderError):
+            logger.debug("a node's stream was refused: %s", error)
+        elif not isinstance(error, InvariantError):
+            self._refusals.note(f"a node's stream: {error}", cause=f"{_host_of(context)} {error.reason}")
+        await _abort(context, error)  # not within except*, which would wrap gRPC's own exception and have it logged
 
 
 class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
@@ -270,6 +279,17 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         except BackstayError as error:
             await _abort(context, error)
         return operator_pb2.LocateResponse(document_json=record.dumps(located).decode())
+
+
+def _first_of(group: BaseExceptionGroup[Any]) -> Any:
+    """The first of the exceptions that are no groups themselves."""
+    first = group.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _host_of(context: Any) -> str:
+    """Where the caller is, without its port."""
+    return str(context.peer()).rpartition(":")[0]
 
 
 async def _abort(context: Any, error: BackstayError) -> None:

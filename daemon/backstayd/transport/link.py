@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from backstayd.security import probe
 from backstayd.security.credentials import Credentials
 from backstayd.transport import convert, delta, errors
 from backstayd.transport.addresses import AddressBook, Resolver, Target
-from backstayd.transport.channel import open_channel
+from backstayd.transport.channel import MAX_MESSAGE_BYTES, open_channel
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ RENEW_S = 1800.0  # a connection over TLS is replaced after so long, well before
 RENEW_AGAIN_S = 30.0  # when the coordinator took none with a new certificate
 PROBE_AGAIN_S = 30.0
 MAX_PROBED = 16
+MAX_REPORT_BYTES = MAX_MESSAGE_BYTES * 3 // 4
+LEFT_OUT_S = 60.0  # so long a run that makes the report too large is not in it; then it is tried again
 
 
 class CoordinatorLink:
@@ -281,19 +284,32 @@ class _Words:
         self._takes_deltas = False  # the coordinator at the other end
         self._sent: NodeReport | None = None
         self._desired: NodeDesired | None = None
+        self._left_out: dict[str, float] = {}  # runs that made a report too large, and until when
 
-    def write(self, report: NodeReport) -> coordinator_pb2.SyncRequest:
-        """What changed since the report before; a bare heartbeat if nothing did (its number counts no change)."""
-        request = coordinator_pb2.SyncRequest(takes_deltas=True)
-        last = self._sent if self._takes_deltas else None
-        if last is None:
-            convert.fill_fields(report, request.report)
-        else:
-            if replace(report, sequence=last.sequence) == last:
+    def write(self, report: NodeReport, *, limit_bytes: int = MAX_REPORT_BYTES) -> coordinator_pb2.SyncRequest:
+        """What changed since the report before; a bare heartbeat if nothing did (its number counts no change).
+
+        A report over ``limit_bytes``, which the coordinator would refuse, loses its largest run, never the node.
+        """
+        now_s = time.monotonic()
+        self._left_out = {run: until_s for run, until_s in self._left_out.items() if until_s > now_s}
+        while True:
+            if self._left_out:
+                report = replace(report, runs=tuple(run for run in report.runs if run.run not in self._left_out))
+            last = self._sent if self._takes_deltas else None
+            if last is not None and replace(report, sequence=last.sequence) == last:
                 report = last
-            request.delta.CopyFrom(delta.write(report, last, request.report))
-        self._sent = report
-        return request
+            request = _request(report, last)
+            if request.ByteSize() <= limit_bytes or not request.report.runs:
+                self._sent = report
+                return request
+            largest = max(request.report.runs, key=lambda run: run.ByteSize())
+            logger.error(
+                "run %s: what this node would report of it has %d bytes, more than a report may have (%d); it is left out for "
+                "%g s, and the coordinator counts nothing of it here",
+                largest.run, largest.ByteSize(), limit_bytes, LEFT_OUT_S,
+            )  # fmt: skip
+            self._left_out[largest.run] = now_s + LEFT_OUT_S
 
     def read(self, response: coordinator_pb2.SyncResponse) -> NodeDesired:
         """The whole answer; raises IntegrityError for a change of nothing."""
@@ -303,3 +319,13 @@ class _Words:
         else:
             self._desired = convert.from_message(NodeDesired, response.desired)
         return self._desired
+
+
+def _request(report: NodeReport, last: NodeReport | None) -> coordinator_pb2.SyncRequest:
+    """What differs from ``last``, which the other side has; all of it without one."""
+    request = coordinator_pb2.SyncRequest(takes_deltas=True)
+    if last is None:
+        convert.fill_fields(report, request.report)
+    else:
+        request.delta.CopyFrom(delta.write(report, last, request.report))
+    return request
