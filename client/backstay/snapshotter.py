@@ -139,13 +139,14 @@ class Snapshotter:
         another number of ranks or another parallelism: this rank's parts are put together then.
 
         Args:
-            allow_fresh: Start over (step 0) if the run is known but nothing of it can be restored.
+            allow_fresh: Start over (step 0) if the run is known, or was finished, and nothing of it can be restored.
             deadline_s: How long all of it may take.
             missing_ok: Names of extras that were added or removed since the snapshot: those stay as the script made them.
 
         Raises:
             UsageError: a model or optimizer that cannot be captured, or several processes without torch.distributed.
-            UnavailableError: no daemon, or no decision in time. UnrecoverableError: a known run without a restorable snapshot.
+            UnavailableError: no daemon, or no decision in time. UnrecoverableError: a known run without a restorable snapshot,
+                or one that finished or was freed.
             IntegrityError: the snapshot does not fit or a byte is wrong.
         """
         self._refuse_closed("restore()")
@@ -189,6 +190,7 @@ class Snapshotter:
             self._sigterm = SigtermHook(lambda: self._session)
         if loaded is not None:
             self._begin_probation(restored)
+        ask.announce(attach.run, restored, rank=place.rank)
         return make_result(restored, loaded, seconds=time.monotonic() - begin_s)
 
     def report_loss(self, loss: float | torch.Tensor) -> None:

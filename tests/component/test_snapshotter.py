@@ -476,3 +476,30 @@ def test_closing_leaves_no_thread_behind(daemon: LocalDaemon) -> None:
         lambda: not {t.name for t in threading.enumerate() if t.name.startswith("backstay")} - before,
         "a thread was left over",
     )
+
+
+def test_each_start_writes_one_line_where_training_was_started(
+    daemon: LocalDaemon, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def written() -> list[str]:
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("backstay: ")]
+
+    logging.getLogger("backstay").setLevel(logging.WARNING)  # as where nobody configured anything
+    try:
+        training = Training(daemon.socket_path)
+        training.keeper.restore()
+        assert written() == ["backstay: new run default/r"]
+        training.run(0, 2)
+        training.keeper.close()
+        again = Training(daemon.socket_path)
+        assert again.keeper.restore().step == 2
+        assert written() == ["backstay: restored step 2 of default/r (EXACT), attempt 2"]
+        again.keeper.close()
+        with caplog.at_level(logging.INFO, "backstay"):
+            third = Training(daemon.socket_path)
+            third.keeper.restore()
+            third.keeper.close()
+        assert "backstay: restored step 2 of default/r (EXACT), attempt 3" in caplog.messages
+        assert written() == [], "a log that is read is enough"
+    finally:
+        logging.getLogger("backstay").setLevel(logging.NOTSET)

@@ -248,3 +248,17 @@ def test_a_run_whose_nodes_are_all_gone_does_not_stay_for_ever(node_count: int) 
     assert engine.run_until(lambda: RUN not in cluster.core().runs and not held(cluster), limit_s=30)
     refusal = asks(engine, cluster, Job(RUN, {0: "n9"}))
     assert "was freed at step" in refusal
+
+
+def test_a_new_run_is_told_which_names_like_its_own_exist() -> None:
+    engine, cluster, job = training(2, run="default/llama-7b")
+    engine.run_for(2)
+    typo = Job("default/llama-7B", {0: "n1", 1: "n2"})
+    assert asks(engine, cluster, typo) == ""
+    assert typo.decision is not None
+    assert "it starts from scratch; runs with a name like it: default/llama-7b (step " in typo.decision.message
+    other = Job("default/vision", {0: "n1"})
+    assert asks(engine, cluster, other) == ""
+    assert other.decision is not None
+    assert "like it" not in other.decision.message
+    assert job.decision is not None

@@ -17,7 +17,7 @@ from backstay.control import DaemonConnection
 from backstay.direct.line import BY_CHUNKS, Line
 from backstay.direct.source import Source
 from backstay.errors import UnavailableError
-from backstay.restore.ask import Progress
+from backstay.restore.ask import Progress, announce
 from backstay.trainer import given
 from backstay.trainer.world import World
 
@@ -53,6 +53,7 @@ def enter(run: str, place: World, world_id: str, *, socket_path: str, allow_fres
     source = None
     if restored.outcome != "NONE":
         source = Source(run=run, step=restored.step, socket_path=socket_path, snapshot_id=restored.snapshot_id)
+    announce(run, restored, rank=place.rank)
     return Entered(line=line, source=source, restored=restored)
 
 

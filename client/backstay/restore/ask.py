@@ -184,11 +184,27 @@ class Progress:
         if now - self._said_s < pause_s:
             return
         self._said_s, self._last, self._last_cause = now, text, cause
-        line = f"backstay restore, rank {self._rank}, {now - self._begin_s:.0f} s: {text}"
-        if _log.isEnabledFor(logging.INFO):
-            _log.info("%s", line)
-        elif self._rank == 0:
-            print(line, file=sys.stderr, flush=True)
+        _write(f"backstay restore, rank {self._rank}, {now - self._begin_s:.0f} s: {text}", rank=self._rank)
+
+
+def announce(run: str, restored: local.Restored, *, rank: int) -> None:
+    """Write what the run begins from, so that a mistyped run_id is seen where training was started."""
+    why = f": {restored.message}" if restored.message else ""
+    if restored.outcome != "NONE":
+        what = f"backstay: restored step {restored.step} of {run} ({restored.outcome}), attempt {restored.attempt}"
+    elif restored.attempt <= 1:
+        what = f"backstay: new run {run}"
+    else:
+        what = f"backstay: new start of {run}, attempt {restored.attempt}"
+    _write(what + why, rank=rank)
+
+
+def _write(line: str, *, rank: int) -> None:
+    """To the log if someone listens, else rank 0 to stderr."""
+    if _log.isEnabledFor(logging.INFO):
+        _log.info("%s", line)
+    elif rank == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _pause(seconds: float) -> None:

@@ -420,9 +420,16 @@ class Coordinator:
             tombstones=self.tombstones,
             raise_generation=self._raise_generation,
             say=lambda kind, message: self._say(run, kind, message),
+            others=self._runs_of,
             again=lambda kind: self.timeline.allow_again(run, kind),
             unix_offset_s=self.unix_offset_s,
         )
+
+    def _runs_of(self, owner: str) -> dict[str, str]:
+        """Runs of a user, and what became of each."""
+        over = {name: one.sentence() for name, one in self.tombstones.known.items() if one.owner == owner}
+        used = [state for state in self.runs.values() if state.owner == owner and state.memory.is_known]
+        return over | {state.run: state.became() for state in used}
 
     def _raise_generation(self, above: int) -> Generation:
         self.generation = Generation(max(self.generation.number, above) + 1, self.incarnation)

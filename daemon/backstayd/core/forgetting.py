@@ -10,14 +10,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
-from backstayd.core.catalog import SnapshotView
+from backstayd.core.catalog import ShapeCache, SnapshotView, build_views, take_inventory
 from backstayd.core.choosing import Memory, is_never_used
 from backstayd.core.context import RunContext
 from backstayd.core.lineage import newest_decision
+from backstayd.core.nodes import NodeState
 from backstayd.core.persisting import Persisting
 from backstayd.core.records import Decision, RunReport, SessionPhase, SessionRecord
 from backstayd.core.recovery import Recovery, Say
 from backstayd.core.tombstone import MAX_ABSENT, Cause, Tombstone
+from backstayd.core.tombstones import Tombstones
 
 UNUSED_LEASES = 60  # after so many without a trainer a run that never held a snapshot is dropped: three minutes
 
@@ -107,6 +109,21 @@ def tombstone_of(
         idle_s=idle_s if cause is Cause.IDLE else 0.0,
         absent=tuple(sorted(absent))[:MAX_ABSENT],
     )
+
+
+def lift_if_wrong(
+    run: str, nodes: Mapping[str, NodeState], tombstones: Tombstones, shapes: ShapeCache, head: Decision | None
+) -> str:
+    """Lift the run's tombstone if it names what lives; the sentence for that, "" if it stands or there is none."""
+    reports = {name: node.runs[run] for name, node in nodes.items() if run in node.runs}
+    tombstone = tombstones.get(run)
+    if tombstone is None or not any(tombstones.is_left(name, report) for name, report in reports.items()):
+        return ""
+    why = why_wrong(tombstone, reports, build_views(take_inventory(run, nodes.values()), shapes), head)
+    if not why:
+        return ""
+    tombstones.lift(run)
+    return f"it {tombstone.sentence()}, as was thought; it goes on, because {why}"
 
 
 def why_wrong(

@@ -11,11 +11,12 @@ from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_vi
 from backstayd.core.choosing import Memory, choose
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.draining import Draining
-from backstayd.core.forgetting import Forgetting, tombstone_of, why_wrong
+from backstayd.core.forgetting import Forgetting, lift_if_wrong, tombstone_of
 from backstayd.core.lag import Lag, Training, behind_sentence
 from backstayd.core.ledger import Accounts
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.missing import Missing
+from backstayd.core.near import near_sentence
 from backstayd.core.nodes import NodeState
 from backstayd.core.orders import Orders, make_orders
 from backstayd.core.ownership import owner_of, strangers, without
@@ -25,12 +26,12 @@ from backstayd.core.policy import CorePolicy
 from backstayd.core.probation import Probation
 from backstayd.core.protection import Protection
 from backstayd.core.rebuilds import Rebuilds
-from backstayd.core.records import Decision, RunDesired, RunReport, SessionPhase, SessionRecord
+from backstayd.core.records import Decision, Outcome, RunDesired, RunReport, SessionPhase, SessionRecord
 from backstayd.core.recovery import Recovery, Say, Stage
 from backstayd.core.retention import abandoned_keys, has_returned, releasable
 from backstayd.core.sentences import any_nodes, counted, listed
 from backstayd.core.surveying import live_records, stored_views, with_urls
-from backstayd.core.tombstone import Cause, Tombstone
+from backstayd.core.tombstone import Cause
 from backstayd.core.tombstones import Tombstones
 from backstayd.core.trust import tainted_views
 
@@ -76,6 +77,7 @@ class RunState:
     tombstones: Tombstones
     raise_generation: Callable[[int], Generation]
     say: Say
+    others: Callable[[str], Mapping[str, str]]  # runs of that user, and what became of each
     again: Callable[[str], None]  # the state that the last sentence of this kind described has passed
     unix_offset_s: float = 0.0  # from the core's clock to Unix time, for the ledger
     protection: Protection = field(init=False)
@@ -267,7 +269,7 @@ class RunState:
             storage=storage,
             stored=stored,
             live_records=records,
-            tombstone=self._epitaph(),
+            tombstone=self.tombstones.as_told(self.run, self.owner),
             trust=self.probation.trust,
             restore_loop_limit=self.policy.restore_loop_limit,
         )
@@ -305,28 +307,12 @@ class RunState:
         self.pace, self.memory, self.lag, self.missing, self.known_sessions = Pace(), Memory(), Lag(), Missing(), {}
         self.head, self.evaluation, self.orders, self.owner, self.seen = None, None, None, "", None
 
-    def _epitaph(self) -> Tombstone | None:
-        """What is forgotten under this name; to another user than its owner's it tells nothing."""
-        found = self.tombstones.get(self.run)
-        if found is not None and found.owner and self.owner and found.owner != self.owner:
-            return replace(found, cause=Cause.UNUSED)
-        return found
-
     def _look_past(self, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
         """``nodes`` without what is forgotten of the run; what says so is lifted if it names what lives."""
-        reports = {name: node.runs[self.run] for name, node in nodes.items() if self.run in node.runs}
-        is_left = any(self.tombstones.is_left(name, report) for name, report in reports.items())
-        tombstone = self.tombstones.get(self.run)
-        if tombstone is not None and is_left:
-            views = build_views(take_inventory(self.run, nodes.values()), self.shapes)
-            why = why_wrong(tombstone, reports, views, self.head)
-            if why:
-                self.tombstones.lift(self.run)
-                self.say("abandoned", f"it {tombstone.sentence()}, as was thought; it goes on, because {why}")
-        seen = self.tombstones.visible(self.run, nodes)
-        parts = [seen[name].runs[self.run] for name in reports]
-        is_used = any(part.sessions or part.shards or part.plans or part.decision is not None for part in parts)
-        self.forgetting.is_under_way = self.tombstones.get(self.run) is not None and is_left and not is_used
+        why = lift_if_wrong(self.run, nodes, self.tombstones, self.shapes, self.head)
+        if why:
+            self.say("abandoned", why)
+        seen, self.forgetting.is_under_way = self.tombstones.visible(self.run, nodes)
         return seen
 
     def _set_out(self) -> None:
@@ -340,7 +326,14 @@ class RunState:
         self.draining = Draining()
 
     def _enter(self, decision: Decision, context: RunContext) -> Decision:
+        if decision.outcome is Outcome.NONE and not self.memory.is_known:
+            decision = replace(decision, message=decision.message + near_sentence(self.run, self.others(self.owner)))
         return self.accounts.entered(decision, context, self.recovery)
+
+    def became(self) -> str:
+        """What there is of the run, in a few words."""
+        newest = self.memory.newest_complete
+        return f"step {newest.step}" if newest is not None else "no snapshot yet"
 
     def _watch(self, context: RunContext) -> None:
         """Note what is new in the reports: snapshots, sessions, corruption."""

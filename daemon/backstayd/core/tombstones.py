@@ -70,11 +70,22 @@ class Tombstones:
             while len(self.lifted) > MAX_TOMBSTONES:
                 del self.lifted[next(iter(self.lifted))]
 
-    def visible(self, run: str, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
-        """``nodes`` as if they did not hold what is forgotten of ``run``."""
-        if run not in self.known:
-            return nodes
-        return {name: self._visible(run, node) for name, node in nodes.items()}
+    def as_told(self, run: str, owner: str) -> Tombstone | None:
+        """The run's tombstone as a trainer of user ``owner`` hears of it: that of another user's run tells nothing."""
+        found = self.known.get(run)
+        if found is not None and found.owner and owner and found.owner != owner:
+            return replace(found, cause=Cause.UNUSED)
+        return found
+
+    def visible(self, run: str, nodes: Mapping[str, NodeState]) -> tuple[Mapping[str, NodeState], bool]:
+        """``nodes`` as if they did not hold what is forgotten of ``run``, and whether that is all they have of it."""
+        holders = [node for node in nodes.values() if run in node.runs and self.is_left(node.name, node.runs[run])]
+        if not holders:
+            return nodes, False
+        seen = {name: self._visible(run, node) for name, node in nodes.items()}
+        parts = [node.runs[run] for node in seen.values() if run in node.runs]
+        is_used = any(part.sessions or part.shards or part.plans or part.decision is not None for part in parts)
+        return seen, not is_used
 
     def _visible(self, run: str, node: NodeState) -> NodeState:
         report = node.runs.get(run)
