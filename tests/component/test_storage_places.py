@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from backstay import record
 from backstay.errors import BackstayError, ConfigError, IntegrityError, SnapshotNotFoundError, UnavailableError
 from backstayd.core.storage_names import manifest_name, shard_name
 from backstayd.storage.place import Place, open_place
+from backstayd.storage.publish import publish_shard
 from backstayd.storage.reader import open_shard
 from backstayd.store.stored import ShardChunks, parse_manifest
 from tests.kit.object_store import ObjectStore, object_store
@@ -140,6 +142,64 @@ def test_parts_of_other_bytes_are_not_taken_for_this_shards(s3: ObjectStore) -> 
     opened.read_into(0, whole)
     opened.close()
     assert bytes(whole) == new.data
+
+
+def publish(place: Place, shard: MadeShard, *, mark: str = "n0") -> None:
+    raw = record.dumps(shard.manifest)
+    publish_shard(place, rank=0, source=Source(shard), manifest=raw, mark=mark, check=lambda: None)
+
+
+def bytes_there(place: Place, shard: MadeShard) -> bytes:
+    opened = open_shard(place.url, rank=0, world_size=1, digest=shard.manifest.digest)
+    whole = memoryview(bytearray(len(shard.data)))
+    opened.read_into(0, whole)
+    opened.close()
+    return bytes(whole)
+
+
+def test_a_late_upload_of_another_history_replaces_nothing(url: str) -> None:
+    """Two clusters under one run_id reach the same step of the same attempt."""
+    place = open_place(f"{url}/{SNAPSHOT}")
+    first, late = (make_shard(step=12, payload_bytes=9 * MIB, seed=seed) for seed in (1, 2))
+    publish(place, first)
+    with pytest.raises(UnavailableError, match="another history of this step") as caught:
+        publish(place, late, mark="n1")
+    assert caught.value.reason == "occupied"
+    assert not place.put_shard(shard_name(0, 1), Source(late), mark="n1")
+    assert bytes_there(place, first) == first.data
+    publish(place, first)  # again, as after an answer that was lost
+    assert {entry.name for entry in place.list()} == {shard_name(0, 1), manifest_name(0, 1)}
+
+
+def test_an_upload_that_another_history_overtakes_on_its_way_replaces_nothing(url: str) -> None:
+    place = open_place(f"{url}/{SNAPSHOT}")
+    first, late = (make_shard(step=12, payload_bytes=18 * MIB, seed=seed) for seed in (1, 2))
+
+    class Overtaken(Source):
+        def spend(self, size_bytes: int) -> None:
+            super().spend(size_bytes)
+            if self.spent >= 16 * MIB and place.size_of(shard_name(0, 1)) is None:
+                publish(place, first)
+
+    with contextlib.suppress(
+        UnavailableError
+    ):  # S3: its unfinished upload is gone, too; the next try finds it occupied
+        assert not place.put_shard(shard_name(0, 1), Overtaken(late), mark="n1")
+    with pytest.raises(UnavailableError, match="it is not touched"):
+        publish(place, late, mark="n1")
+    assert bytes_there(place, first) == first.data
+
+
+def test_a_shard_whose_writer_died_before_the_manifest_is_completed_by_another_and_not_by_one_of_other_bytes(
+    url: str,
+) -> None:
+    place = open_place(f"{url}/{SNAPSHOT}")
+    first, other = (make_shard(step=12, payload_bytes=5 * MIB, seed=seed) for seed in (1, 2))
+    assert place.put_shard(shard_name(0, 1), Source(first), mark="n0")
+    with pytest.raises(UnavailableError, match="it is not touched"):
+        publish(place, other, mark="n1")
+    publish(place, first, mark="n2")
+    assert bytes_there(place, first) == first.data
 
 
 def test_a_record_is_created_once(url: str) -> None:

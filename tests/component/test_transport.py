@@ -13,6 +13,7 @@ import pytest
 
 from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError
 from backstay.ids import Generation
+from backstayd.clock import boot_s
 from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport, RunDesired, RunReport
 from backstayd.transport import convert
 from backstayd.transport.coordinator_service import CoordinatorServer, _response, _Stream
@@ -78,6 +79,32 @@ def test_a_report_goes_up_and_desired_state_comes_down() -> None:
         await until(lambda: desired[-1] == backend.answer, "the changed answer")
         await link.close()
         assert not link.is_connected
+        await server.close()
+
+    run(scenario)
+
+
+def test_an_answer_says_what_was_wanted_when_the_report_that_it_answers_was_sent() -> None:
+    """Not when it is read: it may have lain in a buffer while this process was frozen."""
+
+    async def scenario() -> None:
+        backend, seen = RecordingBackend(), []
+        server = CoordinatorServer("127.0.0.1:0", backend, lease_s=60.0)
+        link = CoordinatorLink(
+            await server.start(), report=report_of, on_desired=lambda _: seen.append(link.answered_s), lease_s=60.0
+        )
+        begun_s = boot_s()
+        link.start()
+        await until(lambda: seen, "the first answer")
+        answered_s = boot_s()
+        assert begun_s <= seen[0] <= answered_s
+        backend.answer = replace(backend.answer, runs=(RunDesired(run="default/gpt"),))
+        server.wake()  # nothing was reported meanwhile
+        await until(lambda: len(seen) > 1, "another answer")
+        assert seen[1] == seen[0]
+        link.notify()
+        await until(lambda: link.answered_s >= answered_s, "a report that is sent from then on is answered")
+        await link.close()
         await server.close()
 
     run(scenario)

@@ -53,11 +53,16 @@ class NodeThread:
 
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
-    def desire(self, *runs: RunDesired, generation: int | None = None, **more: Any) -> None:
+    def desire(
+        self, *runs: RunDesired, generation: int | None = None, answered_s: float | None = None, **more: Any
+    ) -> None:
+        """``answered_s``: when the report was sent that this answers; now, if it is not said."""
         if generation is not None:
             self.generation = generation
         desired = NodeDesired(generation=Generation(self.generation, COORDINATOR), runs=runs, peers=self.peers, **more)
+        sent_s = self.node.context.clock.boot_s() if answered_s is None else answered_s
         self.call(lambda: self.node.reconciler.on_desired(desired))
+        self.call(lambda: self.node.storing.on_desired(desired, sent_s))
 
     def report(self) -> NodeReport:
         return self.call(self.node.reporter.report)

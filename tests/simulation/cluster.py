@@ -41,6 +41,7 @@ class Control:
         self.sent: dict[str, NodeDesired] = {}
         self.arrival_s: dict[str, float] = {}
         self.streams: dict[str, str] = {}
+        self.answered_s: dict[str, float] = {}  # by node: when the newest report was sent that has come
         self.is_due = False
         self._tick()
 
@@ -52,11 +53,15 @@ class Control:
             self._evaluate(is_heartbeat=True)
         self.cluster.engine.after(self.cluster.lease_s / 6, self._tick)
 
-    def receive(self, report: NodeReport) -> None:
+    def receive(self, report: NodeReport, sent_s: float) -> None:
         if not self.is_running or self.is_paused:
             return
         self.core.observe(report, self.cluster.engine.now_s)
-        self.streams[report.node.name] = report.node.incarnation
+        name = report.node.name
+        if self.streams.get(name) != report.node.incarnation:
+            self.answered_s[name] = sent_s
+        self.streams[name] = report.node.incarnation
+        self.answered_s[name] = max(sent_s, self.answered_s[name])
         if not self.is_due:
             self.is_due = True
             self.cluster.engine.after(EVALUATE_COALESCE_S, self._evaluate_due)
@@ -81,7 +86,9 @@ class Control:
         for delay_s in cluster.fates():
             arrival_s = max(cluster.engine.now_s + delay_s, self.arrival_s.get(name, 0.0))
             self.arrival_s[name] = arrival_s
-            cluster.engine.after(arrival_s - cluster.engine.now_s, cluster.deliver, self, name, incarnation, desired)
+            answered_s = self.answered_s[name]
+            arrive_s = arrival_s - cluster.engine.now_s
+            cluster.engine.after(arrive_s, cluster.deliver, self, name, incarnation, desired, answered_s)
 
 
 @dataclass(slots=True)
@@ -156,14 +163,14 @@ class Cluster:
             node.heard_s = self.engine.now_s
         if control is not None and is_heard:
             for delay_s in self.fates():
-                self.engine.after(delay_s, control.receive, report)
+                self.engine.after(delay_s, control.receive, report, self.engine.now_s)
 
-    def deliver(self, control: Control, name: str, incarnation: str, desired: NodeDesired) -> None:
+    def deliver(self, control: Control, name: str, incarnation: str, desired: NodeDesired, answered_s: float) -> None:
         node = self.nodes.get(name)
         if node is None or node.deaf_until_s > self.engine.now_s:
             return
         if not node.is_cut and (control is self.control or control.is_paused is False):
-            node.receive(desired, incarnation)
+            node.receive(desired, incarnation, answered_s)
 
     def work_delay(self) -> float:
         return self.engine.between(*self.work_s)

@@ -95,6 +95,9 @@ class RunWork:
     survey: Survey | None = None
     uploads: dict[tuple[str, int], Upload] = field(default_factory=dict)
     pruned: set[SnapshotKey] = field(default_factory=set)
+    marked: set[str] = field(default_factory=set)
+    struck: set[str] = field(default_factory=set)
+    confirmed_s: float = -1.0  # when the newest report was sent that was answered with what is desired
     failed_copies: set[str] = field(default_factory=set)
 
 
@@ -119,7 +122,7 @@ class Node:
         self.work: dict[str, RunWork] = {}
         self.trainers: list[Trainer] = []
         self.is_report_due = False
-        self.missed: list[NodeDesired] = []
+        self.missed: list[tuple[NodeDesired, float]] = []
         self.steady_since_s = cluster.engine.now_s
         self.heard_s = cluster.engine.now_s  # when it last sent a report that was not cut off
 
@@ -221,6 +224,8 @@ class Node:
             survey=work.survey,
             uploads=tuple(work.uploads[place] for place in sorted(work.uploads)),
             pruned=tuple(sorted(work.pruned)),
+            marked=tuple(sorted(work.marked)),
+            struck=tuple(sorted(work.struck)),
             failed_copies=tuple(sorted(work.failed_copies)),
         )
 
@@ -240,11 +245,11 @@ class Node:
 
     # -- desired state ------------------------------------------------------------------------------------------------
 
-    def receive(self, desired: NodeDesired, incarnation: str) -> None:
+    def receive(self, desired: NodeDesired, incarnation: str, answered_s: float) -> None:
         if not self.is_running or incarnation != self.incarnation:
             return
         if self.is_paused:
-            self.missed.append(desired)
+            self.missed.append((desired, answered_s))
             return
         if not (self.generation == desired.generation or self.generation.admits(desired.generation)):
             return
@@ -255,16 +260,24 @@ class Node:
             self.is_draining = not self.is_draining
             self.changed()
         bury(self, desired)
+        for name in self.work.keys() - {run.run for run in desired.runs}:
+            self.work[name].confirmed_s = -1.0
         for run in desired.runs:
-            self.work.setdefault(run.run, RunWork()).desired = run
+            work = self.work.setdefault(run.run, RunWork())
+            work.desired = run
+            work.confirmed_s = max(work.confirmed_s, answered_s)
+            if run.storage is not None:  # level-triggered, as the daemon is
+                work.pruned &= {item.key for item in run.storage.prunes}
+                work.marked &= {item.snapshot_id for item in run.storage.distrust}
+                work.struck &= {item.snapshot_id for item in run.storage.trust}
             self._reconcile(run)
 
     def resume(self) -> None:
         self.is_paused = False
         self.steady_since_s = self.cluster.engine.now_s
         missed, self.missed = self.missed, []
-        for desired in missed:
-            self.receive(desired, self.incarnation)
+        for desired, answered_s in missed:
+            self.receive(desired, self.incarnation, answered_s)
         self.changed()
 
     def _reconcile(self, desired: RunDesired) -> None:

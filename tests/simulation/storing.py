@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backstay.ids import SnapshotKey
+from backstayd.core.persisting import RECORD_RANK
 from backstayd.core.records import (
     Decision,
+    Distrusted,
     ShardRecord,
     ShardSource,
     StorageDesired,
+    Stored,
+    Survey,
     Upload,
     UploadState,
     UploadTask,
@@ -20,53 +24,118 @@ if TYPE_CHECKING:
 
 
 def keep_stored(node: Node, run: str, desired: StorageDesired) -> None:
-    """List, copy and prune as is wanted; each thing in its own time."""
+    """List, copy, record, prune and mark as is wanted; each thing in its own time."""
     work = node.work[run]
     if desired.survey_id and (work.survey is None or work.survey.survey_id != desired.survey_id):
         node.job(run, ("survey", desired.survey_id), _survey, node, run, desired.survey_id)
     for task in desired.uploads:
-        for rank in (*task.ranks, *((-1,) if task.is_last else ())):
+        for rank in (*task.ranks, *((RECORD_RANK,) if task.is_last else ())):
             node.job(run, ("upload", task.snapshot.snapshot_id, rank), _upload, node, task, rank)
-    for key in desired.prune:
-        if key not in work.pruned:
-            node.job(run, ("prune", key), _prune, node, run, key)
+    for item in desired.prunes:
+        if item.key not in work.pruned:
+            node.job(run, ("prune", item), _prune, node, run, item)
+    for mark in desired.distrust:
+        if mark.snapshot_id not in work.marked:
+            node.job(run, ("distrust", mark.snapshot_id), _mark, node, run, mark)
+    for mark in desired.trust:
+        if mark.snapshot_id not in work.struck:
+            node.job(run, ("trust", mark.snapshot_id), _strike, node, run, mark)
 
 
 def _survey(node: Node, run: str, survey_id: str) -> bool:
-    node.work[run].survey = node.cluster.storage.survey(run, survey_id)
+    """What it listed is reported a while later: storage may be another by then."""
+    found = node.cluster.storage.survey(run, survey_id)
+    node.job(run, ("listed", survey_id), _listed, node, run, found)
+    return True
+
+
+def _listed(node: Node, run: str, found: Survey) -> bool:
+    node.work[run].survey = found
     node.changed()
     return True
 
 
 def _upload(node: Node, task: UploadTask, rank: int) -> bool:
     snapshot, work = task.snapshot, node.work[task.snapshot.run]
-    held = node.memory[snapshot.run].shards.get((snapshot.attempt, snapshot.step, rank))
-    if rank < 0:
-        why = node.cluster.storage.write_record(snapshot)
-    elif held is None or held.digest != snapshot.shards[rank].digest:
-        why = "it is not in memory here"
-    elif held.digest in node.memory[snapshot.run].corrupt:
-        node.quarantine_shard(snapshot.run, held)
-        why = "it is corrupt"
+    if rank == RECORD_RANK:
+        wanted = _wanted(node, snapshot.run)
+        if wanted is None or not any(t.snapshot == snapshot and t.is_last for t in wanted.uploads):
+            return not _is_wanted(node, task, rank)  # not by anybody it heard of a moment ago
+        why = node.cluster.storage.write_record(snapshot, newest_attempt=wanted.newest_attempt)
     else:
-        why = node.cluster.storage.write_shard(snapshot, rank, held)
+        why = _why_not_uploaded(node, task, rank)
     state = UploadState.FAILED if why else UploadState.DONE
     work.uploads[snapshot.snapshot_id, rank] = Upload(
         snapshot_id=snapshot.snapshot_id, rank=rank, state=state, reason=why
     )
     node.changed()
-    is_wanted = work.desired is not None and work.desired.storage is not None and any(
-        other.snapshot == snapshot and (rank in other.ranks or (rank < 0 and other.is_last))
-        for other in work.desired.storage.uploads
-    )  # fmt: skip
-    return not why or not is_wanted
+    return not why or not _is_wanted(node, task, rank)
 
 
-def _prune(node: Node, run: str, key: SnapshotKey) -> bool:
-    if not node.cluster.storage.prune(run, key):
+def _why_not_uploaded(node: Node, task: UploadTask, rank: int) -> str:
+    snapshot = task.snapshot
+    held = node.memory[snapshot.run].shards.get((snapshot.attempt, snapshot.step, rank))
+    if held is None or held.digest != snapshot.shards[rank].digest:
+        return "it is not in memory here"
+    if held.digest in node.memory[snapshot.run].corrupt:
+        node.quarantine_shard(snapshot.run, held)
+        return "it is corrupt"
+    return node.cluster.storage.write_shard(snapshot, rank, held)
+
+
+def _is_wanted(node: Node, task: UploadTask, rank: int) -> bool:
+    desired = node.work[task.snapshot.run].desired
+    return (
+        desired is not None
+        and desired.storage is not None
+        and any(
+            other.snapshot == task.snapshot and (rank in other.ranks or (rank == RECORD_RANK and other.is_last))
+            for other in desired.storage.uploads
+        )
+    )
+
+
+def _wanted(node: Node, run: str) -> StorageDesired | None:
+    """What the coordinator wants of shared storage; None once it has not confirmed that for a lease."""
+    work = node.work[run]
+    if work.desired is None or node.cluster.engine.now_s >= work.confirmed_s + node.cluster.lease_s:
+        return None
+    return work.desired.storage
+
+
+def _prune(node: Node, run: str, item: Stored) -> bool:
+    """Waits for a confirmation, and ends with the order: a node that is cut off keeps both."""
+    desired, wanted = node.work[run].desired, _wanted(node, run)
+    if desired is None or desired.storage is None or item not in desired.storage.prunes:
+        return True
+    if wanted is None or node.cluster.storage.prune(
+        run, item, grounds=wanted.grounds, newest_attempt=wanted.newest_attempt
+    ):
         return False
-    node.work[run].pruned.add(key)
-    node.cluster.checker.pruned(run, key)
+    node.work[run].pruned.add(item.key)
+    node.cluster.checker.pruned(run, item.key)
+    node.changed()
+    return True
+
+
+def _mark(node: Node, run: str, item: Distrusted) -> bool:
+    wanted = _wanted(node, run)
+    if wanted is None or item not in wanted.distrust:
+        return wanted is not None
+    if node.cluster.storage.mark(run, item):
+        return False
+    node.work[run].marked.add(item.snapshot_id)
+    node.changed()
+    return True
+
+
+def _strike(node: Node, run: str, item: Distrusted) -> bool:
+    wanted = _wanted(node, run)
+    if wanted is None or item not in wanted.trust:
+        return wanted is not None
+    if node.cluster.storage.strike(run, item):
+        return False
+    node.work[run].struck.add(item.snapshot_id)
     node.changed()
     return True
 

@@ -192,7 +192,7 @@ def test_two_coordinators_that_nodes_hear_at_once_do_not_both_act() -> None:
     second.evaluate()
     assert second.is_settled
     for node in cluster.nodes.values():
-        node.receive(second.desired(node.name), node.incarnation)
+        node.receive(second.desired(node.name), node.incarnation, engine.now_s)
     engine.run_for(0.3)
     assert not first.is_settled, "the first has seen a higher generation of another and stands back"
     assert first.desired("n1").runs == ()

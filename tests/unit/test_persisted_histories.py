@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from backstay.errors import SnapshotNotFoundError
 from backstay.ids import Generation, SnapshotKey
+from backstayd.core.persisting import RECORD_RANK
 from backstayd.core.records import (
     Distrusted,
     Lineage,
@@ -16,9 +18,10 @@ from backstayd.core.records import (
     Placement,
     RunReport,
     SourceKind,
+    UploadState,
 )
 from backstayd.core.recovery import LEAP_ATTEMPTS
-from tests.unit.test_persisting import NAMES, RUN, Cluster, persisted, shard
+from tests.unit.test_persisting import NAMES, RUN, Cluster, persist_all, persisted, shard, training
 
 
 def test_a_distrusted_copy_is_no_substitute_for_a_sound_older_one() -> None:
@@ -53,6 +56,24 @@ def test_distrust_during_probation_finds_the_older_copy_still_there() -> None:
     assert decision.base is not None
     assert (decision.world_id, decision.base.step) == ("w2", 1)
     assert {source.kind for source in decision.sources} == {SourceKind.PERSISTED}
+
+
+def test_an_operator_distrusts_a_step_that_lies_on_storage_alone() -> None:
+    cluster = Cluster()
+    found = [persisted(step, serial=step) for step in (1, 2)]
+    cluster.storage = {record.snapshot_id: record for record in found}
+    cluster.open_world()
+    cluster.run()
+    assert cluster.core.distrust(RUN, 2, "the loss is off") != ""
+    for name in NAMES:
+        cluster.set(name, sessions=(), staging=None)
+    cluster.open_world("w2")
+    cluster.run()
+    base = cluster.decision().base
+    assert base is not None
+    assert base.step == 1
+    with pytest.raises(SnapshotNotFoundError, match="no snapshot of step 7; there are steps 1"):
+        cluster.core.distrust(RUN, 7, "")
 
 
 @pytest.mark.parametrize("generation", [0, 700])
@@ -91,6 +112,50 @@ def test_a_node_of_the_lost_cluster_that_comes_back_with_a_newer_decision_does_n
     base = cluster.decision().base
     assert base is not None
     assert (base.attempt, base.step) == (decision.attempt, 5), "nothing newer was lost, nothing older restored"
+
+
+def test_a_run_that_another_cluster_has_overtaken_on_storage_leaves_it_alone_and_says_so() -> None:
+    cluster = training(persist_keep_last=1, probation_steps=0)
+    for step in (1, 2):
+        cluster.commit(step)
+        cluster.tell()
+        persist_all(cluster)
+    assert cluster.prunes() == [(SnapshotKey(1, 1),), ()]
+    theirs = persisted(3, attempt=1001, base=(1, 2))
+    cluster.storage[theirs.snapshot_id] = theirs
+    cluster.commit(3)
+    cluster.tell()
+    for name, ranks in cluster.tasks().items():
+        for rank in ranks:
+            cluster.upload(name, rank)
+    cluster.tell()
+    for _ in NAMES:
+        for name in cluster.writers():
+            cluster.upload(name, RECORD_RANK, UploadState.FAILED, "attempt 1001 is of a newer history")
+        cluster.tell()
+    for name in NAMES:
+        cluster.answer_survey(name)  # it is looked at again, because the record could not be written
+    cluster.tell()
+    cluster.commit(4)
+    for _ in range(30):
+        cluster.tell(1.0)
+    assert (cluster.tasks(), cluster.prunes()) == ({}, [(), ()])
+    assert "attempt 1001 in file:///storage/job/run is newer than attempt 1 of this run" in str(
+        cluster.status()["problem"]
+    )
+    for name in NAMES:
+        cluster.set(name, sessions=(), staging=None, shards=(), uploads=())
+    cluster.open_world("w2")
+    cluster.run()
+    decision = cluster.decision()
+    assert decision.base is not None
+    assert (decision.base.attempt, decision.attempt > 1001) == (1001, True), "restarted, it goes on above the other"
+    for rank, name in enumerate(NAMES):
+        cluster.set(name, shards=(replace(shard(5, rank, decision.attempt), world_id="w2"),))
+    cluster.tell()
+    persist_all(cluster)
+    assert cluster.status()["step"] == 5
+    assert cluster.status()["problem"] == ""
 
 
 def test_partial_copies_count_for_the_number_of_the_next_attempt() -> None:

@@ -29,6 +29,7 @@ from backstayd.core.records import Lineage, PersistedSnapshot, VolumeShard
 from backstayd.core.storage_names import RECORD_NAME, run_url, snapshot_url
 from backstayd.printable import say
 from backstayd.storage.place import open_place
+from backstayd.storage.publish import publish_shard
 from backstayd.storage.source import chunk_range
 from backstayd.store.stored import ShardChunks, parse_manifest
 
@@ -113,11 +114,10 @@ def _publish(directory: Path, url: str, found: PersistedSnapshot) -> None:
         manifest = path.with_name(path.name.replace(".safetensors", ".manifest.json"))
         raw = manifest.read_bytes()
         digest = hashlib.sha256(raw).hexdigest()
+        chunks = parse_manifest(raw, digest=digest)
         with path.open("rb") as file:
-            place.put_shard(
-                path.name, _ConvertedShard(file.fileno(), parse_manifest(raw, digest=digest)), mark="import"
-            )
-        place.put_small(manifest.name, raw)
+            source = _ConvertedShard(file.fileno(), chunks)
+            publish_shard(place, rank=chunks.rank, source=source, manifest=raw, mark="import", check=lambda: None)
     if not place.create(RECORD_NAME, record.dumps(found)):
         raise UsageError(f"{url} has a completion record already; import into a new run_id", reason="run_exists")
 

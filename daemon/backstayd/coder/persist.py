@@ -6,17 +6,14 @@ is copied.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from crc32c import crc32c
 
-from backstay import __version__, faults, record
+from backstay import record
 from backstay.errors import IntegrityError, SnapshotNotFoundError, UnavailableError
 from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
@@ -24,7 +21,8 @@ from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.pacing import BUCKET
 from backstayd.coder.sources import pread_chunks
-from backstayd.coder.storage_jobs import PruneSnapshot, SurveyStorage, UploadShard, WriteRecord
+from backstayd.coder.storage_acts import read_marks, with_reason
+from backstayd.coder.storage_jobs import SurveyStorage, UploadShard
 from backstayd.core.records import PersistedSnapshot, Survey, Unreadable
 from backstayd.core.storage_names import (
     RECORD_NAME,
@@ -37,10 +35,12 @@ from backstayd.core.storage_names import (
     step_of,
 )
 from backstayd.core.surveying import why_no_snapshot
+from backstayd.core.trust import MAX_DISTRUSTED
 from backstayd.storage.place import Place, open_place
+from backstayd.storage.publish import publish_shard
 from backstayd.storage.source import chunk_range
 from backstayd.store.published import open_shard
-from backstayd.store.stored import ShardChunks, parse_manifest, read_small
+from backstayd.store.stored import ShardChunks, read_small
 from backstayd.transport.bulk import ShardRef
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def run_survey(context: JobContext, job: SurveyStorage) -> Survey:
         snapshots=snapshots,
         partial=tuple(key for key in sorted(keys) if key not in has_record),
         unreadable=unreadable,
+        distrusted=tuple(with_reason(place, mark) for mark in read_marks(place)[-MAX_DISTRUSTED:]),
     )
 
 
@@ -108,7 +109,6 @@ def run_upload(context: JobContext, job: UploadShard) -> None:
     open_place(root_of(job.url)).require_root()
     ref = shard_ref_of(job)
     place = open_place(snapshot_url(job.url, ref.key))
-    shard, manifest = shard_name(job.rank, job.world_size), manifest_name(job.rank, job.world_size)
     paths = context.paths(job.run)
     raw = read_small(paths.manifest(ref.key, job.rank, job.world_size))
     if _is_there(place, job, raw):
@@ -116,11 +116,10 @@ def run_upload(context: JobContext, job: UploadShard) -> None:
         return
     _require_free(place, ref)
     with open_shard(paths, ref.key, rank=job.rank, world_size=job.world_size, digest=job.digest) as (fd, chunks):
-        place.remove(manifest)  # of other bytes under the same name: the manifest is what says that a shard is whole
         source = _TmpfsSource(context, job, ref, fd, chunks)
-        place.put_shard(shard, source, mark=f"{job.digest[:16]}.{job.mark}")
-    faults.reach("after_upload", step=job.step, rank=job.rank)
-    place.put_small(manifest, raw)
+        publish_shard(
+            place, rank=job.rank, source=source, manifest=raw, mark=f"{job.digest[:16]}.{job.mark}", check=context.check
+        )
 
 
 def _is_there(place: Place, job: UploadShard, raw: bytes) -> bool:
@@ -182,58 +181,3 @@ class _TmpfsSource:
                 size_bytes=self._context.done_bytes,
             )
         self._context.emit(event)
-
-
-def run_record(context: JobContext, job: WriteRecord) -> PersistedSnapshot:
-    """Do ``job``; the snapshot as its record says it. Idempotent.
-
-    Raises:
-        UnavailableError (``incomplete``): a shard is not there whole; (``occupied``): another snapshot's record is there.
-    """
-    snapshot = job.snapshot
-    place = open_place(snapshot_url(job.url, snapshot.key))
-    sizes = {entry.name: entry.size_bytes for entry in place.list()}
-    with ThreadPoolExecutor(PARALLEL_SMALL, thread_name_prefix="record") as pool:
-        ranks = range(snapshot.world_size)
-        problems = list(pool.map(lambda rank: _why_incomplete(context, place, snapshot, rank, sizes), ranks))
-    problem = next(filter(None, problems), "")
-    if problem:
-        raise UnavailableError(f"{place.url} is not complete: {problem}", reason="incomplete")
-    faults.reach("before_record", step=snapshot.step)
-    written = replace(snapshot, unix_s=time.time(), writer=f"backstay {__version__} on {socket.gethostname()}")
-    if not place.create(RECORD_NAME, record.dumps(written)):
-        there = record.loads(PersistedSnapshot, place.read_small(RECORD_NAME))
-        if there.snapshot_id != snapshot.snapshot_id:
-            raise UnavailableError(
-                f"{place.url} holds another snapshot of step {snapshot.step} already; it is not touched",
-                reason="occupied",
-            )
-        written = there
-    faults.reach("after_record", step=snapshot.step)
-    return written
-
-
-def _why_incomplete(
-    context: JobContext, place: Place, snapshot: PersistedSnapshot, rank: int, sizes: dict[str, int]
-) -> str:
-    context.check()
-    shard = snapshot.shards[rank]
-    name = shard_name(rank, snapshot.world_size)
-    if sizes.get(name) != shard.size_bytes:
-        return f"{name} has {sizes.get(name, 'no')} bytes, not {shard.size_bytes}"
-    try:
-        parse_manifest(place.read_small(manifest_name(rank, snapshot.world_size)), digest=shard.digest)
-    except (SnapshotNotFoundError, IntegrityError) as error:
-        return str(error)
-    return ""
-
-
-def run_prune(context: JobContext, job: PruneSnapshot) -> None:
-    """Do ``job``; fine if nothing is there."""
-    context.check()
-    name = snapshot_name(job.key)
-    place = open_place(job.url)
-    place.remove(f"{name}/{RECORD_NAME}")
-    faults.reach("mid_prune", step=job.key.step)
-    with contextlib.suppress(SnapshotNotFoundError):
-        place.remove_tree(name)

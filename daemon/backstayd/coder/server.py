@@ -42,6 +42,8 @@ from backstayd.coder.jobs import (
 from backstayd.coder.plans import run_fetch_plan
 from backstayd.coder.rebuild import run_decode
 from backstayd.coder.storage_jobs import (
+    CheckUploaded,
+    MarkSnapshot,
     PruneSnapshot,
     StorageJob,
     SurveyStorage,
@@ -88,6 +90,7 @@ class CoderServer:
             threading.Thread(target=self._bulk.serve, daemon=True, name="bulk-accept").start()
         else:  # of jobs about storage: a world that restores waits for the first
             importlib.import_module("backstayd.coder.persist")
+            importlib.import_module("backstayd.coder.storage_acts")
             importlib.import_module("backstayd.coder.fetch_persisted")
             importlib.import_module("backstayd.coder.verify_persisted")
         with contextlib.suppress(OSError), self._control.makefile("rb") as lines:
@@ -195,6 +198,7 @@ def _dispatch_storage(context: JobContext, job: StorageJob) -> None:
     from backstayd.coder import (
         fetch_persisted,
         persist,
+        storage_acts,
         verify_persisted,
     )  # only a coder that is asked for it loads what stores need
 
@@ -202,10 +206,14 @@ def _dispatch_storage(context: JobContext, job: StorageJob) -> None:
         persist.run_upload(context, job)
     elif isinstance(job, SurveyStorage):
         context.survey = persist.run_survey(context, job)
+    elif isinstance(job, CheckUploaded):
+        storage_acts.run_check(context, job)
     elif isinstance(job, WriteRecord):
-        context.persisted = persist.run_record(context, job)
+        context.persisted = storage_acts.run_record(context, job)
     elif isinstance(job, PruneSnapshot):
-        persist.run_prune(context, job)
+        storage_acts.run_prune(context, job)
+    elif isinstance(job, MarkSnapshot):
+        storage_acts.run_mark(context, job)
     elif isinstance(job, VerifyPersisted):
         context.file_id = verify_persisted.run_verify_persisted(context, job)
     else:

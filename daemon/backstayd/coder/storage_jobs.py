@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backstay.ids import SnapshotKey
-from backstayd.core.records import PersistedSnapshot
+from backstayd.core.records import Distrusted, PersistedSnapshot, Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,22 +38,59 @@ class UploadShard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WriteRecord:
-    """Check that every shard and manifest of ``snapshot`` lies in the run's directory ``url``, then write its record."""
+class CheckUploaded:
+    """Check that every shard and manifest of ``snapshot`` lies in the run's directory ``url``."""
 
     snapshot: PersistedSnapshot
     url: str
     deadline_s: float
 
+    @property
+    def run(self) -> str:
+        return self.snapshot.run
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneSnapshot:
-    """Remove a snapshot, or what there is of one, from the run's directory ``url``: the record first."""
+class _Act:
+    """What changes storage that others share, in the run's directory ``url``.
+
+    Not begun from ``act_before_s`` on (seconds since this machine's boot): the coordinator may have taken it back. Not done
+    where attempts above ``newest_attempt`` lie: a history that the coordinator does not know of is newer than its own.
+    """
+
+    url: str
+    newest_attempt: int
+    act_before_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteRecord(_Act):
+    """Write the completion record of ``snapshot``, whose parts were checked, unless it is distrusted there."""
+
+    snapshot: PersistedSnapshot
+
+    @property
+    def run(self) -> str:
+        return self.snapshot.run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneSnapshot(_Act):
+    """Remove ``target``, the record first, if it is what lies there and ``grounds`` lie there as well, not distrusted."""
 
     run: str
-    url: str
-    key: SnapshotKey
-    deadline_s: float
+    target: Stored
+    grounds: tuple[Stored, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkSnapshot(_Act):
+    """Write the mark that ``item`` is not restored again; ``is_trusted``: strike it out."""
+
+    run: str
+    item: Distrusted
+    is_trusted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,5 +118,10 @@ class VerifyPersisted(_PersistedShard):
     """Check every chunk of a shard where it lies, on a file system of this machine; the answer is ``JobResult.file_id``."""
 
 
-StorageJob = SurveyStorage | UploadShard | WriteRecord | PruneSnapshot | FetchPersisted | VerifyPersisted
-STORAGE_JOBS = (SurveyStorage, UploadShard, WriteRecord, PruneSnapshot, FetchPersisted, VerifyPersisted)
+StorageJob = (
+    SurveyStorage | UploadShard | CheckUploaded | WriteRecord | PruneSnapshot | MarkSnapshot | FetchPersisted
+    | VerifyPersisted
+)  # fmt: skip
+STORAGE_JOBS = (
+    SurveyStorage, UploadShard, CheckUploaded, WriteRecord, PruneSnapshot, MarkSnapshot, FetchPersisted, VerifyPersisted,
+)  # fmt: skip

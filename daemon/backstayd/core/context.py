@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView
 from backstayd.core.nodes import NodeState
-from backstayd.core.records import Decision, Lineage, PersistedSnapshot, Quarantined, SessionPhase, SessionRecord
+from backstayd.core.records import (
+    Decision,
+    Distrusted,
+    Lineage,
+    PersistedSnapshot,
+    Quarantined,
+    SessionPhase,
+    SessionRecord,
+)
 from backstayd.core.surveying import StorageState
 from backstayd.core.tombstone import Tombstone
 from backstayd.core.trust import Trust
@@ -42,6 +50,7 @@ class RunContext:
     worlds: Mapping[str, World]
     generation: Generation
     has_long_memory: bool  # this coordinator is up for a lease: every node that lives has had time to report
+    distrusted: tuple[Distrusted, ...] = ()  # oldest first
     tainted: Mapping[SnapshotKey, str] = field(default_factory=dict)  # not to be restored although they verify, and why
     trust: Trust = field(default_factory=Trust)
     restore_loop_limit: int = 0

@@ -295,9 +295,10 @@ class Coordinator:
         state = self._known(run)
         context = state.context
         assert context is not None
-        view = next((v for v in context.live_views if v.key.step == step and v.snapshot_id), None)
+        whole = [view for view in context.candidates if view.snapshot_id]  # in memory or on durable storage
+        view = next((view for view in whole if view.key.step == step), None)
         if view is None:
-            steps = sorted({v.key.step for v in context.live_views if v.snapshot_id})
+            steps = sorted({view.key.step for view in whole})
             known = f"steps {listed(steps)}" if steps else "none at all"
             raise SnapshotNotFoundError(
                 f"{run} has no snapshot of step {step}; there are {known}", reason="unknown_step"

@@ -7,7 +7,7 @@ shard was reported whole. An upload never costs training a slot: if memory is sh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,13 +29,13 @@ from backstayd.core.recovery import Say
 from backstayd.core.sentences import listed
 from backstayd.core.storage_names import run_url
 from backstayd.core.surveying import Surveying
+from backstayd.core.upkeep import Upkeep
 
 RECORD_RANK = -1  # in Upload.rank: the completion record
 FAILED_PAUSE_LEASES = 10  # a snapshot whose upload was given up is not tried again before
-ABANDONED_LEASES = 200  # a partial upload that nobody goes on with is removed after so long
 STALL_LEASES = 20  # an upload that gets nowhere makes way for a newer snapshot after so long
 SAVING_LEASES = 600  # a run that ended waits for its copy no longer
-MAX_PRUNES = 16  # named to a node at a time
+MAX_PASSED_OVER = 16
 
 
 @dataclass(slots=True)
@@ -68,18 +68,20 @@ class Persisting:
     surveying: Surveying = field(init=False)
     transfer: Transfer | None = None
     problem: str = ""  # why the newest snapshot is not persisted yet; "" when nothing is wrong
+    overtaken: str = ""  # why this run leaves storage to another; "" while it does not
     last_s: float | None = None  # when the last one was persisted, or the run was first seen
     first_step: int = 0
     served: set[tuple[str, int]] = field(default_factory=set)  # (world, rank) whose wish was met
     passed_over: dict[str, float] = field(default_factory=dict)  # snapshot id -> until when
-    pruning: tuple[SnapshotKey, ...] = ()
-    pruner: str = ""
+    upkeep: Upkeep = field(init=False)
+    newest_attempt: int = 0  # that is known of, on storage or decided
     done_bytes: int = 0
     saving_since_s: float | None = None
 
     def __post_init__(self) -> None:
         url = run_url(self.policy.persist_url, self.run) if self.policy.persist_url else ""
         self.surveying = Surveying(url=url, lease_s=self.policy.lease_s)
+        self.upkeep = Upkeep(self.run, self.policy, self.say, self.surveying)
 
     @property
     def is_on(self) -> bool:
@@ -118,12 +120,19 @@ class Persisting:
             self.surveying.ask(self.run, context.nodes, context.generation, fence=fence, now_s=context.now_s)
         self.served &= _wishes(context)
         self._say_unreadable()
-        self._note_pruned(context)
+        self.upkeep.take(context)
         if self.transfer is not None:
             self._advance(context, world)
-        if self.transfer is None and self.surveying.is_answered and not is_busy:
+        self.overtaken = self._why_overtaken(context) if world and not is_busy else ""
+        if self.overtaken:
+            self.say("persist_failed", self.overtaken)
+        elif self.transfer is None and self.surveying.is_answered and not is_busy:
             self._begin(context, world, target)
-        self._choose_prunes(context, is_waiting=is_busy or is_proving)
+        is_waiting = is_busy or is_proving or bool(self.overtaken)
+        self.upkeep.choose(context, self._sound(context), kept=self._kept(context), is_waiting=is_waiting)
+        head = context.head.attempt if context.head is not None else 0
+        own = self.transfer.snapshot.attempt if self.transfer is not None else 0
+        self.newest_attempt = max(head, own, context.storage.newest_attempt)
 
     def _say_unreadable(self) -> None:
         """A copy that cannot be used is there all the same: it is kept, and a person may repair its record."""
@@ -146,20 +155,15 @@ class Persisting:
             url=self.surveying.url,
             bandwidth_bytes_per_s=self.policy.persist_bandwidth_bytes_per_s,
             persisted_step=newest.step if newest is not None else 0,
+            newest_attempt=self.newest_attempt,
         )
         tasks = self._tasks()
-        special = {*tasks, self.pruner, *(node for node in nodes if self.surveying.wants(node))}
-        return {
-            node: replace(
-                common,
-                uploads=tasks.get(node, ()),
-                prune=self.pruning if node == self.pruner else (),
-                survey_id=self.surveying.wants(node),
-            )
-            if node in special
-            else common
-            for node in nodes
-        }
+        special = {*tasks, self.upkeep.node, *(node for node in nodes if self.surveying.wants(node))}
+        orders = dict.fromkeys(nodes, common)
+        for node in special & orders.keys():
+            own = replace(common, uploads=tasks.get(node, ()), survey_id=self.surveying.wants(node))
+            orders[node] = self.upkeep.ordered(own) if node == self.upkeep.node else own
+        return orders
 
     def incomplete_view(self, context: RunContext) -> SnapshotView | None:
         """The snapshot that is being copied, if a shard of it must be rebuilt first."""
@@ -192,7 +196,7 @@ class Persisting:
             "is_surveyed": self.surveying.is_answered,
             "step": newest.step if newest is not None else 0,
             "attempt": newest.attempt if newest is not None else 0,
-            "problem": self.surveying.error or self.problem,
+            "problem": self.surveying.error or self.overtaken or self.problem,
             "upload": None
             if transfer is None
             else {
@@ -229,9 +233,7 @@ class Persisting:
         if transfer is not None:
             assert not set(transfer.owners) & transfer.done
             assert transfer.writer == "" or transfer.is_whole, "the record is ordered last"
-        kept = set(self.pruning)
-        newest = self.newest
-        assert newest is None or newest.key not in kept, "the newest persisted snapshot stays"
+        self.upkeep.check_invariants(self.newest)
 
     # -- one upload ---------------------------------------------------------------------------------------------------
 
@@ -305,7 +307,26 @@ class Persisting:
         is_newer = newest is None or view.key > newest.key
         is_live = any(view is other for other in context.live_views)
         is_fresh = self.passed_over.get(view.snapshot_id, 0.0) <= context.now_s
-        return is_newer and is_live and is_fresh and view.is_restorable and view.snapshot_id not in self.surveying.known
+        is_sound = view.is_restorable and view.key not in context.tainted
+        return is_newer and is_live and is_fresh and is_sound and view.snapshot_id not in self.surveying.known
+
+    def _why_overtaken(self, context: RunContext) -> str:
+        """What to say when a history newer than this run's writes there: a new cluster, or another job of the same run_id.
+
+        A world that restores learns of it and begins above it; one that trains must leave storage alone.
+        """
+        if context.head is None or not context.storage.is_ahead_of(context.head):
+            return ""
+        return (
+            f"attempt {context.storage.newest_attempt} in {self.surveying.url} is newer than attempt {context.head.attempt} "
+            "of this run: another cluster or job uses its run_id. Nothing is copied or removed there until it is restarted"
+        )
+
+    def _kept(self, context: RunContext) -> set[SnapshotKey]:
+        """What retention leaves alone: what the world began from, and what is on its way."""
+        base = context.head.base if context.head is not None else None
+        kept = {SnapshotKey(base.attempt, base.step)} if base is not None else set()
+        return kept | ({self.transfer.snapshot.key} if self.transfer is not None else set())
 
     def _newest_live(self, context: RunContext) -> PersistedSnapshot | None:
         return max(self._sound(context), key=lambda record: record.key, default=None)
@@ -321,6 +342,9 @@ class Persisting:
         self._take_uploads(context, transfer)
         if transfer.snapshot.snapshot_id in self.surveying.known:
             self._finish(context, transfer)
+            return
+        if transfer.snapshot.key in context.tainted:
+            self._give_up(context, context.tainted[transfer.snapshot.key])
             return
         if self._is_stalled(context, transfer):
             self._give_up(context, self.problem or "nothing of it came through")
@@ -399,6 +423,9 @@ class Persisting:
         if names and not able:
             reason = next(iter(transfer.failed.values()))
             self._give_up(context, f"its completion record could not be written: {reason}")
+            if self.surveying.is_answered:  # storage is not as it was thought to be
+                fence = self.surveying.fence
+                self.surveying.ask(self.run, context.nodes, context.generation, fence=fence, now_s=context.now_s)
             return
         transfer.writer = able[0] if able else ""
 
@@ -413,7 +440,7 @@ class Persisting:
         assert transfer is not None
         name = transfer.snapshot.snapshot_id
         self.passed_over[name] = context.now_s + FAILED_PAUSE_LEASES * self.policy.lease_s
-        while len(self.passed_over) > MAX_PRUNES:
+        while len(self.passed_over) > MAX_PASSED_OVER:
             del self.passed_over[next(iter(self.passed_over))]
         self.problem = f"step {transfer.snapshot.step} was not persisted: {why}"
         self.surveying.partial.setdefault(transfer.snapshot.key, context.now_s)
@@ -444,56 +471,6 @@ class Persisting:
             node: (UploadTask(snapshot=transfer.snapshot, ranks=tuple(of_node), is_last=node == transfer.writer),)
             for node, of_node in ranks.items()
         }
-
-    # -- retention ----------------------------------------------------------------------------------------------------
-
-    def _note_pruned(self, context: RunContext) -> None:
-        report = context.nodes[self.pruner].runs.get(self.run) if self.pruner in context.nodes else None
-        for key in report.pruned if report is not None else ():
-            if key in self.pruning:
-                self.say("pruned", f"step {key.step} of attempt {key.attempt} was removed from durable storage")
-                self.surveying.note_pruned(key)
-        self.pruning = tuple(key for key in self.pruning if report is None or key not in report.pruned)
-
-    def _choose_prunes(self, context: RunContext, *, is_waiting: bool) -> None:
-        if is_waiting or not self.surveying.is_answered:
-            self.pruning = ()
-            return
-        base = context.head.base if context.head is not None else None
-        kept = {SnapshotKey(base.attempt, base.step)} if base is not None else set()
-        if self.transfer is not None:
-            kept.add(self.transfer.snapshot.key)
-        live = self._sound(context)
-        keys = prunable(
-            list(self.surveying.known.values()),
-            live=live,
-            keep_last=self.policy.persist_keep_last,
-            keep_every=self.policy.persist_keep_every,
-        )
-        newest = max((record.key for record in live), default=None)
-        age_s = ABANDONED_LEASES * self.policy.lease_s
-        for key, since_s in self.surveying.partial.items():
-            if newest is not None and key < newest and context.now_s - since_s >= age_s:
-                keys.append(key)
-        self.pruning = tuple(sorted(key for key in keys if key not in kept)[:MAX_PRUNES])
-        if self.pruner not in context.nodes or self.run not in context.nodes[self.pruner].runs:
-            names = [name for name, node in context.nodes.items() if self.run in node.runs]
-            self.pruner = min(names, key=natural, default="")
-
-
-def prunable(
-    known: Sequence[PersistedSnapshot], *, live: Sequence[PersistedSnapshot], keep_last: int, keep_every: int
-) -> list[SnapshotKey]:
-    """Which of ``known`` retention gives up.
-
-    Kept are the newest ``keep_last`` of ``live`` (sound ones of the live history), and every ``keep_every``-th persisted
-    snapshot for good. Without a live one nothing is given up: what is there may be all there is.
-    """
-    newest = sorted(live, key=lambda record: record.key, reverse=True)[:keep_last]
-    if len(newest) < keep_last:
-        return []
-    kept = {record.key for record in newest} | {r.key for r in live if keep_every and r.serial % keep_every == 0}
-    return [record.key for record in known if record.key not in kept and record.key < newest[-1].key]
 
 
 def _wishes(context: RunContext) -> set[tuple[str, int]]:

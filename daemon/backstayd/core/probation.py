@@ -5,7 +5,7 @@ Says what must not be released or restored; must neither choose nor release.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
@@ -25,9 +25,11 @@ class Probation:
     gate: Gate = field(default_factory=Gate)
     distrusted: tuple[Distrusted, ...] = ()
 
-    def unite(self, run: str, nodes: Mapping[str, NodeState]) -> tuple[Distrusted, ...]:
-        """Take in what the nodes distrust."""
-        self.distrusted = self.trust.united(run, nodes.values())
+    def unite(
+        self, run: str, nodes: Mapping[str, NodeState], marks: Iterable[Distrusted] = ()
+    ) -> tuple[Distrusted, ...]:
+        """Take in what the nodes distrust, and what is marked on durable storage."""
+        self.distrusted = self.trust.united(run, nodes.values(), marks)
         return self.distrusted
 
     def judge(self, decision: Decision, world: World, context: RunContext, say: Callable[[str, str], None]) -> None:

@@ -325,6 +325,7 @@ class Survey:
     survey_id: str = ""
     partial: tuple[SnapshotKey, ...] = ()
     unreadable: tuple[Unreadable, ...] = ()
+    distrusted: tuple[Distrusted, ...] = ()  # marks that lie there
 
 
 class UploadState(enum.StrEnum):
@@ -355,13 +356,36 @@ class UploadTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A snapshot on durable storage by name; ``snapshot_id`` "": a directory without a completion record."""
+
+    attempt: int
+    step: int
+    snapshot_id: str = ""
+
+    @property
+    def key(self) -> SnapshotKey:
+        return SnapshotKey(self.attempt, self.step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StorageDesired:
-    """What a node does with durable storage for one run. ``url`` is the run's directory; ``prune`` is deleted, record first;
-    ``survey_id``: list what lies there and answer under this name ("": no need)."""
+    """What a node does with durable storage for one run. ``url`` is the run's directory; ``survey_id``: list what lies there
+    and answer under this name ("": no need).
+
+    Records, prunes and marks are acts on storage that others share. They hold only while this is confirmed by the
+    coordinator (``node/storing.py``), and only if storage is as it was when they were ordered: ``prunes`` are deleted, record
+    first, because ``grounds`` lie there and may be restored; nothing is done where attempts above ``newest_attempt`` lie.
+    ``distrust``: marks to write beside the records; ``trust``: marks to strike out.
+    """
 
     url: str
     uploads: tuple[UploadTask, ...] = ()
-    prune: tuple[SnapshotKey, ...] = ()
+    prunes: tuple[Stored, ...] = ()
+    grounds: tuple[Stored, ...] = ()
+    newest_attempt: int = 0
+    distrust: tuple[Distrusted, ...] = ()
+    trust: tuple[Distrusted, ...] = ()
     bandwidth_bytes_per_s: int = 0  # 0: no cap
     survey_id: str = ""
     persisted_step: int = 0  # of the newest persisted snapshot; 0: none
@@ -486,6 +510,8 @@ class RunReport:
     survey: Survey | None = None
     uploads: tuple[Upload, ...] = ()
     pruned: tuple[SnapshotKey, ...] = ()  # of those to be pruned: gone now
+    marked: tuple[str, ...] = ()  # snapshot ids of those to be distrusted: their marks lie on durable storage
+    struck: tuple[str, ...] = ()  # of those to be trusted again: their marks are gone
     distrusted: tuple[Distrusted, ...] = ()
     owner: str = ""  # the user whose run it is, a number; "" = not known here
     failed_copies: tuple[

@@ -250,7 +250,7 @@ class RunState:
         storage = surveying.state(fence=self.recovery.fence, has_memory=has_memory, now_s=now_s)
         records = live_records(storage, lineage)
         views, stored = with_urls(views, storage), stored_views(views, records, storage, inventory)
-        distrusted = self.probation.unite(self.run, nodes)
+        distrusted = self.probation.unite(self.run, nodes, surveying.marks.values())
         return RunContext(
             run=self.run,
             now_s=now_s,
@@ -265,6 +265,7 @@ class RunState:
             worlds=find_worlds(self.run, nodes),
             generation=generation,
             has_long_memory=has_long_memory,
+            distrusted=distrusted,
             tainted=tainted_views([*views, *stored], lineage, distrusted),
             storage=storage,
             stored=stored,

@@ -1,7 +1,8 @@
 """How a snapshot is called on durable storage: URLs of runs and snapshots, names of the files in them. Pure.
 
 ``<persist_url>/<job>/<run_id>/attempt-0003/step-00001200/rank-00003-of-00008.safetensors`` and ``.manifest.json``, with
-``snapshot.json`` written last: a directory without it holds no snapshot.
+``snapshot.json`` written last: a directory without it holds no snapshot. ``distrusted/`` beside the attempts holds a mark for
+each snapshot that is not restored again, whether it lies there or not: what was trained from it may.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from typing import Final
 from backstay.ids import RunKey, SnapshotKey
 
 RECORD_NAME: Final = "snapshot.json"
+MARKS_NAME: Final = "distrusted"
 
 _ATTEMPT = re.compile(r"attempt-(\d{4,18})\Z")
+_MARK = re.compile(r"attempt-(\d{4,18})\.step-(\d{8,18})\.([0-9a-f]{64})\.json\Z")
+_SNAPSHOT_ID = re.compile(r"[0-9a-f]{64}\Z")
 _STEP = re.compile(r"step-(\d{8,18})\Z")
 
 
@@ -58,3 +62,19 @@ def shard_name(rank: int, world_size: int) -> str:
 
 def manifest_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.manifest.json"
+
+
+def is_markable(snapshot_id: str) -> bool:
+    """Whether a mark can carry it; what nodes report may be anything."""
+    return _SNAPSHOT_ID.match(snapshot_id) is not None
+
+
+def mark_name(key: SnapshotKey, snapshot_id: str) -> str:
+    """The mark of a distrusted snapshot, below its run's directory; the name says all that acts need to know."""
+    return f"{MARKS_NAME}/attempt-{key.attempt:04d}.step-{key.step:08d}.{snapshot_id}.json"
+
+
+def mark_of(name: str) -> tuple[SnapshotKey, str] | None:
+    """Place and snapshot id of the mark with that name in its directory."""
+    match = _MARK.match(name)
+    return (SnapshotKey(int(match[1]), int(match[2])), match[3]) if match else None

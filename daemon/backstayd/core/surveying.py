@@ -15,7 +15,7 @@ from backstayd.core.catalog import Inventory, SnapshotView
 from backstayd.core.lineage import is_live, is_live_place
 from backstayd.core.nodes import Liveness, NodeState
 from backstayd.core.placement import natural
-from backstayd.core.records import Decision, Lineage, PersistedSnapshot, RunReport, Survey
+from backstayd.core.records import Decision, Distrusted, Lineage, PersistedSnapshot, RunReport, Survey
 from backstayd.core.storage_names import snapshot_url
 
 WAIT_LEASES = 10  # for a survey when memory has nothing to restore
@@ -166,6 +166,9 @@ class Surveying:
     partial: dict[SnapshotKey, float] = field(default_factory=dict)  # directory without a record -> first seen
     unreadable: dict[SnapshotKey, str] = field(default_factory=dict)  # with one that cannot be used -> why
     problems: dict[str, str] = field(default_factory=dict)
+    marks: dict[str, Distrusted] = field(default_factory=dict)  # of distrust that lie there, by snapshot id
+    marked: dict[str, Distrusted] = field(default_factory=dict)  # since the newest survey was asked for
+    struck: set[str] = field(default_factory=set)  # since then
 
     @property
     def error(self) -> str:
@@ -182,6 +185,7 @@ class Surveying:
         self.survey_id = f"{generation.incarnation[:8]}-{self.serial}"
         self.fence, self.asked_s = fence, now_s
         self.asked, self.is_answered, self.written = {}, False, {}
+        self.marked, self.struck = {}, set()
         self._choose_surveyors(run, nodes)
 
     def take(self, run: str, nodes: Mapping[str, NodeState], now_s: float) -> None:
@@ -239,6 +243,17 @@ class Surveying:
         self.problems.pop(record.snapshot_id, None)
         self.is_known = True
 
+    def note_marked(self, mark: Distrusted) -> None:
+        """It lies there that ``mark`` is distrusted."""
+        self.marks[mark.snapshot_id] = self.marked[mark.snapshot_id] = mark
+        self.struck.discard(mark.snapshot_id)
+
+    def note_struck(self, snapshot_id: str) -> None:
+        """It lies there no more."""
+        self.marks.pop(snapshot_id, None)
+        self.marked.pop(snapshot_id, None)
+        self.struck.add(snapshot_id)
+
     def note_pruned(self, key: SnapshotKey) -> None:
         """Nothing lies there any more."""
         self.partial.pop(key, None)
@@ -252,6 +267,8 @@ class Surveying:
         self.is_known = survey.is_known or bool(self.known)
         self.partial = {key: self.partial.get(key, now_s) for key in survey.partial}
         self.unreadable = {item.key: item.reason for item in survey.unreadable}
+        found = {item.snapshot_id: item for item in survey.distrusted if item.snapshot_id not in self.struck}
+        self.marks = found | self.marked
         self.problems = {name: why for name, why in self.problems.items() if name in self.known}
 
     def _take_problems(self, report: RunReport) -> None:

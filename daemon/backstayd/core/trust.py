@@ -49,16 +49,15 @@ class Trust:
         """A world is failing; the first thing that is known of it is kept."""
         self.last_reason = self.last_reason or reason[:MAX_REASON]
 
-    def united(self, run: str, nodes: Iterable[NodeState]) -> tuple[Distrusted, ...]:
-        """What any node or this coordinator distrusts, oldest first, bounded."""
+    def united(self, run: str, nodes: Iterable[NodeState], marks: Iterable[Distrusted] = ()) -> tuple[Distrusted, ...]:
+        """What any node, durable storage (``marks``) or this coordinator distrusts, oldest first, bounded."""
         found = dict(self.own)
         named = set()
-        for node in sorted(nodes, key=lambda node: node.name):
-            report = node.runs.get(run)
-            for distrusted in report.distrusted if report is not None else ():
-                named.add(distrusted.snapshot_id)
-                if distrusted.snapshot_id not in self.cleared:
-                    found.setdefault(distrusted.snapshot_id, distrusted)
+        reports = [node.runs[run] for node in sorted(nodes, key=lambda node: node.name) if run in node.runs]
+        for distrusted in (*(item for report in reports for item in report.distrusted), *marks):
+            named.add(distrusted.snapshot_id)
+            if distrusted.snapshot_id not in self.cleared:
+                found.setdefault(distrusted.snapshot_id, distrusted)
         self.cleared &= named  # every node has heard: said again, it counts again
         ordered = sorted(found.values(), key=lambda item: (item.attempt, item.step, item.snapshot_id))
         return tuple(ordered[-MAX_DISTRUSTED:])

@@ -90,6 +90,7 @@ class Node:
     sessions: Sessions
     reconciler: Reconciler
     reporter: Reporter
+    storing: Storing
     pool: CoderPool
     health: Health
 
@@ -183,7 +184,9 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         link = CoordinatorLink(
             config.coordinator,
             report=reporter.report,
-            on_desired=lambda desired: _on_desired(desired, reconciler, storing, storage_coder, node_gauges),
+            on_desired=lambda desired: _on_desired(
+                desired, reconciler, storing, storage_coder, node_gauges, answered_s=link.answered_s
+            ),
             lease_s=config.lease_s,
             on_state=lambda is_connected: _on_link(context, node_gauges, link.address, is_connected=is_connected),
             credentials=credentials,
@@ -224,7 +227,13 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
             identity.name, incarnation, config.memory_dir, config.socket, identity.bulk_address, http.address,
         )  # fmt: skip
         yield Node(
-            context=context, sessions=sessions, reconciler=reconciler, reporter=reporter, pool=pool, health=health
+            context=context,
+            sessions=sessions,
+            reconciler=reconciler,
+            reporter=reporter,
+            storing=storing,
+            pool=pool,
+            health=health,
         )
 
 
@@ -234,12 +243,14 @@ def _on_desired(
     storing: Storing,
     storage_coder: StorageCoder,
     node_gauges: NodeGauges,
+    *,
+    answered_s: float,
 ) -> None:
     node_gauges.note_answer()
     reconciler.on_desired(desired)
     if desired.has_storage:
         storage_coder.warm_up()
-    storing.kick()
+    storing.on_desired(desired, answered_s)
 
 
 def _on_coder_event(event: CoderEvent, context: NodeContext, reconciler: Reconciler) -> None:

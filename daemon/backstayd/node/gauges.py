@@ -23,7 +23,9 @@ from backstayd.coder.jobs import (
     VerifyShard,
 )
 from backstayd.coder.storage_jobs import (
+    CheckUploaded,
     FetchPersisted,
+    MarkSnapshot,
     PruneSnapshot,
     SurveyStorage,
     UploadShard,
@@ -52,7 +54,9 @@ STAGES: Final[dict[type[Job], str]] = {
     VerifyFragment: "verify",
     VerifyPersisted: "verify",
     UploadShard: "persist",
+    CheckUploaded: "record",
     WriteRecord: "record",
+    MarkSnapshot: "record",
     SurveyStorage: "survey",
     PruneSnapshot: "prune",
 }
@@ -77,7 +81,7 @@ def run_of(job: Job) -> str:
         return job.plan.run
     if isinstance(job, DecodeStripe):
         return job.rebuild.plan.run
-    return job.snapshot.run if isinstance(job, WriteRecord) else job.run
+    return job.run
 
 
 def note_traffic(metrics: NodeMetrics, event: CoderEvent) -> None:

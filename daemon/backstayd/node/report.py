@@ -96,6 +96,8 @@ class Reporter:
             survey=self._storing.survey(run),
             uploads=self._storing.uploads(run),
             pruned=self._storing.pruned(run),
+            marked=self._storing.marked(run),
+            struck=self._storing.struck(run),
             rebuilt_bytes=done,
             rebuild_total_bytes=total,
             distrusted=index.distrusted,

@@ -2,6 +2,9 @@
 
 Level-triggered like the rest of the node: wanted and done are compared after every change; what failed is tried again with
 growing pauses. Runs in a coder of its own, so that a store that hangs holds up nothing else. Decides nothing.
+
+Records, prunes and marks change what others share and nobody can take back: each needs an answer of the coordinator that still
+wants it, to a report sent less than a lease ago. A node that is cut off goes on uploading, which harms nobody.
 """
 
 from __future__ import annotations
@@ -10,13 +13,29 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import CoderEvent, Corrupt, Job, JobResult
-from backstayd.coder.storage_jobs import PruneSnapshot, SurveyStorage, UploadShard, WriteRecord
+from backstayd.coder.storage_jobs import (
+    CheckUploaded,
+    MarkSnapshot,
+    PruneSnapshot,
+    SurveyStorage,
+    UploadShard,
+    WriteRecord,
+)
 from backstayd.core.persisting import RECORD_RANK
-from backstayd.core.records import PersistedSnapshot, StorageDesired, Survey, Upload, UploadState
+from backstayd.core.records import (
+    Distrusted,
+    NodeDesired,
+    PersistedSnapshot,
+    StorageDesired,
+    Stored,
+    Survey,
+    Upload,
+    UploadState,
+)
 from backstayd.core.surveying import SURVEY_DEADLINE_S
 from backstayd.node.context import NodeContext
 from backstayd.node.planning import STORAGE_DEADLINE_S, STORAGE_FLOOR_BYTES_PER_S
@@ -37,7 +56,10 @@ class _RunState:
 
     survey: Survey | None = None
     uploads: dict[tuple[str, int], Upload] = field(default_factory=dict)  # (snapshot id, rank)
-    pruned: set[SnapshotKey] = field(default_factory=set)
+    pruned: set[Stored] = field(default_factory=set)
+    marked: set[str] = field(default_factory=set)
+    struck: set[str] = field(default_factory=set)
+    confirmed_s: float = float("-inf")  # when the newest report was sent whose answer names this run
 
 
 class Storing:
@@ -71,7 +93,29 @@ class Storing:
 
     def pruned(self, run: str) -> tuple[SnapshotKey, ...]:
         state = self._runs.get(run)
-        return tuple(sorted(state.pruned)) if state is not None else ()
+        return tuple(sorted(item.key for item in state.pruned)) if state is not None else ()
+
+    def marked(self, run: str) -> tuple[str, ...]:
+        state = self._runs.get(run)
+        return tuple(sorted(state.marked)) if state is not None else ()
+
+    def struck(self, run: str) -> tuple[str, ...]:
+        state = self._runs.get(run)
+        return tuple(sorted(state.struck)) if state is not None else ()
+
+    def on_desired(self, desired: NodeDesired, answered_s: float) -> None:
+        """The coordinator wanted this when a report arrived that was sent at ``answered_s`` (since boot).
+
+        What it does not name is confirmed by nobody, though it stays wanted for a while under a new coordinator.
+        """
+        if desired.generation == self._context.store.generation:  # else it is an older one, which nobody obeys
+            named = {run.run for run in desired.runs if run.storage is not None}
+            for run in self._runs.keys() - named:
+                self._runs[run].confirmed_s = float("-inf")
+            for run in named:
+                state = self._runs.setdefault(run, _RunState())
+                state.confirmed_s = max(state.confirmed_s, answered_s)
+        self.kick()
 
     def on_event(self, event: CoderEvent) -> None:
         """How far an upload is."""
@@ -106,7 +150,9 @@ class Storing:
         state = self._runs.setdefault(run, _RunState())
         wanted = {task.snapshot.snapshot_id for task in desired.uploads}
         state.uploads = {place: upload for place, upload in state.uploads.items() if place[0] in wanted}
-        state.pruned &= set(desired.prune)
+        state.pruned &= set(desired.prunes)
+        state.marked &= {item.snapshot_id for item in desired.distrust}
+        state.struck &= {item.snapshot_id for item in desired.trust}
         jobs = self._jobs(run, state, desired)
         for key in running - set(jobs):
             self.tasks.cancel(key)
@@ -134,14 +180,36 @@ class Storing:
                     jobs[key] = lambda key=key, snapshot=snapshot, rank=rank: (  # type: ignore[misc]
                         self._upload(run, key, snapshot, rank, desired)
                     )
+        return jobs | (self._acts(run, state, desired) if self._is_confirmed(state) else {})
+
+    def _acts(self, run: str, state: _RunState, desired: StorageDesired) -> dict[str, Callable[[], Awaitable[None]]]:
+        """What changes storage that others share."""
+        acts: dict[str, Callable[[], Awaitable[None]]] = {}
+        for task in desired.uploads:
+            snapshot = task.snapshot
             if task.is_last and not self._is_done(state, snapshot, RECORD_RANK):
                 key = f"record:{run}:{snapshot.snapshot_id}"
-                jobs[key] = lambda key=key, snapshot=snapshot: self._record(run, key, snapshot, desired)  # type: ignore[misc]
-        for place in desired.prune:
-            if place not in state.pruned:
-                key = f"prune:{run}:{place.attempt}:{place.step}"
-                jobs[key] = lambda key=key, place=place: self._prune(run, key, place, desired)  # type: ignore[misc]
-        return jobs
+                acts[key] = lambda key=key, snapshot=snapshot: self._record(run, key, snapshot, desired)  # type: ignore[misc]
+        for item in desired.prunes:
+            if item not in state.pruned:
+                key = f"prune:{run}:{item.attempt}:{item.step}:{item.snapshot_id}"
+                acts[key] = lambda key=key, item=item: self._prune(run, key, item, desired)  # type: ignore[misc]
+        for mark in desired.distrust:
+            if mark.snapshot_id not in state.marked:
+                key = f"distrust:{run}:{mark.snapshot_id}"
+                acts[key] = lambda key=key, mark=mark: self._mark(run, key, mark, desired)  # type: ignore[misc]
+        for mark in desired.trust:
+            if mark.snapshot_id not in state.struck:
+                key = f"trust:{run}:{mark.snapshot_id}"
+                acts[key] = lambda key=key, mark=mark: self._strike(run, key, mark, desired)  # type: ignore[misc]
+        return acts
+
+    def _is_confirmed(self, state: _RunState) -> bool:
+        return self._context.clock.boot_s() < self._act_before_s(state)
+
+    def _act_before_s(self, state: _RunState | None) -> float:
+        """Until then the coordinator cannot have counted this node lost since it wanted what it wants of the run."""
+        return state.confirmed_s + self._context.lease_s if state is not None else float("-inf")
 
     def _is_done(self, state: _RunState, snapshot: PersistedSnapshot, rank: int) -> bool:
         upload = state.uploads.get((snapshot.snapshot_id, rank))
@@ -195,21 +263,50 @@ class Storing:
 
     async def _record(self, run: str, key: str, snapshot: PersistedSnapshot, desired: StorageDesired) -> None:
         deadline_s = STORAGE_DEADLINE_S + snapshot.world_size
-        result = await self._attempt(run, WriteRecord(snapshot=snapshot, url=desired.url, deadline_s=deadline_s))
+        result = await self._attempt(run, CheckUploaded(snapshot=snapshot, url=desired.url, deadline_s=deadline_s))
+        if not result.error_class:  # that can take longer than a confirmation holds
+            job = WriteRecord(snapshot=snapshot, **self._fence(run, desired))
+            result = await self._attempt(run, job)
         if not result.error_class:
             self._say("persisted", run, f"step {snapshot.step} of attempt {snapshot.attempt} is in {desired.url}")
         self._end(run, key, result, snapshot=snapshot, rank=RECORD_RANK, size_bytes=0)
 
-    async def _prune(self, run: str, key: str, place: SnapshotKey, desired: StorageDesired) -> None:
-        job = PruneSnapshot(run=run, url=desired.url, key=place, deadline_s=STORAGE_DEADLINE_S)
-        result = await self._attempt(run, job)
-        state = self._runs.get(run)
-        if result.error_class or state is None:
-            self._failed(run, key, result)
-        else:
-            state.pruned.add(place)
-            self._say("pruned", run, f"step {place.step} of attempt {place.attempt} was removed from {desired.url}")
+    async def _prune(self, run: str, key: str, item: Stored, desired: StorageDesired) -> None:
+        job = PruneSnapshot(run=run, target=item, grounds=desired.grounds, **self._fence(run, desired))
+        if await self._act(run, key, job):
+            self._runs[run].pruned.add(item)
+            self._say("pruned", run, f"step {item.step} of attempt {item.attempt} was removed from {desired.url}")
         self._context.changed()
+
+    async def _mark(self, run: str, key: str, item: Distrusted, desired: StorageDesired) -> None:
+        if await self._act(run, key, MarkSnapshot(run=run, item=item, **self._fence(run, desired))):
+            self._runs[run].marked.add(item.snapshot_id)
+            self._say(
+                "marked", run, f"step {item.step} of attempt {item.attempt} is marked distrusted in {desired.url}"
+            )
+        self._context.changed()
+
+    async def _strike(self, run: str, key: str, item: Distrusted, desired: StorageDesired) -> None:
+        if await self._act(run, key, MarkSnapshot(run=run, item=item, is_trusted=True, **self._fence(run, desired))):
+            self._runs[run].struck.add(item.snapshot_id)
+            self._say("struck", run, f"step {item.step} of attempt {item.attempt} is trusted again in {desired.url}")
+        self._context.changed()
+
+    async def _act(self, run: str, key: str, job: PruneSnapshot | MarkSnapshot) -> bool:
+        """Whether it was done, and the run is still here."""
+        result = await self._attempt(run, job)
+        if result.error_class:
+            self._failed(run, key, result)
+        return not result.error_class and run in self._runs
+
+    def _fence(self, run: str, desired: StorageDesired) -> dict[str, Any]:
+        """What an act on shared storage carries of when and on what it may be done."""
+        return {
+            "url": desired.url,
+            "newest_attempt": desired.newest_attempt,
+            "act_before_s": self._act_before_s(self._runs.get(run)),
+            "deadline_s": STORAGE_DEADLINE_S,
+        }
 
     def _end(
         self, run: str, key: str, result: JobResult, *, snapshot: PersistedSnapshot, rank: int, size_bytes: int

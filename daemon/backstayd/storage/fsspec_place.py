@@ -1,12 +1,14 @@
-"""Durable storage on any file system that fsspec knows. Files appear whole or are written again from the start.
+"""Durable storage on any file system that fsspec knows. Files are written under another name and moved when they are whole.
 
 The manifest beside a shard is written after it, so a shard that was cut off has none. Assumes nothing that not every
-file system does.
+file system does, so nothing here is atomic: a name is looked at right before something is moved to it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
+from collections.abc import Callable
 from typing import Any, Final
 
 from backstay import faults
@@ -16,6 +18,7 @@ from backstayd.storage.place import MAX_SMALL_BYTES, Entry, RangeReader
 from backstayd.storage.source import ShardSource
 
 BLOCK_BYTES: Final = 8 * 1024 * 1024
+REMOVED_AT_ONCE: Final = 200  # files, between two looks at whether that is still wanted
 
 
 class FsspecPlace:
@@ -62,11 +65,14 @@ class FsspecPlace:
             raise SnapshotNotFoundError(f"{self._url(name)} is not there", reason="gone")
         return _FsspecReader(self._fs, self._at(name), self._url(name), size)
 
-    def put_shard(self, name: str, source: ShardSource, *, mark: str) -> None:
+    def put_shard(self, name: str, source: ShardSource, *, mark: str) -> bool:
         chunks, buffer = source.chunks, memoryview(bytearray(BLOCK_BYTES))
         with explained("write", self._url(name)):
+            if self.size_of(name) is not None:
+                return False
             self._make_parent(name)
-            with self._fs.open(self._at(name), "wb") as file:
+            temporary = self._temporary(name, mark)
+            with self._fs.open(temporary, "wb") as file:
                 for offset in range(0, chunks.size_bytes, BLOCK_BYTES):
                     view = buffer[: min(BLOCK_BYTES, chunks.size_bytes - offset)]
                     source.spend(len(view))
@@ -75,6 +81,7 @@ class FsspecPlace:
                     if offset <= chunks.size_bytes // 2 < offset + len(view):
                         faults.reach("mid_upload", step=chunks.step, rank=chunks.rank)
                     source.note_done(len(view))
+            return self._move(temporary, name)
 
     def put_small(self, name: str, data: bytes) -> None:
         with explained("write", self._url(name)):
@@ -82,26 +89,44 @@ class FsspecPlace:
             self._fs.pipe_file(self._at(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Not atomic against another writer of the same name; that there is one only is the coordinator's care."""
         with explained("write", self._url(name)):
-            if self._fs.exists(self._at(name)):
+            if self.size_of(name) is not None:
                 return False
             self._make_parent(name)
-            temporary = f"{self._at(name)}.part"
+            temporary = self._temporary(name, secrets.token_hex(8))
             self._fs.pipe_file(temporary, data)
-            self._fs.mv(temporary, self._at(name))
-            return True
+            return self._move(temporary, name)
 
     def remove(self, name: str) -> None:
         with explained("remove", self._url(name)), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._at(name))
 
-    def remove_tree(self, name: str) -> None:
+    def remove_tree(self, name: str, *, check: Callable[[], None] = lambda: None) -> None:
+        """What is written there after it was listed is not touched."""
         with explained("remove", self._url(name)), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._at(name), recursive=True)
+            files = self._fs.find(self._at(name))
+            for begin in range(0, len(files), REMOVED_AT_ONCE):
+                check()
+                self._fs.rm(files[begin : begin + REMOVED_AT_ONCE])
+            self._remove_directory(name)
+
+    def _remove_directory(self, name: str) -> None:
+        with contextlib.suppress(OSError):  # not empty, or no such thing
+            self._fs.rmdir(self._at(name))
 
     def require_root(self) -> None:
         """Object stores have no directories, so there is nothing to ask of a store that is not known."""
+
+    def _temporary(self, name: str, mark: str) -> str:
+        directory, _, base = self._at(name).rpartition("/")
+        return f"{directory}/.{base}.{mark}.part"
+
+    def _move(self, temporary: str, name: str) -> bool:
+        if self.size_of(name) is not None:
+            self._fs.rm_file(temporary)
+            return False
+        self._fs.mv(temporary, self._at(name))
+        return True
 
     def _at(self, name: str) -> str:
         return f"{self._path}/{name}" if name else self._path

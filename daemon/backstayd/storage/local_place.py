@@ -1,7 +1,7 @@
 """Durable storage on a file system of this machine: a disk, NFS, Lustre. Needs no package.
 
-A file is written under a temporary name, flushed to the disk and renamed; the directory is flushed too. A temporary file
-that a former daemon of this node left is gone on with, after its chunks were checked.
+A file is written under a temporary name, flushed to the disk and linked to its own, which replaces nothing; the directory is
+flushed too. A temporary file that a former daemon of this node left is gone on with, after its chunks were checked.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -27,6 +28,7 @@ from backstayd.storage.source import ShardSource
 
 WRITE_BYTES: Final = 4 * 1024 * 1024  # a multiple of the chunk length; larger buffers fall out of the cache
 PART_SUFFIX: Final = ".part"
+REMOVED_SUFFIX: Final = ".removed"
 
 
 class LocalPlace:
@@ -87,7 +89,7 @@ class LocalPlace:
         os.close(fd)
         raise IntegrityError(f"{self._url(name)} is not a regular file", reason="no_file")
 
-    def put_shard(self, name: str, source: ShardSource, *, mark: str) -> None:
+    def put_shard(self, name: str, source: ShardSource, *, mark: str) -> bool:
         path = self._root / name
         part = path.with_name(f".{path.name}.{mark}{PART_SUFFIX}")
         with explained("write", self._url(name)):
@@ -98,8 +100,10 @@ class LocalPlace:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            part.rename(path)
+            is_new = _link(part, path)
+            part.unlink(missing_ok=True)
             _flush_directory(path.parent)
+            return is_new
 
     def put_small(self, name: str, data: bytes) -> None:
         with explained("write", self._url(name)):
@@ -126,11 +130,16 @@ class LocalPlace:
             with contextlib.suppress(FileNotFoundError):
                 _flush_directory(path.parent)
 
-    def remove_tree(self, name: str) -> None:
+    def remove_tree(self, name: str, *, check: Callable[[], None] = lambda: None) -> None:
+        """It is renamed first: what is written there from then on, late or anew, is not touched."""
         with explained("remove", self._url(name)):
             path = self._root / name
+            check()
             with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(path)
+                path.rename(path.with_name(f".{path.name}.{secrets.token_hex(8)}{REMOVED_SUFFIX}"))
+            for removed in path.parent.glob(f".{path.name}.*{REMOVED_SUFFIX}"):  # those of a daemon that died, too
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(removed)
             parent = path.parent
             while parent != self._root and parent.is_relative_to(self._root):
                 try:
@@ -256,8 +265,8 @@ def _link(temporary: Path, path: Path) -> bool:
     """Publish ``temporary`` as ``path`` unless that exists: a hard link cannot replace anything."""
     try:
         os.link(temporary, path)
-    except FileExistsError:
-        return False
+    except FileExistsError:  # or the answer to the first try was lost on its way: NFS
+        return os.path.samefile(temporary, path)
     except OSError:  # a file system without hard links
         if path.exists():
             return False

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -46,20 +47,27 @@ class Place(Protocol):
     def open_read(self, name: str) -> RangeReader:
         """Ranges of a file; raises SnapshotNotFoundError (``gone``) without one."""
 
-    def put_shard(self, name: str, source: ShardSource, *, mark: str) -> None:
-        """Write ``source`` as ``name``, whole or not at all, going on where an earlier call under ``mark`` was cut off."""
+    def put_shard(self, name: str, source: ShardSource, *, mark: str) -> bool:
+        """Write ``source`` as ``name``, whole or not at all, going on where an earlier call under ``mark`` was cut off.
+
+        False: something of that name was there, and stays as it is.
+        """
 
     def put_small(self, name: str, data: bytes) -> None:
         """Write or replace a small file, whole or not at all."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a small file unless it exists, atomically where the store can; whether it was written."""
+        """Write a small file unless it exists, atomically where the store can; whether it was written. Where the store
+        cannot, two that write at once may both have: read it to know whose is there."""
 
     def remove(self, name: str) -> None:
         """Remove a file; fine if it is not there."""
 
-    def remove_tree(self, name: str) -> None:
-        """Remove a directory, what lies in it and uploads to it that never ended; fine if it is not there."""
+    def remove_tree(self, name: str, *, check: Callable[[], None] = lambda: None) -> None:
+        """Remove a directory, what lies in it and uploads to it that never ended; fine if it is not there.
+
+        ``check`` is called before each change that others could notice; it raises to end it there.
+        """
 
     def require_root(self) -> None:
         """Raise UnavailableError (``no_root``) unless this directory or bucket exists."""

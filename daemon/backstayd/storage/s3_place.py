@@ -9,6 +9,7 @@ import base64
 import hashlib
 import itertools
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -43,9 +44,13 @@ class S3Place(FsspecPlace):
         super().__init__(url, filesystem, path)
         self._bucket, _, self._prefix = path.partition("/")
 
-    def put_shard(self, name: str, source: ShardSource, *, mark: str) -> None:
+    def put_shard(self, name: str, source: ShardSource, *, mark: str) -> bool:
         with explained("write", self._url(name)):
-            _Multipart(self._fs, self._bucket, self._key(name), source).run()
+            if self.size_of(name) is not None:
+                return False
+            return _Multipart(self._fs, self._bucket, self._key(name), source).run(
+                is_free=lambda: self.size_of(name) is None
+            )
 
     def put_small(self, name: str, data: bytes) -> None:
         with explained("write", self._url(name)):
@@ -71,10 +76,11 @@ class S3Place(FsspecPlace):
         with explained("remove", self._url(name)):
             self._fs.call_s3("delete_object", Bucket=self._bucket, Key=self._key(name))
 
-    def remove_tree(self, name: str) -> None:
-        super().remove_tree(name)
+    def remove_tree(self, name: str, *, check: Callable[[], None] = lambda: None) -> None:
+        super().remove_tree(name, check=check)
         with explained("remove", self._url(name)):
             for upload in _unfinished(self._fs, self._bucket, self._key(name) + "/"):
+                check()
                 self._fs.call_s3(
                     "abort_multipart_upload", Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
@@ -92,6 +98,9 @@ class S3Place(FsspecPlace):
 
     def _make_parent(self, name: str) -> None:
         """There are no directories."""
+
+    def _remove_directory(self, name: str) -> None:
+        """There are none."""
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}".strip("/")
@@ -115,7 +124,8 @@ class _Multipart:
         self._sent = itertools.count(1)
         self._has_checksum = True
 
-    def run(self) -> None:
+    def run(self, *, is_free: Callable[[], bool]) -> bool:
+        """False: an object of that name came meanwhile, and stays; ``is_free`` looks, for a store that cannot refuse."""
         upload_id, there = self._resume()
         if not upload_id:
             upload_id = self._begin()
@@ -125,10 +135,21 @@ class _Multipart:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        self._fs.call_s3(
-            "complete_multipart_upload", **self._where, UploadId=upload_id, MultipartUpload={"Parts": done}
-        )
-        self._abort_others(upload_id)
+        is_new = is_free() and self._complete(upload_id, done)
+        self._abort_others(upload_id if is_new else "")
+        return is_new
+
+    def _complete(self, upload_id: str, done: list[dict[str, Any]]) -> bool:
+        upload = {"UploadId": upload_id, "MultipartUpload": {"Parts": done}}
+        try:
+            self._fs.call_s3("complete_multipart_upload", **self._where, **upload, IfNoneMatch="*")
+        except Exception as error:
+            if s3_code(error) in _EXISTS:
+                return False
+            if s3_code(error) not in _NOT_KNOWN:
+                raise
+            self._fs.call_s3("complete_multipart_upload", **self._where, **upload)  # without conditional writes
+        return True
 
     def _begin(self) -> str:
         try:

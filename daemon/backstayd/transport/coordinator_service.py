@@ -140,7 +140,7 @@ class CoordinatorServer:
                 writer: asyncio.Task[None] | None = None
                 async for request in requests:
                     report = self._read(request, report, stream, context)
-                    stream.takes_deltas = request.takes_deltas
+                    stream.takes_deltas, stream.number = request.takes_deltas, request.number
                     self._names.claim(report.node, stream, asyncio.get_running_loop().time())
                     self._backend.observe(report)
                     stream.is_due = True  # each report is answered, so that neither side needs a clock for the other
@@ -181,7 +181,7 @@ class CoordinatorServer:
             desired = self._backend.desired(node)
             if stream.is_due or (desired is not last and desired != last):
                 stream.is_due = False
-                await context.write(_response(desired, last if stream.takes_deltas else None))
+                await context.write(_response(desired, last if stream.takes_deltas else None, answers=stream.number))
                 last = desired
 
 
@@ -191,12 +191,13 @@ class _Stream:
 
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     takes_deltas: bool = False
+    number: int = 0  # of the newest request
     is_due: bool = False  # an answer, changed or not: the heartbeat
 
 
-def _response(desired: NodeDesired, last: NodeDesired | None) -> coordinator_pb2.SyncResponse:
+def _response(desired: NodeDesired, last: NodeDesired | None, *, answers: int = 0) -> coordinator_pb2.SyncResponse:
     """What changed since ``last``, which the node has; the whole without it."""
-    response = coordinator_pb2.SyncResponse(takes_deltas=True)
+    response = coordinator_pb2.SyncResponse(takes_deltas=True, answers=answers)
     if last is None:
         convert.fill_fields(desired, response.desired)
     else:

@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 
 from backstay.errors import BackstayError
+from backstayd.clock import boot_s
 from backstayd.config import split_address
 from backstayd.core.records import NodeDesired, NodeReport
 from backstayd.security import probe
@@ -35,6 +36,7 @@ PROBE_AGAIN_S = 30.0
 MAX_PROBED = 16
 MAX_REPORT_BYTES = MAX_MESSAGE_BYTES * 3 // 4
 LEFT_OUT_S = 60.0  # so long a run that makes the report too large is not in it; then it is tried again
+MAX_UNANSWERED = 1000
 
 
 class CoordinatorLink:
@@ -63,6 +65,7 @@ class CoordinatorLink:
     ) -> None:
         self.address = ""  # of the coordinator that is or was last connected
         self.last_error = ""  # why none is connected: what each answered, for people
+        self.answered_s = float("-inf")  # since boot: when the newest report that was answered was sent
         self._book = AddressBook(addresses)
         self._resolver = Resolver()
         self._report = report
@@ -169,7 +172,7 @@ class CoordinatorLink:
             line = await stack.enter_async_context(self._open(target))
             while True:
                 limit_s = self._lease_s if self._is_connected else patience_s
-                self._take(target, await line.read(limit_s))
+                self._take(target, line, await line.read(limit_s))
                 if self._is_due(line):
                     line = await self._renew(line, target, stack)
 
@@ -195,13 +198,14 @@ class CoordinatorLink:
         """A second line; that of ``stack`` ends once the new one has been answered: the node is never without."""
         async with contextlib.AsyncExitStack() as fresh:
             new = await fresh.enter_async_context(self._open(target))
-            self._take(target, await new.read(self._lease_s))
+            self._take(target, new, await new.read(self._lease_s))
             await stack.aclose()
             await stack.enter_async_context(fresh.pop_all())
         logger.info("the connection to the coordinator at %s was made anew", target.address)
         return new
 
-    def _take(self, target: Target, desired: NodeDesired) -> None:
+    def _take(self, target: Target, line: _Line, desired: NodeDesired) -> None:
+        self.answered_s = max(self.answered_s, line.answered_s)
         if not self._is_connected:
             self.address = target.address
             self._book.found(target)
@@ -269,6 +273,11 @@ class _Line:
         self.began_s = began_s
         self.renew_again_s = 0.0
 
+    @property
+    def answered_s(self) -> float:
+        """When the newest report was sent that the last answer knew of."""
+        return self._words.answered_s
+
     async def read(self, limit_s: float) -> NodeDesired:
         async with asyncio.timeout(limit_s):
             response = await self._call.read()
@@ -284,6 +293,9 @@ class _Words:
         self._takes_deltas = False  # the coordinator at the other end
         self._sent: NodeReport | None = None
         self._desired: NodeDesired | None = None
+        self._count = 0
+        self._sent_s: dict[int, float] = {}  # requests that no answer knew of yet: when they were written
+        self.answered_s = float("-inf")
         self._left_out: dict[str, float] = {}  # runs that made a report too large, and until when
 
     def write(self, report: NodeReport, *, limit_bytes: int = MAX_REPORT_BYTES) -> coordinator_pb2.SyncRequest:
@@ -302,6 +314,7 @@ class _Words:
             request = _request(report, last)
             if request.ByteSize() <= limit_bytes or not request.report.runs:
                 self._sent = report
+                request.number = self._number()
                 return request
             largest = max(request.report.runs, key=lambda run: run.ByteSize())
             logger.error(
@@ -314,11 +327,31 @@ class _Words:
     def read(self, response: coordinator_pb2.SyncResponse) -> NodeDesired:
         """The whole answer; raises IntegrityError for a change of nothing."""
         self._takes_deltas = response.takes_deltas
+        self._note_answer(response.answers)
         if response.HasField("delta"):
             self._desired = delta.read(response.desired, response.delta, self._desired)
         else:
             self._desired = convert.from_message(NodeDesired, response.desired)
         return self._desired
+
+    def _number(self) -> int:
+        """Of a request that is written now."""
+        self._count += 1
+        if len(self._sent_s) >= MAX_UNANSWERED:
+            del self._sent_s[next(iter(self._sent_s))]
+        self._sent_s[self._count] = boot_s()
+        return self._count
+
+    def _note_answer(self, number: int) -> None:
+        """What an answer says was so when the request ``number`` arrived, and not before that was sent.
+
+        An answer can lie in a buffer for as long as this process is frozen: when it is read says nothing. A coordinator of
+        an older release does not tell the number.
+        """
+        sent_s = self._sent_s.get(number, float("-inf")) if number else boot_s()
+        self.answered_s = max(self.answered_s, sent_s)
+        for old in [known for known in self._sent_s if known <= number]:
+            del self._sent_s[old]
 
 
 def _request(report: NodeReport, last: NodeReport | None) -> coordinator_pb2.SyncRequest:

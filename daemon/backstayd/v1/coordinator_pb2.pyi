@@ -282,8 +282,11 @@ class SyncRequest(_message.Message):
     REPORT_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     TAKES_DELTAS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     takes_deltas: _builtins.bool
     """Answers may be deltas."""
+    number: _builtins.int
+    """Counts the requests of a stream."""
     @_builtins.property
     def report(self) -> Global___NodeReport:
         """What the node holds."""
@@ -298,10 +301,11 @@ class SyncRequest(_message.Message):
         report: Global___NodeReport | None = ...,
         delta: Global___Delta | None = ...,
         takes_deltas: _builtins.bool = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "report", b"report", "takes_deltas", b"takes_deltas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "number", b"number", "report", b"report", "takes_deltas", b"takes_deltas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,8 +320,11 @@ class SyncResponse(_message.Message):
     DESIRED_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     TAKES_DELTAS_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
     takes_deltas: _builtins.bool
     """Reports may be deltas."""
+    answers: _builtins.int
+    """The newest request that had come when this was sent: what is wanted here was wanted then. 0: not told."""
     @_builtins.property
     def desired(self) -> Global___NodeDesired:
         """What the node should do."""
@@ -332,10 +339,11 @@ class SyncResponse(_message.Message):
         desired: Global___NodeDesired | None = ...,
         delta: Global___Delta | None = ...,
         takes_deltas: _builtins.bool = ...,
+        answers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "desired", b"desired"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "desired", b"desired", "takes_deltas", b"takes_deltas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "delta", b"delta", "desired", b"desired", "takes_deltas", b"takes_deltas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1262,6 +1270,8 @@ class RunReport(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     FAILED_COPIES_FIELD_NUMBER: _builtins.int
     RECORDED_UNIX_S_FIELD_NUMBER: _builtins.int
+    MARKED_FIELD_NUMBER: _builtins.int
+    STRUCK_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """job/run_id."""
     rebuilt_bytes: _builtins.int
@@ -1324,6 +1334,14 @@ class RunReport(_message.Message):
     def failed_copies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Digests of shards that should be copied here and cannot."""
 
+    @_builtins.property
+    def marked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Snapshot ids of those to be distrusted whose marks lie on durable storage."""
+
+    @_builtins.property
+    def struck(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Snapshot ids of those to be trusted again whose marks are gone."""
+
     def __init__(
         self,
         *,
@@ -1345,10 +1363,12 @@ class RunReport(_message.Message):
         owner: _builtins.str = ...,
         failed_copies: _abc.Iterable[_builtins.str] | None = ...,
         recorded_unix_s: _builtins.float = ...,
+        marked: _abc.Iterable[_builtins.str] | None = ...,
+        struck: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "staging", b"staging", "survey", b"survey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_copies", b"failed_copies", "failed_plans", b"failed_plans", "fragments", b"fragments", "owner", b"owner", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "recorded_unix_s", b"recorded_unix_s", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "distrusted", b"distrusted", "failed_copies", b"failed_copies", "failed_plans", b"failed_plans", "fragments", b"fragments", "marked", b"marked", "owner", b"owner", "plans", b"plans", "pruned", b"pruned", "quarantined", b"quarantined", "rebuild_total_bytes", b"rebuild_total_bytes", "rebuilt_bytes", b"rebuilt_bytes", "recorded_unix_s", b"recorded_unix_s", "run", b"run", "sessions", b"sessions", "shards", b"shards", "staging", b"staging", "struck", b"struck", "survey", b"survey", "uploads", b"uploads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2284,6 +2304,7 @@ class Survey(_message.Message):
     SURVEY_ID_FIELD_NUMBER: _builtins.int
     PARTIAL_FIELD_NUMBER: _builtins.int
     UNREADABLE_FIELD_NUMBER: _builtins.int
+    DISTRUSTED_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """Directory of the run."""
     is_done: _builtins.bool
@@ -2306,6 +2327,10 @@ class Survey(_message.Message):
     def unreadable(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unreadable]:
         """Directories of snapshots with a completion record that cannot be used."""
 
+    @_builtins.property
+    def distrusted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Distrusted]:
+        """Marks that lie there of snapshots that are not restored again."""
+
     def __init__(
         self,
         *,
@@ -2317,10 +2342,11 @@ class Survey(_message.Message):
         survey_id: _builtins.str = ...,
         partial: _abc.Iterable[Global___SnapshotKey] | None = ...,
         unreadable: _abc.Iterable[Global___Unreadable] | None = ...,
+        distrusted: _abc.Iterable[Global___Distrusted] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "is_done", b"is_done", "is_known", b"is_known", "partial", b"partial", "snapshots", b"snapshots", "survey_id", b"survey_id", "unreadable", b"unreadable", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distrusted", b"distrusted", "error", b"error", "is_done", b"is_done", "is_known", b"is_known", "partial", b"partial", "snapshots", b"snapshots", "survey_id", b"survey_id", "unreadable", b"unreadable", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2433,6 +2459,36 @@ class UploadTask(_message.Message):
 Global___UploadTask: _TypeAlias = UploadTask  # noqa: Y015
 
 @_typing.final
+class Stored(_message.Message):
+    """A snapshot on durable storage by name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the history within the run."""
+    step: _builtins.int
+    """Completed optimizer step."""
+    snapshot_id: _builtins.str
+    """SHA-256 over attempt, step, world size and all shard digests; empty: a directory without a completion record."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        step: _builtins.int = ...,
+        snapshot_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "snapshot_id", b"snapshot_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stored: _TypeAlias = Stored  # noqa: Y015
+
+@_typing.final
 class StorageDesired(_message.Message):
     """What a node does with durable storage for one run."""
 
@@ -2440,10 +2496,14 @@ class StorageDesired(_message.Message):
 
     URL_FIELD_NUMBER: _builtins.int
     UPLOADS_FIELD_NUMBER: _builtins.int
-    PRUNE_FIELD_NUMBER: _builtins.int
     BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     SURVEY_ID_FIELD_NUMBER: _builtins.int
     PERSISTED_STEP_FIELD_NUMBER: _builtins.int
+    PRUNES_FIELD_NUMBER: _builtins.int
+    GROUNDS_FIELD_NUMBER: _builtins.int
+    NEWEST_ATTEMPT_FIELD_NUMBER: _builtins.int
+    DISTRUST_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """Directory of the run."""
     bandwidth_bytes_per_s: _builtins.int
@@ -2452,27 +2512,45 @@ class StorageDesired(_message.Message):
     """List what lies there under this name; empty: no need."""
     persisted_step: _builtins.int
     """Step of the newest persisted snapshot; 0: none."""
+    newest_attempt: _builtins.int
+    """Nothing is recorded, deleted or struck out where attempts above this lie."""
     @_builtins.property
     def uploads(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadTask]:
         """What to copy."""
 
     @_builtins.property
-    def prune(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotKey]:
+    def prunes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stored]:
         """What to delete, record first."""
+
+    @_builtins.property
+    def grounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stored]:
+        """What must lie there for that, and may be restored."""
+
+    @_builtins.property
+    def distrust(self) -> _containers.RepeatedCompositeFieldContainer[Global___Distrusted]:
+        """Marks to write of snapshots that are not restored again."""
+
+    @_builtins.property
+    def trust(self) -> _containers.RepeatedCompositeFieldContainer[Global___Distrusted]:
+        """Marks to strike out."""
 
     def __init__(
         self,
         *,
         url: _builtins.str = ...,
         uploads: _abc.Iterable[Global___UploadTask] | None = ...,
-        prune: _abc.Iterable[Global___SnapshotKey] | None = ...,
         bandwidth_bytes_per_s: _builtins.int = ...,
         survey_id: _builtins.str = ...,
         persisted_step: _builtins.int = ...,
+        prunes: _abc.Iterable[Global___Stored] | None = ...,
+        grounds: _abc.Iterable[Global___Stored] | None = ...,
+        newest_attempt: _builtins.int = ...,
+        distrust: _abc.Iterable[Global___Distrusted] | None = ...,
+        trust: _abc.Iterable[Global___Distrusted] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "persisted_step", b"persisted_step", "prune", b"prune", "survey_id", b"survey_id", "uploads", b"uploads", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "distrust", b"distrust", "grounds", b"grounds", "newest_attempt", b"newest_attempt", "persisted_step", b"persisted_step", "prunes", b"prunes", "survey_id", b"survey_id", "trust", b"trust", "uploads", b"uploads", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
