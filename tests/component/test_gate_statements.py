@@ -15,7 +15,7 @@ import torch
 
 from backstay.restore.statements import WINDOW_BYTES, crc_of
 from backstayd.core.gate import Conflict, conflicts_of
-from backstayd.core.records import GateEntry, GateReport
+from backstayd.core.gate_records import GateEntry, GateReport
 from tests.kit.local_daemon import LocalDaemon
 from tests.kit.statement_ranks import KINDS, RANKS
 

@@ -29,7 +29,7 @@ from backstay.errors import (
 from backstay.manifest import CHUNK_BYTES, Manifest
 from backstay.shard import check_file
 from backstayd.core.gate import conflicts_of
-from backstayd.core.records import GateEntry, GateReport
+from backstayd.core.gate_records import GateEntry, GateReport
 
 
 @dataclass

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from backstay.errors import ERROR_CLASSES, BackstayError, IntegrityError, UnavailableError
 from backstay.ids import Generation
-from backstayd.core import records, tombstone
+from backstayd.core import gate_records, records, tombstone
 from backstayd.core.interruptions import Interruption, Ledger
 from backstayd.core.records import NodeDesired, NodeReport, Schedule, SessionPhase
 from backstayd.transport import convert, errors
@@ -64,6 +64,11 @@ def test_desired_state_survives_the_wire(desired: NodeDesired) -> None:
     assert convert.from_message(NodeDesired, again) == desired
 
 
+def record_named(name: str) -> Any:
+    """The record that a message mirrors; None if no module of them has it."""
+    return next((getattr(m, name) for m in (records, gate_records, tombstone) if hasattr(m, name)), None)
+
+
 def message_types() -> dict[str, Descriptor]:
     return dict(coordinator_pb2.DESCRIPTOR.message_types_by_name)
 
@@ -72,7 +77,7 @@ def test_messages_mirror_the_records_field_for_field() -> None:
     compared = 0
     for name, descriptor in message_types().items():
         elsewhere = {"Generation": Generation, "Interruption": Interruption, "Ledger": Ledger}
-        cls = getattr(records, name, None) or elsewhere.get(name)
+        cls = record_named(name) or elsewhere.get(name)
         if cls is None:
             key_or_envelope = {"SnapshotKey", "SyncRequest", "SyncResponse", "Delta", "RunDelta"}
             assert name in key_or_envelope, f"{name} mirrors no record"
@@ -84,7 +89,7 @@ def test_messages_mirror_the_records_field_for_field() -> None:
 
 def test_enums_have_the_members_of_the_records_in_order() -> None:
     for name, descriptor in coordinator_pb2.DESCRIPTOR.enum_types_by_name.items():
-        members = list(getattr(records, name, None) or getattr(tombstone, name))
+        members = list(record_named(name))
         numbers = [(value.name.removeprefix(descriptor.values[0].name.removesuffix("UNSPECIFIED")), value.number)
                    for value in descriptor.values]  # fmt: skip
         assert numbers == [("UNSPECIFIED", 0), *((m.name, i) for i, m in enumerate(members, 1))], name
@@ -92,7 +97,7 @@ def test_enums_have_the_members_of_the_records_in_order() -> None:
 
 def test_a_field_whose_default_is_not_zero_is_optional_on_the_wire() -> None:
     for name, descriptor in message_types().items():
-        cls = getattr(records, name, None)
+        cls = record_named(name)
         if cls is None:
             continue
         for field in dataclasses.fields(cls):

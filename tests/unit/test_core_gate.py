@@ -8,17 +8,8 @@ from hypothesis import strategies as st
 from backstay.ids import Generation
 from backstayd.core.context import LiveSession
 from backstayd.core.gate import Gate, conflicts_of, is_passed_mark
-from backstayd.core.records import (
-    Base,
-    Decision,
-    GateDetail,
-    GateEntry,
-    GateReport,
-    GateState,
-    Outcome,
-    SessionPhase,
-    SessionRecord,
-)
+from backstayd.core.gate_records import GateDetail, GateEntry, GateReport, GateState
+from backstayd.core.records import Base, Decision, Outcome, SessionPhase, SessionRecord
 
 DECISION = Decision(
     decision_id="d1",

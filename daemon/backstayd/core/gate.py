@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from backstayd.core.context import World
-from backstayd.core.records import Decision, GateEntry, GateReport, GateState, GateVerdict, SessionPhase, SessionRecord
+from backstayd.core.gate_records import GateEntry, GateReport, GateState, GateVerdict
+from backstayd.core.records import Decision, SessionPhase, SessionRecord
 from backstayd.core.sentences import counted, listed
 
 MAX_DETAILED = 4  # statements whose tensors are asked for

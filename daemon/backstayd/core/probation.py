@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from backstay.ids import SnapshotKey
 from backstayd.core.context import RunContext, World
 from backstayd.core.gate import Gate
+from backstayd.core.gate_records import GateState
 from backstayd.core.nodes import NodeState
-from backstayd.core.records import Base, Decision, Distrusted, GateState, SessionPhase
+from backstayd.core.records import Base, Decision, Distrusted, SessionPhase
 from backstayd.core.trust import MAX_REASON, Trust
 
 

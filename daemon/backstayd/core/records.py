@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from backstay import record, versions
 from backstay.ids import Generation, SnapshotKey
+from backstayd.core.gate_records import GateReport, GateVerdict
 from backstayd.core.interruptions import Ledger
 from backstayd.core.missing_ranks import MissingRanks
 from backstayd.core.tombstone import Tombstone
@@ -144,58 +145,6 @@ class FragmentRecord:
     plan_id: str
     stripe: int
     index: int
-
-
-class GateState(enum.StrEnum):
-    WAITING = "waiting"  # not every rank has said what it loaded
-    DETAIL = "detail"  # some entries differ: their ranks say which tensors
-    PASSED = "passed"
-    FAILED = "failed"  # ``message`` says what differs; nobody trains
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateEntry:
-    """One statement on which ``ranks`` must agree: each of them makes it, with the same ``digest``, or the layout is wrong.
-
-    ``name`` is its kind, a colon, and what it is about. ``ranks`` () means the whole world. A rank that names only itself
-    claims something that no other rank may have.
-    """
-
-    name: str
-    ranks: tuple[int, ...]
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateDetail:
-    """What is behind one entry: a digest per tensor (``names[i]`` has ``digests[i]``), bounded."""
-
-    entry: str
-    names: tuple[str, ...]
-    digests: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateReport:
-    """What one rank says of the state it loaded under a decision, before its first step. ``failure``: it could not load.
-
-    A report with neither entries nor failure: the rank was told that the gate is passed.
-    """
-
-    decision_id: str
-    entries: tuple[GateEntry, ...] = ()
-    details: tuple[GateDetail, ...] = ()
-    failure: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateVerdict:
-    """The coordinator's answer to the ranks of one decision; ``entries`` names those whose details it wants."""
-
-    decision_id: str
-    state: GateState
-    entries: tuple[str, ...] = ()
-    message: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from backstay import record
 from backstay.errors import IntegrityError
-from backstayd.core.records import GateReport, SessionPhase, SessionRecord
+from backstayd.core.gate_records import GateReport
+from backstayd.core.records import SessionPhase, SessionRecord
 from backstayd.node.connection import Connection
 from backstayd.node.offered import Offered
 from backstayd.store.holder import Holder

@@ -10,7 +10,8 @@ from typing import Final
 
 from backstay import local
 from backstay.errors import IntegrityError
-from backstayd.core.records import Distrusted, GateDetail, GateEntry, GateReport, GateState, RunDesired
+from backstayd.core.gate_records import GateDetail, GateEntry, GateReport, GateState
+from backstayd.core.records import Distrusted, RunDesired
 from backstayd.core.trust import MAX_DISTRUSTED, MAX_REASON
 from backstayd.node.context import NodeContext
 from backstayd.node.session import Session, check_said
