@@ -136,14 +136,26 @@ def _staged(node: Node, decision: Decision, state: StagingState, reason: str) ->
     return True
 
 
+def _has_gone(node: Node, decision: Decision, rank: int) -> bool:
+    """Whether the rank's shard was here when the decision was recorded, and is no more."""
+    base = decision.base
+    if base is None or base.world_size != decision.world_size:
+        return False
+    held = node.memory[decision.run].shards.get((base.attempt, base.step, rank))
+    return held is None or held.digest != decision.sources[rank].digest
+
+
 def _release_trainers(node: Node, decision: Decision) -> None:
-    for trainer in node.trainers:
+    for trainer in list(node.trainers):
         if (
             trainer.world_id == decision.world_id
             and trainer.is_alive
             and trainer.is_attached
             and trainer.phase is SessionPhase.RESTORING
         ):
+            if _has_gone(node, decision, trainer.rank):
+                node.cluster.kill_trainer(trainer)  # its restore() raises
+                continue
             trainer.phase = SessionPhase.TRAINING
             trainer.attempt = decision.attempt
             trainer.last_step = decision.base.step if decision.base is not None else 0
