@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 PARALLEL_UPLOADS: Final = 2  # per node, over all runs
 LAST_PAUSE_LEASES: Final = 3
+FENCED: Final = "fenced"  # as coder/storage_acts.py says it
 LOUD_FAILURES: Final = (1, 2, 4, 8, 16)  # of a task; in between only debug says so
 
 RunJob = Callable[[Job], Awaitable[JobResult]]
@@ -311,7 +312,9 @@ class Storing:
     def _end(
         self, run: str, key: str, result: JobResult, *, snapshot: PersistedSnapshot, rank: int, size_bytes: int
     ) -> None:
-        if result.error_class:
+        if result.reason == FENCED:  # the order was not confirmed in time: that is not the snapshot's fault
+            self._failed(run, key, result)
+        elif result.error_class:
             self._failed(run, key, result)
             self._note(run, snapshot, rank, UploadState.FAILED, total=size_bytes, reason=result.message)
         else:
