@@ -295,6 +295,12 @@ class NodeConfig:
         "Directory on a tmpfs of its own that holds the snapshots; one daemon per directory.",
     )
     socket: Path = _setting(DEFAULT_SOCKET, _socket_path, "Unix socket on which trainers of this machine are served.")
+    socket_group: str = _setting(
+        "",
+        _domain,
+        "Group whose members may use the socket (default: the daemon's own). Give trainers one that cannot read keys.",
+        metavar="NAME",
+    )
     coordinator: str = _setting(
         "127.0.0.1:7070",
         _addresses,

@@ -12,6 +12,7 @@ from typing import Final
 
 from backstay.errors import ConfigError
 from backstayd.config import CoordinatorConfig, NodeConfig, split_address
+from backstayd.node.listener import find_group
 from backstayd.store import room
 
 MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path of Linux, less its ending zero
@@ -24,6 +25,8 @@ def check_node(config: NodeConfig) -> None:
     room.require_usable(config.memory_dir, place)
     room.require_quota(room.limits(place, quota_bytes=0, used_bytes=0), config.quota_bytes)
     _check_socket(config.socket)
+    if config.socket_group:
+        find_group(config.socket_group)
     _check_address(config.bulk, "--bulk")
     _check_address(config.http, "--http")
 

@@ -34,6 +34,7 @@ class DaemonProcess:
     def __init__(self) -> None:
         self._manager = ServiceManager(os.environ)
         self._stop, self._reload = asyncio.Event(), asyncio.Event()
+        self._failure: BackstayError | None = None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -51,6 +52,11 @@ class DaemonProcess:
             extending.cancel()
             await asyncio.gather(extending, return_exceptions=True)
 
+    def give_up(self, error: BackstayError) -> None:
+        """End as at SIGTERM, with ``error`` as the reason: this daemon cannot be of use any more."""
+        self._failure = self._failure or error
+        self._stop.set()
+
     async def serve(self, health: Health, *, status: Callable[[], str], reload: Callable[[], str]) -> None:
         """Say that everything is served and feed the watchdog until SIGTERM or SIGINT.
 
@@ -58,6 +64,9 @@ class DaemonProcess:
             health: What the watchdog is fed from.
             status: How it stands, in one sentence.
             reload: Called at SIGHUP; returns a sentence on what was done, raises BackstayError if nothing was.
+
+        Raises:
+            BackstayError: the one that :meth:`give_up` was called with.
         """
         self._manager.ready(status())
         period_s = min(PULSE_S, self._manager.watchdog_s / WATCHDOG_SHARE or PULSE_S)
@@ -71,8 +80,11 @@ class DaemonProcess:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            health.set_unready("ending")
-            self._manager.stopping("ending; what is held stays in memory")
+            why = f"ending: {self._failure}" if self._failure is not None else "ending; what is held stays in memory"
+            health.set_unready(why)
+            self._manager.stopping(why)
+        if self._failure is not None:
+            raise self._failure
 
     def _feed(self, health: Health, status: Callable[[], str]) -> None:
         why = health.not_alive()

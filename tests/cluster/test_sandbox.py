@@ -26,6 +26,7 @@ from tests.kit.sandboxed import HEADER
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "deploy" / "systemd"
 DAEMON_ID, TRAINER_ID = 61501, 61502  # users that exist nowhere
+SOCKET_GROUP_ID = 61510  # backstay-trainers
 MANY_STEPS = 100_000  # ended by the test
 
 pytestmark = [
@@ -39,11 +40,11 @@ def sandbox(unit: str, socket_dir: Path, memory_dir: Path | None = None) -> tupl
     """What a daemon is started through."""
     socket_dir.mkdir()
     os.chown(socket_dir, DAEMON_ID, DAEMON_ID)
-    socket_dir.chmod(0o750)
+    socket_dir.chmod(0o711)
     if memory_dir is not None:
         memory_dir.mkdir()
     places = {"socket_dir": str(socket_dir), "memory_dir": str(memory_dir or "")}
-    return launcher({"unit": str(UNITS / unit), "uid": DAEMON_ID, "groups": [DAEMON_ID]} | places)
+    return launcher({"unit": str(UNITS / unit), "uid": DAEMON_ID, "groups": [DAEMON_ID, SOCKET_GROUP_ID]} | places)
 
 
 def launcher(options: dict[str, Any]) -> tuple[str, ...]:
@@ -85,19 +86,19 @@ def sandboxed_node(base: Path, name: str, coordinator: str) -> Iterator[RunningD
     directory.mkdir()
     command = sandbox("backstayd.service", directory / "run", directory / "memory")
     arguments = ("--name", name, "--memory-dir", str(directory / "memory"), "--socket", str(directory / "run" / "sock"))
-    arguments += ("--coordinator", coordinator)
+    arguments += ("--coordinator", coordinator, "--socket-group", str(SOCKET_GROUP_ID))
     with running_daemon("node", *arguments, directory=directory, command=command) as daemon:
         yield daemon
 
 
 def start_trainer(base: Path, rank: int, socket: Path, port: int) -> subprocess.Popen[bytes]:
-    """A rank as another user, who is a member of the daemon's group and nothing else."""
+    """A rank as another user, who is a member of the socket's group and of none of the daemon's."""
     log = base / f"rank-{rank}.jsonl"
     log.touch()
     os.chown(log, TRAINER_ID, TRAINER_ID)
     options = {"rank": rank, "world_size": 2, "port": port, "run_id": "sandbox", "log": str(log), "is_attached": True}
     options |= {"last_step": MANY_STEPS, "stop": str(base / "stop"), "pause_s": 0.05}
-    user = launcher({"unit": "", "uid": TRAINER_ID, "groups": [TRAINER_ID, DAEMON_ID]})
+    user = launcher({"unit": "", "uid": TRAINER_ID, "groups": [TRAINER_ID, SOCKET_GROUP_ID]})
     argv = [*user, sys.executable, str(ROOT / "tests" / "kit" / "trainer_script.py"), json.dumps(options)]
     environment = process_environment() | {"BACKSTAY_SOCKET": str(socket), "HOME": str(base)}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch, imported by an earlier test, names a directory of root's
@@ -113,7 +114,12 @@ def test_two_sandboxed_nodes_protect_a_run_of_another_user(base: Path, coordinat
     port_there = coordinator.wait_for_line(r"listens at 127.0.0.1:(\d+),").group(1)
     address = f"localhost:{port_there}"  # names are resolved in the sandbox, too
     with sandboxed_node(base, "n0", address) as first, sandboxed_node(base, "n1", address) as second:
-        wait_until(lambda: len(status_of(coordinator)["nodes"]) == 2, deadline_s=60, why="both nodes to report")
+        wait_until(
+            lambda: len(status_of(coordinator)["nodes"]) == 2,
+            deadline_s=60,
+            why="both nodes to report",
+            evidence=lambda: first.log.read_text() + coordinator.log.read_text(),
+        )
         port = free_port()
         trainers = [start_trainer(base, rank, base / f"n{rank}" / "run" / "sock", port) for rank in (0, 1)]
         try:

@@ -19,6 +19,7 @@ from backstay import record
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES, Manifest
+from backstayd.coder import bulk_server
 from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.jobs import CoderEvent
 from backstayd.store.paths import RunPaths
@@ -325,3 +326,14 @@ def test_an_aborted_client_wakes_its_thread() -> None:
         peer.close()
         assert not thread.is_alive()
         assert isinstance(failures[0], UnavailableError)
+
+
+def test_connections_that_ask_nothing_do_not_keep_peers_out(served: Served) -> None:
+    host, _, port = served.address.rpartition(":")
+    silent = [socket.create_connection((host, int(port)), timeout=10) for _ in range(2 * bulk_server.MAX_CONNECTIONS)]
+    try:
+        assert read(served, 0, 1) == DATA[:CHUNK_BYTES]
+        assert threading.active_count() < 2 * bulk_server.MAX_CONNECTIONS
+    finally:
+        for connection in silent:
+            connection.close()

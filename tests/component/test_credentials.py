@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import grp
 import os
 import stat
 from pathlib import Path
@@ -244,3 +245,21 @@ def test_an_authority_whose_key_is_another_ones_is_refused(tmp_path: Path) -> No
     (tmp_path / "a" / "ca.key").write_bytes((tmp_path / "b" / "ca.key").read_bytes())
     with pytest.raises(ConfigError, match=r"ca\.key is not the key of"):
         Authority(tmp_path / "a")
+
+
+def test_a_key_that_trainers_can_read_through_its_group_is_warned_of_with_their_names(
+    authority: TestAuthority, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = next((entry for entry in grp.getgrall() if entry.gr_mem and set(entry.gr_mem) - {"root"}), None)
+    if shared is None or os.geteuid() != 0:
+        pytest.skip("this machine has no group with members to give a key to")
+    files = authority.make([node_uri("n1")])
+    os.chown(files.key, -1, shared.gr_gid)
+    files.key.chmod(0o640)
+    node_credentials(files)
+    assert f"as members of its group {shared.gr_name}" in caplog.text
+    assert next(name for name in shared.gr_mem if name != "root") in caplog.text
+    caplog.clear()
+    files.key.chmod(0o600)
+    node_credentials(files)
+    assert caplog.text == ""

@@ -197,6 +197,23 @@ def test_a_host_that_holds_connections_open_does_not_shut_out_another(server: ht
             connection.close()
 
 
+def test_many_hosts_that_hold_all_connections_do_not_make_a_probe_fail(server: http.HttpServer) -> None:
+    host, _, port = server.address.rpartition(":")
+    held = [
+        socket.create_connection((host, int(port)), timeout=5, source_address=(f"127.0.0.{10 + index % 3}", 0))
+        for index in range(3 * http.MAX_PER_HOST)
+    ]
+    try:
+        for _ in range(3):
+            probe = HTTPConnection(host, int(port), timeout=10, source_address=("127.0.0.2", 0))
+            probe.request("GET", "/healthz")
+            assert probe.getresponse().read() == b"ok\n"
+            probe.close()
+    finally:
+        for connection in held:
+            connection.close()
+
+
 def test_a_watcher_that_says_a_byte_now_and_then_is_cut_all_the_same(
     server: http.HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

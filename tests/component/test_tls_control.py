@@ -21,6 +21,7 @@ from backstay.errors import BackstayError, ConfigError
 from backstayd.core.records import NodeDesired
 from backstayd.security import credentials as credentials_module
 from backstayd.security import handshakes
+from backstayd.security.certificate import read_pem
 from backstayd.security.credentials import Credentials, TlsFiles
 from backstayd.security.identity import Role
 from backstayd.transport import link as link_module
@@ -416,3 +417,27 @@ def test_a_name_that_ends_at_a_zero_byte_for_others_is_not_an_operators(authorit
 
 def read_pair(files: TlsFiles) -> tuple[bytes, bytes, bytes]:
     return files.ca.read_bytes(), files.key.read_bytes(), files.cert.read_bytes()
+
+
+def test_every_call_of_an_operator_leaves_a_line_with_who_it_was_and_what_came_of_it(
+    authority: TestAuthority, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="backstayd.audit")
+    credentials = authority.operator()
+    serial = read_pem(credentials.files.cert.read_bytes()).serial
+
+    async def scenario() -> None:
+        async with serving(authority.coordinator()) as (address, _):
+            for _ in range(5):
+                await asyncio.to_thread(operate, address, credentials, get_status)
+            await asyncio.to_thread(operate, address, credentials, forget)
+            await operator_error(address, credentials, lambda client: client.forget("default/\x1b[2Jnobody"))
+
+    run(scenario)
+    lines = [record.getMessage() for record in caplog.records if record.name == "backstayd.audit"]
+    caller = f"by {OPERATOR} (serial {serial}) from 127.0.0.1"
+    assert lines == [
+        f"GetStatus {caller}: done",
+        f"Forget default/gpt {caller}: done",
+        f"Forget default/\\x1b[2Jnobody {caller}: refused (unknown_run)",
+    ], "reads once a minute, every act, and nothing in them steers a terminal"

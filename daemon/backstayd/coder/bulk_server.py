@@ -31,6 +31,7 @@ from backstay.ids import SnapshotKey
 from backstay.manifest import CHUNK_BYTES
 from backstayd.coder.jobs import CoderEvent, fragment_event, shard_event
 from backstayd.coder.reuse import OlderFragment
+from backstayd.places import Places
 from backstayd.security.credentials import Credentials
 from backstayd.security.refusals import Refusals
 from backstayd.store.fragments import FragmentWriter
@@ -100,25 +101,28 @@ class BulkServer:
         self._incarnation = incarnation
         self._on_event = on_event
         self._timeouts = timeouts or Timeouts()
-        self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._places = Places(MAX_CONNECTIONS)
         self._channels: set[Channel] = set()
         self._lock = threading.Lock()
         self._traffic = _Traffic()
         self._is_closing = False
 
     def serve(self) -> None:
-        """Accept until :meth:`close`; at most MAX_CONNECTIONS at a time, the rest wait in the kernel's queue."""
+        """Accept until :meth:`close`; at most MAX_CONNECTIONS at a time, of which those that ask nothing give way."""
         poll = select.poll()
         poll.register(self._listen, select.POLLIN)
         while not self._is_closing:
             if (traffic := self._traffic.take_due()) is not None:
                 self._on_event(traffic)
-            if not poll.poll(200) or not self._room.acquire(timeout=0.2):
+            if not poll.poll(200):
                 continue
             try:
                 sock, peer = self._listen.accept()
             except OSError:  # a sibling was faster, or the peer has gone
-                self._room.release()
+                continue
+            if not self._places.take(sock, str(peer[0])):  # all are in mid-transfer: the peer tries again
+                self._refusals.note(f"{peer[0]}: {MAX_CONNECTIONS} transfers are under way; its connection is closed")
+                sock.close()
                 continue
             threading.Thread(target=self._connection, args=(sock, str(peer[0])), daemon=True, name="bulk").start()
 
@@ -132,11 +136,12 @@ class BulkServer:
     def _connection(self, sock: socket.socket, peer: str) -> None:
         try:
             with sock:
-                self._serve_peer(sock, peer)
+                try:
+                    self._serve_peer(sock, peer)
+                finally:
+                    self._places.leave(sock)
         except Exception:
             logger.exception("serving %s failed", peer)
-        finally:
-            self._room.release()
 
     def _serve_peer(self, sock: socket.socket, peer: str) -> None:
         try:
@@ -149,8 +154,8 @@ class BulkServer:
         with self._lock:
             self._channels.add(channel)
         try:
-            while not self._is_closing and self._one_request(channel):
-                pass
+            while not self._is_closing and self._one_request(sock, channel):
+                self._places.set_busy(sock, is_busy=False)
         finally:
             with self._lock:
                 self._channels.discard(channel)
@@ -169,7 +174,7 @@ class BulkServer:
                 channel.drop_incoming(DRAIN_S)
             raise
 
-    def _one_request(self, channel: Channel) -> bool:
+    def _one_request(self, sock: socket.socket, channel: Channel) -> bool:
         """Answer one request; whether the connection is still in step."""
         channel.set_silence_limit(IDLE_S)
         try:
@@ -179,6 +184,7 @@ class BulkServer:
         except IntegrityError as error:
             self._refusals.note(f"{channel.name}: {error}; the connection is cut")
             return False
+        self._places.set_busy(sock, is_busy=True)
         channel.set_silence_limit(self._timeouts.constant_s)
         exchange = _Exchange(self._memory_dir, self._incarnation, channel, request, self._on_event)
         try:

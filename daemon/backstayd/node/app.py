@@ -75,7 +75,7 @@ async def _main(config: NodeConfig, load: Callable[[], NodeConfig]) -> int:
     process = DaemonProcess()
     async with contextlib.AsyncExitStack() as stack:
         async with process.starting(f"adopting what lies in {config.memory_dir}"):
-            node = await stack.enter_async_context(start_node(config))
+            node = await stack.enter_async_context(start_node(config, on_lost=process.give_up))
         reload = Reloader(config, load=load, apply=lambda settings: _adopt(settings, node))
         await process.serve(node.health, status=lambda: status_sentence(node.context), reload=reload)
         logger.info("node %s ends; what it holds stays in %s", config.name, config.memory_dir)
@@ -105,8 +105,10 @@ def _adopt(settings: NodeConfig, node: Node) -> None:
 
 
 @contextlib.asynccontextmanager
-async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
-    """All parts of a node, running; they are ended in reverse order."""
+async def start_node(
+    config: NodeConfig, *, on_lost: Callable[[BackstayError], None] = lambda error: None
+) -> AsyncIterator[Node]:
+    """All parts of a node, running; they are ended in reverse order. ``on_lost`` hears when its memory was taken away."""
     loop, clock, incarnation = asyncio.get_running_loop(), Clock(), new_incarnation()
     credentials = load_credentials(config)
     async with contextlib.AsyncExitStack() as stack:
@@ -121,7 +123,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
         )
         stack.callback(store.close)
         bulk = stack.enter_context(_bulk_socket(config.bulk))
-        listener = stack.enter_context(listen(config.socket))
+        listener = stack.enter_context(listen(config.socket, group=config.socket_group))
         stack.callback(config.socket.unlink, missing_ok=True)
         identity = NodeIdentity(
             name=config.name,
@@ -213,6 +215,7 @@ async def start_node(config: NodeConfig) -> AsyncIterator[Node]:
                     health=health,
                     update_gauges=lambda: node_gauges.update(context, sessions, reconciler),
                     expiry=ExpiryWatch(credentials, context.metrics.set_expiry),
+                    on_lost=on_lost,
                     period_s=config.lease_s / 6,
                 )
             ),
@@ -322,6 +325,7 @@ async def _maintain(
     health: Health,
     update_gauges: Callable[[], None],
     expiry: ExpiryWatch,
+    on_lost: Callable[[BackstayError], None],
     period_s: float,
 ) -> None:
     """What no event says: sessions without connection, files that others deleted, gauges, coders that were restarted."""
@@ -329,6 +333,9 @@ async def _maintain(
     while True:
         health.beat("the maintenance")
         sessions.end_lost()
+        if (problem := context.store.why_lost()) is not None:
+            on_lost(problem)
+            return
         drop_unused_names(context.store, sessions, set(context.desired))
         _look_for_files(context)
         update_gauges()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import socket
 import stat
@@ -12,18 +13,20 @@ from backstay.errors import ConfigError
 SOCKET_MODE = 0o660
 
 
-def listen(path: Path) -> socket.socket:
-    """A listening socket at ``path``; a stale socket file is replaced.
+def listen(path: Path, *, group: str = "") -> socket.socket:
+    """A listening socket at ``path``, open to ``group`` ("": this process's own); a stale socket file is replaced.
 
     Raises:
         ConfigError: a daemon listens there, something else lies there, or the directory cannot be written.
     """
+    group_id = find_group(group) if group else -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.bind(str(path))
+            os.chown(path, -1, group_id)
             os.chmod(path, SOCKET_MODE)
             sock.listen(256)
             sock.setblocking(False)
@@ -37,6 +40,24 @@ def listen(path: Path) -> socket.socket:
             reason="bad_socket",
         ) from error
     return sock
+
+
+def find_group(name: str) -> int:
+    """The number of a group, by name or number, that this process may give a file to; raises ConfigError."""
+    try:
+        found = int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigError(
+            f"socket_group {name!r} is no group of this machine; make it (groupadd --system {name}) or name another",
+            reason="bad_socket_group",
+        ) from None
+    if os.geteuid() != 0 and found not in (os.getegid(), *os.getgroups()):
+        raise ConfigError(
+            f"user {os.geteuid()} is not a member of the socket_group {name!r}, so it cannot give it the socket; make it one "
+            f"(SupplementaryGroups={name} in the unit)",
+            reason="bad_socket_group",
+        )
+    return found
 
 
 def _remove_stale(path: Path) -> None:

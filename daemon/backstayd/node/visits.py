@@ -6,6 +6,7 @@ A visit belongs to one connection and ends with it. Changes nothing of the run.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 from collections import Counter
@@ -18,6 +19,8 @@ from backstayd.core.locating import Located
 from backstayd.node.context import NodeContext
 from backstayd.node.offered import Offered
 from backstayd.transport.operator import OperatorClient
+
+audit = logging.getLogger("backstayd.audit")
 
 MAX_VISITS: Final = 64
 MAX_VISITS_OF_ONE: Final = 32  # of one user
@@ -53,6 +56,11 @@ class Visits:
         try:
             located = await asyncio.to_thread(self._locate, message)
             _check_owner(located, uid)
+            if located.owners != (str(uid),):
+                audit.info(
+                    "Open %s step %d of user %s by user %d of this machine", located.run, located.base.step,
+                    ", ".join(located.owners) or "unknown", uid,
+                )  # fmt: skip
             offered = Offered(
                 offer_id=f"visit-{secrets.token_hex(8)}",
                 run=located.run,

@@ -7,8 +7,10 @@ stays. Holds no sockets; connections that are open go on with what they began wi
 from __future__ import annotations
 
 import contextlib
+import grp
 import logging
 import os
+import pwd
 import ssl
 import stat
 import threading
@@ -182,13 +184,28 @@ class Credentials:
 
 
 def warn_if_open(key: Path) -> None:
-    """Say so if every user of this machine can read the private key: then every one can be this daemon."""
+    """Log who else of this machine can read the private key: everybody who can may be this daemon."""
     with contextlib.suppress(OSError):
-        mode = stat.S_IMODE(key.stat().st_mode)
+        found = key.stat()
+        mode = stat.S_IMODE(found.st_mode)
         if mode & stat.S_IROTH:
             logger.warning(
                 "every user of this machine can read the private key %s (mode %o): chmod o= %s", key, mode, key
             )
+        elif mode & stat.S_IRGRP and (members := _other_members(found.st_gid)):
+            logger.warning(
+                "%s can read the private key %s, as members of its group %s: give trainers another group (socket_group)",
+                ", ".join(members[:8]), key, grp.getgrgid(found.st_gid).gr_name,
+            )  # fmt: skip
+
+
+def _other_members(group_id: int) -> list[str]:
+    """Members of a group but for root and the user of this process; none of a group without a name."""
+    with contextlib.suppress(KeyError):
+        own = {"root"} | {entry.pw_name for entry in pwd.getpwall() if entry.pw_uid == os.geteuid()}
+        primary = {entry.pw_name for entry in pwd.getpwall() if entry.pw_gid == group_id}
+        return sorted({*grp.getgrgid(group_id).gr_mem, *primary} - own)
+    return []
 
 
 def utc(unix_s: float) -> str:

@@ -17,7 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from backstay import record
-from backstay.errors import BackstayError, CapacityError, ConfigError, IntegrityError, InvariantError, UsageError
+from backstay.errors import (
+    BackstayError,
+    CapacityError,
+    ConfigError,
+    IntegrityError,
+    InvariantError,
+    UnavailableError,
+    UsageError,
+)
 from backstay.ids import Generation, RunKey
 from backstayd.core.records import Decision, Distrusted
 from backstayd.core.tombstone import Tombstone, trimmed
@@ -100,6 +108,25 @@ class Store:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+    def why_lost(self) -> UnavailableError | None:
+        """What happened to the directory if it is not the one that was opened: unmounted, or another one mounted over it.
+
+        What was held there cannot be reached by any name then; a daemon that went on would fill whatever lies below.
+        """
+        try:
+            is_there = os.stat(self.memory_dir).st_dev == os.fstat(self._lock_fd).st_dev
+        except FileNotFoundError:  # deleted on its file system: that is made again
+            is_there = os.stat(room.existing_parent(self.memory_dir)).st_dev == os.fstat(self._lock_fd).st_dev
+        except OSError:
+            is_there = False
+        if is_there:
+            return None
+        return UnavailableError(
+            f"memory directory {self.memory_dir} was unmounted, or something was mounted over it: what this node held is "
+            "lost to it, and the daemon ends; mount a tmpfs there and start it again",
+            reason="memory_gone",
+        )
 
     def paths(self, run: str) -> RunPaths:
         return RunPaths(self.memory_dir, run)

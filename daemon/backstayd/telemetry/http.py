@@ -5,14 +5,11 @@ Runs in threads of its own, at most ``MAX_CONNECTIONS`` at a time, which call th
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gzip
 import logging
 import socket
 import threading
-import time
-from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,12 +17,13 @@ from typing import Any, ClassVar, Final
 
 from backstay.errors import BackstayError, ConfigError
 from backstayd.config import split_address
+from backstayd.places import Places
 from backstayd.security.credentials import Credentials
 from backstayd.security.sockets import drop_incoming
 from backstayd.telemetry.routes import Reply, Route, text_reply
 
 MAX_CONNECTIONS: Final = 16
-MAX_PER_HOST: Final = 8  # so that one watcher that holds connections open cannot make probes fail
+MAX_PER_HOST: Final = 8  # and where several hosts hold all, the one with most gives way: probes are answered
 REQUEST_TIMEOUT_S: Final = 5.0  # without a byte
 EXCHANGE_TIMEOUT_S: Final = 20.0  # for all of one, so that a byte now and then holds no place for ever
 TLS_HANDSHAKE: Final = b"\x16"
@@ -72,46 +70,6 @@ def start_http(address: str, routes: Mapping[str, Route], *, credentials: Creden
     return HttpServer(server)
 
 
-class _Places:
-    """Who is being served, and until when. Invariant: at most MAX_CONNECTIONS, at most MAX_PER_HOST of one host."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._taken: Counter[str] = Counter()
-        self._ends: dict[socket.socket, float] = {}
-
-    def take(self, host: str) -> bool:
-        with self._lock:
-            if self._taken.total() >= MAX_CONNECTIONS or self._taken[host] >= MAX_PER_HOST:
-                return False
-            self._taken[host] += 1
-            return True
-
-    def give_back(self, host: str) -> None:
-        with self._lock:
-            self._taken[host] -= 1
-            if not self._taken[host]:
-                del self._taken[host]
-
-    def begin(self, sock: socket.socket) -> None:
-        """The exchange on ``sock`` begins; it is cut if :meth:`end` does not come in time."""
-        with self._lock:
-            self._ends[sock] = time.monotonic() + EXCHANGE_TIMEOUT_S
-
-    def end(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._ends.pop(sock, None)
-
-    def cut_overdue(self) -> None:
-        """End the TCP connections of exchanges that take too long; their threads find out."""
-        now = time.monotonic()
-        with self._lock:
-            for sock, end in self._ends.items():
-                if now >= end:
-                    with contextlib.suppress(OSError):
-                        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
@@ -123,7 +81,7 @@ class _Server(ThreadingHTTPServer):
         self._credentials = credentials
         self.address_family = socket.AddressFamily(family)
         self.routes = routes
-        self._places = _Places()
+        self._places = Places(MAX_CONNECTIONS, per_source=MAX_PER_HOST)
         super().__init__(address, _Request)
 
     def server_bind(self) -> None:
@@ -134,13 +92,13 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.take(client_address[0]):
+        if not self._places.take(request, client_address[0]):
             self.shutdown_request(request)  # over the limit: the watcher asks again
             return
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        self._places.cut_overdue()
+        self._places.cut_idle(EXCHANGE_TIMEOUT_S)  # since it was accepted: one exchange a connection
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -148,16 +106,14 @@ class _Server(ThreadingHTTPServer):
             if encrypted is not None:
                 self._exchange(encrypted, client_address)
         finally:
-            self._places.give_back(client_address[0])
+            self._places.leave(request)
 
     def _exchange(self, request: Any, client_address: Any) -> None:
-        self._places.begin(request)
         try:
             self.finish_request(request, client_address)
         except Exception:  # noqa: BLE001 - as the base class does: one watcher's trouble is not the server's
             self.handle_error(request, client_address)
         finally:
-            self._places.end(request)  # before it is closed: its number may be another connection's then
             self.shutdown_request(request)
 
     def _encrypt(self, request: Any) -> Any:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 
@@ -24,6 +24,7 @@ from backstayd.security.handshakes import Handshakes
 from backstayd.security.refusals import Refusals
 from backstayd.transport import convert, delta, errors
 from backstayd.transport.access import RoleInterceptor, check_name
+from backstayd.transport.audit import Audit
 from backstayd.transport.channel import add_port, server_options
 from backstayd.transport.node_names import NodeNames
 from backstayd.transport.skew import Releases
@@ -32,6 +33,7 @@ from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, op
 logger = logging.getLogger(__name__)
 
 MAX_AGE_S: Final = 3600.0
+Answer = TypeVar("Answer")
 
 
 class CoordinatorBackend(Protocol):
@@ -97,7 +99,8 @@ class CoordinatorServer:
         """Bind and serve; returns the bound ``host:port``. Raises ConfigError if the address cannot be bound."""
         server = self._make_server()
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(_CoordinatorServicer(self), server)
-        operator_pb2_grpc.add_OperatorServiceServicer_to_server(_OperatorServicer(self._backend), server)
+        audit = Audit(is_tls=self._credentials is not None)
+        operator_pb2_grpc.add_OperatorServiceServicer_to_server(_OperatorServicer(self._backend, audit), server)
         try:
             port = add_port(server, self._listen, self._credentials, self._handshakes)
         except RuntimeError as error:
@@ -232,54 +235,50 @@ class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
 
 class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
-    def __init__(self, backend: CoordinatorBackend) -> None:
+    def __init__(self, backend: CoordinatorBackend, audit: Audit) -> None:
         self._backend = backend
+        self._audit = audit
 
     async def GetStatus(self, request: Any, context: Any) -> operator_pb2.GetStatusResponse:
-        document: dict[str, Any] = {}
-        try:
-            document = self._backend.status(is_brief=request.is_brief)
-        except BackstayError as error:
-            await _abort(context, error)
+        document = await self._do(context, "GetStatus", "", lambda: self._backend.status(is_brief=request.is_brief))
         return operator_pb2.GetStatusResponse(document_json=json.dumps(document))
 
     async def Forget(self, request: Any, context: Any) -> operator_pb2.ForgetResponse:
-        try:
-            self._backend.forget(request.run)
-        except BackstayError as error:
-            await _abort(context, error)
+        await self._do(context, "Forget", request.run, lambda: self._backend.forget(request.run))
         return operator_pb2.ForgetResponse()
 
     async def Distrust(self, request: Any, context: Any) -> operator_pb2.DistrustResponse:
-        message = ""
-        try:
-            message = self._backend.distrust(request.run, request.step, request.reason)
-        except BackstayError as error:
-            await _abort(context, error)
+        about = f"{request.run} step {request.step} ({request.reason})"
+        message = await self._do(
+            context, "Distrust", about, lambda: self._backend.distrust(request.run, request.step, request.reason)
+        )
         return operator_pb2.DistrustResponse(message=message)
 
     async def Trust(self, request: Any, context: Any) -> operator_pb2.TrustResponse:
-        count = 0
-        try:
-            count = self._backend.trust(request.run)
-        except BackstayError as error:
-            await _abort(context, error)
+        count = await self._do(context, "Trust", request.run, lambda: self._backend.trust(request.run))
         return operator_pb2.TrustResponse(count=count)
 
     async def Drain(self, request: Any, context: Any) -> operator_pb2.DrainResponse:
-        verdict = DrainVerdict()
-        try:
-            verdict = self._backend.drain(request.node, undo=request.undo)
-        except BackstayError as error:
-            await _abort(context, error)
+        about = f"{request.node}{' undone' if request.undo else ''}"
+        verdict = await self._do(context, "Drain", about, lambda: self._backend.drain(request.node, undo=request.undo))
         return operator_pb2.DrainResponse(state=verdict.state.value, reason=verdict.reason)
 
     async def Locate(self, request: Any, context: Any) -> operator_pb2.LocateResponse:
-        try:
-            located = self._backend.locate(request.run, request.step)
-        except BackstayError as error:
-            await _abort(context, error)
+        located = await self._do(
+            context, "Locate", request.run, lambda: self._backend.locate(request.run, request.step)
+        )
         return operator_pb2.LocateResponse(document_json=record.dumps(located).decode())
+
+    async def _do(self, context: Any, verb: str, about: str, call: Callable[[], Answer]) -> Answer:
+        """What ``call`` answers; an error of it ends the call. Either way there is a line about it."""
+        try:
+            answer = call()
+        except BackstayError as error:
+            self._audit.note(context, verb, about, error=error)
+            await _abort(context, error)
+            raise  # not reached: abort raises
+        self._audit.note(context, verb, about)
+        return answer
 
 
 def _first_of(group: BaseExceptionGroup[Any]) -> Any:

@@ -1,0 +1,61 @@
+"""The memory directory is unmounted under a running daemon: it ends with one line, and the trainer is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backstay import local
+from backstay.errors import UnavailableError
+from tests.cluster.test_operator_command import Trainer
+from tests.kit.daemon_process import RunningDaemon, running_daemon
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+ENDED_S = 30.0
+
+
+@pytest.fixture
+def memory(tmpfs_dir: Path) -> Iterator[Path]:
+    """A tmpfs of its own."""
+    place = tmpfs_dir / "memory"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=0700", "backstay-test", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=False, capture_output=True)
+
+
+@pytest.fixture
+def daemons(tmpfs_dir: Path, memory: Path) -> Iterator[tuple[RunningDaemon, RunningDaemon]]:
+    with running_daemon("coordinator", "--parity", "0", directory=tmpfs_dir) as coordinator:
+        address = "127.0.0.1:" + coordinator.wait_for_line(r"listens at 127.0.0.1:(\d+),").group(1)
+        place = ("--memory-dir", str(memory), "--socket", str(tmpfs_dir / "socket"), "--coordinator", address)
+        with running_daemon("node", "--name", "n0", *place, directory=tmpfs_dir) as node:
+            node.wait_for_line("serves trainers at")
+            yield coordinator, node
+
+
+def test_a_daemon_whose_memory_is_unmounted_ends_in_one_line_and_its_trainer_is_told(
+    tmpfs_dir: Path, memory: Path, daemons: tuple[RunningDaemon, RunningDaemon]
+) -> None:
+    _, node = daemons
+    trainer = Trainer(str(tmpfs_dir / "socket"))
+    with trainer.connection:
+        restored, _ = trainer.ask(local.Restore(deadline_s=30.0, world_size=1), local.Restored)
+        trainer.snapshot(1, attempt=restored.attempt)
+        written = len(node.log.read_text().splitlines())
+        subprocess.run(["umount", "-l", memory], check=True)
+        assert node.process.wait(ENDED_S) == UnavailableError.exit_code
+        trainer.connection.settimeout(ENDED_S)
+        assert trainer.connection.recv(1 << 16) == b"", "the line is cut, which a trainer takes for what it is"
+    lines = node.log.read_text().splitlines()[written:]
+    assert [line for line in lines if f"memory directory {memory} was unmounted" in line] == [lines[-1]]
+    assert "Traceback" not in "\n".join(lines)
+    assert len([line for line in lines if " ERROR " in line or " WARNING " in line]) <= 2, lines
+    assert list(memory.iterdir()) == [], "nothing is written into what lies below"
