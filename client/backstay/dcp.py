@@ -99,8 +99,8 @@ class Store:
         self.close()
         place = world.current()
         entered = enter(
-            str(self._run), place, world.agree_on_id(place), socket_path=self._socket_path, allow_fresh=allow_fresh,
-            deadline_s=deadline_s,
+            str(self._run), place, world.agree_on_id(place, deadline_s=deadline_s), socket_path=self._socket_path,
+            allow_fresh=allow_fresh, deadline_s=deadline_s,
         )  # fmt: skip
         self._line, self._source = entered.line, entered.source
         self.step = entered.source.step if entered.source is not None else None

@@ -44,6 +44,7 @@ __all__ = ["RestoreResult", "SnapshotStatus", "Snapshotter", "Stats"]
 DEFAULT_MAX_WAIT_S: Final = 3.0
 DEFAULT_CHECK_EVERY: Final = 50
 FIRST_CHECKED: Final = 2
+MIN_ASK_S: Final = 0.1  # what is left for the daemon's answer, however long rank 0 let wait
 COPY_FLOOR_BYTES_PER_S: Final = 50e6
 STEPLESS_STEPS: Final = 100  # a GradScaler that looks for its scale skips fewer in a row
 
@@ -68,6 +69,7 @@ class Snapshotter:
         strict: Raise where a snapshot fails, instead of a warning.
         check_every: One in so many snapshots is compared byte for byte at the fence (and the first two are); 0: no other.
         persist_on_sigterm: On SIGTERM, ask for a durable copy (:meth:`persist`), then do what the signal did before.
+        process_group: The ranks that train this model, where they are not all of torch.distributed.
 
     Attributes:
         values: The script's own numbers, texts, lists and dictionaries, such as its epoch: each snapshot holds what is in it at
@@ -90,6 +92,7 @@ class Snapshotter:
         strict: bool = False,
         check_every: int = DEFAULT_CHECK_EVERY,
         persist_on_sigterm: bool = False,
+        process_group: Any = None,
     ) -> None:
         self._model = given.model_of(model)
         self._optimizers = given.optimizers_of(optimizer)
@@ -97,6 +100,7 @@ class Snapshotter:
         self._extra = loaders.follow_all(given.extra_of(extra))
         self.values: dict[str, Any] = {}
         self._socket_path = find_socket(socket)
+        self._group = given.process_group_of(process_group)
         self._max_wait_s = given.seconds_of("max_wait_s", max_wait_s)
         self._strict = strict
         self._check_every = given.count_of("check_every", check_every)
@@ -154,22 +158,25 @@ class Snapshotter:
         missing_ok = given.names_of("missing_ok", missing_ok)
         begin_s = time.monotonic()
         self._end_session()
-        place = world.current()
+        place = world.current(self._group)
         uncaptured.warn(self._model)
         unsharded.reshard(self._model)
-        holdings = sources.collect(self._model, self._optimizers, rank=place.rank)
+        holdings = sources.collect(self._model, self._optimizers, rank=place.rank, members=place.members)
         optimizer_state.read_values(self._optimizers, holdings, {})  # raises here, not at the first snapshot
         target = Target(
             model=self._model, optimizers=self._optimizers, extra=self._extra, rank=place.rank, world_size=place.size,
-            run=str(self._run), signature=sources.model_signature(holdings), values=self.values, missing_ok=missing_ok,
+            run=str(self._run), signature=sources.model_signature(holdings), members=place.members, values=self.values,
+            missing_ok=missing_ok,
         )  # fmt: skip
         attach = local.Attach(
-            run=str(self._run), world_id=world.agree_on_id(place), rank=place.rank, world_size=place.size,
-            needs=holdings.needs, model_signature=target.signature, collective_timeout_s=place.collective_timeout_s,
+            run=str(self._run), world_id=world.agree_on_id(place, deadline_s=deadline_s),
+            rank=place.rank, world_size=place.size, needs=holdings.needs, model_signature=target.signature,
+            collective_timeout_s=place.collective_timeout_s,
             client_version=backstay.__version__, layout=sources.layout_signature(holdings),
         )  # fmt: skip
         answer = ask.ask(
-            self._socket_path, attach, functools.partial(apply.prepare, target), allow_fresh=allow_fresh, deadline_s=deadline_s
+            self._socket_path, attach, functools.partial(apply.prepare, target), allow_fresh=allow_fresh,
+            deadline_s=max(MIN_ASK_S, deadline_s - (time.monotonic() - begin_s)),
         )  # fmt: skip
         restored, loaded = answer.restored, None
         check = gate.Gate(answer.connection, attach, restored, deadline_s=deadline_s - (time.monotonic() - begin_s))
@@ -399,7 +406,7 @@ class Snapshotter:
         holdings = (
             made.holdings
             if made is not None and is_current
-            else sources.collect(target.model, target.optimizers, rank=target.rank)
+            else sources.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
         )
         found = dynamic.read(target.optimizers, target.extra, holdings, rank=target.rank, values=target.values)
         if len(found.document) > dynamic.HEAVY_JSON_BYTES and "heavy" not in self._told:
@@ -514,7 +521,8 @@ class Snapshotter:
     def _begin_probation(self, restored: local.Restored) -> None:
         assert self._target is not None
         assert self._session is not None
-        holdings = sources.collect(self._target.model, self._optimizers, rank=self._target.rank)
+        target = self._target
+        holdings = sources.collect(target.model, self._optimizers, rank=target.rank, members=target.members)
         self._probation = Probation(
             self._optimizers, holdings.names, base_step=restored.step, steps=restored.probation_steps,
             tell=self._session.distrust,

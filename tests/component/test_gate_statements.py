@@ -60,7 +60,7 @@ def test_ranks_that_restored_the_same_snapshot_agree_on_everything(
 @pytest.mark.parametrize("kind", KINDS)
 def test_restore_has_one_collective_and_the_gate_none(found: dict[str, list[dict[str, Any]]], kind: str) -> None:
     for of_rank in found[kind]:
-        assert of_rank["collectives"] == ["broadcast_.default"], "the world id, and nothing else"
+        assert set(of_rank["collectives"]) <= {"send.default", "recv_.default"}, "the world id, and no collective"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -181,7 +181,7 @@ class LightRank:
         )
         answer, fds = self._ask(request)
         if isinstance(answer, local.Skipped):
-            return {"skipped": answer.reason}
+            return {"skipped": answer.reason, "notice": getattr(answer, "notice", "")}
         for fd in fds:
             self.slots[answer.slot_id] = mmap.mmap(fd, self.layout.size_bytes)
             os.close(fd)
@@ -231,7 +231,11 @@ class LightRank:
                 cost = replace(cost, waited_s=waited_s)
             commit = replace(commit, cost=cost)
         answer, _ = self._ask(commit)
-        return {"digest": answer.digest, "interval_steps": answer.schedule.interval_steps}
+        return {
+            "digest": answer.digest,
+            "interval_steps": answer.schedule.interval_steps,
+            "notice": getattr(answer, "notice", ""),
+        }
 
     def do_publish(self, step: int, seed: str = "", wait_s: float = 20.0) -> dict[str, Any]:
         """Reserve, fill and commit."""

@@ -81,6 +81,15 @@ def test_ranks_that_did_not_call_restore_are_named_a_lease_after_the_last_one_di
     assert missing.found is None
 
 
+def test_a_rank_that_gave_up_at_its_deadline_is_not_named_to_those_who_still_wait() -> None:
+    missing = Missing()
+    for now in (10.0, 13.0):
+        ask(missing, [0, 2, 3], now_s=now)
+    ask(missing, [3], now_s=13.1)
+    assert missing.found is not None
+    assert missing.found.sentence == "rank 1 of 4 has not called restore()"
+
+
 def test_what_a_trainer_claims_of_its_world_costs_nothing() -> None:
     missing = Missing()
     for now in (10.0, 14.0):

@@ -66,7 +66,7 @@ def read(
     places: dict[str, Place] = {}
     for path, tensor in found.items():
         if isinstance(tensor, DTensor):
-            local, offsets, whole, _, home = sources.place_distributed(path, tensor)
+            local, offsets, whole, _, home = sources.place_distributed(path, tensor, holdings.members)
             name = sources.private_name(f"extra.{path}", home)
             tensors[name], places[name] = local, (offsets, whole)
         else:

@@ -110,7 +110,7 @@ class FileStore:
         self.close()
         place = place or world.current()
         entered = enter(
-            str(self.run), place, world_id or world.agree_on_id(place), socket_path=self._socket_path,
+            str(self.run), place, world_id or world.agree_on_id(place, deadline_s=deadline_s), socket_path=self._socket_path,
             allow_fresh=allow_fresh, deadline_s=deadline_s,
         )  # fmt: skip
         self._line, self._source, self._index = entered.line, entered.source, None

@@ -42,6 +42,7 @@ class Target:
     world_size: int
     run: str
     signature: str
+    members: tuple[int, ...] = ()  # by rank what torch.distributed calls it; (): the same
     values: dict[str, Any] = field(default_factory=dict)  # plain values of the script
     missing_ok: frozenset[str] = frozenset()  # extras that the snapshot, or the script, may lack
 
@@ -116,11 +117,11 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
     Raises:
         IntegrityError: naming what does not fit, is missing, cannot be mapped or is corrupt; nothing was loaded.
     """
-    holdings = sources.collect(target.model, target.optimizers, rank=target.rank)
+    holdings = sources.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
     naming = Naming(opened, rank=target.rank, world_size=target.world_size)
     is_complete = not opened.is_offered or holds_whole_model(holdings, target.world_size)
     own_rank = target.rank % opened.world_size
-    reader = StateReader(opened, naming)
+    reader = StateReader(opened, naming, target.members)
     is_import = IMPORTED_KEY in opened.metadata(own_rank) and reader.find(own_rank) is None
     if is_import:
         naming.rename(imported.stored_names(holdings, opened))
@@ -138,7 +139,9 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
     )
     private = _prepare_private(target, opened, reader, holdings)
     planned = optimizers.plan(target.optimizers, holdings, origin)
-    wanted = sources.collect(target.model, target.optimizers, rank=target.rank, states=planned.states)
+    wanted = sources.collect(
+        target.model, target.optimizers, rank=target.rank, members=target.members, states=planned.states
+    )
     reading = opened.plan(_targets(opened, naming, wanted, wanted.tensors))
     opened.fetch(reading.chunks)
     return Prepared(

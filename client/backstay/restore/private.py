@@ -25,8 +25,9 @@ from backstay.trainer import sources, state
 class StateReader:
     """JSON states of a snapshot's ranks, read once each, and the tensors they refer to."""
 
-    def __init__(self, opened: OpenedSnapshot, naming: Naming) -> None:
-        self._opened, self._naming = opened, naming
+    def __init__(self, opened: OpenedSnapshot, naming: Naming, members: tuple[int, ...] = ()) -> None:
+        """``members``: of the world that restores, by rank what torch.distributed calls it; (): the same."""
+        self._opened, self._naming, self._members = opened, naming, members
         self._documents: dict[int, dict[str, Any] | None] = {}
 
     def find(self, rank: int) -> dict[str, Any] | None:
@@ -89,7 +90,7 @@ class StateReader:
     ) -> torch.Tensor:
         """Memory for one tensor; what to read into it is added to ``targets``."""
         if isinstance(template, DTensor):
-            local, offsets, _, _, home = sources.place_distributed(path, template)
+            local, offsets, _, _, home = sources.place_distributed(path, template, self._members)
             name = self._stored_name(rank, path, home if is_distributed else None)
             made = local.detach()  # if nothing of it lies here, this rank's shard does not name it
             if local.numel() or self._opened.entries(name):

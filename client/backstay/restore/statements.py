@@ -62,7 +62,7 @@ def make(target: Target, restored: local.Restored, loaded: Loaded) -> list[State
         IntegrityError: what this rank holds contradicts itself or the snapshot: optimizer state that is missing or does not
             fit, a generator that is not as it was restored. UsageError: a local part that its mesh does not allow.
     """
-    holdings = sources.collect(target.model, target.optimizers, rank=target.rank)
+    holdings = sources.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
     if loaded.description:
         check_optimizers(target, holdings, loaded.description)
     check_generators(loaded)
@@ -166,7 +166,7 @@ def _structure(target: Target, holdings: Holdings) -> tuple[dict[Scope, dict[str
     meshes: dict[int, str] = {}
     scopes: dict[int, Scope] = {}
     for tensor in holdings.tensors:
-        scope = scopes[id(tensor.living)] = _scope_of(tensor)
+        scope = scopes[id(tensor.living)] = _scope_of(tensor, target)
         if len(scope) > 1:
             layout[scope][bare_name(tensor.name)] = _describe(tensor, meshes)
     counted: list[tuple[Scope, str, Any]] = []
@@ -184,10 +184,10 @@ def _structure(target: Target, holdings: Holdings) -> tuple[dict[Scope, dict[str
     return layout, counters
 
 
-def _scope_of(tensor: LocalTensor) -> Scope:
+def _scope_of(tensor: LocalTensor, target: Target) -> Scope:
     """The ranks that hold parts or copies of the same tensor."""
     if isinstance(tensor.living, DTensor):
-        return tuple(sorted(int(rank) for rank in tensor.living.device_mesh.mesh.flatten().tolist()))
+        return sources.mesh_ranks(tensor.living, target.members)
     return tensor.replicas
 
 

@@ -42,6 +42,23 @@ def optimizers_of(given: Any) -> tuple[Any, ...]:
     return with_inner(found)
 
 
+def process_group_of(given: Any) -> Any:
+    """A group of torch.distributed, or None: all of its ranks."""
+    if given is None:
+        return None
+    if not torch.distributed.is_available() or given is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise UsageError(
+            "process_group is what new_group() gives to a process that is not of the group: make the Snapshotter on the "
+            "ranks of the group only",
+            reason="not_in_group",
+        )
+    if not isinstance(given, torch.distributed.ProcessGroup):
+        raise UsageError(
+            f"process_group is {_kind(given)}: give what torch.distributed.new_group() or DeviceMesh.get_group() returned"
+        )
+    return given
+
+
 def extra_of(given: Any) -> dict[str, Any]:
     if given is None:
         return {}

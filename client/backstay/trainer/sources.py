@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from backstay.errors import UsageError
 from backstay.trainer import memory, nested_optimizers, unsharded
+from backstay.trainer.world import within
 
 _STRIDED = "_StridedShard"
 _IN_SUBCLASSES = (
@@ -97,6 +98,7 @@ class Holdings:
     attributes: tuple[tuple[Any, str, object], ...] = ()
     living_names: dict[int, str] = field(default_factory=dict)
     idle: tuple[torch.nn.Parameter, ...] = ()
+    members: tuple[int, ...] = ()  # of the world, by rank (:class:`world.World`)
 
     def has_frozen_more(self) -> bool:
         """Whether a parameter is frozen now that was not when this was made; :meth:`is_current` stays true."""
@@ -136,6 +138,7 @@ class Holdings:
 @dataclass(slots=True)
 class _Collector:
     rank: int
+    members: tuple[int, ...]  # by rank what torch.distributed calls it; (): the same
     trained: frozenset[int] = frozenset()  # ids of the parameters that optimizers have
     sharded: dict[int, unsharded.Place] = field(default_factory=dict)
     tensors: list[LocalTensor] = field(default_factory=list)
@@ -165,7 +168,7 @@ class _Collector:
             target = self.stored[id(living)]
             self.aliases[target.removesuffix(bare_name(target)) + name] = target
             return None
-        tensor = _place(name, living, owner, key, replicas=replicas, is_eager=is_eager)
+        tensor = _place(name, living, owner, key, replicas=replicas, is_eager=is_eager, members=self.members)
         if isinstance(living, torch.nn.Parameter) and id(living) not in self.trained:
             is_frozen = _needs_no_gradient(living)
             tensor = dataclasses.replace(tensor, is_frozen=is_frozen)
@@ -183,17 +186,20 @@ def collect(
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     rank: int,
+    members: tuple[int, ...] = (),
     states: Sequence[States] | None = None,
 ) -> Holdings:
     """Walk ``model`` and ``optimizers``; ``states`` stand in for the optimizers' own (a restore that is not yet applied).
+
+    ``rank`` is that of this process in its world, ``members`` are the world's in torch.distributed (:class:`world.World`).
 
     Raises:
         UsageError: for FSDP1, lazy or sparse tensors, partial DTensors, naming the tensor.
     """
     trained = frozenset(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    collector = _Collector(rank, trained, unsharded.sharded_places(model))
+    collector = _Collector(rank, members, trained, unsharded.sharded_places(model))
     with torch.no_grad():
-        for clean, module, replicas, ignored in _walk(model, "", (rank,), frozenset()):
+        for clean, module, replicas, ignored in _walk(model, "", (rank,), frozenset(), members):
             _add_module(collector, clean, module, replicas=replicas, ignored=ignored)
         for index, optimizer in enumerate(optimizers):
             collector.attributes += [(optimizer, name, getattr(optimizer, name)) for name in ("state", "param_groups")]
@@ -212,6 +218,7 @@ def collect(
         attributes=tuple(collector.attributes),
         living_names={id(tensor.living): bare_name(tensor.name) for tensor in collector.tensors},
         idle=tuple(collector.idle),
+        members=members,
     )
 
 
@@ -267,26 +274,35 @@ def private_name(name: str, home: int) -> str:
 
 
 def _walk(
-    module: torch.nn.Module, clean: str, replicas: tuple[int, ...], ignored: frozenset[str]
+    module: torch.nn.Module,
+    clean: str,
+    replicas: tuple[int, ...],
+    ignored: frozenset[str],
+    members: tuple[int, ...],
 ) -> Iterator[tuple[str, torch.nn.Module, tuple[int, ...], frozenset[str]]]:
     """Modules in order with their name free of wrappers, and the ranks over which DDP replicates their parameters."""
-    wrapped, replicas, ignored = _unwrap(module, clean, replicas, ignored)
+    wrapped, replicas, ignored = _unwrap(module, clean, replicas, ignored, members)
     if wrapped is not None:
-        yield from _walk(wrapped, clean, replicas, ignored)
+        yield from _walk(wrapped, clean, replicas, ignored, members)
         return
     yield clean, module, replicas, ignored
     for name, child in module._modules.items():
         if child is not None:
             inner = frozenset(rest.removeprefix(f"{name}.") for rest in ignored if rest.startswith(f"{name}."))
-            yield from _walk(child, f"{clean}{name}.", replicas, inner)
+            yield from _walk(child, f"{clean}{name}.", replicas, inner, members)
 
 
 def _unwrap(
-    module: torch.nn.Module, clean: str, replicas: tuple[int, ...], ignored: frozenset[str]
+    module: torch.nn.Module,
+    clean: str,
+    replicas: tuple[int, ...],
+    ignored: frozenset[str],
+    members: tuple[int, ...],
 ) -> tuple[torch.nn.Module | None, tuple[int, ...], frozenset[str]]:
     kind = type(module).__name__
     if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-        ranks = tuple(sorted(torch.distributed.get_process_group_ranks(module.process_group)))
+        shared = torch.distributed.get_process_group_ranks(module.process_group)
+        ranks = tuple(sorted(within(members, shared, what=f"module {clean.rstrip('.') or '(root)'} under DDP")))
         return module.module, ranks, frozenset(getattr(module, "parameters_to_ignore", ()))
     if isinstance(module, torch.nn.DataParallel):
         return module.module, replicas, ignored
@@ -368,11 +384,18 @@ def _add_unnamed(collector: _Collector, name: str, parameter: torch.Tensor) -> N
 
 
 def _place(
-    name: str, living: torch.Tensor, owner: dict[Any, Any], key: Any, *, replicas: tuple[int, ...], is_eager: bool
+    name: str,
+    living: torch.Tensor,
+    owner: dict[Any, Any],
+    key: Any,
+    *,
+    replicas: tuple[int, ...],
+    is_eager: bool,
+    members: tuple[int, ...],
 ) -> LocalTensor:
     home = min(replicas)
     if isinstance(living, DTensor):
-        local, offsets, global_shape, replicas, home = place_distributed(name, living)
+        local, offsets, global_shape, replicas, home = place_distributed(name, living, members)
     else:
         _refuse_unsupported(name, living)
         local = living.detach()
@@ -414,7 +437,7 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
 
 
 def place_distributed(
-    name: str, tensor: DTensor
+    name: str, tensor: DTensor, members: tuple[int, ...] = ()
 ) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """Local part, offsets, global shape, replica ranks and lowest rank of a DTensor, by DCP's own arithmetic."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -436,10 +459,16 @@ def place_distributed(
     index = tuple(
         slice(None) if isinstance(placement, Replicate) else coordinate[dim] for dim, placement in enumerate(placements)
     )
-    replicas = tuple(sorted(int(rank) for rank in mesh.mesh[index].flatten().tolist()))
+    replicas = tuple(sorted(within(members, map(int, mesh.mesh[index].flatten().tolist()), what=name)))
     if 0 in shape and 0 not in tensor.shape:
         offsets = tuple(min(o, g - s) for o, g, s in zip(offsets, tensor.shape, shape, strict=True))
-    return local, tuple(offsets), tuple(tensor.shape), replicas, int(mesh.mesh.min())
+    return local, tuple(offsets), tuple(tensor.shape), replicas, mesh_ranks(tensor, members)[0]
+
+
+def mesh_ranks(tensor: DTensor, members: tuple[int, ...]) -> tuple[int, ...]:
+    """The ranks of the world that hold parts or copies of ``tensor``, ascending."""
+    ranks = map(int, tensor.device_mesh.mesh.flatten().tolist())
+    return tuple(sorted(within(members, ranks, what="a DTensor")))
 
 
 def _refuse_disorder(name: str, tensor: DTensor, coordinate: Sequence[int]) -> None:

@@ -37,7 +37,8 @@ class Missing:
 
     found: MissingRanks | None = None
     _world_id: str = ""
-    _since: tuple[int, float] = (0, 0.0)  # how many ranks were there, since when
+    _asked: set[int] = field(default_factory=set)  # ranks that were seen in restore()
+    _since_s: float = 0.0  # when the last of them came
     _newest: int = 0
     _moves: int = 0
     _offers: dict[int, _Offer] = field(default_factory=dict)
@@ -70,18 +71,20 @@ class Missing:
 
     def _turn_to(self, world_id: str, now_s: float) -> None:
         if world_id != self._world_id:
-            self.found, self._world_id, self._since = None, world_id, (0, now_s)
+            self.found, self._world_id, self._asked, self._since_s = None, world_id, set(), now_s
             self._newest, self._moves, self._offers = 0, 0, {}
 
     def _unasked(self, world: World, *, lease_s: float, now_s: float) -> MissingRanks | None:
-        there = {rank for rank, session in world.items() if session.record.phase is not SessionPhase.ATTACHED}
         size = max(session.record.world_size for session in world.values())
-        if len(there) != self._since[0]:
-            self._since = (len(there), now_s)
-        if now_s - self._since[1] < lease_s:
+        before = len(self._asked)
+        self._asked.update(world)  # who gave up at its deadline has called, too
+        if len(self._asked) != before:
+            self._since_s = now_s
+        count = size - len(self._asked)
+        if now_s - self._since_s < lease_s or count <= 0:
             return None
-        count = size - len(there)
-        ranks = tuple(itertools.islice((rank for rank in range(size) if rank not in there), NAMED))  # size is a claim
+        missing = (rank for rank in range(size) if rank not in self._asked)
+        ranks = tuple(itertools.islice(missing, NAMED))  # size is a claim: not walked through
         sentence = f"{_named(ranks, count)} of {size} {'has' if count == 1 else 'have'} not called restore()"
         return MissingRanks(world_id=self._world_id, ranks=ranks, count=count, sentence=sentence)
 
