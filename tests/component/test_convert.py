@@ -326,6 +326,20 @@ def test_a_dcp_checkpoint_whose_file_is_missing_or_cut_is_refused_in_words(tmp_p
     assert "missing or damaged" in answer["message"]
 
 
+@pytest.mark.parametrize("name", ["../outside.distcp", "/etc/passwd", "a/../../outside.distcp", "", "."])
+def test_dcp_metadata_that_names_a_file_outside_its_directory_is_refused(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "source-5"
+    dcp_save({"model": {"w": torch.arange(100.0)}}, checkpoint_id=str(source), no_dist=True)
+    (data,) = source.glob("*.distcp")
+    data.rename(tmp_path / "outside.distcp")  # what it would read is there, and whole
+    metadata = pickle.loads((source / ".metadata").read_bytes())
+    for stored in metadata.storage_data.values():
+        object.__setattr__(stored, "relative_path", name)
+    (source / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(IntegrityError, match="outside the checkpoint"):
+        foreign.read_checkpoint(source, "dcp")
+
+
 def test_the_importer_stores_what_writing_was_given(tmp_path: Path) -> None:
     source = writing.Source(
         name="model.w",

@@ -13,7 +13,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import torch
@@ -21,6 +21,7 @@ import torch
 from backstay.convert import huggingface
 from backstay.convert.writing import Source
 from backstay.errors import IntegrityError, UsageError
+from backstay.ids import MAX_COUNT
 from backstay.shard import STORAGE_RULES
 from backstay.trainer import memory
 
@@ -303,9 +304,41 @@ def _read_metadata(path: Path) -> Any:
         ) from error
     if not isinstance(metadata, Metadata):
         raise IntegrityError(f"{path} holds a {type(metadata).__name__}, not DCP metadata", reason="bad_file")
+    try:
+        _check_metadata(metadata)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{path} is not a DCP metadata file that can be used: {error}", reason="bad_file"
+        ) from error
     if getattr(metadata, "storage_meta", None) is None:
         metadata.storage_meta = StorageMeta()
     return metadata
+
+
+def _check_metadata(metadata: Any) -> None:
+    """What DCP's reader takes on trust: names of files inside the checkpoint, shapes that are shapes.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it is not so.
+    """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    for index, stored in (metadata.storage_data or {}).items():
+        name = PurePosixPath(stored.relative_path)
+        if name.is_absolute() or ".." in name.parts or not name.parts or "\0" in stored.relative_path:
+            raise ValueError(f"{index.fqn} is said to lie in {stored.relative_path!r}, outside the checkpoint")
+        if not 0 <= stored.offset < MAX_COUNT or not 0 <= stored.length < MAX_COUNT:
+            raise ValueError(f"{index.fqn} is said to lie at {stored.offset}, {stored.length} bytes long")
+    for fqn, item in metadata.state_dict_metadata.items():
+        if not isinstance(fqn, str):
+            raise TypeError(f"a tensor is named {fqn!r}")
+        if not isinstance(item, TensorStorageMetadata):
+            continue
+        boxes: list[Any] = [item.size, *(size for chunk in item.chunks for size in (chunk.offsets, chunk.sizes))]
+        if not all(isinstance(n, int) and 0 <= n < MAX_COUNT for box in boxes for n in box):
+            raise ValueError(f"{fqn} is of shape {tuple(item.size)}, cut in {len(item.chunks)}")
+        if math.prod(item.size) >= MAX_COUNT or not isinstance(item.properties.dtype, torch.dtype):
+            raise ValueError(f"{fqn} is of shape {tuple(item.size)} and dtype {item.properties.dtype!r}")
 
 
 def _tensor_source(name: str, tensor: torch.Tensor, load: Callable[[], torch.Tensor]) -> Source:

@@ -96,12 +96,12 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{index} is not an index of safetensors files: {error!r}", reason="bad_index") from error
 
 
 def _inside(directory: Path, name: str, index: Path) -> Path:
-    if "/" in name or name in ("", ".", ".."):
+    if "/" in name or "\0" in name or name in ("", ".", "..") or len(name) > 255:
         raise IntegrityError(f"{index} names a file outside its directory: {name!r}", reason="bad_index")
     return directory / name
 
@@ -124,7 +124,7 @@ def _read_header(path: Path) -> Iterator[FoundTensor]:
             yield FoundTensor(name=name, dtype=str(body["dtype"]), shape=shape, path=path, begin=begin, end=end)
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing", reason="missing_file") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
         raise IntegrityError(f"{path} is not a whole safetensors file: {error}", reason="bad_file") from error
 
 

@@ -13,7 +13,17 @@ from typing import Final
 from backstay.errors import IntegrityError, UsageError
 from backstay.ids import MAX_COUNT, MAX_WORLD_SIZE, RunKey, check_name
 from backstay.manifest import CHUNK_BYTES
-from backstayd.core.records import Decision, NodeReport, Plan, RunReport, SessionRecord, ShardRecord, VolumeShard
+from backstayd.core.records import (
+    Decision,
+    NodeReport,
+    Outcome,
+    Plan,
+    RunReport,
+    SessionRecord,
+    ShardRecord,
+    VolumeShard,
+)
+from backstayd.core.surveying import why_no_snapshot
 
 MAX_RUNS: Final = 4096  # of one node
 MAX_ITEMS: Final = 1 << 20  # shards, fragments, ranks: of one kind in one run
@@ -52,7 +62,7 @@ def admitted(report: NodeReport, known: Mapping[str, RunReport]) -> tuple[NodeRe
     """
     problems: dict[str, str] = {}
     for run in report.runs:
-        problem = "" if known.get(run.run) is run else why_refused(run)
+        problem = "" if known.get(run.run) is run else why_refused(run, known.get(run.run))
         if problem:
             problems[run.run[:MAX_TEXT]] = problem
     if problems:
@@ -60,8 +70,8 @@ def admitted(report: NodeReport, known: Mapping[str, RunReport]) -> tuple[NodeRe
     return report, problems
 
 
-def why_refused(run: RunReport) -> str:
-    """What is wrong with a run report; "" for one that can be calculated with."""
+def why_refused(run: RunReport, before: RunReport | None = None) -> str:
+    """What is wrong with a run report; "" for one that can be calculated with. ``before`` was found sound."""
     try:
         RunKey.parse(run.run)
     except UsageError as error:
@@ -71,24 +81,26 @@ def why_refused(run: RunReport) -> str:
         return f"it lists {max(map(len, counts))} things of one kind"
     if run.owner and not (run.owner.isascii() and run.owner.isdecimal() and int(run.owner[:20]) < MAX_USER):
         return f"its owner {run.owner[:40]!r} is not a user's number"
-    return next(filter(None, _problems(run)), "")
+    return next(filter(None, _problems(run, before or RunReport(run=run.run))), "")
 
 
-def _problems(run: RunReport) -> Iterable[str]:
+def _problems(run: RunReport, before: RunReport) -> Iterable[str]:
     yield from map(_session_problem, run.sessions)
-    yield from map(_shard_problem, run.shards)
-    yield from (_plan_problem(run.run, plan) for plan in run.plans)
+    yield from map(_shard_problem, run.shards if run.shards is not before.shards else ())
+    yield from (_plan_problem(run.run, plan) for plan in (run.plans if run.plans is not before.plans else ()))
     for fragment in run.fragments:
         if not (0 <= fragment.stripe < MAX_MEMBERS and 0 <= fragment.index < MAX_MEMBERS):
             yield f"it holds a fragment of stripe {fragment.stripe}, index {fragment.index}"
-    if run.decision is not None:
+    if run.decision is not None and run.decision is not before.decision:
         yield _decision_problem(run.run, run.decision)
     yield from (_number_problem("a quarantined file", mark.attempt, mark.step) for mark in run.quarantined)
     yield from (_number_problem("a distrusted step", item.attempt, item.step) for item in run.distrusted)
-    for snapshot in run.survey.snapshots if run.survey is not None else ():
-        if len(snapshot.shards) != snapshot.world_size:
-            yield f"a durable snapshot of {snapshot.world_size} ranks names {len(snapshot.shards)} shards"
-        yield _number_problem("a durable snapshot", snapshot.attempt, snapshot.step)
+    if run.survey is not None and run.survey is not before.survey:
+        for snapshot in run.survey.snapshots:
+            problem = why_no_snapshot(snapshot, run=run.run, key=snapshot.key)
+            yield f"durable step {snapshot.step}: {problem}" if problem else ""
+        yield from (_number_problem("a durable step", key.attempt, key.step) for key in run.survey.partial)
+        yield from (_number_problem("a durable step", one.attempt, one.step) for one in run.survey.unreadable)
 
 
 def _number_problem(what: str, *numbers: int) -> str:
@@ -149,13 +161,20 @@ def _decision_problem(run: str, decision: Decision) -> str:
         return f"{label} is of run {decision.run[:MAX_TEXT]}"
     if not decision.generation.is_possible:
         return f"{label} is of generation {decision.generation.number}"
-    if sorted(place.rank for place in decision.placements) != list(range(len(decision.placements))):
+    if [place.rank for place in decision.placements] != list(range(len(decision.placements))):
         return f"{label} places ranks that are not 0 to {len(decision.placements) - 1}"
     if decision.world_size != len(decision.placements):
         return f"{label} places {len(decision.placements)} ranks of a world of {decision.world_size}"
-    base = (decision.base.attempt, decision.base.step, decision.base.world_size) if decision.base is not None else ()
-    if base and decision.base is not None and decision.base.world_size not in (0, len(decision.sources)):
-        return f"{label} names {len(decision.sources)} sources of a world of {decision.base.world_size}"
+    base, count = decision.base, len(decision.sources)
+    if (base is not None) != (decision.outcome in (Outcome.EXACT, Outcome.EXACT_OLDER)):
+        return f"{label} is {decision.outcome.value} {'with' if base else 'without'} a snapshot"
+    if base is not None and (count != (base.world_size or decision.world_size) or base.attempt >= decision.attempt):
+        return (
+            f"{label} of attempt {decision.attempt} names {count} sources for {base.world_size} ranks of {base.attempt}"
+        )
+    if [source.rank for source in decision.sources] != list(range(count)):
+        return f"{label} names sources that are not those of ranks 0 to {count - 1}"
     lineage = (n for entry in decision.lineage for n in (entry.attempt, entry.base_attempt, entry.base_step))
     sources = (n for source in decision.sources for n in (source.rank, source.size_bytes))
-    return _number_problem(label, decision.attempt, decision.tries, *base, *lineage, *sources)
+    step = base.step if base is not None else 0
+    return _number_problem(label, decision.attempt, decision.tries, step, *lineage, *sources)

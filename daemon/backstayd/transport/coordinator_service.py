@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
@@ -184,8 +184,18 @@ class CoordinatorServer:
             desired = self._backend.desired(node)
             if stream.is_due or (desired is not last and desired != last):
                 stream.is_due = False
-                await context.write(_response(desired, last if stream.takes_deltas else None, answers=stream.number))
+                answer = _response(desired, last if stream.takes_deltas else None, answers=stream.number)
+                await self._finish(context.write(answer))
                 last = desired
+
+    async def _finish(self, write: Awaitable[None]) -> None:
+        """Write to the end, for a lease at most, even when the stream is being cut: gRPC cannot send its status before."""
+        writing = asyncio.ensure_future(write)
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait({writing}, timeout=self._lease_s)
+            raise
 
 
 @dataclass(slots=True, eq=False)
@@ -231,7 +241,8 @@ class _CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             logger.debug("a node's stream was refused: %s", error)
         elif not isinstance(error, InvariantError):
             self._refusals.note(f"a node's stream: {error}", cause=f"{_host_of(context)} {error.reason}")
-        await _abort(context, error)  # not within except*, which would wrap gRPC's own exception and have it logged
+        if not context.done():
+            await _abort(context, error)  # not within except*, which would wrap gRPC's own exception and have it logged
 
 
 class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
