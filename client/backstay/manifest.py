@@ -15,7 +15,7 @@ from backstay.ids import MAX_COUNT, MAX_WORLD_SIZE
 
 FORMAT_VERSION: Final = versions.FILE_FORMAT
 CHUNK_BYTES: Final = 256 * 1024  # the unit of every digest, transfer and verification
-MAX_LABEL: Final = 200  # characters of what names a world, a layout, a writer: it travels in every report of the shard
+MAX_LABEL: Final = 256  # characters of what names a world, a layout, a writer: it travels in every report of the shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ import struct
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -421,7 +422,7 @@ def feed_dcp(mutant: bytes) -> None:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / ".metadata").write_bytes(mutant)
         found = foreign.read_checkpoint(Path(directory), "dcp")
-        for source in found.sources:
+        for source in found.sources if zlib.crc32(mutant) % 16 == 0 else ():  # DCP's own reader is slow
             if source.size_bytes < 1 << 20:
                 source.read()
 

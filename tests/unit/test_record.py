@@ -116,3 +116,12 @@ def test_any_text_is_a_run_key_or_refused_and_never_leaves_its_directory(written
 
 def test_incarnations_do_not_repeat() -> None:
     assert len({ids.new_incarnation() for _ in range(1000)}) == 1000
+
+
+def test_a_manifest_may_have_the_longest_names_that_runs_and_worlds_may_have() -> None:
+    run = str(RunKey("j" * 100, "r" * 100))
+    manifest = Manifest(
+        run=run, attempt=1, step=ids.MAX_COUNT - 1, rank=0, world_size=ids.MAX_WORLD_SIZE, world_id="w" * 100,
+        size_bytes=4096, header_bytes=4096, chunk_crcs="0" * 8, tensors=(), layout="l" * 100,
+    )  # fmt: skip
+    manifest.check()
