@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,15 @@ def coordinator(base: Path, election: tuple[str, ...]) -> Iterator[RunningDaemon
 
 
 @contextlib.contextmanager
-def sandboxed_node(base: Path, name: str, coordinator: str) -> Iterator[RunningDaemon]:
+def sandboxed_node(
+    base: Path, name: str, coordinator: str, *, env: Mapping[str, str] | None = None
+) -> Iterator[RunningDaemon]:
     directory = base / name
     directory.mkdir()
     command = sandbox("backstayd.service", directory / "run", directory / "memory")
     arguments = ("--name", name, "--memory-dir", str(directory / "memory"), "--socket", str(directory / "run" / "sock"))
     arguments += ("--coordinator", coordinator, "--socket-group", str(SOCKET_GROUP_ID))
-    with running_daemon("node", *arguments, directory=directory, command=command) as daemon:
+    with running_daemon("node", *arguments, directory=directory, env=env, command=command) as daemon:
         yield daemon
 
 

@@ -47,7 +47,7 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        return self.case
+        return f"{self.out.name}-{self.case}"  # the names of finished runs are not used again
 
     def log(self, **line: Any) -> None:
         with open(self.out / f"{self.case}-{self.part}-{self.rank}.jsonl", "a", encoding="utf-8") as file:
