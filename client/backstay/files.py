@@ -267,7 +267,8 @@ class BackstayFileSystem(AbstractFileSystem):
         run, name = split_path(path)
         store = self._store(run)
         if mode == "rb":
-            self._settle(store, name)
+            if name not in self._names(run, name):
+                raise FileNotFoundError(f"{SCHEME}://{path}: no such file in memory")
             return ReadFile(path, store.read(name))
         if mode not in ("wb", "ab", "xb"):
             raise ValueError(f"{SCHEME}://{path}: mode {mode!r} is not supported; use rb, wb, ab or xb")
@@ -291,7 +292,12 @@ class BackstayFileSystem(AbstractFileSystem):
             return {}
         store = self._store(run)
         self._settle(store, name)
-        return store.names()
+        found, folder = store.names(), f"{store.open_folder}/"
+        if store.open_step is None:
+            return found
+        # A folder without a step that is written anew has nothing of what it was before.
+        own = store.open_names()
+        return {each: size for each, size in found.items() if each in own or not each.startswith(folder)}
 
     def _settle(self, store: FileStore, name: str) -> None:
         store.settle(folder_of(f"{name}/")[1])

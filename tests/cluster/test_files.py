@@ -291,6 +291,23 @@ def test_a_folder_that_is_renamed_when_it_is_whole_is_of_the_step_of_its_new_nam
         fs.mv(f"{url}/checkpoint-8.tmp", f"{url}/checkpoint-6")
 
 
+def test_a_folder_without_a_step_is_saved_again_and_has_nothing_of_what_it_was(url: str) -> None:
+    """As DCP does with its overwrite, which deletes the .metadata that is there."""
+    fs = fsspec.filesystem("backstay")
+    for number in (1, 2):
+        state = {"a": torch.full((10,), float(number)), "n": number}
+        dcp.save(state, checkpoint_id=f"{url}/final")
+        found = {"a": torch.zeros(10), "n": 0}
+        dcp.load(found, checkpoint_id=f"{url}/final")
+        assert (found["a"][0].item(), found["n"]) == (number, number)
+    write(f"{url}/final/only", b"3")
+    assert fs.find(f"{url}/final") == [f"{url}/final/only".removeprefix("backstay://")]
+    with pytest.raises(FileNotFoundError):
+        read(f"{url}/final/.metadata")
+    assert backstay.files.begin(url) == 2, "the third one was not sealed"
+    assert fs.exists(f"{url}/final/.metadata")
+
+
 def test_a_folder_is_there_for_every_rank_when_the_save_returned(
     local_cluster_factory: LocalClusterFactory, tmp_path: Path
 ) -> None:
