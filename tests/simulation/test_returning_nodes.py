@@ -127,3 +127,48 @@ def test_witnesses_of_a_run_are_few_and_others_take_their_place() -> None:
     first = sorted(witnesses())[0]
     cluster.destroy(first, replace_after_s=None)
     assert engine.run_until(lambda: len(witnesses()) == WITNESSES, limit_s=10)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_an_old_decision_that_was_only_taken_over_does_not_end_a_later_history_that_comes_back(
+    seed: int, *, is_alive: bool
+) -> None:
+    engine = Engine(seed)
+    cluster = Cluster(engine, node_count=8, policy=CorePolicy(lease_s=1.5))
+    job = Job(RUN, dict(enumerate(OLD)))
+    cluster.start_job(job)
+    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+    for name in OLD:  # they never hear of what follows
+        cluster.nodes[name].is_cut = True
+        cluster.nodes[name].steady_since_s = engine.now_s + 30
+    job.is_stopped = True
+    for trainer in list(job.trainers.values()):
+        cluster.kill_trainer(trainer)
+    engine.run_for(4)
+    later = Job(RUN, dict(enumerate(NEW)), allow_fresh=True)
+    cluster.start_job(later)
+    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=20)
+    world = later.world_id
+    for name in OLD:
+        cluster.nodes[name].is_cut = False
+    for name in NEW:
+        cluster.cut(name, 6.0)
+    cluster.crash_coordinator(0.1)
+    engine.run_for(5)  # the next one knows nothing but the old decision, and follows it
+    taken_over = cluster.core().runs[RUN].recovery.released
+    assert taken_over is not None
+    assert taken_over.attempt < later.trainers[0].attempt
+    if not is_alive:
+        later.is_stopped = True
+        for trainer in list(later.trainers.values()):
+            cluster.kill_trainer(trainer)
+    engine.run_for(6)  # the checker holds that what was protected is there
+    if is_alive:
+        assert (later.world_id, cluster.is_training(later)) == (world, True)
+    else:
+        later.is_stopped = False
+        cluster.start_job(later)
+        assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
+        assert later.decision is not None
+        assert later.decision.sources[0].digest.split("/")[1] == world

@@ -466,8 +466,8 @@ class Coordinator:
             return
         highest = max(node.generation.number for node in foreign)
         is_acting = any(node.has_obeyed for node in foreign)
-        has_decided = any(state.recovery.has_decided for state in self.runs.values())
-        if self._has_long_memory() and (is_acting or not has_decided):
+        later = [state for state in self.runs.values() if state.outranks_former(self.generation)]
+        if self._has_long_memory() and (is_acting or not later):
             self._step_back(highest)
             return
         self.generation = Generation(highest + 1, mine)
@@ -475,7 +475,7 @@ class Coordinator:
         self._say(
             "", "settled", f"{names} came back with generation {highest} of a former coordinator: going on above it"
         )
-        for state in self.runs.values():
+        for state in later:
             state.recovery.raise_above(self.generation)
 
     def _step_back(self, number: int) -> None:

@@ -102,10 +102,17 @@ class Recovery:
         """The decision with which trainers may have returned."""
         return self.decision if self.stage is Stage.RELEASED else None
 
-    @property
-    def has_decided(self) -> bool:
-        """Whether a decision stands, or is being carried out."""
-        return self.decision is not None and self.stage is not Stage.REFUSED
+    def outranks_former(self, context: RunContext, own: Generation) -> bool:
+        """Whether what stands here is later than any decision of a former coordinator that nodes may still bring back.
+
+        So it is where this coordinator decided, or is about to, and where a world trains. One that was only taken over, and
+        with which nobody trains, is as old as its generation says.
+        """
+        if self.stage is not Stage.RELEASED or self.decision is None:
+            return self.stage in (Stage.PREPARE, Stage.RECORD)
+        world = context.worlds.get(self.world_id, {})
+        is_training = any(session.record.phase is SessionPhase.TRAINING for session in world.values())
+        return is_training or self.decision.generation.incarnation == own.incarnation
 
     @property
     def phase(self) -> DecisionPhase:

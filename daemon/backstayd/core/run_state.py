@@ -210,6 +210,10 @@ class RunState:
                     named.update(place.node for place in report.decision.placements)
         return named
 
+    def outranks_former(self, own: Generation) -> bool:
+        """Whether what this coordinator decided, or what trains, is later than what nodes that were away bring back."""
+        return self.context is not None and self.recovery.outranks_former(self.context, own)
+
     def fresh_context(self, nodes: Mapping[str, NodeState], *, generation: Generation, now_s: float) -> RunContext:
         """The run as the newest reports show it, before they are evaluated."""
         nodes = without(self.run, nodes, self.strangers)
