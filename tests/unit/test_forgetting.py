@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.catalog import ShapeCache, build_views, take_inventory
 from backstayd.core.forgetting import why_wrong
+from backstayd.core.near import near_sentence
 from backstayd.core.nodes import NodeState
 from backstayd.core.records import (
     Decision,
@@ -169,3 +170,18 @@ def test_a_tombstone_is_brought_to_some_nodes_and_to_all_that_hold_something_of_
     tombstones.arrange(present, set(), now_unix_s=2000.0)
     assert tombstones.get(RUN) is None, "a report does not bring it back"
     assert tombstones.orders.lift["n15"] == (BURIED,)
+
+
+def test_names_are_like_each_other_by_run_id_and_not_because_a_job_is_the_same() -> None:
+    known = {
+        "default/gpt-7b": "step 9",
+        "default/ddp": "step 1",
+        "vision/run-3": "step 4",
+        "default/GPT-7B-2": "no snapshot yet",
+    }
+    assert near_sentence("default/gpt-7B", known) == (
+        "; runs with a name like it: default/gpt-7b (step 9) and default/GPT-7B-2 (no snapshot yet)"
+    )
+    assert near_sentence("default/run-3", known) == "; runs with a name like it: vision/run-3 (step 4)"
+    assert near_sentence("default/fsdp2", known) == ""
+    assert near_sentence("default/ddp", known) == ""
