@@ -218,6 +218,16 @@ def test_a_run_name_that_never_held_a_snapshot_leaves_every_memory() -> None:
     assert not any(node.tombstones for node in cluster.nodes.values())
 
 
+def test_a_tombstone_is_not_older_than_what_it_names_by_the_clock_of_any_node() -> None:
+    engine, cluster, job = training(4)
+    for node in cluster.nodes.values():
+        node.memory[RUN].recorded_s += 600.0  # clocks that are ahead
+        node.changed()
+    engine.run_for(0.5)
+    finished(engine, cluster, job)
+    assert cluster.core().tombstones.known[RUN].unix_s > engine.now_s + 500.0
+
+
 def test_an_operator_frees_the_name_of_a_finished_run() -> None:
     engine, cluster, job = training(2)
     finished(engine, cluster, job)

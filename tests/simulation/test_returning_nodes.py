@@ -10,6 +10,7 @@ from backstayd.core.recovery import LEAP_ATTEMPTS
 from backstayd.core.witnesses import WITNESSES
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
+from tests.simulation.test_forgetting import finished
 
 RUN = "default/gpt"
 OLD, NEW = ("n1", "n2", "n3", "n4"), ("n5", "n6", "n7", "n8")
@@ -172,3 +173,40 @@ def test_an_old_decision_that_was_only_taken_over_does_not_end_a_later_history_t
         assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
         assert later.decision is not None
         assert later.decision.sources[0].digest.split("/")[1] == world
+
+
+@pytest.mark.parametrize("has_new_coordinator", [False, True])
+def test_a_tombstone_that_comes_back_does_not_count_against_a_run_that_was_begun_without_knowing_of_it(
+    *, has_new_coordinator: bool
+) -> None:
+    engine = Engine(2)
+    cluster = Cluster(engine, node_count=8, policy=CorePolicy(lease_s=1.5))
+    for name in NEW:
+        cluster.nodes[name].is_cut = True
+    job = Job(RUN, dict(enumerate(OLD)))
+    cluster.start_job(job)
+    for _ in range(3):
+        assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+        cluster.kill_trainer(job.trainers[0])
+    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+    finished(engine, cluster, job)
+    engine.run_for(2)
+    cut_off(engine, cluster, OLD, 1000.0)
+    later = Job(RUN, dict(enumerate(NEW)))
+    cluster.start_job(later)
+    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=12)
+    tombstone, decision = cluster.nodes["n1"].tombstones[RUN], later.decision
+    assert decision is not None
+    assert (decision.attempt < tombstone.attempt, decision.generation.number < tombstone.generation) == (True, True)
+    cluster.restart_s = (4.0, 5.0)
+    for trainer in list(later.trainers.values()):  # nobody is there who could show that it lives
+        cluster.kill_trainer(trainer)
+    if has_new_coordinator:
+        cluster.crash_coordinator(0.5)
+    engine.run_for(0.3)
+    for name in OLD:
+        cluster.nodes[name].is_cut = False
+    engine.run_for(3)  # the checker holds that what was protected is there
+    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=20)
+    assert cluster.outcome(later) is Outcome.EXACT
+    assert engine.run_until(lambda: not any(node.tombstones for node in cluster.nodes.values()), limit_s=10)

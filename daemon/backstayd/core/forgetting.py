@@ -21,6 +21,7 @@ from backstayd.core.recovery import Recovery, Say
 from backstayd.core.tombstone import MAX_ABSENT, Cause, Tombstone
 from backstayd.core.tombstones import Tombstones
 
+MAX_SKEW_S = 86400.0  # of a node's clock against the coordinator's
 UNUSED_LEASES = 60  # after so many without a trainer a run that never held a snapshot is dropped: three minutes
 
 
@@ -111,6 +112,13 @@ def tombstone_of(
     )
 
 
+def made_unix_s(context: RunContext, *, now_unix_s: float) -> float:
+    """The time that a tombstone made now carries: of no decision that it names may a node's clock say that it came later."""
+    reports = [node.runs[context.run] for node in context.nodes.values() if context.run in node.runs]
+    newest = max((report.recorded_unix_s for report in reports), default=0.0)
+    return max(now_unix_s, min(newest, now_unix_s + MAX_SKEW_S))
+
+
 def lift_if_wrong(
     run: str, nodes: Mapping[str, NodeState], tombstones: Tombstones, shapes: ShapeCache, head: Decision | None
 ) -> str:
@@ -143,6 +151,9 @@ def why_wrong(
         return f"attempt {newest.attempt} went on from what it names" if is_rooted else ""
     if newest is not None and newest.generation.number > tombstone.generation:
         return f"attempt {newest.attempt} was decided after it, at generation {newest.generation.number}"
+    later = [report.decision for report in reports.values() if _is_begun_since(tombstone, report)]
+    if later and later[0] is not None:
+        return f"attempt {later[0].attempt} was begun since, by a coordinator that did not know of it"
     living = _living(tombstone, reports)
     if living:
         name, session = living[0]
@@ -159,6 +170,16 @@ def _living(tombstone: Tombstone, reports: Mapping[str, RunReport]) -> list[tupl
     if tombstone.cause is not Cause.FINISHED and tombstone.cause is not Cause.FORGOTTEN:
         phases |= {SessionPhase.ATTACHED, SessionPhase.RESTORING}
     return [(name, session) for name, session in sessions if session.phase in phases]
+
+
+def _is_begun_since(tombstone: Tombstone, report: RunReport) -> bool:
+    """Whether another world's decision was recorded after ``tombstone`` was made.
+
+    Where no node that keeps the tombstone was there, the name was used again from attempt 1 on: numbers do not tell it apart.
+    """
+    decision = report.decision
+    is_other = decision is not None and decision.world_id != tombstone.world_id
+    return is_other and report.recorded_unix_s > tombstone.unix_s
 
 
 def _is_beyond(tombstone: Tombstone, view: SnapshotView) -> bool:

@@ -11,7 +11,7 @@ from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_vi
 from backstayd.core.choosing import Memory, choose
 from backstayd.core.context import RunContext, World, find_worlds
 from backstayd.core.draining import Draining
-from backstayd.core.forgetting import Forgetting, lift_if_wrong, tombstone_of
+from backstayd.core.forgetting import Forgetting, lift_if_wrong, made_unix_s, tombstone_of
 from backstayd.core.lag import Lag, Training, behind_sentence
 from backstayd.core.ledger import Accounts
 from backstayd.core.lineage import is_live, live_lineage, newest_decision
@@ -304,7 +304,8 @@ class RunState:
             idle_s=self.forgetting.idle_s(context.now_s),
             absent=(self.named_nodes(context.nodes) | self.hosts(context)) - set(context.nodes),
         )
-        self.tombstones.bury(replace(tombstone, owner=self.owner, unix_s=context.now_s + self.unix_offset_s))
+        unix_s = made_unix_s(context, now_unix_s=context.now_s + self.unix_offset_s)
+        self.tombstones.bury(replace(tombstone, owner=self.owner, unix_s=unix_s))
         self.accounts.end(context.now_s)
         self.closed_ledger = self.accounts.document(context.now_s)
         self._set_out()
