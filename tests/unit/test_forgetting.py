@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backstay import record
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.catalog import ShapeCache, build_views, take_inventory
 from backstayd.core.forgetting import why_wrong
@@ -25,8 +26,10 @@ from backstayd.core.records import (
     SessionRecord,
     ShardRecord,
 )
-from backstayd.core.tombstone import MAX_AGE_S, MAX_TOMBSTONES, Cause, Tombstone, trimmed
+from backstayd.core.tombstone import MAX_ABSENT, MAX_AGE_S, MAX_TOMBSTONES, Cause, Tombstone, trimmed
 from backstayd.core.tombstones import KEEPERS, Tombstones, stripped
+from backstayd.store.scan import Forgotten
+from backstayd.transport.link import MAX_REPORT_BYTES
 
 RUN = "job/run"
 BURIED = Tombstone(run=RUN, attempt=3, generation=20, cause=Cause.FINISHED, world_id="w3", step=50, unix_s=1000.0)
@@ -185,3 +188,13 @@ def test_names_are_like_each_other_by_run_id_and_not_because_a_job_is_the_same()
     assert near_sentence("default/run-3", known) == "; runs with a name like it: vision/run-3 (step 4)"
     assert near_sentence("default/fsdp2", known) == ""
     assert near_sentence("default/ddp", known) == ""
+
+
+def test_all_tombstones_that_a_node_keeps_are_a_small_part_of_what_a_report_may_have() -> None:
+    names = tuple(f"{'x' * 57}-{number:05}" for number in range(MAX_ABSENT))
+    full = tuple(
+        Tombstone(run=f"job/{number}", attempt=1, generation=1, cause=Cause.FINISHED, absent=names)
+        for number in range(MAX_TOMBSTONES)
+    )
+    assert all(one.is_possible for one in full)
+    assert len(record.dumps(Forgotten(tombstones=full))) < MAX_REPORT_BYTES // 16

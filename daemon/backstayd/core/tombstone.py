@@ -18,7 +18,7 @@ from backstay.ids import MAX_COUNT, Generation, RunKey, SnapshotKey
 MAX_TOMBSTONES = 256  # on one node, and known to one coordinator
 MAX_AGE_S = 30 * 86400.0  # memory that comes back after so long was never on a tmpfs
 MAX_UNIX_S = 1e11  # a year that calendars can show
-MAX_ABSENT = 10_000
+MAX_ABSENT = 64  # named in one: it travels in reports, which must not grow with the cluster
 MAX_TEXT = 1000  # characters of a name
 
 
@@ -34,7 +34,8 @@ class Tombstone:
     """Every history of ``run`` up to ``attempt`` is forgotten, as it was known at ``generation``.
 
     ``world_id`` wrote that newest attempt ("": not known). Of a run that was only idle, nothing above ``step`` is covered: a
-    trainer that the coordinator could not see may have written it. ``absent``: nodes that may hold a part and were away.
+    trainer that the coordinator could not see may have written it. ``absent``: nodes that may hold a part and were away, some
+    of them by name: whoever brings back a part is told whether it is named or not.
     """
 
     run: str
