@@ -311,6 +311,7 @@ class Snapshotter:
             if self._sigterm is not None:
                 self._sigterm.remove()
             self._end_session()
+            self._target, self._extra = None, {}  # a loader's workers end with it
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +36,13 @@ class Noisy(torch.utils.data.Dataset[torch.Tensor]):
         return torch.full((4,), float(index)) + torch.rand(4) / 8
 
 
+class Noiseless(Noisy):
+    """Draws nothing: what workers that outlive a pass have drawn is known to nobody."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((4,), float(index))
+
+
 class Stream(IterableDataset[torch.Tensor]):
     """A stream that knows how far it is."""
 
@@ -63,6 +72,28 @@ def stateful() -> Any:
 
 def with_workers() -> Any:
     return StatefulDataLoader(Noisy(), batch_size=BATCH, shuffle=True, num_workers=1, multiprocessing_context="fork")
+
+
+def with_kept_workers() -> Any:
+    return DataLoader(
+        Noiseless(),
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=1,
+        multiprocessing_context="fork",
+        persistent_workers=True,
+    )
+
+
+def stateful_with_kept_workers() -> Any:
+    return StatefulDataLoader(
+        Noiseless(),
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=1,
+        multiprocessing_context="fork",
+        persistent_workers=True,
+    )
 
 
 def stream() -> Any:
@@ -206,6 +237,8 @@ EVERYWHERE = [
 ]
 OTHERS = [
     (with_workers, over_epochs, 7),
+    *((make, over_epochs, cut) for make in (with_kept_workers, stateful_with_kept_workers) for cut in (3, 7)),
+    *((make, between_passes, 7) for make in (with_kept_workers, stateful_with_kept_workers)),
     *((make, between_passes, 7) for make in (plain, stateful, stream, own_generator, distributed)),
     *((make, by_next, cut) for make in (plain, stateful) for cut in (3, 5, 7)),
 ]
@@ -222,10 +255,11 @@ def test_a_loop_that_was_cut_ends_as_if_it_never_was(
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_one_process_goes_back_with_the_iterator_that_it_has(daemon: LocalDaemon) -> None:
+@pytest.mark.parametrize("make", [stateful, with_kept_workers])
+def test_one_process_goes_back_with_the_iterator_that_it_has(daemon: LocalDaemon, make: Callable[[], Any]) -> None:
     """restore() in mid-training, without a new start of the script: the same iterator yields the same batches again."""
     model, optimizer = build()
-    loader = stateful()
+    loader = make()
     with backstay.Snapshotter(
         model, optimizer, run_id="back", socket=daemon.socket_path, extra={"loader": loader}
     ) as keeper:
@@ -255,6 +289,27 @@ def test_a_loader_that_was_not_begun_yet_draws_nothing_when_a_snapshot_is_taken(
         assert torch.equal(torch.get_rng_state(), before)
         assert keeper.restore().step == 1
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("make", [plain, stateful])
+def test_a_followed_loader_ends_with_its_last_reference(daemon: LocalDaemon, make: Callable[[], Any]) -> None:
+    """A garbage collection would end its workers too, but those sleep 5 s first."""
+    model, optimizer = build()
+    loader = make()
+    gc.collect()
+    gc.disable()
+    try:
+        with backstay.Snapshotter(
+            model, optimizer, run_id="end", socket=daemon.socket_path, extra={"loader": loader}
+        ) as keeper:
+            keeper.restore()
+            one_step(model, optimizer, next(iter(loader)))
+            Settled(keeper).snapshot(1)
+        living = weakref.ref(loader)
+        del loader
+        assert living() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("make", [plain, stateful])

@@ -22,12 +22,14 @@ class FollowedLoader:
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
-        self._position = position.Position(lambda: [self._place])
+        places: list[position.Place] = []
+        self._position = position.Position(lambda: places)
         position.release(loader)
         position.follow(loader, self._position)
         place = position.place_of(loader)
         assert place is not None
         self._place = place
+        places.append(place)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._place.state(0), "length": _length(self._loader)}

@@ -24,6 +24,7 @@ from backstay.trainer import memory, rng
 _PLACE: Final = "_backstay_place"
 _FOLLOWS: Final = "_backstay_follows"  # in a class: the one it stands for
 _MAP_STYLE: Final = 0
+_START: Final = ("generators", "sources", "primed", "workers", "made")  # of a pass
 _SAMPLERS: Final = ("sampler", "batch_sampler")
 _COUNTERS: Final = ("epoch", "initial_seed")
 _FINISHED: Final = (
@@ -83,15 +84,18 @@ class Place:
 
     def __init__(self, loader: Any, position: Position, depth: int) -> None:
         self.before_fetch: Callable[[Place], None] | None = None
-        self.source: Any = loader if _keeps_own_state(loader) else None
+        self.loader: Any = weakref.proxy(
+            loader
+        )  # it has this place: workers must end with it, not at a garbage collection
+        self.source: Any = self.loader if _keeps_own_state(loader) else None
         self.keeps_states = False
         self.fetched = 0
-        self.loader: Any = weakref.proxy(loader)
         self.prepared: Any = None  # what a framework made of it
         self._position = position
         self._start: dict[str, Any] = {}
         self._before: collections.deque[dict[str, Any]] = collections.deque(maxlen=max(1, depth))
         self._iterator: weakref.ref[_Counted] | None = None
+        self._had_workers = False  # before the restart, from an earlier pass
 
     def begin(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """A pass: a new one, or the rest of the one that was loaded."""
@@ -122,6 +126,7 @@ class Place:
                 "done": True,
                 "sources": _read_sources(self.loader),
                 "primed": _is_primed(self.loader),
+                "workers": self._keeps_workers(),
                 "loader": None if self._is_untouched() else self._read_source(0),
                 "untouched": self._is_untouched(),
             }
@@ -175,11 +180,13 @@ class Place:
 
     def _begin_new(self, counted: _Counted) -> None:
         self._position.settle(self)
+        self._start_workers(counted.make)
         self.fetched = 0
         start = {
             "generators": read_generators(),
             "sources": _read_sources(self.loader),
             "primed": _is_primed(self.loader),
+            "workers": self._keeps_workers(),
         }
         counted.inner = counted.make()
         self._start = {**start, "made": read_generators()}
@@ -192,9 +199,10 @@ class Place:
         self._load_source(saved)
         counted.is_exhausted = saved["open"] and saved["done"]
         if not saved["done"]:
-            self._start = {name: saved[name] for name in ("generators", "sources", "primed", "made")}
+            self._start = {name: saved[name] for name in _START if name in saved}
             self.fetched = saved["skip"]
             write_generators(saved["generators"])
+            self._start_workers(counted.make)
             counted.inner = counted.make()
             write_generators(saved["made"])
             if self.source is None:
@@ -203,6 +211,21 @@ class Place:
         write_generators(now)
         if not saved["open"]:
             self._begin_new(counted)
+
+    def _start_workers(self, make: Callable[[], Any]) -> None:
+        """Have workers where the pass, before the restart, found those of an earlier one: to make them draws, to reuse them
+        does not."""
+        if not self._had_workers or self.source is not None or getattr(self.loader, "_iterator", None) is not None:
+            return
+        generators, sources = read_generators(), _read_sources(self.loader)
+        make()
+        _set_sources(self.loader, sources)
+        write_generators(generators)
+
+    def _keeps_workers(self) -> bool:
+        """Whether the next pass is given to the workers of the one before."""
+        is_kept = getattr(self.loader, "persistent_workers", False)
+        return is_kept and (self._had_workers or getattr(self.loader, "_iterator", None) is not None)
 
     def _is_untouched(self) -> bool:
         """Whether asking the loader for its state would make an iterator, which draws: it has no state to give yet."""
@@ -216,6 +239,9 @@ class Place:
         return self.source.state_dict()
 
     def _load_source(self, saved: dict[str, Any]) -> None:
+        self._had_workers = saved.get("workers", False)
+        if self._keeps_workers() and not self._had_workers:
+            self.loader._iterator = None  # restored in a process that has gone on: the pass is begun with new workers
         _set_sources(self.loader, saved["sources"])
         if _is_primed(self.loader) and not saved["primed"]:
             self.loader._iterator, self.loader._initial_iter_for_state_dict = None, False
