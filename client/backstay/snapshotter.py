@@ -71,10 +71,6 @@ class Snapshotter:
         persist_on_sigterm: On SIGTERM, ask for a durable copy (:meth:`persist`), then do what the signal did before.
         process_group: The ranks that train this model, where they are not all of torch.distributed.
 
-    Attributes:
-        values: The script's own numbers, texts, lists and dictionaries, such as its epoch: each snapshot holds what is in it at
-            that moment, and restore() makes it that again.
-
     Raises:
         UsageError: for names that cannot be used, and arguments that are not what they must be.
     """
@@ -98,7 +94,7 @@ class Snapshotter:
         self._optimizers = given.optimizers_of(optimizer)
         self._run = RunKey(job, run_id)
         self._extra = loaders.follow_all(given.extra_of(extra))
-        self.values: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
         self._socket_path = find_socket(socket)
         self._group = given.process_group_of(process_group)
         self._max_wait_s = given.seconds_of("max_wait_s", max_wait_s)
@@ -199,6 +195,16 @@ class Snapshotter:
             self._begin_probation(restored)
         ask.announce(attach.run, restored, rank=place.rank)
         return make_result(restored, loaded, seconds=time.monotonic() - begin_s)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The script's own numbers, texts, lists and dictionaries, such as its epoch: each snapshot holds what is in it at that
+        moment, and restore() makes it that again. Another dictionary may be put in its place."""
+        return self._values
+
+    @values.setter
+    def values(self, values: dict[str, Any]) -> None:
+        self._values = given.values_of(values)
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """Have the loss of the step under way looked at, for the first steps after a restore; free afterwards.
@@ -409,7 +415,7 @@ class Snapshotter:
             if made is not None and is_current
             else sources.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
         )
-        found = dynamic.read(target.optimizers, target.extra, holdings, rank=target.rank, values=target.values)
+        found = dynamic.read(target.optimizers, target.extra, holdings, rank=target.rank, values=self._values)
         if len(found.document) > dynamic.HEAVY_JSON_BYTES and "heavy" not in self._told:
             self._warn_of_heavy_state(found)
         if made is None or not is_current or not made.fits(found.tensors, found.document):

@@ -337,6 +337,21 @@ def test_plain_values_come_back_as_they_were_at_the_snapshot(daemon: LocalDaemon
     assert found == {"epoch": 3, "best": 0.25, "seen": {"a": [1, 2]}}
 
 
+def test_a_dictionary_that_takes_the_place_of_the_values_is_what_snapshots_hold(daemon: LocalDaemon) -> None:
+    model, optimizer = build()
+    with backstay.Snapshotter(model, optimizer, run_id="replaced", socket=daemon.socket_path) as keeper:
+        keeper.restore()
+        keeper.values = own = {"epoch": 3}
+        own["epoch"] = 4
+        Settled(keeper).snapshot(1)
+        own["epoch"] = 5
+        assert keeper.restore().step == 1
+        assert keeper.values is own
+        assert own == {"epoch": 4}
+        with pytest.raises(UsageError, match=r"keeper\.values is a list: give a dictionary"):
+            keeper.values = [3]  # type: ignore[assignment]
+
+
 def test_a_plain_value_among_the_extras_is_told_its_place() -> None:
     model, optimizer = build()
     with pytest.raises(UsageError, match=r"extra 'epoch' is a int \(3\).*keeper\.values\['epoch'\]"):

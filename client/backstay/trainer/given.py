@@ -116,6 +116,13 @@ def step_of(call: str, given: Any) -> int:
     return step
 
 
+def values_of(given: Any) -> dict[str, Any]:
+    """The very dictionary, which restore() fills and a script may go on writing to."""
+    if not isinstance(given, dict):
+        raise UsageError(f'keeper.values is {_kind(given)}: give a dictionary, as in keeper.values = {{"epoch": 3}}')
+    return given
+
+
 def names_of(argument: str, given: Any) -> frozenset[str]:
     """Several names; a bare text would be taken for its letters."""
     found = () if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) else tuple(given)
