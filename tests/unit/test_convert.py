@@ -18,7 +18,7 @@ from backstay.errors import ERROR_CLASSES, BackstayError, IntegrityError, Unavai
 from backstay.ids import Generation
 from backstayd.core import gate_records, records, tombstone
 from backstayd.core.interruptions import Interruption, Ledger
-from backstayd.core.records import NodeDesired, NodeReport, Schedule, SessionPhase
+from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport, RunReport, Schedule, SessionPhase
 from backstayd.transport import convert, errors
 from backstayd.v1 import coordinator_pb2
 
@@ -174,3 +174,15 @@ def test_an_error_of_a_derived_class_is_sent_as_its_nearest_known_one() -> None:
         pass
 
     assert errors.code_of(SpecialIntegrityError("x")) is grpc.StatusCode.DATA_LOSS
+
+
+def test_a_stranger_with_a_new_enum_value_each_time_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    sound = NodeReport(
+        node=NodeIdentity(name="n", incarnation="i", bulk_address="h:1"), sequence=1, runs=(RunReport(run="j/r"),)
+    )
+    convert._said.clear()
+    for value in range(1000, 1100):
+        message = convert.to_message(sound, coordinator_pb2.NodeReport)
+        message.runs[0].staging.state = value  # type: ignore[attr-defined]
+        assert convert.from_message(NodeReport, message).runs[0].staging is None
+    assert len([line for line in caplog.messages if "left out" in line]) == 1

@@ -26,7 +26,7 @@ from backstayd.core.records import Decision, NodeDesired, NodeReport, Plan, RunD
 logger = logging.getLogger(__name__)
 
 _OF_PARTS = frozenset({NodeReport, RunReport, NodeDesired, RunDesired, StorageDesired})  # each part stands for itself
-_said: set[str] = set()  # bounded by the enum values that newer versions have
+_said: set[tuple[str, str]] = set()  # by record and enum, not by value: a stranger has as many of these as it likes
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
@@ -111,8 +111,9 @@ def _or_none(kind: type[Any], value: Any) -> Any:
     try:
         return _value(kind, value)
     except UnknownValueError as error:
-        if str(error) not in _said:
-            _said.add(str(error))
+        known = (kind.__name__, str(error).partition(" ")[0])
+        if known not in _said:
+            _said.add(known)
             logger.warning("a %s is left out: %s; the other side is newer", kind.__name__, error)
         return None
 
