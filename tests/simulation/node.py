@@ -116,6 +116,7 @@ class Node:
         self.recording_trouble = ""  # why no decision can be written here
         self.memory: dict[str, RunMemory] = {}
         self.tombstones: dict[str, Tombstone] = {}  # files beside the memory
+        self.reported: tuple[Tombstone, ...] = ()
         self.generation = Generation()
         self.incarnation = ""
         self.sequence = 0
@@ -201,8 +202,14 @@ class Node:
             is_draining=self.is_draining,
             takes_copies=True,
             takes_tombstones=True,
-            tombstones=tuple(self.tombstones[run] for run in sorted(self.tombstones)),
+            tombstones=self._reported_tombstones(),
         )
+
+    def _reported_tombstones(self) -> tuple[Tombstone, ...]:
+        """The very same ones while nothing changes, as they come over the wire."""
+        found = tuple(self.tombstones[run] for run in sorted(self.tombstones))
+        self.reported = self.reported if found == self.reported else found
+        return self.reported
 
     def _run_report(self, run: str) -> RunReport:
         memory = self.memory.get(run, RunMemory())

@@ -140,6 +140,19 @@ def test_what_a_node_brings_back_of_a_forgotten_run_is_never_restored_under_its_
     assert cluster.outcome(later) is Outcome.EXACT
 
 
+def test_a_start_that_came_to_nothing_does_not_blot_out_what_was_finished_under_its_name() -> None:
+    engine, cluster, job = training(4)
+    finish(engine, cluster, job, unheard="n4")
+    engine.run_for(3)
+    later = Job(RUN, {0: "n1", 1: "n2"}, allow_fresh=True, step_s=1000.0)
+    assert asks(engine, cluster, later) == ""
+    finished(engine, cluster, later)
+    engine.run_for(2)
+    cluster.nodes["n4"].is_cut = False
+    assert engine.run_until(lambda: not held(cluster), limit_s=10), "what it brought went"
+    assert "finished at step" in asks(engine, cluster, Job(RUN, {0: "n4", 1: "n2"}))
+
+
 def test_a_job_that_asks_while_a_node_brings_back_a_forgotten_run_is_not_given_it() -> None:
     engine, cluster, job = training(1)
     cluster.nodes["n2"] = type(cluster.nodes["n1"])(cluster, "n2")

@@ -58,7 +58,16 @@ class Tombstones:
                 self.known[one.run] = one
 
     def bury(self, tombstone: Tombstone) -> None:
-        """Have nodes keep it, and delete what it covers."""
+        """Have nodes keep it, and delete what it covers.
+
+        A start under the name that came to nothing is added to what was forgotten before, which is still known by its name.
+        """
+        before = self.known.get(tombstone.run)
+        if tombstone.cause is Cause.UNUSED and before is not None and before.cause is not Cause.UNUSED:
+            newest = tombstone if tombstone.attempt > before.attempt else before
+            tombstone = replace(
+                before, attempt=newest.attempt, world_id=newest.world_id, generation=tombstone.generation
+            )
         self.known[tombstone.run] = tombstone
         self.lifted.pop(tombstone.run, None)
 
