@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.simulation.lifetimes import play
 from tests.simulation.scenario import Scenario
 
 SEEDS_PER_TEST = 10
@@ -44,3 +45,14 @@ def test_promises_hold_with_durable_storage_when_clusters_are_lost_and_parts_of_
 def test_promises_hold_when_half_of_something_fails_or_in_the_middle_of_a_recovery(part: int) -> None:
     for seed in seeds_of(part):
         Scenario(seed, is_harsh=seed % 3 == 2, has_mishaps=True).run()
+
+
+@pytest.mark.skipif(bool(ONE_SEED), reason="one seed was asked for")
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_promises_hold_when_a_name_is_used_again_and_again_while_nodes_are_away(seed: int) -> None:
+    play(seed)
+
+
+@pytest.mark.skipif(bool(ONE_SEED), reason="one seed was asked for")
+def test_promises_hold_when_a_job_moves_while_nodes_are_away_and_storage_is_kept() -> None:
+    play(0, has_storage=True)
