@@ -542,7 +542,7 @@ def _read_file(file: Path, section: str) -> dict[str, Any]:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {file}: {error.strerror}", reason="unreadable_file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not TOML: {error}", reason="bad_file") from None
     for cls in SECTIONS:
         table = document.get(cls.section, {})

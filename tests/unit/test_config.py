@@ -182,6 +182,9 @@ def test_a_file_that_is_not_there_is_one_clear_line() -> None:
 def test_a_file_that_is_not_toml_says_where(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not TOML: .*line 1"):
         config.load(NodeConfig, file=_write(tmp_path / "c.toml", "[node\n"), environ={}, flags={})
+    nested = "[node]\nname = " + "[" * 20_000
+    with pytest.raises(ConfigError, match=r"is not TOML: .*recursion"):
+        config.load(NodeConfig, file=_write(tmp_path / "d.toml", nested), environ={}, flags={})
 
 
 def test_neither_tls_nor_insecure_is_refused_and_says_how_to_have_either() -> None:
