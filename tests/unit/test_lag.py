@@ -70,3 +70,13 @@ def test_a_protected_snapshot_that_is_being_repaired_is_not_left_behind_unless_i
         lag.update(at(11, 0), lease_s=LEASE_S, now_s=now_s)
     assert lag.behind is not None
     assert lag.behind.protected_step == 0
+
+
+def test_a_silent_rank_beside_others_that_take_no_step_is_not_behind() -> None:
+    lag = Lag()
+    waiting = dataclasses.replace(at(11, 10, silent=(2,)), is_heard=True)
+    for now_s in (0.0, 100.0, 1000.0):
+        lag.update(waiting, lease_s=LEASE_S, now_s=now_s)
+        assert lag.behind is None, "a lost node's world waits for its restart and trains nothing"
+    lag.update(dataclasses.replace(waiting, trained_step=14), lease_s=LEASE_S, now_s=1000.0 + LEASE_S)
+    assert lag.behind is not None

@@ -27,6 +27,7 @@ class Training:
     step_s: float  # measured; 0: not known yet
     silent_ranks: Collection[int] = ()  # no daemon reports them, and nothing says that they died
     silent_nodes: Collection[str] = ()
+    is_heard: bool = False  # other ranks of the world are reported: ranks train in step, so theirs tell how far it came
     skip_reason: str = ""  # of the newest step that was skipped
     missing: str = ""  # which ranks take no snapshots
 
@@ -64,11 +65,12 @@ class Lag:
         held_step = max(training.protected_step, min(self.protected_step, training.restorable_step))
         self.protected_step = max(held_step, self.protected_step)
         usual_steps = LAG_INTERVALS * max(1, training.interval_steps)
-        is_within = training.trained_step - held_step <= usual_steps and not training.silent_ranks
+        is_unknown = bool(training.silent_ranks) and not training.is_heard
+        is_within = training.trained_step - held_step <= usual_steps and not is_unknown
         if is_within or self.covered_s is None:
             self.covered_s = now_s
-        # A silent rank's steps are not known: until it could have left the usual distance, it has not.
-        grace_s = max(lease_s, usual_steps * training.step_s if training.silent_ranks else 0.0)
+        # Where nobody reports, steps are not known: until they could have left the usual distance, they have not.
+        grace_s = max(lease_s, usual_steps * training.step_s if is_unknown else 0.0)
         if is_within or now_s - self.covered_s < grace_s:
             self.behind = None
             return

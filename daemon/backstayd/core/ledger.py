@@ -219,13 +219,15 @@ class Accounts:
             if self.open is not None and self.open.cause != "world_restarted":
                 self.open, self.is_interrupted = None, False  # a daemon was away, not its trainers
             return
-        self.is_interrupted = self.is_interrupted or len(self.silent) < len(missing)
+        was_certain, self.is_interrupted = self.is_interrupted, self.is_interrupted or len(self.silent) < len(missing)
         cause, detail = self._cause(context, world, [place.rank for place in missing])
         if self.open is None:
             gone = [self.progress.heard_s[p.node] for p in missing if p.node not in context.nodes]
             heard_s = min([*gone, context.now_s])
             self.open = self._interruption(cause, detail, heard_s=heard_s, noticed_s=context.now_s)
-        elif GRAVITY.index(cause) > GRAVITY.index(self.open.cause):
+        elif not was_certain or GRAVITY.index(cause) > GRAVITY.index(
+            self.open.cause
+        ):  # a guess gives way to what is seen
             self.open = replace(self.open, cause=cause, detail=detail)
         self.open = replace(self.open, newest_step=max(self.open.newest_step, self.progress.newest_step))
 

@@ -564,6 +564,7 @@ class RunState:
             step_s=accounts.step_s,
             silent_ranks=[place.rank for place in accounts.silent],
             silent_nodes={place.node for place in accounts.silent},
+            is_heard=bool(self.world(context)),
             skip_reason=newest.skip_reason if newest is not None else "",
             missing=self.missing.sentence,
         )

@@ -40,7 +40,7 @@ def limits(
 def existing_parent(path: Path) -> Path:
     """``path``, or the nearest directory above it that exists: where it would be made."""
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):  # nor may this user look there
         path = path.parent
     return path
 
