@@ -137,6 +137,16 @@ def test_sound_reports_pass_the_door() -> None:
     assert core.nodes.nodes["n2"].runs[ROGUE_RUN] is sound
 
 
+def test_a_plan_under_the_id_of_another_is_not_counted_and_what_else_the_run_holds_is() -> None:
+    forged = replace(plan(), plan_id="0" * 32)
+    core = coordinator_that_hears(report("n2", RunReport(run=ROGUE_RUN, shards=(shard(5),), plans=(plan(), forged))))
+    core.check_invariants()
+    used = core.nodes.nodes["n2"].runs[ROGUE_RUN]
+    assert (used.plans, used.shards) == ((plan(),), (shard(5),))
+    (event,) = [event for event in core.timeline.all() if event.kind == "report_refused"]
+    assert "does not have the id of its content" in event.message
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -12,7 +12,7 @@ from typing import Any
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import Generation
 from backstayd.core.catalog import ShapeCache, build_views, take_inventory
-from backstayd.core.door import admitted, check_node
+from backstayd.core.door import Seals, admitted, check_node
 from backstayd.core.drains import DrainState, DrainVerdict, order_drain, verdict_of
 from backstayd.core.ledger import ledger_sentence
 from backstayd.core.locating import Located, locate
@@ -74,6 +74,7 @@ class Coordinator:
         self._admitted: dict[
             str, tuple[NodeReport, NodeReport]
         ] = {}  # by node: its last report, and what is used of it
+        self._seals = Seals()
         self._refused_s: dict[str, float] = {}  # by node: when something of its report was refused last
         self.tombstones = Tombstones()  # of the runs that are over
         self._shapes = ShapeCache()
@@ -128,7 +129,7 @@ class Coordinator:
             return known[1]
         check_node(report)
         before = self.nodes.nodes.get(report.node.name)
-        found, problems = admitted(report, before.runs if before is not None else {})
+        found, problems = admitted(report, before.runs if before is not None else {}, self._seals)
         self._admitted[report.node.name] = (report, found)
         if problems:
             self._say_refused(report.node.name, problems)

@@ -54,20 +54,44 @@ def check_node(report: NodeReport) -> None:
         )
 
 
-def admitted(report: NodeReport, known: Mapping[str, RunReport]) -> tuple[NodeReport, dict[str, str]]:
-    """The report without the runs that cannot be calculated with, and what is wrong with each of these.
+class Seals:
+    """Plans whose id was found to be that of their content: every member reports the same record. Bounded."""
+
+    def __init__(self, limit: int = 4096) -> None:
+        self._limit = limit
+        self._sound: dict[int, Plan] = {}  # by id of the record, which is kept so that the id stays its own
+
+    def is_sealed(self, plan: Plan) -> bool:
+        if id(plan) in self._sound:
+            return True
+        if not plan.is_sealed():
+            return False
+        while len(self._sound) >= self._limit:
+            del self._sound[next(iter(self._sound))]
+        self._sound[id(plan)] = plan
+        return True
+
+
+def admitted(report: NodeReport, known: Mapping[str, RunReport], seals: Seals) -> tuple[NodeReport, dict[str, str]]:
+    """The report without the runs, and the plans, that cannot be calculated with, and what is wrong with each run.
 
     Args:
         known: What was admitted of this node before: the very same records are not checked again.
     """
     problems: dict[str, str] = {}
+    runs = []
     for run in report.runs:
         problem = "" if known.get(run.run) is run else why_refused(run, known.get(run.run))
-        if problem:
-            problems[run.run[:MAX_TEXT]] = problem
-    if problems:
-        report = replace(report, runs=tuple(run for run in report.runs if run.run[:MAX_TEXT] not in problems))
-    return report, problems
+        unsealed = [plan for plan in run.plans if not problem and not seals.is_sealed(plan)]
+        if problem or unsealed:
+            problems[run.run[:MAX_TEXT]] = (
+                problem or f"plan {unsealed[0].plan_id[:8]!r} does not have the id of its content"
+            )
+        if unsealed:  # another release may know plans that have more to them: only the plan is not counted
+            run = replace(run, plans=tuple(plan for plan in run.plans if plan not in unsealed))
+        if not problem:
+            runs.append(run)
+    return (replace(report, runs=tuple(runs)) if problems else report), problems
 
 
 def why_refused(run: RunReport, before: RunReport | None = None) -> str:
