@@ -169,7 +169,7 @@ def test_a_frozen_daemon_costs_the_deadline_and_closes_the_session(server: Serve
 
 def test_a_daemon_that_does_not_read_costs_the_deadline_too(server: Server) -> None:
     with connected(server, lambda connection: select.select([], [], [connection], 2.0) and None) as connection:
-        big = local.Commit(step=1, slot_id="s", manifest={"chunk_crcs": "0" * 8_000_000})
+        big = local.Commit(step=1, slot_id="s", manifest={"chunk_crcs": "0" * 3_000_000})
         with pytest.raises(UnavailableError, match="silent"):
             connection.call(big, deadline_s=0.3)
 

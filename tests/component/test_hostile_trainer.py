@@ -368,7 +368,7 @@ def test_a_process_that_ends_right_after_a_snapshot_leaves_it_committed(daemon: 
     done = subprocess.run(
         [sys.executable, "-c", LAST_WORDS, daemon.socket_path], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stderr == ""
+    assert done.stderr == "backstay: new run default/r\n"
     assert daemon.committed_steps("default/r") == [1]
 
 
