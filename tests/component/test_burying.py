@@ -15,7 +15,7 @@ from backstayd.core.records import RunDesired
 from backstayd.core.tombstone import Cause, Tombstone
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN
-from tests.kit.trainer import PlainTrainer, wait_until
+from tests.kit.trainer import PlainTrainer, trainer_of, wait_until
 
 FINISHED = Tombstone(run=RUN, attempt=1, generation=1, cause=Cause.FINISHED, world_id="world", step=1, unix_s=2e9)
 
@@ -25,14 +25,6 @@ def node(tmpfs_dir: Path) -> Iterator[NodeThread]:
     with running_node(tmpfs_dir) as running:
         yield running
         running.check()
-
-
-def trainer_of(node: NodeThread, **facts: object) -> PlainTrainer:
-    """A trainer that has restored (nothing)."""
-    trainer = PlainTrainer(node.socket, **facts)  # type: ignore[arg-type]
-    trainer.attach()
-    trainer.restore()
-    return trainer
 
 
 def test_a_run_that_is_over_leaves_nothing_but_a_tombstone_that_the_next_daemon_knows(tmpfs_dir: Path) -> None:

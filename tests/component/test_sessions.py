@@ -32,7 +32,7 @@ from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2
 from tests.kit.node import NodeThread, fresh_decision, running_node
 from tests.kit.shards import RUN, make_shard
-from tests.kit.trainer import PlainTrainer, wait_until
+from tests.kit.trainer import PlainTrainer, trainer_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = SnapshotKey(1, 1)
@@ -48,14 +48,6 @@ def node(directory: Path) -> Iterator[NodeThread]:
     with running_node(directory) as running:
         yield running
         running.check()
-
-
-def trainer_of(node: NodeThread, **facts: object) -> PlainTrainer:
-    """A trainer that is attached and has restored (nothing)."""
-    trainer = PlainTrainer(node.socket, **facts)  # type: ignore[arg-type]
-    trainer.attach()
-    trainer.restore()
-    return trainer
 
 
 def sessions_of(node: NodeThread) -> list[tuple[int, str]]:

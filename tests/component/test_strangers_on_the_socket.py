@@ -31,7 +31,7 @@ from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import MadeShard
-from tests.kit.trainer import PlainTrainer, wait_until
+from tests.kit.trainer import PlainTrainer, trainer_of, wait_until
 
 
 @pytest.fixture
@@ -39,14 +39,6 @@ def node(tmpfs_dir: Path) -> Iterator[NodeThread]:
     with running_node(tmpfs_dir) as running:
         yield running
         running.check()
-
-
-def trainer_of(node: NodeThread, **facts: object) -> PlainTrainer:
-    """A trainer that is attached and has restored (nothing)."""
-    trainer = PlainTrainer(node.socket, **facts)  # type: ignore[arg-type]
-    trainer.attach()
-    trainer.restore()
-    return trainer
 
 
 def report_bytes(node: NodeThread) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from backstay import local
 from backstay.errors import ERROR_CLASSES
+from tests.kit.node import NodeThread
 from tests.kit.shards import MadeShard, make_shard
 
 
@@ -142,3 +143,11 @@ def wait_until(condition: Any, *, why: str, deadline_s: float = 15.0) -> Any:
             return value
         assert time.monotonic() < end, f"not within {deadline_s:g} s: {why}"
         time.sleep(0.01)
+
+
+def trainer_of(node: NodeThread, **facts: object) -> PlainTrainer:
+    """A trainer that is attached to ``node`` and has restored (nothing)."""
+    trainer = PlainTrainer(node.socket, **facts)  # type: ignore[arg-type]
+    trainer.attach()
+    trainer.restore()
+    return trainer
