@@ -165,11 +165,24 @@ def why_wrong(
 
 def _living(tombstone: Tombstone, reports: Mapping[str, RunReport]) -> list[tuple[str, SessionRecord]]:
     """Trainers of what is named; where it was only idle, of whoever asks for it while some of it is left."""
-    sessions = [(name, session) for name, report in sorted(reports.items()) for session in report.sessions]
-    phases = {SessionPhase.TRAINING}
-    if tombstone.cause is not Cause.FINISHED and tombstone.cause is not Cause.FORGOTTEN:
-        phases |= {SessionPhase.ATTACHED, SessionPhase.RESTORING}
-    return [(name, session) for name, session in sessions if session.phase in phases]
+    return [
+        (name, session)
+        for name, report in sorted(reports.items())
+        for session in report.sessions
+        if _is_living(tombstone, session, report)
+    ]
+
+
+def _is_living(tombstone: Tombstone, session: SessionRecord, report: RunReport) -> bool:
+    """A rank of an older world, frozen or never reaped, may still be connected: it is fenced off and can write nothing.
+
+    A rank of the world that is named may write, and so may one whose host has recorded the decision of its world.
+    """
+    if session.phase is SessionPhase.TRAINING:
+        is_decided = report.decision is not None and report.decision.world_id == session.world_id
+        return is_decided or tombstone.world_id in ("", session.world_id)
+    is_asking = session.phase in (SessionPhase.ATTACHED, SessionPhase.RESTORING)
+    return is_asking and tombstone.cause not in (Cause.FINISHED, Cause.FORGOTTEN)
 
 
 def _is_begun_since(tombstone: Tombstone, report: RunReport) -> bool:
