@@ -194,7 +194,10 @@ class CoordinatorServer:
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
-            await asyncio.wait({writing}, timeout=self._lease_s)
+            ended, _ = await asyncio.wait({writing}, timeout=self._lease_s)
+            for task in ended:
+                if not task.cancelled():
+                    task.exception()  # the other side has gone: an exception that nobody reads is logged with its trace
             raise
 
 
