@@ -6,19 +6,16 @@ The logger is ``backstayd.audit``. Says what was asked and what came of it; must
 from __future__ import annotations
 
 import logging
-import time
-from collections import OrderedDict
 from typing import Any, Final
 
 from backstay.errors import BackstayError, ConfigError
 from backstayd.printable import printable
+from backstayd.security.refusals import Damper
 from backstayd.transport.access import certificate_of, host_of
 
 logger = logging.getLogger("backstayd.audit")
 
 READS: Final = frozenset({"GetStatus", "Locate"})
-AGAIN_S: Final = 60.0
-MAX_KNOWN: Final = 256
 MAX_CHARACTERS: Final = 300
 
 
@@ -27,14 +24,14 @@ class Audit:
 
     def __init__(self, *, is_tls: bool) -> None:
         self._is_tls = is_tls
-        self._written_s: OrderedDict[str, float] = OrderedDict()
+        self._reads = Damper()
 
     def note(self, context: Any, verb: str, about: str = "", *, error: BackstayError | None = None) -> None:
         """``about``: what the call named; ``error``: why it was refused."""
         outcome = "done" if error is None else f"refused ({error.reason or type(error).__name__})"
         subject = f"{verb} {about}".rstrip()[:MAX_CHARACTERS]
         line = printable(f"{subject} by {self._caller(context)} from {host_of(context)}: {outcome}")
-        if verb not in READS or self._is_due(line):
+        if verb not in READS or self._reads.due(line) is not None:
             logger.info("%s", line)
 
     def _caller(self, context: Any) -> str:
@@ -45,13 +42,3 @@ class Audit:
         except ConfigError:  # refused before; there is nothing to name
             return "somebody unknown"
         return f"{', '.join(certificate.uris)} (serial {certificate.serial})"
-
-    def _is_due(self, line: str) -> bool:
-        now = time.monotonic()
-        if now - self._written_s.get(line, float("-inf")) < AGAIN_S:
-            return False
-        self._written_s[line] = now
-        self._written_s.move_to_end(line)
-        while len(self._written_s) > MAX_KNOWN:
-            self._written_s.popitem(last=False)
-        return True
