@@ -41,15 +41,26 @@ class Places:
     def take(self, sock: socket.socket, source: str) -> bool:
         """A place for ``sock``; when all are taken, the source that holds most loses its longest idle connection.
 
-        False if it already has as many as one source may have, or if all are busy: then the caller closes ``sock``.
+        False if it already has as many as one source may have, if all are busy, or if this process can open no more files: then
+        the caller closes ``sock``.
         """
+        try:
+            line = sock.dup()
+        except OSError:
+            return False
+        if self._enter(sock, _Place(source, line, time.monotonic())):
+            return True
+        line.close()
+        return False
+
+    def _enter(self, sock: socket.socket, place: _Place) -> bool:
         with self._lock:
-            counts = Counter(place.source for place in self._places.values())
-            if self._per_source and counts[source] >= self._per_source:
+            counts = Counter(one.source for one in self._places.values())
+            if self._per_source and counts[place.source] >= self._per_source:
                 return False
             if len(self._places) >= self._limit and not self._evict(counts):
                 return False
-            self._places[sock] = _Place(source, sock.dup(), time.monotonic())
+            self._places[sock] = place
             return True
 
     def set_busy(self, sock: socket.socket, *, is_busy: bool) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import resource
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -63,6 +66,23 @@ def test_one_source_has_at_most_its_share() -> None:
         places.cut_idle(0.0)
         assert is_cut(second)
         assert is_cut(third)
+
+
+def test_a_process_that_can_open_no_more_files_refuses_a_place_and_serves_on() -> None:
+    places = Places(LIMIT)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with connections(1) as (sock,), contextlib.ExitStack() as filled:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    filled.enter_context(open(os.devnull))
+            assert not places.take(sock, "a")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        filled.close()
+        assert places.take(sock, "a")
+        places.leave(sock)
 
 
 @pytest.mark.parametrize("seed", range(20))

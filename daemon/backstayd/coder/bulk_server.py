@@ -121,7 +121,9 @@ class BulkServer:
             except OSError:  # a sibling was faster, or the peer has gone
                 continue
             if not self._places.take(sock, str(peer[0])):  # all are in mid-transfer: the peer tries again
-                self._refusals.note(f"{peer[0]}: {MAX_CONNECTIONS} transfers are under way; its connection is closed")
+                self._refusals.note(
+                    f"{peer[0]}: {MAX_CONNECTIONS} transfers are under way, or no file can be opened; it is cut"
+                )
                 sock.close()
                 continue
             threading.Thread(target=self._connection, args=(sock, str(peer[0])), daemon=True, name="bulk").start()

@@ -23,7 +23,10 @@ class _Known:
 
 
 class Damper:
-    """Whether a cause is to be logged now. Safe for threads; of more than MAX_KNOWN causes the one unseen for longest is forgotten."""
+    """Whether a cause is to be logged now. Safe for threads.
+
+    Of more than MAX_KNOWN causes the one that was not seen for longest is forgotten.
+    """
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, _Known] = OrderedDict()
