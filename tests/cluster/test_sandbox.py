@@ -82,13 +82,19 @@ def coordinator(base: Path, election: tuple[str, ...]) -> Iterator[RunningDaemon
 
 @contextlib.contextmanager
 def sandboxed_node(
-    base: Path, name: str, coordinator: str, *, env: Mapping[str, str] | None = None
+    base: Path,
+    name: str,
+    coordinator: str,
+    *,
+    env: Mapping[str, str] | None = None,
+    unit: str = "backstayd.service",
+    socket_group: str = str(SOCKET_GROUP_ID),
 ) -> Iterator[RunningDaemon]:
     directory = base / name
     directory.mkdir()
-    command = sandbox("backstayd.service", directory / "run", directory / "memory")
+    command = sandbox(unit, directory / "run", directory / "memory")
     arguments = ("--name", name, "--memory-dir", str(directory / "memory"), "--socket", str(directory / "run" / "sock"))
-    arguments += ("--coordinator", coordinator, "--socket-group", str(SOCKET_GROUP_ID))
+    arguments += ("--coordinator", coordinator, "--socket-group", socket_group)
     with running_daemon("node", *arguments, directory=directory, env=env, command=command) as daemon:
         yield daemon
 
@@ -158,3 +164,12 @@ def check_sandbox(daemon: RunningDaemon) -> None:
     limits = Path(f"/proc/{daemon.process.pid}/limits").read_text()
     may_lock = re.search(r"Max locked memory +unlimited", limits) is not None
     assert (int(fields["VmLck"][0]) > 0) == may_lock, "the daemon locks itself in memory where it may"
+
+
+def test_a_unit_of_before_which_knows_no_group_for_the_socket_still_starts_its_daemon(base: Path) -> None:
+    lines = (UNITS / "backstayd.service").read_text().splitlines(keepends=True)
+    before = base / "before.service"
+    before.write_text("".join(line for line in lines if "@chown" not in line))
+    with sandboxed_node(base, "n0", "127.0.0.1:9", unit=str(before), socket_group="") as node:
+        node.wait_for_line("serves trainers at")
+        assert (base / "n0" / "run" / "sock").stat().st_gid == DAEMON_ID

@@ -19,14 +19,15 @@ def listen(path: Path, *, group: str = "") -> socket.socket:
     Raises:
         ConfigError: a daemon listens there, something else lies there, or the directory cannot be written.
     """
-    group_id = find_group(group) if group else -1
+    group_id = find_group(group) if group else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.bind(str(path))
-            os.chown(path, -1, group_id)
+            if group_id is not None:  # a unit of before, whose filter knows no chown, sets no group
+                os.chown(path, -1, group_id)
             os.chmod(path, SOCKET_MODE)
             sock.listen(256)
             sock.setblocking(False)
