@@ -35,14 +35,14 @@ demo: $(STAMP)  ## break a real training run and watch it recover (ARGS="--nodes
 	$(BIN)/backstay demo $(ARGS)
 
 bench: $(STAMP)  ## measure what a snapshot costs, against peers (ARGS="--json FILE ...")
-	$(BIN)/backstay bench $(ARGS)
+	$(BIN)/python -m bench $(ARGS)
 
 fmt: $(STAMP)  ## format the code
-	$(BIN)/ruff format client daemon tests
-	$(BIN)/ruff check --fix --quiet client daemon tests || true
+	$(BIN)/ruff format client daemon bench tests
+	$(BIN)/ruff check --fix --quiet client daemon bench tests || true
 
 lint: $(STAMP)  ## ruff and the layers
-	$(BIN)/ruff check client daemon tests
+	$(BIN)/ruff check client daemon bench tests
 	$(BIN)/lint-imports --no-cache
 
 type: $(STAMP)  ## mypy, strict

@@ -25,8 +25,8 @@ import torch
 from backstay.errors import UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
 from backstay.stats import NOT_SCHEDULED, SnapshotStatus, Stats
-from backstay.trainer import loaders
-from backstay.trainer.position import Place, Position, follow, place_of
+from backstay.trainer.data import followed_loaders
+from backstay.trainer.data.data_position import Place, Position, follow, place_of
 
 try:
     import accelerate
@@ -71,7 +71,7 @@ class AcceleratedSnapshotter:
         **options: Any,
     ) -> None:
         refuse_unsupported(accelerator)
-        loaders.refuse(extra or {}, "backstay.accelerate")
+        followed_loaders.refuse(extra or {}, "backstay.accelerate")
         if getattr(accelerator, _ATTRIBUTE, None) is not None:
             raise UsageError(
                 "this accelerator has a keeper already: call attach() once, and close() or finish() before another",

@@ -32,17 +32,17 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from backstay.control import find_socket
-from backstay.direct import items, staging
-from backstay.direct.entering import enter
-from backstay.direct.filling import fill, hash_in_place, put
-from backstay.direct.line import Line, Slot
-from backstay.direct.source import Source
 from backstay.errors import BackstayError, SnapshotNotFoundError, UsageError
 from backstay.ids import DEFAULT_JOB, RunKey
-from backstay.restore.opened import OpenedSnapshot, ReadTarget
-from backstay.restore.reading import true_shape
-from backstay.trainer import given, world
+from backstay.protocol.connection import find_socket
+from backstay.restore.read_plan import true_shape
+from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
+from backstay.session.enter import enter
+from backstay.session.session import Line, Slot
+from backstay.stores import dcp_items, dcp_staging
+from backstay.stores.fill_bytes import fill, hash_in_place, put
+from backstay.stores.snapshot_reader import Source
+from backstay.trainer import checked_arguments, torch_world
 
 _log = logging.getLogger("backstay")
 
@@ -78,12 +78,12 @@ class Store:
         self._run = RunKey(job, run_id)
         self._socket_path = find_socket(socket)
         self.is_strict = strict
-        self.max_wait_s = given.seconds_of("max_wait_s", max_wait_s)
+        self.max_wait_s = checked_arguments.seconds_of("max_wait_s", max_wait_s)
         self.last_problem = ""
         self.step: int | None = None  # what this world began from; None: nothing
         self._line: Line | None = None
         self._source: Source | None = None
-        self.save = staging.Save()
+        self.save = dcp_staging.Save()
 
     def begin(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> int | None:
         """Join the world of the run and learn from which step it goes on; None for a run that is provably new.
@@ -97,9 +97,9 @@ class Store:
             UnavailableError: no daemon, or no decision in time. UnrecoverableError: a known run without a restorable snapshot.
         """
         self.close()
-        place = world.current()
+        place = torch_world.current()
         entered = enter(
-            str(self._run), place, world.agree_on_id(place, deadline_s=deadline_s), socket_path=self._socket_path,
+            str(self._run), place, torch_world.agree_on_id(place, deadline_s=deadline_s), socket_path=self._socket_path,
             allow_fresh=allow_fresh, deadline_s=deadline_s,
         )  # fmt: skip
         self._line, self._source = entered.line, entered.source
@@ -112,7 +112,7 @@ class Store:
 
     def writer(self, step: int) -> BackstayWriter:
         """For one ``dcp.save`` or ``dcp.async_save``: all ranks give the same step, higher than the one before."""
-        step = given.step_of("writer", step)
+        step = checked_arguments.step_of("writer", step)
         self.save.aim(step, self.line)
         return BackstayWriter(self, step)
 
@@ -138,7 +138,7 @@ class Store:
             line.close()
         if source is not None:
             source.close()
-        self.save = staging.Save()
+        self.save = dcp_staging.Save()
 
     @property
     def line(self) -> Line:
@@ -191,7 +191,7 @@ class BackstayWriter(StorageWriter):
         staged = save.take(self.step)
         slot: Slot | None = staged.slot if staged is not None else None
         try:
-            found = items.resolve(plan, planner, rank=store.line.place.rank, capacities=save.byte_capacities)
+            found = dcp_items.resolve(plan, planner, rank=store.line.place.rank, capacities=save.byte_capacities)
             if staged is not None and staged.problem is not None:
                 raise staged.problem
             if staged is not None and staged.layout is not None and slot is not None:
@@ -200,7 +200,7 @@ class BackstayWriter(StorageWriter):
                     put(slot.mapping, staged.layout, name, tensor)
                 layout, digests = staged.layout, hash_in_place(slot.mapping, staged.layout)
             else:
-                layout = items.layout_of(found)
+                layout = dcp_items.layout_of(found)
                 slot = store.line.reserve(self.step, layout.size_bytes, wait_s=store.max_wait_s)
                 digests = fill(store.line.filler, slot.mapping, layout, found.sources, step=self.step)
             store.line.commit(slot, layout, digests, kind=KIND)
@@ -258,14 +258,14 @@ class BackstayReader(StorageReader):
         """What the manifests say is there, and how it was nested when it was saved (planner_data)."""
         source = self._store.source
         metadata, holders = source.read(self._describe)
-        nesting: items.Nesting = {}
+        nesting: dcp_items.Nesting = {}
         seen: set[int] = set()
         for fqn, ranks in holders.items():
             if fqn not in nesting and ranks and seen.isdisjoint(ranks):  # few are read: ranks nest much alike
                 rank = min(ranks)
                 seen.add(rank)
-                name = items.nesting_name(rank)
-                nesting |= items.unpack_nesting(source.read_bytes(name), name)
+                name = dcp_items.nesting_name(rank)
+                nesting |= dcp_items.unpack_nesting(source.read_bytes(name), name)
         if seen:
             found = metadata.state_dict_metadata
             metadata.planner_data = {fqn: path for fqn, path in nesting.items() if fqn in found}
@@ -278,11 +278,11 @@ class BackstayReader(StorageReader):
         holders: dict[str, set[int]] = {}
         self._places = {}
         own = self._store.line.place.rank
-        nested = {rank for rank in opened.manifests if opened.entries(items.nesting_name(rank))}
+        nested = {rank for rank in opened.manifests if opened.entries(dcp_items.nesting_name(rank))}
         for name in [*opened.names(), *opened.aliases()]:
-            if items.is_nesting_name(name):
+            if dcp_items.is_nesting_name(name):
                 continue
-            thing = items.object_of(name)
+            thing = dcp_items.object_of(name)
             if thing is not None:
                 rank, fqn = thing
                 found.setdefault(fqn, BytesStorageMetadata())
@@ -334,7 +334,7 @@ class BackstayReader(StorageReader):
         for item in plan.items:
             if item.type is LoadItemType.BYTE_IO:
                 name, _ = self._places[item.storage_index]
-                data = items.unpack(source.read_bytes(name), item.storage_index.fqn)
+                data = dcp_items.unpack(source.read_bytes(name), item.storage_index.fqn)
                 planner.load_bytes(item, io.BytesIO(data))
         future: Future[None] = Future()
         future.set_result(None)

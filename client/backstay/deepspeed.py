@@ -17,10 +17,10 @@ from typing import Any, Final
 
 import torch
 
-from backstay.direct.filestore import FileStore
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UsageError
 from backstay.ids import DEFAULT_JOB
-from backstay.trainer import packed
+from backstay.stores.file_store import FileStore
+from backstay.trainer.state import packing
 
 try:
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
@@ -123,7 +123,7 @@ class BackstayCheckpointEngine(CheckpointEngine):
                 reason="unsupported_call",
             )
         try:
-            self._store.write(self._saving[1], name, packed.as_file(packed.pack(state_dict, _take)))
+            self._store.write(self._saving[1], name, packing.as_file(packing.pack(state_dict, _take)))
         except BaseException as error:
             self._give_up(str(error))
             raise
@@ -145,7 +145,7 @@ class BackstayCheckpointEngine(CheckpointEngine):
                 reason="no_checkpoint",
             ) from error
         device = str(map_location) if isinstance(map_location, (str, torch.device)) else "cpu"
-        return packed.unpack(packed.from_file(memoryview(data)), _give, device=device)
+        return packing.unpack(packing.from_file(memoryview(data)), _give, device=device)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """Commit this rank's files; False (and a warning) if memory could not take them: the checkpoint before stays."""

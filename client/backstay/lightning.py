@@ -23,8 +23,10 @@ import torch
 
 from backstay.errors import UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
-from backstay.trainer import given, lightning_state, loaders, state_file
-from backstay.trainer.position import Place, Position, follow, place_of
+from backstay.trainer import checked_arguments, lightning_state
+from backstay.trainer.data import followed_loaders
+from backstay.trainer.data.data_position import Place, Position, follow, place_of
+from backstay.trainer.state import state_file
 
 _log = logging.getLogger("backstay")
 _HAS_NEW_NAME = find_spec("lightning") is not None
@@ -95,9 +97,9 @@ class BackstayCallback(Callback):
         self.restored: RestoreResult | None = None
         self._run_id, self._options = run_id, options
         self._extra: Mapping[str, Any] = options.pop("extra", None) or {}
-        loaders.refuse(self._extra, "BackstayCallback")
+        followed_loaders.refuse(self._extra, "BackstayCallback")
         self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
-        self._missing_ok = given.names_of("missing_ok", missing_ok)
+        self._missing_ok = checked_arguments.names_of("missing_ok", missing_ok)
         self._trainer: Any = None
         self._position = Position(self._places)
         self._parts: lightning_state.LightningState | None = None

@@ -19,23 +19,25 @@ from typing import Any, Final, Self
 import torch
 
 import backstay
-from backstay import local
-from backstay.capture import byte_check, dynamic, frozen, plan
-from backstay.capture import filling as capturing
+from backstay.capture import byte_check, extras, shard_plan, unchanged
+from backstay.capture import fill as capturing
+from backstay.capture.background import Identity, Session
 from backstay.capture.fence import Fence
-from backstay.capture.filling import Capture, Filler
-from backstay.capture.session import Identity, Session
-from backstay.capture.waiting import Waits
-from backstay.control import DaemonConnection, find_socket
+from backstay.capture.fill import Capture, Filler
+from backstay.capture.sigterm import SigtermHook
+from backstay.capture.wait_share import Waits
 from backstay.errors import BackstayError, UnavailableError, UsageError
 from backstay.ids import DEFAULT_JOB, RunKey
-from backstay.restore import apply, ask, gate, statements
-from backstay.restore.apply import Target
+from backstay.protocol import messages
+from backstay.protocol.connection import DaemonConnection, find_socket
+from backstay.restore import gate_statements, layout_gate, load
+from backstay.restore.load import Target
 from backstay.restore.probation import Probation
 from backstay.restore.result import RestoreResult, make_result
+from backstay.session import join
 from backstay.stats import NOT_SCHEDULED, REFUSED, SKIPPED, STARTED, SnapshotStatus, Stats
-from backstay.trainer import given, loaders, optimizer_state, sources, uncaptured, unsharded, world
-from backstay.trainer.sigterm import SigtermHook
+from backstay.trainer import checked_arguments, fsdp2, held_tensors, left_out_state, optimizer_state, torch_world
+from backstay.trainer.data import followed_loaders
 
 _log = logging.getLogger("backstay")
 
@@ -90,21 +92,21 @@ class Snapshotter:
         persist_on_sigterm: bool = False,
         process_group: Any = None,
     ) -> None:
-        self._model = given.model_of(model)
-        self._optimizers = given.optimizers_of(optimizer)
+        self._model = checked_arguments.model_of(model)
+        self._optimizers = checked_arguments.optimizers_of(optimizer)
         self._run = RunKey(job, run_id)
-        self._extra = loaders.follow_all(given.extra_of(extra))
+        self._extra = followed_loaders.follow_all(checked_arguments.extra_of(extra))
         self._values: dict[str, Any] = {}
         self._socket_path = find_socket(socket)
-        self._group = given.process_group_of(process_group)
-        self._max_wait_s = given.seconds_of("max_wait_s", max_wait_s)
+        self._group = checked_arguments.process_group_of(process_group)
+        self._max_wait_s = checked_arguments.seconds_of("max_wait_s", max_wait_s)
         self._strict = strict
-        self._check_every = given.count_of("check_every", check_every)
+        self._check_every = checked_arguments.count_of("check_every", check_every)
         self._pid = os.getpid()
         self._session: Session | None = None
         self._filler: Filler | None = None
-        self._plan: plan.Plan | None = None
-        self._freezing = frozen.Freezing()
+        self._plan: shard_plan.Plan | None = None
+        self._freezing = unchanged.Freezing()
         self._target: Target | None = None
         self._capture: Capture | None = None  # not yet fenced
         self._previous: Capture | None = None  # fenced; may still be hashed or committed
@@ -150,38 +152,40 @@ class Snapshotter:
             IntegrityError: the snapshot does not fit or a byte is wrong.
         """
         self._refuse_closed("restore()")
-        deadline_s = given.seconds_of("deadline_s", deadline_s)
-        missing_ok = given.names_of("missing_ok", missing_ok)
+        deadline_s = checked_arguments.seconds_of("deadline_s", deadline_s)
+        missing_ok = checked_arguments.names_of("missing_ok", missing_ok)
         begin_s = time.monotonic()
         self._end_session()
-        place = world.current(self._group)
-        uncaptured.warn(self._model)
-        unsharded.reshard(self._model)
-        holdings = sources.collect(self._model, self._optimizers, rank=place.rank, members=place.members)
+        place = torch_world.current(self._group)
+        left_out_state.warn(self._model)
+        fsdp2.reshard(self._model)
+        holdings = held_tensors.collect(self._model, self._optimizers, rank=place.rank, members=place.members)
         optimizer_state.read_values(self._optimizers, holdings, {})  # raises here, not at the first snapshot
         target = Target(
             model=self._model, optimizers=self._optimizers, extra=self._extra, rank=place.rank, world_size=place.size,
-            run=str(self._run), signature=sources.model_signature(holdings), members=place.members, values=self.values,
+            run=str(self._run), signature=held_tensors.model_signature(holdings), members=place.members, values=self.values,
             missing_ok=missing_ok,
         )  # fmt: skip
-        attach = local.Attach(
-            run=str(self._run), world_id=world.agree_on_id(place, deadline_s=deadline_s),
+        attach = messages.Attach(
+            run=str(self._run), world_id=torch_world.agree_on_id(place, deadline_s=deadline_s),
             rank=place.rank, world_size=place.size, needs=holdings.needs, model_signature=target.signature,
             collective_timeout_s=place.collective_timeout_s,
-            client_version=backstay.__version__, layout=sources.layout_signature(holdings),
+            client_version=backstay.__version__, layout=held_tensors.layout_signature(holdings),
         )  # fmt: skip
-        answer = ask.ask(
-            self._socket_path, attach, functools.partial(apply.prepare, target), allow_fresh=allow_fresh,
+        answer = join.ask(
+            self._socket_path, attach, functools.partial(load.prepare, target), allow_fresh=allow_fresh,
             deadline_s=max(MIN_ASK_S, deadline_s - (time.monotonic() - begin_s)),
         )  # fmt: skip
         restored, loaded = answer.restored, None
-        check = gate.Gate(answer.connection, attach, restored, deadline_s=deadline_s - (time.monotonic() - begin_s))
+        check = layout_gate.Gate(
+            answer.connection, attach, restored, deadline_s=deadline_s - (time.monotonic() - begin_s)
+        )
         try:
             if answer.error is not None:
                 raise answer.error
             if answer.prepared is not None:
                 loaded = answer.prepared.load()
-                check.pass_with(statements.make(target, restored, loaded), ask.Progress(place.rank))
+                check.pass_with(gate_statements.make(target, restored, loaded), join.Progress(place.rank))
         except BaseException as error:
             check.report_failure(error)
             check.connection.close()
@@ -193,7 +197,7 @@ class Snapshotter:
             self._sigterm = SigtermHook(lambda: self._session)
         if loaded is not None:
             self._begin_probation(restored)
-        ask.announce(attach.run, restored, rank=place.rank)
+        join.announce(attach.run, restored, rank=place.rank)
         return make_result(restored, loaded, seconds=time.monotonic() - begin_s)
 
     @property
@@ -204,7 +208,7 @@ class Snapshotter:
 
     @values.setter
     def values(self, values: dict[str, Any]) -> None:
-        self._values = given.values_of(values)
+        self._values = checked_arguments.values_of(values)
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """Have the loss of the step under way looked at, for the first steps after a restore; free afterwards.
@@ -232,7 +236,7 @@ class Snapshotter:
             raise UsageError(
                 "snapshot() before restore(): call restore() first, also for a new run", reason="not_restored"
             )
-        step = given.step_of("snapshot", step)
+        step = checked_arguments.step_of("snapshot", step)
         if step <= self._last_step:
             raise UsageError(
                 f"snapshot({step}) after step {self._last_step}: steps must increase", reason="step_not_increasing"
@@ -250,7 +254,7 @@ class Snapshotter:
         finally:
             spent_s = time.perf_counter() - begin_s
             self._blocked_s += spent_s
-            session.costs.add(local.TrainerCost(snapshot_s=spent_s))
+            session.costs.add(messages.TrainerCost(snapshot_s=spent_s))
 
     def fence(self) -> None:
         """Wait until the running capture does not read parameters and optimizer state any more.
@@ -279,7 +283,7 @@ class Snapshotter:
                 self._capture, self._previous = None, capture
                 spent_s = time.perf_counter() - begin_s
                 self._fence_s += spent_s
-                session.costs.add(local.TrainerCost(fence_s=spent_s))
+                session.costs.add(messages.TrainerCost(fence_s=spent_s))
             self._raise_if_strict(session)
 
     def persist(self) -> None:
@@ -294,7 +298,7 @@ class Snapshotter:
         """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and close."""
         if os.getpid() != self._pid or self._is_closed:
             return
-        timeout_s = given.seconds_of("timeout_s", timeout_s)
+        timeout_s = checked_arguments.seconds_of("timeout_s", timeout_s)
         try:
             self.fence()
             if self._session is not None and not self._session.finish(keep=keep, timeout_s=timeout_s):
@@ -352,7 +356,7 @@ class Snapshotter:
 
     def wait_committed(self, timeout_s: float = 60.0) -> bool:
         """Wait until no capture is under way (a checked one ends with the next fence); False if the time is over."""
-        timeout_s = given.seconds_of("timeout_s", timeout_s)
+        timeout_s = checked_arguments.seconds_of("timeout_s", timeout_s)
         return self._session is None or self._session.wait_captures(timeout_s)
 
     # ---- one snapshot
@@ -404,7 +408,7 @@ class Snapshotter:
         """Whether staging and the session are free; the one before may still be hashed or committed."""
         return session.has_room() and (self._previous is None or self._previous.launched.is_set())
 
-    def _current_plan(self) -> plan.Plan:
+    def _current_plan(self) -> shard_plan.Plan:
         """The plan, made anew where something moved, with everything eager copied into its staging."""
         target = self._target
         assert target is not None
@@ -413,14 +417,14 @@ class Snapshotter:
         holdings = (
             made.holdings
             if made is not None and is_current
-            else sources.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
+            else held_tensors.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
         )
-        found = dynamic.read(target.optimizers, target.extra, holdings, rank=target.rank, values=self._values)
-        if len(found.document) > dynamic.HEAVY_JSON_BYTES and "heavy" not in self._told:
+        found = extras.read(target.optimizers, target.extra, holdings, rank=target.rank, values=self._values)
+        if len(found.document) > extras.HEAVY_JSON_BYTES and "heavy" not in self._told:
             self._warn_of_heavy_state(found)
         if made is None or not is_current or not made.fits(found.tensors, found.document):
             metadata = {optimizer_state.METADATA_KEY: optimizer_state.describe(target.optimizers, holdings)}
-            made = self._plan = plan.build(
+            made = self._plan = shard_plan.build(
                 holdings, rank=target.rank, dynamic=found.tensors, state=found.document, metadata=metadata,
                 places=found.places, previous=made,
             )  # fmt: skip
@@ -433,7 +437,7 @@ class Snapshotter:
         made.stage(found.tensors, found.document)
         return made
 
-    def _warn_of_heavy_state(self, found: dynamic.Dynamic) -> None:
+    def _warn_of_heavy_state(self, found: extras.Dynamic) -> None:
         self._told.add("heavy")
         name, size = found.heaviest()
         _log.warning(
@@ -442,7 +446,7 @@ class Snapshotter:
             len(found.document) / 2**20, name, size / 2**20,
         )  # fmt: skip
 
-    def _mark_ready(self, made: plan.Plan) -> torch.cuda.Event | None:
+    def _mark_ready(self, made: shard_plan.Plan) -> torch.cuda.Event | None:
         device = next((p.source.device for p in made.pieces if p.source.device.type == "cuda"), None)
         if device is None or self._filler is None:
             return None
@@ -492,7 +496,7 @@ class Snapshotter:
 
     def _note_wait(self, session: Session, slot_s: float, copy_s: float) -> None:
         counted_s = self._waits.note(slot_s=slot_s, copy_s=copy_s, now_s=time.monotonic())
-        session.costs.add(local.TrainerCost(waited_s=counted_s))
+        session.costs.add(messages.TrainerCost(waited_s=counted_s))
         warning = self._waits.warning() if "waits" not in self._told else ""
         if warning:
             self._told.add("waits")
@@ -503,9 +507,9 @@ class Snapshotter:
     def _begin_session(
         self,
         target: Target,
-        attach: local.Attach,
-        attached: local.Attached,
-        restored: local.Restored,
+        attach: messages.Attach,
+        attached: messages.Attached,
+        restored: messages.Restored,
         connection: DaemonConnection,
     ) -> None:
         self._target = target
@@ -525,11 +529,11 @@ class Snapshotter:
         self._blocked_s = self._fence_s = 0.0
         self._waits = Waits(left_out=FIRST_CHECKED)
 
-    def _begin_probation(self, restored: local.Restored) -> None:
+    def _begin_probation(self, restored: messages.Restored) -> None:
         assert self._target is not None
         assert self._session is not None
         target = self._target
-        holdings = sources.collect(target.model, self._optimizers, rank=target.rank, members=target.members)
+        holdings = held_tensors.collect(target.model, self._optimizers, rank=target.rank, members=target.members)
         self._probation = Probation(
             self._optimizers, holdings.names, base_step=restored.step, steps=restored.probation_steps,
             tell=self._session.distrust,
@@ -555,11 +559,8 @@ class Snapshotter:
     def _forget_in_child(self) -> None:
         if self._session is not None:
             self._session.forget_in_child()
-        self._session = self._capture = (
-            None  # its locks may be held for ever, its descriptors' numbers be given to others
-        )
-
-    # ---- saying what happens
+        # Its locks may be held for ever, its descriptors' numbers be given to others.
+        self._session = self._capture = None
 
     def _raise_if_strict(self, session: Session) -> None:
         if self._strict and session.failure is not None:

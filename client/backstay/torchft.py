@@ -20,11 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from backstay import ids, local
-from backstay.control import DaemonConnection, find_socket
-from backstay.direct.entering import enter
-from backstay.direct.filling import fill
-from backstay.direct.line import Line
+from backstay import ids
 from backstay.errors import (
     BackstayError,
     IntegrityError,
@@ -34,9 +30,14 @@ from backstay.errors import (
     UsageError,
 )
 from backstay.ids import DEFAULT_JOB, RunKey
-from backstay.restore.opened import OpenedSnapshot, ReadTarget
-from backstay.trainer import packed
-from backstay.trainer.world import World
+from backstay.protocol import framing, messages
+from backstay.protocol.connection import DaemonConnection, find_socket
+from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
+from backstay.session.enter import enter
+from backstay.session.session import Line
+from backstay.stores.fill_bytes import fill
+from backstay.trainer.state import packing
+from backstay.trainer.torch_world import World
 
 try:
     from torchft.checkpointing.transport import CheckpointTransport
@@ -108,7 +109,7 @@ class BackstayTransport(CheckpointTransport[T]):
         if not dst_ranks:
             return
         deadline = time.monotonic() + timeout.total_seconds()
-        found = packed.pack(state_dict, _take)
+        found = packing.pack(state_dict, _take)
         with self._lock:
             if step == self._sent:
                 return  # the same step is the same state: a second replica asks for it, or asks again
@@ -183,16 +184,16 @@ class BackstayTransport(CheckpointTransport[T]):
     def _receive(self, run: str, step: int, deadline: float) -> Any:
         connection = DaemonConnection(self._socket_path, timeout_s=_left_s(deadline))
         try:
-            offer, fds = connection.call(local.Open(run=run, step=step), deadline_s=_left_s(deadline))
-            local.close_fds(fds)
-            if not isinstance(offer, local.Offer) or offer.step != step:
+            offer, fds = connection.call(messages.Open(run=run, step=step), deadline_s=_left_s(deadline))
+            framing.close_fds(fds)
+            if not isinstance(offer, messages.Offer) or offer.step != step:
                 raise IntegrityError(
                     f"asked for step {step} of {run}, the daemon answered {type(offer).__name__}", reason="bad_reply"
                 )
             with OpenedSnapshot.from_offer(
                 connection, offer, run=run, deadline=deadline, on_progress=lambda _: None
             ) as opened:
-                return packed.unpack(_read_all(opened), _give)
+                return packing.unpack(_read_all(opened), _give)
         finally:
             connection.close()
 

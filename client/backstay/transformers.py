@@ -19,8 +19,9 @@ import torch
 
 from backstay.errors import ConfigError, UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
-from backstay.trainer import given, loaders
-from backstay.trainer.position import Place, Position, place_of
+from backstay.trainer import checked_arguments
+from backstay.trainer.data import followed_loaders
+from backstay.trainer.data.data_position import Place, Position, place_of
 
 try:
     import transformers
@@ -92,9 +93,9 @@ class BackstayCallback(TrainerCallback):
         self.restored: RestoreResult | None = None
         self._run_id, self._options = run_id, options
         self._extra: Mapping[str, Any] = options.pop("extra", None) or {}
-        loaders.refuse(self._extra, "BackstayCallback")
+        followed_loaders.refuse(self._extra, "BackstayCallback")
         self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
-        self._missing_ok = given.names_of("missing_ok", missing_ok)
+        self._missing_ok = checked_arguments.names_of("missing_ok", missing_ok)
         self._trainer: Any = None
         self._original: dict[str, Callable[..., Any]] = {}
         self._position = Position(self._places)

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from backstay import __version__
 from backstay.errors import BackstayError, ConfigError, UsageError
-from backstayd import config, preflight
+from backstayd import config, start_checks
 from backstayd.printable import say
 from backstayd.security.configured import load_credentials
 from backstayd.telemetry import logs
@@ -111,8 +111,8 @@ def _show(settings: config.NodeConfig | config.CoordinatorConfig) -> int:
     if problem:
         raise ConfigError(f"{problem}; renew it", reason="expired")
     if isinstance(settings, config.NodeConfig):
-        preflight.check_node(settings)
+        start_checks.check_node(settings)
     else:
-        preflight.check_coordinator(settings)
+        start_checks.check_coordinator(settings)
     print("configuration is valid")
     return 0

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from backstay.errors import ConfigError, UsageError
 from backstay.ids import check_name
-from backstay.local import DEFAULT_SOCKET
+from backstay.protocol.messages import DEFAULT_SOCKET
 
 MAX_PARITY: Final = 4
 MAX_GROUP_NODES: Final = 16

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from backstay.errors import UsageError
-from backstay.testing.bench import arguments, main, report
-from backstay.testing.bench.measure import Collection, MeasurementError, stolen_cpu_s
+from bench import arguments, main, report
+from bench.measure import Collection, MeasurementError, stolen_cpu_s
 
 
 def _numbers(value: Any) -> list[float]:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from backstay.manifest import CHUNK_BYTES
+from backstay.format.manifest import CHUNK_BYTES
 from backstayd.coder.bulk_server import BulkServer
 from backstayd.security.credentials import Credentials
 from backstayd.store.paths import RunPaths
-from backstayd.transport.bulk import BulkClient, ShardRef
+from backstayd.transport.bulk.client import BulkClient, ShardRef
 from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 from tests.kit.certificates import TestAuthority
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, _lo
 import backstay.dcp
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.testing import LocalCluster
-from backstay.trainer.state import is_same
+from backstay.trainer.state.json_codec import is_same
 from tests.kit.listing import files_in
 
 MIB = 1 << 20

@@ -18,11 +18,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import backstay.files
-from backstay.direct.filestore import FileStore
 from backstay.errors import UnavailableError, UsageError
+from backstay.stores.file_store import FileStore
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
-from backstay.trainer.world import World as Place
+from backstay.trainer.torch_world import World as Place
 from tests.kit.dcp_world import World
 
 ROOT = Path(__file__).parents[2]

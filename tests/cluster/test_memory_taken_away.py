@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from backstay import local
 from backstay.errors import UnavailableError
+from backstay.protocol import messages
 from tests.cluster.test_operator_command import Trainer
 from tests.kit.daemon_process import RunningDaemon, running_daemon
 
@@ -47,7 +47,7 @@ def test_a_daemon_whose_memory_is_unmounted_ends_in_one_line_and_its_trainer_is_
     _, node = daemons
     trainer = Trainer(str(tmpfs_dir / "socket"))
     with trainer.connection:
-        restored, _ = trainer.ask(local.Restore(deadline_s=30.0, world_size=1), local.Restored)
+        restored, _ = trainer.ask(messages.Restore(deadline_s=30.0, world_size=1), messages.Restored)
         trainer.snapshot(1, attempt=restored.attempt)
         written = len(node.log.read_text().splitlines())
         subprocess.run(["umount", "-l", memory], check=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import psutil
 
-from backstay import local
+from backstay.protocol import framing
 from backstay.testing import LocalCluster
 from backstayd.config import split_address
 from backstayd.transport import convert
@@ -37,7 +37,7 @@ def send_frame(path: Path, mutator: Mutator, *, is_attached: bool) -> None:
             stranger.attach()
         payload = parsers.PARSERS[0].mutant(mutator)
         stranger.socket.sendall(struct.pack(">I", len(payload)) + payload)
-        local.receive_frame(stranger.socket)
+        framing.receive_frame(stranger.socket)
     stranger.close()
 
 

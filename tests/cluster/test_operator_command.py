@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from backstay import __version__, ids, local, record
-from backstay.digest import Digester
-from backstay.shard import TensorSpec, build_manifest, plan_layout
+from backstay import __version__, ids
+from backstay.format import json_records
+from backstay.format.digest import Digester
+from backstay.format.shard import TensorSpec, build_manifest, plan_layout
+from backstay.protocol import framing, messages
 from backstay.testing import LocalCluster
 from backstayd import cli
 
@@ -31,14 +33,14 @@ class Trainer:
         self.connection.settimeout(DEADLINE_S)
         self.connection.connect(path)
         self._ids = iter(range(1, 1000))
-        attach = local.Attach(run=RUN, world_id=self.world_id, rank=0, world_size=1, collective_timeout_s=1800.0)
-        self.ask(attach, local.Attached)
+        attach = messages.Attach(run=RUN, world_id=self.world_id, rank=0, world_size=1, collective_timeout_s=1800.0)
+        self.ask(attach, messages.Attached)
 
     def ask(self, message: Any, expected: type[Reply]) -> tuple[Reply, list[int]]:
-        local.send_frame(self.connection, message, message_id=next(self._ids))
+        framing.send_frame(self.connection, message, message_id=next(self._ids))
         while True:
-            reply, _, fds = local.receive_frame(self.connection)
-            if not isinstance(reply, local.Progress):
+            reply, _, fds = framing.receive_frame(self.connection)
+            if not isinstance(reply, messages.Progress):
                 assert isinstance(reply, expected), reply
                 return reply, fds
 
@@ -46,7 +48,9 @@ class Trainer:
         """Write and commit a shard of one tensor; returns its digest."""
         layout = plan_layout([TensorSpec.whole("model.w", "torch.float32", (64, 64))])
         data = layout.header + os.urandom(layout.size_bytes - layout.header_bytes)
-        reserved, fds = self.ask(local.Reserve(step=step, size_bytes=layout.size_bytes, wait_s=5.0), local.Reserved)
+        reserved, fds = self.ask(
+            messages.Reserve(step=step, size_bytes=layout.size_bytes, wait_s=5.0), messages.Reserved
+        )
         try:
             os.pwrite(fds[0], data, 0)
         finally:
@@ -65,8 +69,8 @@ class Trainer:
             chunk_crcs=chunk_crcs,
             tensor_crcs=tensor_crcs,
         )
-        commit = local.Commit(step=step, slot_id=reserved.slot_id, manifest=record.to_json(manifest))
-        return self.ask(commit, local.Committed)[0].digest
+        commit = messages.Commit(step=step, slot_id=reserved.slot_id, manifest=json_records.to_json(manifest))
+        return self.ask(commit, messages.Committed)[0].digest
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,7 @@ def test_an_unknown_run_is_exit_66_and_one_line(cluster: LocalCluster, capsys: p
 def test_a_run_is_seen_from_attach_to_protected_and_until_it_is_forgotten(
     cluster: LocalCluster, trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    restored, _ = trainer.ask(local.Restore(deadline_s=DEADLINE_S, world_size=1), local.Restored)
+    restored, _ = trainer.ask(messages.Restore(deadline_s=DEADLINE_S, world_size=1), messages.Restored)
     assert (restored.outcome, restored.step) == ("NONE", 0)
     digest = trainer.snapshot(1, attempt=restored.attempt)
 
@@ -132,7 +136,7 @@ def test_a_run_is_seen_from_attach_to_protected_and_until_it_is_forgotten(
 
     argv = ["forget", RUN, "--coordinator", cluster.coordinator_address]
     assert cli.main(argv) == 64, "a run with a living trainer is not taken from under it"
-    trainer.ask(local.Finish(keep=True), local.Done)
+    trainer.ask(messages.Finish(keep=True), messages.Done)
     cluster.wait_until(
         lambda: not _json(capsys, cluster, "status")["runs"][0]["sessions"], DEADLINE_S, "the trainer to be detached"
     )

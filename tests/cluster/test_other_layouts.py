@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backstay.manifest import CHUNK_BYTES
+from backstay.format.manifest import CHUNK_BYTES
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
 from tests.kit.light_world import Rank, Ranks, light_world, wait_protected

@@ -9,7 +9,7 @@ import torch
 
 import backstay
 from backstay.errors import IntegrityError
-from backstay.restore import apply
+from backstay.restore import load
 from backstay.testing import LocalCluster
 from tests.kit.light_world import light_world, wait_protected
 from tests.kit.storage_world import RUN, cluster_with, dead_daemons, restore_exactly, wait_persisted
@@ -104,16 +104,16 @@ def test_a_file_that_changes_between_staging_and_load_fails_the_world(
             wait_persisted(cluster, 1)
         finally:
             keeper.close()
-    load = apply.Prepared.load
+    load_prepared = load.Prepared.load
 
-    def spoil_and_load(prepared: apply.Prepared) -> apply.Loaded:
+    def spoil_and_load(prepared: load.Prepared) -> load.Loaded:
         (path,) = tmp_path.rglob("rank-*.safetensors")
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)  # the same file, as a fault of the disk
-        return load(prepared)
+        return load_prepared(prepared)
 
-    monkeypatch.setattr(apply.Prepared, "load", spoil_and_load)
+    monkeypatch.setattr(load.Prepared, "load", spoil_and_load)
     with cluster_with(f"file://{tmp_path}/storage", tmp_path, **chosen) as cluster:  # type: ignore[arg-type]
         keeper = backstay.Snapshotter(model, optimizer, run_id="durable", socket=str(cluster.nodes[0].socket))
         try:

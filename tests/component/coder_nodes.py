@@ -13,14 +13,14 @@ from pathlib import Path
 
 from crc32c import crc32c
 
-from backstay import record
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest, UnchangedRange
 from backstay.ids import SnapshotKey, snapshot_id
-from backstay.manifest import CHUNK_BYTES, Manifest, UnchangedRange
 from backstayd.coder.jobs import CoderEvent, EncodeStripe, JobResult
 from backstayd.coder.pool import CoderPool
-from backstayd.core.records import Member, Plan, VolumeShard
+from backstayd.core.messages.plans import Member, Plan, VolumeShard
 from backstayd.store.paths import RunPaths
-from backstayd.store.stored import StoredFragment
+from backstayd.store.record_files import StoredFragment
 
 RUN = "job/run"
 KEY = SnapshotKey(1, 12)
@@ -108,7 +108,7 @@ def publish_shard(
     )
     paths.snapshot(key).mkdir(parents=True, exist_ok=True)
     paths.shard(key, rank, world_size).write_bytes(data)
-    paths.manifest(key, rank, world_size).write_bytes(record.dumps(manifest))
+    paths.manifest(key, rank, world_size).write_bytes(json_records.dumps(manifest))
     return manifest
 
 
@@ -175,6 +175,6 @@ def spoil_parity(paths: RunPaths, plan: Plan, *, stripe: int, index: int, at: in
     data[at] ^= 1
     path.write_bytes(data)
     record_path = paths.fragment_record(plan.key, plan.plan_id, stripe=stripe, index=index)
-    stored = record.loads(StoredFragment, record_path.read_bytes())
+    stored = json_records.loads(StoredFragment, record_path.read_bytes())
     crcs = "".join(f"{crc32c(data[i : i + CHUNK_BYTES]):08x}" for i in range(0, len(data), CHUNK_BYTES))
-    record_path.write_bytes(record.dumps(dataclasses.replace(stored, chunk_crcs=crcs)))
+    record_path.write_bytes(json_records.dumps(dataclasses.replace(stored, chunk_crcs=crcs)))

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import backstay
-from backstay.direct.filestore import FileStore
 from backstay.errors import UnavailableError, UsageError
+from backstay.stores.file_store import FileStore
 from tests.kit.local_daemon import LocalDaemon
 
 

@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 from crc32c import crc32c
 
-from backstay import record
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError, UsageError
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstay.ids import SnapshotKey
-from backstay.manifest import CHUNK_BYTES, Manifest
 from backstayd.coder import bulk_server
 from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.jobs import CoderEvent
 from backstayd.store.paths import RunPaths
+from backstayd.store.record_files import StoredFragment
 from backstayd.store.staging import prepare_staging
-from backstayd.store.stored import StoredFragment
-from backstayd.transport.bulk import BulkClient, FragmentRef, ShardRef
-from backstayd.transport.bulk_wire import BulkReply, BulkRequest, Channel, Timeouts
+from backstayd.transport.bulk.client import BulkClient, FragmentRef, ShardRef
+from backstayd.transport.bulk.wire import BulkReply, BulkRequest, Channel, Timeouts
 from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 
 DATA = random.Random(1).randbytes(3 * CHUNK_BYTES + 100)
@@ -101,7 +101,7 @@ def test_requests_may_run_ahead_of_answers(served: Served) -> None:
 
 
 def test_a_manifest_comes_as_the_bytes_its_digest_names(served: Served) -> None:
-    assert record.loads(Manifest, served.client.get_manifest(served.ref)) == served.manifest
+    assert json_records.loads(Manifest, served.client.get_manifest(served.ref)) == served.manifest
 
 
 def test_another_digest_in_its_place_is_refused_as_wrong_identity_and_the_connection_lives(served: Served) -> None:
@@ -166,7 +166,9 @@ def test_a_fragment_is_put_once_the_plan_is_stored_and_read_back_with_its_crcs(s
     for chunk in chunks:
         served.client.put_chunk(crc32c(chunk), [chunk[:7], chunk[7:]])
     served.client.end_put()
-    stored = record.loads(StoredFragment, served.paths.fragment_record(KEY, PLAN_ID, stripe=3, index=1).read_bytes())
+    stored = json_records.loads(
+        StoredFragment, served.paths.fragment_record(KEY, PLAN_ID, stripe=3, index=1).read_bytes()
+    )
     assert [stored.chunk_crc(0), stored.chunk_crc(1)] == [crc32c(chunk) for chunk in chunks]
     data = bytearray(CHUNK_BYTES + 10)
     served.client.read_fragment(ref, first_chunk=0, view=memoryview(data), chunk_count=2)

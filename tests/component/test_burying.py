@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from backstay import local
 from backstay.errors import StaleGenerationError
+from backstay.protocol import messages
 from backstayd.coder.jobs import CoderEvent
-from backstayd.core.records import RunDesired
-from backstayd.core.tombstone import Cause, Tombstone
+from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.tombstone import Cause, Tombstone
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN
 from tests.kit.trainer import PlainTrainer, trainer_of, wait_until
@@ -32,7 +32,7 @@ def test_a_run_that_is_over_leaves_nothing_but_a_tombstone_that_the_next_daemon_
         node.start_world()
         trainer = trainer_of(node)
         trainer.snapshot(1)
-        trainer.call(local.Finish())
+        trainer.call(messages.Finish())
         node.desire(tombstones=(FINISHED,))
         wait_until(lambda: not (node.memory_dir / "job").exists(), why="the run is deleted")
         assert node.report().runs == ()
@@ -61,7 +61,7 @@ def test_a_history_above_a_tombstone_keeps_all_it_has(node: NodeThread) -> None:
     node.start_world()
     first = trainer_of(node)
     first.snapshot(1)
-    first.call(local.Finish())
+    first.call(messages.Finish())
     decision = node.start_world(world_id="later", attempt=2)
     second = trainer_of(node, world_id="later")
     second.snapshot(5)
@@ -80,7 +80,7 @@ def test_late_bytes_of_a_run_that_is_over_are_deleted_again(node: NodeThread) ->
     node.start_world()
     trainer = trainer_of(node)
     trainer.snapshot(1)
-    trainer.call(local.Finish())
+    trainer.call(messages.Finish())
     node.desire(tombstones=(FINISHED,))
     wait_until(lambda: node.report().runs == (), why="the run is deleted")
     trainer.close()
@@ -111,6 +111,6 @@ def test_a_coordinator_of_an_older_release_frees_what_nobody_writes(node: NodeTh
     trainer.snapshot(1)
     node.desire(RunDesired(run=RUN, forget=True))
     assert [shard.step for shard in node.report().runs[0].shards] == [1], "it is being written"
-    trainer.call(local.Finish())
+    trainer.call(messages.Finish())
     wait_until(lambda: node.report().runs == (), why="the run is deleted")
     trainer.close()

@@ -13,13 +13,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from backstay import shard
-from backstay.capture import plan
-from backstay.capture.filling import Capture, Filler, changed_tensors
-from backstay.digest import verify_chunks
+from backstay.capture import shard_plan
+from backstay.capture.fill import Capture, Filler, changed_tensors
 from backstay.errors import UsageError
-from backstay.trainer import sources, state
-from backstay.trainer.memory import Mapping
+from backstay.format import shard
+from backstay.format.digest import verify_chunks
+from backstay.trainer import held_tensors
+from backstay.trainer.raw_memory import Mapping
+from backstay.trainer.state import json_codec
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
@@ -34,12 +35,12 @@ def directory() -> Iterator[Path]:
         yield Path(name)
 
 
-def make_plan(model: nn.Module, *optimizers: torch.optim.Optimizer, rank: int = 0) -> plan.Plan:
-    holdings = sources.collect(model, optimizers, rank=rank)
-    return plan.build(holdings, rank=rank, dynamic={}, state=b"{}", metadata={})
+def make_plan(model: nn.Module, *optimizers: torch.optim.Optimizer, rank: int = 0) -> shard_plan.Plan:
+    holdings = held_tensors.collect(model, optimizers, rank=rank)
+    return shard_plan.build(holdings, rank=rank, dynamic={}, state=b"{}", metadata={})
 
 
-def fill(made: plan.Plan, path: Path, *, threads: int = 2) -> tuple[Mapping, Capture]:
+def fill(made: shard_plan.Plan, path: Path, *, threads: int = 2) -> tuple[Mapping, Capture]:
     """Capture into a fresh file and check every digest against the bytes in it."""
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, made.layout.size_bytes)
@@ -118,14 +119,14 @@ def test_tied_weights_are_stored_once_and_named_as_alias() -> None:
 def test_state_that_an_optimizer_shares_between_parameters_makes_no_other_layout() -> None:
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters())
-    fresh = sources.collect(model, [optimizer], rank=0)
+    fresh = held_tensors.collect(model, [optimizer], rank=0)
     shared = torch.zeros(256)
     for parameter in model.parameters():
         optimizer.state[parameter]["map"] = shared
-    trained = sources.collect(model, [optimizer], rank=0)
+    trained = held_tensors.collect(model, [optimizer], rank=0)
     assert trained.aliases == {"optimizer.state.bias.map": "optimizer.state.weight.map"}
-    assert sources.layout_signature(trained) == sources.layout_signature(fresh)
-    assert sources.model_signature(trained) == sources.model_signature(fresh)
+    assert held_tensors.layout_signature(trained) == held_tensors.layout_signature(fresh)
+    assert held_tensors.model_signature(trained) == held_tensors.model_signature(fresh)
 
 
 def test_an_update_that_nothing_announced_is_seen_by_its_bytes(directory: Path) -> None:
@@ -150,7 +151,7 @@ def test_replicas_divide_what_they_share_into_boxes_without_gap_or_overlap() -> 
     ]
     for count in (2, 3, 5):
         held = [
-            sources.LocalTensor(
+            held_tensors.LocalTensor(
                 name=f"model.{i}", living=t, local=t, offsets=(0,) * t.ndim, global_shape=tuple(t.shape),
                 replicas=tuple(range(10, 10 + count)), is_eager=False, owner={}, key=0,
             )
@@ -159,7 +160,7 @@ def test_replicas_divide_what_they_share_into_boxes_without_gap_or_overlap() -> 
         sizes = []
         parts: dict[str, list[tuple[int, int]]] = {}
         for rank in range(10, 10 + count):
-            boxes = plan.own_boxes(held, rank=rank)
+            boxes = shard_plan.own_boxes(held, rank=rank)
             sizes.append(sum(box.numel() for _, box, _ in boxes))
             for tensor, box, offsets in boxes:
                 begin = offsets[0] if offsets else 0
@@ -176,7 +177,7 @@ def test_replicas_divide_what_they_share_into_boxes_without_gap_or_overlap() -> 
 def test_the_plan_notices_what_moved_appeared_or_was_replaced() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    holdings = sources.collect(model, [optimizer], rank=0)
+    holdings = held_tensors.collect(model, [optimizer], rank=0)
     assert holdings.is_current()
     model(torch.rand(3, 4)).sum().backward()
     assert holdings.is_current()
@@ -184,7 +185,7 @@ def test_the_plan_notices_what_moved_appeared_or_was_replaced() -> None:
     assert not holdings.is_current(), "momentum buffers appeared"
     for change in ("data", "replace", "state", "strides", "order", "number", "dtype"):
         optimizer.state[model[0].bias]["average"] = 0.5
-        holdings = sources.collect(model, [optimizer], rank=0)
+        holdings = held_tensors.collect(model, [optimizer], rank=0)
         assert holdings.is_current()
         if change == "data":
             model[0].weight.data = model[0].weight.data.clone()
@@ -216,12 +217,12 @@ def test_collecting_neither_steps_the_optimizer_nor_draws_random_numbers() -> No
 
 def test_wrappers_leave_no_trace_in_names() -> None:
     inner = nn.Sequential(nn.Linear(2, 2))
-    names = {t.name for t in sources.collect(torch.compile(inner), [], rank=0).tensors}
+    names = {t.name for t in held_tensors.collect(torch.compile(inner), [], rank=0).tensors}
     assert names == {"model.0.weight", "model.0.bias"}
 
 
 def test_things_that_are_private_to_a_rank_carry_its_number() -> None:
-    names = {t.name for t in sources.collect(nn.BatchNorm1d(2), [], rank=3).tensors}
+    names = {t.name for t in held_tensors.collect(nn.BatchNorm1d(2), [], rank=3).tensors}
     assert "rank-00003.model.running_mean" in names
 
 
@@ -240,7 +241,7 @@ VALUES = [
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_plain_state_goes_through_json_and_back(value: object) -> None:
-    found = state.decode(state.loads(state.dumps(state.encode(value, "extra", {})) + b"   "), {})
+    found = json_codec.decode(json_codec.loads(json_codec.dumps(json_codec.encode(value, "extra", {})) + b"   "), {})
     assert found == value
     assert type(found) is type(value)
 
@@ -249,8 +250,8 @@ def test_arrays_and_nan_go_through_json_and_back() -> None:
     numpy = pytest.importorskip("numpy")
     array = numpy.arange(6, dtype=numpy.int16).reshape(2, 3)
     tensors: dict[str, torch.Tensor] = {}
-    encoded = state.encode({"a": array, "n": float("nan"), "t": torch.ones(2)}, "x", tensors)
-    found = state.decode(state.loads(state.dumps(encoded)), tensors)
+    encoded = json_codec.encode({"a": array, "n": float("nan"), "t": torch.ones(2)}, "x", tensors)
+    found = json_codec.decode(json_codec.loads(json_codec.dumps(encoded)), tensors)
     assert (found["a"] == array).all()
     assert found["a"].dtype == array.dtype
     assert found["n"] != found["n"]
@@ -259,7 +260,7 @@ def test_arrays_and_nan_go_through_json_and_back() -> None:
 
 def test_state_that_needs_pickle_is_refused_with_its_path() -> None:
     with pytest.raises(UsageError, match=r"loader\.inner\.1 is a .*Odd.*pickle"):
-        state.encode({"inner": [1, Odd()]}, "loader", {})
+        json_codec.encode({"inner": [1, Odd()]}, "loader", {})
 
 
 class Odd:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backstay import record
-from backstay.manifest import CHUNK_BYTES, Manifest
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstayd.coder.jobs import (
     DecodeStripe,
     EncodeStripe,
@@ -24,8 +24,8 @@ from backstayd.coder.jobs import (
     VerifyFragment,
     VerifyShard,
 )
-from backstayd.core import geometry
-from backstayd.core.records import FragmentSource, Plan, Rebuild, RebuildTarget, RebuildTask, seal_rebuild
+from backstayd.core.inventory import geometry
+from backstayd.core.messages.plans import FragmentSource, Plan, Rebuild, RebuildTarget, RebuildTask, seal_rebuild
 from backstayd.store.published import read_plan
 from backstayd.store.staging import missing_stripes, prepare_staging
 from tests.component.coder_nodes import (
@@ -132,7 +132,7 @@ async def decode_all(nodes: list[CoderNode], rebuild: Rebuild) -> list[JobResult
 
 def prepare(node: CoderNode, manifests: Iterable[Manifest]) -> None:
     for manifest in manifests:
-        prepare_staging(node.paths, record.dumps(manifest), digest=manifest.digest, incarnation=node.incarnation)
+        prepare_staging(node.paths, json_records.dumps(manifest), digest=manifest.digest, incarnation=node.incarnation)
 
 
 def test_two_destroyed_nodes_are_rebuilt_byte_for_byte_on_a_replacement_and_a_survivor(tmpfs_dir: Path) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from backstayd.coder.misfits import Rebuilt, find_fit
-from backstayd.coder.windows import decode_windows, encode_windows, padded
-from backstayd.core import geometry
-from backstayd.core.records import Member, Plan, VolumeShard
+from backstayd.coder.parity.windows import decode_windows, encode_windows, padded
+from backstayd.coder.parity.wrong_parity import Rebuilt, find_fit
+from backstayd.core.inventory import geometry
+from backstayd.core.messages.plans import Member, Plan, VolumeShard
 from backstayd.erasure.pyeclib_codec import codec_for
 
 CHUNK = 64

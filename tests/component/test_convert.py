@@ -22,13 +22,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # 
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load  # noqa: E402
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save  # noqa: E402
 
-from backstay import record, shard  # noqa: E402
-from backstay.convert import foreign, huggingface, importing, writing  # noqa: E402
-from backstay.convert.boxes import choose_cover, place  # noqa: E402
+from backstay.convert import foreign_checkpoints, huggingface, import_checkpoint, snapshot_writer  # noqa: E402
+from backstay.convert.assemble import choose_cover, place  # noqa: E402
 from backstay.convert.consolidate import Shard, aliases_of, differing_copies, whole_tensors  # noqa: E402
-from backstay.digest import Digester  # noqa: E402
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UsageError  # noqa: E402
-from backstay.manifest import Manifest  # noqa: E402
+from backstay.format import json_records, shard  # noqa: E402
+from backstay.format.digest import Digester  # noqa: E402
+from backstay.format.manifest import Manifest  # noqa: E402
 
 RUN = "default/gpt"
 
@@ -48,7 +48,7 @@ class FileBytes:
 def open_directory(directory: Path) -> list[Shard]:
     found = [
         Shard(
-            manifest=record.loads(Manifest, path.read_bytes()),
+            manifest=json_records.loads(Manifest, path.read_bytes()),
             bytes=FileBytes(Path(str(path).replace(".manifest.json", ".safetensors"))),
         )
         for path in directory.glob("*.manifest.json")
@@ -83,12 +83,12 @@ def write_pieces(
     stem = directory / f"rank-{rank:05d}-of-{world_size:05d}"
     directory.mkdir(exist_ok=True)
     Path(f"{stem}.safetensors").write_bytes(data)
-    Path(f"{stem}.manifest.json").write_bytes(record.dumps(manifest))
+    Path(f"{stem}.manifest.json").write_bytes(json_records.dumps(manifest))
 
 
 def convert(source: Path, target: Path, *options: str) -> dict[str, Any]:
     arguments = ["--from", str(source), "--to", str(target), "--run", RUN, *options]
-    command = [sys.executable, "-m", "backstay.convert.importing", *arguments]
+    command = [sys.executable, "-m", "backstay.convert.import_checkpoint", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     answer = json.loads(done.stdout.splitlines()[-1])
     answer["status"] = done.returncode
@@ -285,7 +285,7 @@ def test_what_is_no_checkpoint_is_refused_in_words(tmp_path: Path, make: Any, pr
     source.mkdir()
     make(source)
     with pytest.raises(BackstayError, match=problem):
-        foreign.read_checkpoint(source, foreign.detect(source))
+        foreign_checkpoints.read_checkpoint(source, foreign_checkpoints.detect(source))
     assert convert(source, tmp_path / "out")["status"] == 1
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
@@ -307,12 +307,12 @@ def test_a_tensor_in_two_files_without_an_index_or_of_another_size_than_it_says_
     save_file({"a": torch.zeros(10), "b": torch.ones(10)}, tmp_path / "m.safetensors")
     save_file({"a": torch.ones(10)}, tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match=r"a is in m\.safetensors and in other\.safetensors"):
-        foreign.read_checkpoint(tmp_path, "huggingface")
+        foreign_checkpoints.read_checkpoint(tmp_path, "huggingface")
     (tmp_path / "other.safetensors").unlink()
     data = (tmp_path / "m.safetensors").read_bytes()
     (tmp_path / "m.safetensors").write_bytes(data.replace(b'"F32"', b'"F64"', 1))
     with pytest.raises(IntegrityError, match=r"has 40 bytes, F64 of shape \[10\] has 80"):
-        foreign.read_checkpoint(tmp_path, "huggingface")
+        foreign_checkpoints.read_checkpoint(tmp_path, "huggingface")
 
 
 @pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: os.truncate(path, 200)])
@@ -337,20 +337,20 @@ def test_dcp_metadata_that_names_a_file_outside_its_directory_is_refused(tmp_pat
         object.__setattr__(stored, "relative_path", name)
     (source / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(IntegrityError, match="outside the checkpoint"):
-        foreign.read_checkpoint(source, "dcp")
+        foreign_checkpoints.read_checkpoint(source, "dcp")
 
 
 def test_the_importer_stores_what_writing_was_given(tmp_path: Path) -> None:
-    source = writing.Source(
+    source = snapshot_writer.Source(
         name="model.w",
         torch_dtype="torch.float32",
         shape=(3,),
         size_bytes=12,
         read=lambda: torch.ones(3).numpy().tobytes(),
     )
-    identity = writing.Identity(run=RUN, attempt=1, step=0, writer="test")
-    manifests = writing.write_shards(
+    identity = snapshot_writer.Identity(run=RUN, attempt=1, step=0, writer="test")
+    manifests = snapshot_writer.write_shards(
         [source], tmp_path / "s", identity=identity, metadata={shard.IMPORTED_KEY: "huggingface"}
     )
     assert [m.world_size for m in manifests] == [1]
-    assert importing.main(["--from", str(tmp_path / "s"), "--to", str(tmp_path / "t"), "--run", RUN]) == 0
+    assert import_checkpoint.main(["--from", str(tmp_path / "s"), "--to", str(tmp_path / "t"), "--run", RUN]) == 0

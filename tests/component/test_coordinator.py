@@ -11,19 +11,10 @@ from typing import Any
 from backstay.ids import Generation
 from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
-from backstayd.core.records import (
-    DecisionPhase,
-    NodeDesired,
-    NodeIdentity,
-    NodeReport,
-    Outcome,
-    RunReport,
-    SessionPhase,
-    SessionRecord,
-    ShardRecord,
-    Staging,
-    StagingState,
-)
+from backstayd.core.messages.decisions import DecisionPhase, Outcome, Staging, StagingState
+from backstayd.core.messages.desired import NodeDesired
+from backstayd.core.messages.plans import ShardRecord
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.transport.link import CoordinatorLink
 from backstayd.transport.operator import OperatorClient
 

@@ -12,7 +12,8 @@ import pytest
 
 from backstay.errors import SnapshotNotFoundError, UnavailableError
 from backstay.ids import Generation
-from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport
+from backstayd.core.messages.desired import NodeDesired
+from backstayd.core.messages.report import NodeIdentity, NodeReport
 from backstayd.transport.coordinator_service import CoordinatorServer
 from backstayd.transport.errors import NotLeaderError
 from backstayd.transport.link import CoordinatorLink

@@ -13,7 +13,7 @@ from tests.kit.node import running_node
 from tests.kit.node_api import NodeApi
 
 kubernetes_node = pytest.importorskip(
-    "backstayd.kubernetes_node", reason="the package kubernetes is not installed: pip install 'backstay[kubernetes]'"
+    "backstayd.kubernetes_cordon", reason="the package kubernetes is not installed: pip install 'backstay[kubernetes]'"
 )
 NAME = "gpu-17"
 

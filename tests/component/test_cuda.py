@@ -124,7 +124,7 @@ def test_a_gpu_update_past_the_fence_is_discarded(daemon: LocalDaemon) -> None:
 
 
 def test_the_digest_of_a_gpu_tensor_is_that_of_its_bytes_and_goes_through_a_window() -> None:
-    from backstay.restore.statements import WINDOW_BYTES, crc_of
+    from backstay.restore.gate_statements import WINDOW_BYTES, crc_of
 
     host = torch.randn(WINDOW_BYTES // 4 + 4096, 4)
     assert crc_of(host.cuda()) == crc_of(host)

@@ -7,12 +7,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from backstay import record
-from backstay.manifest import CHUNK_BYTES, Manifest
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstayd.coder.jobs import FetchChunks, FetchManifests, JobResult
 from backstayd.store.published import find_manifest
+from backstayd.store.record_files import parse_manifest
 from backstayd.store.sparse import prepare_sparse, read_marks
-from backstayd.store.stored import parse_manifest
 from tests.component.coder_nodes import (
     KEY,
     RUN,
@@ -46,11 +46,11 @@ def chunks_of(
 
 
 def prepare(node: CoderNode, manifest: Manifest) -> None:
-    prepare_sparse(node.paths, record.dumps(manifest), digest=manifest.digest, incarnation=node.incarnation)
+    prepare_sparse(node.paths, json_records.dumps(manifest), digest=manifest.digest, incarnation=node.incarnation)
 
 
 def marks(node: CoderNode, manifest: Manifest) -> bytes:
-    return read_marks(node.paths, parse_manifest(record.dumps(manifest), digest=manifest.digest))
+    return read_marks(node.paths, parse_manifest(json_records.dumps(manifest), digest=manifest.digest))
 
 
 def content(node: CoderNode, manifest: Manifest) -> bytes:
@@ -156,7 +156,7 @@ def test_manifests_of_lost_shards_come_from_the_plans_of_their_group(tmpfs_dir: 
             assert_ok([await nodes[3].coders.run(job)])
             for manifest in manifests:
                 place = {"rank": manifest.rank, "world_size": 3, "digest": manifest.digest}
-                assert find_manifest(nodes[3].paths, KEY, **place) == record.dumps(manifest)
+                assert find_manifest(nodes[3].paths, KEY, **place) == json_records.dumps(manifest)
             unknown = dataclasses.replace(job, ranks=(1,), digests=("0" * 64,))
             result = await nodes[3].coders.run(unknown)
             assert (result.error_class, result.reason) == ("UnavailableError", "no_manifest")

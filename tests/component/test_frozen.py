@@ -20,12 +20,12 @@ from safetensors import safe_open
 from torch import nn
 
 import backstay
-from backstay import record
-from backstay.capture import cuda, plan
-from backstay.capture.frozen import RESTLESS, STEADY, Tracker
-from backstay.digest import read_tensor, verify_chunks
-from backstay.manifest import Manifest
-from backstay.trainer import sources
+from backstay.capture import cuda_copy, shard_plan
+from backstay.capture.unchanged import RESTLESS, STEADY, Tracker
+from backstay.format import json_records
+from backstay.format.digest import read_tensor, verify_chunks
+from backstay.format.manifest import Manifest
+from backstay.trainer import held_tensors
 from tests.kit.local_daemon import LocalDaemon
 
 WIDE = 700_001  # float32 elements: ten whole chunks, and no multiple of anything
@@ -94,7 +94,7 @@ class Run:
             for name, parameter in self.model.named_parameters(remove_duplicate=False):
                 left, right = file.get_tensor(f"model.{name}"), parameter.detach()
                 assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (left, right))), name
-        manifest = record.from_json(Manifest, shard.manifest)
+        manifest = json_records.from_json(Manifest, shard.manifest)
         manifest.check()
         check_digests(shard.path, manifest)
 
@@ -323,10 +323,10 @@ def test_a_tensor_that_always_changes_is_watched_no_longer(daemon: LocalDaemon, 
 
 
 def test_what_ddp_does_not_keep_the_same_and_changes_is_said(model: Model, caplog: pytest.LogCaptureFixture) -> None:
-    found = sources.collect(model, [], rank=0)
+    found = held_tensors.collect(model, [], rank=0)
     shared = tuple(dataclasses.replace(tensor, replicas=(0, 1)) for tensor in found.tensors)  # as under DDP
     holdings = dataclasses.replace(found, tensors=shared)
-    made = plan.build(holdings, rank=0, dynamic={}, state=b"{}", metadata={})
+    made = shard_plan.build(holdings, rank=0, dynamic={}, state=b"{}", metadata={})
     tracker = Tracker()
     for step in range(2 * RESTLESS):
         tracker.look(made, step, lambda _: [])
@@ -397,12 +397,12 @@ def test_manifests_say_since_when_chunks_are_unchanged(daemon: LocalDaemon, mode
     run = Run(daemon, model, adam(model), check_every=0)
     try:
         run.settle()
-        stated = record.from_json(Manifest, daemon.shard("default/r", run.step).manifest).unchanged
+        stated = json_records.from_json(Manifest, daemon.shard("default/r", run.step).manifest).unchanged
         assert sum(one.chunk_count for one in stated) > 20
         assert {one.since_step for one in stated} == {2}, "the second look found all as the first had left it"
         model.frozen["matrix"].data[7, 7] = 3.0
         run.snapshot()
-        changed = record.from_json(Manifest, daemon.shard("default/r", run.step).manifest)
+        changed = json_records.from_json(Manifest, daemon.shard("default/r", run.step).manifest)
         entry = next(t for t in changed.tensors if t.name == "model.frozen.matrix")
         for one in changed.unchanged:
             begin, end = (
@@ -416,19 +416,19 @@ def test_manifests_say_since_when_chunks_are_unchanged(daemon: LocalDaemon, mode
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_device_checksum_sees_every_small_change(dtype: torch.dtype) -> None:
-    weights = cuda.make_weights(torch.device("cpu"), 1000)
+    weights = cuda_copy.make_weights(torch.device("cpu"), 1000)
     chance = random.Random(3)
     for count in (1, 2, 3, 5, 999, 4001, 9973):
         tensor = torch.randint(0, 100, (count + 1,)).to(dtype)[1:]
-        former = int(cuda.checksum(tensor, weights))
-        assert int(cuda.checksum(tensor.clone(), weights)) == former
+        former = int(cuda_copy.checksum(tensor, weights))
+        assert int(cuda_copy.checksum(tensor.clone(), weights)) == former
         for _ in range(50):
             changed = tensor.clone()
             raw = changed.view(torch.uint8)
             for _ in range(chance.choice([1, 1, 2, 5])):
                 raw[chance.randrange(raw.numel())] ^= 1 << chance.randrange(8)
             if not torch.equal(raw, tensor.clone().view(torch.uint8)):
-                assert int(cuda.checksum(changed, weights)) != former
+                assert int(cuda_copy.checksum(changed, weights)) != former
     rows = torch.arange(8000, dtype=torch.int32).reshape(8, 1000)
-    assert int(cuda.checksum(rows, weights)) != int(cuda.checksum(rows.flip(0), weights))
-    assert int(cuda.checksum(-rows, weights)) != int(cuda.checksum(rows, weights))
+    assert int(cuda_copy.checksum(rows, weights)) != int(cuda_copy.checksum(rows.flip(0), weights))
+    assert int(cuda_copy.checksum(-rows, weights)) != int(cuda_copy.checksum(rows, weights))

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import backstay
-from backstay import local
 from backstay.errors import IntegrityError, UsageError
+from backstay.protocol import messages
 from tests.kit.local_daemon import LocalDaemon
 
 
@@ -408,20 +408,20 @@ def test_an_optimizer_whose_replicas_are_none_is_refused_by_name(daemon: LocalDa
 
 
 def test_a_model_on_several_gpus_of_one_process_is_refused() -> None:
-    from backstay.trainer import sources
+    from backstay.trainer import held_tensors
 
-    tensors = sources.collect(nn.Linear(2, 2), [], rank=0).tensors
+    tensors = held_tensors.collect(nn.Linear(2, 2), [], rank=0).tensors
     gpus: list[Any] = [SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1)]
     spread = [dataclasses.replace(tensor, local=gpu) for tensor, gpu in zip(tensors, gpus, strict=True)]
     with pytest.raises(UsageError, match=r"model\.weight on cuda:0, model\.bias on cuda:1"):
-        sources._refuse_several_gpus(spread)
-    sources._refuse_several_gpus(spread[:1])
+        held_tensors._refuse_several_gpus(spread)
+    held_tensors._refuse_several_gpus(spread[:1])
 
 
 class Generous(LocalDaemon):
     """Sends a descriptor with every answer, asked for or not."""
 
-    def _answer(self, attach: local.Attach, message: Any) -> tuple[Any, tuple[int, ...]]:
+    def _answer(self, attach: messages.Attach, message: Any) -> tuple[Any, tuple[int, ...]]:
         reply, fds = super()._answer(attach, message)
         return reply, fds or (os.open("/dev/null", os.O_RDONLY),)
 
@@ -449,13 +449,13 @@ class Foreign(LocalDaemon):
 
     is_foreign = False
 
-    def _answer(self, attach: local.Attach, message: Any) -> tuple[Any, tuple[int, ...]]:
+    def _answer(self, attach: messages.Attach, message: Any) -> tuple[Any, tuple[int, ...]]:
         if self.is_foreign:
             for connection in list(self._connections):
                 connection.sendall(b"\x00\x00\x00\x05hello")
         return super()._answer(attach, message)
 
-    def _attach(self, attach: local.Attach) -> local.Attached:
+    def _attach(self, attach: messages.Attach) -> messages.Attached:
         if self.is_foreign:
             raise IntegrityError("220 mail.example.org ESMTP")
         return super()._attach(attach)
@@ -483,7 +483,7 @@ def test_a_foreign_server_on_the_socket_does_not_disturb_training(caplog: pytest
 
 def test_a_masked_array_is_refused_and_not_stripped_of_its_mask() -> None:
     numpy = pytest.importorskip("numpy")
-    from backstay.trainer import state
+    from backstay.trainer.state import json_codec
 
     with pytest.raises(UsageError, match=r"loader\.m is a numpy.*MaskedArray"):
-        state.encode({"m": numpy.ma.array([1, 2], mask=[0, 1])}, "loader", {})
+        json_codec.encode({"m": numpy.ma.array([1, 2], mask=[0, 1])}, "loader", {})

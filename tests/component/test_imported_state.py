@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from backstay.errors import IntegrityError
-from backstay.restore import apply
-from backstay.restore.opened import OpenedSnapshot
+from backstay.format.shard import IMPORTED_KEY
+from backstay.restore import load
 from backstay.restore.result import Loaded
-from backstay.shard import IMPORTED_KEY
-from backstay.trainer import sources
+from backstay.restore.snapshot import OpenedSnapshot
+from backstay.trainer import held_tensors
 from backstay.trainer.optimizer_state import METADATA_KEY
 from tests.kit.stored import open_stored, whole
 
@@ -47,13 +47,13 @@ def imported(
 
 
 def restore(opened: OpenedSnapshot, here: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Loaded:
-    holdings = sources.collect(here, optimizers, rank=0)
-    target = apply.Target(
+    holdings = held_tensors.collect(here, optimizers, rank=0)
+    target = load.Target(
         model=here, optimizers=optimizers, extra={}, rank=0, world_size=1, run="default/r",
-        signature=sources.model_signature(holdings),
+        signature=held_tensors.model_signature(holdings),
     )  # fmt: skip
     with opened:
-        return apply.prepare(target, opened).load()
+        return load.prepare(target, opened).load()
 
 
 def test_several_optimizers_find_their_parameters_state_and_the_rest_is_said(tmp_path: Path) -> None:

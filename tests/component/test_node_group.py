@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from backstay import local
+from backstay.protocol import messages
 from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
 from backstayd.store.paths import RunPaths
@@ -144,7 +144,7 @@ def test_a_world_starts_is_protected_loses_a_node_and_gets_every_byte_back(group
     assert [shards[rank] for rank, (_, shards) in enumerate(answers)] == [shard.data for shard in made]
     group.snapshot(trainers, 4)
     for trainer in trainers:
-        trainer.call(local.Finish())
+        trainer.call(messages.Finish())
         trainer.close()
     for node in group.nodes.values():
         wait_until(lambda node=node: not (node.memory_dir / "job").exists(), why="nothing of the run is left")

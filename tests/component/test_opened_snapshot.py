@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from backstay.errors import IntegrityError, SnapshotNotFoundError
-from backstay.manifest import CHUNK_BYTES
-from backstay.restore.opened import ReadTarget
-from backstay.shard import STORAGE_RULES
+from backstay.format.manifest import CHUNK_BYTES
+from backstay.format.shard import STORAGE_RULES
+from backstay.restore.snapshot import ReadTarget
 from tests.kit.stored import Stored, open_stored, raw_bytes, whole
 
 

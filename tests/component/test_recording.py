@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backstayd.core.records import DecisionPhase, RunDesired, StagingState
+from backstayd.core.messages.decisions import DecisionPhase, StagingState
+from backstayd.core.messages.desired import RunDesired
 from tests.kit.node import NodeThread, fresh_decision, running_node
 from tests.kit.shards import RUN
 from tests.kit.trainer import PlainTrainer, wait_until

@@ -13,14 +13,16 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from backstay.capture import dynamic, plan
+from backstay.capture import extras as captured_extras
+from backstay.capture import shard_plan
 from backstay.errors import IntegrityError
-from backstay.restore import apply
-from backstay.restore.opened import OpenedSnapshot
-from backstay.restore.private import derived_streams
+from backstay.format.shard import IMPORTED_KEY
+from backstay.restore import load
+from backstay.restore.private_state import derived_streams
 from backstay.restore.result import Loaded
-from backstay.shard import IMPORTED_KEY
-from backstay.trainer import loaders, optimizer_state, sources
+from backstay.restore.snapshot import OpenedSnapshot
+from backstay.trainer import held_tensors, optimizer_state
+from backstay.trainer.data import followed_loaders
 from tests.kit.stored import Stored, open_stored, whole
 
 Rank = tuple[nn.Module, torch.optim.Optimizer]
@@ -45,10 +47,11 @@ def snapshot_of(
     stored: list[dict[str, Stored]] = []
     headers = []
     for rank, (model, optimizer) in enumerate(ranks):
-        holdings = sources.collect(model, [optimizer], rank=rank)
-        found = dynamic.read([optimizer], extras[rank] if extras else {}, holdings, rank=rank)
+        holdings = held_tensors.collect(model, [optimizer], rank=rank)
+        found = captured_extras.read([optimizer], extras[rank] if extras else {}, holdings, rank=rank)
         tensors = {
-            t.name: (box, offsets, t.global_shape) for t, box, offsets in plan.own_boxes(holdings.tensors, rank=rank)
+            t.name: (box, offsets, t.global_shape)
+            for t, box, offsets in shard_plan.own_boxes(holdings.tensors, rank=rank)
         }
         tensors |= {name: whole(tensor) for name, tensor in found.tensors.items()}
         document = torch.tensor(list(found.document), dtype=torch.uint8)
@@ -61,13 +64,13 @@ def restore(
     opened: OpenedSnapshot, here: Rank, *, rank: int = 0, world_size: int = 1, extra: Mapping[str, Any] | None = None
 ) -> Loaded:
     """Load into one rank of a world."""
-    holdings = sources.collect(here[0], [here[1]], rank=rank)
-    target = apply.Target(
+    holdings = held_tensors.collect(here[0], [here[1]], rank=rank)
+    target = load.Target(
         model=here[0], optimizers=[here[1]], extra=extra or {}, rank=rank, world_size=world_size, run="default/r",
-        signature=sources.model_signature(holdings),
+        signature=held_tensors.model_signature(holdings),
     )  # fmt: skip
     with opened:
-        return apply.prepare(target, opened).load()
+        return load.prepare(target, opened).load()
 
 
 def refused(opened: OpenedSnapshot, here: Rank, **arguments: Any) -> IntegrityError:
@@ -242,7 +245,7 @@ def test_loaders_of_another_number_of_ranks_go_on_where_the_old_ones_were_togeth
 ) -> None:
     """No sample is left out and none is trained twice, where the ranks divide what was used without a rest."""
     old = [distributed_loader(rank, 2) for rank in range(2)]
-    extras = [loaders.follow_all({"loader": loader}) for loader in old]
+    extras = [followed_loaders.follow_all({"loader": loader}) for loader in old]
     passes = [iter(loader) for loader in old]
     used = [sample for batches in passes for _ in range(6) for sample in next(batches).tolist()]
     found = list(used)
@@ -252,7 +255,7 @@ def test_loaders_of_another_number_of_ranks_go_on_where_the_old_ones_were_togeth
         loader = distributed_loader(rank, world_size)
         loaded = restore(
             snapshot_of(directory, [stage("a"), stage("a")], extras), stage("a", seed=4, steps=0), rank=rank,
-            world_size=world_size, extra=loaders.follow_all({"loader": loader}),
+            world_size=world_size, extra=followed_loaders.follow_all({"loader": loader}),
         )  # fmt: skip
         assert loaded.extras == {"loader": f"state of rank {rank % 2} of 2, scaled to its length"}
         found += [sample for batch in loader for sample in batch.tolist()]
@@ -264,5 +267,5 @@ def test_what_an_older_version_kept_of_a_loader_is_taken_as_the_loaders_own_stat
     opened = snapshot_of(tmp_path, [stage("a")], [{"loader": old}])
     expected = [batch.tolist() for batch in rest]
     fresh: StatefulDataLoader[Any] = StatefulDataLoader(list(range(40)), batch_size=2, shuffle=True, num_workers=0)
-    restore(opened, stage("a", seed=4, steps=0), extra=loaders.follow_all({"loader": fresh}))
+    restore(opened, stage("a", seed=4, steps=0), extra=followed_loaders.follow_all({"loader": fresh}))
     assert [batch.tolist() for batch in fresh] == expected

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from crc32c import crc32c
 
-from backstay import record
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest, UnchangedRange
 from backstay.ids import SnapshotKey
-from backstay.manifest import CHUNK_BYTES, Manifest, UnchangedRange
 from backstayd.coder.jobs import JobResult
-from backstayd.core import geometry
-from backstayd.core.records import Plan, seal_rebuild
-from backstayd.store.stored import StoredFragment
+from backstayd.core.inventory import geometry
+from backstayd.core.messages.plans import Plan, seal_rebuild
+from backstayd.store.record_files import StoredFragment
 from tests.component.coder_nodes import CoderNode, encode_all, leftover_temporaries, make_plan, publish_shard
 from tests.component.test_coder_group import assert_ok, decode_all, group_of, prepare, rebuild_of, run
 
@@ -86,9 +86,9 @@ def flip_parity(node: CoderNode, plan: Plan, stripe: int, index: int, *, with_re
     path.write_bytes(data)
     if with_record:
         record_path = node.paths.fragment_record(plan.key, plan.plan_id, stripe=stripe, index=index)
-        stored = record.loads(StoredFragment, record_path.read_bytes())
+        stored = json_records.loads(StoredFragment, record_path.read_bytes())
         crcs = f"{crc32c(data[:CHUNK_BYTES]):08x}" + stored.chunk_crcs[8:]
-        record_path.write_bytes(record.dumps(dataclasses.replace(stored, chunk_crcs=crcs)))
+        record_path.write_bytes(json_records.dumps(dataclasses.replace(stored, chunk_crcs=crcs)))
 
 
 def test_parity_of_unchanged_chunks_is_kept_and_equals_a_full_encoding(tmpfs_dir: Path) -> None:
@@ -170,7 +170,7 @@ def test_what_is_not_certainly_the_same_is_encoded(tmpfs_dir: Path, reason: str)
                 ]
                 for node, volume in zip(nodes, volumes, strict=True):
                     for mf in volume:
-                        node.paths.manifest(key, mf.rank, history.world).write_bytes(record.dumps(mf))
+                        node.paths.manifest(key, mf.rank, history.world).write_bytes(json_records.dumps(mf))
                 plan = make_plan(nodes, volumes, m=M, key=key)
             results = await encode_all(nodes, plan)
             assert_ok(results)

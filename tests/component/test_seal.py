@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from backstay import local
 from backstay.errors import StaleGenerationError, UsageError
-from backstayd.core.records import RunDesired
+from backstay.protocol import messages
+from backstayd.core.messages.desired import RunDesired
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN
 from tests.kit.trainer import PlainTrainer
@@ -34,13 +34,13 @@ def _trainers(node: NodeThread, count: int) -> list[PlainTrainer]:
 
 def test_what_one_rank_seals_the_others_of_its_node_and_the_coordinator_hear(node: NodeThread) -> None:
     first, second = _trainers(node, 2)
-    assert second.call(local.AwaitSeal(after_step=0))[0] == local.Sealed()
-    first.call(local.Seal(step=7))
-    assert second.call(local.AwaitSeal(after_step=0, wait_s=30))[0].step == 7
+    assert second.call(messages.AwaitSeal(after_step=0))[0] == messages.Sealed()
+    first.call(messages.Seal(step=7))
+    assert second.call(messages.AwaitSeal(after_step=0, wait_s=30))[0].step == 7
     (run,) = node.report().runs
     assert {session.rank: session.sealed_step for session in run.sessions} == {0: 7, 1: 0}
     began = time.monotonic()
-    assert second.call(local.AwaitSeal(after_step=7, wait_s=0.05))[0].step == 7
+    assert second.call(messages.AwaitSeal(after_step=7, wait_s=0.05))[0].step == 7
     assert time.monotonic() - began < 10
     first.close()
     second.close()
@@ -50,11 +50,11 @@ def test_what_another_node_sealed_comes_from_the_coordinator_and_only_of_this_wo
     (trainer,) = _trainers(node, 1)
     decision = node.call(lambda: node.node.context.run_desired(RUN)).decision
     node.desire(RunDesired(run=RUN, world_id="world", decision=decision, sealed_step=9, complete_step=8))
-    assert trainer.call(local.AwaitSeal(after_step=0, wait_s=30))[0].step == 9
-    assert trainer.call(local.AwaitSeal(after_step=0, wait_s=30, complete_step=8))[0].complete_step == 8
+    assert trainer.call(messages.AwaitSeal(after_step=0, wait_s=30))[0].step == 9
+    assert trainer.call(messages.AwaitSeal(after_step=0, wait_s=30, complete_step=8))[0].complete_step == 8
     node.desire(RunDesired(run=RUN, world_id="another", sealed_step=12))
     with pytest.raises(StaleGenerationError):
-        trainer.call(local.AwaitSeal(after_step=9))[0]
+        trainer.call(messages.AwaitSeal(after_step=9))[0]
     trainer.close()
 
 
@@ -62,9 +62,9 @@ def test_a_seal_before_restore_or_not_after_the_base_is_refused(node: NodeThread
     trainer = PlainTrainer(node.socket)
     trainer.attach()
     with pytest.raises(UsageError, match="restore"):
-        trainer.call(local.Seal(step=1))
+        trainer.call(messages.Seal(step=1))
     node.start_world()
     trainer.restore()
     with pytest.raises(UsageError, match="cannot be sealed"):
-        trainer.call(local.Seal(step=0))
+        trainer.call(messages.Seal(step=0))
     trainer.close()

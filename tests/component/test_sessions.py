@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from backstay import local
 from backstay.errors import (
     CapacityError,
     ConfigError,
@@ -25,9 +24,12 @@ from backstay.errors import (
     UsageError,
 )
 from backstay.ids import SnapshotKey
-from backstayd.cli.daemon_checks import session_timeouts
-from backstayd.core.records import DecisionPhase, Outcome, RunDesired, SessionRecord
-from backstayd.node import tenants
+from backstay.protocol import framing, messages
+from backstayd.cli.doctor.daemon_checks import session_timeouts
+from backstayd.core.messages.decisions import DecisionPhase, Outcome
+from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.report import SessionRecord
+from backstayd.node.trainers import user_limits
 from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2
 from tests.kit.node import NodeThread, fresh_decision, running_node
@@ -82,7 +84,7 @@ def test_slots_keep_their_inode_and_are_handed_over_once(node: NodeThread) -> No
     trainer = trainer_of(node)
     trainer.snapshot(1)
     trainer.snapshot(2)
-    assert isinstance(trainer.reserve(3), local.Skipped)  # two slots, both hold a shard
+    assert isinstance(trainer.reserve(3), messages.Skipped)  # two slots, both hold a shard
     node.start_world(release=(KEY,))
     shard = trainer.snapshot(4, wait_s=5)
     assert len(trainer.fds) == 2
@@ -100,10 +102,10 @@ def test_a_rank_waits_for_a_release_and_not_when_none_can_come(node: NodeThread)
         waiting = pool.submit(trainer.reserve, 3, wait_s=20)
         wait_until(lambda: sessions_of(node) == [(0, "training")], why="the trainer is there")
         node.start_world(release=(KEY,))
-        assert isinstance(waiting.result(15), local.Reserved)
+        assert isinstance(waiting.result(15), messages.Reserved)
     node.start_world(is_release_possible=False)
     skipped = trainer.reserve(4, wait_s=600)
-    assert isinstance(skipped, local.Skipped)
+    assert isinstance(skipped, messages.Skipped)
     (run,) = node.report().runs
     assert (run.sessions[0].skipped_step, run.sessions[0].skip_reason) == (4, skipped.reason)
     trainer.close()
@@ -143,7 +145,7 @@ def test_a_manifest_of_another_identity_is_refused(node: NodeThread, wrong: dict
     trainer = trainer_of(node)
     shard = make_shard(**{"attempt": 1, "step": 1, **wrong})  # type: ignore[arg-type]
     reserved = trainer.reserve(1, size_bytes=len(shard.data))
-    assert isinstance(reserved, local.Reserved)
+    assert isinstance(reserved, messages.Reserved)
     trainer.fill(reserved.slot_id, shard.data)
     with pytest.raises(IntegrityError, match="this session's is"):
         trainer.commit(1, reserved.slot_id, shard)
@@ -157,7 +159,7 @@ def test_a_slot_that_was_cut_or_has_holes_or_another_header_is_refused(node: Nod
     trainer = trainer_of(node)
     shard = trainer.make(1)
     reserved = trainer.reserve(1)
-    assert isinstance(reserved, local.Reserved)
+    assert isinstance(reserved, messages.Reserved)
     trainer.fill(reserved.slot_id, shard.data)
     os.ftruncate(trainer.fds[reserved.slot_id], 8192)
     with pytest.raises(IntegrityError, match="8192 bytes, its manifest says"):
@@ -166,13 +168,13 @@ def test_a_slot_that_was_cut_or_has_holes_or_another_header_is_refused(node: Nod
     trainer = PlainTrainer(node.socket)
     trainer.attach(attempt=1)
     reserved = trainer.reserve(2)
-    assert isinstance(reserved, local.Reserved)
+    assert isinstance(reserved, messages.Reserved)
     os.ftruncate(trainer.fds[reserved.slot_id], 0)
     os.ftruncate(trainer.fds[reserved.slot_id], len(shard.data))
     with pytest.raises(IntegrityError, match="holes"):
         trainer.commit(2, reserved.slot_id, trainer.make(2))
     reserved = trainer.reserve(3)
-    assert isinstance(reserved, local.Reserved)
+    assert isinstance(reserved, messages.Reserved)
     data = bytearray(trainer.make(3).data)
     data[20] ^= 1
     trainer.fill(reserved.slot_id, bytes(data))
@@ -185,11 +187,11 @@ def test_abandoned_and_unfinished_captures_are_reported_as_skipped(node: NodeThr
     node.start_world()
     trainer = trainer_of(node)
     reserved = trainer.reserve(1)
-    assert isinstance(reserved, local.Reserved)
-    trainer.call(local.Abandon(step=1, slot_id=reserved.slot_id, reason="the fence saw a difference"))
+    assert isinstance(reserved, messages.Reserved)
+    trainer.call(messages.Abandon(step=1, slot_id=reserved.slot_id, reason="the fence saw a difference"))
     assert node.report().runs[0].sessions[0].skip_reason == "the fence saw a difference"
     again = trainer.reserve(2)
-    assert isinstance(again, local.Reserved)
+    assert isinstance(again, messages.Reserved)
     assert again.slot_id == reserved.slot_id
     trainer.close()
 
@@ -229,16 +231,18 @@ def test_a_slot_reserved_ahead_says_nothing_of_how_far_training_came(node: NodeT
     trainer = trainer_of(node)
     trainer.snapshot(4)
     ahead = trainer.reserve(8, is_ahead=True)
-    assert isinstance(ahead, local.Reserved)
+    assert isinstance(ahead, messages.Reserved)
 
     def session() -> SessionRecord:
         return node.report().runs[0].sessions[0]
 
     assert session().last_step == 4, "step 8 is still to come"
-    trainer.call(local.Abandon(step=8, slot_id=ahead.slot_id, reason="the interval was lowered", is_unused=True))
+    trainer.call(messages.Abandon(step=8, slot_id=ahead.slot_id, reason="the interval was lowered", is_unused=True))
     assert (session().last_step, session().skipped_step) == (4, 0)
     ahead = trainer.reserve(6, is_ahead=True)
-    assert isinstance(ahead, local.Reserved), "a step before the one that was reserved, for which nothing was captured"
+    assert isinstance(ahead, messages.Reserved), (
+        "a step before the one that was reserved, for which nothing was captured"
+    )
     assert session().last_step == 4
     shard = trainer.make(6)
     trainer.fill(ahead.slot_id, shard.data)
@@ -301,9 +305,9 @@ def test_two_daemons_on_one_directory_or_socket_are_refused(directory: Path, nod
 
 def trainer_is_served(node: NodeThread) -> bool:
     trainer = PlainTrainer(node.socket)
-    reply, _ = trainer.call(local.Status())
+    reply, _ = trainer.call(messages.Status())
     trainer.close()
-    return isinstance(reply, local.StatusBody) and reply.document["role"] == "node"
+    return isinstance(reply, messages.StatusBody) and reply.document["role"] == "node"
 
 
 def test_a_stale_socket_file_is_replaced(directory: Path) -> None:
@@ -363,7 +367,7 @@ def test_a_trainer_frozen_replaced_and_thawed_cannot_touch_the_new_ones_slots(no
         node.start_world(world_id="new", attempt=2)
         trainer = trainer_of(node, world_id="new")
         mine = [trainer.reserve(step) for step in (3, 4)]
-        assert all(isinstance(grant, local.Reserved) and grant.slot_id != old_slot for grant in mine)
+        assert all(isinstance(grant, messages.Reserved) and grant.slot_id != old_slot for grant in mine)
         before = {slot: os.pread(fd, 1000, 0) for slot, fd in trainer.fds.items()}
         child.send_signal(signal.SIGCONT)
         assert child.stdin is not None
@@ -410,7 +414,7 @@ def test_a_dead_trainers_slot_goes_to_the_next_one(node: NodeThread) -> None:
     node.start_world(world_id="new", attempt=2)
     trainer = trainer_of(node, world_id="new")
     reserved = trainer.reserve(2)
-    assert isinstance(reserved, local.Reserved)
+    assert isinstance(reserved, messages.Reserved)
     assert reserved.slot_id == slot
     trainer.close()
 
@@ -436,7 +440,7 @@ def test_garbage_on_the_socket_ends_only_its_own_connection(node: NodeThread) ->
     trainer = PlainTrainer(node.socket)
     trainer.socket.sendall(b"\xff\xff\xff\xffgarbage")
     with pytest.raises(ConnectionError):
-        local.receive_frame(trainer.socket)
+        framing.receive_frame(trainer.socket)
     trainer.close()
     assert trainer_is_served(node)
 
@@ -444,11 +448,11 @@ def test_garbage_on_the_socket_ends_only_its_own_connection(node: NodeThread) ->
 @pytest.mark.parametrize(
     "message",
     [
-        local.Reserve(step=1 << 63, size_bytes=4096),
-        local.Reserve(step=1, size_bytes=1 << 70),
-        local.Reserve(step=1, size_bytes=4096, wait_s=float("nan")),
-        local.Abandon(step=1 << 200),
-        local.Abandon(step=1, reason="half a pair: \ud800"),
+        messages.Reserve(step=1 << 63, size_bytes=4096),
+        messages.Reserve(step=1, size_bytes=1 << 70),
+        messages.Reserve(step=1, size_bytes=4096, wait_s=float("nan")),
+        messages.Abandon(step=1 << 200),
+        messages.Abandon(step=1, reason="half a pair: \ud800"),
     ],
 )
 def test_what_no_report_could_carry_is_refused_and_the_node_goes_on_reporting(
@@ -456,9 +460,9 @@ def test_what_no_report_could_carry_is_refused_and_the_node_goes_on_reporting(
 ) -> None:
     node.start_world()
     trainer = trainer_of(node)
-    local.send_frame(trainer.socket, message, message_id=9)
+    framing.send_frame(trainer.socket, message, message_id=9)
     with pytest.raises(ConnectionError):
-        local.receive_frame(trainer.socket)
+        framing.receive_frame(trainer.socket)
     convert.to_message(node.report(), coordinator_pb2.NodeReport)
     trainer.close()
 
@@ -466,7 +470,7 @@ def test_what_no_report_could_carry_is_refused_and_the_node_goes_on_reporting(
 def test_long_words_of_a_trainer_do_not_make_long_reports(node: NodeThread) -> None:
     node.start_world()
     trainer = trainer_of(node)
-    trainer.call(local.Abandon(step=5, reason="x" * 1_000_000))
+    trainer.call(messages.Abandon(step=5, reason="x" * 1_000_000))
     assert len(convert.to_message(node.report(), coordinator_pb2.NodeReport).SerializeToString()) < 10_000
     stranger = PlainTrainer(node.socket, world_id="w" * 1000)
     with pytest.raises(UsageError, match="a world id has 1 to 100 characters"):
@@ -482,16 +486,16 @@ def test_connections_that_never_attach_are_few_small_and_short(node: NodeThread)
     greedy = PlainTrainer(node.socket)
     greedy.socket.sendall((250 * 1024 * 1024).to_bytes(4, "big"))
     with pytest.raises(ConnectionError):
-        local.receive_frame(greedy.socket)  # at once: nothing was set aside for it
+        framing.receive_frame(greedy.socket)  # at once: nothing was set aside for it
     idle = [PlainTrainer(node.socket) for _ in range(200)]
     for one in idle:
         with contextlib.suppress(BrokenPipeError):
             one.socket.sendall(b"\0")
-    assert len(node.node.sessions._open) <= tenants.MAX_UNATTACHED + 1
+    assert len(node.node.sessions._open) <= user_limits.MAX_UNATTACHED + 1
     trainer.snapshot(1)
     for one in idle:
         with pytest.raises(ConnectionError):
-            local.receive_frame(one.socket)
+            framing.receive_frame(one.socket)
         one.close()
     assert trainer_is_served(node)
     greedy.close()
@@ -500,7 +504,7 @@ def test_connections_that_never_attach_are_few_small_and_short(node: NodeThread)
 
 def test_the_status_shows_the_collective_timeout_that_a_trainer_declared(node: NodeThread) -> None:
     trainer = PlainTrainer(node.socket)
-    trainer.call(local.Attach(run=RUN, world_id="world", rank=0, world_size=1, collective_timeout_s=12.5))
+    trainer.call(messages.Attach(run=RUN, world_id="world", rank=0, world_size=1, collective_timeout_s=12.5))
     assert session_timeouts(node.call(node.node.reporter.document)) == [12.5]
     trainer.close()
 

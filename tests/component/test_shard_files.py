@@ -14,12 +14,12 @@ import pytest
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors")
 
-from backstay import record  # noqa: E402 - torch may be absent
-from backstay.digest import Digester, read_tensor, verify_chunks  # noqa: E402
 from backstay.errors import IntegrityError, SnapshotNotFoundError, UsageError  # noqa: E402
+from backstay.format import json_records  # noqa: E402
+from backstay.format.digest import Digester, read_tensor, verify_chunks  # noqa: E402
+from backstay.format.manifest import Manifest  # noqa: E402
+from backstay.format.shard import STORAGE_RULES, TensorSpec, build_manifest, check_file, plan_layout  # noqa: E402
 from backstay.ids import SnapshotKey  # noqa: E402
-from backstay.manifest import Manifest  # noqa: E402
-from backstay.shard import STORAGE_RULES, TensorSpec, build_manifest, check_file, plan_layout  # noqa: E402
 from backstayd.store.paths import RunPaths  # noqa: E402
 
 DTYPES = sorted({str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)})
@@ -88,7 +88,7 @@ class Writer:
         )
         path = self.paths.shard(self.key, rank, self.world_size)
         path.write_bytes(data)
-        self.paths.manifest(self.key, rank, self.world_size).write_bytes(record.dumps(manifest))
+        self.paths.manifest(self.key, rank, self.world_size).write_bytes(json_records.dumps(manifest))
         return path, manifest
 
     def write_parity(self) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import backstay
-from backstay import local
-from backstay.capture.waiting import LIMIT
+from backstay.capture.wait_share import LIMIT
 from backstay.errors import UsageError
+from backstay.protocol import messages
 from tests.kit.local_daemon import LocalDaemon
 
 Loop = Callable[..., Any]
@@ -78,7 +78,7 @@ def test_waiting_for_a_commit_does_not_wait_for_the_slot_of_the_next_one(daemon:
     session = training.keeper._session
     assert session is not None
     assert session.drain(20)  # the slot of step 4 is reserved
-    daemon.unanswered = (local.Reserve,)
+    daemon.unanswered = (messages.Reserve,)
     training.run(3, 4)
     assert training.keeper.wait_committed(20)
     assert daemon.committed_steps("default/r") == [4]

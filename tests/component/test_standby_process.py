@@ -19,8 +19,9 @@ from backstayd.clock import Clock, boot_s
 from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
 from backstayd.core.coordinator import TERM_GENERATIONS
-from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport
-from backstayd.core.recovery import LEAP_GENERATIONS
+from backstayd.core.messages.desired import NodeDesired
+from backstayd.core.messages.report import NodeIdentity, NodeReport
+from backstayd.core.recover.recovery import LEAP_GENERATIONS
 from backstayd.transport.link import CoordinatorLink
 from backstayd.transport.operator import OperatorClient
 from tests.kit.lease_server import LeaseServer

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
-from backstay import record
 from backstay.errors import BackstayError
+from backstay.format import json_records
 from backstay.ids import SnapshotKey, snapshot_id
 from backstayd.clock import boot_s
-from backstayd.coder import persist, storage_acts
 from backstayd.coder.context import JobContext
-from backstayd.coder.storage_jobs import MarkSnapshot, PruneSnapshot, SurveyStorage, WriteRecord
-from backstayd.core.records import Distrusted, Lineage, PersistedSnapshot, Stored, Survey, VolumeShard
-from backstayd.core.storage_names import MARKS_NAME, RECORD_NAME, snapshot_name
-from backstayd.core.upkeep import stored
+from backstayd.coder.durable import shared_changes, upload
+from backstayd.coder.durable.jobs import MarkSnapshot, PruneSnapshot, SurveyStorage, WriteRecord
+from backstayd.core.durable_upkeep import stored
+from backstayd.core.inventory.durable_names import MARKS_NAME, RECORD_NAME, snapshot_name
+from backstayd.core.messages.decisions import Distrusted, Lineage
+from backstayd.core.messages.durable import PersistedSnapshot, Stored, Survey
+from backstayd.core.messages.plans import VolumeShard
 
 RUN = "job/run"
 
@@ -54,12 +56,12 @@ def put(tmp_path: Path, item: PersistedSnapshot) -> Path:
     """Its completion record, as a writer left it."""
     directory = root_of(tmp_path) / snapshot_name(item.key)
     directory.mkdir(parents=True)
-    (directory / RECORD_NAME).write_bytes(record.dumps(item))
+    (directory / RECORD_NAME).write_bytes(json_records.dumps(item))
     return directory
 
 
 def survey(context: JobContext, tmp_path: Path) -> Survey:
-    return persist.run_survey(context, SurveyStorage(run=RUN, url=url_of(tmp_path), survey_id="s", deadline_s=60.0))
+    return upload.run_survey(context, SurveyStorage(run=RUN, url=url_of(tmp_path), survey_id="s", deadline_s=60.0))
 
 
 def flip(path: Path, index: int) -> None:
@@ -104,12 +106,12 @@ def fence(tmp_path: Path, *, newest_attempt: int = 1, act_before_s: float | None
 def prune(context: JobContext, tmp_path: Path, target: Stored, *grounds: PersistedSnapshot, **more: Any) -> None:
     named = tuple(map(stored, grounds))
     job = PruneSnapshot(run=RUN, target=target, grounds=named, **fence(tmp_path, **more))
-    storage_acts.run_prune(context, job)
+    shared_changes.run_prune(context, job)
 
 
 def distrust(context: JobContext, tmp_path: Path, item: PersistedSnapshot, **more: Any) -> None:
     mark = Distrusted(snapshot_id=item.snapshot_id, attempt=item.attempt, step=item.step, reason="nan")
-    storage_acts.run_mark(context, MarkSnapshot(run=RUN, item=mark, **more, **fence(tmp_path)))
+    shared_changes.run_mark(context, MarkSnapshot(run=RUN, item=mark, **more, **fence(tmp_path)))
 
 
 def refusal(act: Callable[[], object]) -> str:
@@ -134,7 +136,7 @@ def test_a_copy_is_removed_only_in_time_and_while_what_it_was_given_up_for_lies_
     assert refusal(lambda: prune(context, tmp_path, target, new, newest_attempt=0)) == "superseded"
     distrust(context, tmp_path, new)
     assert refusal(lambda: prune(context, tmp_path, target, new)) == "changed", "what stays leads to NaN"
-    assert record.loads(PersistedSnapshot, (directory / RECORD_NAME).read_bytes()) == old
+    assert json_records.loads(PersistedSnapshot, (directory / RECORD_NAME).read_bytes()) == old
     distrust(context, tmp_path, new, is_trusted=True)
     prune(context, tmp_path, target, new)
     assert not directory.exists()
@@ -174,7 +176,7 @@ def test_a_record_is_written_only_in_time_and_not_for_what_is_distrusted_or_over
     directory.mkdir(parents=True)
 
     def write(item: PersistedSnapshot = new, **more: Any) -> PersistedSnapshot:
-        return storage_acts.run_record(context, WriteRecord(snapshot=item, **fence(tmp_path, **more)))
+        return shared_changes.run_record(context, WriteRecord(snapshot=item, **fence(tmp_path, **more)))
 
     assert refusal(lambda: write(act_before_s=boot_s())) == "fenced"
     distrust(context, tmp_path, snapshot(1))  # not there itself

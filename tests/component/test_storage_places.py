@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from backstay import record
 from backstay.errors import BackstayError, ConfigError, IntegrityError, SnapshotNotFoundError, UnavailableError
-from backstayd.core.storage_names import manifest_name, shard_name
-from backstayd.storage.place import Place, open_place
-from backstayd.storage.publish import publish_shard
-from backstayd.storage.reader import open_shard
-from backstayd.store.stored import ShardChunks, parse_manifest
+from backstay.format import json_records
+from backstayd.core.inventory.durable_names import manifest_name, shard_name
+from backstayd.durable.place import Place, open_place
+from backstayd.durable.publish import publish_shard
+from backstayd.durable.reader import open_shard
+from backstayd.store.record_files import ShardChunks, parse_manifest
 from tests.kit.object_store import ObjectStore, object_store
 from tests.kit.shards import MadeShard, make_shard
 
@@ -56,7 +56,7 @@ class Source:
 
     @property
     def chunks(self) -> ShardChunks:
-        return parse_manifest(record.dumps(self.shard.manifest), digest=self.shard.manifest.digest)
+        return parse_manifest(json_records.dumps(self.shard.manifest), digest=self.shard.manifest.digest)
 
     def read_verified(self, offset: int, view: memoryview) -> None:
         view[:] = self.shard.data[offset : offset + len(view)]
@@ -74,7 +74,7 @@ def put(place: Place, shard: MadeShard, *, mark: str = "n0") -> Source:
     """Upload a shard and its manifest."""
     source = Source(shard)
     place.put_shard(shard_name(0, 1), source, mark=mark)
-    place.put_small(manifest_name(0, 1), record.dumps(shard.manifest))
+    place.put_small(manifest_name(0, 1), json_records.dumps(shard.manifest))
     return source
 
 
@@ -90,7 +90,7 @@ def test_a_shard_comes_back_as_it_was_put_and_each_byte_is_sent_once(url: str) -
         first, last = memoryview(bytearray(300)), memoryview(bytearray(1))
         opened.read_ranges([(1000, first), (len(shard.data) - 1, last)])
         assert (bytes(first), bytes(last)) == (shard.data[1000:1300], shard.data[-1:])
-        assert record.dumps(shard.manifest) == opened.manifest_bytes
+        assert json_records.dumps(shard.manifest) == opened.manifest_bytes
         with pytest.raises(IntegrityError):
             opened.read_into(len(shard.data) - 10, memoryview(bytearray(20)))
     finally:
@@ -145,7 +145,7 @@ def test_parts_of_other_bytes_are_not_taken_for_this_shards(s3: ObjectStore) -> 
 
 
 def publish(place: Place, shard: MadeShard, *, mark: str = "n0") -> None:
-    raw = record.dumps(shard.manifest)
+    raw = json_records.dumps(shard.manifest)
     publish_shard(place, rank=0, source=Source(shard), manifest=raw, mark=mark, check=lambda: None)
 
 
@@ -236,10 +236,10 @@ def test_a_shard_without_manifest_with_another_or_cut_short_is_refused(url: str)
     arguments = {"rank": 0, "world_size": 1, "digest": shard.manifest.digest}
     with pytest.raises(SnapshotNotFoundError):
         open_shard(place.url, **arguments)
-    place.put_small(manifest_name(0, 1), record.dumps(other.manifest))
+    place.put_small(manifest_name(0, 1), json_records.dumps(other.manifest))
     with pytest.raises(IntegrityError, match="digest"):
         open_shard(place.url, **arguments)
-    place.put_small(manifest_name(0, 1), record.dumps(shard.manifest))
+    place.put_small(manifest_name(0, 1), json_records.dumps(shard.manifest))
     place.put_small(shard_name(0, 1), shard.data[:-1])
     with pytest.raises(IntegrityError, match=f"has {len(shard.data) - 1} bytes"):
         open_shard(place.url, **arguments)

@@ -13,20 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from backstay import record
 from backstay.errors import CapacityError, ConfigError, IntegrityError, InvariantError, UsageError
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import Generation, SnapshotKey, snapshot_id
-from backstay.manifest import CHUNK_BYTES
-from backstayd.core import geometry
-from backstayd.core.records import Decision, FragmentRecord, Member, Outcome, Plan, VolumeShard
-from backstayd.store import room, withdraw
+from backstayd.core.inventory import geometry
+from backstayd.core.messages.decisions import Decision, Outcome
+from backstayd.core.messages.plans import FragmentRecord, Member, Plan, VolumeShard
+from backstayd.store import limits, remove
+from backstayd.store.adopt import GENERATION_NAME, Owner, scan
 from backstayd.store.fragments import FragmentWriter
-from backstayd.store.holder import HolderRecord, start_ticks
-from backstayd.store.scan import GENERATION_NAME, Owner, scan
+from backstayd.store.record_files import StoredFragment, StoredPlan, make_directory, write_atomically
+from backstayd.store.slot_holder import HolderRecord, start_ticks
 from backstayd.store.slots import Allocation, Grant, allocate
 from backstayd.store.staging import prepare_staging
 from backstayd.store.store import Store
-from backstayd.store.stored import StoredFragment, StoredPlan, make_directory, write_atomically
 from tests.kit.shards import RUN, MadeShard, make_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,13 +120,13 @@ def add_plan(store: Store, shards: list[MadeShard], *, m: int = 1) -> Plan:
     paths = store.paths(RUN)
     make_directory(paths.parity(KEY))
     stored = StoredPlan(plan=plan, manifests=tuple(shard.json for shard in shards))
-    write_atomically(paths.plan(KEY, plan.plan_id), record.dumps(stored), incarnation=store.incarnation)
+    write_atomically(paths.plan(KEY, plan.plan_id), json_records.dumps(stored), incarnation=store.incarnation)
     size = geometry.fragment_bytes(plan, 0)
     writer = FragmentWriter(paths, KEY, plan.plan_id, stripe=0, index=0, size_bytes=size, incarnation=store.incarnation)
     for chunk in range(writer.chunk_count):
         writer.write(0, [memoryview(bytes(writer.chunk_length(chunk)))])
     writer.commit()
-    assert withdraw.note_fragment(store, RUN, KEY, FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0))
+    assert remove.note_fragment(store, RUN, KEY, FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0))
     return plan
 
 
@@ -143,17 +144,17 @@ def test_every_state_of_the_index_is_what_a_fresh_adoption_finds(open_store: Ope
     prepare_staging(
         store.paths(RUN), shards[0].manifest, digest=shards[0].manifest.digest, incarnation=store.incarnation
     )
-    withdraw.note_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
+    remove.note_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
     assert store.used_bytes == used + shards[0].manifest.size_bytes
     assert_equals_a_fresh_look(store)
-    withdraw.publish_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
+    remove.publish_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
     assert_equals_a_fresh_look(store)
-    withdraw.quarantine_fragment(store, RUN, FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0), reason="flipped")
-    withdraw.quarantine_shard(store, RUN, KEY, rank=1, reason="chunk 3 has crc 1, expected 2")
+    remove.quarantine_fragment(store, RUN, FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0), reason="flipped")
+    remove.quarantine_shard(store, RUN, KEY, rank=1, reason="chunk 3 has crc 1, expected 2")
     assert_equals_a_fresh_look(store)
-    withdraw.drop_plan(store, RUN, plan.plan_id)
+    remove.drop_plan(store, RUN, plan.plan_id)
     assert_equals_a_fresh_look(store)
-    withdraw.release_snapshot(store, RUN, KEY)
+    remove.release_snapshot(store, RUN, KEY)
     assert_equals_a_fresh_look(store)
     before = store.runs
     assert open_store().runs == before
@@ -215,7 +216,7 @@ def test_a_shard_of_another_run_in_this_runs_place_is_never_used(open_store: Ope
     store = open_store()
     commit(store, make_shard())
     other = make_shard(run="job/other")
-    store.paths(RUN).manifest(KEY, 0, 1).write_bytes(record.dumps(other.manifest))
+    store.paths(RUN).manifest(KEY, 0, 1).write_bytes(json_records.dumps(other.manifest))
     store = open_store()
     assert store.runs[RUN].shards == {}
     (entry,) = store.runs[RUN].quarantined.values()
@@ -336,10 +337,12 @@ def test_a_decision_of_another_run_or_parity_beyond_the_plan_is_put_aside(open_s
     for stripe, index in ((99, 0), (0, 7)):
         path = paths.fragment(KEY, plan.plan_id, stripe=stripe, index=index)
         shutil.copy(paths.fragment(KEY, plan.plan_id, stripe=0, index=0), path)
-        stored = record.loads(StoredFragment, paths.fragment_record(KEY, plan.plan_id, stripe=0, index=0).read_bytes())
+        stored = json_records.loads(
+            StoredFragment, paths.fragment_record(KEY, plan.plan_id, stripe=0, index=0).read_bytes()
+        )
         lie = replace(stored, stripe=stripe, index=index)
-        paths.fragment_record(KEY, plan.plan_id, stripe=stripe, index=index).write_bytes(record.dumps(lie))
-    paths.decision.write_bytes(record.dumps(decision_of("job/other")))
+        paths.fragment_record(KEY, plan.plan_id, stripe=stripe, index=index).write_bytes(json_records.dumps(lie))
+    paths.decision.write_bytes(json_records.dumps(decision_of("job/other")))
     index = open_store().index(RUN)
     assert set(index.fragments) == {FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0)}
     assert index.decision is None
@@ -401,12 +404,12 @@ def test_a_fragment_published_while_its_plan_is_dropped_leaves_nothing(open_stor
     path = store.paths(RUN).fragment(KEY, plan.plan_id, stripe=0, index=0)
     record_path = store.paths(RUN).fragment_record(KEY, plan.plan_id, stripe=0, index=0)
     data, stored = path.read_bytes(), record_path.read_bytes()
-    assert withdraw.drop_plan(store, RUN, plan.plan_id)
+    assert remove.drop_plan(store, RUN, plan.plan_id)
     make_directory(path.parent)
     path.write_bytes(data)  # its writer had looked for the plan just before
     record_path.write_bytes(stored)
     late = FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0)
-    assert not withdraw.note_fragment(store, RUN, KEY, late)
+    assert not remove.note_fragment(store, RUN, KEY, late)
     assert not path.parent.exists()
     assert_equals_a_fresh_look(store)
 
@@ -438,16 +441,16 @@ def test_a_run_belongs_to_the_user_who_began_it_also_after_a_restart(open_store:
     store.open_run(RUN, uid=1001)
     with pytest.raises(UsageError, match="belongs to user 1001, not to user 1002"):
         store.open_run(RUN, uid=1002)
-    assert record.loads(Owner, store.paths(RUN).owner.read_bytes()) == Owner(uid=1001)
+    assert json_records.loads(Owner, store.paths(RUN).owner.read_bytes()) == Owner(uid=1001)
 
 
 def test_a_slot_with_a_reader_is_not_filled_again(open_store: Opener) -> None:
     store = open_store(reader_wait_s=0.0)
     commit(store, make_shard())
     slot_id = store.runs[RUN].shards[KEY, 0].slot_id
-    reader, _ = withdraw.open_for_trainer(store, RUN, KEY, rank=0)
+    reader, _ = remove.open_for_trainer(store, RUN, KEY, rank=0)
     expected = os.pread(reader, 1 << 20, 0)
-    withdraw.release_snapshot(store, RUN, KEY)
+    remove.release_snapshot(store, RUN, KEY)
     granted = grant(store, make_shard(step=2))
     assert granted.slot_id != slot_id  # the reader keeps it; it was given up
     os.pwrite(granted.fd, make_shard(step=2).data, 0)
@@ -512,7 +515,7 @@ def test_the_cgroup_above_the_daemon_counts(tmpfs_dir: Path, is_v2: bool, monkey
         (directory / names[0]).write_text(f"{limit}\n")
         (directory / names[1]).write_text(f"{usage}\n")
     (base / "memory.stat").write_text("anon 1\ninactive_file 1000000\ntotal_inactive_file 1000000\n")
-    found = room.limits(tmpfs_dir, quota_bytes=0, used_bytes=0, cgroup_root=root)
+    found = limits.limits(tmpfs_dir, quota_bytes=0, used_bytes=0, cgroup_root=root)
     cgroup = [limit for limit in found if limit.name.startswith("cgroup")]
     assert [(limit.total_bytes, limit.free_bytes) for limit in cgroup] == [(10_000_000, 7_000_000)]
 
@@ -556,7 +559,7 @@ def test_publishing_a_staged_shard_twice_is_harmless_and_another_history_gives_w
         prepare_staging(store.paths(RUN), wanted.manifest, digest=wanted.manifest.digest, incarnation=store.incarnation)
         part = store.paths(RUN).staged(0, 1, wanted.manifest.digest)
         part.write_bytes(wanted.data)
-        withdraw.publish_staged(store, RUN, rank=0, world_size=1, digest=wanted.manifest.digest)
+        remove.publish_staged(store, RUN, rank=0, world_size=1, digest=wanted.manifest.digest)
         assert_equals_a_fresh_look(store)
     assert store.paths(RUN).shard(KEY, 0, 1).read_bytes() == wanted.data
     shutil.rmtree(store.paths(RUN).staging)

@@ -6,20 +6,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from backstay import record
+from backstay.format import json_records
 from backstay.ids import SnapshotKey, snapshot_id
-from backstayd.core.records import (
-    Distrusted,
-    Lineage,
-    PersistedSnapshot,
-    RunDesired,
-    RunReport,
-    StorageDesired,
-    UploadTask,
-    VolumeShard,
-)
-from backstayd.core.storage_names import MARKS_NAME, RECORD_NAME, snapshot_name
-from backstayd.core.upkeep import stored
+from backstayd.core.durable_upkeep import stored
+from backstayd.core.inventory.durable_names import MARKS_NAME, RECORD_NAME, snapshot_name
+from backstayd.core.messages.decisions import Distrusted, Lineage
+from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, UploadTask
+from backstayd.core.messages.plans import VolumeShard
+from backstayd.core.messages.report import RunReport
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN
 
@@ -39,7 +34,7 @@ def persisted(step: int) -> PersistedSnapshot:
 def put(root: Path, item: PersistedSnapshot) -> Path:
     directory = root / RUN / snapshot_name(item.key)
     directory.mkdir(parents=True)
-    (directory / RECORD_NAME).write_bytes(record.dumps(item))
+    (directory / RECORD_NAME).write_bytes(json_records.dumps(item))
     return directory
 
 

@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 from crc32c import crc32c
 
-from backstay import local, record
-from backstay.control import DaemonConnection
 from backstay.errors import CapacityError, IntegrityError, StaleGenerationError, UsageError
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, MAX_LABEL
 from backstay.ids import MAX_COUNT, Generation
-from backstay.manifest import CHUNK_BYTES, MAX_LABEL
-from backstayd.node import tenants
-from backstayd.node.ownership import document_for
-from backstayd.node.session import MAX_SAID_BYTES
-from backstayd.store.scan import GENERATION_NAME
+from backstay.protocol import framing, messages
+from backstay.protocol.connection import DaemonConnection
+from backstayd.node.trainers import user_limits
+from backstayd.node.trainers.ownership import document_for
+from backstayd.node.trainers.session import MAX_SAID_BYTES
+from backstayd.store.adopt import GENERATION_NAME
 from backstayd.store.store import Store
 from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2
@@ -64,11 +65,11 @@ def test_a_step_that_nobody_could_count_on_from_is_refused_wherever_a_trainer_na
     trainer = trainer_of(node)
     for step in (MAX_COUNT, (1 << 63) - 3, -1):
         for message in (
-            local.Reserve(step=step, size_bytes=4096),
-            local.Abandon(step=step, reason="x"),
-            local.Seal(step=step),
-            local.Distrust(step=step, reason="x"),
-            local.Commit(step=step, slot_id="s", manifest={}),
+            messages.Reserve(step=step, size_bytes=4096),
+            messages.Abandon(step=step, reason="x"),
+            messages.Seal(step=step),
+            messages.Distrust(step=step, reason="x"),
+            messages.Commit(step=step, slot_id="s", manifest={}),
         ):
             with pytest.raises(UsageError, match="out of range"):
                 trainer.call(message)
@@ -81,7 +82,7 @@ def test_a_step_that_nobody_could_count_on_from_is_refused_wherever_a_trainer_na
 def test_a_generation_file_with_a_flipped_high_bit_is_not_obeyed(tmpfs_dir: Path) -> None:
     memory = tmpfs_dir / "memory"
     Store(memory, incarnation="1" * 16).close()
-    (memory / GENERATION_NAME).write_bytes(record.dumps(Generation((1 << 63) - 1, "c")))
+    (memory / GENERATION_NAME).write_bytes(json_records.dumps(Generation((1 << 63) - 1, "c")))
     store = Store(memory, incarnation="2" * 16)
     try:
         assert store.generation == Generation()
@@ -96,14 +97,14 @@ def test_what_a_trainer_states_is_bounded_before_it_travels(node: NodeThread) ->
     trainer = trainer_of(node)
     names = tuple(f"replicas: {index:06}" for index in range(2500))
     ranks = tuple(range(400))
-    many = tuple(local.GateEntryBody(name=name, ranks=ranks, digest="d" * 32) for name in names)
+    many = tuple(messages.GateEntryBody(name=name, ranks=ranks, digest="d" * 32) for name in names)
     for gate in (
-        local.Gate(decision_id="d" * (MAX_SAID_BYTES // 2), entries=()),
-        local.Gate(decision_id="d", entries=many),
+        messages.Gate(decision_id="d" * (MAX_SAID_BYTES // 2), entries=()),
+        messages.Gate(decision_id="d", entries=many),
     ):
-        local.send_frame(trainer.socket, gate, message_id=99)
-        reply, _, _ = local.receive_frame(trainer.socket)
-        assert isinstance(reply, local.Error)
+        framing.send_frame(trainer.socket, gate, message_id=99)
+        reply, _, _ = framing.receive_frame(trainer.socket)
+        assert isinstance(reply, messages.Error)
         assert "too_large" in reply.reason, reply
         assert report_bytes(node) < 10_000
     trainer.snapshot(1)
@@ -119,7 +120,7 @@ def test_a_manifest_with_a_long_name_is_refused_and_never_reported(node: NodeThr
     trainer = trainer_of(node)
     for step, field in enumerate(("layout", "model_signature", "writer"), 1):
         shard, reserved = trainer.make(step), trainer.reserve(step)
-        assert isinstance(reserved, local.Reserved)
+        assert isinstance(reserved, messages.Reserved)
         trainer.fill(reserved.slot_id, shard.data)
         long = replace(shard.manifest, **{field: "x" * 1_000_000})  # type: ignore[arg-type]
         with pytest.raises(IntegrityError, match=f"at most {MAX_LABEL}"):
@@ -135,11 +136,13 @@ def test_a_frame_longer_than_what_was_granted_needs_is_not_taken(node: NodeThrea
     trainer.snapshot(1)
     trainer.socket.sendall((100 * 1024 * 1024).to_bytes(4, "big"))
     with pytest.raises(ConnectionError):
-        local.receive_frame(trainer.socket)
+        framing.receive_frame(trainer.socket)
     trainer.close()
     line = DaemonConnection(str(node.socket), timeout_s=5)
     with pytest.raises(IntegrityError, match="over the limit"):
-        line.call(local.Commit(step=1, slot_id="s", manifest={"size_bytes": 4096, "x": "y" * (5 << 20)}), deadline_s=5)
+        line.call(
+            messages.Commit(step=1, slot_id="s", manifest={"size_bytes": 4096, "x": "y" * (5 << 20)}), deadline_s=5
+        )
     line.close()
 
 
@@ -173,7 +176,7 @@ def test_a_shard_header_of_any_shape_is_answered_with_what_is_wrong(node: NodeTh
     for step, (what, document) in enumerate(HEADERS, 1):
         text = b"[" * 60_000 if document is None else json.dumps(document).encode()
         shard, reserved = with_header(trainer.make(step), text), trainer.reserve(step)
-        assert isinstance(reserved, local.Reserved)
+        assert isinstance(reserved, messages.Reserved)
         trainer.fill(reserved.slot_id, shard.data)
         with pytest.raises(IntegrityError, match=what):
             trainer.commit(step, reserved.slot_id, shard)
@@ -184,13 +187,13 @@ def test_a_shard_header_of_any_shape_is_answered_with_what_is_wrong(node: NodeTh
 def test_silent_connections_shut_no_trainer_of_the_same_user_out(node: NodeThread) -> None:
     node.node.sessions.attach_timeout_s = 600.0
     node.start_world()
-    silent = [PlainTrainer(node.socket) for _ in range(3 * tenants.MAX_UNATTACHED)]
+    silent = [PlainTrainer(node.socket) for _ in range(3 * user_limits.MAX_UNATTACHED)]
     trainer = trainer_of(node)
     trainer.snapshot(1)
-    more = [PlainTrainer(node.socket) for _ in range(2 * tenants.MAX_UNATTACHED)]
+    more = [PlainTrainer(node.socket) for _ in range(2 * user_limits.MAX_UNATTACHED)]
     trainer.snapshot(2)  # one that is attached is never the one that goes
     wait_until(
-        lambda: len(node.node.sessions._open) <= tenants.MAX_UNATTACHED + 1, why="the oldest silent ones are closed"
+        lambda: len(node.node.sessions._open) <= user_limits.MAX_UNATTACHED + 1, why="the oldest silent ones are closed"
     )
     for one in (*silent, *more, trainer):
         one.close()
@@ -221,7 +224,7 @@ def test_another_users_silent_connections_cost_this_user_no_place(node: NodeThre
         assert other.stdout is not None
         assert other.stdout.readline() == b"connected\n"
         for one in own:
-            assert one.call(local.Status())[0].document["role"] == "node", "none of these had to go"
+            assert one.call(messages.Status())[0].document["role"] == "node", "none of these had to go"
         trainer = trainer_of(node)
         trainer.snapshot(1)
         other.communicate()
@@ -234,14 +237,14 @@ def test_one_user_has_so_many_trainers_and_names_and_unused_names_go(node: NodeT
     trainer = trainer_of(node)
     trainer.snapshot(1)
     others = []
-    for index in range(tenants.MAX_RUNS - 1):
+    for index in range(user_limits.MAX_RUNS - 1):
         others.append(PlainTrainer(node.socket, run=f"job/r{index}"))
         others[-1].attach()
     last = PlainTrainer(node.socket, run="job/one-too-many")
-    with pytest.raises(CapacityError, match=f"{tenants.MAX_TRAINERS} trainers"):
+    with pytest.raises(CapacityError, match=f"{user_limits.MAX_TRAINERS} trainers"):
         last.attach()
     others.pop().close()
-    wait_until(lambda: len(list(node.node.sessions)) < tenants.MAX_TRAINERS, why="one has left")
+    wait_until(lambda: len(list(node.node.sessions)) < user_limits.MAX_TRAINERS, why="one has left")
     for one in others:
         one.close()
     wait_until(
@@ -257,12 +260,12 @@ def test_one_user_has_so_many_trainers_and_names_and_unused_names_go(node: NodeT
 def test_names_are_limited_by_user_even_without_trainers(tmpfs_dir: Path) -> None:
     store = Store(tmpfs_dir / "memory", incarnation="1" * 16)
     try:
-        for index in range(tenants.MAX_RUNS):
+        for index in range(user_limits.MAX_RUNS):
             store.open_run(f"job/r{index}", uid=1000)
-        with pytest.raises(CapacityError, match=f"user 1000 has {tenants.MAX_RUNS} runs"):
-            tenants.check_names(store, "job/new", 1000)
-        tenants.check_names(store, "job/r3", 1000)
-        tenants.check_names(store, "job/new", 1001)
+        with pytest.raises(CapacityError, match=f"user 1000 has {user_limits.MAX_RUNS} runs"):
+            user_limits.check_names(store, "job/new", 1000)
+        user_limits.check_names(store, "job/r3", 1000)
+        user_limits.check_names(store, "job/new", 1001)
     finally:
         store.close()
 
@@ -273,12 +276,12 @@ def test_what_is_added_to_a_slot_past_its_size_is_taken_back_and_the_process_nam
     node.start_world()
     trainer = trainer_of(node)
     committed = trainer.reserve(1)
-    assert isinstance(committed, local.Reserved)
+    assert isinstance(committed, messages.Reserved)
     shard = trainer.make(1)
     trainer.fill(committed.slot_id, shard.data)
     trainer.commit(1, committed.slot_id, shard)
     granted = trainer.reserve(2)
-    assert isinstance(granted, local.Reserved)
+    assert isinstance(granted, messages.Reserved)
     size = len(shard.data)
     with caplog.at_level(logging.WARNING):
         for slot_id in (committed.slot_id, granted.slot_id):

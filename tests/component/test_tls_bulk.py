@@ -16,9 +16,9 @@ import pytest
 
 pytest.importorskip("cryptography")
 
-from backstay import record
 from backstay.errors import BackstayError, IntegrityError, UnavailableError
-from backstay.manifest import CHUNK_BYTES, Manifest
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstay.testing.wait import wait_until
 from backstayd.coder import bulk_server
 from backstayd.coder.bulk_server import BulkServer
@@ -27,8 +27,8 @@ from backstayd.security import credentials as credentials_module
 from backstayd.security.credentials import Credentials
 from backstayd.store.paths import RunPaths
 from backstayd.store.staging import prepare_staging
-from backstayd.transport.bulk import BulkClient, ShardRef
-from backstayd.transport.bulk_wire import BulkReply, BulkRequest, Timeouts
+from backstayd.transport.bulk.client import BulkClient, ShardRef
+from backstayd.transport.bulk.wire import BulkReply, BulkRequest, Timeouts
 from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 from tests.kit.certificates import TestAuthority, node_credentials, node_uri
 
@@ -220,7 +220,7 @@ def test_no_session_is_resumed_so_that_each_connection_has_its_certificate_looke
 ) -> None:
     context = authority.node("client").current().client_context
     host, _, port = served.address.rpartition(":")
-    request = record.dumps(BulkRequest(op="get_plan", run=RUN, plan_id="ab" * 16))
+    request = json_records.dumps(BulkRequest(op="get_plan", run=RUN, plan_id="ab" * 16))
     with socket.create_connection((host, int(port)), timeout=10) as sock, context.wrap_socket(sock) as wrapped:
         wrapped.sendall(struct.pack(">I", len(request)) + request)
         assert wrapped.recv(4), "an answer, before which a server sends its tickets"
@@ -241,7 +241,7 @@ def test_a_server_of_plaintext_that_answers_is_explained(authority: TestAuthorit
             sock, _ = listen.accept()
             with sock:
                 sock.recv(1)
-                payload = record.dumps(BulkReply())
+                payload = json_records.dumps(BulkReply())
                 sock.sendall(struct.pack(">I", len(payload)) + payload)
                 sock.recv(65536)
 

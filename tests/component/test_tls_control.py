@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("cryptography")
 
 from backstay.errors import BackstayError, ConfigError
-from backstayd.core.records import NodeDesired
+from backstayd.core.messages.desired import NodeDesired
 from backstayd.security import credentials as credentials_module
 from backstayd.security import handshakes
 from backstayd.security.certificate import read_pem

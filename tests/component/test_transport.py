@@ -14,7 +14,8 @@ import pytest
 from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError
 from backstay.ids import Generation
 from backstayd.clock import boot_s
-from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport, RunDesired, RunReport
+from backstayd.core.messages.desired import NodeDesired, RunDesired
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport
 from backstayd.transport import convert
 from backstayd.transport.coordinator_service import CoordinatorServer, _response, _Stream
 from backstayd.transport.link import CoordinatorLink, _Words

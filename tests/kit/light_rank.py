@@ -16,10 +16,11 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from backstay import local, record
-from backstay.digest import Digester
-from backstay.manifest import CHUNK_BYTES, Manifest
-from backstay.shard import Layout, TensorSpec, build_manifest, plan_layout
+from backstay.format import json_records
+from backstay.format.digest import Digester
+from backstay.format.manifest import CHUNK_BYTES, Manifest
+from backstay.format.shard import Layout, TensorSpec, build_manifest, plan_layout
+from backstay.protocol import framing, messages
 
 ANSWER_DEADLINE_S = 120.0
 
@@ -47,7 +48,7 @@ def digest_of_chunks(content: bytes, runs: list[list[int]]) -> str:
 class RefusedError(Exception):
     """The daemon's Error answer."""
 
-    def __init__(self, error: local.Error) -> None:
+    def __init__(self, error: messages.Error) -> None:
         super().__init__(error.message)
         self.error = error
 
@@ -60,17 +61,17 @@ class LightRank:
         self.socket_path = socket_path
         self.layout = layout_of(rank, size_bytes)
         self.slots: dict[str, mmap.mmap] = {}
-        self.reserved: local.Reserved | None = None
+        self.reserved: messages.Reserved | None = None
         self.manifest: dict[str, Any] = {}
         self.world_id = self.boxes = ""
         self.attempt = 0
-        self.offer: local.Offer | None = None
+        self.offer: messages.Offer | None = None
         self.decision_id = ""
         self._message_id = 0
         self._socket: socket.socket | None = None
 
     def do_attach(
-        self, world_id: str, attempt: int = 0, protocol: int = local.PROTOCOL_VERSION, layout: str = ""
+        self, world_id: str, attempt: int = 0, protocol: int = messages.PROTOCOL_VERSION, layout: str = ""
     ) -> dict[str, Any]:
         """Connect anew and attach."""
         if self._socket is not None:
@@ -79,7 +80,7 @@ class LightRank:
         self._socket.settimeout(ANSWER_DEADLINE_S)
         self._socket.connect(self.socket_path)
         self.world_id = world_id
-        attach = local.Attach(
+        attach = messages.Attach(
             run=self.run,
             world_id=world_id,
             rank=self.rank,
@@ -94,11 +95,11 @@ class LightRank:
 
     def do_restore(self, allow_fresh: bool = False, deadline_s: float = 60.0, staged: str = "") -> dict[str, Any]:
         """Ask for the world's decision and read every shard that comes with it, or keep the offer."""
-        request = local.Restore(
+        request = messages.Restore(
             allow_fresh=allow_fresh, deadline_s=deadline_s, world_size=self.world_size, staged=staged
         )
         answer, fds = self._ask(request)
-        if isinstance(answer, local.Offer):
+        if isinstance(answer, messages.Offer):
             return self._take_offer(answer)
         shards = {}
         for shard in answer.shards:
@@ -120,20 +121,20 @@ class LightRank:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._socket.settimeout(ANSWER_DEADLINE_S)
             self._socket.connect(self.socket_path)
-        answer, _ = self._ask(local.Open(run=run, step=step))
+        answer, _ = self._ask(messages.Open(run=run, step=step))
         return self._take_offer(answer)
 
     def do_fetch(self, wanted: dict[str, list[list[int]]] | None = None, deadline_s: float = 60.0) -> dict[str, Any]:
         """Have chunks fetched, ``wanted[rank]`` lists (first, count), all by default; the SHA-256 of these bytes by rank."""
         assert self.offer is not None
-        manifests = [record.from_json(Manifest, manifest) for manifest in self.offer.manifests]
+        manifests = [json_records.from_json(Manifest, manifest) for manifest in self.offer.manifests]
         if wanted is None:
             wanted = {str(m.rank): [[0, m.chunk_count]] for m in manifests}
         ranges = tuple(
-            local.ChunkRanges(rank=int(rank), firsts=tuple(f for f, _ in runs), counts=tuple(c for _, c in runs))
+            messages.ChunkRanges(rank=int(rank), firsts=tuple(f for f, _ in runs), counts=tuple(c for _, c in runs))
             for rank, runs in wanted.items()
         )
-        request = local.Fetch(decision_id=self.offer.decision_id, shards=ranges, deadline_s=deadline_s)
+        request = messages.Fetch(decision_id=self.offer.decision_id, shards=ranges, deadline_s=deadline_s)
         answer, fds = self._ask(request)
         digests = {}
         for shard in answer.shards:
@@ -148,7 +149,7 @@ class LightRank:
         assert self.offer is not None
         return self.do_restore(deadline_s=deadline_s, staged=self.offer.decision_id)
 
-    def _take_offer(self, offer: local.Offer) -> dict[str, Any]:
+    def _take_offer(self, offer: messages.Offer) -> dict[str, Any]:
         self.offer = offer
         return {
             "decision_id": offer.decision_id,
@@ -162,9 +163,9 @@ class LightRank:
 
     def do_gate(self, entries: list[list[Any]], failure: str = "", deadline_s: float = 60.0) -> dict[str, Any]:
         """Say what was loaded, as (name, ranks, digest), and wait for the verdict."""
-        message = local.Gate(
+        message = messages.Gate(
             decision_id=self.decision_id,
-            entries=tuple(local.GateEntryBody(name=n, ranks=tuple(r), digest=d) for n, r, d in entries),
+            entries=tuple(messages.GateEntryBody(name=n, ranks=tuple(r), digest=d) for n, r, d in entries),
             failure=failure,
             deadline_s=deadline_s,
         )
@@ -172,15 +173,15 @@ class LightRank:
         return {"state": answer.state, "entries": list(answer.entries), "message": answer.message}
 
     def do_distrust(self, step: int, reason: str = "nan") -> dict[str, Any]:
-        self._ask(local.Distrust(step=step, reason=reason))
+        self._ask(messages.Distrust(step=step, reason=reason))
         return {}
 
     def do_reserve(self, step: int, wait_s: float = 20.0) -> dict[str, Any]:
-        request = local.Reserve(
+        request = messages.Reserve(
             step=step, size_bytes=self.layout.size_bytes, wait_s=wait_s, known_slots=tuple(self.slots)
         )
         answer, fds = self._ask(request)
-        if isinstance(answer, local.Skipped):
+        if isinstance(answer, messages.Skipped):
             return {"skipped": answer.reason, "notice": getattr(answer, "notice", "")}
         for fd in fds:
             self.slots[answer.slot_id] = mmap.mmap(fd, self.layout.size_bytes)
@@ -207,7 +208,7 @@ class LightRank:
             chunk_crcs=chunk_crcs,
             tensor_crcs=tensor_crcs,
         )
-        self.manifest = record.to_json(replace(manifest, layout=self.boxes))
+        self.manifest = json_records.to_json(replace(manifest, layout=self.boxes))
         return {"sha256": hashlib.sha256(content).hexdigest()}
 
     def do_slots(self) -> dict[str, Any]:
@@ -224,9 +225,9 @@ class LightRank:
         self, step: int, snapshot_s: float = 0.0, fence_s: float = 0.0, waited_s: float = 0.0
     ) -> dict[str, Any]:
         assert self.reserved is not None
-        commit = local.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest)
-        if hasattr(local, "TrainerCost"):  # a rank of an older release says nothing of it
-            cost = local.TrainerCost(snapshot_s=snapshot_s, fence_s=fence_s)
+        commit = messages.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest)
+        if hasattr(messages, "TrainerCost"):  # a rank of an older release says nothing of it
+            cost = messages.TrainerCost(snapshot_s=snapshot_s, fence_s=fence_s)
             if waited_s:
                 cost = replace(cost, waited_s=waited_s)
             commit = replace(commit, cost=cost)
@@ -246,7 +247,7 @@ class LightRank:
         return {**filled, **self.do_commit(step)}
 
     def do_finish(self) -> dict[str, Any]:
-        self._ask(local.Finish())
+        self._ask(messages.Finish())
         return {}
 
     def do_fork(self) -> dict[str, Any]:
@@ -260,12 +261,12 @@ class LightRank:
     def _ask(self, message: Any) -> tuple[Any, list[int]]:
         assert self._socket is not None
         self._message_id += 1
-        local.send_frame(self._socket, message, message_id=self._message_id)
+        framing.send_frame(self._socket, message, message_id=self._message_id)
         while True:
-            answer, message_id, fds = local.receive_frame(self._socket)
-            if message_id != self._message_id or isinstance(answer, local.Progress):
+            answer, message_id, fds = framing.receive_frame(self._socket)
+            if message_id != self._message_id or isinstance(answer, messages.Progress):
                 continue
-            if isinstance(answer, local.Error):
+            if isinstance(answer, messages.Error):
                 raise RefusedError(answer)
             return answer, fds
 

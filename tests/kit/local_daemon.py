@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from backstay import local, record
 from backstay.errors import (
     BackstayError,
     CapacityError,
@@ -26,10 +25,12 @@ from backstay.errors import (
     UnavailableError,
     UsageError,
 )
-from backstay.manifest import CHUNK_BYTES, Manifest
-from backstay.shard import check_file
-from backstayd.core.gate import conflicts_of
-from backstayd.core.gate_records import GateEntry, GateReport
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest
+from backstay.format.shard import check_file
+from backstay.protocol import framing, messages
+from backstayd.core.messages.gate import GateEntry, GateReport
+from backstayd.core.recover.gate import conflicts_of
 
 
 @dataclass
@@ -135,25 +136,25 @@ class LocalDaemon:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        attach: local.Attach | None = None
+        attach: messages.Attach | None = None
         try:
             while True:
-                message, number, _ = local.receive_frame(connection)
+                message, number, _ = framing.receive_frame(connection)
                 while self.is_frozen or isinstance(message, self.unanswered):
                     time.sleep(0.01)
                 fds: tuple[int, ...] = ()
                 try:
-                    if isinstance(message, local.Attach):
+                    if isinstance(message, messages.Attach):
                         attach, reply = message, self._attach(message)
                     else:
                         assert attach is not None
                         reply, fds = self._answer(attach, message)
                 except BackstayError as error:
-                    reply = local.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
+                    reply = messages.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
                 try:
-                    local.send_frame(connection, reply, message_id=number, fds=fds)
+                    framing.send_frame(connection, reply, message_id=number, fds=fds)
                 finally:  # the trainer may have gone meanwhile
-                    local.close_fds(list(fds))
+                    framing.close_fds(list(fds))
                 with self._lock:
                     self._lock.notify_all()
         except (OSError, ConnectionError, IntegrityError):
@@ -162,44 +163,44 @@ class LocalDaemon:
             self._connections.discard(connection)
             connection.close()
 
-    def _attach(self, attach: local.Attach) -> local.Attached:
+    def _attach(self, attach: messages.Attach) -> messages.Attached:
         with self._lock:
             run = self.runs.setdefault(attach.run, Run())
             if attach.attempt and attach.world_id != run.world_id:
                 raise StaleGenerationError(f"world {attach.world_id} is over", reason="stale_world")
-        return local.Attached(
-            session_id="s", incarnation="i", lease_s=1.0, protocol=local.PROTOCOL_VERSION, node="double"
+        return messages.Attached(
+            session_id="s", incarnation="i", lease_s=1.0, protocol=messages.PROTOCOL_VERSION, node="double"
         )
 
-    def _answer(self, attach: local.Attach, message: Any) -> tuple[Any, tuple[int, ...]]:
+    def _answer(self, attach: messages.Attach, message: Any) -> tuple[Any, tuple[int, ...]]:
         with self._lock:
             run = self.runs[attach.run]
-            if isinstance(message, local.Restore):
+            if isinstance(message, messages.Restore):
                 return self._restore(run, attach, message)
-            if isinstance(message, local.Fetch):
+            if isinstance(message, messages.Fetch):
                 return self._fetch(run, attach, message)
             if run.world_id != attach.world_id:
                 raise StaleGenerationError(f"world {attach.world_id} is over", reason="stale_world")
-            if isinstance(message, local.Gate):
+            if isinstance(message, messages.Gate):
                 return self._gate(run, attach, message), ()
-            if isinstance(message, local.Distrust):
+            if isinstance(message, messages.Distrust):
                 run.distrusted.append((attach.rank, message.step, message.reason))
-                return local.Done(), ()
-            if isinstance(message, local.Reserve):
+                return messages.Done(), ()
+            if isinstance(message, messages.Reserve):
                 return self._reserve(run, attach, message)
-            if isinstance(message, local.Commit):
+            if isinstance(message, messages.Commit):
                 return self._commit(run, attach, message), ()
-            if isinstance(message, local.Abandon):
+            if isinstance(message, messages.Abandon):
                 run.abandoned.append((attach.rank, message.step, message.reason))
                 if message.slot_id:
                     run.free.setdefault(attach.rank, []).append(self.directory / message.slot_id)
-                return local.Done(), ()
-            if isinstance(message, local.Finish):
+                return messages.Done(), ()
+            if isinstance(message, messages.Finish):
                 run.finished.add(attach.rank)
-                return local.Done(), ()
+                return messages.Done(), ()
         raise UsageError(f"unknown request {type(message).__name__}")
 
-    def _restore(self, run: Run, attach: local.Attach, message: local.Restore) -> tuple[Any, tuple[int, ...]]:
+    def _restore(self, run: Run, attach: messages.Attach, message: messages.Restore) -> tuple[Any, tuple[int, ...]]:
         if attach.world_id not in run.decisions:
             run.waiting.add(attach.rank)
         self._lock.notify_all()
@@ -215,7 +216,7 @@ class LocalDaemon:
             self._lock.notify_all()
         attempt, base = run.decisions[attach.world_id]
         if base is None:
-            return local.Restored(outcome="NONE", attempt=attempt, interval_steps=self.interval_steps), ()
+            return messages.Restored(outcome="NONE", attempt=attempt, interval_steps=self.interval_steps), ()
         shards = run.snapshots[base]
         own = shards[attach.rank].manifest.get("layout", "") if attach.rank in shards else ""
         is_other = attach.layout and own and attach.layout != own
@@ -225,15 +226,15 @@ class LocalDaemon:
         ranks = sorted({attach.rank, *attach.needs})
         fds = tuple(os.open(shards[rank].path, os.O_RDONLY) for rank in ranks)
         listed = tuple(
-            local.RestoredShard(rank=rank, source="local", manifest=shards[rank].manifest, fd_index=index)
+            messages.RestoredShard(rank=rank, source="local", manifest=shards[rank].manifest, fd_index=index)
             for index, rank in enumerate(ranks)
         )
-        return local.Restored(
+        return messages.Restored(
             outcome="EXACT", attempt=attempt, step=base[1], base_attempt=base[0], snapshot_id="id", shards=listed,
             decision_id=attach.world_id, probation_steps=self.probation_steps,
         ), fds  # fmt: skip
 
-    def _gate(self, run: Run, attach: local.Attach, message: local.Gate) -> local.GateAnswer:
+    def _gate(self, run: Run, attach: messages.Attach, message: messages.Gate) -> messages.GateAnswer:
         """Compare as the coordinator does."""
         run.gates.setdefault(message.decision_id, {})[attach.rank] = GateReport(
             decision_id=message.decision_id,
@@ -250,17 +251,17 @@ class LocalDaemon:
         failures = [f"rank {rank}: {report.failure}" for rank, report in reports.items() if report.failure]
         conflicts = conflicts_of(reports, reports)
         if not failures and not conflicts:
-            return local.GateAnswer(state="passed")
-        return local.GateAnswer(state="failed", message="; ".join([*failures, *(str(c) for c in conflicts)]))
+            return messages.GateAnswer(state="passed")
+        return messages.GateAnswer(state="failed", message="; ".join([*failures, *(str(c) for c in conflicts)]))
 
-    def _restore_elsewhere(self, run: Run, attach: local.Attach, message: local.Restore) -> Any:
+    def _restore_elsewhere(self, run: Run, attach: messages.Attach, message: messages.Restore) -> Any:
         """Offer the snapshot to a rank of another layout; let it go once every rank has what it needs."""
         attempt, base = run.decisions[attach.world_id]
         assert base is not None
         shards = run.snapshots[base]
         decision_id = attach.world_id
         if message.staged != decision_id:
-            return local.Offer(
+            return messages.Offer(
                 decision_id=decision_id,
                 step=base[1],
                 base_attempt=base[0],
@@ -274,7 +275,7 @@ class LocalDaemon:
         staged.add(attach.rank)
         self._lock.notify_all()
         self._lock.wait_for(lambda: len(staged) == attach.world_size, message.deadline_s)
-        return local.Restored(
+        return messages.Restored(
             outcome="EXACT",
             attempt=attempt,
             step=base[1],
@@ -285,7 +286,7 @@ class LocalDaemon:
             probation_steps=self.probation_steps,
         )
 
-    def _fetch(self, run: Run, attach: local.Attach, message: local.Fetch) -> tuple[Any, tuple[int, ...]]:
+    def _fetch(self, run: Run, attach: messages.Attach, message: messages.Fetch) -> tuple[Any, tuple[int, ...]]:
         """Copy the chunks asked for into sparse files, each once."""
         _, base = run.decisions[attach.world_id]
         assert base is not None
@@ -305,13 +306,15 @@ class LocalDaemon:
                         self.fetched_bytes += sparse.write(whole.read(CHUNK_BYTES))
                         present.add(chunk)
             fds.append(os.open(path, os.O_RDONLY))
-        shards = tuple(local.FetchedShard(rank=r.rank, fd_index=index) for index, r in enumerate(message.shards))
-        return local.Fetched(shards=shards), tuple(fds)
+        shards = tuple(messages.FetchedShard(rank=r.rank, fd_index=index) for index, r in enumerate(message.shards))
+        return messages.Fetched(shards=shards), tuple(fds)
 
-    def _reserve(self, run: Run, attach: local.Attach, message: local.Reserve) -> tuple[Any, tuple[int, ...]]:
-        schedule = local.ScheduleBody(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)
+    def _reserve(self, run: Run, attach: messages.Attach, message: messages.Reserve) -> tuple[Any, tuple[int, ...]]:
+        schedule = messages.ScheduleBody(
+            interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps
+        )
         if self.hold_slots:
-            return local.Skipped(reason="slots are held by the test", schedule=schedule, notice=self.notice), ()
+            return messages.Skipped(reason="slots are held by the test", schedule=schedule, notice=self.notice), ()
         if self.is_full:
             raise CapacityError(f"no room for step {message.step}", reason="no_room")
         time.sleep(self.slot_delay_s)
@@ -324,12 +327,12 @@ class LocalDaemon:
         else:
             free.remove(path)
         fds = () if path.name in message.known_slots else (os.open(path, os.O_RDWR),)
-        return local.Reserved(slot_id=path.name, size_bytes=message.size_bytes, schedule=schedule), fds
+        return messages.Reserved(slot_id=path.name, size_bytes=message.size_bytes, schedule=schedule), fds
 
-    def _commit(self, run: Run, attach: local.Attach, message: local.Commit) -> local.Committed:
+    def _commit(self, run: Run, attach: messages.Attach, message: messages.Commit) -> messages.Committed:
         run.waited_s += message.cost.waited_s if message.cost is not None else 0.0
         path = self.directory / message.slot_id
-        manifest = record.from_json(Manifest, message.manifest)
+        manifest = json_records.from_json(Manifest, message.manifest)
         if (manifest.attempt, manifest.step, manifest.rank) != (run.attempt, message.step, attach.rank):
             raise IntegrityError(f"manifest of attempt {manifest.attempt}, step {manifest.step} does not belong here")
         fd = os.open(path, os.O_RDONLY)
@@ -344,8 +347,10 @@ class LocalDaemon:
             for older in [k for k in run.snapshots if k < key]:
                 for rank, shard in run.snapshots.pop(older).items():
                     run.free.setdefault(rank, []).append(shard.path)
-        schedule = local.ScheduleBody(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)
-        return local.Committed(digest=manifest.digest, schedule=schedule, notice=self.notice)
+        schedule = messages.ScheduleBody(
+            interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps
+        )
+        return messages.Committed(digest=manifest.digest, schedule=schedule, notice=self.notice)
 
 
 def len_of(shards: dict[int, Shard]) -> int:

@@ -13,23 +13,11 @@ import sys
 from typing import Any
 
 from backstay.ids import Generation, SnapshotKey, new_incarnation
-from backstayd.core import geometry
-from backstayd.core.records import (
-    Decision,
-    DecisionPhase,
-    FragmentRecord,
-    NodeDesired,
-    NodeIdentity,
-    NodeReport,
-    Plan,
-    RunDesired,
-    RunReport,
-    SessionPhase,
-    SessionRecord,
-    ShardRecord,
-    Staging,
-    StagingState,
-)
+from backstayd.core.inventory import geometry
+from backstayd.core.messages.decisions import Decision, DecisionPhase, Staging, StagingState
+from backstayd.core.messages.desired import NodeDesired, RunDesired
+from backstayd.core.messages.plans import FragmentRecord, Plan, ShardRecord
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.transport.link import CoordinatorLink
 
 SHARD_BYTES = 300_000

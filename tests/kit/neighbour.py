@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from backstay import local
 from backstay.ids import new_incarnation
+from backstay.protocol import framing, messages
 
 SILENT = 200
 SLOT_BYTES = 8 << 20
@@ -35,16 +35,16 @@ class Line:
     def ask(self, message: Any) -> tuple[str, str]:
         """The name of the answer and what it says."""
         self._count += 1
-        local.send_frame(self.sock, message, message_id=self._count)
+        framing.send_frame(self.sock, message, message_id=self._count)
         while True:
-            answer, _, _ = local.receive_frame(self.sock)
-            if not isinstance(answer, local.Progress):
-                said = f"{answer.reason}: {answer.message}" if isinstance(answer, local.Error) else str(answer)
+            answer, _, _ = framing.receive_frame(self.sock)
+            if not isinstance(answer, messages.Progress):
+                said = f"{answer.reason}: {answer.message}" if isinstance(answer, messages.Error) else str(answer)
                 return type(answer).__name__, said
 
 
 def attach(line: Line, run: str, rank: int = 0) -> tuple[str, str]:
-    return line.ask(local.Attach(run=run, world_id=new_incarnation(), rank=rank, world_size=1))
+    return line.ask(messages.Attach(run=run, world_id=new_incarnation(), rank=rank, world_size=1))
 
 
 def outcome(attempt: Callable[[], object]) -> str:
@@ -71,9 +71,9 @@ def steal(options: dict[str, Any]) -> dict[str, Any]:
 def ask_for(options: dict[str, Any]) -> dict[str, Any]:
     """What the daemon gives away."""
     path, run = options["socket"], options["run"]
-    found: dict[str, Any] = {"status": Line(path).ask(local.Status())}
-    found["open"] = Line(path).ask(local.Open(run=run, step=0))
-    found["open by run_id alone"] = Line(path).ask(local.Open(run=run.partition("/")[2], step=0))
+    found: dict[str, Any] = {"status": Line(path).ask(messages.Status())}
+    found["open"] = Line(path).ask(messages.Open(run=run, step=0))
+    found["open by run_id alone"] = Line(path).ask(messages.Open(run=run.partition("/")[2], step=0))
     found["attach"] = attach(Line(path), run)
     return found
 
@@ -88,9 +88,9 @@ def hoard(options: dict[str, Any]) -> tuple[dict[str, Any], list[Line]]:
         line = Line(path)
         lines.append(line)
         for message in (
-            local.Attach(run=f"neighbour/hoard-{number}", world_id=new_incarnation(), rank=0, world_size=1),
-            local.Restore(deadline_s=20.0, world_size=1),
-            local.Reserve(step=1, size_bytes=SLOT_BYTES, wait_s=0.0),
+            messages.Attach(run=f"neighbour/hoard-{number}", world_id=new_incarnation(), rank=0, world_size=1),
+            messages.Restore(deadline_s=20.0, world_size=1),
+            messages.Reserve(step=1, size_bytes=SLOT_BYTES, wait_s=0.0),
         ):
             name, said = line.ask(message)
             if name in ("Error", "Skipped"):

@@ -11,18 +11,11 @@ from typing import Any, TypeVar
 
 from backstay.ids import Generation
 from backstayd.config import NodeConfig
-from backstayd.core.records import (
-    Decision,
-    DecisionPhase,
-    NodeDesired,
-    NodeReport,
-    Outcome,
-    Peer,
-    Placement,
-    RunDesired,
-)
+from backstayd.core.messages.decisions import Decision, DecisionPhase, Outcome, Placement
+from backstayd.core.messages.desired import NodeDesired, Peer, RunDesired
+from backstayd.core.messages.report import NodeReport
 from backstayd.node.app import Node, start_node
-from backstayd.store.scan import scan
+from backstayd.store.adopt import scan
 from tests.kit.shards import RUN
 
 T = TypeVar("T")

@@ -24,46 +24,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from backstay import local, record, shard
 from backstay.errors import BackstayError, ConfigError, IntegrityError, UnavailableError
+from backstay.format import json_records, shard
+from backstay.format.manifest import Manifest
 from backstay.ids import Generation, SnapshotKey, snapshot_id
-from backstay.manifest import Manifest
+from backstay.protocol import framing, messages
 from backstayd import config
 from backstayd.core.coordinator import Coordinator
-from backstayd.core.gate_records import GateEntry, GateReport
-from backstayd.core.policy import CorePolicy
-from backstayd.core.records import (
+from backstayd.core.inventory.survey import why_no_snapshot
+from backstayd.core.messages.decisions import (
     Base,
     Decision,
-    FragmentRecord,
     Lineage,
-    Member,
-    NodeDesired,
-    NodeIdentity,
-    NodeReport,
     Outcome,
-    PersistedSnapshot,
     Placement,
-    Plan,
-    Quarantined,
-    RunDesired,
-    RunReport,
-    SessionPhase,
-    SessionRecord,
-    ShardRecord,
     ShardSource,
     SourceKind,
     Staging,
     StagingState,
-    Survey,
-    VolumeShard,
 )
-from backstayd.core.surveying import why_no_snapshot
+from backstayd.core.messages.desired import NodeDesired, RunDesired
+from backstayd.core.messages.durable import PersistedSnapshot, Survey
+from backstayd.core.messages.gate import GateEntry, GateReport
+from backstayd.core.messages.plans import FragmentRecord, Member, Plan, Quarantined, ShardRecord, VolumeShard
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
+from backstayd.core.policy import CorePolicy
 from backstayd.security import identity
-from backstayd.store.header import check_header
-from backstayd.store.stored import StoredFragment, StoredPlan, parse_manifest
+from backstayd.store.header_check import check_header
+from backstayd.store.record_files import StoredFragment, StoredPlan, parse_manifest
 from backstayd.transport import convert, delta
-from backstayd.transport.bulk_wire import BulkReply, BulkRequest, Channel, Timeouts
+from backstayd.transport.bulk.wire import BulkReply, BulkRequest, Channel, Timeouts
 from backstayd.v1 import coordinator_pb2
 from tests.kit.mutations import Mutator
 from tests.kit.shards import RUN, make_shard
@@ -151,20 +141,20 @@ def a_report() -> NodeReport:
 
 
 def frames() -> list[dict[str, Any]]:
-    messages = [
-        local.Attach(run=RUN, world_id="w", rank=0, world_size=2, needs=(0, 1)),
-        local.Restore(deadline_s=1.0, world_size=2),
-        local.Reserve(step=3, size_bytes=4096, known_slots=("a",)),
-        local.Commit(step=3, slot_id="a", manifest=MADE.json, cost=local.TrainerCost(snapshot_s=0.1)),
-        local.Gate(decision_id="d", entries=(local.GateEntryBody(name="n", ranks=(0,), digest="x"),)),
-        local.Fetch(decision_id="d", shards=(local.ChunkRanges(rank=0, firsts=(0,), counts=(2,)),)),
-        local.Abandon(step=3, slot_id="a", reason="r"),
-        local.Open(run=RUN, step=3),
-        local.Distrust(step=3, reason="r"),
-        local.AwaitSeal(after_step=3),
-        local.Finish(),
+    frames = [
+        messages.Attach(run=RUN, world_id="w", rank=0, world_size=2, needs=(0, 1)),
+        messages.Restore(deadline_s=1.0, world_size=2),
+        messages.Reserve(step=3, size_bytes=4096, known_slots=("a",)),
+        messages.Commit(step=3, slot_id="a", manifest=MADE.json, cost=messages.TrainerCost(snapshot_s=0.1)),
+        messages.Gate(decision_id="d", entries=(messages.GateEntryBody(name="n", ranks=(0,), digest="x"),)),
+        messages.Fetch(decision_id="d", shards=(messages.ChunkRanges(rank=0, firsts=(0,), counts=(2,)),)),
+        messages.Abandon(step=3, slot_id="a", reason="r"),
+        messages.Open(run=RUN, step=3),
+        messages.Distrust(step=3, reason="r"),
+        messages.AwaitSeal(after_step=3),
+        messages.Finish(),
     ]
-    return [{"type": type(m).__name__, "id": 1, "body": record.to_json(m)} for m in messages]
+    return [{"type": type(m).__name__, "id": 1, "body": json_records.to_json(m)} for m in frames]
 
 
 # -- how each is fed -----------------------------------------------------------------------------------------------------
@@ -211,12 +201,12 @@ def commit_mutant(mutator: Mutator) -> tuple[bytes, Any]:
 
     size = MADE.manifest.chunk_bytes
     crcs = "".join(f"{crc32c(data[i : i + size]):08x}" for i in range(0, len(data), size))
-    return data, record.to_json(replace(MADE.manifest, chunk_crcs=crcs))
+    return data, json_records.to_json(replace(MADE.manifest, chunk_crcs=crcs))
 
 
 def feed_commit(mutant: tuple[bytes, Any]) -> None:
     data, manifest_json = mutant
-    manifest = record.from_json(Manifest, manifest_json)
+    manifest = json_records.from_json(Manifest, manifest_json)
     manifest.check()
     fd = os.memfd_create("slot")
     try:
@@ -230,13 +220,13 @@ def feed_commit(mutant: tuple[bytes, Any]) -> None:
 def feed_manifest(mutant: bytes) -> None:
     with contextlib.suppress(IntegrityError):
         parse_manifest(mutant, digest=DIGEST)
-    manifest = record.loads(Manifest, mutant)
+    manifest = json_records.loads(Manifest, mutant)
     manifest.check()
-    assert len(record.dumps(manifest)) < 10 * len(mutant) + 1000
+    assert len(json_records.dumps(manifest)) < 10 * len(mutant) + 1000
 
 
 def feed_plan(mutant: bytes) -> None:
-    stored = record.loads(StoredPlan, mutant)
+    stored = json_records.loads(StoredPlan, mutant)
     stored.chunks_by_digest()
     StoredFragment(
         run=RUN, attempt=1, step=1, plan_id=stored.plan.plan_id, stripe=0, index=0, size_bytes=0
@@ -316,7 +306,7 @@ def bulk_mutant(mutator: Mutator) -> tuple[type[Any], bytes]:
             (BulkReply, BulkReply(payload_bytes=100, total_bytes=100, chunk_crcs="00" * 8)),
         ]
     )
-    body = json_or_bytes(mutator, record.to_json(value))
+    body = json_or_bytes(mutator, json_records.to_json(value))
     length = len(body) + mutator.random.choice((0, 0, 0, 0, 1, -1, 1 << 20, 0x16 << 24))
     return kind, struct.pack(">I", max(0, length)) + body
 
@@ -375,7 +365,7 @@ def feed_identity(mutant: list[str]) -> None:
 
 
 def survey_problem(mutant: bytes) -> str:
-    return why_no_snapshot(record.loads(PersistedSnapshot, mutant), run=RUN, key=SnapshotKey(1, 1))
+    return why_no_snapshot(json_records.loads(PersistedSnapshot, mutant), run=RUN, key=SnapshotKey(1, 1))
 
 
 # -- checkpoints of others (torch) ---------------------------------------------------------------------------------------
@@ -417,11 +407,11 @@ def dcp_mutant(mutator: Mutator) -> bytes:
 
 
 def feed_dcp(mutant: bytes) -> None:
-    from backstay.convert import foreign
+    from backstay.convert import foreign_checkpoints
 
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / ".metadata").write_bytes(mutant)
-        found = foreign.read_checkpoint(Path(directory), "dcp")
+        found = foreign_checkpoints.read_checkpoint(Path(directory), "dcp")
         for source in found.sources if zlib.crc32(mutant) % 16 == 0 else ():  # DCP's own reader is slow
             if source.size_bytes < 1 << 20:
                 source.read()
@@ -435,21 +425,21 @@ def huggingface_mutant(mutator: Mutator) -> tuple[bytes, bytes]:
 
 
 def feed_huggingface(mutant: tuple[bytes, bytes]) -> None:
-    from backstay.convert import foreign, huggingface
+    from backstay.convert import foreign_checkpoints, huggingface
 
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "m.safetensors").write_bytes(mutant[0])
         with contextlib.suppress(BackstayError):
-            foreign.read_checkpoint(Path(directory), "huggingface")
+            foreign_checkpoints.read_checkpoint(Path(directory), "huggingface")
         (Path(directory) / huggingface.INDEX).write_bytes(mutant[1])
-        foreign.read_checkpoint(Path(directory), "huggingface")
+        foreign_checkpoints.read_checkpoint(Path(directory), "huggingface")
 
 
 PARSERS: Final = (
     Parser(
         name="local frames",
         mutant=lambda m: json_or_bytes(m, m.random.choice(frames())),
-        feed=local.decode_payload,
+        feed=framing.decode_payload,
         allowed=(IntegrityError,),
     ),
     Parser(name="shard header", mutant=shard_mutant, feed=shard.parse_header, allowed=(IntegrityError,)),
@@ -459,19 +449,19 @@ PARSERS: Final = (
     ),
     Parser(
         name="plan",
-        mutant=lambda m: json_or_bytes(m, record.to_json(StoredPlan(plan=a_plan(), manifests=(MADE.json,)))),
+        mutant=lambda m: json_or_bytes(m, json_records.to_json(StoredPlan(plan=a_plan(), manifests=(MADE.json,)))),
         feed=feed_plan,
         allowed=(IntegrityError,),
     ),
     Parser(
         name="decision",
-        mutant=lambda m: json_or_bytes(m, record.to_json(a_decision())),
-        feed=lambda mutant: record.loads(Decision, mutant),
+        mutant=lambda m: json_or_bytes(m, json_records.to_json(a_decision())),
+        feed=lambda mutant: json_records.loads(Decision, mutant),
         allowed=(IntegrityError,),
     ),
     Parser(
         name="completion record",
-        mutant=lambda m: json_or_bytes(m, record.to_json(a_persisted())),
+        mutant=lambda m: json_or_bytes(m, json_records.to_json(a_persisted())),
         feed=survey_problem,
         allowed=(IntegrityError,),
     ),

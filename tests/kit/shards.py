@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from crc32c import crc32c
 
-from backstay import record
-from backstay.manifest import CHUNK_BYTES, Manifest, TensorEntry
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest, TensorEntry
 
 RUN = "job/run"
 
@@ -22,7 +22,7 @@ class MadeShard:
 
     @property
     def json(self) -> dict[str, object]:
-        return dict(record.to_json(self.manifest))
+        return dict(json_records.to_json(self.manifest))
 
 
 def make_shard(

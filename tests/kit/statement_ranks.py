@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import backstay
-from backstay import local, record
-from backstay.restore import apply, statements
-from backstay.trainer import optimizer_state, sources, world
+from backstay.format import json_records
+from backstay.protocol import messages
+from backstay.restore import gate_statements, load
+from backstay.trainer import held_tensors, optimizer_state, torch_world
 
 KINDS = ("ddp", "fsdp2", "hsdp", "fsdp2_tp")
 VARIANTS = ("clean", "bit", "steps", "moments", "model", "statistic")
@@ -96,7 +97,7 @@ def state(kind: str, socket: str) -> dict[str, Any]:
         assert keeper.wait_committed()
     dist.barrier()
     found: dict[str, Any] = {}
-    place = world.current()
+    place = torch_world.current()
     for variant in VARIANTS:
         model, optimizer = make(kind)
         with backstay.Snapshotter(model, optimizer, run_id=kind, socket=socket) as keeper:
@@ -106,8 +107,8 @@ def state(kind: str, socket: str) -> dict[str, Any]:
             if variant == "statistic":  # of this rank's part alone, as some optimizers keep
                 for parameter in model.parameters():
                     optimizer.state[parameter]["rms"] = torch.tensor(0.5 + place.rank)
-            holdings = sources.collect(model, [optimizer], rank=place.rank)
-            target = apply.Target(
+            holdings = held_tensors.collect(model, [optimizer], rank=place.rank)
+            target = load.Target(
                 model=model,
                 optimizers=[optimizer],
                 extra={},
@@ -116,11 +117,11 @@ def state(kind: str, socket: str) -> dict[str, Any]:
                 run="r",
                 signature="s",
             )
-            loaded = apply.Loaded(description=optimizer_state.describe([optimizer], holdings), streams=(place.rank,))
+            loaded = load.Loaded(description=optimizer_state.describe([optimizer], holdings), streams=(place.rank,))
             change(variant, place.rank, model, optimizer)
             try:
-                made = statements.make(target, local.Restored(outcome="EXACT", attempt=2, step=1), loaded)
-                found[variant] = [record.to_json(statement.entry()) for statement in made]
+                made = gate_statements.make(target, messages.Restored(outcome="EXACT", attempt=2, step=1), loaded)
+                found[variant] = [json_records.to_json(statement.entry()) for statement in made]
             except backstay.errors.IntegrityError as error:
                 found[variant] = str(error)
         dist.barrier()

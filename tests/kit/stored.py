@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from backstay import shard
-from backstay.digest import Digester
-from backstay.manifest import CHUNK_BYTES, Manifest
-from backstay.restore.opened import OpenedSnapshot
+from backstay.format import shard
+from backstay.format.digest import Digester
+from backstay.format.manifest import CHUNK_BYTES, Manifest
+from backstay.restore.snapshot import OpenedSnapshot
 
 Stored = tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]  # local part, offsets, shape of the whole
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from backstay import local
 from backstay.errors import ERROR_CLASSES
+from backstay.protocol import framing, messages
 from tests.kit.node import NodeThread
 from tests.kit.shards import MadeShard, make_shard
 
@@ -49,17 +49,17 @@ class PlainTrainer:
     def call(self, message: Any) -> tuple[Any, list[int]]:
         """Send, skip Progress, raise what an Error says."""
         number = next(self._ids)
-        local.send_frame(self.socket, message, message_id=number)
+        framing.send_frame(self.socket, message, message_id=number)
         while True:
-            reply, answered, fds = local.receive_frame(self.socket)
+            reply, answered, fds = framing.receive_frame(self.socket)
             assert answered == number
-            if isinstance(reply, local.Error):
+            if isinstance(reply, messages.Error):
                 raise ERROR_CLASSES[reply.error_class](reply.message, reason=reply.reason)
-            if not isinstance(reply, local.Progress):
+            if not isinstance(reply, messages.Progress):
                 return reply, fds
 
-    def attach(self, *, attempt: int = 0, protocol: int = local.PROTOCOL_VERSION) -> local.Attached:
-        message = local.Attach(
+    def attach(self, *, attempt: int = 0, protocol: int = messages.PROTOCOL_VERSION) -> messages.Attached:
+        message = messages.Attach(
             protocol=protocol,
             run=self.run,
             world_id=self.world_id,
@@ -70,17 +70,17 @@ class PlainTrainer:
         )
         self.attempt = attempt
         reply, _ = self.call(message)
-        assert isinstance(reply, local.Attached)
+        assert isinstance(reply, messages.Attached)
         return reply
 
     def restore(
         self, *, allow_fresh: bool = False, deadline_s: float = 20.0
-    ) -> tuple[local.Restored, dict[int, bytes]]:
+    ) -> tuple[messages.Restored, dict[int, bytes]]:
         """The answer and the bytes of every shard handed over, by rank."""
         reply, fds = self.call(
-            local.Restore(allow_fresh=allow_fresh, deadline_s=deadline_s, world_size=self.world_size)
+            messages.Restore(allow_fresh=allow_fresh, deadline_s=deadline_s, world_size=self.world_size)
         )
-        assert isinstance(reply, local.Restored)
+        assert isinstance(reply, messages.Restored)
         self.attempt = reply.attempt
         shards = {}
         for shard in reply.shards:
@@ -103,32 +103,32 @@ class PlainTrainer:
 
     def reserve(
         self, step: int, *, size_bytes: int | None = None, wait_s: float = 0.0, is_ahead: bool = False
-    ) -> local.Reserved | local.Skipped:
+    ) -> messages.Reserved | messages.Skipped:
         size = len(self.make(step).data) if size_bytes is None else size_bytes
-        message = local.Reserve(
+        message = messages.Reserve(
             step=step, size_bytes=size, wait_s=wait_s, known_slots=tuple(self.fds), is_ahead=is_ahead
         )
         reply, fds = self.call(message)
-        if isinstance(reply, local.Reserved):
+        if isinstance(reply, messages.Reserved):
             if fds:
                 (self.fds[reply.slot_id],) = fds
             return reply
-        assert isinstance(reply, local.Skipped)
+        assert isinstance(reply, messages.Skipped)
         return reply
 
     def fill(self, slot_id: str, data: bytes) -> None:
         os.pwrite(self.fds[slot_id], data, 0)
 
-    def commit(self, step: int, slot_id: str, shard: MadeShard) -> local.Committed:
-        reply, _ = self.call(local.Commit(step=step, slot_id=slot_id, manifest=shard.json))
-        assert isinstance(reply, local.Committed)
+    def commit(self, step: int, slot_id: str, shard: MadeShard) -> messages.Committed:
+        reply, _ = self.call(messages.Commit(step=step, slot_id=slot_id, manifest=shard.json))
+        assert isinstance(reply, messages.Committed)
         return reply
 
     def snapshot(self, step: int, *, wait_s: float = 0.0) -> MadeShard:
         """Reserve, fill and commit ``step``; raises AssertionError when it is skipped."""
         shard = self.make(step)
         reserved = self.reserve(step, wait_s=wait_s)
-        assert isinstance(reserved, local.Reserved), reserved
+        assert isinstance(reserved, messages.Reserved), reserved
         self.fill(reserved.slot_id, shard.data)
         self.commit(step, reserved.slot_id, shard)
         return shard

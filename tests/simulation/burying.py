@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backstay.ids import SnapshotKey
-from backstayd.core.records import NodeDesired, SessionPhase
-from backstayd.core.tombstone import Cause, Tombstone
+from backstayd.core.messages.desired import NodeDesired
+from backstayd.core.messages.report import SessionPhase
+from backstayd.core.messages.tombstone import Cause, Tombstone
 
 if TYPE_CHECKING:
     from tests.simulation.node import Node

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from backstay.ids import SnapshotKey
-from backstayd.core import geometry
-from backstayd.core.records import Decision, Outcome, PersistedSnapshot, Plan, ShardRecord
+from backstayd.core.inventory import geometry
+from backstayd.core.messages.decisions import Decision, Outcome
+from backstayd.core.messages.durable import PersistedSnapshot
+from backstayd.core.messages.plans import Plan, ShardRecord
 
 if TYPE_CHECKING:
     from tests.simulation.cluster import Cluster

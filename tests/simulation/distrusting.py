@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backstayd.core.records import Distrusted, RunDesired
+from backstayd.core.messages.decisions import Distrusted
+from backstayd.core.messages.desired import RunDesired
 
 if TYPE_CHECKING:
     from tests.simulation.node import Node, RunMemory, Trainer

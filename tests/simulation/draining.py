@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backstayd.core.records import RunDesired, ShardCopy
+from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.plans import ShardCopy
 
 if TYPE_CHECKING:
     from tests.simulation.node import Node

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from backstay.errors import BackstayError
+from backstayd.core.messages.report import SessionPhase
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import SessionPhase
 from tests.simulation.checker import BrokenPromiseError
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine, Network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backstayd.core.recovery import Stage
+from backstayd.core.recover.recovery import Stage
 
 if TYPE_CHECKING:
     from tests.simulation.cluster import Cluster

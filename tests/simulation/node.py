@@ -9,28 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from backstay.ids import Generation, SnapshotKey
-from backstayd.core import geometry
-from backstayd.core.records import (
-    Decision,
-    Distrusted,
-    FragmentRecord,
-    NodeDesired,
-    NodeIdentity,
-    NodeReport,
-    Plan,
-    Quarantined,
-    Rebuild,
-    RebuildTask,
-    RunDesired,
-    RunReport,
-    SessionPhase,
-    SessionRecord,
-    ShardRecord,
-    Staging,
-    Survey,
-    Upload,
-)
-from backstayd.core.tombstone import Tombstone
+from backstayd.core.inventory import geometry
+from backstayd.core.messages.decisions import Decision, Distrusted, Staging
+from backstayd.core.messages.desired import NodeDesired, RunDesired
+from backstayd.core.messages.durable import Survey, Upload
+from backstayd.core.messages.plans import FragmentRecord, Plan, Quarantined, Rebuild, RebuildTask, ShardRecord
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
+from backstayd.core.messages.tombstone import Tombstone
 from tests.simulation.burying import bury
 from tests.simulation.distrusting import remember_distrust
 from tests.simulation.draining import copy_shards

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backstayd.core.records import (
-    Decision,
-    DecisionPhase,
-    SessionPhase,
-    ShardSource,
-    SourceKind,
-    Staging,
-    StagingState,
-)
+from backstayd.core.messages.decisions import Decision, DecisionPhase, ShardSource, SourceKind, Staging, StagingState
+from backstayd.core.messages.report import SessionPhase
 from tests.simulation.storing import fetch_stored, is_stored
 
 if TYPE_CHECKING:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
-from backstayd.core.records import Distrusted, PersistedSnapshot, ShardRecord, Stored, Survey
-from backstayd.core.trust import why_tainted
+from backstayd.core.inventory.distrust import why_tainted
+from backstayd.core.messages.decisions import Distrusted
+from backstayd.core.messages.durable import PersistedSnapshot, Stored, Survey
+from backstayd.core.messages.plans import ShardRecord
 
 URL = "file:///storage"
 DOWN = "it does not answer"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from backstayd.core.messages.decisions import Outcome
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import Outcome
-from backstayd.core.recovery import Stage
+from backstayd.core.recover.recovery import Stage
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.storage import URL

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from backstay.errors import UsageError
+from backstayd.core.messages.decisions import Outcome
+from backstayd.core.messages.report import SessionPhase
+from backstayd.core.messages.tombstone import Cause, Tombstone
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import Outcome, SessionPhase
-from backstayd.core.tombstone import Cause, Tombstone
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.node import Node

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from backstayd.core.records import Outcome
+from backstayd.core.messages.decisions import Outcome
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 

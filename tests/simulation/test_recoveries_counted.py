@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from backstayd.coordinator.gauges import Gauges
-from backstayd.core.records import Outcome
-from backstayd.core.recovery import Stage
+from backstayd.core.messages.decisions import Outcome
+from backstayd.core.recover.recovery import Stage
 from backstayd.telemetry.metrics import CoordinatorMetrics, registry
 from backstayd.telemetry.metrics.coordinator import OUTCOMES, SOURCES
 from tests.simulation.cluster import Cluster, Job

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from backstayd.core.inventory.witnesses import WITNESSES
+from backstayd.core.messages.decisions import Outcome
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import Outcome
-from backstayd.core.recovery import LEAP_ATTEMPTS
-from backstayd.core.witnesses import WITNESSES
+from backstayd.core.recover.recovery import LEAP_ATTEMPTS
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.test_forgetting import finished

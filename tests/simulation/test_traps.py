@@ -6,9 +6,9 @@ import pytest
 
 from backstay.errors import UsageError
 from backstayd.core.coordinator import Coordinator
+from backstayd.core.messages.decisions import Outcome, SourceKind
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import Outcome, SourceKind
-from backstayd.core.recovery import Stage
+from backstayd.core.recover.recovery import Stage
 from tests.simulation.cluster import Cluster, Control, Job
 from tests.simulation.engine import Engine
 from tests.simulation.scenario import Scenario

@@ -53,7 +53,7 @@ def test_the_trainers_side_never_loads_grpc_or_protobuf_or_the_daemon() -> None:
 
 def test_the_daemon_and_the_operators_command_never_load_torch() -> None:
     names = _modules("daemon")
-    assert "backstayd.core.records" in names
+    assert "backstayd.core.messages.report" in names
     loaded = _loaded_by(names)
     assert "grpc" in loaded, "this test looks at the modules that use grpc"
     assert not loaded & {"torch", "numpy", "safetensors"}

@@ -8,8 +8,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backstay import boxes
-from backstay.boxes import Box
+from backstay.format import boxes
+from backstay.format.boxes import Box
 
 SHAPES = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 

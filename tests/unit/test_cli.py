@@ -14,8 +14,8 @@ import pytest
 
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstayd import cli
-from backstayd.cli import explain, snapshots, status, tables, watching
-from backstayd.cli.coordinator import find_run
+from backstayd.cli import explain, snapshots, status, status_watch, tables
+from backstayd.cli.client import find_run
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_watching_tells_every_event_of_one_moment_and_of_a_clock_that_is_behind(
     def event(kind: str, message: str, time_unix_s: float) -> dict[str, Any]:
         return {"time_unix_s": time_unix_s, "run": "default/gpt", "kind": kind, "message": message}
 
-    seen = watching.Changes()
+    seen = status_watch.Changes()
     seen.take(document)
     at_once = [event("quarantined", "rank 1", 1_800_000_010.0), event("quarantined", "rank 2", 1_800_000_010.0)]
     document["timeline"] += at_once
@@ -184,13 +184,13 @@ def test_watching_shows_the_words_of_others_as_words(
             raise answer
         return answer
 
-    monkeypatch.setattr(watching, "PERIOD_S", 0.0)
+    monkeypatch.setattr(status_watch, "PERIOD_S", 0.0)
     document["runs"][0]["reason"] = document["nodes"][0]["state"] = HOSTILE
     screen = Screen()
     with pytest.raises(KeyboardInterrupt):
-        watching.Watch(ask, lambda shown: status.describe(shown, events=9), screen).run()
+        status_watch.Watch(ask, lambda shown: status.describe(shown, events=9), screen).run()
     shown = screen.getvalue()
-    for ours in (watching.ENTER, watching.LEAVE, "\x1b[H", "\x1b[K\r", "\x1b[J"):
+    for ours in (status_watch.ENTER, status_watch.LEAVE, "\x1b[H", "\x1b[K\r", "\x1b[J"):
         shown = shown.replace(ours, "")
     assert "owned" in shown
     assert all(line.isprintable() for line in shown.split("\n"))

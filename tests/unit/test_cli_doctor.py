@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from backstay import __version__, local
+from backstay import __version__
+from backstay.protocol import framing, messages
 from backstayd import cli
-from backstayd.cli import daemon_checks, machine_checks, software_checks
-from backstayd.cli.findings import Level
+from backstayd.cli.doctor import daemon_checks, machine_checks, software_checks
+from backstayd.cli.doctor.findings import Level
 
 MOUNTS = """\
 22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
@@ -123,10 +124,10 @@ def test_a_clock_is_wrong_when_it_is_off_by_more_than_a_lease(offset_s: float, l
 def _serve_once(listener: socket.socket) -> None:
     connection, _ = listener.accept()
     with connection:
-        message, message_id, _ = local.receive_frame(connection)
-        assert message == local.Status()
+        message, message_id, _ = framing.receive_frame(connection)
+        assert message == messages.Status()
         document = {"node": {"name": "node-01", "version": "0.1.0"}}
-        local.send_frame(connection, local.StatusBody(document=document), message_id=message_id)
+        framing.send_frame(connection, messages.StatusBody(document=document), message_id=message_id)
 
 
 def test_a_daemon_that_answers_is_named_with_its_pid(tmp_path: Path) -> None:

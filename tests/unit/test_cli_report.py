@@ -9,8 +9,8 @@ import pytest
 from backstay.errors import SnapshotNotFoundError
 from backstayd.cli import report
 from backstayd.cli.tables import duration
-from backstayd.core.interruptions import Interruption, Ledger
-from backstayd.core.ledger import summary
+from backstayd.core.messages.interruptions import Interruption, Ledger
+from backstayd.core.recover.ledger import summary
 
 
 def ledger(*entries: Interruption, **changes: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from backstay.errors import ConfigError
 from backstayd import app
-from backstayd.store.room import is_tmpfs
+from backstayd.store.limits import is_tmpfs
 
 
 def test_check_config_prints_every_value_and_exits_zero(tmpfs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

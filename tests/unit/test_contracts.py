@@ -15,11 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backstay import ids, local, record
+from backstay import ids
 from backstay.errors import IntegrityError, UsageError
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest, TensorEntry
 from backstay.ids import Generation, RunKey, SnapshotKey
-from backstay.manifest import CHUNK_BYTES, Manifest, TensorEntry
-from backstayd.core.records import Decision, Member, NodeIdentity, NodeReport, Outcome, Plan, RunReport, VolumeShard
+from backstay.protocol import framing, messages
+from backstayd.core.messages.decisions import Decision, Outcome
+from backstayd.core.messages.plans import Member, Plan, VolumeShard
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -87,12 +91,12 @@ def test_a_deep_record_comes_back_from_json_as_it_was() -> None:
     node = NodeIdentity(name="n1", incarnation="1", bulk_address="10.0.0.1:1")
     runs = (RunReport(run="default/gpt", plans=(a_plan(),), decision=decision),)
     report = NodeReport(node=node, sequence=9, generation=Generation(3, "c"), runs=runs)
-    assert record.loads(NodeReport, record.dumps(report)) == report
+    assert json_records.loads(NodeReport, json_records.dumps(report)) == report
 
 
 def test_unknown_fields_are_ignored_and_missing_ones_take_their_defaults() -> None:
-    found = record.from_json(local.Reserve, {"step": 3, "size_bytes": 4096, "of_a_newer_version": [1]})
-    assert found == local.Reserve(step=3, size_bytes=4096)
+    found = json_records.from_json(messages.Reserve, {"step": 3, "size_bytes": 4096, "of_a_newer_version": [1]})
+    assert found == messages.Reserve(step=3, size_bytes=4096)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +113,13 @@ def test_unknown_fields_are_ignored_and_missing_ones_take_their_defaults() -> No
 )
 def test_a_malformed_record_is_an_integrity_error(value: object) -> None:
     with pytest.raises(IntegrityError, match="not a valid Reserve"):
-        record.from_json(local.Reserve, value)
+        json_records.from_json(messages.Reserve, value)
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_make_a_frame_fail_in_another_way(payload: bytes) -> None:
     try:
-        local.decode_payload(payload)
+        framing.decode_payload(payload)
     except IntegrityError as error:
         assert error.reason in ("bad_frame", "bad_record")  # noqa: PT017 - most inputs are refused, none may crash
 
@@ -136,7 +140,7 @@ def test_every_field_of_a_manifest_is_part_of_its_digest() -> None:
     ]
     digests = {other.digest for other in [manifest, *changed]}
     assert len(digests) == 1 + len(changed)
-    assert record.loads(Manifest, record.dumps(manifest)).digest == manifest.digest
+    assert json_records.loads(Manifest, json_records.dumps(manifest)).digest == manifest.digest
 
 
 @pytest.mark.parametrize(
@@ -215,9 +219,9 @@ def test_descriptors_travel_with_their_frame_and_are_closed_when_it_is_bad(tmp_p
     file.write_bytes(b"bytes")
     sender, receiver = socket.socketpair()
     with sender, receiver, file.open("rb") as opened:
-        message = local.Reserved(slot_id="s", size_bytes=5)
-        local.send_frame(sender, message, message_id=4, fds=(opened.fileno(),))
-        found, message_id, fds = local.receive_frame(receiver)
+        message = messages.Reserved(slot_id="s", size_bytes=5)
+        framing.send_frame(sender, message, message_id=4, fds=(opened.fileno(),))
+        found, message_id, fds = framing.receive_frame(receiver)
         assert (found, message_id) == (message, 4)
         assert not os.get_inheritable(fds[0])
         with os.fdopen(fds[0], "rb") as received:
@@ -225,25 +229,25 @@ def test_descriptors_travel_with_their_frame_and_are_closed_when_it_is_bad(tmp_p
         before = set(os.listdir("/proc/self/fd"))
         socket.send_fds(sender, [b"\0\0\0\2{}"], [opened.fileno()])
         with pytest.raises(IntegrityError):
-            local.receive_frame(receiver)
+            framing.receive_frame(receiver)
         assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_frame_over_the_limit_is_refused_before_it_is_read() -> None:
     sender, receiver = socket.socketpair()
     with sender, receiver:
-        sender.sendall((local.MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
+        sender.sendall((framing.MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
         with pytest.raises(IntegrityError, match="over the limit"):
-            local.receive_frame(receiver)
+            framing.receive_frame(receiver)
 
 
 def test_a_peer_that_leaves_in_mid_frame_is_a_connection_error() -> None:
     sender, receiver = socket.socketpair()
     with receiver:
         with sender:
-            sender.sendall(local.encode_frame(local.Done(), 1)[:-1])
+            sender.sendall(framing.encode_frame(messages.Done(), 1)[:-1])
         with pytest.raises(ConnectionError):
-            local.receive_frame(receiver)
+            framing.receive_frame(receiver)
 
 
 def _reach(faults: str, *reaches: str) -> int:

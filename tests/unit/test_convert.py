@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from backstay.errors import ERROR_CLASSES, BackstayError, IntegrityError, UnavailableError
 from backstay.ids import Generation
-from backstayd.core import gate_records, records, tombstone
-from backstayd.core.interruptions import Interruption, Ledger
-from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport, RunReport, Schedule, SessionPhase
+from backstayd.core.messages import decisions, desired, durable, gate, missing_ranks, plans, report, tombstone
+from backstayd.core.messages.desired import NodeDesired, Schedule
+from backstayd.core.messages.interruptions import Interruption, Ledger
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase
 from backstayd.transport import convert, errors
 from backstayd.v1 import coordinator_pb2
 
@@ -64,9 +65,12 @@ def test_desired_state_survives_the_wire(desired: NodeDesired) -> None:
     assert convert.from_message(NodeDesired, again) == desired
 
 
+MODULES = (decisions, desired, durable, gate, missing_ranks, plans, report, tombstone)
+
+
 def record_named(name: str) -> Any:
     """The record that a message mirrors; None if no module of them has it."""
-    return next((getattr(m, name) for m in (records, gate_records, tombstone) if hasattr(m, name)), None)
+    return next((getattr(m, name) for m in MODULES if hasattr(m, name)), None)
 
 
 def message_types() -> dict[str, Descriptor]:
@@ -117,41 +121,41 @@ def test_an_enum_value_of_a_later_version_is_refused() -> None:
     message = coordinator_pb2.SessionRecord(world_id="w", rank=0, world_size=1)
     message.phase = 99  # type: ignore[assignment]
     with pytest.raises(IntegrityError, match="SessionPhase 99"):
-        convert.from_message(records.SessionRecord, message)
+        convert.from_message(report.SessionRecord, message)
     message.phase = coordinator_pb2.SESSION_PHASE_ATTACHED
-    assert convert.from_message(records.SessionRecord, message).phase is SessionPhase.ATTACHED
+    assert convert.from_message(report.SessionRecord, message).phase is SessionPhase.ATTACHED
 
 
 def test_what_a_newer_sender_says_costs_the_least_part_of_its_report() -> None:
-    node = records.NodeIdentity(name="n1", incarnation="1", bulk_address="n1:1")
+    node = report.NodeIdentity(name="n1", incarnation="1", bulk_address="n1:1")
     sessions = tuple(
-        records.SessionRecord(world_id="w", rank=rank, world_size=2, phase=SessionPhase.TRAINING) for rank in range(2)
+        report.SessionRecord(world_id="w", rank=rank, world_size=2, phase=SessionPhase.TRAINING) for rank in range(2)
     )
-    run = records.RunReport(run="a/b", sessions=sessions, staging=records.Staging(decision_id="d", state="ready"))  # type: ignore[arg-type]
-    message = convert.to_message(records.NodeReport(node=node, sequence=1, runs=(run,)), coordinator_pb2.NodeReport)
+    run = report.RunReport(run="a/b", sessions=sessions, staging=decisions.Staging(decision_id="d", state="ready"))  # type: ignore[arg-type]
+    message = convert.to_message(report.NodeReport(node=node, sequence=1, runs=(run,)), coordinator_pb2.NodeReport)
     message.runs[0].sessions[0].phase = 99  # type: ignore[assignment]
     message.runs[0].staging.state = 77  # type: ignore[assignment]
-    found = convert.from_message(records.NodeReport, message)
+    found = convert.from_message(report.NodeReport, message)
     assert [session.rank for session in found.runs[0].sessions] == [1]
     assert found.runs[0].staging is None
     assert found.node == node
 
 
 def test_a_decision_with_a_source_of_an_unknown_kind_is_left_out_as_a_whole() -> None:
-    source = records.ShardSource(rank=0, size_bytes=1, digest="d", kind=records.SourceKind.LOCAL)
-    decision = records.Decision(
+    source = decisions.ShardSource(rank=0, size_bytes=1, digest="d", kind=decisions.SourceKind.LOCAL)
+    decision = decisions.Decision(
         decision_id="d", generation=Generation(1, "c"), run="a/b", world_id="w", world_size=1, attempt=1,
-        outcome=records.Outcome.EXACT, sources=(source,),
+        outcome=decisions.Outcome.EXACT, sources=(source,),
     )  # fmt: skip
-    desired = records.NodeDesired(
-        generation=Generation(1, "c"), runs=(records.RunDesired(run="a/b", decision=decision),)
+    wanted = desired.NodeDesired(
+        generation=Generation(1, "c"), runs=(desired.RunDesired(run="a/b", decision=decision),)
     )
-    message = convert.to_message(desired, coordinator_pb2.NodeDesired)
+    message = convert.to_message(wanted, coordinator_pb2.NodeDesired)
     message.runs[0].decision.sources[0].kind = 99  # type: ignore[assignment]
     message.runs[0].decision_phase = 88  # type: ignore[assignment]
-    (run,) = convert.from_message(records.NodeDesired, message).runs
+    (run,) = convert.from_message(desired.NodeDesired, message).runs
     assert run.decision is None
-    assert run.decision_phase is records.DecisionPhase.PREPARE
+    assert run.decision_phase is decisions.DecisionPhase.PREPARE
 
 
 def test_every_error_class_has_its_own_code_and_comes_back_as_itself() -> None:

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backstay.ids import Generation
-from backstayd.core.context import LiveSession
-from backstayd.core.gate import Gate, conflicts_of, is_passed_mark
-from backstayd.core.gate_records import GateDetail, GateEntry, GateReport, GateState
-from backstayd.core.records import Base, Decision, Outcome, SessionPhase, SessionRecord
+from backstayd.core.inventory.run_context import LiveSession
+from backstayd.core.messages.decisions import Base, Decision, Outcome
+from backstayd.core.messages.gate import GateDetail, GateEntry, GateReport, GateState
+from backstayd.core.messages.report import SessionPhase, SessionRecord
+from backstayd.core.recover.gate import Gate, conflicts_of, is_passed_mark
 
 DECISION = Decision(
     decision_id="d1",

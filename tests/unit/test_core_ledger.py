@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backstay import record
-from backstayd.core.interruptions import Interruption, Ledger
-from backstayd.core.ledger import MAX_ENTRIES, add_entry, ledger_sentence, summary
+from backstay.format import json_records
+from backstayd.core.messages.interruptions import Interruption, Ledger
+from backstayd.core.recover.ledger import MAX_ENTRIES, add_entry, ledger_sentence, summary
 
 BEGAN = 1000.0
 
@@ -106,4 +106,4 @@ def test_an_interruption_under_way_has_lost_time_and_not_yet_steps() -> None:
 
 def test_a_ledger_survives_its_json() -> None:
     ledger = written([Interruption(attempt=1, cause="node_lost", new_attempt=2)])
-    assert record.loads(Ledger, record.dumps(ledger)) == ledger
+    assert json_records.loads(Ledger, json_records.dumps(ledger)) == ledger

@@ -10,27 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backstay.ids import SnapshotKey, snapshot_id
-from backstayd.core import geometry
-from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, plan_state, stripe_spares
-from backstayd.core.lineage import extend, is_live
-from backstayd.core.nodes import NodeState
-from backstayd.core.pace import Pace
-from backstayd.core.placement import form_groups, natural
-from backstayd.core.rebuilding import choose_targets, plan_rebuilds
-from backstayd.core.records import (
-    FragmentRecord,
-    Lineage,
-    Member,
-    NodeIdentity,
-    NodeReport,
-    Plan,
-    RunReport,
-    SessionPhase,
-    SessionRecord,
-    ShardRecord,
-    VolumeShard,
-)
-from backstayd.core.retention import releasable
+from backstayd.core.inventory import geometry
+from backstayd.core.inventory.catalog import Inventory, ShapeCache, SnapshotView, build_views, plan_state, stripe_spares
+from backstayd.core.inventory.lineage import extend, is_live
+from backstayd.core.inventory.nodes import NodeState
+from backstayd.core.inventory.placement import form_groups, natural
+from backstayd.core.messages.decisions import Lineage
+from backstayd.core.messages.plans import FragmentRecord, Member, Plan, ShardRecord, VolumeShard
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
+from backstayd.core.protect.interval import Pace
+from backstayd.core.protect.rebuild_plan import choose_targets, plan_rebuilds
+from backstayd.core.protect.retention import releasable
 
 CHUNK = 1024
 KEY = SnapshotKey(1, 5)
@@ -134,7 +124,7 @@ def nodes_with(plan: Plan, lost: set[str]) -> dict[str, NodeState]:
 
 
 def inventory_of(nodes: dict[str, NodeState]) -> Inventory:
-    from backstayd.core.catalog import take_inventory
+    from backstayd.core.inventory.catalog import take_inventory
 
     return take_inventory("j/r", nodes.values())
 

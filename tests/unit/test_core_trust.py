@@ -6,25 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backstay.ids import Generation, SnapshotKey
-from backstayd.core.catalog import SnapshotView
-from backstayd.core.context import LiveSession
-from backstayd.core.lineage import extend
-from backstayd.core.nodes import NodeState
-from backstayd.core.probation import Probation
-from backstayd.core.records import (
-    Base,
-    Decision,
-    Distrusted,
-    Lineage,
-    NodeIdentity,
-    NodeReport,
-    Outcome,
-    RunReport,
-    SessionPhase,
-    SessionRecord,
-)
-from backstayd.core.retention import releasable
-from backstayd.core.trust import MAX_DISTRUSTED, Trust, count_tries, loop_message, why_tainted
+from backstayd.core.inventory.catalog import SnapshotView
+from backstayd.core.inventory.distrust import MAX_DISTRUSTED, Trust, count_tries, loop_message, why_tainted
+from backstayd.core.inventory.lineage import extend
+from backstayd.core.inventory.nodes import NodeState
+from backstayd.core.inventory.run_context import LiveSession
+from backstayd.core.messages.decisions import Base, Decision, Distrusted, Lineage, Outcome
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
+from backstayd.core.protect.retention import releasable
+from backstayd.core.recover.probation import Probation
 
 BAD = Distrusted(snapshot_id="s1.10", attempt=1, step=10, reason="the loss is nan")
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from backstay.errors import IntegrityError
 from backstay.ids import Generation
-from backstayd.core.records import NodeDesired, NodeIdentity, NodeReport, Peer, RunReport, ShardRecord
+from backstayd.core.messages.desired import NodeDesired, Peer
+from backstayd.core.messages.plans import ShardRecord
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport
 from backstayd.transport import convert, delta
 from backstayd.v1 import coordinator_pb2
 from tests.unit.test_convert import values_of

@@ -11,10 +11,10 @@ from crc32c import crc32c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backstay.digest import Digester, combine, verify_chunks
 from backstay.errors import IntegrityError, UsageError
-from backstay.manifest import CHUNK_BYTES, Manifest
-from backstay.shard import Layout, TensorSpec, build_manifest, plan_layout
+from backstay.format.digest import Digester, combine, verify_chunks
+from backstay.format.manifest import CHUNK_BYTES, Manifest
+from backstay.format.shard import Layout, TensorSpec, build_manifest, plan_layout
 
 PATTERN = bytes(value * 37 + value // 251 & 255 for value in range(1 << 16))
 

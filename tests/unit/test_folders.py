@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backstay.direct.folders import folder_of, split_path
+from backstay.stores.folder_urls import folder_of, split_path
 
 
 @pytest.mark.parametrize(

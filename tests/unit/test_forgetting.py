@@ -8,27 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backstay import record
+from backstay.format import json_records
 from backstay.ids import Generation, SnapshotKey
-from backstayd.core.catalog import ShapeCache, build_views, take_inventory
-from backstayd.core.forgetting import why_wrong
-from backstayd.core.near import near_sentence
-from backstayd.core.nodes import NodeState
-from backstayd.core.records import (
-    Decision,
-    FragmentRecord,
-    Lineage,
-    NodeIdentity,
-    NodeReport,
-    Outcome,
-    RunReport,
-    SessionPhase,
-    SessionRecord,
-    ShardRecord,
-)
-from backstayd.core.tombstone import MAX_ABSENT, MAX_AGE_S, MAX_TOMBSTONES, Cause, Tombstone, trimmed
-from backstayd.core.tombstones import KEEPERS, Tombstones, stripped
-from backstayd.store.scan import Forgotten
+from backstayd.core.end_of_run import why_wrong
+from backstayd.core.inventory.catalog import ShapeCache, build_views, take_inventory
+from backstayd.core.inventory.nodes import NodeState
+from backstayd.core.inventory.similar_names import near_sentence
+from backstayd.core.inventory.tombstones import KEEPERS, Tombstones, stripped
+from backstayd.core.messages.decisions import Decision, Lineage, Outcome
+from backstayd.core.messages.plans import FragmentRecord, ShardRecord
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
+from backstayd.core.messages.tombstone import MAX_ABSENT, MAX_AGE_S, MAX_TOMBSTONES, Cause, Tombstone, trimmed
+from backstayd.store.adopt import Forgotten
 from backstayd.transport.link import MAX_REPORT_BYTES
 
 RUN = "job/run"
@@ -201,4 +192,4 @@ def test_all_tombstones_that_a_node_keeps_are_a_small_part_of_what_a_report_may_
         for number in range(MAX_TOMBSTONES)
     )
     assert all(one.is_possible for one in full)
-    assert len(record.dumps(Forgotten(tombstones=full))) < MAX_REPORT_BYTES // 16
+    assert len(json_records.dumps(Forgotten(tombstones=full))) < MAX_REPORT_BYTES // 16

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from backstayd.core import geometry
-from backstayd.core.records import Member, Plan, VolumeShard
+from backstayd.core.inventory import geometry
+from backstayd.core.messages.plans import Member, Plan, VolumeShard
 
 CHUNK = 16
 SHAPES = [(n, m) for n in range(2, 13) for m in range(min(n, 5))]

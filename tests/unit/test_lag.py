@@ -7,7 +7,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backstayd.core.lag import LAG_INTERVALS, Lag, Training, behind_sentence
+from backstayd.core.protect.lag import LAG_INTERVALS, Lag, Training, behind_sentence
 
 LEASE_S = 3.0
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backstay.ids import Generation
-from backstayd.core.nodes import Liveness, NodeTable
-from backstayd.core.records import NodeIdentity, NodeReport
+from backstayd.core.inventory.nodes import Liveness, NodeTable
+from backstayd.core.messages.report import NodeIdentity, NodeReport
 
 LEASE_S = 3.0
 

@@ -7,9 +7,9 @@ import random
 import pytest
 
 from backstay.ids import SnapshotKey
-from backstayd.core.catalog import SnapshotView
-from backstayd.core.lineage import KEPT_ATTEMPTS, extend, is_live, trimmed
-from backstayd.core.records import Lineage
+from backstayd.core.inventory.catalog import SnapshotView
+from backstayd.core.inventory.lineage import KEPT_ATTEMPTS, extend, is_live, trimmed
+from backstayd.core.messages.decisions import Lineage
 
 
 def view(attempt: int, step: int) -> SnapshotView:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from prometheus_client.exposition import generate_latest
 
-from backstay import local
+from backstay.protocol import messages
 from backstayd.coder.jobs import JobResult, VerifyShard
 from backstayd.config import NodeConfig
 from backstayd.coordinator.gauges import Gauges
 from backstayd.core.policy import CorePolicy
 from backstayd.core.timeline import Event
 from backstayd.node import gauges
-from backstayd.telemetry.margins import WINDOW_S, LeastMargin
+from backstayd.telemetry.heartbeat_margin import WINDOW_S, LeastMargin
 from backstayd.telemetry.metrics import CoordinatorMetrics, DaemonMetrics, NodeMetrics, reference, registry
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def test_runs_above_the_limit_take_no_memory(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_a_trainer_says_of_its_costs_is_bounded_and_an_older_one_says_nothing() -> None:
     metrics = NodeMetrics(version="0.1.0")
     gauges.note_cost(metrics, RUN, None)
-    gauges.note_cost(metrics, RUN, local.TrainerCost(snapshot_s=0.5, fence_s=-3.0, capture_s=1e300, copied_bytes=-7))
+    gauges.note_cost(metrics, RUN, messages.TrainerCost(snapshot_s=0.5, fence_s=-3.0, capture_s=1e300, copied_bytes=-7))
     blocked = "backstay_trainer_blocked_seconds_total"
     assert _value(metrics, blocked, training_job=RUN, where="snapshot") == 0.5
     assert _value(metrics, blocked, training_job=RUN, where="fence") == 0

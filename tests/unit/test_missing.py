@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backstayd.core.context import LiveSession
-from backstayd.core.missing import Missing
-from backstayd.core.records import SessionPhase, SessionRecord
+from backstayd.core.inventory.absent_ranks import Missing
+from backstayd.core.inventory.run_context import LiveSession
+from backstayd.core.messages.report import SessionPhase, SessionRecord
 
 LEASE_S = 3.0
 SIZE = 4

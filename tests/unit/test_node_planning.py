@@ -7,35 +7,36 @@ from typing import Any
 
 import pytest
 
+from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import Generation, SnapshotKey
-from backstay.manifest import CHUNK_BYTES
+from backstayd.coder.durable.jobs import FetchPersisted, VerifyPersisted
 from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, VerifyFragment, VerifyShard
-from backstayd.coder.storage_jobs import FetchPersisted, VerifyPersisted
-from backstayd.core.records import (
+from backstayd.core.messages.decisions import (
     Base,
     Decision,
     DecisionPhase,
+    Outcome,
+    Placement,
+    ShardSource,
+    SourceKind,
+    StagingState,
+)
+from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.plans import (
     FragmentRecord,
     FragmentSource,
     Member,
-    Outcome,
-    Placement,
     Plan,
     Quarantined,
     Rebuild,
     RebuildTarget,
     RebuildTask,
-    RunDesired,
-    SessionPhase,
-    SessionRecord,
     ShardRecord,
-    ShardSource,
-    SourceKind,
-    StagingState,
     VolumeShard,
     seal_rebuild,
 )
-from backstayd.node.planning import (
+from backstayd.core.messages.report import SessionPhase, SessionRecord
+from backstayd.node.reconcile.actions import (
     CancelTask,
     DiscardStaged,
     DropPlan,

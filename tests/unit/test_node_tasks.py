@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from backstayd.clock import Clock
-from backstayd.node.tasks import Tasks
+from backstayd.node.reconcile.tasks import Tasks
 
 
 class SteppedClock:

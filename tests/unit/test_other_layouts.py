@@ -12,27 +12,26 @@ from hypothesis import strategies as st
 
 from backstay.errors import SnapshotNotFoundError, UnavailableError
 from backstay.ids import Generation
-from backstayd.core.catalog import ShapeCache, build_views
-from backstayd.core.choosing import sources_of
-from backstayd.core.context import RunContext
-from backstayd.core.layouts import base_size, readers_of, takes_whole
-from backstayd.core.locating import locate
-from backstayd.core.nodes import NodeState
-from backstayd.core.rebuilding import choose_targets
-from backstayd.core.records import (
+from backstayd.core.inventory.catalog import ShapeCache, build_views
+from backstayd.core.inventory.nodes import NodeState
+from backstayd.core.inventory.readers import base_size, readers_of, takes_whole
+from backstayd.core.inventory.run_context import RunContext
+from backstayd.core.messages.decisions import (
     Base,
     Decision,
     DecisionPhase,
     Outcome,
     Placement,
-    RunDesired,
-    SessionPhase,
-    SessionRecord,
     ShardSource,
     SourceKind,
     StagingState,
 )
-from backstayd.node.planning import Restoring, StartJob, View, plan_actions, staging_of, wanted_ranks
+from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.report import SessionPhase, SessionRecord
+from backstayd.core.protect.rebuild_plan import choose_targets
+from backstayd.core.recover.choice import sources_of
+from backstayd.core.recover.locate import locate
+from backstayd.node.reconcile.actions import Restoring, StartJob, View, plan_actions, staging_of, wanted_ranks
 from tests.unit.test_core_properties import inventory_of, nodes_with, snapshot_plan
 
 

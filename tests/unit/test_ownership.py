@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backstay.ids import Generation
-from backstayd.core.nodes import NodeState
-from backstayd.core.ownership import owner_of, strangers, without
-from backstayd.core.records import Decision, NodeIdentity, NodeReport, Outcome, PersistedSnapshot, RunReport, Survey
+from backstayd.core.inventory.nodes import NodeState
+from backstayd.core.inventory.ownership import owner_of, strangers, without
+from backstayd.core.messages.decisions import Decision, Outcome
+from backstayd.core.messages.durable import PersistedSnapshot, Survey
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport
 
 RUN = "default/gpt"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from backstayd.core.pace import Pace
-from backstayd.core.records import SessionPhase, SessionRecord
+from backstayd.core.messages.report import SessionPhase, SessionRecord
+from backstayd.core.protect.interval import Pace
 
 
 def _sessions(*, last_step: int, skipped_step: int = 0, is_short_of_slots: bool = False) -> list[SessionRecord]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from backstay.errors import IntegrityError, UsageError
-from backstay.trainer import packed
+from backstay.trainer.state import packing
 
 
 class Scaler:
@@ -54,34 +54,34 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_a_state_comes_back_from_its_tensors_and_from_a_file() -> None:
-    made = packed.pack(STATE, take)
+    made = packing.pack(STATE, take)
     assert made.tensors["state.weights.a"].data_ptr() == STATE["weights"]["a"].data_ptr(), "tensors are not copied"
-    assert same(packed.unpack(made.tensors, give), STATE)
-    data = packed.as_file(made)
-    assert same(packed.unpack(packed.from_file(memoryview(data)), give), STATE)
+    assert same(packing.unpack(made.tensors, give), STATE)
+    data = packing.as_file(made)
+    assert same(packing.unpack(packing.from_file(memoryview(data)), give), STATE)
 
 
 def test_the_file_is_an_ordinary_safetensors_file() -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    data = packed.as_file(packed.pack(STATE, take))
+    data = packing.as_file(packing.pack(STATE, take))
     assert torch.equal(safetensors.load(bytes(data))["state.weights.a"], STATE["weights"]["a"])
 
 
 def test_tensors_come_back_where_they_are_wanted() -> None:
-    found = packed.unpack(packed.pack({"a": torch.ones(2)}, take).tensors, give, device="meta")
+    found = packing.unpack(packing.pack({"a": torch.ones(2)}, take).tensors, give, device="meta")
     assert found["a"].device.type == "meta"
 
 
 def test_what_would_need_pickle_is_refused_by_its_path() -> None:
     with pytest.raises(UsageError, match=r"state\.nested\.0\.1 is a .*can only be stored by pickle"):
-        packed.pack(STATE, lambda value: None if isinstance(value, Scaler) and value.scale == 3.0 else take(value))
+        packing.pack(STATE, lambda value: None if isinstance(value, Scaler) and value.scale == 3.0 else take(value))
     with pytest.raises(UsageError, match="reserved"):
-        packed.pack({"x": {"backstay.object": 1}}, take)
+        packing.pack({"x": {"backstay.object": 1}}, take)
 
 
 def test_a_damaged_file_is_refused() -> None:
-    data = packed.as_file(packed.pack({"a": torch.ones(2)}, take))
+    data = packing.as_file(packing.pack({"a": torch.ones(2)}, take))
     with pytest.raises(IntegrityError):
-        packed.from_file(memoryview(data)[:-1])
+        packing.from_file(memoryview(data)[:-1])
     with pytest.raises(IntegrityError, match="without its JSON"):
-        packed.unpack({}, give)
+        packing.unpack({}, give)

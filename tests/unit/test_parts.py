@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from backstay.errors import UsageError
-from backstay.trainer.parts import merge_parts
+from backstay.trainer.pipeline_parts import merge_parts
 
 
 def whole(*layers: str) -> nn.Module:

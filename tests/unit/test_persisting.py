@@ -10,34 +10,25 @@ from hypothesis import strategies as st
 
 from backstay.ids import SnapshotKey, snapshot_id
 from backstayd.core.coordinator import Coordinator
-from backstayd.core.lineage import is_live
-from backstayd.core.persisting import RECORD_RANK
-from backstayd.core.policy import CorePolicy
-from backstayd.core.records import (
+from backstayd.core.durable_upkeep import prunable
+from backstayd.core.durable_uploads import RECORD_RANK
+from backstayd.core.inventory.lineage import is_live
+from backstayd.core.inventory.survey import view_of_record
+from backstayd.core.messages.decisions import (
     Decision,
     DecisionPhase,
     Lineage,
-    NodeIdentity,
-    NodeReport,
     Outcome,
-    PersistedSnapshot,
-    RunDesired,
-    RunReport,
-    SessionPhase,
-    SessionRecord,
-    ShardRecord,
     SourceKind,
     Staging,
     StagingState,
-    Survey,
-    Unreadable,
-    Upload,
-    UploadState,
-    VolumeShard,
 )
-from backstayd.core.recovery import LEAP_ATTEMPTS
-from backstayd.core.surveying import view_of_record
-from backstayd.core.upkeep import prunable
+from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.durable import PersistedSnapshot, Survey, Unreadable, Upload, UploadState
+from backstayd.core.messages.plans import ShardRecord, VolumeShard
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
+from backstayd.core.policy import CorePolicy
+from backstayd.core.recover.recovery import LEAP_ATTEMPTS
 
 RUN = "job/run"
 URL = "file:///storage"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from backstayd.places import Places
+from backstayd.security.connection_limits import Places
 
 LIMIT = 6
 

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backstay import ids, local, record
+from backstay import ids
 from backstay.errors import IntegrityError, UsageError
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest, TensorEntry
 from backstay.ids import RunKey
-from backstay.manifest import CHUNK_BYTES, Manifest, TensorEntry
+from backstay.protocol import framing, messages
 
 values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
@@ -52,7 +54,7 @@ manifests = st.builds(
 
 @given(manifests)
 def test_a_manifest_comes_back_from_its_bytes_with_the_same_digest(manifest: Manifest) -> None:
-    found = record.loads(Manifest, record.dumps(manifest))
+    found = json_records.loads(Manifest, json_records.dumps(manifest))
     assert (found, found.digest) == (manifest, manifest.digest)
 
 
@@ -66,14 +68,14 @@ def test_checking_any_manifest_passes_or_is_an_integrity_error(manifest: Manifes
     assert sum(manifest.chunk_length(index) for index in range(manifest.chunk_count)) == manifest.size_bytes
 
 
-@given(st.sampled_from(sorted(local.MESSAGES)), st.data())
+@given(st.sampled_from(sorted(messages.MESSAGES)), st.data())
 def test_a_message_with_any_field_replaced_by_anything_is_a_message_or_refused(name: str, data: st.DataObject) -> None:
-    cls = local.MESSAGES[name]
+    cls = messages.MESSAGES[name]
     names = [field.name for field in dataclasses.fields(cls)]
     body = {field: data.draw(values) for field in names}
     payload = json.dumps({"type": name, "id": data.draw(st.integers(0, 9) | values), "body": body}).encode()
     try:
-        message, message_id = local.decode_payload(payload)
+        message, message_id = framing.decode_payload(payload)
     except IntegrityError:
         return
     assert type(message) is cls
@@ -83,7 +85,7 @@ def test_a_message_with_any_field_replaced_by_anything_is_a_message_or_refused(n
 @given(values)
 def test_no_json_value_makes_a_manifest_fail_in_another_way(value: Any) -> None:
     with pytest.raises(IntegrityError):
-        record.from_json(Manifest, value)
+        json_records.from_json(Manifest, value)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_no_json_value_makes_a_manifest_fail_in_another_way(value: Any) -> None:
     [b"[" * 100_000, b'{"a":' * 100_000, b"1e999", b"\xff\xfe", b"", b'"' + b"9" * 5000, b"9" * 5000],
 )
 def test_bytes_that_upset_a_json_parser_are_refused_calmly(payload: bytes) -> None:
-    for attempt in (lambda: record.loads(Manifest, payload), lambda: local.decode_payload(payload)):
+    for attempt in (lambda: json_records.loads(Manifest, payload), lambda: framing.decode_payload(payload)):
         with pytest.raises(IntegrityError):
             attempt()
 
@@ -99,7 +101,7 @@ def test_bytes_that_upset_a_json_parser_are_refused_calmly(payload: bytes) -> No
 @pytest.mark.parametrize("value", ["ab", {"a": 1}, 5, None])
 def test_a_tuple_is_a_list_on_the_wire_and_nothing_else(value: object) -> None:
     with pytest.raises(IntegrityError):
-        record.from_json(local.Reserve, {"step": 1, "size_bytes": 1, "known_slots": value})
+        json_records.from_json(messages.Reserve, {"step": 1, "size_bytes": 1, "known_slots": value})
 
 
 @given(st.text(max_size=120))

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from backstay import local
-from backstay.restore import ask
+from backstay.protocol import messages
+from backstay.session import join
 
 
 class Seconds:
@@ -29,7 +29,7 @@ def test_a_cause_is_written_once_a_minute_and_moving_numbers_every_ten_seconds(
 ) -> None:
     caplog.set_level(logging.INFO, logger="backstay")
     seconds = Seconds()
-    progress = ask.Progress(rank=3, clock=seconds.monotonic)
+    progress = join.Progress(rank=3, clock=seconds.monotonic)
     for _ in range(120):
         seconds.now += 1.0
         progress.say("daemon at /s is not available (refused); trying again until the deadline")
@@ -37,9 +37,9 @@ def test_a_cause_is_written_once_a_minute_and_moving_numbers_every_ten_seconds(
     caplog.clear()
     for done in range(30):
         seconds.now += 1.0
-        progress(local.Progress(phase="fetching", detail="node-1", done_bytes=done << 20, total_bytes=64 << 20))
+        progress(messages.Progress(phase="fetching", detail="node-1", done_bytes=done << 20, total_bytes=64 << 20))
     assert len(lines_of(caplog)) == 3
     assert lines_of(caplog)[0] == "fetching 0 of 64 MiB: node-1"
     seconds.now += 1.0
-    progress(local.Progress(phase="recording", detail="", done_bytes=0, total_bytes=0))
+    progress(messages.Progress(phase="recording", detail="", done_bytes=0, total_bytes=0))
     assert lines_of(caplog)[-1] == "recording", "another cause is written at once"

@@ -12,22 +12,10 @@ import pytest
 from backstay.errors import IntegrityError
 from backstay.ids import MAX_COUNT, MAX_GENERATION, Generation
 from backstayd.core.coordinator import Coordinator
+from backstayd.core.messages.decisions import Decision, Outcome, Placement
+from backstayd.core.messages.plans import FragmentRecord, Member, Plan, ShardRecord, VolumeShard
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import (
-    Decision,
-    FragmentRecord,
-    Member,
-    NodeIdentity,
-    NodeReport,
-    Outcome,
-    Placement,
-    Plan,
-    RunReport,
-    SessionPhase,
-    SessionRecord,
-    ShardRecord,
-    VolumeShard,
-)
 
 RUN, ROGUE_RUN = "job/honest", "job/rogue"
 LEASE_S = 1.0

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backstay.digest import Digester
 from backstay.errors import BackstayError, IntegrityError, UsageError
-from backstay.manifest import Manifest
-from backstay.shard import (
+from backstay.format.digest import Digester
+from backstay.format.manifest import Manifest
+from backstay.format.shard import (
     PAGE_BYTES,
     STORAGE_RULES,
     Layout,

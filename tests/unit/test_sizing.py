@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from backstay.errors import CapacityError, ConfigError, UsageError
 from backstayd import cli
-from backstayd.cli import plan as plan_command
-from backstayd.core import geometry
-from backstayd.core.footprint import admission_bytes, parity_fraction
+from backstayd.cli.plan import command as plan_command
+from backstayd.core.inventory import geometry
 from backstayd.core.policy import CorePolicy
+from backstayd.core.protect.footprint import admission_bytes, parity_fraction
 from backstayd.sizing import intervals, rates, survival
 from backstayd.sizing.plan import Question, answer
 from tests.kit import played_losses
@@ -293,7 +293,7 @@ def test_a_model_is_measured_without_being_made(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_plot_is_drawn_or_it_is_said_what_is_missing(tmp_path: Path) -> None:
-    from backstayd.cli.plan_plot import draw
+    from backstayd.cli.plan.plot import draw
 
     try:
         import matplotlib  # noqa: F401, ICN001

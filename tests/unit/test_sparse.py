@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backstay import record
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError
-from backstay.manifest import CHUNK_BYTES
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES
 from backstayd.store.paths import RunPaths
+from backstayd.store.record_files import parse_manifest
 from backstayd.store.sparse import SparseShard, missing_runs, prepare_sparse, read_marks, remove_sparse, run_bytes
-from backstayd.store.stored import parse_manifest
 from tests.kit.shards import RUN, make_shard
 
 
@@ -36,7 +36,7 @@ def test_missing_runs_are_the_wanted_chunks_without_a_mark_as_long_as_can_be(cas
 
 def test_only_chunks_that_were_written_are_there_and_the_file_is_as_long_as_the_shard(tmp_path: Path) -> None:
     made = make_shard(payload_bytes=3 * CHUNK_BYTES + 5)
-    raw, digest = record.dumps(made.manifest), made.manifest.digest
+    raw, digest = json_records.dumps(made.manifest), made.manifest.digest
     paths = RunPaths(tmp_path, RUN)
     for _ in range(2):  # again: what is there is kept
         chunks = prepare_sparse(paths, raw, digest=digest, incarnation="i")
@@ -66,6 +66,6 @@ def test_a_manifest_of_another_shard_prepares_nothing(tmp_path: Path) -> None:
     made, other = make_shard(), make_shard(seed=1)
     paths = RunPaths(tmp_path, RUN)
     with pytest.raises(BackstayError):
-        prepare_sparse(paths, record.dumps(other.manifest), digest=made.manifest.digest, incarnation="i")
-    assert parse_manifest(record.dumps(made.manifest), digest=made.manifest.digest).rank == 0
+        prepare_sparse(paths, json_records.dumps(other.manifest), digest=made.manifest.digest, incarnation="i")
+    assert parse_manifest(json_records.dumps(made.manifest), digest=made.manifest.digest).rank == 0
     assert not paths.staging.exists()

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from backstay.errors import IntegrityError, UsageError
-from backstay.shard import STORAGE_RULES
-from backstay.trainer import packed, state, state_file
+from backstay.format.shard import STORAGE_RULES
+from backstay.trainer.state import json_codec, packing, state_file
 
 DTYPES = sorted(name.removeprefix("torch.") for name in STORAGE_RULES if hasattr(torch, name.removeprefix("torch.")))
 
@@ -57,21 +57,21 @@ leaves = st.one_of(described, st.text(max_size=80), st.integers(), st.none())
 @given(st.dictionaries(st.text(max_size=8), st.one_of(leaves, st.lists(leaves, max_size=3)), max_size=6))
 def test_a_state_of_any_dtypes_and_lengths_comes_back_bit_for_bit(description: dict[str, Any]) -> None:
     value = {key: made_of(leaf) for key, leaf in description.items()}
-    assert state.is_same(round_trip(value), value)
-    made = packed.pack(value, lambda _: None)
-    again = packed.from_file(memoryview(packed.as_file(made)))
-    assert state.is_same(packed.unpack(again, lambda kind, body: None), value)
+    assert json_codec.is_same(round_trip(value), value)
+    made = packing.pack(value, lambda _: None)
+    again = packing.from_file(memoryview(packing.as_file(made)))
+    assert json_codec.is_same(packing.unpack(again, lambda kind, body: None), value)
 
 
 def test_every_dtype_that_is_stored_was_tried() -> None:
     for dtype in DTYPES:
         value = {"a": of_bytes(bytes([1] * 16), dtype)}
-        assert state.is_same(round_trip(value), value), dtype
+        assert json_codec.is_same(round_trip(value), value), dtype
 
 
 OVERWRITTEN = """
 import io, torch
-from backstay.trainer import state_file
+from backstay.trainer.state import state_file
 for dtype in (torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float32):
     for length in range(70):
         value = {"a": torch.ones(length % 7 + 1).to(dtype), "w": torch.ones(5), "text": "x" * length}
@@ -100,7 +100,9 @@ def test_contiguous_conjugated_and_negated_tensors_keep_their_values() -> None:
     assert value["conj"].is_contiguous()
     assert value["neg"].is_neg()
     found = round_trip(value)
-    made = packed.unpack(packed.from_file(memoryview(packed.as_file(packed.pack(value, lambda _: None)))), lambda *_: 0)
+    made = packing.unpack(
+        packing.from_file(memoryview(packing.as_file(packing.pack(value, lambda _: None)))), lambda *_: 0
+    )
     for name, tensor in value.items():
         assert torch.equal(found[name], tensor), name
         assert torch.equal(made[name], tensor), name
@@ -118,7 +120,7 @@ def test_a_dtensor_is_refused_by_name_and_its_memory_is_not_looked_for(group: No
     with pytest.raises(UsageError, match=r"checkpoint\.model\.w is a DTensor.* store its full_tensor\(\)"):
         round_trip(value)
     with pytest.raises(UsageError, match=r"state\.model\.w is a DTensor"):
-        packed.pack(value, lambda _: None)
+        packing.pack(value, lambda _: None)
 
 
 def test_another_file_is_refused() -> None:

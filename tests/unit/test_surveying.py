@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from backstay.ids import SnapshotKey
-from backstayd.core.records import Lineage, Outcome, Quarantined, Unreadable
-from backstayd.core.surveying import why_no_snapshot
-from backstayd.core.verdict import activity_of
+from backstayd.core.inventory.survey import why_no_snapshot
+from backstayd.core.messages.decisions import Lineage, Outcome
+from backstayd.core.messages.durable import Unreadable
+from backstayd.core.messages.plans import Quarantined
+from backstayd.core.status.verdict import activity_of
 from tests.unit.test_persisting import NAMES, RUN, Cluster, persisted
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from backstay import __version__, versions
+from backstay import __version__
 from backstay.errors import ConfigError, IntegrityError
-from backstay.versions import Side, is_readable, is_spoken, why_apart
-from backstayd.core.records import NodeIdentity
+from backstay.format import versions
+from backstay.format.versions import Side, is_readable, is_spoken, why_apart
+from backstayd.core.messages.report import NodeIdentity
 from backstayd.transport.skew import Releases
 from tests.unit.test_contracts import a_manifest, a_plan
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from backstay.capture.filling import Capture, Filler, changed_tensors
+from backstay.capture.fill import Capture, Filler, changed_tensors
 
 _log = logging.getLogger("backstay")
 

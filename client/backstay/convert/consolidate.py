@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from backstay.boxes import Box
-from backstay.convert.boxes import choose_cover, item_bytes, place, stored_box, whole_shape
-from backstay.digest import verify_chunks
+from backstay.convert.assemble import choose_cover, item_bytes, place, stored_box, whole_shape
 from backstay.errors import IntegrityError, SnapshotNotFoundError
-from backstay.manifest import Manifest, TensorEntry
+from backstay.format.boxes import Box
+from backstay.format.digest import verify_chunks
+from backstay.format.manifest import Manifest, TensorEntry
 
 MODEL_PREFIX = "model."
 READ_BYTES = 8 * 1024 * 1024

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from backstay.convert.atomic_files import appearing_whole, leaving_nothing
 from backstay.convert.consolidate import WholeTensor
-from backstay.convert.whole_files import appearing_whole, leaving_nothing
 from backstay.errors import IntegrityError, UsageError
-from backstay.shard import MAX_HEADER_BYTES
+from backstay.format.shard import MAX_HEADER_BYTES
 
 DEFAULT_FILE_BYTES: Final = 5_000_000_000
 INDEX: Final = "model.safetensors.index.json"

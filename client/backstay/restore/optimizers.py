@@ -15,13 +15,14 @@ import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from backstay.errors import IntegrityError
-from backstay.restore.naming import Naming
-from backstay.restore.opened import OpenedSnapshot
-from backstay.restore.private import StateReader
-from backstay.trainer import nested_optimizers, optimizer_state, state
-from backstay.trainer.in_place import is_like
+from backstay.restore.private_state import StateReader
+from backstay.restore.snapshot import OpenedSnapshot
+from backstay.restore.stored_names import Naming
+from backstay.trainer import nested_optimizers, optimizer_state
+from backstay.trainer.held_tensors import Holdings, States, bare_name, optimizer_prefix
 from backstay.trainer.optimizer_state import METADATA_KEY, KeySchema, Values
-from backstay.trainer.sources import Holdings, States, bare_name, optimizer_prefix
+from backstay.trainer.restore_in_place import is_like
+from backstay.trainer.state import json_codec
 
 MAX_CONSULTED: Final = (
     16  # ranks whose hyper-parameters are compared; beyond, as many as hold all of this rank's parameters
@@ -265,9 +266,9 @@ class _One:
         """The value that all ranks have, or a refusal that says which of its keys differs."""
         (first, value), *others = values.items()
         for rank, found in others:
-            if state.is_same(value, found):
+            if json_codec.is_same(value, found):
                 continue
-            keys = [key for key in (*value, *found) if not state.is_same(value.get(key), found.get(key))]
+            keys = [key for key in (*value, *found) if not json_codec.is_same(value.get(key), found.get(key))]
             key = keys[0] if keys else "the order of keys"
             raise IntegrityError(
                 f"optimizer {self._index}, {what}: {key} is {_shown(value.get(key))} on rank {first} of the snapshot, "

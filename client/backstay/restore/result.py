@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from backstay import local
+from backstay.protocol import messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class Loaded:
     fetched_bytes: int = 0
 
 
-def make_result(restored: local.Restored, loaded: Loaded | None, *, seconds: float) -> RestoreResult:
+def make_result(restored: messages.Restored, loaded: Loaded | None, *, seconds: float) -> RestoreResult:
     """The caller's view of a decision and of what was loaded (None: nothing, the run is new)."""
     if loaded is None:
         return RestoreResult(

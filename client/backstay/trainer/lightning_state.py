@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, Final
 
 from backstay.errors import UsageError
-from backstay.trainer.position import Place, Position
+from backstay.trainer.data.data_position import Place, Position
 
 _VERSION: Final = "pytorch-lightning_version"
 

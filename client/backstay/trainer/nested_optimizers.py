@@ -14,8 +14,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from backstay.errors import IntegrityError, UsageError
-from backstay.trainer import state
-from backstay.trainer.in_place import settle
+from backstay.trainer.restore_in_place import settle
+from backstay.trainer.state import json_codec
 
 _TORCH_KEYS: Final = frozenset({"state", "param_groups"})
 _MAX_DEPTH: Final = 3  # of containers in an attribute
@@ -152,7 +152,7 @@ def _is_stateful(value: Any) -> bool:
 
 def _is_same(mine: Any, value: Any) -> bool:
     """Whether the attribute itself is shown, or a copy of plain values."""
-    return mine is value or (not _tensors_in(value) and state.is_same(mine, value))
+    return mine is value or (not _tensors_in(value) and json_codec.is_same(mine, value))
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:

@@ -15,9 +15,10 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from backstay.errors import IntegrityError
-from backstay.trainer import memory, nested_optimizers, state
-from backstay.trainer.in_place import settle
-from backstay.trainer.sources import Holdings, States, optimizer_prefix
+from backstay.trainer import nested_optimizers, raw_memory
+from backstay.trainer.held_tensors import Holdings, States, optimizer_prefix
+from backstay.trainer.restore_in_place import settle
+from backstay.trainer.state import json_codec
 
 METADATA_KEY: Final = "backstay.optimizers"
 
@@ -82,15 +83,15 @@ def read_values(
             if kept and id(key) in names:  # else of a parameter that was replaced: no step reads it again
                 values[names[id(key)]] = kept
         body = {
-            "groups": state.encode(groups, f"{path}.groups", tensors, known),
-            "values": state.encode(values, f"{path}.values", tensors, known),
-            "other": state.encode(other, f"{path}.other", tensors, known),
+            "groups": json_codec.encode(groups, f"{path}.groups", tensors, known),
+            "values": json_codec.encode(values, f"{path}.values", tensors, known),
+            "other": json_codec.encode(other, f"{path}.other", tensors, known),
             "frozen": [names[id(p)] for g in optimizer.param_groups for p in g["params"] if not p.requires_grad],
         }
         if nested_optimizers.has_own_state_dict(optimizer):
             held = {nested_optimizers.address(t) for t in (*(t.local for t in holdings.tensors), *tensors.values())}
             beyond = nested_optimizers.read_beyond(path.removeprefix("~"), optimizer, held)
-            body["beyond"] = state.encode(beyond, f"{path}.beyond", tensors, known)
+            body["beyond"] = json_codec.encode(beyond, f"{path}.beyond", tensors, known)
         encoded.append(body)
     return encoded
 
@@ -136,7 +137,7 @@ def _unusual_strides(name: str, parameter: torch.Tensor, found: Mapping[Any, Any
     for key, value in found.items():
         if isinstance(value, torch.Tensor):
             local = value._local_tensor if isinstance(value, DTensor) else value
-            strides = memory.unusual_strides(local, own if local.shape == own.shape else None)
+            strides = raw_memory.unusual_strides(local, own if local.shape == own.shape else None)
             if strides is not None:
                 listed.append([name, key, strides])
     return listed

@@ -12,24 +12,26 @@ from typing import Final
 
 from backstay import __version__
 from backstay.errors import UsageError
-from backstay.local import DEFAULT_SOCKET, SOCKET_VARIABLE
+from backstay.protocol.messages import DEFAULT_SOCKET, SOCKET_VARIABLE
 from backstayd.app import CommandParser
-from backstayd.cli.plan_arguments import add_arguments as add_plan_arguments
+from backstayd.cli.handover import run_testing
+from backstayd.cli.plan.arguments import add_arguments as add_plan_arguments
 from backstayd.config import parse_size, parse_trust_domain
 
 DEFAULT_COORDINATOR: Final = "127.0.0.1:7070"
 MAX_DAYS: Final = 36_500  # of a certificate
 
 # These take their own arguments: nothing after the name is read here.
-_PASSED_ON: Final = {"demo": "backstayd.cli.demo", "bench": "backstayd.cli.bench"}
+_PASSED_ON: Final = {"demo": "backstay.testing.demo"}
 
-_MODULES: Final = {"import": "import_checkpoint"}  # a module cannot be called by a keyword
+# a module cannot be called by a keyword
+_MODULES: Final = {"import": "import_checkpoint", "doctor": "doctor.command", "plan": "plan.command"}
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run the subcommand that ``argv`` names; raises BackstayError."""
     if argv and argv[0] in _PASSED_ON:
-        return int(importlib.import_module(_PASSED_ON[argv[0]]).run(argv[1:]))
+        return run_testing(_PASSED_ON[argv[0]], argv[1:])
     arguments = _parser().parse_args(argv)
     module = _MODULES.get(arguments.command, arguments.command)
     return int(importlib.import_module(f"backstayd.cli.{module}").run(arguments))
@@ -98,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_certs(commands.add_parser("certs", help=certs, description=certs, allow_abbrev=False))
     # Listed for --help; dispatch() hands them on before this parser sees them.
     commands.add_parser("demo", help="break a real training run and watch it recover", add_help=False)
-    commands.add_parser("bench", help="measure what a snapshot costs, against peers", add_help=False)
     return parser
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from backstayd.cli import coordinator
+from backstayd.cli import client
 from backstayd.cli.tables import as_json
 from backstayd.printable import printable, say
 
 
 def run(arguments: argparse.Namespace) -> int:
-    run_ = coordinator.full_name(arguments)
-    outlook = coordinator.distrust(arguments, run_)
+    run_ = client.full_name(arguments)
+    outlook = client.distrust(arguments, run_)
     if arguments.json:
         say(as_json({"run": run_, "step": arguments.step, "reason": arguments.reason, "outlook": outlook}))
     else:

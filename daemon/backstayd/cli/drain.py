@@ -11,7 +11,7 @@ import time
 from typing import Final
 
 from backstay.errors import UnavailableError
-from backstayd.cli import coordinator
+from backstayd.cli import client
 from backstayd.cli.tables import as_json
 from backstayd.printable import printable, say
 
@@ -38,11 +38,11 @@ def describe(state: str, reason: str, *, undo: bool) -> str:
 
 def _order(arguments: argparse.Namespace) -> tuple[str, str]:
     calls = argparse.Namespace(**vars(arguments) | {"timeout_s": min(CALL_S, arguments.timeout_s)})
-    with coordinator.connect(calls) as client:
+    with client.connect(calls) as coordinator:
         try:
-            return client.drain(arguments.node, undo=arguments.undo)
+            return coordinator.drain(arguments.node, undo=arguments.undo)
         except UnavailableError as error:
-            raise coordinator.unreachable(error) from error
+            raise client.unreachable(error) from error
 
 
 def _wait(arguments: argparse.Namespace) -> tuple[str, str]:

@@ -18,20 +18,23 @@ from typing import Any
 
 from crc32c import crc32c
 
-from backstay import __version__, record
+from backstay import __version__
 from backstay.errors import ERROR_CLASSES, BackstayError, ConfigError, IntegrityError, UsageError
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstay.ids import RunKey, snapshot_id
-from backstay.manifest import CHUNK_BYTES, Manifest
-from backstayd.cli.snapshot_readers import FileBytes, persisted_keys
+from backstayd.cli.shard_readers import FileBytes, persisted_keys
 from backstayd.cli.tables import as_json
 from backstayd.config import format_size
-from backstayd.core.records import Lineage, PersistedSnapshot, VolumeShard
-from backstayd.core.storage_names import RECORD_NAME, run_url, snapshot_url
+from backstayd.core.inventory.durable_names import RECORD_NAME, run_url, snapshot_url
+from backstayd.core.messages.decisions import Lineage
+from backstayd.core.messages.durable import PersistedSnapshot
+from backstayd.core.messages.plans import VolumeShard
+from backstayd.durable.place import open_place
+from backstayd.durable.publish import publish_shard
+from backstayd.durable.verified_source import chunk_range
 from backstayd.printable import say
-from backstayd.storage.place import open_place
-from backstayd.storage.publish import publish_shard
-from backstayd.storage.source import chunk_range
-from backstayd.store.stored import ShardChunks, parse_manifest
+from backstayd.store.record_files import ShardChunks, parse_manifest
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="backstay-import-", dir=arguments.work_dir) as directory:
         summary = _convert(arguments, run_, Path(directory))
         manifests = [
-            record.loads(Manifest, path.read_bytes()) for path in sorted(Path(directory).glob("*.manifest.json"))
+            json_records.loads(Manifest, path.read_bytes()) for path in sorted(Path(directory).glob("*.manifest.json"))
         ]
         found = _record(run_, manifests)
         url = snapshot_url(root, found.key)
@@ -76,7 +79,10 @@ def _convert(arguments: argparse.Namespace, run_: str, directory: Path) -> dict[
     if arguments.model_prefix is not None:
         options += ["--model-prefix", arguments.model_prefix]
     done = subprocess.run(
-        [sys.executable, "-m", "backstay.convert.importing", *options], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "backstay.convert.import_checkpoint", *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     try:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -104,7 +110,7 @@ def _record(run_: str, manifests: list[Manifest]) -> PersistedSnapshot:
         writer=f"backstay {__version__} import",
     )
     identity = snapshot_id(key=found.key, world_size=found.world_size, shard_digests=[row.digest for row in rows])
-    return record.from_json(PersistedSnapshot, record.to_json(found) | {"snapshot_id": identity})
+    return json_records.from_json(PersistedSnapshot, json_records.to_json(found) | {"snapshot_id": identity})
 
 
 def _publish(directory: Path, url: str, found: PersistedSnapshot) -> None:
@@ -118,7 +124,7 @@ def _publish(directory: Path, url: str, found: PersistedSnapshot) -> None:
         with path.open("rb") as file:
             source = _ConvertedShard(file.fileno(), chunks)
             publish_shard(place, rank=chunks.rank, source=source, manifest=raw, mark="import", check=lambda: None)
-    if not place.create(RECORD_NAME, record.dumps(found)):
+    if not place.create(RECORD_NAME, json_records.dumps(found)):
         raise UsageError(f"{url} has a completion record already; import into a new run_id", reason="run_exists")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any, Final
 
-from backstayd.cli.coordinator import get_status
+from backstayd.cli.client import get_status
+from backstayd.cli.status_watch import count_sentence, watch
 from backstayd.cli.tables import as_json, clock_time, table
-from backstayd.cli.watching import count_sentence, watch
 from backstayd.config import format_size
 from backstayd.core.timeline import FREQUENT_KINDS
 from backstayd.printable import printable_values, say

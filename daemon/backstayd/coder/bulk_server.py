@@ -18,7 +18,7 @@ from typing import Final
 
 from crc32c import crc32c
 
-from backstay import __version__, versions
+from backstay import __version__
 from backstay.errors import (
     BackstayError,
     ConfigError,
@@ -27,21 +27,22 @@ from backstay.errors import (
     UnavailableError,
     UsageError,
 )
+from backstay.format import versions
+from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import SnapshotKey
-from backstay.manifest import CHUNK_BYTES
 from backstayd.coder.jobs import CoderEvent, fragment_event, shard_event
-from backstayd.coder.reuse import OlderFragment
-from backstayd.places import Places
+from backstayd.coder.parity.reuse import OlderFragment
+from backstayd.security.connection_limits import Places
 from backstayd.security.credentials import Credentials
 from backstayd.security.refusals import Refusals
 from backstayd.store.fragments import FragmentWriter
 from backstayd.store.paths import RunPaths
 from backstayd.store.published import find_manifest, open_fragment, open_shard
+from backstayd.store.record_files import read_small
 from backstayd.store.staging import StagedShard
-from backstayd.store.stored import read_small
-from backstayd.transport.bulk import FragmentRef
-from backstayd.transport.bulk_tls import accept_channel
-from backstayd.transport.bulk_wire import CRC_BYTES, BulkReply, BulkRequest, Channel, Timeouts, enlarge_buffers
+from backstayd.transport.bulk.client import FragmentRef
+from backstayd.transport.bulk.tls import accept_channel
+from backstayd.transport.bulk.wire import CRC_BYTES, BulkReply, BulkRequest, Channel, Timeouts, enlarge_buffers
 
 logger = logging.getLogger(__name__)
 

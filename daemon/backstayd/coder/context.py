@@ -18,11 +18,11 @@ from typing import Protocol
 from backstay.errors import BackstayError, IntegrityError, UnavailableError
 from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import CoderEvent, Corrupt
-from backstayd.core.records import PersistedSnapshot, Survey
+from backstayd.core.messages.durable import PersistedSnapshot, Survey
 from backstayd.security.credentials import Credentials
 from backstayd.store.paths import RunPaths
-from backstayd.transport.bulk import BulkClient, FragmentRef, ShardRef
-from backstayd.transport.bulk_wire import Timeouts
+from backstayd.transport.bulk.client import BulkClient, FragmentRef, ShardRef
+from backstayd.transport.bulk.wire import Timeouts
 
 logger = logging.getLogger(__name__)
 

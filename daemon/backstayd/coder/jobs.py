@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from backstay import record
 from backstay.errors import IntegrityError
-from backstayd.coder.storage_jobs import STORAGE_JOBS, StorageJob
-from backstayd.core.records import PersistedSnapshot, Plan, Rebuild, Survey
-from backstayd.store.stored import ShardChunks, StoredFragment
+from backstay.format import json_records
+from backstayd.coder.durable.jobs import STORAGE_JOBS, StorageJob
+from backstayd.core.messages.durable import PersistedSnapshot, Survey
+from backstayd.core.messages.plans import Plan, Rebuild
+from backstayd.store.record_files import ShardChunks, StoredFragment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,11 +252,11 @@ class Answer:
 
 def job_request(job_id: int, job: Job) -> bytes:
     """The line that starts ``job``."""
-    return record.dumps(Request(job_id=job_id, kind=type(job).__name__, job=record.to_json(job))) + b"\n"
+    return json_records.dumps(Request(job_id=job_id, kind=type(job).__name__, job=json_records.to_json(job))) + b"\n"
 
 
 def parse_job(request: Request) -> Job:
     """The job of a request line; raises IntegrityError for an unknown kind or a malformed body."""
     if request.kind not in JOB_KINDS:
         raise IntegrityError(f"unknown coder job {request.kind!r}", reason="bad_record")
-    return record.from_json(JOB_KINDS[request.kind], request.job)
+    return json_records.from_json(JOB_KINDS[request.kind], request.job)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from backstay import record
 from backstay.errors import BackstayError, UnavailableError
+from backstay.format import json_records
 from backstayd.coder.jobs import Answer, CoderEvent, Job, JobResult, Request, job_request
 from backstayd.security.credentials import Credentials
 from backstayd.telemetry import logs
@@ -184,7 +184,7 @@ class CoderPool:
 
     def _cancel(self, coder: _Coder, job_id: int) -> None:
         if coder.is_alive and not coder.writer.is_closing():
-            coder.writer.write(record.dumps(Request(job_id=job_id, kind="cancel")) + b"\n")
+            coder.writer.write(json_records.dumps(Request(job_id=job_id, kind="cancel")) + b"\n")
 
     async def _keep(self, place: int) -> None:
         """Read one coder's answers until it dies, then start another after a bounded, growing pause."""
@@ -220,7 +220,7 @@ class CoderPool:
                 line = await coder.reader.readline()
                 if not line:
                     return
-                answer = record.loads(Answer, line)
+                answer = json_records.loads(Answer, line)
             except OSError:
                 return  # it died
             except (ValueError, BackstayError) as error:

@@ -15,14 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from backstay import record
 from backstay.errors import BackstayError, InvariantError
+from backstay.format import json_records
 from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.context import JobContext
-from backstayd.coder.encode import run_encode
-from backstayd.coder.fetch import run_fetch
-from backstayd.coder.fetch_chunks import run_fetch_chunks
-from backstayd.coder.fetch_manifests import run_fetch_manifests
+from backstayd.coder.durable.jobs import (
+    CheckUploaded,
+    MarkSnapshot,
+    PruneSnapshot,
+    StorageJob,
+    SurveyStorage,
+    UploadShard,
+    VerifyPersisted,
+    WriteRecord,
+)
 from backstayd.coder.jobs import (
     Answer,
     CoderEvent,
@@ -39,19 +45,13 @@ from backstayd.coder.jobs import (
     VerifyShard,
     parse_job,
 )
-from backstayd.coder.plans import run_fetch_plan
-from backstayd.coder.rebuild import run_decode
-from backstayd.coder.storage_jobs import (
-    CheckUploaded,
-    MarkSnapshot,
-    PruneSnapshot,
-    StorageJob,
-    SurveyStorage,
-    UploadShard,
-    VerifyPersisted,
-    WriteRecord,
-)
-from backstayd.coder.verify import run_verify_fragment, run_verify_shard
+from backstayd.coder.parity.encode import run_encode
+from backstayd.coder.parity.rebuild import run_decode
+from backstayd.coder.parity.stored_plans import run_fetch_plan
+from backstayd.coder.transfer.fetch import run_fetch
+from backstayd.coder.transfer.fetch_chunks import run_fetch_chunks
+from backstayd.coder.transfer.fetch_manifests import run_fetch_manifests
+from backstayd.coder.transfer.verify import run_verify_fragment, run_verify_shard
 from backstayd.security.credentials import Credentials
 
 logger = logging.getLogger(__name__)
@@ -89,17 +89,17 @@ class CoderServer:
         if is_serving:
             threading.Thread(target=self._bulk.serve, daemon=True, name="bulk-accept").start()
         else:  # of jobs about storage: a world that restores waits for the first
-            importlib.import_module("backstayd.coder.persist")
-            importlib.import_module("backstayd.coder.storage_acts")
-            importlib.import_module("backstayd.coder.fetch_persisted")
-            importlib.import_module("backstayd.coder.verify_persisted")
+            importlib.import_module("backstayd.coder.durable.upload")
+            importlib.import_module("backstayd.coder.durable.shared_changes")
+            importlib.import_module("backstayd.coder.durable.fetch")
+            importlib.import_module("backstayd.coder.durable.verify")
         with contextlib.suppress(OSError), self._control.makefile("rb") as lines:
             for line in lines:
                 self._take(line)
         self._end()
 
     def _take(self, line: bytes) -> None:
-        request = record.loads(Request, line)
+        request = json_records.loads(Request, line)
         if request.kind == "cancel":
             with self._lock:
                 context = self._running.get(request.job_id)
@@ -160,7 +160,7 @@ class CoderServer:
 
     def _answer(self, answer: Answer) -> None:
         with self._write_lock, contextlib.suppress(OSError):  # a daemon that has gone hears nothing
-            self._control.sendall(record.dumps(answer) + b"\n")
+            self._control.sendall(json_records.dumps(answer) + b"\n")
 
     def _end(self) -> None:
         with self._lock:
@@ -195,29 +195,24 @@ def _dispatch(context: JobContext, job: Job) -> None:
 
 
 def _dispatch_storage(context: JobContext, job: StorageJob) -> None:
-    from backstayd.coder import (
-        fetch_persisted,
-        persist,
-        storage_acts,
-        verify_persisted,
-    )  # only a coder that is asked for it loads what stores need
+    from backstayd.coder.durable import fetch, shared_changes, upload, verify
 
     if isinstance(job, UploadShard):
-        persist.run_upload(context, job)
+        upload.run_upload(context, job)
     elif isinstance(job, SurveyStorage):
-        context.survey = persist.run_survey(context, job)
+        context.survey = upload.run_survey(context, job)
     elif isinstance(job, CheckUploaded):
-        storage_acts.run_check(context, job)
+        shared_changes.run_check(context, job)
     elif isinstance(job, WriteRecord):
-        context.persisted = storage_acts.run_record(context, job)
+        context.persisted = shared_changes.run_record(context, job)
     elif isinstance(job, PruneSnapshot):
-        storage_acts.run_prune(context, job)
+        shared_changes.run_prune(context, job)
     elif isinstance(job, MarkSnapshot):
-        storage_acts.run_mark(context, job)
+        shared_changes.run_mark(context, job)
     elif isinstance(job, VerifyPersisted):
-        context.file_id = verify_persisted.run_verify_persisted(context, job)
+        context.file_id = verify.run_verify_persisted(context, job)
     else:
-        fetch_persisted.run_fetch_persisted(context, job)
+        fetch.run_fetch_persisted(context, job)
 
 
 def _failure(job_id: int, error: BackstayError) -> JobResult:

@@ -21,11 +21,12 @@ from backstayd.config import CoordinatorConfig
 from backstayd.coordinator.gauges import Gauges
 from backstayd.coordinator.seat import Seat
 from backstayd.core.coordinator import Coordinator
-from backstayd.core.drains import DrainVerdict
-from backstayd.core.locating import Located
-from backstayd.core.nodes import Liveness
+from backstayd.core.inventory.nodes import Liveness
+from backstayd.core.messages.desired import NodeDesired
+from backstayd.core.messages.report import NodeReport
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import NodeDesired, NodeReport
+from backstayd.core.recover.locate import Located
+from backstayd.core.status.drain_orders import DrainVerdict
 from backstayd.core.timeline import FREQUENT_KINDS, Event
 from backstayd.process import DaemonProcess
 from backstayd.reload import Reloader

@@ -8,12 +8,12 @@ from typing import Final
 
 from backstayd.coordinator.recoveries import RecoveryWatch
 from backstayd.core.coordinator import Coordinator
-from backstayd.core.nodes import Liveness, NodeTable
+from backstayd.core.inventory.nodes import Liveness, NodeTable
+from backstayd.core.messages.report import NodeReport
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import NodeReport
 from backstayd.core.run_state import Evaluation, RunState
 from backstayd.core.timeline import Event
-from backstayd.telemetry.margins import LeastMargin
+from backstayd.telemetry.heartbeat_margin import LeastMargin
 from backstayd.telemetry.metrics import CoordinatorMetrics
 from backstayd.telemetry.metrics.coordinator import PHASES, RUN_PARTS
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from backstayd.core.ledger import farthest_source
-from backstayd.core.nodes import NodeTable
-from backstayd.core.records import Decision
-from backstayd.core.recovery import ACTIVE, Recovery, Stage
+from backstayd.core.inventory.nodes import NodeTable
+from backstayd.core.messages.decisions import Decision
+from backstayd.core.recover.ledger import farthest_source
+from backstayd.core.recover.recovery import ACTIVE, Recovery, Stage
 from backstayd.core.run_state import RunState
 from backstayd.telemetry.metrics import CoordinatorMetrics
 

@@ -11,21 +11,23 @@ from typing import Any
 
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import Generation
-from backstayd.core.catalog import ShapeCache, build_views, take_inventory
-from backstayd.core.door import Seals, admitted, check_node
-from backstayd.core.drains import DrainState, DrainVerdict, order_drain, verdict_of
-from backstayd.core.ledger import ledger_sentence
-from backstayd.core.locating import Located, locate
-from backstayd.core.nodes import NodeState, NodeTable
+from backstayd.core.inventory.catalog import ShapeCache, build_views, take_inventory
+from backstayd.core.inventory.nodes import NodeState, NodeTable
+from backstayd.core.inventory.tombstones import Tombstones
+from backstayd.core.messages.decisions import Base
+from backstayd.core.messages.desired import NodeDesired, Peer
+from backstayd.core.messages.report import NodeReport, SessionPhase
+from backstayd.core.messages.tombstone import Cause, Tombstone
 from backstayd.core.policy import CorePolicy
-from backstayd.core.records import Base, NodeDesired, NodeReport, Peer, SessionPhase
-from backstayd.core.recovery import Stage
+from backstayd.core.recover.ledger import ledger_sentence
+from backstayd.core.recover.locate import Located, locate
+from backstayd.core.recover.recovery import Stage
+from backstayd.core.report_checks import Seals, admitted, check_node
 from backstayd.core.run_state import RunState
 from backstayd.core.sentences import listed
-from backstayd.core.status import status_document
+from backstayd.core.status.document import status_document
+from backstayd.core.status.drain_orders import DrainState, DrainVerdict, order_drain, verdict_of
 from backstayd.core.timeline import Event, Timeline
-from backstayd.core.tombstone import Cause, Tombstone
-from backstayd.core.tombstones import Tombstones
 
 FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease
 MAX_RESETTLE_LEASES = 16

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from backstay.ids import SnapshotKey
-from backstayd.core.catalog import SnapshotView, suspects_of
-from backstayd.core.context import RunContext
-from backstayd.core.footprint import parity_fraction
-from backstayd.core.nodes import Liveness
-from backstayd.core.probation import has_both
-from backstayd.core.records import Peer, Plan, Quarantined, Rebuild, RunDesired, ShardCopy, StorageDesired
-from backstayd.core.recovery import Stage
-from backstayd.core.witnesses import choose_witnesses
+from backstayd.core.inventory.catalog import SnapshotView, suspects_of
+from backstayd.core.inventory.nodes import Liveness
+from backstayd.core.inventory.run_context import RunContext
+from backstayd.core.inventory.witnesses import choose_witnesses
+from backstayd.core.messages.desired import Peer, RunDesired
+from backstayd.core.messages.durable import StorageDesired
+from backstayd.core.messages.plans import Plan, Quarantined, Rebuild, ShardCopy
+from backstayd.core.protect.footprint import parity_fraction
+from backstayd.core.recover.probation import has_both
+from backstayd.core.recover.recovery import Stage
 
 if TYPE_CHECKING:
     from backstayd.core.run_state import Evaluation, RunState

@@ -7,33 +7,35 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backstay.ids import Generation, SnapshotKey
-from backstayd.core.catalog import Inventory, ShapeCache, SnapshotView, build_views, take_inventory
-from backstayd.core.choosing import Memory, choose
-from backstayd.core.context import RunContext, World, find_worlds
-from backstayd.core.draining import Draining
-from backstayd.core.forgetting import Forgetting, lift_if_wrong, made_unix_s, tombstone_of
-from backstayd.core.lag import Lag, Training, behind_sentence
-from backstayd.core.ledger import Accounts
-from backstayd.core.lineage import is_live, live_lineage, newest_decision
-from backstayd.core.missing import Missing
-from backstayd.core.near import near_sentence
-from backstayd.core.nodes import NodeState
+from backstayd.core.durable_uploads import Persisting
+from backstayd.core.end_of_run import Forgetting, lift_if_wrong, made_unix_s, tombstone_of
+from backstayd.core.inventory.absent_ranks import Missing
+from backstayd.core.inventory.catalog import Inventory, ShapeCache, SnapshotView, build_views, take_inventory
+from backstayd.core.inventory.distrust import tainted_views
+from backstayd.core.inventory.lineage import is_live, live_lineage, newest_decision
+from backstayd.core.inventory.nodes import NodeState
+from backstayd.core.inventory.ownership import owner_of, strangers, without
+from backstayd.core.inventory.run_context import RunContext, World, find_worlds
+from backstayd.core.inventory.similar_names import near_sentence
+from backstayd.core.inventory.survey import live_records, stored_views, with_urls
+from backstayd.core.inventory.tombstones import Tombstones
+from backstayd.core.messages.decisions import Decision, Outcome
+from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.report import RunReport, SessionPhase, SessionRecord
+from backstayd.core.messages.tombstone import Cause
 from backstayd.core.orders import Orders, make_orders
-from backstayd.core.ownership import owner_of, strangers, without
-from backstayd.core.pace import Pace
-from backstayd.core.persisting import Persisting
 from backstayd.core.policy import CorePolicy
-from backstayd.core.probation import Probation
-from backstayd.core.protection import Protection
-from backstayd.core.rebuilds import Rebuilds
-from backstayd.core.records import Decision, Outcome, RunDesired, RunReport, SessionPhase, SessionRecord
-from backstayd.core.recovery import Recovery, Say, Stage
-from backstayd.core.retention import abandoned_keys, has_returned, releasable
+from backstayd.core.protect.draining import Draining
+from backstayd.core.protect.interval import Pace
+from backstayd.core.protect.lag import Lag, Training, behind_sentence
+from backstayd.core.protect.protection import Protection
+from backstayd.core.protect.retention import abandoned_keys, has_returned, releasable
+from backstayd.core.recover.choice import Memory, choose
+from backstayd.core.recover.ledger import Accounts
+from backstayd.core.recover.probation import Probation
+from backstayd.core.recover.recovery import Recovery, Say, Stage
+from backstayd.core.running_rebuilds import Rebuilds
 from backstayd.core.sentences import any_nodes, counted, listed
-from backstayd.core.surveying import live_records, stored_views, with_urls
-from backstayd.core.tombstone import Cause
-from backstayd.core.tombstones import Tombstones
-from backstayd.core.trust import tainted_views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,30 +24,31 @@ from backstayd.clock import Clock
 from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.pool import CoderPool
 from backstayd.config import NodeConfig, join_address, split_address
-from backstayd.core.records import NodeDesired, NodeIdentity
+from backstayd.core.messages.desired import NodeDesired
+from backstayd.core.messages.report import NodeIdentity
 from backstayd.node import gauges
-from backstayd.node.bell import Bell
-from backstayd.node.context import LinkState, NodeContext
-from backstayd.node.draining import Drain
+from backstayd.node.drain_state import Drain
+from backstayd.node.durable_coder import StorageCoder
 from backstayd.node.gauges import NodeGauges
 from backstayd.node.health import ready_sentence, status_sentence, watch
-from backstayd.node.listener import listen
-from backstayd.node.offers import Offers
-from backstayd.node.reconcile import Reconciler
+from backstayd.node.node_state import LinkState, NodeContext
+from backstayd.node.reconcile.durable import Storing
+from backstayd.node.reconcile.reconciler import Reconciler
 from backstayd.node.report import Reporter
-from backstayd.node.sessions import Sessions
-from backstayd.node.storage_coder import StorageCoder
-from backstayd.node.storing import Storing
-from backstayd.node.tenants import drop_unused_names
+from backstayd.node.restores.chunks import Offers
+from backstayd.node.signal import Bell
 from backstayd.node.timeline import Timeline
+from backstayd.node.trainers.listener import listen
+from backstayd.node.trainers.sessions import Sessions
+from backstayd.node.trainers.user_limits import drop_unused_names
 from backstayd.process import DaemonProcess
 from backstayd.reload import Reloader
 from backstayd.security.configured import load_credentials
 from backstayd.security.expiry import ExpiryWatch
 from backstayd.security.refusals import Refusals
-from backstayd.store import withdraw
+from backstayd.store import remove
+from backstayd.store.record_files import make_directory
 from backstayd.store.store import Store
-from backstayd.store.stored import make_directory
 from backstayd.telemetry import logs
 from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http
@@ -286,7 +287,7 @@ def _on_link(context: NodeContext, node_gauges: NodeGauges, address: str, *, is_
 def _watch_cordon(name: str, context: NodeContext, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
     """The node drains while its Kubernetes node is cordoned; returns what ends that."""
     try:
-        from backstayd.kubernetes_node import CordonWatch
+        from backstayd.kubernetes_cordon import CordonWatch
     except ImportError as error:
         raise ConfigError(
             f"kubernetes_node = {name} needs the package kubernetes: pip install 'backstay[kubernetes]' ({error})",
@@ -349,7 +350,7 @@ def _look_for_files(context: NodeContext) -> None:
     directory = context.store.memory_dir
     try:
         make_directory(directory)
-        vanished = withdraw.drop_vanished(context.store)
+        vanished = remove.drop_vanished(context.store)
     except (BackstayError, OSError) as error:
         logger.error("cannot look for what should lie in %s: %s", directory, error)
         return

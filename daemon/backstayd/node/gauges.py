@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
-from backstay import local
+from backstay.protocol import messages
+from backstayd.coder.durable.jobs import (
+    CheckUploaded,
+    FetchPersisted,
+    MarkSnapshot,
+    PruneSnapshot,
+    SurveyStorage,
+    UploadShard,
+    VerifyPersisted,
+    WriteRecord,
+)
 from backstayd.coder.jobs import (
     CoderEvent,
     DecodeStripe,
@@ -22,23 +32,13 @@ from backstayd.coder.jobs import (
     VerifyFragment,
     VerifyShard,
 )
-from backstayd.coder.storage_jobs import (
-    CheckUploaded,
-    FetchPersisted,
-    MarkSnapshot,
-    PruneSnapshot,
-    SurveyStorage,
-    UploadShard,
-    VerifyPersisted,
-    WriteRecord,
-)
-from backstayd.node.context import NodeContext
-from backstayd.node.session import Session
-from backstayd.telemetry.margins import LeastMargin
+from backstayd.node.node_state import NodeContext
+from backstayd.node.trainers.session import Session
+from backstayd.telemetry.heartbeat_margin import LeastMargin
 from backstayd.telemetry.metrics import NodeMetrics
 
 if TYPE_CHECKING:
-    from backstayd.node.reconcile import Reconciler
+    from backstayd.node.reconcile.reconciler import Reconciler
 
 MAX_COST_S: Final = 3600.0  # of one message: a trainer that says more is not believed
 MAX_COST_BYTES: Final = 1 << 50
@@ -90,7 +90,7 @@ def note_traffic(metrics: NodeMetrics, event: CoderEvent) -> None:
     metrics.peer_bytes.labels(direction="received").inc(event.received_bytes)
 
 
-def note_cost(metrics: NodeMetrics, run: str, cost: local.TrainerCost | None) -> tuple[float, float]:
+def note_cost(metrics: NodeMetrics, run: str, cost: messages.TrainerCost | None) -> tuple[float, float]:
     """What a trainer says its snapshots cost it since it said so last; an older one says nothing.
 
     Returns how long it was held up, and how much of that it waited for slots and for copying.

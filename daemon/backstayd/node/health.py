@@ -10,8 +10,8 @@ from typing import Final
 
 from backstayd.coder.pool import CoderPool
 from backstayd.config import format_size
-from backstayd.node.context import NodeContext
-from backstayd.node.reconcile import Reconciler
+from backstayd.node.node_state import NodeContext
+from backstayd.node.reconcile.reconciler import Reconciler
 from backstayd.telemetry.health import Health
 
 MAX_NAMED_RUNS: Final = 3

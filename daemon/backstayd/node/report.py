@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 from typing import Any
 
-from backstay import record
-from backstayd.core.records import NodeReport, RunReport
-from backstayd.node import planning
-from backstayd.node.context import NodeContext
-from backstayd.node.reconcile import Reconciler
-from backstayd.node.sessions import Sessions
-from backstayd.node.storing import Storing
+from backstay.format import json_records
+from backstayd.core.messages.report import NodeReport, RunReport
+from backstayd.node.node_state import NodeContext
+from backstayd.node.reconcile import actions
+from backstayd.node.reconcile.durable import Storing
+from backstayd.node.reconcile.reconciler import Reconciler
+from backstayd.node.trainers.sessions import Sessions
 from backstayd.store.index import UNKNOWN_UID, RunIndex
 
 
@@ -51,9 +51,9 @@ class Reporter:
         return {
             "format": 1,
             "role": "node",
-            "node": record.to_json(context.identity),
+            "node": json_records.to_json(context.identity),
             "time_unix_s": context.clock.unix_s(),
-            "generation": record.to_json(store.generation),
+            "generation": json_records.to_json(store.generation),
             "coordinator": {
                 "addresses": context.coordinator_address,
                 **dataclasses.asdict(context.coordinator()),
@@ -76,7 +76,7 @@ class Reporter:
     def _run_report(self, run: str) -> RunReport:
         index = self._context.store.runs.get(run) or RunIndex(run=run)
         view = self._reconciler.view(run)
-        done, total = planning.rebuilt_bytes(view)
+        done, total = actions.rebuilt_bytes(view)
         storage = self._context.run_desired(run).storage
         persisted_step = storage.persisted_step if storage is not None else 0
         return RunReport(
@@ -90,7 +90,7 @@ class Reporter:
             plans=tuple(plan for _, plan in sorted(index.plans.items())),
             fragments=tuple(sorted(index.fragments, key=lambda f: (f.plan_id, f.stripe, f.index))),
             decision=index.decision,
-            staging=planning.staging_of(view),
+            staging=actions.staging_of(view),
             quarantined=(*index.quarantined.values(), *self._reconciler.bad_sources.marks(run)),
             failed_plans=tuple(self._reconciler.failed_plans.get(run, ())),
             survey=self._storing.survey(run),
@@ -130,11 +130,11 @@ class Reporter:
                 }
                 for session in self._sessions.of_run(run)
             ],
-            "shards": [record.to_json(held.record) for _, held in sorted(index.shards.items())],
-            "fragments": [record.to_json(f) | {"size_bytes": size} for f, size in sorted_fragments(index)],
+            "shards": [json_records.to_json(held.record) for _, held in sorted(index.shards.items())],
+            "fragments": [json_records.to_json(f) | {"size_bytes": size} for f, size in sorted_fragments(index)],
             "plans": sorted(index.plans),
-            "reshard": record.to_json(context.offers.totals(run)),
-            "uploads": [record.to_json(upload) for upload in self._storing.uploads(run)],
+            "reshard": json_records.to_json(context.offers.totals(run)),
+            "uploads": [json_records.to_json(upload) for upload in self._storing.uploads(run)],
             "slots": [
                 {
                     "rank": slot.rank,
@@ -145,7 +145,7 @@ class Reporter:
                 for _, slot in sorted(index.slots.items())
             ],
             "quarantined": [
-                record.to_json(entry)
+                json_records.to_json(entry)
                 for entry in (*index.quarantined.values(), *self._reconciler.bad_sources.marks(run))
             ],
         }

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from backstay import record
 from backstay.errors import IntegrityError, UnavailableError
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import SnapshotKey
-from backstay.manifest import CHUNK_BYTES
 from backstayd.store.paths import RunPaths
-from backstayd.store.stored import (
+from backstayd.store.record_files import (
     StoredFragment,
     create_exclusively,
     storage_error,
@@ -99,7 +99,7 @@ class FragmentWriter:
             self._temporary.rename(self._path)
         except OSError as error:
             raise storage_error(self._path, error) from error
-        write_atomically(self._record_path, record.dumps(self._record), incarnation=self._incarnation)
+        write_atomically(self._record_path, json_records.dumps(self._record), incarnation=self._incarnation)
         return self._record
 
     def abort(self) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from backstay.errors import InvariantError
 from backstay.ids import SnapshotKey
-from backstayd.core.records import Decision, Distrusted, FragmentRecord, Plan, Quarantined, ShardRecord
-from backstayd.store.holder import HolderRecord
+from backstayd.core.messages.decisions import Decision, Distrusted
+from backstayd.core.messages.plans import FragmentRecord, Plan, Quarantined, ShardRecord
+from backstayd.store.slot_holder import HolderRecord
 
 UNKNOWN_UID = -1
 

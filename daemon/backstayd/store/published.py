@@ -16,13 +16,13 @@ from pathlib import Path
 
 from crc32c import crc32c
 
-from backstay import record
 from backstay.errors import IntegrityError, SnapshotNotFoundError
+from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import SnapshotKey
-from backstay.manifest import CHUNK_BYTES
-from backstayd.core.records import Plan
+from backstayd.core.messages.plans import Plan
 from backstayd.store.paths import RunPaths
-from backstayd.store.stored import (
+from backstayd.store.record_files import (
     ShardChunks,
     StoredFragment,
     StoredPlan,
@@ -61,7 +61,7 @@ def open_fragment(
     record_path = paths.fragment_record(key, plan_id, stripe=stripe, index=index)
     read_small(record_path)
     with _open_locked(path) as fd:
-        stored = record.loads(StoredFragment, read_small(record_path))
+        stored = json_records.loads(StoredFragment, read_small(record_path))
         _check_same_file(path, fd, size_bytes=stored.size_bytes)
         yield fd, stored
 
@@ -93,7 +93,7 @@ def find_manifest(paths: RunPaths, key: SnapshotKey, *, rank: int, world_size: i
 
 @functools.lru_cache(maxsize=8)
 def _manifests_of_plan(path: Path, _version: tuple[int, ...]) -> dict[str, bytes]:
-    stored = record.loads(StoredPlan, read_small(path))
+    stored = json_records.loads(StoredPlan, read_small(path))
     raws = map(canonical_bytes, stored.manifests)
     return {hashlib.sha256(raw).hexdigest(): raw for raw in raws}
 
@@ -104,7 +104,7 @@ def read_plan(paths: RunPaths, plan: Plan) -> tuple[StoredPlan, dict[str, ShardC
     Raises:
         SnapshotNotFoundError: it is not stored here. IntegrityError: it is damaged.
     """
-    stored = record.loads(StoredPlan, read_small(paths.plan(plan.key, plan.plan_id)))
+    stored = json_records.loads(StoredPlan, read_small(paths.plan(plan.key, plan.plan_id)))
     if stored.plan != plan:
         raise IntegrityError(f"stored plan {plan.plan_id[:8]} is not the plan of that id", reason="bad_plan")
     return stored, stored.chunks_by_digest()

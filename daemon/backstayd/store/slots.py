@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backstay import faults, record
+from backstay import faults
 from backstay.errors import CapacityError, InvariantError, UsageError
+from backstay.format import json_records
+from backstay.format.manifest import Manifest
 from backstay.ids import SnapshotKey
-from backstay.manifest import Manifest
-from backstayd.core.footprint import parity_room
-from backstayd.core.records import ShardRecord
-from backstayd.store.header import check_header
-from backstayd.store.holder import Holder, HolderRecord
+from backstayd.core.messages.plans import ShardRecord
+from backstayd.core.protect.footprint import parity_room
+from backstayd.store.adopt import check_size, slot_id_of
+from backstayd.store.header_check import check_header
 from backstayd.store.index import HeldShard, RunIndex, Slot
-from backstayd.store.scan import check_size, slot_id_of
-from backstayd.store.stored import canonical_bytes, make_directory, write_atomically
+from backstayd.store.record_files import canonical_bytes, make_directory, write_atomically
+from backstayd.store.slot_holder import Holder, HolderRecord
 
 if TYPE_CHECKING:
     from backstayd.store.store import Store
@@ -201,7 +202,7 @@ class Slots:
             IntegrityError: size, holes, header or identity contradict the manifest. UsageError: the step exists already.
         """
         index, paths = self._store.index(grant.run), self._store.paths(grant.run)
-        manifest = record.from_json(Manifest, manifest_json)
+        manifest = json_records.from_json(Manifest, manifest_json)
         check(manifest)
         manifest.check()
         raw = canonical_bytes(manifest_json)
@@ -355,7 +356,9 @@ class Slots:
     def _grant(self, index: RunIndex, slot: Slot, *, step: int, holder: HolderRecord) -> Grant:
         paths = self._store.paths(index.run)
         if index.holders.get(slot.slot_id) != holder:
-            write_atomically(paths.holder(slot.slot_id), record.dumps(holder), incarnation=self._store.incarnation)
+            write_atomically(
+                paths.holder(slot.slot_id), json_records.dumps(holder), incarnation=self._store.incarnation
+            )
             index.holders[slot.slot_id] = holder
         path = paths.slot(slot.rank, slot.number)
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from backstay.errors import IntegrityError, UnavailableError
 from backstayd.store.paths import RunPaths
-from backstayd.store.stored import (
+from backstayd.store.record_files import (
     ShardChunks,
     make_directory,
     parse_manifest,

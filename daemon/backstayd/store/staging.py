@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from crc32c import crc32c
 
-from backstay import record
 from backstay.errors import IntegrityError, SnapshotNotFoundError, UnavailableError
-from backstay.manifest import Manifest
-from backstayd.core import geometry
-from backstayd.core.records import Plan
+from backstay.format import json_records
+from backstay.format.manifest import Manifest
+from backstayd.core.inventory import geometry
+from backstayd.core.messages.plans import Plan
 from backstayd.store.paths import RunPaths
-from backstayd.store.stored import (
+from backstayd.store.record_files import (
     ShardChunks,
     make_directory,
     parse_manifest,
@@ -34,7 +34,7 @@ def prepare_staging(paths: RunPaths, manifest: Manifest | bytes, *, digest: str,
     Raises:
         CapacityError: tmpfs has no room (``no_space``). IntegrityError: ``manifest`` does not have that digest.
     """
-    raw = manifest if isinstance(manifest, bytes) else record.dumps(manifest)
+    raw = manifest if isinstance(manifest, bytes) else json_records.dumps(manifest)
     chunks = parse_manifest(raw, digest=digest)
     make_directory(paths.staging)
     part = paths.staged(chunks.rank, chunks.world_size, digest)

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from backstay import record
 from backstay.errors import (
     BackstayError,
     CapacityError,
@@ -26,13 +25,12 @@ from backstay.errors import (
     UnavailableError,
     UsageError,
 )
+from backstay.format import json_records
 from backstay.ids import Generation, RunKey
-from backstayd.core.records import Decision, Distrusted
-from backstayd.core.tombstone import Tombstone, trimmed
-from backstayd.store import room
-from backstayd.store.index import UNKNOWN_UID, RunIndex
-from backstayd.store.paths import RunPaths
-from backstayd.store.scan import (
+from backstayd.core.messages.decisions import Decision, Distrusted
+from backstayd.core.messages.tombstone import Tombstone, trimmed
+from backstayd.store import limits
+from backstayd.store.adopt import (
     FORGOTTEN_NAME,
     GENERATION_NAME,
     LOCK_NAME,
@@ -44,8 +42,10 @@ from backstayd.store.scan import (
     QuarantineRecord,
     scan,
 )
+from backstayd.store.index import UNKNOWN_UID, RunIndex
+from backstayd.store.paths import RunPaths
+from backstayd.store.record_files import make_directory, read_small, write_atomically
 from backstayd.store.slots import Slots
-from backstayd.store.stored import make_directory, read_small, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Store:
         try:
             is_there = os.stat(self.memory_dir).st_dev == os.fstat(self._lock_fd).st_dev
         except FileNotFoundError:  # deleted on its file system: that is made again
-            is_there = os.stat(room.existing_parent(self.memory_dir)).st_dev == os.fstat(self._lock_fd).st_dev
+            is_there = os.stat(limits.existing_parent(self.memory_dir)).st_dev == os.fstat(self._lock_fd).st_dev
         except OSError:
             is_there = False
         if is_there:
@@ -155,14 +155,16 @@ class Store:
     def write_owner(self, run: str, uid: int) -> None:
         """Keep whose run it is; survives this daemon."""
         make_directory(self.paths(run).root)
-        write_atomically(self.paths(run).owner, record.dumps(Owner(uid=uid)), incarnation=self.incarnation)
+        write_atomically(self.paths(run).owner, json_records.dumps(Owner(uid=uid)), incarnation=self.incarnation)
 
     def admit_generation(self, generation: Generation) -> bool:
         """Whether ``generation`` may be obeyed; a higher one is remembered across restarts."""
         if not self.generation.admits(generation) or not generation.is_possible:
             return False
         if generation != self.generation:
-            write_atomically(self.memory_dir / GENERATION_NAME, record.dumps(generation), incarnation=self.incarnation)
+            write_atomically(
+                self.memory_dir / GENERATION_NAME, json_records.dumps(generation), incarnation=self.incarnation
+            )
             self.generation = generation
         return True
 
@@ -171,7 +173,7 @@ class Store:
         index = self.index(decision.run)
         make_directory(self.paths(decision.run).root)
         path = self.paths(decision.run).decision
-        write_atomically(path, record.dumps(decision), incarnation=self.incarnation)
+        write_atomically(path, json_records.dumps(decision), incarnation=self.incarnation)
         index.decision, index.recorded_unix_s = decision, path.stat().st_mtime
 
     def record_distrust(self, run: str, distrusted: tuple[Distrusted, ...]) -> bool:
@@ -180,7 +182,7 @@ class Store:
         if index.distrusted == distrusted:
             return False
         make_directory(self.paths(run).root)
-        raw = record.dumps(Distrust(snapshots=distrusted))
+        raw = json_records.dumps(Distrust(snapshots=distrusted))
         write_atomically(self.paths(run).distrusted, raw, incarnation=self.incarnation)
         index.distrusted = distrusted
         return True
@@ -203,7 +205,7 @@ class Store:
         kept = trimmed(tombstones.values(), now_unix_s=time.time())
         if kept == tuple(self.tombstones.values()):
             return False
-        raw = record.dumps(Forgotten(tombstones=kept))
+        raw = json_records.dumps(Forgotten(tombstones=kept))
         write_atomically(self.memory_dir / FORGOTTEN_NAME, raw, incarnation=self.incarnation)
         self.tombstones = {one.run: one for one in kept}
         return True
@@ -276,7 +278,7 @@ class Store:
 
     def require_quota(self) -> None:
         """Raise ConfigError if the quota is more than tmpfs and cgroup can ever hold: nothing was taken yet."""
-        room.require_quota(self._limits(), self.quota_bytes)
+        limits.require_quota(self._limits(), self.quota_bytes)
 
     def require_share(self, index: RunIndex, wanted_bytes: int) -> None:
         """Raise CapacityError if the run's user would hold more than ``user_quota_bytes``."""
@@ -322,9 +324,9 @@ class Store:
             if slot is None or slot.slot_id != slot_id:
                 raise InvariantError(f"grant {grant} is of a slot that is not there")
 
-    def _limits(self) -> tuple[room.Limit, ...]:
+    def _limits(self) -> tuple[limits.Limit, ...]:
         used = self.used_bytes - self.slots.pending_bytes - self.fetching_bytes
-        return room.limits(
+        return limits.limits(
             self.memory_dir, quota_bytes=self.quota_bytes, used_bytes=used, cgroup_root=self._cgroup_root
         )
 
@@ -332,7 +334,7 @@ class Store:
         path = self.memory_dir / GENERATION_NAME
         if path.exists():
             try:
-                generation = record.loads(Generation, read_small(path))
+                generation = json_records.loads(Generation, read_small(path))
                 if not generation.is_possible:
                     raise IntegrityError(f"generation {generation.number} is out of range", reason="bad_record")
                 self.generation = generation
@@ -359,7 +361,7 @@ class Store:
         path = self.memory_dir / FORGOTTEN_NAME
         if path.exists():
             try:
-                self.tombstones = {one.run: one for one in record.loads(Forgotten, read_small(path)).tombstones}
+                self.tombstones = {one.run: one for one in json_records.loads(Forgotten, read_small(path)).tombstones}
             except BackstayError as error:
                 logger.error("%s is not used: %s; other nodes keep the same", path, error)
                 remove(path)
@@ -391,7 +393,7 @@ class Store:
         make_directory(paths.quarantine)
         name = f"{len(index.quarantined):04d}-{finding.path.name}.json"
         bad = QuarantineRecord(quarantined=finding.quarantined, commit_record=kept.decode(errors="replace"))
-        write_atomically(paths.quarantine / name, record.dumps(bad), incarnation=self.incarnation)
+        write_atomically(paths.quarantine / name, json_records.dumps(bad), incarnation=self.incarnation)
         index.quarantined[name] = finding.quarantined
         self.corrupt_count += 1
         while len(index.quarantined) > MAX_QUARANTINE_RECORDS:
@@ -436,14 +438,14 @@ def remove_empty(directory: Path) -> None:
 
 def _lock(memory_dir: Path, must_be_tmpfs: bool) -> int:
     if must_be_tmpfs:
-        room.require_tmpfs(memory_dir, room.existing_parent(memory_dir))
+        limits.require_tmpfs(memory_dir, limits.existing_parent(memory_dir))
     try:
         make_directory(memory_dir)
-        room.require_usable(memory_dir, memory_dir.absolute())
+        limits.require_usable(memory_dir, memory_dir.absolute())
         os.chmod(memory_dir, 0o700)
         fd = os.open(memory_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise room.unusable(memory_dir, error.strerror or str(error)) from error
+        raise limits.unusable(memory_dir, error.strerror or str(error)) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -452,6 +454,6 @@ def _lock(memory_dir: Path, must_be_tmpfs: bool) -> int:
             f"memory directory {memory_dir} belongs to another running daemon; one daemon per directory",
             reason="directory_in_use",
         ) from None
-    if not must_be_tmpfs and not room.is_tmpfs(memory_dir):
+    if not must_be_tmpfs and not limits.is_tmpfs(memory_dir):
         logger.warning("memory directory %s is not on a tmpfs: snapshots would be written to a disk", memory_dir)
     return fd

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 
 from backstay.errors import BackstayError, ConfigError
 from backstayd.config import split_address
-from backstayd.places import Places
+from backstayd.security.connection_limits import Places
 from backstayd.security.credentials import Credentials
 from backstayd.security.sockets import drop_incoming
 from backstayd.telemetry.routes import Reply, Route, text_reply

@@ -21,7 +21,11 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from backstay.errors import IntegrityError, InvariantError
-from backstayd.core.records import Decision, NodeDesired, NodeReport, Plan, RunDesired, RunReport, StorageDesired
+from backstayd.core.messages.decisions import Decision
+from backstayd.core.messages.desired import NodeDesired, RunDesired
+from backstayd.core.messages.durable import StorageDesired
+from backstayd.core.messages.plans import Plan
+from backstayd.core.messages.report import NodeReport, RunReport
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,12 @@ from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 
-from backstay import record
 from backstay.errors import BackstayError, ConfigError, InvariantError
-from backstayd.core.drains import DrainVerdict
-from backstayd.core.locating import Located
-from backstayd.core.records import NodeDesired, NodeReport
+from backstay.format import json_records
+from backstayd.core.messages.desired import NodeDesired
+from backstayd.core.messages.report import NodeReport
+from backstayd.core.recover.locate import Located
+from backstayd.core.status.drain_orders import DrainVerdict
 from backstayd.security.credentials import Credentials
 from backstayd.security.handshakes import Handshakes
 from backstayd.security.refusals import Refusals
@@ -281,7 +282,7 @@ class _OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         located = await self._do(
             context, "Locate", request.run, lambda: self._backend.locate(request.run, request.step)
         )
-        return operator_pb2.LocateResponse(document_json=record.dumps(located).decode())
+        return operator_pb2.LocateResponse(document_json=json_records.dumps(located).decode())
 
     async def _do(self, context: Any, verb: str, about: str, call: Callable[[], Answer]) -> Answer:
         """What ``call`` answers; an error of it ends the call. Either way there is a line about it."""

@@ -19,7 +19,8 @@ import grpc
 from backstay.errors import BackstayError
 from backstayd.clock import boot_s
 from backstayd.config import split_address
-from backstayd.core.records import NodeDesired, NodeReport
+from backstayd.core.messages.desired import NodeDesired
+from backstayd.core.messages.report import NodeReport
 from backstayd.security import probe
 from backstayd.security.credentials import Credentials
 from backstayd.transport import convert, delta, errors

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from backstay.errors import ConfigError
-from backstayd.core.records import NodeIdentity
+from backstayd.core.messages.report import NodeIdentity
 
 
 @dataclass(slots=True)

@@ -12,10 +12,10 @@ from typing import Any, Final, Self
 
 import grpc
 
-from backstay import record
 from backstay.errors import BackstayError, ConfigError, IntegrityError, UnavailableError
+from backstay.format import json_records
 from backstayd.config import split_address
-from backstayd.core.locating import Located
+from backstayd.core.recover.locate import Located
 from backstayd.security import probe
 from backstayd.security.credentials import Credentials
 from backstayd.transport import errors
@@ -76,7 +76,7 @@ class OperatorClient:
         """Where the shards of a complete snapshot are; 0: the newest. Raises what the coordinator answers."""
         request = operator_pb2.LocateRequest(run=run, step=step)
         response = self._call("Locate", request, asked=f"find step {step or 'newest'} of {run}")
-        return record.loads(Located, response.document_json)
+        return json_records.loads(Located, response.document_json)
 
     def close(self) -> None:
         """Close the channels; idempotent."""

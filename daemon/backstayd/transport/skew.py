@@ -5,10 +5,11 @@ Refuses by name; must not look at anything but names and versions.
 
 from __future__ import annotations
 
-from backstay import __version__, versions
+from backstay import __version__
 from backstay.errors import ConfigError
-from backstay.versions import Side, why_apart
-from backstayd.core.records import NodeIdentity
+from backstay.format import versions
+from backstay.format.versions import Side, why_apart
+from backstayd.core.messages.report import NodeIdentity
 
 
 class Releases:

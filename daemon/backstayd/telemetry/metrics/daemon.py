@@ -13,7 +13,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 
-from backstay import versions
+from backstay.format import versions
 from backstayd.telemetry.metrics.registry import Declared, Registry
 
 HASH_DIGITS: Final = 12

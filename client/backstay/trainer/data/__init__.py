@@ -1,0 +1,1 @@
+"""Data loaders: which batch comes next, and how a restarted pass goes on there."""

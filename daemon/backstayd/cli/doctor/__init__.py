@@ -1,0 +1,1 @@
+"""`backstay doctor`: checks of machine, software and daemons."""

@@ -1,0 +1,1 @@
+"""`backstay plan`: which protection a cluster and a job need."""

@@ -1,0 +1,1 @@
+"""Jobs on durable storage: upload, fetch, verify, and changes of what others share."""

@@ -1,0 +1,1 @@
+"""Jobs on stripes: encode, rebuild, reuse of parity."""

@@ -1,0 +1,1 @@
+"""Jobs on shards of peers and of this node: fetch, verify."""

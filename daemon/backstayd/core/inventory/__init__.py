@@ -1,0 +1,1 @@
+"""What exists where: nodes, snapshots, owners, tombstones, durable copies. Decides nothing."""

@@ -1,0 +1,127 @@
+"""Which snapshots are not to be restored again although their bytes verify, and how often one was restored in vain. Pure.
+
+A snapshot that led to NaN spoils what was trained from it. Must not delete anything: retention does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from backstay.ids import SnapshotKey
+from backstayd.core.inventory.catalog import SnapshotView
+from backstayd.core.inventory.nodes import NodeState
+from backstayd.core.messages.decisions import Decision, Distrusted, Lineage
+
+MAX_DISTRUSTED = 64  # per run; the oldest go
+MAX_REASON = 500  # characters; it travels in every report
+
+
+@dataclass(slots=True)
+class Trust:
+    """What nobody should restore. Invariant: a snapshot is never in ``own`` and ``cleared`` at once.
+
+    ``own``: said here (by the gate, by an operator) and not yet by every node. ``cleared``: an operator trusts them again, and
+    nodes may not have heard.
+    """
+
+    own: dict[str, Distrusted] = field(default_factory=dict)
+    cleared: set[str] = field(default_factory=set)
+    is_loop_cleared: bool = False  # the next restore counts as the first
+    last_reason: str = ""  # why the newest world ended, as far as is known
+
+    def add(self, distrusted: Distrusted) -> None:
+        self.cleared.discard(distrusted.snapshot_id)
+        self.own[distrusted.snapshot_id] = distrusted
+
+    def clear(self, known: Iterable[Distrusted]) -> None:
+        """Trust everything again and begin to count anew."""
+        self.cleared |= {distrusted.snapshot_id for distrusted in known} | set(self.own)
+        self.own.clear()
+        self.is_loop_cleared = True
+        self.last_reason = ""
+
+    def begin_world(self) -> None:
+        """A world goes on with a decision: what was said of the one before is over."""
+        self.is_loop_cleared, self.last_reason = False, ""
+
+    def note_end(self, reason: str) -> None:
+        """A world is failing; the first thing that is known of it is kept."""
+        self.last_reason = self.last_reason or reason[:MAX_REASON]
+
+    def united(self, run: str, nodes: Iterable[NodeState], marks: Iterable[Distrusted] = ()) -> tuple[Distrusted, ...]:
+        """What any node, durable storage (``marks``) or this coordinator distrusts, oldest first, bounded."""
+        found = dict(self.own)
+        named = set()
+        reports = [node.runs[run] for node in sorted(nodes, key=lambda node: node.name) if run in node.runs]
+        for distrusted in (*(item for report in reports for item in report.distrusted), *marks):
+            named.add(distrusted.snapshot_id)
+            if distrusted.snapshot_id not in self.cleared:
+                found.setdefault(distrusted.snapshot_id, distrusted)
+        self.cleared &= named  # every node has heard: said again, it counts again
+        ordered = sorted(found.values(), key=lambda item: (item.attempt, item.step, item.snapshot_id))
+        return tuple(ordered[-MAX_DISTRUSTED:])
+
+
+def tainted_views(
+    views: Iterable[SnapshotView], lineage: Sequence[Lineage], distrusted: Sequence[Distrusted]
+) -> dict[SnapshotKey, str]:
+    """Why each of ``views`` must not be restored; those that may are left out."""
+    found: dict[SnapshotKey, str] = {}
+    for view in views if distrusted else ():
+        reason = why_tainted(view.key, view.snapshot_id, lineage, distrusted)
+        if reason:
+            found[view.key] = reason
+    return found
+
+
+def why_tainted(
+    key: SnapshotKey, snapshot_id: str, lineage: Sequence[Lineage], distrusted: Iterable[Distrusted]
+) -> str:
+    """Why the snapshot ``key`` must not be restored: it is distrusted, or was trained from one that is; "" if it may be."""
+    ways = _way_back(key, lineage)
+    for item in distrusted:
+        if item.snapshot_id == snapshot_id:
+            return f"it is distrusted ({item.reason})"
+        step = ways.get(item.attempt)
+        if step is not None and (step > item.step or (item.attempt != key.attempt and step == item.step)):
+            return (
+                f"it was trained from step {item.step} of attempt {item.attempt}, which is distrusted ({item.reason})"
+            )
+    return ""
+
+
+def _way_back(key: SnapshotKey, lineage: Sequence[Lineage]) -> dict[int, int]:
+    """Each attempt that ``key`` goes back to, and up to which of its steps."""
+    entries = {entry.attempt: entry for entry in lineage}
+    ways = {key.attempt: key.step}
+    entry = entries.get(key.attempt)
+    while entry is not None and entry.base_attempt > 0 and entry.base_attempt not in ways:
+        ways[entry.base_attempt] = entry.base_step
+        entry = entries.get(entry.base_attempt)
+    return ways
+
+
+def count_tries(head: Decision | None, base_id: str, *, newest: SnapshotKey | None, trust: Trust) -> int:
+    """Decisions in a row that restored ``base_id``, with nothing newer made between them.
+
+    Args:
+        head: The newest recorded decision.
+        newest: The newest snapshot of which every shard was seen at once.
+    """
+    if trust.is_loop_cleared or head is None or head.base is None or head.base.snapshot_id != base_id:
+        return 0
+    if newest is not None and newest.attempt == head.attempt:
+        return 0
+    return head.tries + 1
+
+
+def loop_message(run: str, step: int, tries: int, last_reason: str) -> str:
+    """Why a run that restores the same step again and again is stopped, and what can be done."""
+    reason = f"; what ended the last one: {last_reason}" if last_reason else ""
+    return (
+        f"{run} restored step {step} {tries} times in a row without a newer snapshot{reason}. It stops here, because another "
+        f"restart would end as these did. Find the cause first; then `backstay trust {run}` begins to count anew, "
+        f"`backstay distrust {run} {step} --reason ...` has the next older step restored, and restore_loop_limit of the "
+        "coordinator allows more"
+    )

@@ -1,0 +1,1 @@
+"""Message types exchanged between daemons and the coordinator: frozen values only."""

@@ -1,0 +1,1 @@
+"""Which snapshots are taken, encoded, kept and moved."""

@@ -1,0 +1,136 @@
+"""Which snapshots may go. Pure.
+
+A protected snapshot is never given up before another is as well protected now, and nothing that a decision left behind is
+deleted before a trainer has returned with that decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from backstay.ids import SnapshotKey
+from backstayd.core.inventory.catalog import SnapshotView
+from backstayd.core.inventory.run_context import RunContext
+from backstayd.core.messages.decisions import Decision
+from backstayd.core.messages.report import SessionPhase, SessionRecord
+
+
+def releasable(
+    views: Sequence[SnapshotView],
+    *,
+    live: Collection[int],
+    dead: Collection[int],
+    keep: int,
+    target: int,
+    abandoned: Collection[SnapshotKey],
+    tainted: Collection[SnapshotKey] = (),
+    held: Collection[SnapshotKey] = (),
+    left: Callable[[SnapshotView], int] | None = None,
+) -> dict[int, str]:
+    """Which of ``views`` (newest first) may be released, by index, and why.
+
+    Args:
+        live: indexes of the views that belong to the live history.
+        dead: indexes of the views that a decision has left behind; they can never be restored again.
+        keep: how many snapshots that protect are held.
+        target: the spares that new snapshots reach. Where a job has shrunk, no more can be asked of the newer one.
+        abandoned: steps that can never become complete, because a rank went past them without a shard.
+        tainted: distrusted ones: for a sound one they are no substitute.
+        held: never released: what was restored and is still on probation.
+        left: spares that are left of a snapshot once the nodes that leave have stopped; None: none leaves. One that
+            survives that is not given up for one that does not.
+    """
+    chosen: dict[int, str] = {}
+    count_left = left or (lambda view: view.spares)
+    for index, view in enumerate(views):
+        if index in dead:
+            reason = _why_release_dead(views, index, live=live, dead=dead, target=target, count_left=count_left)
+        elif index not in live:
+            continue
+        elif view.key in abandoned and not view.is_restorable:
+            reason = "a rank went past it without a snapshot"
+        else:
+            is_tainted = view.key in tainted
+            others = [
+                (place < index, other)
+                for place, other in enumerate(views)
+                if place != index and place in live and other.is_restorable
+                and (is_tainted or not view.is_restorable or other.key not in tainted)
+                and count_left(other) >= min(count_left(view), target)
+            ]  # fmt: skip
+            reason = _why_release_live(
+                view,
+                newer=[other for is_newer, other in others if is_newer],
+                older=[other for is_newer, other in others if not is_newer],
+                keep=keep if view.is_restorable and not is_tainted else 1,
+                target=target if view.is_restorable else 0,
+            )
+        if reason and view.key not in held:
+            chosen[index] = reason
+    return chosen
+
+
+def _why_release_live(
+    view: SnapshotView, *, newer: Sequence[SnapshotView], older: Sequence[SnapshotView], keep: int, target: int
+) -> str:
+    """One that has lost spares goes for a newer one in full if ``keep`` others are worth as much; it would only fill slots."""
+    best = next((other for other in newer if other.spares >= target), None)
+    good = [other for other in newer if other.spares >= min(view.spares, target)]
+    if view.spares < target:
+        good += [other for other in older if other.spares >= target]
+    return f"step {best.key.step} is as well protected ({best.spares} spares)" if best and len(good) >= keep else ""
+
+
+def _why_release_dead(
+    views: Sequence[SnapshotView],
+    index: int,
+    *,
+    live: Collection[int],
+    dead: Collection[int],
+    target: int,
+    count_left: Callable[[SnapshotView], int],
+) -> str:
+    """The best of the dead goes when a live one protects as well; the others only fill slots."""
+    view = views[index]
+    if not view.is_restorable:
+        return "its history ended, and shards of it are missing"
+    for place, other in enumerate(views):
+        if count_left(other) < min(count_left(view), target):
+            continue
+        if place in live and other.is_restorable and other.spares >= min(view.spares, target):
+            return f"its history ended; step {other.key.step} is as well protected"
+        if place in dead and (other.spares > view.spares or (other.spares == view.spares and place < index)):
+            return f"its history ended, and so did that of step {other.key.step}, which is as well protected"
+    return ""
+
+
+def abandoned_keys(
+    views: Sequence[SnapshotView], *, attempt: int, sessions: Mapping[int, SessionRecord], present: Collection[str]
+) -> set[SnapshotKey]:
+    """Steps of ``attempt`` that some rank of the running world passed, or skipped, and whose shard nobody holds.
+
+    Not one that was encoded and of which a member is not ``present``: with what that one holds it may be whole again.
+    """
+    found = set()
+    for view in views:
+        members = {member.node for state in view.plans for member in state.plan.members}
+        if view.key.attempt != attempt or view.is_restorable or not members <= set(present):
+            continue
+        for rank, session in sessions.items():
+            is_lacking = rank < view.world_size and not view.holders.get(rank)
+            if not is_lacking or session.phase is not SessionPhase.TRAINING:
+                continue
+            if session.last_step > view.key.step or session.skipped_step >= view.key.step:
+                found.add(view.key)
+                break
+    return found
+
+
+def has_returned(context: RunContext, decision: Decision) -> bool:
+    """Whether a trainer is known to have returned with ``decision``: one trains, has finished, or has written a shard."""
+    world = context.worlds.get(decision.world_id, {})
+    phases = {session.record.phase for session in world.values()}
+    own = ("", decision.world_id)
+    is_written = any(view.key.attempt == decision.attempt and view.world_id in own for view in context.views)
+    is_stored = any(record.attempt == decision.attempt for record in context.live_records)
+    return bool(phases & {SessionPhase.TRAINING, SessionPhase.ENDED}) or is_written or is_stored

@@ -1,0 +1,1 @@
+"""From a lost rank to a world that trains again."""

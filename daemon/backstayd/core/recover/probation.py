@@ -1,0 +1,79 @@
+"""One run's care with what it restored: the gate before the first step, probation after it, distrust. Pure.
+
+Says what must not be released or restored; must neither choose nor release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from backstay.ids import SnapshotKey
+from backstayd.core.inventory.distrust import MAX_REASON, Trust
+from backstayd.core.inventory.nodes import NodeState
+from backstayd.core.inventory.run_context import RunContext, World
+from backstayd.core.messages.decisions import Base, Decision, Distrusted
+from backstayd.core.messages.gate import GateState
+from backstayd.core.messages.report import SessionPhase
+from backstayd.core.recover.gate import Gate
+
+
+@dataclass(slots=True, kw_only=True)
+class Probation:
+    """Invariant: what the current world restored is ``held`` until every rank is ``steps`` beyond it."""
+
+    steps: int
+    trust: Trust = field(default_factory=Trust)
+    gate: Gate = field(default_factory=Gate)
+    distrusted: tuple[Distrusted, ...] = ()
+
+    def unite(
+        self, run: str, nodes: Mapping[str, NodeState], marks: Iterable[Distrusted] = ()
+    ) -> tuple[Distrusted, ...]:
+        """Take in what the nodes distrust, and what is marked on durable storage."""
+        self.distrusted = self.trust.united(run, nodes.values(), marks)
+        return self.distrusted
+
+    def judge(self, decision: Decision, world: World, context: RunContext, say: Callable[[str, str], None]) -> None:
+        """Compare what the ranks loaded; a snapshot whose bytes do not pass is not restored again."""
+        base = decision.base
+        if base is None:
+            return
+        if not self.gate.update(decision, world, now_s=context.now_s, lease_s=context.lease_s):
+            return
+        verdict = self.gate.verdict
+        assert verdict is not None
+        if verdict.state is GateState.PASSED:
+            say("gate_passed", f"what the ranks loaded of step {base.step} fits together")
+            return
+        say("gate_failed", verdict.message)
+        self.trust.note_end(verdict.message)
+        if self.gate.is_content:
+            self.distrust(base, verdict.message)
+
+    def distrust(self, base: Base, reason: str) -> None:
+        """Have ``base``, and what was trained from it, never restored again."""
+        self.trust.add(
+            Distrusted(snapshot_id=base.snapshot_id, attempt=base.attempt, step=base.step, reason=reason[:MAX_REASON])
+        )
+
+    def held(self, decision: Decision | None, world: World) -> set[SnapshotKey]:
+        """What ``world`` restored, while some rank has not yet gone ``steps`` beyond it."""
+        if decision is None or decision.base is None or self.steps <= 0:
+            return set()
+        end = decision.base.step + self.steps
+        passed = [
+            session
+            for session in world.values()
+            if session.record.phase is SessionPhase.ENDED
+            or max(session.record.last_step, session.record.skipped_step) >= end
+        ]
+        if len(passed) >= decision.world_size:
+            return set()
+        return {SnapshotKey(decision.base.attempt, decision.base.step)}
+
+
+def has_both(context: RunContext) -> bool:
+    """Whether a sound snapshot is kept beside distrusted ones, which need a slot too while training goes on."""
+    kinds = {view.key in context.tainted for view in context.live_views if view.is_restorable}
+    return len(kinds) == 2

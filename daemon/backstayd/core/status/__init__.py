@@ -1,0 +1,1 @@
+"""What people are shown: the status document and the verdict in it."""

@@ -1,0 +1,96 @@
+"""Which nodes drain, and which of them may be stopped: the operator's orders and the verdict over all runs. Pure.
+
+The node itself remembers that it drains; here is only what it has not reported yet.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from backstay.errors import UsageError
+from backstayd.core.inventory.nodes import Liveness, NodeState, NodeTable
+from backstayd.core.inventory.placement import natural
+from backstayd.core.messages.report import SessionPhase
+from backstayd.core.sentences import amount, counted, listed
+
+if TYPE_CHECKING:
+    from backstayd.core.run_state import RunState
+
+
+class DrainState(enum.StrEnum):
+    NONE = ""
+    DRAINING = "draining"  # what it holds is being brought elsewhere
+    SAFE = "safe"  # every kept snapshot outlives its stop, with as many spares as the other nodes make possible
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainVerdict:
+    """How far one node is, and why in one sentence."""
+
+    state: DrainState = DrainState.NONE
+    reason: str = ""
+
+
+def order_drain(table: NodeTable, name: str, *, undo: bool) -> None:
+    """Note an operator's order; the node is told until it reports that it obeys.
+
+    Raises:
+        UsageError: there is no such node, it is lost, or it drains for another reason.
+    """
+    node = table.nodes.get(name)
+    if node is None:
+        names = sorted(table.nodes, key=natural)
+        known = listed(names) or "none at all"
+        raise UsageError(f"no node {name} has reported; known: {known}", reason="unknown_node")
+    if undo and node.report.is_cordoned:
+        raise UsageError(
+            f"{name} drains because its Kubernetes node is cordoned; `kubectl uncordon` that one", reason="cordoned"
+        )
+    if not undo and node.liveness is Liveness.LOST:
+        raise UsageError(
+            f"{name} has not reported for a lease: it counts as lost, nothing can be copied from it, and what it held is "
+            "being rebuilt as far as it can be (`backstay status`)",
+            reason="node_lost",
+        )
+    wanted = not undo
+    is_told = node.drain_order is not None  # the opposite, maybe: it may have obeyed and not said so yet
+    node.drain_order = wanted if is_told or node.report.is_draining != wanted else None
+
+
+def verdict_of(node: NodeState, runs: Mapping[str, RunState], *, is_settled: bool) -> DrainVerdict:
+    """Whether ``node`` may be stopped."""
+    if not node.is_draining:
+        return DrainVerdict()
+    if node.liveness is Liveness.LOST:
+        return DrainVerdict(state=DrainState.DRAINING, reason="it has stopped, and still drains if it comes back")
+    lacks = "the coordinator has just started and gathers reports" if not is_settled else ""
+    lacks = lacks or ("it has not answered the order yet" if node.drain_order is not None else "")
+    for name in sorted(node.runs):
+        state = runs.get(name)
+        if lacks or state is None or state.forgetting.is_under_way:
+            continue
+        evaluation = state.evaluation
+        missing = "it has not been looked at yet" if evaluation is None else evaluation.drain_lacks
+        lacks = f"{name}: {missing}" if missing else ""
+    if lacks:
+        return DrainVerdict(state=DrainState.DRAINING, reason=lacks)
+    return DrainVerdict(state=DrainState.SAFE, reason=f"it may be stopped{_trainers(node)}")
+
+
+def _trainers(node: NodeState) -> str:
+    """Who trains on the node: state that stays is no training that goes on."""
+    found = [
+        f"{counted(ranks, 'rank')} of {name}"
+        for name, run in sorted(node.runs.items())
+        if (ranks := sorted(s.rank for s in run.sessions if s.phase is not SessionPhase.ENDED))
+    ]
+    if not found:
+        return ""
+    count = sum(1 for run in node.runs.values() for s in run.sessions if s.phase is not SessionPhase.ENDED)
+    return (
+        f" without losing state; {amount(count, 'trainer')} still {'runs' if count == 1 else 'run'} on it ({listed(found)}): "
+        "a restart of the daemon alone does not disturb them, a stop of the machine ends them"
+    )

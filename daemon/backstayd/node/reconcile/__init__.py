@@ -1,0 +1,1 @@
+"""From desired state to actions on this node."""

@@ -1,0 +1,98 @@
+"""Sources that failed verification: a bad one of this node is put aside, one of a peer is named to the coordinator.
+
+Chooses no other source: the coordinator does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from backstay.ids import SnapshotKey
+from backstayd.coder.jobs import Corrupt
+from backstayd.core.messages.plans import FragmentRecord, Quarantined
+from backstayd.node.node_state import NodeContext
+from backstayd.store import remove
+
+logger = logging.getLogger(__name__)
+
+MAX_REMOTE_MARKS: Final = 100  # per run
+
+
+class BadSources:
+    """Owns the marks on sources of peers; each goes once its holder has had time to look itself."""
+
+    def __init__(self, context: NodeContext, say: Callable[[str, str, str], None]) -> None:
+        self._context = context
+        self._say = say
+        self._remote: dict[str, list[Quarantined]] = {}
+
+    def marks(self, run: str) -> tuple[Quarantined, ...]:
+        """What is bad at peers."""
+        return tuple(self._remote.get(run, ()))
+
+    def forget_run(self, run: str) -> None:
+        self._remote.pop(run, None)
+
+    def put_aside(self, corrupt: Corrupt, peers: Mapping[str, str]) -> None:
+        """Put a bad local source aside; name a bad one of ``peers`` (name → bulk address) to the coordinator."""
+        is_own = corrupt.node in ("", self._context.identity.bulk_address)
+        self._note(corrupt.run, self._quarantine(corrupt) if is_own else self._mark(corrupt, peers))
+
+    def set_aside(self, run: str, fragment: FragmentRecord, reason: str) -> None:
+        """Put parity of this node aside that a peer has proven not to fit its stripe."""
+        self._note(run, remove.quarantine_fragment(self._context.store, run, fragment, reason=reason))
+
+    def _note(self, run: str, entry: Quarantined | None) -> None:
+        if entry is None:
+            return
+        self._context.metrics.corrupt.labels(where="shard" if entry.rank >= 0 else "parity").inc()
+        self._say("quarantined", run, f"{entry.what} {('on ' + entry.node) if entry.node else 'here'}: {entry.reason}")
+        self._context.changed()
+
+    def _quarantine(self, corrupt: Corrupt) -> Quarantined | None:
+        store, key = self._context.store, SnapshotKey(corrupt.attempt, corrupt.step)
+        if corrupt.rank >= 0:
+            return remove.quarantine_shard(store, corrupt.run, key, rank=corrupt.rank, reason=corrupt.detail)
+        fragment = FragmentRecord(plan_id=corrupt.plan_id, stripe=corrupt.stripe, index=corrupt.index)
+        return remove.quarantine_fragment(store, corrupt.run, fragment, reason=corrupt.detail)
+
+    def _mark(self, corrupt: Corrupt, peers: Mapping[str, str]) -> Quarantined:
+        holder = next((name for name, address in peers.items() if address == corrupt.node), corrupt.node)
+        entry = Quarantined(
+            what=_what(corrupt),
+            attempt=corrupt.attempt,
+            step=corrupt.step,
+            reason=corrupt.detail,
+            node=holder,
+            rank=corrupt.rank,
+            plan_id=corrupt.plan_id,
+            stripe=corrupt.stripe,
+            index=corrupt.index,
+            is_misfit=corrupt.is_misfit,
+        )
+        asyncio.get_running_loop().call_later(
+            max(5.0, 3 * self._context.lease_s), self._forget_mark, corrupt.run, entry
+        )
+        marks = self._remote.setdefault(corrupt.run, [])
+        if entry not in marks:
+            marks.append(entry)
+            del marks[:-MAX_REMOTE_MARKS]
+            self._context.store.corrupt_count += 1
+            logger.error("%s on %s is corrupt: %s; the next source is used", entry.what, holder, entry.reason)
+        return entry
+
+    def _forget_mark(self, run: str, entry: Quarantined) -> None:
+        """The holder was told and has looked by now: what it says counts again."""
+        marks = self._remote.get(run, [])
+        if entry in marks:
+            marks.remove(entry)
+            self._context.changed()
+
+
+def _what(corrupt: Corrupt) -> str:
+    if corrupt.rank >= 0:
+        return f"shard rank {corrupt.rank} of step {corrupt.step}"
+    return f"parity stripe {corrupt.stripe} index {corrupt.index} of plan {corrupt.plan_id[:8]}, step {corrupt.step}"

@@ -1,0 +1,1 @@
+"""Answers to ranks that restore or read: files, offers, chunks."""

@@ -1,0 +1,81 @@
+"""What trainers that wait in restore() are told: how far it is, then one answer for the whole world.
+
+Decides nothing: the coordinator released or refused the world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from backstay.errors import BackstayError, UnavailableError, UnrecoverableError
+from backstay.protocol import messages
+from backstayd.core.inventory.readers import base_size
+from backstayd.core.messages.decisions import Decision, DecisionPhase, Outcome, Staging
+from backstayd.node.node_state import NodeContext
+from backstayd.node.restores.open_files import HandingOut
+from backstayd.node.trainers.session import RestoreAnswer, Session
+
+
+def progress(context: NodeContext, session: Session, staging_of: Callable[[str], Staging | None]) -> messages.Progress:
+    """How far the restore of ``session`` is; ``staging_of`` a run says what this node staged of it."""
+    desired = context.run_desired(session.run)
+    decision = desired.decision
+    if not context.is_coordinator_connected():
+        return messages.Progress(phase="waiting", detail="for the coordinator")
+    if decision is None or decision.world_id != session.world_id:
+        missing = desired.missing
+        is_ours = missing is not None and missing.world_id == session.world_id
+        others = (
+            missing.sentence
+            if missing is not None and is_ours
+            else "for the other ranks and the coordinator's decision"
+        )
+        return messages.Progress(phase="waiting", detail=others)
+    staging = staging_of(session.run)
+    done, total = (staging.done_bytes, staging.total_bytes) if staging else (0, 0)
+    if desired.decision_phase is DecisionPhase.PREPARE:
+        step = decision.base.step if decision.base else 0
+        return messages.Progress(phase="staging", detail=f"step {step}", done_bytes=done, total_bytes=total)
+    return messages.Progress(phase="recording", done_bytes=done, total_bytes=total)
+
+
+def release(context: NodeContext, handing_out: HandingOut, decision: Decision, waiting: Iterable[Session]) -> None:
+    """Give each waiting trainer what ``decision`` restores."""
+    for session in waiting:
+        assert session.answer is not None
+        try:
+            session.answer.set_result(_restored(context, handing_out, session, decision))
+        except (BackstayError, OSError) as error:
+            sentence = f"rank {session.rank}: {error}; the world must restart"
+            session.answer.set_result(_error(UnavailableError(sentence, reason="gone")))
+
+
+def refuse(decision: Decision, waiting: Iterable[Session]) -> None:
+    """Tell each waiting trainer why nothing is restored."""
+    for session in waiting:
+        assert session.answer is not None
+        session.answer.set_result(_error(UnrecoverableError(decision.message, reason="unrecoverable")))
+
+
+def _restored(context: NodeContext, handing_out: HandingOut, session: Session, decision: Decision) -> RestoreAnswer:
+    base, desired = decision.base, context.run_desired(session.run)
+    shards, fds = handing_out.open_shards(context.store, session, decision)
+    message = messages.Restored(
+        outcome=Outcome(decision.outcome).value,
+        attempt=decision.attempt,
+        step=base.step if base else 0,
+        base_attempt=base.attempt if base else 0,
+        snapshot_id=base.snapshot_id if base else "",
+        message=decision.message,
+        shards=shards,
+        decision_id=decision.decision_id,
+        base_world_size=base_size(decision) if base else 0,
+        probation_steps=desired.probation_steps,
+        interval_steps=desired.schedule.interval_steps,
+    )
+    return RestoreAnswer(message=message, fds=fds, attempt=decision.attempt, base_step=base.step if base else 0)
+
+
+def _error(error: BackstayError) -> RestoreAnswer:
+    message = messages.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
+    return RestoreAnswer(message=message)

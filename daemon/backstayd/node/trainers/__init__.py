@@ -1,0 +1,1 @@
+"""Trainers attached to this node: socket, sessions, requests, limits."""

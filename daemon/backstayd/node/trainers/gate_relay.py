@@ -1,0 +1,91 @@
+"""The gate and distrust on a node: passing on what trainers say, telling them what the coordinator answers.
+
+Decides nothing: comparing and choosing are the coordinator's. What is distrusted is on tmpfs before anybody is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from backstay.errors import IntegrityError
+from backstay.protocol import messages
+from backstayd.core.inventory.distrust import MAX_DISTRUSTED, MAX_REASON
+from backstayd.core.messages.decisions import Distrusted
+from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.gate import GateDetail, GateEntry, GateReport, GateState
+from backstayd.node.node_state import NodeContext
+from backstayd.node.trainers.session import Session, check_said
+
+MAX_ENTRIES: Final = 4096  # statements of one rank
+MAX_NAMES: Final = 20_000  # tensors in one detail
+MAX_NAME: Final = 500  # characters
+
+
+def take_gate(session: Session, message: messages.Gate) -> None:
+    """Note what the rank says it loaded, for the next report.
+
+    Raises:
+        IntegrityError: more than a report should carry.
+    """
+    names = sum(len(detail.names) for detail in message.details)
+    longest = max([len(message.decision_id), *(len(entry.name) + len(entry.digest) for entry in message.entries)])
+    if len(message.entries) > MAX_ENTRIES or names > MAX_NAMES or longest > 2 * MAX_NAME:
+        raise IntegrityError(
+            f"rank {session.rank} makes {len(message.entries)} statements with {names} tensors, more than "
+            f"{MAX_ENTRIES} and {MAX_NAMES}; it was not compared",
+            reason="gate_too_large",
+        )
+    gate = GateReport(
+        decision_id=message.decision_id,
+        entries=tuple(GateEntry(name=e.name, ranks=e.ranks, digest=e.digest) for e in message.entries),
+        details=tuple(GateDetail(entry=d.entry, names=d.names, digests=d.digests) for d in message.details),
+        failure=message.failure[:MAX_REASON],
+    )
+    session.gate = None
+    check_said(session, gate=gate)
+    session.gate = gate
+
+
+def answer_gate(session: Session, desired: RunDesired) -> messages.GateAnswer | None:
+    """What the rank is told now; None: wait. Drops its statements when all agree: every report would carry them."""
+    verdict, said = desired.gate, session.gate
+    if said is None or verdict is None or verdict.decision_id != said.decision_id:
+        return None
+    if verdict.state is GateState.PASSED:
+        session.gate = GateReport(decision_id=said.decision_id)
+        return messages.GateAnswer(state=verdict.state.value)
+    if verdict.state is GateState.FAILED:
+        return messages.GateAnswer(state=verdict.state.value, message=verdict.message)
+    detailed = {detail.entry for detail in said.details}
+    asked = tuple(e.name for e in said.entries if e.name in verdict.entries and e.name not in detailed)
+    return messages.GateAnswer(state=GateState.DETAIL.value, entries=asked) if asked else None
+
+
+def take_distrust(context: NodeContext, session: Session, message: messages.Distrust) -> bool:
+    """Keep that what ``session`` restored led to NaN; False if it restored nothing."""
+    decision = context.decision_of(session.run)
+    if decision is None or decision.world_id != session.world_id or decision.base is None:
+        return False
+    base = decision.base
+    reason = f"rank {session.rank} at step {message.step}: {message.reason}"[:MAX_REASON]
+    item = Distrusted(snapshot_id=base.snapshot_id, attempt=base.attempt, step=base.step, reason=reason)
+    if remember(context, session.run, (item,), ()):
+        context.timeline.add("distrusted", session.run, f"step {base.step} is not restored again: {reason}")
+    return True
+
+
+def remember(context: NodeContext, run: str, more: Sequence[Distrusted], trusted: Sequence[str]) -> bool:
+    """Unite what is distrusted here with ``more``, without ``trusted``; True if that changed anything."""
+    index = context.store.runs.get(run)
+    if index is None and not more:
+        return False
+    known = {item.snapshot_id: item for item in (index.distrusted if index is not None else ())}
+    for item in more:
+        known.setdefault(item.snapshot_id, item)
+    left = [item for item in known.values() if item.snapshot_id not in trusted]
+    left.sort(key=lambda item: (item.attempt, item.step, item.snapshot_id))
+    if not context.store.record_distrust(run, tuple(left[-MAX_DISTRUSTED:])):
+        return False
+    context.changed()
+    return True

@@ -1,0 +1,68 @@
+"""What a start would refuse on this machine, looked at without starting: memory directory, quota, socket, addresses.
+
+Takes and changes nothing, so it may run beside a daemon that serves: a port or directory in use is no mistake here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Final
+
+from backstay.errors import ConfigError
+from backstayd.config import CoordinatorConfig, NodeConfig, split_address
+from backstayd.node.trainers.listener import find_group
+from backstayd.store import limits
+
+MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path of Linux, less its ending zero
+
+
+def check_node(config: NodeConfig) -> None:
+    """Raise ConfigError for what a node with these settings would end with at its start."""
+    place = limits.existing_parent(config.memory_dir)
+    limits.require_tmpfs(config.memory_dir, place)
+    limits.require_usable(config.memory_dir, place)
+    limits.require_quota(limits.limits(place, quota_bytes=0, used_bytes=0), config.quota_bytes)
+    _check_socket(config.socket)
+    if config.socket_group:
+        find_group(config.socket_group)
+    _check_address(config.bulk, "--bulk")
+    _check_address(config.http, "--http")
+
+
+def check_coordinator(config: CoordinatorConfig) -> None:
+    """Raise ConfigError for what a coordinator with these settings would end with at its start."""
+    _check_address(config.listen, "--listen")
+    _check_address(config.http, "--http")
+
+
+def _check_socket(path: Path) -> None:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"the socket path {path} has {len(os.fsencode(path))} bytes, and the kernel takes {MAX_SOCKET_PATH_BYTES}; "
+            "choose a shorter --socket",
+            reason="bad_socket",
+        )
+    place = limits.existing_parent(path.parent)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"cannot listen on the socket {path} as user {os.geteuid()}: {place} is not a directory that this user may "
+            "write to; choose another --socket or give that user its directory",
+            reason="bad_socket",
+        )
+
+
+def _check_address(address: str, flag: str) -> None:
+    """Whether the host is one of this machine's; any free port of it does."""
+    if not address:
+        return
+    host, _ = split_address(address)
+    try:
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: {error.strerror or error}; choose another with {flag}", reason="bind_failed"
+        ) from error
