@@ -7,8 +7,10 @@ import json
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,21 @@ def test_a_dcp_checkpoint_comes_in_with_its_optimizer(tmp_path: Path) -> None:
     dcp_load(target, storage_reader=HuggingFaceStorageReader(str(tmp_path / "shards")), no_dist=True)
     assert torch.equal(weight, model.weight)
     assert torch.equal(moment, optimizer.state[model.weight]["exp_avg"])
+
+
+def test_damaged_metadata_costs_no_more_memory_than_its_length(tmp_path: Path) -> None:
+    """Four bytes of a memo index made the unpickler allocate and clear memory for as many objects as they say."""
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / ".metadata").write_bytes(b"\x80\x02]r" + struct.pack("<I", 1 << 26) + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(IntegrityError) as caught:
+            foreign_checkpoints.read_checkpoint(tmp_path / "damaged", "dcp")
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.reason == "bad_file"
+    assert peak_bytes < 16 << 20
 
 
 def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:

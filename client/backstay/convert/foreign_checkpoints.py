@@ -10,6 +10,7 @@ import io
 import json
 import math
 import pickle
+import pickletools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -286,6 +287,18 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
+def _check_memory_of(data: bytes) -> None:
+    """Raise UnpicklingError if unpickling ``data`` takes memory out of proportion to its length.
+
+    The unpickler allocates and clears its memo up to the highest index at once: four damaged bytes cost 32 GiB.
+    """
+    for operation, argument, _at in pickletools.genops(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+            raise pickle.UnpicklingError(f"memo index {argument} in a pickle of {len(data)} bytes")
+        if operation.name == "BYTEARRAY8":
+            raise pickle.UnpicklingError("it holds a bytearray, which DCP never writes")
+
+
 def _no_path(*parts: str) -> str:
     """Where the checkpoint once lay: of no use here."""
     return "/".join(parts)
@@ -295,7 +308,9 @@ def _read_metadata(path: Path) -> Any:
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        data = path.read_bytes()
+        _check_memory_of(data)
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
     except FileNotFoundError:
         raise UsageError(f"{path.parent} is no DCP checkpoint: it has no .metadata", reason="unknown_format") from None
     except Exception as error:
