@@ -293,7 +293,7 @@ def _check_memory_of(data: bytes) -> None:
     The unpickler allocates and clears its memo up to the highest index at once: four damaged bytes cost 32 GiB.
     """
     for operation, argument, _at in pickletools.genops(data):
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
             raise pickle.UnpicklingError(f"memo index {argument} in a pickle of {len(data)} bytes")
         if operation.name == "BYTEARRAY8":
             raise pickle.UnpicklingError("it holds a bytearray, which DCP never writes")

@@ -112,9 +112,9 @@ class StorageDesired:
     and answer under this name ("": no need).
 
     Records, prunes and marks are acts on storage that others share. They hold only while this is confirmed by the
-    coordinator (``node/reconcile/durable.py``), and only if storage is as it was when they were ordered: ``prunes`` are deleted, record
-    first, because ``grounds`` lie there and may be restored; nothing is done where attempts above ``newest_attempt`` lie.
-    ``distrust``: marks to write beside the records; ``trust``: marks to strike out.
+    coordinator (``node/reconcile/durable.py``), and only if storage is as it was when they were ordered: ``prunes`` are
+    deleted, record first, because ``grounds`` lie there and may be restored; nothing is done where attempts above
+    ``newest_attempt`` lie. ``distrust``: marks to write beside the records; ``trust``: marks to strike out.
     """
 
     url: str
