@@ -12,7 +12,7 @@ from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstayd.coder.jobs import FetchChunks, FetchManifests, JobResult
 from backstayd.store.published import find_manifest
 from backstayd.store.record_files import parse_manifest
-from backstayd.store.sparse import prepare_sparse, read_marks
+from backstayd.store.staging import prepare_sparse, read_marks
 from tests.component.coder_nodes import (
     KEY,
     RUN,

@@ -15,7 +15,7 @@ from backstay.ids import SnapshotKey, snapshot_id
 from backstayd.clock import boot_s
 from backstayd.coder.context import JobContext
 from backstayd.coder.durable import shared_changes, upload
-from backstayd.coder.durable.jobs import MarkSnapshot, PruneSnapshot, SurveyStorage, WriteRecord
+from backstayd.coder.jobs import MarkSnapshot, PruneSnapshot, SurveyStorage, WriteRecord
 from backstayd.core.durable_upkeep import stored
 from backstayd.core.inventory.durable_names import MARKS_NAME, RECORD_NAME, snapshot_name
 from backstayd.core.messages.decisions import Distrusted, Lineage

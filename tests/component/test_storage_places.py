@@ -14,7 +14,8 @@ import pytest
 from backstay.errors import BackstayError, ConfigError, IntegrityError, SnapshotNotFoundError, UnavailableError
 from backstay.format import json_records
 from backstayd.core.inventory.durable_names import manifest_name, shard_name
-from backstayd.durable.place import Place, open_place
+from backstayd.durable.open import open_place
+from backstayd.durable.place import Place
 from backstayd.durable.publish import publish_shard
 from backstayd.durable.reader import open_shard
 from backstayd.store.record_files import ShardChunks, parse_manifest

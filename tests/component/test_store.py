@@ -20,9 +20,10 @@ from backstay.ids import Generation, SnapshotKey, snapshot_id
 from backstayd.core.inventory import geometry
 from backstayd.core.messages.decisions import Decision, Outcome
 from backstayd.core.messages.plans import FragmentRecord, Member, Plan, VolumeShard
-from backstayd.store import limits, remove
+from backstayd.store import admit, limits, remove
 from backstayd.store.adopt import GENERATION_NAME, Owner, scan
 from backstayd.store.fragments import FragmentWriter
+from backstayd.store.published import open_for_trainer
 from backstayd.store.record_files import StoredFragment, StoredPlan, make_directory, write_atomically
 from backstayd.store.slot_holder import HolderRecord, start_ticks
 from backstayd.store.slots import Allocation, Grant, allocate
@@ -126,7 +127,7 @@ def add_plan(store: Store, shards: list[MadeShard], *, m: int = 1) -> Plan:
     for chunk in range(writer.chunk_count):
         writer.write(0, [memoryview(bytes(writer.chunk_length(chunk)))])
     writer.commit()
-    assert remove.note_fragment(store, RUN, KEY, FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0))
+    assert admit.note_fragment(store, RUN, KEY, FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0))
     return plan
 
 
@@ -144,10 +145,10 @@ def test_every_state_of_the_index_is_what_a_fresh_adoption_finds(open_store: Ope
     prepare_staging(
         store.paths(RUN), shards[0].manifest, digest=shards[0].manifest.digest, incarnation=store.incarnation
     )
-    remove.note_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
+    admit.note_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
     assert store.used_bytes == used + shards[0].manifest.size_bytes
     assert_equals_a_fresh_look(store)
-    remove.publish_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
+    admit.publish_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
     assert_equals_a_fresh_look(store)
     remove.quarantine_fragment(store, RUN, FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0), reason="flipped")
     remove.quarantine_shard(store, RUN, KEY, rank=1, reason="chunk 3 has crc 1, expected 2")
@@ -169,13 +170,13 @@ import os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/client", {root!r} + "/daemon"]
 from pathlib import Path
 from backstay.ids import SnapshotKey
-from backstayd.store import withdraw
+from backstayd.store import remove
 from tests.component import test_store as t
 store = t.Store(Path({memory!r}), incarnation="dd" * 8)
 store.slots.hosted = {{(t.RUN, 0): 1}}
 t.commit(store, t.make_shard())
 if {is_release}:
-    withdraw.release_snapshot(store, t.RUN, t.KEY)
+    remove.release_snapshot(store, t.RUN, t.KEY)
 """
 
 
@@ -409,7 +410,7 @@ def test_a_fragment_published_while_its_plan_is_dropped_leaves_nothing(open_stor
     path.write_bytes(data)  # its writer had looked for the plan just before
     record_path.write_bytes(stored)
     late = FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0)
-    assert not remove.note_fragment(store, RUN, KEY, late)
+    assert not admit.note_fragment(store, RUN, KEY, late)
     assert not path.parent.exists()
     assert_equals_a_fresh_look(store)
 
@@ -448,7 +449,7 @@ def test_a_slot_with_a_reader_is_not_filled_again(open_store: Opener) -> None:
     store = open_store(reader_wait_s=0.0)
     commit(store, make_shard())
     slot_id = store.runs[RUN].shards[KEY, 0].slot_id
-    reader, _ = remove.open_for_trainer(store, RUN, KEY, rank=0)
+    reader, _ = open_for_trainer(store.index(RUN), store.paths(RUN), KEY, rank=0)
     expected = os.pread(reader, 1 << 20, 0)
     remove.release_snapshot(store, RUN, KEY)
     granted = grant(store, make_shard(step=2))
@@ -559,7 +560,7 @@ def test_publishing_a_staged_shard_twice_is_harmless_and_another_history_gives_w
         prepare_staging(store.paths(RUN), wanted.manifest, digest=wanted.manifest.digest, incarnation=store.incarnation)
         part = store.paths(RUN).staged(0, 1, wanted.manifest.digest)
         part.write_bytes(wanted.data)
-        remove.publish_staged(store, RUN, rank=0, world_size=1, digest=wanted.manifest.digest)
+        admit.publish_staged(store, RUN, rank=0, world_size=1, digest=wanted.manifest.digest)
         assert_equals_a_fresh_look(store)
     assert store.paths(RUN).shard(KEY, 0, 1).read_bytes() == wanted.data
     shutil.rmtree(store.paths(RUN).staging)

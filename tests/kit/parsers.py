@@ -50,8 +50,8 @@ from backstayd.core.messages.plans import FragmentRecord, Member, Plan, Quaranti
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.core.policy import CorePolicy
 from backstayd.security import identity
-from backstayd.store.header_check import check_header
 from backstayd.store.record_files import StoredFragment, StoredPlan, parse_manifest
+from backstayd.store.slots import check_header
 from backstayd.transport import convert, delta
 from backstayd.transport.bulk.wire import BulkReply, BulkRequest, Channel, Timeouts
 from backstayd.v1 import coordinator_pb2

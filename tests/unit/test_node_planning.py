@@ -9,8 +9,16 @@ import pytest
 
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import Generation, SnapshotKey
-from backstayd.coder.durable.jobs import FetchPersisted, VerifyPersisted
-from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, VerifyFragment, VerifyShard
+from backstayd.coder.jobs import (
+    DecodeStripe,
+    EncodeStripe,
+    FetchPersisted,
+    FetchPlan,
+    FetchShard,
+    VerifyFragment,
+    VerifyPersisted,
+    VerifyShard,
+)
 from backstayd.core.messages.decisions import (
     Base,
     Decision,

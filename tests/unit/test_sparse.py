@@ -15,7 +15,7 @@ from backstay.format import json_records
 from backstay.format.manifest import CHUNK_BYTES
 from backstayd.store.paths import RunPaths
 from backstayd.store.record_files import parse_manifest
-from backstayd.store.sparse import SparseShard, missing_runs, prepare_sparse, read_marks, remove_sparse, run_bytes
+from backstayd.store.staging import SparseShard, missing_runs, prepare_sparse, read_marks, remove_sparse, run_bytes
 from tests.kit.shards import RUN, make_shard
 
 

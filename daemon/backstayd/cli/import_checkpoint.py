@@ -30,9 +30,9 @@ from backstayd.core.inventory.durable_names import RECORD_NAME, run_url, snapsho
 from backstayd.core.messages.decisions import Lineage
 from backstayd.core.messages.durable import PersistedSnapshot
 from backstayd.core.messages.plans import VolumeShard
-from backstayd.durable.place import open_place
+from backstayd.durable.open import open_place
+from backstayd.durable.place import chunk_range
 from backstayd.durable.publish import publish_shard
-from backstayd.durable.verified_source import chunk_range
 from backstayd.printable import say
 from backstayd.store.record_files import ShardChunks, parse_manifest
 

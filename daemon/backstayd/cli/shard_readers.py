@@ -99,7 +99,7 @@ def open_persisted(persist_url: str, run: str, *, step: int) -> Iterator[list[Sh
 
 def _full_name(persist_url: str, name: str) -> str:
     """``name`` as job/run_id; a run_id alone is looked for in every job's directory."""
-    from backstayd.durable.place import open_place
+    from backstayd.durable.open import open_place
 
     if "/" in name:
         return str(RunKey.parse(name))
@@ -127,7 +127,7 @@ def newest_persisted(root: str, run: str, *, step: int) -> PersistedSnapshot:
 
 def persisted_keys(root: str) -> Iterator[SnapshotKey]:
     """Every directory of a snapshot below ``root``, whole or not."""
-    from backstayd.durable.place import open_place
+    from backstayd.durable.open import open_place
 
     place = open_place(root)
     for attempt in place.list():
@@ -139,7 +139,7 @@ def persisted_keys(root: str) -> Iterator[SnapshotKey]:
 
 
 def _read_record(url: str, run: str) -> PersistedSnapshot | None:
-    from backstayd.durable.place import open_place
+    from backstayd.durable.open import open_place
 
     try:
         found = json_records.loads(PersistedSnapshot, open_place(url).read_small(RECORD_NAME))

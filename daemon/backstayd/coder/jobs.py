@@ -6,13 +6,14 @@ and the supervisor, being level-triggered, asks again.
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from backstay.errors import IntegrityError
 from backstay.format import json_records
-from backstayd.coder.durable.jobs import STORAGE_JOBS, StorageJob
-from backstayd.core.messages.durable import PersistedSnapshot, Survey
+from backstayd.core.messages.decisions import Distrusted
+from backstayd.core.messages.durable import PersistedSnapshot, Stored, Survey
 from backstayd.core.messages.plans import Plan, Rebuild
 from backstayd.store.record_files import ShardChunks, StoredFragment
 
@@ -123,6 +124,121 @@ class VerifyFragment:
     deadline_s: float = 600.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyStorage:
+    """List what lies under ``url``, the directory of ``run``; the answer is ``JobResult.survey``."""
+
+    run: str
+    url: str
+    survey_id: str
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadShard:
+    """Copy a committed shard of this node into the run's directory ``url``, its manifest after it.
+
+    ``mark`` tells this node's unfinished files from those of others; ``bandwidth_bytes_per_s`` is of the whole node.
+    """
+
+    run: str
+    attempt: int
+    step: int
+    rank: int
+    world_size: int
+    size_bytes: int
+    digest: str
+    url: str
+    mark: str
+    bandwidth_bytes_per_s: int
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckUploaded:
+    """Check that every shard and manifest of ``snapshot`` lies in the run's directory ``url``."""
+
+    snapshot: PersistedSnapshot
+    url: str
+    deadline_s: float
+
+    @property
+    def run(self) -> str:
+        return self.snapshot.run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Act:
+    """What changes storage that others share, in the run's directory ``url``.
+
+    Not begun from ``act_before_s`` on (seconds since this machine's boot): the coordinator may have taken it back. Not done
+    where attempts above ``newest_attempt`` lie: a history that the coordinator does not know of is newer than its own.
+    """
+
+    url: str
+    newest_attempt: int
+    act_before_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteRecord(_Act):
+    """Write the completion record of ``snapshot``, whose parts were checked, unless it is distrusted there."""
+
+    snapshot: PersistedSnapshot
+
+    @property
+    def run(self) -> str:
+        return self.snapshot.run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneSnapshot(_Act):
+    """Remove ``target``, the record first, if it is what lies there and ``grounds`` lie there as well, not distrusted."""
+
+    run: str
+    target: Stored
+    grounds: tuple[Stored, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkSnapshot(_Act):
+    """Write the mark that ``item`` is not restored again; ``is_trusted``: strike it out."""
+
+    run: str
+    item: Distrusted
+    is_trusted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PersistedShard:
+    """A whole shard in ``url``, the directory of its snapshot."""
+
+    run: str
+    attempt: int
+    step: int
+    rank: int
+    world_size: int
+    size_bytes: int
+    digest: str
+    url: str
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchPersisted(_PersistedShard):
+    """Copy a shard into staging, and leave it complete there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyPersisted(_PersistedShard):
+    """Check every chunk of a shard where it lies, on a file system of this machine; the answer is ``JobResult.file_id``."""
+
+
+StorageJob = (
+    SurveyStorage | UploadShard | CheckUploaded | WriteRecord | PruneSnapshot | MarkSnapshot | FetchPersisted
+    | VerifyPersisted
+)  # fmt: skip
 Job = (
     EncodeStripe | FetchPlan | DecodeStripe | FetchShard | FetchManifests | FetchChunks | VerifyShard | VerifyFragment
     | StorageJob
@@ -224,13 +340,7 @@ def fragment_event(kind: str, stored: StoredFragment) -> CoderEvent:
     )
 
 
-JOB_KINDS: dict[str, type[Job]] = {
-    cls.__name__: cls
-    for cls in (
-        EncodeStripe, FetchPlan, DecodeStripe, FetchShard, FetchManifests, FetchChunks, VerifyShard, VerifyFragment,
-        *STORAGE_JOBS,
-    )
-}  # fmt: skip
+JOB_KINDS: dict[str, type[Job]] = {kind.__name__: kind for kind in typing.get_args(Job)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

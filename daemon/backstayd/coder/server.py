@@ -19,18 +19,9 @@ from backstay.errors import BackstayError, InvariantError
 from backstay.format import json_records
 from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.context import JobContext
-from backstayd.coder.durable.jobs import (
-    CheckUploaded,
-    MarkSnapshot,
-    PruneSnapshot,
-    StorageJob,
-    SurveyStorage,
-    UploadShard,
-    VerifyPersisted,
-    WriteRecord,
-)
 from backstayd.coder.jobs import (
     Answer,
+    CheckUploaded,
     CoderEvent,
     DecodeStripe,
     EncodeStripe,
@@ -40,9 +31,16 @@ from backstayd.coder.jobs import (
     FetchShard,
     Job,
     JobResult,
+    MarkSnapshot,
+    PruneSnapshot,
     Request,
+    StorageJob,
+    SurveyStorage,
+    UploadShard,
     VerifyFragment,
+    VerifyPersisted,
     VerifyShard,
+    WriteRecord,
     parse_job,
 )
 from backstayd.coder.parity.encode import run_encode

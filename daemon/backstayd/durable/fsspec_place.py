@@ -14,8 +14,7 @@ from typing import Any, Final
 from backstay import faults
 from backstay.errors import IntegrityError, SnapshotNotFoundError
 from backstayd.durable.errors import explained
-from backstayd.durable.place import MAX_SMALL_BYTES, Entry, RangeReader
-from backstayd.durable.verified_source import ShardSource
+from backstayd.durable.place import MAX_SMALL_BYTES, Entry, RangeReader, ShardSource
 
 BLOCK_BYTES: Final = 8 * 1024 * 1024
 REMOVED_AT_ONCE: Final = 200  # files, between two looks at whether that is still wanted

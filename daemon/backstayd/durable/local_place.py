@@ -23,8 +23,7 @@ from backstay import faults
 from backstay.errors import CapacityError, ConfigError, IntegrityError, UnavailableError
 from backstay.format.manifest import CHUNK_BYTES
 from backstayd.durable.errors import NO_ROOT, explained
-from backstayd.durable.place import MAX_SMALL_BYTES, Entry, RangeReader
-from backstayd.durable.verified_source import ShardSource
+from backstayd.durable.place import MAX_SMALL_BYTES, Entry, RangeReader, ShardSource
 
 WRITE_BYTES: Final = 4 * 1024 * 1024  # a multiple of the chunk length; larger buffers fall out of the cache
 PART_SUFFIX: Final = ".part"

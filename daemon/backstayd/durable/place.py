@@ -1,17 +1,16 @@
 """One directory on durable storage, whatever keeps it: the few operations that persisting needs.
 
-:func:`open_place` chooses by the URL's scheme. Names are relative and use '/'. Every operation raises errors of ours only.
+Names are relative and use '/'. Every operation raises errors of ours only. Must not know which stores there are.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-from backstay.errors import BackstayError, ConfigError
-from backstayd.durable.verified_source import ShardSource
+from backstay.format.manifest import CHUNK_BYTES
+from backstayd.store.record_files import ShardChunks
 
 MIN_RANGE_BYTES: Final = 8 * 1024 * 1024  # a request of less costs a remote store as much
 MAX_SMALL_BYTES: Final = 256 * 1024 * 1024  # manifests and records
@@ -84,67 +83,25 @@ class RangeReader(Protocol):
     def close(self) -> None: ...
 
 
-def open_place(url: str) -> Place:
-    """The directory at ``url``; touches nothing yet.
+class ShardSource(Protocol):
+    """The bytes of one shard. Used by several threads at once."""
 
-    Raises:
-        ConfigError: for a scheme that is not known here, or one whose package is not installed.
-    """
-    scheme = scheme_of(url)
-    if scheme == "file":
-        from backstayd.durable.local_place import LocalPlace
+    chunks: ShardChunks
 
-        return LocalPlace(url)
-    try:
-        filesystem, path = _filesystem(url)
-    except ImportError as error:
-        raise missing_package(url, scheme, error) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"persist_url {url}: the scheme {scheme!r} is not known ({error}); use file://, s3:// or one that the "
-            "installed fsspec knows",
-            reason="unknown_scheme",
-        ) from error
-    except BackstayError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"persist_url {url} cannot be opened: {error}", reason="bad_url") from error
-    if scheme in ("s3", "s3a"):
-        from backstayd.durable.s3_place import S3Place
+    def read_verified(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset`` (a multiple of the chunk length) and check every chunk in it.
 
-        return S3Place(url, filesystem, path)
-    from backstayd.durable.fsspec_place import FsspecPlace
+        Raises IntegrityError for a source that is corrupt, UnavailableError once the job is cancelled or late.
+        """
 
-    return FsspecPlace(url, filesystem, path)
+    def spend(self, size_bytes: int) -> None:
+        """Wait until ``size_bytes`` may be sent; raises as :meth:`read_verified`."""
+
+    def note_done(self, size_bytes: int) -> None:
+        """So many more bytes are durable, or were found so."""
 
 
-def scheme_of(url: str) -> str:
-    scheme, separator, _ = url.partition("://")
-    return scheme if separator else "file"
-
-
-def missing_package(url: str, scheme: str, error: ImportError) -> ConfigError:
-    """What to install."""
-    extra = "s3" if scheme in ("s3", "s3a") else "storage"
-    found = f" ({error})" if str(error) else ""
-    return ConfigError(
-        f"persist_url {url} needs a package that is not installed{found}: pip install 'backstay[{extra}]' on every node",
-        reason="missing_package",
-    )
-
-
-_S3_OPTIONS: Final[dict[str, Any]] = {
-    "config_kwargs": {
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        "max_pool_connections": 32,
-        "retries": {"max_attempts": 3, "mode": "standard"},
-    },
-}
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    fsspec_core = importlib.import_module("fsspec.core")
-    options = _S3_OPTIONS if scheme_of(url) in ("s3", "s3a") else {}
-    filesystem, path = fsspec_core.url_to_fs(url, use_listings_cache=False, **options)
-    return filesystem, path.rstrip("/")
+def chunk_range(chunks: ShardChunks, offset: int, length: int) -> range:
+    """The chunks that begin in ``length`` bytes from ``offset``."""
+    assert offset % CHUNK_BYTES == 0, offset
+    return range(offset // CHUNK_BYTES, min(chunks.chunk_count, -(-(offset + length) // CHUNK_BYTES)))

@@ -13,8 +13,7 @@ from backstay import faults
 from backstay.errors import IntegrityError, SnapshotNotFoundError, UnavailableError
 from backstay.format.manifest import CHUNK_BYTES
 from backstayd.core.inventory.durable_names import manifest_name, shard_name
-from backstayd.durable.place import Place
-from backstayd.durable.verified_source import ShardSource, chunk_range
+from backstayd.durable.place import Place, ShardSource, chunk_range
 from backstayd.store.record_files import ShardChunks
 
 COMPARE_BYTES = 4 * 1024 * 1024  # a multiple of the chunk length

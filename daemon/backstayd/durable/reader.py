@@ -11,7 +11,8 @@ from typing import Final
 
 from backstay.errors import IntegrityError
 from backstayd.core.inventory.durable_names import manifest_name, shard_name
-from backstayd.durable.place import MIN_RANGE_BYTES, RangeReader, open_place
+from backstayd.durable.open import open_place
+from backstayd.durable.place import MIN_RANGE_BYTES, RangeReader
 from backstayd.store.record_files import ShardChunks, parse_manifest
 
 PARALLEL_REQUESTS: Final = 4

@@ -20,7 +20,7 @@ from backstay import faults
 from backstay.errors import UnavailableError
 from backstayd.durable.errors import NO_ROOT, explained, s3_code
 from backstayd.durable.fsspec_place import FsspecPlace
-from backstayd.durable.verified_source import ShardSource
+from backstayd.durable.place import ShardSource
 
 PART_BYTES: Final = 8 * 1024 * 1024
 MAX_PARTS: Final = 9000  # S3 allows 10,000

@@ -9,28 +9,26 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from backstay.protocol import messages
-from backstayd.coder.durable.jobs import (
-    CheckUploaded,
-    FetchPersisted,
-    MarkSnapshot,
-    PruneSnapshot,
-    SurveyStorage,
-    UploadShard,
-    VerifyPersisted,
-    WriteRecord,
-)
 from backstayd.coder.jobs import (
+    CheckUploaded,
     CoderEvent,
     DecodeStripe,
     EncodeStripe,
     FetchChunks,
     FetchManifests,
+    FetchPersisted,
     FetchPlan,
     FetchShard,
     Job,
     JobResult,
+    MarkSnapshot,
+    PruneSnapshot,
+    SurveyStorage,
+    UploadShard,
     VerifyFragment,
+    VerifyPersisted,
     VerifyShard,
+    WriteRecord,
 )
 from backstayd.node.node_state import NodeContext
 from backstayd.node.trainers.session import Session

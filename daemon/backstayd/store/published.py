@@ -13,6 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from crc32c import crc32c
 
@@ -21,6 +22,7 @@ from backstay.format import json_records
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import SnapshotKey
 from backstayd.core.messages.plans import Plan
+from backstayd.store.index import RunIndex
 from backstayd.store.paths import RunPaths
 from backstayd.store.record_files import (
     ShardChunks,
@@ -50,6 +52,23 @@ def open_shard(
         chunks = read_manifest(manifest_path, digest=digest)
         _check_same_file(path, fd, size_bytes=chunks.size_bytes)
         yield fd, chunks
+
+
+def open_for_trainer(index: RunIndex, paths: RunPaths, key: SnapshotKey, *, rank: int) -> tuple[int, dict[str, Any]]:
+    """A read-only descriptor of a committed shard and its manifest.
+
+    The descriptor carries a shared lock for as long as the trainer has it, so that the slot is not filled under its eyes.
+
+    Raises:
+        SnapshotNotFoundError: it is not here.
+    """
+    held = index.shards.get((key, rank))
+    if held is None:
+        raise SnapshotNotFoundError(f"rank {rank} of step {key.step} is not on this node")
+    world_size = held.record.world_size
+    with open_shard(paths, key, rank=rank, world_size=world_size, digest=held.record.digest) as (fd, _):
+        manifest = json_records.loads(dict, read_small(paths.manifest(key, rank, world_size)))
+        return os.dup(fd), manifest
 
 
 @contextlib.contextmanager

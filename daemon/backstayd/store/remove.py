@@ -1,34 +1,24 @@
-"""Taking things out of the store and putting staged shards in: release, drop, quarantine, publish.
+"""Taking things out of the store: release, drop, quarantine.
 
 Commit records go first, so that no reader begins on bytes that are about to change. Only what is named is deleted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-from typing import Any
 
 from backstay import faults
-from backstay.errors import SnapshotNotFoundError
-from backstay.format import json_records
-from backstay.format.manifest import Manifest
 from backstay.ids import SnapshotKey
-from backstayd.core.messages.plans import FragmentRecord, Quarantined, ShardRecord
-from backstayd.store import published
+from backstayd.core.messages.plans import FragmentRecord, Quarantined
 from backstayd.store.adopt import (
     Finding,
     FindingKind,
     quarantined_fragment,
-    read_fragment,
-    read_stored_plan,
-    slot_id_of,
 )
-from backstayd.store.index import UNKNOWN_UID, HeldShard, RunIndex, StagedFile
-from backstayd.store.record_files import make_directory, read_small
+from backstayd.store.directory import remove_empty
+from backstayd.store.index import UNKNOWN_UID, HeldShard, RunIndex
 from backstayd.store.staging import remove_staging
-from backstayd.store.store import Store, remove_empty
+from backstayd.store.store import Store
 
 
 def release_snapshot(store: Store, run: str, key: SnapshotKey) -> bool:
@@ -170,112 +160,7 @@ def quarantine_fragment(store: Store, run: str, fragment: FragmentRecord, *, rea
     return entry
 
 
-def publish_staged(store: Store, run: str, *, rank: int, world_size: int, digest: str) -> ShardRecord:
-    """Make a complete, verified staged shard a committed one of this node; idempotent.
-
-    Raises:
-        SnapshotNotFoundError: it is not staged (and not published) here.
-    """
-    index, paths = store.index(run), store.paths(run)
-    present = next((held.record for held in index.shards.values() if held.record.digest == digest), None)
-    if present is not None:
-        discard_staged(store, run, rank=rank, world_size=world_size, digest=digest)
-        return present
-    raw = read_small(paths.staged_manifest(rank, world_size, digest))
-    manifest = json_records.loads(Manifest, raw)
-    key = SnapshotKey(manifest.attempt, manifest.step)
-    if (key, rank) in index.shards:
-        quarantine_shard(
-            store, run, key, rank=rank, reason="another history wrote the same step; its bytes are not wanted"
-        )
-    target = paths.shard(key, rank, world_size)
-    make_directory(target.parent)
-    part = paths.staged(rank, world_size, digest)
-    try:
-        part.rename(target)
-    except FileNotFoundError as error:
-        raise SnapshotNotFoundError(f"rank {rank} ({digest[:16]}) is not staged here") from error
-    paths.staged_manifest(rank, world_size, digest).rename(paths.manifest(key, rank, world_size))
-    remove_staging(paths, rank=rank, world_size=world_size, digest=digest)
-    index.staged.pop((rank, digest[:16]), None)
-    shard = ShardRecord(
-        attempt=key.attempt,
-        step=key.step,
-        rank=rank,
-        world_size=world_size,
-        size_bytes=manifest.size_bytes,
-        digest=hashlib.sha256(raw).hexdigest(),
-        world_id=manifest.world_id,
-        layout=manifest.layout,
-    )
-    index.shards[key, rank] = HeldShard(record=shard, slot_id=slot_id_of(target.lstat()))
-    return shard
-
-
 def discard_staged(store: Store, run: str, *, rank: int, world_size: int, digest: str) -> None:
     """Remove what is staged of one shard; idempotent."""
     remove_staging(store.paths(run), rank=rank, world_size=world_size, digest=digest)
     store.index(run).staged.pop((rank, digest[:16]), None)
-
-
-def note_staged(store: Store, run: str, *, rank: int, world_size: int, digest: str) -> None:
-    """Take a staging file that a coder or the supervisor just made into the index."""
-    path = store.paths(run).staged(rank, world_size, digest)
-    if path.exists():
-        store.index(run).staged[rank, digest[:16]] = StagedFile(
-            rank=rank, world_size=world_size, digest16=digest[:16], size_bytes=path.lstat().st_size
-        )
-
-
-def note_plan(store: Store, run: str, key: SnapshotKey, plan_id: str) -> bool:
-    """Take a plan that a coder stored into the index; returns whether it is new."""
-    known = store.runs.get(run)
-    if known is not None and plan_id in known.plans:
-        return False
-    try:
-        plan = read_stored_plan(store.paths(run), key, plan_id)
-    except SnapshotNotFoundError:
-        return False
-    store.index(run).plans[plan_id] = plan
-    return True
-
-
-def note_fragment(store: Store, run: str, key: SnapshotKey, fragment: FragmentRecord) -> bool:
-    """Take a fragment that a coder published into the index; returns whether it is new.
-
-    One whose plan was dropped while it was being published is removed: nothing else would find it.
-    """
-    note_plan(store, run, key, fragment.plan_id)
-    index, paths = store.runs.get(run), store.paths(run)
-    plan = index.plans.get(fragment.plan_id) if index is not None else None
-    if index is None or plan is None:
-        place = {"stripe": fragment.stripe, "index": fragment.index}
-        paths.fragment_record(key, fragment.plan_id, **place).unlink(missing_ok=True)
-        paths.fragment(key, fragment.plan_id, **place).unlink(missing_ok=True)
-        remove_empty(paths.parity(key))
-        remove_empty(paths.snapshot(key))
-        return False
-    if fragment in index.fragments:
-        return False
-    try:
-        index.fragments[fragment] = read_fragment(paths, plan, fragment)
-    except (SnapshotNotFoundError, FileNotFoundError):
-        return False
-    return True
-
-
-def open_for_trainer(store: Store, run: str, key: SnapshotKey, *, rank: int) -> tuple[int, dict[str, Any]]:
-    """A read-only descriptor of a committed shard and its manifest.
-
-    The descriptor carries a shared lock for as long as the trainer has it, so that the slot is not filled under its eyes.
-
-    Raises:
-        SnapshotNotFoundError: it is not here.
-    """
-    held = store.index(run).shards.get((key, rank))
-    if held is None:
-        raise SnapshotNotFoundError(f"rank {rank} of step {key.step} is not on this node")
-    paths, world_size = store.paths(run), held.record.world_size
-    with published.open_shard(paths, key, rank=rank, world_size=world_size, digest=held.record.digest) as (fd, _):
-        manifest = json_records.loads(dict, read_small(paths.manifest(key, rank, world_size)))
-        return os.dup(fd), manifest

@@ -9,29 +9,32 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
+import json
 import logging
 import os
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from crc32c import crc32c
 
 from backstay import faults
-from backstay.errors import CapacityError, InvariantError, UsageError
+from backstay.errors import CapacityError, IntegrityError, InvariantError, UsageError
 from backstay.format import json_records
 from backstay.format.manifest import Manifest
+from backstay.format.shard import PAGE_BYTES
 from backstay.ids import SnapshotKey
 from backstayd.core.messages.plans import ShardRecord
 from backstayd.core.protect.footprint import parity_room
 from backstayd.store.adopt import check_size, slot_id_of
-from backstayd.store.header_check import check_header
+from backstayd.store.directory import Directory
 from backstayd.store.index import HeldShard, RunIndex, Slot
 from backstayd.store.record_files import canonical_bytes, make_directory, write_atomically
 from backstayd.store.slot_holder import Holder, HolderRecord
-
-if TYPE_CHECKING:
-    from backstayd.store.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +101,17 @@ def _cut_back(path: Path, size_bytes: int) -> int:
 
 
 class Slots:
-    """The slots of one store. Invariant: a granted inode lies in ``slots/`` and has exactly one grant."""
+    """The slots of one store. Invariant: a granted inode lies in ``slots/`` and has exactly one grant.
 
-    def __init__(self, store: Store, *, reader_wait_s: float) -> None:
-        self._store = store
+    Args:
+        admit: Raises CapacityError unless a run may take so many more bytes, for the purpose named.
+    """
+
+    def __init__(
+        self, directory: Directory, *, admit: Callable[[RunIndex, int, str], None], reader_wait_s: float
+    ) -> None:
+        self._directory = directory
+        self._admit = admit
         self._reader_wait_s = reader_wait_s
         self.grants: dict[str, Grant] = {}  # by slot id
         self.hosted: dict[tuple[str, int], int] = {}  # (run, rank) of the trainers attached here to their world's size
@@ -172,9 +182,9 @@ class Slots:
 
     def add(self, allocation: Allocation, *, step: int, holder: HolderRecord) -> Grant:
         """Grant the slot that :func:`allocate` made."""
-        index = self._store.index(allocation.run)
+        index = self._directory.index(allocation.run)
         self._end_allocation(allocation)
-        path = self._store.paths(allocation.run).slot(allocation.rank, allocation.number)
+        path = self._directory.paths(allocation.run).slot(allocation.rank, allocation.number)
         allocation.temporary.rename(path)
         slot = Slot(
             rank=allocation.rank,
@@ -201,7 +211,7 @@ class Slots:
         Raises:
             IntegrityError: size, holes, header or identity contradict the manifest. UsageError: the step exists already.
         """
-        index, paths = self._store.index(grant.run), self._store.paths(grant.run)
+        index, paths = self._directory.index(grant.run), self._directory.paths(grant.run)
         manifest = json_records.from_json(Manifest, manifest_json)
         check(manifest)
         manifest.check()
@@ -221,7 +231,7 @@ class Slots:
         slot_path.rename(target)
         faults.reach("before_publish", step=key.step, rank=grant.rank)
         try:
-            write_atomically(manifest_path, raw, incarnation=self._store.incarnation)
+            write_atomically(manifest_path, raw, incarnation=self._directory.incarnation)
         except BaseException:
             target.rename(slot_path)  # no room for the manifest: the slot is what it was
             raise
@@ -233,7 +243,7 @@ class Slots:
             rank=grant.rank,
             world_size=manifest.world_size,
             size_bytes=manifest.size_bytes,
-            digest=self._store.digest(raw),
+            digest=hashlib.sha256(raw).hexdigest(),
             world_id=manifest.world_id,
             layout=manifest.layout,
         )
@@ -249,7 +259,7 @@ class Slots:
 
     def shelve(self, index: RunIndex, path: Path, *, rank: int) -> None:
         """Make the withdrawn shard at ``path`` a free slot of ``rank``; its manifest is gone already."""
-        paths = self._store.paths(index.run)
+        paths = self._directory.paths(index.run)
         status = path.lstat()
         number = self._free_number(index, rank)
         make_directory(paths.slots)
@@ -262,7 +272,7 @@ class Slots:
         """Unlink a free slot."""
         if slot.slot_id in self.grants:
             raise InvariantError(f"slot {slot} is granted")
-        self._store.paths(index.run).slot(slot.rank, slot.number).unlink(missing_ok=True)
+        self._directory.paths(index.run).slot(slot.rank, slot.number).unlink(missing_ok=True)
         del index.slots[slot.rank, slot.number]
         self.forget_holder(index, slot.slot_id)
 
@@ -270,12 +280,12 @@ class Slots:
         """The inode is gone: so is the note of who held it."""
         self._shelved_at.pop(slot_id, None)
         if index.holders.pop(slot_id, None) is not None:
-            self._store.paths(index.run).holder(slot_id).unlink(missing_ok=True)
+            self._directory.paths(index.run).holder(slot_id).unlink(missing_ok=True)
 
     def reclaim(self, wanted_bytes: int) -> int:
         """Unlink free slots that no living process maps and no attached rank needs; returns the bytes freed."""
         freed = 0
-        for index in self._store.runs.values():
+        for index in self._directory.runs.values():
             for slot in list(self._free(index)):
                 if freed >= wanted_bytes:
                     return freed
@@ -291,8 +301,8 @@ class Slots:
         Returns what was done, with the culprits, for the log.
         """
         found = []
-        for index in self._store.runs.values():
-            paths = self._store.paths(index.run)
+        for index in self._directory.runs.values():
+            paths = self._directory.paths(index.run)
             places = [
                 (paths.slot(slot.rank, slot.number), slot.size_bytes, slot.slot_id) for slot in index.slots.values()
             ]
@@ -343,7 +353,7 @@ class Slots:
 
     def _has_no_reader(self, index: RunIndex, slot: Slot) -> bool:
         """Readers lock, then look for the manifest, which is gone: once this lock is had, no reader comes any more."""
-        path = self._store.paths(index.run).slot(slot.rank, slot.number)
+        path = self._directory.paths(index.run).slot(slot.rank, slot.number)
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -354,10 +364,10 @@ class Slots:
         return True
 
     def _grant(self, index: RunIndex, slot: Slot, *, step: int, holder: HolderRecord) -> Grant:
-        paths = self._store.paths(index.run)
+        paths = self._directory.paths(index.run)
         if index.holders.get(slot.slot_id) != holder:
             write_atomically(
-                paths.holder(slot.slot_id), json_records.dumps(holder), incarnation=self._store.incarnation
+                paths.holder(slot.slot_id), json_records.dumps(holder), incarnation=self._directory.incarnation
             )
             index.holders[slot.slot_id] = holder
         path = paths.slot(slot.rank, slot.number)
@@ -381,7 +391,7 @@ class Slots:
             os.close(grant.fd)
 
     def _rename(self, index: RunIndex, slot: Slot, rank: int) -> Slot:
-        paths = self._store.paths(index.run)
+        paths = self._directory.paths(index.run)
         number = self._free_number(index, rank)
         paths.slot(slot.rank, slot.number).rename(paths.slot(rank, number))
         del index.slots[slot.rank, slot.number]
@@ -392,19 +402,20 @@ class Slots:
     def _plan_allocation(
         self, index: RunIndex, *, rank: int, size_bytes: int, more: int, world_size: int
     ) -> Allocation:
-        parity = parity_room(size_bytes, self._store.parity_fraction.get(index.run, 0.0))
+        parity = parity_room(size_bytes, self._directory.parity_fraction.get(index.run, 0.0))
         held_parity = sum(  # parity of another layout stays until this one's protects as well
             size
             for fragment, size in index.fragments.items()
             if world_size in (0, index.plans[fragment.plan_id].world_size)
         )
-        self._store.require_share(index, more * size_bytes + max(0, parity - held_parity))
-        self._store.require_room(
-            more * size_bytes + max(0, parity - held_parity),
-            f"run {index.run}: rank {rank} needs {more} more slots of {size_bytes} bytes and "
-            f"{max(0, parity - held_parity)} bytes for parity of two plans",
+        new_parity = max(0, parity - held_parity)
+        self._admit(
+            index,
+            more * size_bytes + new_parity,
+            f"run {index.run}: rank {rank} needs {more} more slots of {size_bytes} bytes and {new_parity} bytes for "
+            "parity of two plans",
         )
-        paths = self._store.paths(index.run)
+        paths = self._directory.paths(index.run)
         make_directory(paths.slots)
         number = self._free_number(index, rank)
         path = paths.slot(rank, number)
@@ -413,7 +424,7 @@ class Slots:
             rank=rank,
             number=number,
             size_bytes=size_bytes,
-            temporary=path.with_name(f"{path.name}.{self._store.incarnation}.tmp"),
+            temporary=path.with_name(f"{path.name}.{self._directory.incarnation}.tmp"),
         )
         self._pending[index.run, rank, number] = allocation
         self.pending_bytes += size_bytes
@@ -431,3 +442,51 @@ class Slots:
         taken = {number for owner, number in index.slots if owner == rank}
         taken |= {number for run, owner, number in self._pending if (run, owner) == (index.run, rank)}
         return next(number for number in range(1, len(taken) + 2) if number not in taken)
+
+
+def check_header(fd: int, manifest: Manifest) -> None:
+    """Raise IntegrityError unless the safetensors header in ``fd`` names the manifest's tensors at the manifest's places.
+
+    The chunks that hold the header are compared with their digests as well: they were read anyway. The header is read with
+    ``pread``, never through a mapping: a trainer that truncates its slot must not kill the daemon.
+    """
+    if manifest.header_bytes % PAGE_BYTES or not 8 < manifest.header_bytes <= manifest.size_bytes:
+        raise IntegrityError(
+            f"header of {manifest.header_bytes} bytes in a file of {manifest.size_bytes} is not whole pages",
+            reason="bad_header",
+        )
+    chunks = -(-manifest.header_bytes // manifest.chunk_bytes)
+    head = os.pread(fd, min(chunks * manifest.chunk_bytes, manifest.size_bytes), 0)
+    for chunk in range(chunks):
+        piece = head[chunk * manifest.chunk_bytes : chunk * manifest.chunk_bytes + manifest.chunk_length(chunk)]
+        if crc32c(piece) != manifest.chunk_crc(chunk):
+            raise IntegrityError(
+                f"chunk {chunk} has crc {crc32c(piece):08x}, its manifest says {manifest.chunk_crc(chunk):08x}",
+                reason="bad_chunk",
+            )
+    (length,) = struct.unpack_from("<Q", head)
+    if length + 8 != manifest.header_bytes:
+        raise IntegrityError(
+            f"header of {length + 8} bytes, its manifest says {manifest.header_bytes}", reason="bad_header"
+        )
+    try:
+        header = json.loads(head[8 : manifest.header_bytes])
+        _compare(header, manifest)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise IntegrityError(f"the header is not safetensors JSON: {error!r:.200}", reason="bad_header") from error
+
+
+def _compare(header: Any, manifest: Manifest) -> None:
+    entries = {entry.name: entry for entry in manifest.tensors}
+    found = (
+        {name: value for name, value in header.items() if name != "__metadata__"} if isinstance(header, dict) else {}
+    )
+    if found.keys() != entries.keys():
+        differing = sorted(found.keys() ^ entries.keys())[:3]
+        raise IntegrityError(f"header and manifest name different tensors, such as {differing}", reason="bad_header")
+    for name, entry in entries.items():
+        value = found[name]
+        begin, end = value["data_offsets"]
+        said = (value["dtype"], tuple(value["shape"]), begin + manifest.header_bytes, end + manifest.header_bytes)
+        if said != (entry.dtype, entry.shape, entry.begin, entry.end):
+            raise IntegrityError(f"tensor {name} is {said} in the header, not as in the manifest", reason="bad_header")

@@ -10,8 +10,7 @@ from backstay.format.manifest import CHUNK_BYTES
 from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.durable.block_threads import each_block
 from backstayd.coder.durable.check_chunks import check_chunks
-from backstayd.coder.durable.jobs import FetchPersisted
-from backstayd.coder.jobs import shard_event
+from backstayd.coder.jobs import FetchPersisted, shard_event
 from backstayd.durable.place import MIN_RANGE_BYTES
 from backstayd.durable.reader import PARALLEL_REQUESTS, PersistedShard, open_shard
 from backstayd.store.staging import StagedShard, prepare_staging

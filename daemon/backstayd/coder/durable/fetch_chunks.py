@@ -14,10 +14,10 @@ from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.durable.check_chunks import check_chunks
 from backstayd.coder.jobs import FetchChunks, FetchManifests
 from backstayd.core.inventory.durable_names import manifest_name
-from backstayd.durable.place import open_place
+from backstayd.durable.open import open_place
 from backstayd.durable.reader import PersistedShard, open_shard
 from backstayd.store.record_files import make_directory, parse_manifest, write_atomically
-from backstayd.store.sparse import SparseShard
+from backstayd.store.staging import SparseShard
 
 BATCH_CHUNKS: Final = 64  # 16 MiB in memory at a time
 

@@ -18,7 +18,7 @@ from backstay.format import json_records
 from backstay.ids import SnapshotKey
 from backstayd.clock import boot_s
 from backstayd.coder.context import JobContext
-from backstayd.coder.durable.jobs import CheckUploaded, MarkSnapshot, PruneSnapshot, WriteRecord
+from backstayd.coder.jobs import CheckUploaded, MarkSnapshot, PruneSnapshot, WriteRecord
 from backstayd.core.inventory.distrust import MAX_REASON, why_tainted
 from backstayd.core.inventory.durable_names import (
     MARKS_NAME,
@@ -35,7 +35,8 @@ from backstayd.core.inventory.durable_names import (
 )
 from backstayd.core.messages.decisions import Distrusted
 from backstayd.core.messages.durable import PersistedSnapshot, Stored
-from backstayd.durable.place import Place, open_place
+from backstayd.durable.open import open_place
+from backstayd.durable.place import Place
 from backstayd.store.record_files import parse_manifest
 
 PARALLEL_SMALL = 8  # manifests read at a time

@@ -19,10 +19,9 @@ from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import SnapshotKey
 from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.durable.bandwidth import BUCKET
-from backstayd.coder.durable.jobs import SurveyStorage, UploadShard
 from backstayd.coder.durable.shared_changes import read_marks, with_reason
-from backstayd.coder.jobs import CoderEvent
-from backstayd.coder.transfer.verified_reads import pread_chunks
+from backstayd.coder.jobs import CoderEvent, SurveyStorage, UploadShard
+from backstayd.coder.verified_reads import pread_chunks
 from backstayd.core.inventory.distrust import MAX_DISTRUSTED
 from backstayd.core.inventory.durable_names import (
     RECORD_NAME,
@@ -36,9 +35,9 @@ from backstayd.core.inventory.durable_names import (
 )
 from backstayd.core.inventory.survey import why_no_snapshot
 from backstayd.core.messages.durable import PersistedSnapshot, Survey, Unreadable
-from backstayd.durable.place import Place, open_place
+from backstayd.durable.open import open_place
+from backstayd.durable.place import Place, chunk_range
 from backstayd.durable.publish import publish_shard
-from backstayd.durable.verified_source import chunk_range
 from backstayd.store.published import open_shard
 from backstayd.store.record_files import ShardChunks, read_small
 from backstayd.transport.bulk.client import ShardRef
@@ -143,7 +142,7 @@ def _require_free(place: Place, ref: ShardRef) -> None:
 
 
 class _TmpfsSource:
-    """A committed shard as the storage package reads it; see ``storage.source.ShardSource``."""
+    """A committed shard as the storage package reads it; see ``durable.place.ShardSource``."""
 
     def __init__(self, context: JobContext, job: UploadShard, ref: ShardRef, fd: int, chunks: ShardChunks) -> None:
         self.chunks = chunks

@@ -12,7 +12,7 @@ from backstay.format.manifest import CHUNK_BYTES
 from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.durable.block_threads import each_block
 from backstayd.coder.durable.check_chunks import check_chunks
-from backstayd.coder.durable.jobs import VerifyPersisted
+from backstayd.coder.jobs import VerifyPersisted
 from backstayd.durable.errors import explained
 from backstayd.durable.local_shard import LocalShard, open_local_shard
 from backstayd.transport.bulk.client import ShardRef

@@ -17,7 +17,7 @@ from backstay.format.manifest import CHUNK_BYTES
 from backstayd.coder.context import JobContext
 from backstayd.coder.jobs import shard_event
 from backstayd.coder.parity.reuse import OlderFragment
-from backstayd.coder.transfer.verified_reads import ShardRange
+from backstayd.coder.verified_reads import ShardRange
 from backstayd.store.fragments import FragmentWriter
 from backstayd.store.staging import StagedShard
 from backstayd.transport.bulk.client import NOT_READY, BulkClient, FragmentRef

@@ -15,7 +15,7 @@ from backstayd.coder.parity.chunk_writers import ForwardSink, OwnParity
 from backstayd.coder.parity.reuse import NO_OLDER, Older, OlderFragment, find_older, others
 from backstayd.coder.parity.stored_plans import check_plan, gather_plan
 from backstayd.coder.parity.windows import encode_windows
-from backstayd.coder.transfer.verified_reads import RemoteShards, block_ranges
+from backstayd.coder.verified_reads import RemoteShards, block_ranges
 from backstayd.core.inventory import geometry
 from backstayd.core.messages.plans import Plan
 from backstayd.erasure.pyeclib_codec import codec_for

@@ -17,7 +17,7 @@ from backstayd.coder.parity.chunk_writers import RebuiltBlock, RebuiltRange, ope
 from backstayd.coder.parity.stored_plans import check_plan, fetch_plan
 from backstayd.coder.parity.windows import decode_windows, padded
 from backstayd.coder.parity.wrong_parity import Fit, Rebuilt, find_fit
-from backstayd.coder.transfer.verified_reads import (
+from backstayd.coder.verified_reads import (
     LocalFragment,
     LocalShards,
     RemoteFragment,

@@ -15,7 +15,7 @@ from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError
 from backstay.format import json_records
 from backstay.ids import SnapshotKey
 from backstayd.coder.context import JobContext
-from backstayd.coder.transfer.verified_reads import check_fragment
+from backstayd.coder.verified_reads import check_fragment
 from backstayd.core.inventory import geometry
 from backstayd.core.messages.plans import Plan
 from backstayd.store.paths import RunPaths, parse_snapshot

@@ -7,7 +7,7 @@ from backstay.errors import BackstayError, IntegrityError, UnavailableError
 from backstay.format.manifest import CHUNK_BYTES
 from backstayd.coder.context import CorruptSourceError, JobContext, shard_ref_of
 from backstayd.coder.jobs import FetchShard, shard_event
-from backstayd.coder.transfer.verified_reads import RemoteShards, ShardRange
+from backstayd.coder.verified_reads import RemoteShards, ShardRange
 from backstayd.store.record_files import ShardChunks, parse_manifest
 from backstayd.store.staging import StagedShard, prepare_staging
 from backstayd.transport.bulk.client import ShardRef

@@ -14,9 +14,9 @@ from backstay.errors import BackstayError, IntegrityError, UnavailableError
 from backstay.format.manifest import CHUNK_BYTES
 from backstayd.coder.context import CorruptSourceError, JobContext, shard_ref_of
 from backstayd.coder.jobs import FetchChunks
-from backstayd.coder.transfer.verified_reads import LocalShards, RemoteShards, ShardRange
+from backstayd.coder.verified_reads import LocalShards, RemoteShards, ShardRange
 from backstayd.store.record_files import ShardChunks, read_manifest
-from backstayd.store.sparse import SparseShard
+from backstayd.store.staging import SparseShard
 
 RANGE_CHUNKS: Final = 64  # 16 MiB a request: large enough to stream, small enough for the next to be asked ahead
 

@@ -10,7 +10,7 @@ from backstay.errors import IntegrityError
 from backstay.format.manifest import CHUNK_BYTES
 from backstayd.coder.context import JobContext, shard_ref_of
 from backstayd.coder.jobs import VerifyFragment, VerifyShard
-from backstayd.coder.transfer.verified_reads import LocalFragment, LocalShards, ShardRange
+from backstayd.coder.verified_reads import LocalFragment, LocalShards, ShardRange
 from backstayd.core.inventory import geometry
 from backstayd.store.record_files import read_manifest
 from backstayd.store.staging import StagedShard

@@ -9,8 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
-from backstayd.coder.durable.jobs import FetchPersisted, VerifyPersisted
-from backstayd.coder.jobs import DecodeStripe, EncodeStripe, FetchPlan, FetchShard, Job, VerifyFragment, VerifyShard
+from backstayd.coder.jobs import (
+    DecodeStripe,
+    EncodeStripe,
+    FetchPersisted,
+    FetchPlan,
+    FetchShard,
+    Job,
+    VerifyFragment,
+    VerifyPersisted,
+    VerifyShard,
+)
 from backstayd.core.inventory.durable_names import is_local
 from backstayd.core.inventory.geometry import fragment_bytes
 from backstayd.core.inventory.readers import base_size, takes_whole

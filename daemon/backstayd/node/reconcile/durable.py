@@ -16,15 +16,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from backstay.ids import SnapshotKey
-from backstayd.coder.durable.jobs import (
+from backstayd.coder.jobs import (
     CheckUploaded,
+    CoderEvent,
+    Corrupt,
+    Job,
+    JobResult,
     MarkSnapshot,
     PruneSnapshot,
     SurveyStorage,
     UploadShard,
     WriteRecord,
 )
-from backstayd.coder.jobs import CoderEvent, Corrupt, Job, JobResult
 from backstayd.core.durable_uploads import RECORD_RANK
 from backstayd.core.inventory.survey import SURVEY_DEADLINE_S
 from backstayd.core.messages.decisions import Distrusted

@@ -6,6 +6,7 @@ Level-triggered: every event only asks for another pass. Decides nothing that th
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
@@ -13,16 +14,17 @@ from typing import Final
 from backstay.errors import BackstayError, CapacityError, SnapshotNotFoundError
 from backstay.ids import SnapshotKey
 from backstay.protocol import messages
-from backstayd.coder.durable.jobs import FetchPersisted, VerifyPersisted
 from backstayd.coder.jobs import (
     CoderEvent,
     Corrupt,
     DecodeStripe,
     EncodeStripe,
+    FetchPersisted,
     FetchPlan,
     FetchShard,
     Job,
     JobResult,
+    VerifyPersisted,
     VerifyShard,
 )
 from backstayd.coder.pool import CoderPool
@@ -44,7 +46,7 @@ from backstayd.node.trainers import gate_relay
 from backstayd.node.trainers.ownership import adopt_owner
 from backstayd.node.trainers.session import Session
 from backstayd.node.trainers.sessions import Sessions
-from backstayd.store import published, remove
+from backstayd.store import admit, published, remove
 from backstayd.store.index import RunIndex
 from backstayd.store.record_files import canonical_bytes
 from backstayd.store.staging import missing_stripes, prepare_staging, remove_staging
@@ -139,12 +141,12 @@ class Reconciler:
         key = SnapshotKey(event.attempt, event.step)
         try:
             if event.kind == "plan_stored":
-                remove.note_plan(self._store, event.run, key, event.plan_id)
+                admit.note_plan(self._store, event.run, key, event.plan_id)
             elif event.kind == "fragment_stored":
                 fragment = FragmentRecord(plan_id=event.plan_id, stripe=event.stripe, index=event.index)
-                remove.note_fragment(self._store, event.run, key, fragment)
+                admit.note_fragment(self._store, event.run, key, fragment)
             elif event.kind in ("stripe_staged", "shard_staged"):
-                remove.note_staged(
+                admit.note_staged(
                     self._store, event.run, rank=event.rank, world_size=event.world_size, digest=event.digest
                 )
         except (BackstayError, OSError) as error:
@@ -383,18 +385,18 @@ class Reconciler:
         elif isinstance(job, VerifyShard):
             self._note_verified(self._decision_id(run), job.digest)
         elif isinstance(job, FetchPlan):
-            remove.note_plan(self._store, run, job.plan.key, job.plan.plan_id)
+            admit.note_plan(self._store, run, job.plan.key, job.plan.plan_id)
             return
         elif isinstance(job, EncodeStripe):
-            remove.note_plan(self._store, run, job.plan.key, job.plan.plan_id)
+            admit.note_plan(self._store, run, job.plan.key, job.plan.plan_id)
             if job.plan.m:
                 own = FragmentRecord(plan_id=job.plan.plan_id, stripe=job.stripe, index=0)
-                remove.note_fragment(self._store, run, job.plan.key, own)
+                admit.note_fragment(self._store, run, job.plan.key, own)
         self.tasks.settle(key, run)
         self._context.changed()
 
     def _publish(self, run: str, job: VerifyShard | FetchShard | FetchPersisted) -> None:
-        remove.publish_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
+        admit.publish_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
         self._note_verified(self._decision_id(run), job.digest)
         self._context.changed()
 
@@ -468,7 +470,9 @@ class Reconciler:
                 size = next(s.size_bytes for s in plan.members[target.member_index].shards if s.rank == target.rank)
                 self._store.require_room(size, f"run {run}: rebuilding rank {target.rank} of step {plan.step}")
                 raw = next(
-                    raw for raw in map(canonical_bytes, stored.manifests) if self._store.digest(raw) == target.digest
+                    raw
+                    for raw in map(canonical_bytes, stored.manifests)
+                    if hashlib.sha256(raw).hexdigest() == target.digest
                 )
                 incarnation = self._context.identity.incarnation
                 await asyncio.to_thread(prepare_staging, paths, raw, digest=target.digest, incarnation=incarnation)
@@ -478,7 +482,7 @@ class Reconciler:
                     index.plans.pop(plan.plan_id, None)
                 self._fail_rebuild(run, action, error)
                 return
-            remove.note_staged(self._store, run, rank=target.rank, world_size=plan.world_size, digest=target.digest)
+            admit.note_staged(self._store, run, rank=target.rank, world_size=plan.world_size, digest=target.digest)
             self._context.changed()
         self.tasks.settle(action.key, run, for_s=STRIPE_POLL_S)
 

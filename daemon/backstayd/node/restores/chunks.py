@@ -23,12 +23,11 @@ from backstayd.core.messages.decisions import Decision, ShardSource, SourceKind
 from backstayd.node.node_state import NodeContext
 from backstayd.node.reconcile.actions import deadline_s, storage_deadline_s
 from backstayd.node.restores.chunk_offer import CHANGED, Offered, Totals, Work
-from backstayd.store import remove
+from backstayd.store.directory import remove_empty
 from backstayd.store.index import RunIndex
-from backstayd.store.published import find_manifest
+from backstayd.store.published import find_manifest, open_for_trainer
 from backstayd.store.record_files import ShardChunks, parse_manifest
-from backstayd.store.sparse import missing_runs, prepare_sparse, read_marks, remove_sparse, run_bytes
-from backstayd.store.store import remove_empty
+from backstayd.store.staging import missing_runs, prepare_sparse, read_marks, remove_sparse, run_bytes
 
 RunJob = Callable[[Job], Awaitable[JobResult]]
 
@@ -365,7 +364,7 @@ class Offers:
             for rank, part in parts.items():
                 chunks = part.chunks
                 if chunks.digest in here:
-                    fd, _ = remove.open_for_trainer(store, offered.run, offered.key, rank=rank)
+                    fd, _ = open_for_trainer(store.index(offered.run), store.paths(offered.run), offered.key, rank=rank)
                 else:
                     path = store.paths(offered.run).sparse(rank, chunks.world_size, chunks.digest)
                     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -17,14 +17,13 @@ from typing import Any, Final
 from backstay.errors import BackstayError, UnavailableError
 from backstay.ids import SnapshotKey
 from backstay.protocol import messages
-from backstayd.coder.durable.jobs import VerifyPersisted
-from backstayd.coder.jobs import JobResult
+from backstayd.coder.jobs import JobResult, VerifyPersisted
 from backstayd.core.inventory.readers import takes_whole
 from backstayd.core.messages.decisions import Decision, SourceKind
 from backstayd.durable.local_shard import LocalShard, open_local_shard
 from backstayd.node.trainers.requests import close_fds
 from backstayd.node.trainers.session import Session
-from backstayd.store import remove
+from backstayd.store.published import open_for_trainer
 from backstayd.store.store import Store
 
 OPEN_DEADLINE_S: Final = 30.0
@@ -68,7 +67,9 @@ class HandingOut:
             for rank in session.needed_ranks:
                 source = sources[rank]
                 held = self._descriptor(decision.decision_id, source.digest)
-                fd, manifest = held or remove.open_for_trainer(store, session.run, key, rank=rank)
+                fd, manifest = held or open_for_trainer(
+                    store.index(session.run), store.paths(session.run), key, rank=rank
+                )
                 fds.append(fd)
                 where = base.url if source.kind is SourceKind.PERSISTED else ""
                 shards.append(
