@@ -65,8 +65,8 @@ proto: $(STAMP)  ## generate daemon/backstayd/v1 from proto/
 		--mypy_out=daemon --mypy_grpc_out=daemon $$(find proto -name '*.proto')
 
 sample: $(STAMP)  ## write deploy/config and docs/configuration.md from the code
-	$(BIN)/python -m backstayd.config > deploy/config/backstayd.toml
-	$(BIN)/python -m backstayd.config_reference > docs/configuration.md
+	$(BIN)/python -m backstayd.config.reference --sample > deploy/config/backstayd.toml
+	$(BIN)/python -m backstayd.config.reference > docs/configuration.md
 
 check: lint type test-quick  ## what a change must pass
 

@@ -14,7 +14,10 @@ from typing import NoReturn
 
 from backstay import __version__
 from backstay.errors import BackstayError, ConfigError, UsageError
-from backstayd import config, start_checks
+from backstayd import start_checks
+from backstayd.config.load import load_config
+from backstayd.config.reference import sample
+from backstayd.config.schema import SECTIONS, Config, CoordinatorConfig, DaemonConfig, NodeConfig, settings
 from backstayd.printable import say
 from backstayd.security.configured import load_credentials
 from backstayd.telemetry import logs
@@ -46,12 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"backstayd {__version__}")
     roles = parser.add_subparsers(dest="role", required=True, parser_class=CommandParser)
     descriptions = {"node": "hold the snapshots of this machine's trainers", "coordinator": "decide, for all nodes"}
-    for cls in config.SECTIONS:
+    for cls in SECTIONS:
         role = roles.add_parser(cls.section, help=descriptions[cls.section], allow_abbrev=False)
         role.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with a table [{cls.section}]")
         role.add_argument("--check-config", action="store_true", help="check the configuration, print it and exit")
         role.add_argument("--print-default-config", action="store_true", help="print a sample configuration and exit")
-        for setting in config.settings(cls):
+        for setting in settings(cls):
             is_shown = not (setting.is_computed or setting.is_switch or setting.default == "")
             default = f" Default: {setting.default}." if is_shown else ""
             role.add_argument(
@@ -67,52 +70,51 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    cls = next(cls for cls in config.SECTIONS if cls.section == arguments.role)
     if arguments.print_default_config:
-        print(config.sample(cls), end="")
+        print(sample(next(cls for cls in SECTIONS if cls.section == arguments.role)), end="")
         return 0
-    names = {setting.name for setting in config.settings(cls)}
-    flags = {name: value for name, value in vars(arguments).items() if name in names}
-    if cls is config.NodeConfig:
-        return _run_node(
-            lambda: config.load(config.NodeConfig, file=arguments.config, environ=os.environ, flags=flags), arguments
-        )
-    return _run_coordinator(
-        lambda: config.load(config.CoordinatorConfig, file=arguments.config, environ=os.environ, flags=flags), arguments
-    )
+    return _run_node(arguments) if arguments.role == NodeConfig.section else _run_coordinator(arguments)
 
 
-def _run_node(load: Callable[[], config.NodeConfig], arguments: argparse.Namespace) -> int:
-    settings = load()
+def _run_node(arguments: argparse.Namespace) -> int:
+    load = _loader(NodeConfig, arguments)
+    config = load()
     if arguments.check_config:
-        return _show(settings)
-    logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
+        return _show(config)
+    logs.configure(level=config.log_level, form=config.log_format, component=f"node {config.name}")
     from backstayd.node.app import run
 
-    return run(settings, load)
+    return run(config, load)
 
 
-def _run_coordinator(load: Callable[[], config.CoordinatorConfig], arguments: argparse.Namespace) -> int:
-    settings = load()
+def _run_coordinator(arguments: argparse.Namespace) -> int:
+    load = _loader(CoordinatorConfig, arguments)
+    config = load()
     if arguments.check_config:
-        return _show(settings)
-    logs.configure(level=settings.log_level, form=settings.log_format, component="coordinator")
+        return _show(config)
+    logs.configure(level=config.log_level, form=config.log_format, component="coordinator")
     from backstayd.coordinator.app import run
 
-    return run(settings, load)
+    return run(config, load)
 
 
-def _show(settings: config.NodeConfig | config.CoordinatorConfig) -> int:
-    for setting in config.settings(type(settings)):
-        value = getattr(settings, setting.name)
-        print(f"{settings.section}.{setting.name} = {setting.default if value is None else value}")
-    credentials = load_credentials(settings)
+def _loader(cls: type[Config], arguments: argparse.Namespace) -> Callable[[], Config]:
+    names = {setting.name for setting in settings(cls)}
+    flags = {name: value for name, value in vars(arguments).items() if name in names}
+    return lambda: load_config(cls, file=arguments.config, environ=os.environ, flags=flags)
+
+
+def _show(config: DaemonConfig) -> int:
+    for setting in settings(type(config)):
+        value = getattr(config, setting.name)
+        print(f"{config.section}.{setting.name} = {setting.default if value is None else value}")
+    credentials = load_credentials(config)
     problem = credentials.validity_problem() if credentials is not None else ""
     if problem:
         raise ConfigError(f"{problem}; renew it", reason="expired")
-    if isinstance(settings, config.NodeConfig):
-        start_checks.check_node(settings)
-    else:
-        start_checks.check_coordinator(settings)
+    if isinstance(config, NodeConfig):
+        start_checks.check_node(config)
+    elif isinstance(config, CoordinatorConfig):
+        start_checks.check_coordinator(config)
     print("configuration is valid")
     return 0

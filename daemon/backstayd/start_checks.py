@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Final
 
 from backstay.errors import ConfigError
-from backstayd.config import CoordinatorConfig, NodeConfig, split_address
+from backstayd.addresses import split_address
+from backstayd.config.schema import CoordinatorConfig, NodeConfig
 from backstayd.node.trainers.listener import find_group
 from backstayd.store import limits
-
-MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path of Linux, less its ending zero
 
 
 def check_node(config: NodeConfig) -> None:
@@ -38,12 +36,6 @@ def check_coordinator(config: CoordinatorConfig) -> None:
 
 
 def _check_socket(path: Path) -> None:
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-        raise ConfigError(
-            f"the socket path {path} has {len(os.fsencode(path))} bytes, and the kernel takes {MAX_SOCKET_PATH_BYTES}; "
-            "choose a shorter --socket",
-            reason="bad_socket",
-        )
     place = limits.existing_parent(path.parent)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(

@@ -16,7 +16,7 @@ import psutil
 
 from backstay.protocol import framing
 from backstay.testing import LocalCluster
-from backstayd.config import split_address
+from backstayd.addresses import split_address
 from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
 from tests.kit import parsers

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from backstay.ids import Generation
-from backstayd.config import CoordinatorConfig
+from backstayd.config.schema import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
 from backstayd.core.messages.decisions import DecisionPhase, Outcome, Staging, StagingState
 from backstayd.core.messages.desired import NodeDesired

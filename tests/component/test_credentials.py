@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from backstay.errors import ConfigError
 from backstayd import app, cli
-from backstayd.config import NodeConfig
+from backstayd.config.schema import NodeConfig
 from backstayd.security import credentials as credentials_module
 from backstayd.security.authority import Authority
 from backstayd.security.configured import load_credentials

@@ -17,7 +17,9 @@ import pytest
 import yaml
 from helm_python import Chart, HelmValuesError, lint
 
-from backstayd import config
+from backstayd import addresses, units
+from backstayd.config.load import load_config
+from backstayd.config.schema import CoordinatorConfig, NodeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "backstay"
@@ -198,7 +200,7 @@ def test_the_memory_that_is_asked_for_holds_what_the_daemon_may_hold() -> None:
         resources = pod(one(found, "DaemonSet"))["containers"][0]["resources"]
         assert resources["requests"] == resources["limits"], "guaranteed: the last to be killed for memory"
         settings = tomllib.loads(one(found, "ConfigMap")["data"]["backstayd.toml"])["node"]
-        quota = config.parse_size(settings["quota_bytes"])
+        quota = units.parse_size(settings["quota_bytes"])
         assert quota == gibibytes(memory) << 30
         assert gibibytes(resources["limits"]["memory"]) << 30 == quota + (gibibytes(overhead) << 30)
 
@@ -214,10 +216,10 @@ def test_the_daemon_takes_the_configuration_that_it_is_given(tmp_path: Path) -> 
     file = configuration(found, tmp_path)
     daemons = one(found, "DaemonSet")
     environ = environment(daemons, NODE_NAME="worker-7", POD_IP="10.0.0.7")
-    node = config.load(config.NodeConfig, file=file, environ=environ, flags={})
+    node = load_config(NodeConfig, file=file, environ=environ, flags={})
     assert (node.name, node.bulk, str(node.tls_cert)) == ("worker-7", "10.0.0.7:7071", "/tls/worker-7.crt")
     environ = environment(one(found, "Deployment"), POD_IP="10.0.0.8")
-    coordinator = config.load(config.CoordinatorConfig, file=file, environ=environ, flags={})
+    coordinator = load_config(CoordinatorConfig, file=file, environ=environ, flags={})
     assert coordinator.advertise == "10.0.0.8:7070"
     assert not node.insecure
     assert not coordinator.insecure
@@ -231,7 +233,7 @@ def test_settings_of_the_chart_reach_the_daemons(tmp_path: Path) -> None:
     bandwidth = {"persist_bandwidth_bytes_per_s": 100_000_000}
     values = {"coordinator": {"settings": {"keep": 2} | bandwidth, "parity": "2"}}
     file = configuration(rendered(values), tmp_path)
-    coordinator = config.load(config.CoordinatorConfig, file=file, environ={}, flags={})
+    coordinator = load_config(CoordinatorConfig, file=file, environ={}, flags={})
     assert (coordinator.keep, coordinator.parity) == (2, 2)
     assert coordinator.persist_bandwidth_bytes_per_s == 100_000_000
 
@@ -248,10 +250,10 @@ def test_settings_win_over_what_the_chart_would_write_even_when_they_say_none(tm
     written = tomllib.loads(file.read_text())
     assert {name: {key: written[name][key] for key in settings} for name, settings in parts.items()} == parts
     environ = environment(one(found, "DaemonSet"), NODE_NAME="worker-7", POD_IP="fd00::7")
-    node = config.load(config.NodeConfig, file=file, environ=environ, flags={})
+    node = load_config(NodeConfig, file=file, environ=environ, flags={})
     assert (node.http, node.bulk) == ("[::]:7072", "[fd00::7]:7071")
     environ = environment(one(found, "Deployment"), POD_IP="fd00::8")
-    coordinator = config.load(config.CoordinatorConfig, file=file, environ=environ, flags={})
+    coordinator = load_config(CoordinatorConfig, file=file, environ=environ, flags={})
     assert (coordinator.listen, coordinator.http, coordinator.advertise) == ("[::]:7070", "[::]:7073", "[fd00::8]:7070")
     assert coordinator.parity == 0
 
@@ -270,14 +272,14 @@ def test_ports_are_those_of_the_configuration() -> None:
     settings = tomllib.loads(one(found, "ConfigMap")["data"]["backstayd.toml"])
     for kind, section in (("DaemonSet", "node"), ("Deployment", "coordinator")):
         ports = {port["name"]: port["containerPort"] for port in pod(one(found, kind))["containers"][0]["ports"]}
-        assert ports["http"] == config.split_address(settings[section]["http"])[1]
+        assert ports["http"] == addresses.split_address(settings[section]["http"])[1]
     grpc = one(found, "Service", "backstay-coordinator")["spec"]["ports"][0]
     assert settings["node"]["coordinator"] == f"backstay-coordinator.backstay.svc:{grpc['port']}"
-    assert grpc["port"] == config.split_address(settings["coordinator"]["listen"])[1]
+    assert grpc["port"] == addresses.split_address(settings["coordinator"]["listen"])[1]
     daemons = one(found, "DaemonSet")
     bulk = environment(daemons, NODE_NAME="n", POD_IP="10.0.0.1")["BACKSTAYD_NODE_BULK"]
     ports = {port["name"]: port["containerPort"] for port in pod(daemons)["containers"][0]["ports"]}
-    assert config.split_address(bulk)[1] == ports["bulk"]
+    assert addresses.split_address(bulk)[1] == ports["bulk"]
 
 
 def test_every_named_port_exists() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from backstay.protocol import messages
-from backstayd.config import CoordinatorConfig
+from backstayd.config.schema import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
 from backstayd.store.paths import RunPaths
 from tests.component.coder_nodes import spoil_parity

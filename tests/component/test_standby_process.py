@@ -16,7 +16,7 @@ import pytest
 from backstay.errors import ConfigError, UnavailableError
 from backstay.ids import Generation
 from backstayd.clock import Clock, boot_s
-from backstayd.config import CoordinatorConfig
+from backstayd.config.schema import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
 from backstayd.core.coordinator import TERM_GENERATIONS
 from backstayd.core.messages.desired import NodeDesired

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from backstay.ids import Generation
-from backstayd.config import NodeConfig
+from backstayd.config.schema import NodeConfig
 from backstayd.core.messages.decisions import Decision, DecisionPhase, Outcome, Placement
 from backstayd.core.messages.desired import NodeDesired, Peer, RunDesired
 from backstayd.core.messages.report import NodeReport

@@ -29,7 +29,9 @@ from backstay.format import json_records, shard
 from backstay.format.manifest import Manifest
 from backstay.ids import Generation, SnapshotKey, snapshot_id
 from backstay.protocol import framing, messages
-from backstayd import config
+from backstayd.config.load import load_config
+from backstayd.config.reference import sample
+from backstayd.config.schema import CoordinatorConfig, NodeConfig
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.inventory.survey import why_no_snapshot
 from backstayd.core.messages.decisions import (
@@ -329,7 +331,7 @@ class _PairChannel(Channel):
 
 
 def config_mutant(mutator: Mutator) -> bytes:
-    text = config.sample(config.NodeConfig, config.CoordinatorConfig).replace("insecure = false", "insecure = true")
+    text = sample(NodeConfig, CoordinatorConfig).replace("insecure = false", "insecure = true")
     lines = text.splitlines()
     for _ in range(mutator.changes()):
         at = mutator.random.choice([i for i, line in enumerate(lines) if "=" in line and not line.startswith("#")])
@@ -347,8 +349,8 @@ def feed_config(mutant: bytes) -> None:
     with tempfile.NamedTemporaryFile(suffix=".toml") as file:
         file.write(mutant)
         file.flush()
-        for cls in (config.NodeConfig, config.CoordinatorConfig):
-            config.load(cls, file=Path(file.name), environ={}, flags={})
+        for cls in (NodeConfig, CoordinatorConfig):
+            load_config(cls, file=Path(file.name), environ={}, flags={})
 
 
 def identity_mutant(mutator: Mutator) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from backstayd import config
+from backstayd.config.schema import NodeConfig
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 SERVICES = ("backstayd.service", "backstay-coordinator.service")
@@ -61,7 +61,7 @@ def settings_of(unit: str) -> dict[str, str]:
 
 
 def test_the_units_serve_where_the_daemons_look() -> None:
-    node = config.NodeConfig(name="n", insecure=True)
+    node = NodeConfig(name="n", insecure=True)
     service, mount = settings_of("backstayd.service"), settings_of("run-backstay-memory.mount")
     assert mount["Where"] == service["RequiresMountsFor"] == str(node.memory_dir)
     assert node.socket.parent == Path("/run", service["RuntimeDirectory"])

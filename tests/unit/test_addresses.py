@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from backstayd.config import split_addresses
-from backstayd.transport.addresses import AddressBook, Resolver, resolve_blocking
+from backstayd.addresses import split_addresses
+from backstayd.transport.address_book import AddressBook, Resolver, resolve_blocking
 
 
 def rounds(book: AddressBook) -> list[str]:

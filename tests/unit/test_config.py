@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from backstay.errors import ConfigError
-from backstayd import config
-from backstayd.config import CoordinatorConfig, NodeConfig
+from backstayd import addresses, units
+from backstayd.config.load import load_config
+from backstayd.config.reference import sample
+from backstayd.config.schema import SECTIONS, CoordinatorConfig, NodeConfig, settings
 
 PLAINTEXT = {"insecure": "true"}
 TLS = {"tls_cert": "/c.pem", "tls_key": "/k.pem", "tls_ca": "/ca.pem"}
@@ -22,7 +24,7 @@ def _write(path: Path, text: str) -> Path:
 
 def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path) -> None:
     file = _write(tmp_path / "c.toml", '[node]\nname = "from-file"\ndomain = "from-file"\ncoders = 3\n')
-    loaded = config.load(
+    loaded = load_config(
         NodeConfig,
         file=file,
         environ={"BACKSTAYD_NODE_NAME": "from-environment", "BACKSTAYD_NODE_DOMAIN": "from-environment"},
@@ -32,19 +34,19 @@ def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path
 
 
 def test_what_nobody_sets_keeps_its_default() -> None:
-    assert config.load(CoordinatorConfig, file=None, environ={}, flags=PLAINTEXT) == CoordinatorConfig(insecure=True)
+    assert load_config(CoordinatorConfig, file=None, environ={}, flags=PLAINTEXT) == CoordinatorConfig(insecure=True)
 
 
-@pytest.mark.parametrize("cls", config.SECTIONS)
+@pytest.mark.parametrize("cls", SECTIONS)
 def test_the_sample_of_each_role_loads_to_the_defaults(cls: type[NodeConfig], tmp_path: Path) -> None:
-    file = _write(tmp_path / "sample.toml", config.sample(cls))
-    assert config.load(cls, file=file, environ={}, flags=PLAINTEXT) == cls(insecure=True)
+    file = _write(tmp_path / "sample.toml", sample(cls))
+    assert load_config(cls, file=file, environ={}, flags=PLAINTEXT) == cls(insecure=True)
 
 
 def test_each_setting_explains_itself_and_has_a_flag_of_its_own() -> None:
-    for cls in config.SECTIONS:
-        found = list(config.settings(cls))
-        assert [setting.name for setting in found] == [field.name for field in dataclasses.fields(cls)]
+    for cls in SECTIONS:
+        found = list(settings(cls))
+        assert {setting.name for setting in found} == {field.name for field in dataclasses.fields(cls)}
         assert all(len(setting.explanation) > 10 for setting in found)
         assert len({setting.flag for setting in found}) == len(found)
 
@@ -52,24 +54,24 @@ def test_each_setting_explains_itself_and_has_a_flag_of_its_own() -> None:
 def test_an_unknown_key_in_the_file_names_the_nearest_known_one(tmp_path: Path) -> None:
     file = _write(tmp_path / "c.toml", '[node]\nmemory_directory = "/x"\n')
     with pytest.raises(ConfigError, match=r"c\.toml: \[node\] memory_directory .* nearest one is memory_dir$"):
-        config.load(NodeConfig, file=file, environ={}, flags={})
+        load_config(NodeConfig, file=file, environ={}, flags={})
 
 
 def test_a_mistake_in_the_other_roles_table_is_found_too(tmp_path: Path) -> None:
     file = _write(tmp_path / "c.toml", "[coordinator]\nleases = 3\n")
     with pytest.raises(ConfigError, match="nearest one is lease_s"):
-        config.load(NodeConfig, file=file, environ={}, flags={})
+        load_config(NodeConfig, file=file, environ={}, flags={})
 
 
 def test_an_unknown_table_names_the_nearest_known_one(tmp_path: Path) -> None:
     file = _write(tmp_path / "c.toml", "[cordinator]\nkeep = 1\n")
     with pytest.raises(ConfigError, match="nearest one is coordinator"):
-        config.load(NodeConfig, file=file, environ={}, flags={})
+        load_config(NodeConfig, file=file, environ={}, flags={})
 
 
 def test_an_unknown_variable_names_the_nearest_known_one() -> None:
     with pytest.raises(ConfigError, match=r"BACKSTAYD_NODE_LEASE is not .* BACKSTAYD_NODE_LEASE_S$"):
-        config.load(NodeConfig, file=None, environ={"BACKSTAYD_NODE_LEASE": "3"}, flags={})
+        load_config(NodeConfig, file=None, environ={"BACKSTAYD_NODE_LEASE": "3"}, flags={})
 
 
 def test_variables_that_kubernetes_writes_for_a_service_are_not_taken_for_settings() -> None:
@@ -79,7 +81,7 @@ def test_variables_that_kubernetes_writes_for_a_service_are_not_taken_for_settin
         "BACKSTAYD_COORDINATOR_PORT_7070_TCP_ADDR": "10.0.0.1",
         "BACKSTAYD_COORDINATOR_PORT": "tcp://10.0.0.1:7070",
     }
-    assert config.load(CoordinatorConfig, file=None, environ=environ, flags=PLAINTEXT) == CoordinatorConfig(
+    assert load_config(CoordinatorConfig, file=None, environ=environ, flags=PLAINTEXT) == CoordinatorConfig(
         insecure=True
     )
 
@@ -108,24 +110,24 @@ def test_variables_that_kubernetes_writes_for_a_service_are_not_taken_for_settin
 )
 def test_a_bad_value_names_its_flag_and_what_would_do(flags: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config.load(NodeConfig, file=None, environ={}, flags=flags)
+        load_config(NodeConfig, file=None, environ={}, flags=flags)
 
 
 def test_a_boolean_is_no_number(tmp_path: Path) -> None:
     file = _write(tmp_path / "c.toml", "[node]\ncoders = true\n")
     with pytest.raises(ConfigError, match=r"\[node\] coders = True is not a number"):
-        config.load(NodeConfig, file=file, environ={}, flags={})
+        load_config(NodeConfig, file=file, environ={}, flags={})
 
 
 @pytest.mark.parametrize(("text", "parity"), [("auto", None), ("0", 0), ("4", 4)])
 def test_parity_is_auto_or_a_number(text: str, parity: int | None) -> None:
-    assert config.load(CoordinatorConfig, file=None, environ={}, flags={"parity": text} | PLAINTEXT).parity == parity
+    assert load_config(CoordinatorConfig, file=None, environ={}, flags={"parity": text} | PLAINTEXT).parity == parity
 
 
 @pytest.mark.parametrize("text", ["5", "-1", "two", ""])
 def test_parity_beyond_what_the_codec_does_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="neither 'auto' nor a number from 0 to 4"):
-        config.load(CoordinatorConfig, file=None, environ={}, flags={"parity": text})
+        load_config(CoordinatorConfig, file=None, environ={}, flags={"parity": text})
 
 
 @pytest.mark.parametrize(
@@ -141,11 +143,11 @@ def test_parity_beyond_what_the_codec_does_is_refused(text: str) -> None:
     ],
 )
 def test_sizes_are_read_in_binary_and_decimal_units(text: str | int, size_bytes: int) -> None:
-    assert config.parse_size(text) == size_bytes
+    assert units.parse_size(text) == size_bytes
 
 
 def test_sizes_for_people_have_one_decimal() -> None:
-    assert [config.format_size(size) for size in (0, 1023, 1536, 5 << 40, 5 << 60)] == [
+    assert [units.format_size(size) for size in (0, 1023, 1536, 5 << 40, 5 << 60)] == [
         "0 B",
         "1023 B",
         "1.5 KiB",
@@ -155,8 +157,8 @@ def test_sizes_for_people_have_one_decimal() -> None:
 
 
 def test_what_kubernetes_makes_of_an_ipv6_pod_is_understood_and_gets_its_brackets() -> None:
-    made = config.load(
-        config.NodeConfig,
+    made = load_config(
+        NodeConfig,
         file=None,
         environ={
             "BACKSTAYD_NODE_BULK": "fd00::1:7071",
@@ -167,52 +169,52 @@ def test_what_kubernetes_makes_of_an_ipv6_pod_is_understood_and_gets_its_bracket
     assert (made.bulk, made.coordinator) == ("[fd00::1]:7071", "[fd00::2]:7070,a:1")
     for text in ("fd00::7071", "fd00::1", "1:2:3:4:5:6:7:8", "a:b:7071", "::g:1"):
         with pytest.raises(ValueError, match=r"neither HOST:PORT nor \[IPV6\]:PORT"):
-            config.split_address(text)
+            addresses.split_address(text)
 
 
 def test_addresses_may_be_ipv6_in_brackets() -> None:
-    assert config.split_address("[::1]:80") == ("::1", 80)
+    assert addresses.split_address("[::1]:80") == ("::1", 80)
 
 
 def test_a_file_that_is_not_there_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match=r"cannot read the configuration /nowhere/c\.toml: No such file"):
-        config.load(NodeConfig, file=Path("/nowhere/c.toml"), environ={}, flags={})
+        load_config(NodeConfig, file=Path("/nowhere/c.toml"), environ={}, flags={})
 
 
 def test_a_file_that_is_not_toml_says_where(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not TOML: .*line 1"):
-        config.load(NodeConfig, file=_write(tmp_path / "c.toml", "[node\n"), environ={}, flags={})
+        load_config(NodeConfig, file=_write(tmp_path / "c.toml", "[node\n"), environ={}, flags={})
     nested = "[node]\nname = " + "[" * 20_000
     with pytest.raises(ConfigError, match=r"is not TOML: .*recursion"):
-        config.load(NodeConfig, file=_write(tmp_path / "d.toml", nested), environ={}, flags={})
+        load_config(NodeConfig, file=_write(tmp_path / "d.toml", nested), environ={}, flags={})
 
 
 def test_neither_tls_nor_insecure_is_refused_and_says_how_to_have_either() -> None:
     with pytest.raises(ConfigError, match=r"backstay certs --ca-dir DIR --node n1.*--insecure") as caught:
-        config.load(NodeConfig, file=None, environ={}, flags={"name": "n1"})
+        load_config(NodeConfig, file=None, environ={}, flags={"name": "n1"})
     assert caught.value.reason == "no_security"
     with pytest.raises(ConfigError, match=r"backstay certs --ca-dir DIR --coordinator"):
-        config.load(CoordinatorConfig, file=None, environ={}, flags={})
+        load_config(CoordinatorConfig, file=None, environ={}, flags={})
 
 
 def test_a_part_of_tls_is_refused_and_names_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="not set: tls_ca"):
-        config.load(NodeConfig, file=None, environ={}, flags={**TLS, "tls_ca": ""})
+        load_config(NodeConfig, file=None, environ={}, flags={**TLS, "tls_ca": ""})
 
 
-@pytest.mark.parametrize("cls", config.SECTIONS)
+@pytest.mark.parametrize("cls", SECTIONS)
 def test_tls_and_insecure_together_are_refused(cls: type[NodeConfig]) -> None:
     with pytest.raises(ConfigError, match="both TLS and insecure"):
-        config.load(cls, file=None, environ={}, flags=TLS | PLAINTEXT)
+        load_config(cls, file=None, environ={}, flags=TLS | PLAINTEXT)
 
 
 def test_http_over_tls_needs_certificates() -> None:
     with pytest.raises(ConfigError, match=r"http_tls .* needs tls_cert"):
-        config.load(NodeConfig, file=None, environ={}, flags=PLAINTEXT | {"http_tls": "true"})
+        load_config(NodeConfig, file=None, environ={}, flags=PLAINTEXT | {"http_tls": "true"})
 
 
 def test_all_of_tls_is_taken() -> None:
-    loaded = config.load(NodeConfig, file=None, environ={}, flags=TLS | {"http_tls": "true", "insecure": "false"})
+    loaded = load_config(NodeConfig, file=None, environ={}, flags=TLS | {"http_tls": "true", "insecure": "false"})
     assert (loaded.tls_cert, loaded.tls_key, loaded.tls_ca) == (Path("/c.pem"), Path("/k.pem"), Path("/ca.pem"))
     assert loaded.http_tls
 
@@ -220,9 +222,9 @@ def test_all_of_tls_is_taken() -> None:
 @pytest.mark.parametrize("name", ["", "Backstay", "a/b", "-a", "a b"])
 def test_a_trust_domain_is_one_name_in_lower_case(name: str) -> None:
     with pytest.raises(ConfigError, match=r"--trust-domain = .* is not 1 to 255 lower-case"):
-        config.load(NodeConfig, file=None, environ={}, flags=TLS | {"trust_domain": name})
+        load_config(NodeConfig, file=None, environ={}, flags=TLS | {"trust_domain": name})
 
 
 def test_a_switch_is_true_or_false() -> None:
     with pytest.raises(ConfigError, match="--insecure = 'maybe' is neither true nor false"):
-        config.load(NodeConfig, file=None, environ={}, flags={"insecure": "maybe"})
+        load_config(NodeConfig, file=None, environ={}, flags={"insecure": "maybe"})

@@ -12,7 +12,7 @@ from prometheus_client.exposition import generate_latest
 
 from backstay.protocol import messages
 from backstayd.coder.jobs import JobResult, VerifyShard
-from backstayd.config import NodeConfig
+from backstayd.config.schema import NodeConfig
 from backstayd.coordinator.gauges import Gauges
 from backstayd.core.policy import CorePolicy
 from backstayd.core.timeline import Event

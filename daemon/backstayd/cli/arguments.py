@@ -16,7 +16,8 @@ from backstay.protocol.messages import DEFAULT_SOCKET, SOCKET_VARIABLE
 from backstayd.app import CommandParser
 from backstayd.cli.handover import run_testing
 from backstayd.cli.plan.arguments import add_arguments as add_plan_arguments
-from backstayd.config import parse_size, parse_trust_domain
+from backstayd.config.values import parse_trust_domain
+from backstayd.units import parse_size
 
 DEFAULT_COORDINATOR: Final = "127.0.0.1:7070"
 MAX_DAYS: Final = 36_500  # of a certificate

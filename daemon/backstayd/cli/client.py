@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import RunKey
-from backstayd.config import split_addresses
+from backstayd.addresses import split_addresses
 
 if TYPE_CHECKING:
     from backstayd.security.credentials import Credentials

@@ -12,8 +12,8 @@ from backstay.convert.consolidate import Shard, aliases_of, check_manifests, dif
 from backstay.errors import BackstayError
 from backstayd.cli.shard_readers import open_in_memory, open_persisted
 from backstayd.cli.tables import as_json
-from backstayd.config import format_size
 from backstayd.printable import say
+from backstayd.units import format_size
 
 
 def run(arguments: argparse.Namespace) -> int:

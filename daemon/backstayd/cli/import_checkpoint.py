@@ -25,7 +25,6 @@ from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstay.ids import RunKey, snapshot_id
 from backstayd.cli.shard_readers import FileBytes, persisted_keys
 from backstayd.cli.tables import as_json
-from backstayd.config import format_size
 from backstayd.core.inventory.durable_names import RECORD_NAME, run_url, snapshot_url
 from backstayd.core.messages.decisions import Lineage
 from backstayd.core.messages.durable import PersistedSnapshot
@@ -35,6 +34,7 @@ from backstayd.durable.place import chunk_range
 from backstayd.durable.publish import publish_shard
 from backstayd.printable import say
 from backstayd.store.record_files import ShardChunks, parse_manifest
+from backstayd.units import format_size
 
 
 def run(arguments: argparse.Namespace) -> int:

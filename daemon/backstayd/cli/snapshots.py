@@ -8,8 +8,8 @@ from typing import Any
 from backstayd.cli.client import find_run, get_status
 from backstayd.cli.status import describe_storage
 from backstayd.cli.tables import as_json, date_time, table
-from backstayd.config import format_size
 from backstayd.printable import printable_values, say
+from backstayd.units import format_size
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,9 +8,9 @@ from typing import Any, Final
 from backstayd.cli.client import get_status
 from backstayd.cli.status_watch import count_sentence, watch
 from backstayd.cli.tables import as_json, clock_time, table
-from backstayd.config import format_size
 from backstayd.core.timeline import FREQUENT_KINDS
 from backstayd.printable import printable_values, say
+from backstayd.units import format_size
 
 MANY_NODES: Final = 20  # above that only those are listed that are not well
 

@@ -17,7 +17,8 @@ from backstay import __version__, faults
 from backstay.errors import UnavailableError
 from backstay.ids import new_incarnation
 from backstayd.clock import Clock
-from backstayd.config import CoordinatorConfig
+from backstayd.config.reload import Reloader
+from backstayd.config.schema import CoordinatorConfig
 from backstayd.coordinator.gauges import Gauges
 from backstayd.coordinator.seat import Seat
 from backstayd.core.coordinator import Coordinator
@@ -29,7 +30,6 @@ from backstayd.core.recover.locate import Located
 from backstayd.core.status.drain_orders import DrainVerdict
 from backstayd.core.timeline import FREQUENT_KINDS, Event
 from backstayd.process import DaemonProcess
-from backstayd.reload import Reloader
 from backstayd.security.configured import load_credentials
 from backstayd.security.expiry import ExpiryWatch
 from backstayd.telemetry import logs

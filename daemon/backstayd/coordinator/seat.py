@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from backstay.errors import ConfigError
+from backstayd.addresses import is_wildcard, split_address
 from backstayd.clock import Clock
-from backstayd.config import CoordinatorConfig, is_wildcard, split_address
+from backstayd.config.schema import CoordinatorConfig
 from backstayd.election.driver import Election
 from backstayd.election.elector import Elector
 from backstayd.election.lease import Timing

@@ -23,7 +23,7 @@ from etcd3gw.exceptions import (
 )
 
 from backstay.errors import BackstayError, ConfigError, UnavailableError
-from backstayd.config import split_address
+from backstayd.addresses import split_address
 from backstayd.election.lease import LeaseRecord, Versioned
 
 T = TypeVar("T")

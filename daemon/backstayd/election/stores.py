@@ -9,7 +9,7 @@ from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
 from backstay.errors import ConfigError
-from backstayd.config import split_addresses
+from backstayd.addresses import split_addresses
 from backstayd.election.lease import LeaseStore
 
 _PACKAGES: Final = {"etcd": "etcd3gw", "kubernetes": "kubernetes"}

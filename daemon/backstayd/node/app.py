@@ -20,10 +20,12 @@ from typing import Any, Final
 from backstay import __version__
 from backstay.errors import BackstayError, ConfigError, UnavailableError
 from backstay.ids import new_incarnation
+from backstayd.addresses import join_address, split_address
 from backstayd.clock import Clock
 from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.pool import CoderPool
-from backstayd.config import NodeConfig, join_address, split_address
+from backstayd.config.reload import Reloader
+from backstayd.config.schema import NodeConfig
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import NodeIdentity
 from backstayd.node import gauges
@@ -42,7 +44,6 @@ from backstayd.node.trainers.listener import listen
 from backstayd.node.trainers.sessions import Sessions
 from backstayd.node.trainers.user_limits import drop_unused_names
 from backstayd.process import DaemonProcess
-from backstayd.reload import Reloader
 from backstayd.security.configured import load_credentials
 from backstayd.security.expiry import ExpiryWatch
 from backstayd.security.refusals import Refusals

@@ -13,7 +13,7 @@ from typing import Final
 from backstay.errors import UnavailableError
 from backstayd.coder.jobs import CoderEvent, Job, JobResult
 from backstayd.coder.pool import CoderPool
-from backstayd.config import NodeConfig
+from backstayd.config.schema import NodeConfig
 from backstayd.security.credentials import Credentials
 
 NICENESS: Final = 10  # below the coders that protect, which are below the trainers

@@ -9,10 +9,10 @@ import asyncio
 from typing import Final
 
 from backstayd.coder.pool import CoderPool
-from backstayd.config import format_size
 from backstayd.node.node_state import NodeContext
 from backstayd.node.reconcile.reconciler import Reconciler
 from backstayd.telemetry.health import Health
+from backstayd.units import format_size
 
 MAX_NAMED_RUNS: Final = 3
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from backstayd.config import CoordinatorConfig, NodeConfig, check_security
+from backstayd.config.schema import DaemonConfig, NodeConfig, check_security
 from backstayd.security.credentials import Credentials, TlsFiles
 from backstayd.security.identity import Role
 
 
-def load_credentials(config: NodeConfig | CoordinatorConfig) -> Credentials | None:
+def load_credentials(config: DaemonConfig) -> Credentials | None:
     """The certificate of this daemon, checked; None when the settings say ``insecure``.
 
     Raises:

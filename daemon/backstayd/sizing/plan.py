@@ -10,12 +10,13 @@ import math
 from dataclasses import dataclass
 
 from backstay.errors import CapacityError, UsageError
-from backstayd.config import MAX_PARITY, format_size
+from backstayd.config.values import MAX_PARITY
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect import footprint
 from backstayd.core.sentences import any_nodes
 from backstayd.sizing import intervals, survival
 from backstayd.sizing.rates import DAY_S, NODE_LOSSES_PER_NODE_DAY, TRAINER_FAILURES_PER_NODE_DAY
+from backstayd.units import format_size
 
 SIMULTANEOUS = (1, 2, 3, 4, 8)  # losses at once that are shown
 

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar, Final
 
 from backstay.errors import BackstayError, ConfigError
-from backstayd.config import split_address
+from backstayd.addresses import split_address
 from backstayd.security.connection_limits import Places
 from backstayd.security.credentials import Credentials
 from backstayd.security.sockets import drop_incoming

@@ -17,14 +17,14 @@ from typing import Any
 import grpc
 
 from backstay.errors import BackstayError
+from backstayd.addresses import split_address
 from backstayd.clock import boot_s
-from backstayd.config import split_address
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import NodeReport
 from backstayd.security import probe
 from backstayd.security.credentials import Credentials
 from backstayd.transport import convert, delta, errors
-from backstayd.transport.addresses import AddressBook, Resolver, Target
+from backstayd.transport.address_book import AddressBook, Resolver, Target
 from backstayd.transport.channel import MAX_MESSAGE_BYTES, open_channel
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc
 

@@ -14,12 +14,12 @@ import grpc
 
 from backstay.errors import BackstayError, ConfigError, IntegrityError, UnavailableError
 from backstay.format import json_records
-from backstayd.config import split_address
+from backstayd.addresses import split_address
 from backstayd.core.recover.locate import Located
 from backstayd.security import probe
 from backstayd.security.credentials import Credentials
 from backstayd.transport import errors
-from backstayd.transport.addresses import AddressBook, Target, resolve_blocking
+from backstayd.transport.address_book import AddressBook, Target, resolve_blocking
 from backstayd.transport.channel import open_blocking_channel
 from backstayd.v1 import operator_pb2, operator_pb2_grpc
 

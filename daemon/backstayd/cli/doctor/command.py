@@ -15,7 +15,7 @@ from backstayd.cli.client import get_status
 from backstayd.cli.doctor import daemon_checks, machine_checks, software_checks
 from backstayd.cli.doctor.findings import Finding, Level, fail, ok
 from backstayd.cli.tables import as_json, table
-from backstayd.config import NodeConfig
+from backstayd.config.schema import NodeConfig
 from backstayd.printable import say
 
 

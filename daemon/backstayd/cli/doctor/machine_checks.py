@@ -16,8 +16,9 @@ from typing import Final
 
 import psutil
 
+from backstayd.addresses import split_address
 from backstayd.cli.doctor.findings import Finding, fail, ok, warn
-from backstayd.config import format_size, split_address
+from backstayd.units import format_size
 
 MIN_FILES: Final = 4096  # slots, shards and peers of a busy node, with room to spare
 _UNLIMITED_BYTES: Final = 1 << 60  # cgroup v1 writes a huge number for "no limit"

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Final
 
 from backstay.errors import UsageError
-from backstayd.config import MAX_GROUP_NODES, parse_size
+from backstayd.config.schema import MAX_GROUP_NODES
 from backstayd.sizing import rates
+from backstayd.units import parse_size
 
 LEAST: Final = 1e-9  # of seconds and rates: what is beyond is a slip of the keyboard
 MOST: Final = 1e9

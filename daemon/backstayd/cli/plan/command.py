@@ -15,11 +15,11 @@ from typing import Any, Final
 
 from backstay.errors import UsageError
 from backstayd.cli.tables import as_json, duration, table
-from backstayd.config import format_size
 from backstayd.core.sentences import amount
 from backstayd.printable import say
 from backstayd.sizing import rates
 from backstayd.sizing.plan import Answer, Choice, Question, answer
+from backstayd.units import format_size
 
 MEASURE_TIMEOUT_S: Final = 600.0
 LEGEND: Final = (

@@ -1,10 +1,11 @@
-"""The page docs/configuration.md, made from the settings themselves, so that it cannot say anything else. Changes nothing."""
+"""The sample file deploy/config/backstayd.toml and the page docs/configuration.md, generated from the settings."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from backstayd.config import SECTIONS, CoordinatorConfig, NodeConfig, settings
+from backstayd.config.schema import SECTIONS, DaemonConfig, settings
 
 HEAD = """# Configuration
 
@@ -17,12 +18,31 @@ Sizes are written `8GiB` or `500MB`, durations in seconds.
 TITLES = {"node": "Node daemons: `backstayd node`", "coordinator": "The coordinator: `backstayd coordinator`"}
 
 
-def reference() -> str:
-    """The whole page."""
+def sample(*classes: type[DaemonConfig]) -> str:
+    """A TOML file with every setting at its default, each explained; computed ones stand commented out."""
+    lines = ["# backstayd configuration. Environment (BACKSTAYD_<SECTION>_<NAME>) and flags win over this file."]
+    for cls in classes:
+        lines += ["", f"[{cls.section}]"]
+        for setting in settings(cls):
+            lines.append(f"# {setting.explanation}")
+            lines.append(
+                f"# {setting.name} = ..." if setting.is_computed else f"{setting.name} = {_toml(setting.default)}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def page() -> str:
+    """docs/configuration.md."""
     return "\n".join([HEAD, *(_section(cls) for cls in SECTIONS)])
 
 
-def _section(cls: type[NodeConfig | CoordinatorConfig]) -> str:
+def _section(cls: type[DaemonConfig]) -> str:
     lines = [
         f"## {TITLES[cls.section]}",
         "",
@@ -50,4 +70,4 @@ def _escaped(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(sample(*SECTIONS) if sys.argv[1:] == ["--sample"] else page(), end="")

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Generic
 
-from backstayd.config import Config
+from backstayd.config.schema import Config
 
 
 class Reloader(Generic[Config]):

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
-from backstayd.config import join_address, split_address, split_addresses
+from backstayd.addresses import join_address, split_address, split_addresses
 
 MAX_ADDRESSES_PER_NAME: Final = 16  # of one DNS name; more coordinators than that is a mistake somewhere
 
