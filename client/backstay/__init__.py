@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from backstay._version import __version__
 from backstay.errors import (
     BackstayError,
     CapacityError,
@@ -36,8 +37,6 @@ from backstay.errors import (
 if TYPE_CHECKING:
     from backstay import testing
     from backstay.snapshotter import RestoreResult, SnapshotStatus, Snapshotter, Stats
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackstayError",

@@ -37,9 +37,9 @@ from backstay.ids import DEFAULT_JOB, RunKey
 from backstay.protocol.connection import find_socket
 from backstay.restore.read_plan import true_shape
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
-from backstay.session.enter import enter
 from backstay.session.session import Line, Slot
 from backstay.stores import dcp_items, dcp_staging
+from backstay.stores.begin import enter
 from backstay.stores.fill_bytes import fill, hash_in_place, put
 from backstay.stores.snapshot_reader import Source
 from backstay.trainer import checked_arguments, torch_world

@@ -18,12 +18,12 @@ from typing import Any, Final, Self
 
 import torch
 
-import backstay
+from backstay._version import __version__
 from backstay.capture import byte_check, extras, shard_plan, unchanged
-from backstay.capture import fill as capturing
 from backstay.capture.background import Identity, Session
+from backstay.capture.capture import Capture, CaptureState
 from backstay.capture.fence import Fence
-from backstay.capture.fill import Capture, Filler
+from backstay.capture.fill import Filler
 from backstay.capture.sigterm import SigtermHook
 from backstay.capture.wait_share import Waits
 from backstay.errors import BackstayError, UnavailableError, UsageError
@@ -170,7 +170,7 @@ class Snapshotter:
             run=str(self._run), world_id=torch_world.agree_on_id(place, deadline_s=deadline_s),
             rank=place.rank, world_size=place.size, needs=holdings.needs, model_signature=target.signature,
             collective_timeout_s=place.collective_timeout_s,
-            client_version=backstay.__version__, layout=held_tensors.layout_signature(holdings),
+            client_version=__version__, layout=held_tensors.layout_signature(holdings),
         )  # fmt: skip
         answer = join.ask(
             self._socket_path, attach, functools.partial(load.prepare, target), allow_fresh=allow_fresh,
@@ -194,7 +194,7 @@ class Snapshotter:
             answer.close_snapshot()
         self._begin_session(target, attach, answer.attached, restored, check.connection)
         if self._has_sigterm and self._sigterm is None:
-            self._sigterm = SigtermHook(lambda: self._session)
+            self._sigterm = SigtermHook(self._request_persist)
         if loaded is not None:
             self._begin_probation(restored)
         join.announce(attach.run, restored, rank=place.rank)
@@ -231,8 +231,7 @@ class Snapshotter:
         if os.getpid() != self._pid:
             return SnapshotStatus(step=step, state=REFUSED, reason="this is a forked child")
         self._refuse_closed("snapshot()")
-        session = self._session
-        if session is None:
+        if (session := self._session) is None:
             raise UsageError(
                 "snapshot() before restore(): call restore() first, also for a new run", reason="not_restored"
             )
@@ -275,7 +274,7 @@ class Snapshotter:
             except BaseException as error:  # KeyboardInterrupt too: training may go on without having waited
                 reason = f"the fence ended with {type(error).__name__}: {error}"
                 capture.drop(reason)
-                capture.spoil(reason)
+                capture.discard(reason)
                 if self._strict or not isinstance(error, Exception):
                     raise
                 self._warn_once(f"snapshot of step {capture.step} is discarded: {reason}", key="fence")
@@ -291,8 +290,8 @@ class Snapshotter:
 
         The copy goes on when the trainer is gone. Needs ``persist_url`` of the coordinator; without, a warning says so.
         """
-        if self._session is not None and os.getpid() == self._pid:
-            self._session.persist()
+        if os.getpid() == self._pid:
+            self._request_persist()
 
     def finish(self, *, keep: bool = False, timeout_s: float = 60.0) -> None:
         """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and close."""
@@ -460,8 +459,6 @@ class Snapshotter:
             session.reserve_ahead(step + interval, size_bytes, now - self._last_started[1])
         self._last_started = (step, now)
 
-    # ---- the fence
-
     def _settle(self, capture: Capture, session: Session) -> None:
         wait_s = self._max_wait_s if session.is_responsive else 0.0
         begin_s = time.monotonic()
@@ -480,12 +477,12 @@ class Snapshotter:
         is_copied = capture.launched.wait(limit_s)
         self._note_wait(session, slot_s, time.monotonic() - begin_s - slot_s)
         if not is_copied:
-            capture.spoil(f"copying took longer than {limit_s:.0f} s")
+            capture.discard(f"copying took longer than {limit_s:.0f} s")
             self._warn_once(
                 f"step {capture.step}: {capture.drop_reason}; training goes on, this snapshot is discarded", key="slow"
             )
             return
-        if capture.state == capturing.DROPPED:
+        if capture.state is CaptureState.DROPPED:
             return
         if capture.is_checked:
             assert self._filler is not None
@@ -517,7 +514,7 @@ class Snapshotter:
         identity = Identity(
             socket_path=self._socket_path,
             attach=dataclasses.replace(attach, attempt=restored.attempt),
-            writer=f"backstay {backstay.__version__}, pid {os.getpid()}",
+            writer=f"backstay {__version__}, pid {os.getpid()}",
             lease_s=attached.lease_s,
         )
         self._session = Session(
@@ -539,6 +536,10 @@ class Snapshotter:
             tell=self._session.distrust,
         )  # fmt: skip
 
+    def _request_persist(self, timeout_s: float = 0.0) -> None:
+        if self._session is not None:
+            self._session.persist(timeout_s)
+
     def _end_session(self) -> None:
         """Cancel what is under way and let go of everything of the session."""
         if self._probation is not None:
@@ -548,7 +549,7 @@ class Snapshotter:
         if capture is not None and not capture.drop("cancelled"):
             capture.launched.wait(_copy_limit_s(capture))
             if capture.is_checked:
-                capture.spoil("cancelled before the next optimizer step")
+                capture.discard("cancelled before the next optimizer step")
         if self._session is not None:
             self._session.drain(self._max_wait_s if self._session.is_responsive else 0.0)
             self._session.close()

@@ -33,8 +33,8 @@ from backstay.ids import DEFAULT_JOB, RunKey
 from backstay.protocol import framing, messages
 from backstay.protocol.connection import DaemonConnection, find_socket
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
-from backstay.session.enter import enter
 from backstay.session.session import Line
+from backstay.stores.begin import enter
 from backstay.stores.fill_bytes import fill
 from backstay.trainer.state import packing
 from backstay.trainer.torch_world import World

@@ -14,7 +14,9 @@ from safetensors import safe_open
 from torch import nn
 
 from backstay.capture import shard_plan
-from backstay.capture.fill import Capture, Filler, changed_tensors
+from backstay.capture.byte_check import changed_tensors
+from backstay.capture.capture import Capture
+from backstay.capture.fill import Filler
 from backstay.errors import UsageError
 from backstay.format import shard
 from backstay.format.digest import verify_chunks

@@ -19,10 +19,12 @@ from typing import Final
 
 from backstay import faults
 from backstay.capture import unchanged
-from backstay.capture.fill import Capture, Digests, Filler
+from backstay.capture.capture import Capture, CaptureState
+from backstay.capture.fill import Filler
 from backstay.capture.trainer_cost import Costs
 from backstay.errors import BackstayError, InvariantError, StaleGenerationError, UnavailableError
 from backstay.format import json_records, shard
+from backstay.format.digest import Digests
 from backstay.protocol import framing, messages
 from backstay.protocol.connection import DaemonConnection
 from backstay.trainer import raw_memory
@@ -230,7 +232,7 @@ class Session:
             self._is_stopping = True
             for capture in self._captures:
                 capture.drop("the keeper was closed")
-                capture.spoil("the keeper was closed")
+                capture.discard("the keeper was closed")
             self._wake.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
@@ -249,8 +251,8 @@ class Session:
                 self._fail(error if isinstance(error, BackstayError) else InvariantError(f"session thread: {error!r}"))
                 if capture is not None:
                     capture.drop(str(error))
-                    capture.spoil(str(error))
-                    if capture.state == "copying":
+                    capture.discard(str(error))
+                    if capture.state is CaptureState.COPYING:
                         capture.mark_copied()
             finally:
                 with self._wake:
@@ -304,7 +306,7 @@ class Session:
 
     def _process(self, capture: Capture) -> None:
         slot = None
-        if capture.state == "waiting" and self._connection is not None:
+        if capture.state is CaptureState.WAITING and self._connection is not None:
             slot = self._slot_for(capture)
         if slot is None:
             reason = self.tally.last_problem or "no slot"
@@ -430,7 +432,7 @@ class Session:
             self.costs.add(cost)
         if isinstance(reply, messages.Committed):
             self._said = ""
-            self._filler.vouch(capture, digests)
+            self._filler.note_committed(capture, digests)
             self.tally.committed += 1
             self.tally.last_committed_step = capture.step
             self._note(reply)

@@ -8,18 +8,16 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 
 from backstay import faults
+from backstay.capture.capture import Capture
 from backstay.capture.shard_plan import Piece
 from backstay.format.digest import Digester
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.trainer import raw_memory
-
-if TYPE_CHECKING:
-    from backstay.capture.fill import Capture
 
 WINDOW_BYTES: Final = 4 * CHUNK_BYTES  # fits the L2 cache; few enough that taking the GIL back does not show
 

@@ -9,95 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
 from backstay.capture import cuda_copy, unchanged
+from backstay.capture.capture import Capture
 from backstay.capture.copy_windows import Windows
-from backstay.capture.shard_plan import Piece, Plan
+from backstay.capture.shard_plan import Piece
+from backstay.format.digest import Digests
 from backstay.trainer import raw_memory
-
-WAITING, COPYING, COPIED, DROPPED = "waiting", "copying", "copied", "dropped"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Digests:
-    chunk_crcs: str
-    tensor_crcs: dict[str, int]
-
-
-class Capture:
-    """One snapshot on its way into a slot.
-
-    States: waiting → copying → copied, or waiting → dropped. Only who moves it out of ``waiting`` decides whether it is
-    copied; a capture that is ``copied`` or ``dropped`` does not read living tensors any more.
-    """
-
-    def __init__(self, plan: Plan, step: int, *, is_checked: bool, ready: torch.cuda.Event | None) -> None:
-        self.plan = plan
-        self.step = step
-        self.is_checked = is_checked
-        self.ready = ready
-        self.slot: raw_memory.Mapping | None = None
-        self.device_done: torch.cuda.Event | None = None
-        self.stamps: Sequence[int] = ()  # by piece: the step since which it is unchanged
-        self.kept = unchanged.Kept()  # what of it the slot held already
-        self.copied_bytes = self.hashed_bytes = 0
-        self.drop_reason = ""
-        self.is_late = False  # dropped because its slot did not come in time
-        self.settled = threading.Event()  # copied or dropped: neither living tensors nor staging are read any more
-        self.launched = threading.Event()  # settled, or all that is left to read waits behind ``device_done``
-        self.began = threading.Event()  # copying, copied or dropped
-        self.verdict = threading.Event()  # the byte check was made (or will not be)
-        self._state = WAITING
-        self._lock = threading.Lock()
-        if not is_checked:
-            self.verdict.set()
-
-    @property
-    def state(self) -> str:
-        return self._state
-
-    def begin(self, slot: raw_memory.Mapping) -> bool:
-        """Claim the capture for copying; False if it was dropped meanwhile."""
-        with self._lock:
-            if self._state != WAITING:
-                return False
-            self._state, self.slot = COPYING, slot
-        self.began.set()
-        return True
-
-    def drop(self, reason: str) -> bool:
-        """Give up a capture that has not begun; False if it has."""
-        with self._lock:
-            if self._state != WAITING:
-                return False
-            self._state, self.drop_reason = DROPPED, reason
-        for event in (self.began, self.launched, self.settled, self.verdict):
-            event.set()
-        return True
-
-    def kept_names(self, names: Sequence[str]) -> list[str]:
-        """Those of ``names`` that were not copied because the slot held them already."""
-        held = {self.plan.pieces[index].name for index in self.kept.pieces}
-        return [name for name in names if name in held]
-
-    def spoil(self, reason: str) -> None:
-        """Whatever was copied must not be committed."""
-        self.drop_reason = self.drop_reason or reason
-        self.verdict.set()
-
-    def mark_copied(self) -> None:
-        with self._lock:
-            self._state = COPIED
-        self.began.set()
-        self.launched.set()
-        self.settled.set()
 
 
 class Filler:
@@ -143,12 +66,12 @@ class Filler:
             capture.device_done.synchronize()
         self._run(windows.work)
         capture.mark_copied()
-        chunk_crcs, tensor_crcs = windows.digester.finish()
+        digests = windows.digester.finish()
         capture.copied_bytes = sum(p.end - p.begin for p in pieces)
         capture.hashed_bytes = windows.hashed_bytes
-        return Digests(chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
+        return digests
 
-    def vouch(self, capture: Capture, digests: Digests) -> None:
+    def note_committed(self, capture: Capture, digests: Digests) -> None:
         """The capture was committed: its slot holds it until it is filled again."""
         assert capture.slot is not None
         self._contents[capture.slot] = unchanged.SlotContent(
@@ -162,7 +85,7 @@ class Filler:
         """Nothing is known of what the slots hold."""
         self._contents.clear()
 
-    def fill_whole(self) -> None:
+    def copy_everything(self) -> None:
         """For good: a tensor that was to be unchanged was not."""
         self._tracker.is_enabled = False  # by another thread than the one that uses it: that one closes it
 
@@ -199,29 +122,6 @@ class Filler:
         finally:
             for future in futures:
                 future.result()
-
-
-def changed_tensors(capture: Capture) -> list[str]:
-    """Names of lazily captured tensors whose living bytes differ from those in the slot: the fence did not hold.
-
-    Call before the optimizer changes anything, on the training thread.
-    """
-    slot = capture.slot
-    assert slot is not None
-    if capture.device_done is not None:
-        capture.device_done.synchronize()
-    return [
-        piece.name
-        for piece in capture.plan.pieces
-        if not piece.is_eager and piece.end > piece.begin and not _is_unchanged(piece, slot)
-    ]
-
-
-def _is_unchanged(piece: Piece, slot: raw_memory.Mapping) -> bool:
-    if raw_memory.is_plain_memory(piece.source):
-        return raw_memory.is_same_bytes(slot.address + piece.begin, piece.source.data_ptr(), piece.end - piece.begin)
-    with torch.no_grad():
-        return cuda_copy.is_same_on_device(piece, slot)
 
 
 def _is_plain(piece: Piece) -> bool:

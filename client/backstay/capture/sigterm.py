@@ -12,10 +12,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from backstay.capture.background import Session
+from typing import Any, Final
 
 _log = logging.getLogger("backstay")
 
@@ -25,12 +22,12 @@ GRACE_S: Final = 2.0  # for the daemon to be told, if the signal then ends the p
 class SigtermHook:
     """The installed handler; :meth:`remove` puts the former one back, unless somebody else installed another since."""
 
-    def __init__(self, session: Callable[[], Session | None]) -> None:
-        """``session`` gives the session of the moment, whose ``persist`` asks for the copy.
+    def __init__(self, persist: Callable[[float], object]) -> None:
+        """``persist(timeout_s)`` asks for the copy and waits that long for the daemon to have the request.
 
         Signals belong to the main thread: called in another, this warns and does nothing.
         """
-        self._session = session
+        self._persist = persist
         self._pid = os.getpid()
         self._former: Any = None
         self._is_installed = False
@@ -52,9 +49,8 @@ class SigtermHook:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_deadly = self._former in (signal.SIG_DFL, None)
         try:
-            session = self._session()
-            if session is not None and os.getpid() == self._pid:
-                session.persist(GRACE_S if is_deadly else 0.0)
+            if os.getpid() == self._pid:
+                self._persist(GRACE_S if is_deadly else 0.0)
         finally:
             if callable(self._former):
                 self._former(number, frame)

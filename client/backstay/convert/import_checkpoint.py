@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-import backstay
+from backstay._version import __version__
 from backstay.convert import foreign_checkpoints, snapshot_writer
 from backstay.errors import BackstayError, UsageError
 from backstay.format.shard import IMPORTED_KEY
@@ -63,7 +63,7 @@ def _convert(arguments: argparse.Namespace) -> dict[str, object]:
         METADATA_KEY: foreign_checkpoints.optimizer_description(found),
     }
     identity = snapshot_writer.Identity(
-        run=arguments.run, attempt=1, step=step, writer=f"backstay {backstay.__version__} import of {arguments.source}"
+        run=arguments.run, attempt=1, step=step, writer=f"backstay {__version__} import of {arguments.source}"
     )
     manifests = snapshot_writer.write_shards(
         found.sources, arguments.to, identity=identity, metadata=metadata, shard_bytes=arguments.shard_bytes

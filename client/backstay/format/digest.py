@@ -10,7 +10,7 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from crc32c import crc32c
 
@@ -72,6 +72,13 @@ def combine(crc_a: int, crc_b: int, length_b: int) -> int:
     return crc_a ^ crc_b
 
 
+class Digests(NamedTuple):
+    """crc32c of every chunk of a shard, as its manifest holds them, and of every tensor by name."""
+
+    chunk_crcs: str
+    tensor_crcs: dict[str, int]
+
+
 class Digester:
     """Digests of one shard while it is written: every byte is hashed once, tensor digests are combined from the pieces.
 
@@ -122,8 +129,8 @@ class Digester:
         for index, begin in enumerate(range(0, view.nbytes, CHUNK_BYTES), first_chunk):
             self.update(view[begin : begin + CHUNK_BYTES], index)
 
-    def finish(self) -> tuple[str, dict[str, int]]:
-        """Chunk digests as the manifest holds them, and the crc of each tensor by name.
+    def finish(self) -> Digests:
+        """The digests of the whole shard.
 
         Raises:
             UsageError: if not every byte of the shard was given.
@@ -138,7 +145,7 @@ class Digester:
             e.name: self._assumed[e.name] if e.name in self._assumed else self._span_crc(e.begin, e.end)
             for e in self._layout.entries
         }
-        return _to_hex(self._chunk_crcs), tensor_crcs
+        return Digests(_to_hex(self._chunk_crcs), tensor_crcs)
 
     def _length(self, chunk_index: int) -> int:
         return min(CHUNK_BYTES, self._layout.size_bytes - chunk_index * CHUNK_BYTES)

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
-from backstay import __version__
+from backstay._version import __version__
 from backstay.errors import (
     ERROR_CLASSES,
     BackstayError,

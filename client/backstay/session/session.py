@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import backstay
-from backstay.capture.fill import Digests, Filler
+from backstay._version import __version__
+from backstay.capture.fill import Filler
 from backstay.errors import BackstayError, CapacityError, StaleGenerationError, UnavailableError, UsageError
 from backstay.format import json_records, shard
+from backstay.format.digest import Digests
 from backstay.protocol import framing, messages
 from backstay.protocol.connection import DaemonConnection, register_child_cleanup
 from backstay.trainer import checked_arguments, raw_memory
@@ -103,7 +104,7 @@ class Line:
             world_id=attach.world_id,
             chunk_crcs=digests.chunk_crcs,
             tensor_crcs=digests.tensor_crcs,
-            writer=f"backstay {backstay.__version__}, pid {os.getpid()}",
+            writer=f"backstay {__version__}, pid {os.getpid()}",
         )
         body = json_records.to_json(dataclasses.replace(manifest, layout=kind))
         reply = self._expect(

@@ -26,8 +26,8 @@ from backstay.format import shard
 from backstay.ids import DEFAULT_JOB, RunKey
 from backstay.protocol.connection import find_socket
 from backstay.restore.snapshot import OpenedSnapshot
-from backstay.session.enter import enter
 from backstay.session.session import POLL_S, Line
+from backstay.stores.begin import enter
 from backstay.stores.fill_bytes import fill
 from backstay.stores.snapshot_reader import Source
 from backstay.trainer import checked_arguments, torch_world

@@ -12,11 +12,12 @@ from typing import Final
 
 import torch
 
+from backstay.capture.capture import Capture
 from backstay.capture.copy_windows import WINDOW_BYTES
-from backstay.capture.fill import Capture, Digests, Filler
+from backstay.capture.fill import Filler
 from backstay.capture.shard_plan import Piece, Plan
 from backstay.format import shard
-from backstay.format.digest import Digester
+from backstay.format.digest import Digester, Digests
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.trainer import raw_memory
 from backstay.trainer.held_tensors import Holdings
@@ -63,5 +64,4 @@ def hash_in_place(mapping: raw_memory.Mapping, layout: shard.Layout) -> Digests:
     with ThreadPoolExecutor(max_workers=min(2, len(os.sched_getaffinity(0)))) as pool:
         for _ in pool.map(work, begins):
             pass
-    chunk_crcs, tensor_crcs = digester.finish()
-    return Digests(chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
+    return digester.finish()

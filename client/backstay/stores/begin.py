@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-import backstay
+from backstay._version import __version__
 from backstay.errors import UnavailableError
 from backstay.protocol import framing, messages
 from backstay.protocol.connection import DaemonConnection
@@ -44,7 +44,7 @@ def enter(run: str, place: World, world_id: str, *, socket_path: str, allow_fres
     deadline_s = checked_arguments.seconds_of("deadline_s", deadline_s)
     attach = messages.Attach(
         run=run, world_id=world_id, rank=place.rank, world_size=place.size, layout=BY_CHUNKS,
-        collective_timeout_s=place.collective_timeout_s, client_version=backstay.__version__,
+        collective_timeout_s=place.collective_timeout_s, client_version=__version__,
     )  # fmt: skip
     request = messages.Restore(allow_fresh=allow_fresh, deadline_s=deadline_s, world_size=place.size)
     connection, attached, restored = _ask(socket_path, attach, request)
