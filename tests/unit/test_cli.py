@@ -15,7 +15,7 @@ import pytest
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstayd import cli
 from backstayd.cli import explain, snapshots, status, status_watch, tables
-from backstayd.cli.client import find_run
+from backstayd.cli.coordinator_client import find_run
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from backstay import __version__
-from backstay.errors import UsageError
+from backstay.errors import ConfigError, UsageError
 from backstay.protocol.messages import DEFAULT_SOCKET, SOCKET_VARIABLE
 from backstayd.app import CommandParser
-from backstayd.cli.handover import run_testing
 from backstayd.cli.plan.arguments import add_arguments as add_plan_arguments
 from backstayd.config.values import parse_trust_domain
 from backstayd.units import parse_size
@@ -22,20 +22,38 @@ from backstayd.units import parse_size
 DEFAULT_COORDINATOR: Final = "127.0.0.1:7070"
 MAX_DAYS: Final = 36_500  # of a certificate
 
-# These take their own arguments: nothing after the name is read here.
-_PASSED_ON: Final = {"demo": "backstay.testing.demo"}
+RUN_HELP: Final = "job/run_id, or a run_id that only one job has"
 
-# a module cannot be called by a keyword
-_MODULES: Final = {"import": "import_checkpoint", "doctor": "doctor.command", "plan": "plan.command"}
+# Which module of this package runs a subcommand, where it is not the one of its name.
+_MODULES: Final = {
+    "distrust": "orders",
+    "drain": "orders",
+    "forget": "orders",
+    "trust": "orders",
+    "export": "convert.export",
+    "import": "convert.import_checkpoint",
+    "doctor": "doctor.command",
+    "plan": "plan.command",
+}
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run the subcommand that ``argv`` names; raises BackstayError."""
-    if argv and argv[0] in _PASSED_ON:
-        return run_testing(_PASSED_ON[argv[0]], argv[1:])
+    if argv and argv[0] == "demo":
+        return _run_demo(argv[1:])
     arguments = _parser().parse_args(argv)
     module = _MODULES.get(arguments.command, arguments.command)
     return int(importlib.import_module(f"backstayd.cli.{module}").run(arguments))
+
+
+def _run_demo(argv: Sequence[str]) -> int:
+    """The demo reads its own arguments; ConfigError when the packages it trains with are not installed."""
+    missing = [name for name in ("torch", "numpy", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"this needs {', '.join(missing)}: pip install 'backstay[torch,test]'", reason="missing_package"
+        )
+    return int(importlib.import_module("backstay.testing.demo").main(list(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,17 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     snapshots = command("snapshots", "each snapshot in memory, its state, and where its shards are")
     snapshots.add_argument("run", nargs="?", metavar="RUN", help="job/run_id; all runs when left out")
     explain = command("explain", "what a restart of RUN would restore now, and from where")
-    explain.add_argument("run", metavar="RUN", help="job/run_id, or run_id alone when it is the only one of that name")
+    explain.add_argument("run", metavar="RUN", help=RUN_HELP)
     report = command("report", "what interruptions cost RUN: goodput, and what was lost when and why")
     report.add_argument("run", nargs="?", metavar="RUN", help="job/run_id or run_id; all runs when left out")
     forget = command("forget", "free the memory of RUN on every node; its state is gone then")
-    forget.add_argument("run", metavar="RUN", help="job/run_id, or a run_id that only one job has")
+    forget.add_argument("run", metavar="RUN", help=RUN_HELP)
     distrust = command("distrust", "never restore STEP of RUN again, nor what was trained from it")
-    distrust.add_argument("run", metavar="RUN", help="job/run_id, or a run_id that only one job has")
+    distrust.add_argument("run", metavar="RUN", help=RUN_HELP)
     distrust.add_argument("step", type=int, metavar="STEP", help="the step of the snapshot")
     distrust.add_argument("--reason", required=True, metavar="TEXT", help="why, for those who read it later")
     trust = command("trust", "take back every distrust of RUN and count its restores anew")
-    trust.add_argument("run", metavar="RUN", help="job/run_id, or a run_id that only one job has")
+    trust.add_argument("run", metavar="RUN", help=RUN_HELP)
     drain = command("drain", "move protection away from NODE and say when it may be stopped", timeout_s=600.0)
     drain.add_argument("node", metavar="NODE", help="its name in `backstay status`")
     drain.add_argument("--undo", action="store_true", help="it stays: use it again")
@@ -99,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_arguments(commands.add_parser("plan", help=sizing, description=sizing, allow_abbrev=False))
     certs = "make a small certificate authority, and certificates for daemons and operators"
     _add_certs(commands.add_parser("certs", help=certs, description=certs, allow_abbrev=False))
-    # Listed for --help; dispatch() hands them on before this parser sees them.
+    # Listed for --help; dispatch() hands it on before this parser sees it.
     commands.add_parser("demo", help="break a real training run and watch it recover", add_help=False)
     return parser
 
@@ -161,7 +179,7 @@ def _trust_domain(text: str) -> str:
 
 def _add_export(export: argparse.ArgumentParser) -> None:
     socket = os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
-    export.add_argument("run", metavar="RUN", help="job/run_id, or a run_id that only one job has")
+    export.add_argument("run", metavar="RUN", help=RUN_HELP)
     export.add_argument(
         "--to", type=Path, required=True, metavar="DIR", help="where the model is written; no model may be there"
     )

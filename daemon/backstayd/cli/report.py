@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from backstay.errors import SnapshotNotFoundError
-from backstayd.cli.client import find_run, get_status
+from backstayd.cli.coordinator_client import find_run, get_status
 from backstayd.cli.tables import as_json, date_time, duration, table
 from backstayd.printable import printable_values, say
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from backstayd.cli.client import find_run, get_status
+from backstayd.cli.coordinator_client import find_run, get_status
 from backstayd.cli.status import describe_storage
 from backstayd.cli.tables import as_json, date_time, table
 from backstayd.printable import printable_values, say

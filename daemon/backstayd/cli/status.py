@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Final
 
-from backstayd.cli.client import get_status
+from backstayd.cli.coordinator_client import get_status
 from backstayd.cli.status_watch import count_sentence, watch
 from backstayd.cli.tables import as_json, clock_time, table
 from backstayd.core.timeline import FREQUENT_KINDS

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from backstay.errors import ConfigError, UnavailableError
-from backstayd.cli.client import get_status
+from backstayd.cli.coordinator_client import get_status
 from backstayd.cli.doctor import daemon_checks, machine_checks, software_checks
 from backstayd.cli.doctor.findings import Finding, Level, fail, ok
 from backstayd.cli.tables import as_json, table

@@ -1,4 +1,4 @@
-"""What the subcommands ask of a coordinator: its status document, one run of it, forgetting, and distrust.
+"""The coordinator as the subcommands reach it: connection and certificates, its status document, one run of it.
 
 Everything about the wire is in ``backstayd.transport``.
 """
@@ -6,6 +6,8 @@ Everything about the wire is in ``backstayd.transport``.
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from backstay.errors import ConfigError, SnapshotNotFoundError, UnavailableError, UsageError
@@ -19,17 +21,26 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 
 
-def connect(arguments: argparse.Namespace) -> OperatorClient:
+@contextlib.contextmanager
+def connect(arguments: argparse.Namespace) -> Iterator[OperatorClient]:
     """A client of the coordinator that ``arguments`` name, with what they say about TLS.
 
     Raises:
-        ConfigError: neither certificates nor --insecure were given. UsageError: the address is none.
+        ConfigError: neither certificates nor --insecure were given. UsageError: the address is none. UnavailableError: a call
+            got no answer; says what the operator can do.
     """
     from backstayd.transport.operator import OperatorClient
 
     credentials = _credentials(arguments)
-    addresses = check_addresses(arguments.coordinator)
-    return OperatorClient(addresses, timeout_s=arguments.timeout_s, credentials=credentials)
+    try:
+        addresses = ",".join(split_addresses(arguments.coordinator))
+    except ValueError as error:
+        raise UsageError(f"--coordinator {arguments.coordinator!r} {error}", reason="bad_arguments") from None
+    with OperatorClient(addresses, timeout_s=arguments.timeout_s, credentials=credentials) as client:
+        try:
+            yield client
+        except UnavailableError as error:
+            raise _unreachable(error) from error
 
 
 def _credentials(arguments: argparse.Namespace) -> Credentials | None:
@@ -65,50 +76,12 @@ def _check_security(arguments: argparse.Namespace) -> None:
 
 
 def get_status(arguments: argparse.Namespace, *, is_brief: bool = False) -> Document:
-    """The status document of the coordinator that ``arguments`` name; UnavailableError when none answers."""
+    """The status document of the coordinator that ``arguments`` name."""
     with connect(arguments) as client:
-        try:
-            return client.get_status(is_brief=is_brief)
-        except UnavailableError as error:
-            raise unreachable(error) from error
+        return client.get_status(is_brief=is_brief)
 
 
-def forget(arguments: argparse.Namespace, run: str) -> None:
-    """Free ``run`` everywhere; SnapshotNotFoundError when no node knows it."""
-    with connect(arguments) as client:
-        try:
-            client.forget(run)
-        except UnavailableError as error:
-            raise unreachable(error) from error
-
-
-def distrust(arguments: argparse.Namespace, run: str) -> str:
-    """Have the step of ``arguments`` never restored again; returns what a restart would do now."""
-    with connect(arguments) as client:
-        try:
-            return client.distrust(run, arguments.step, arguments.reason)
-        except UnavailableError as error:
-            raise unreachable(error) from error
-
-
-def trust(arguments: argparse.Namespace, run: str) -> int:
-    """Take back every distrust of ``run``; returns how many there were."""
-    with connect(arguments) as client:
-        try:
-            return client.trust(run)
-        except UnavailableError as error:
-            raise unreachable(error) from error
-
-
-def check_addresses(addresses: str) -> str:
-    """``addresses`` if they are HOST:PORT, or several with commas between, else UsageError."""
-    try:
-        return ",".join(split_addresses(addresses))
-    except ValueError as error:
-        raise UsageError(f"--coordinator {addresses!r} {error}", reason="bad_arguments") from None
-
-
-def unreachable(error: UnavailableError) -> UnavailableError:
+def _unreachable(error: UnavailableError) -> UnavailableError:
     """The same error with what the operator can do about it."""
     if error.reason == "not_leader":
         return UnavailableError(
@@ -123,15 +96,11 @@ def unreachable(error: UnavailableError) -> UnavailableError:
     )
 
 
-def full_name(arguments: argparse.Namespace) -> str:
-    """The run that ``arguments`` name as job/run_id; a run_id alone is looked up at the coordinator.
-
-    Raises:
-        SnapshotNotFoundError: no run is called so. UsageError: several jobs have one, or it cannot be a name.
-    """
-    if "/" in arguments.run:
-        return str(RunKey.parse(arguments.run))
-    return str(find_run(get_status(arguments, is_brief=True), arguments.run)["run"])
+def full_name(client: OperatorClient, name: str) -> str:
+    """``name`` as job/run_id; a run_id alone is looked up at the coordinator. Raises as :func:`find_run`."""
+    if "/" in name:
+        return str(RunKey.parse(name))
+    return str(find_run(client.get_status(is_brief=True), name)["run"])
 
 
 def find_run(document: Document, name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from backstay.errors import ERROR_CLASSES, BackstayError, ConfigError, Integrity
 from backstay.format import json_records
 from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstay.ids import RunKey, snapshot_id
-from backstayd.cli.shard_readers import FileBytes, persisted_keys
+from backstayd.cli.convert.snapshot_shards import FileBytes, persisted_keys
 from backstayd.cli.tables import as_json
 from backstayd.core.inventory.durable_names import RECORD_NAME, run_url, snapshot_url
 from backstayd.core.messages.decisions import Lineage

@@ -10,7 +10,7 @@ from pathlib import Path
 from backstay.convert import huggingface
 from backstay.convert.consolidate import Shard, aliases_of, check_manifests, differing_copies, whole_tensors
 from backstay.errors import BackstayError
-from backstayd.cli.shard_readers import open_in_memory, open_persisted
+from backstayd.cli.convert.snapshot_shards import open_in_memory, open_persisted
 from backstayd.cli.tables import as_json
 from backstayd.printable import say
 from backstayd.units import format_size

@@ -1,0 +1,108 @@
+"""What an operator orders: `backstay forget`, `distrust`, `trust` and `drain`. One function each, in the table at the end.
+
+Each returns what it did as JSON for programs and as text for people. Must not decide anything: the coordinator does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from backstay.errors import UnavailableError
+from backstayd.cli.coordinator_client import connect, full_name
+from backstayd.cli.tables import as_json
+from backstayd.printable import printable, say
+
+CALL_S: Final = 5.0  # longest wait for one answer about a drain
+POLL_S: Final = 0.5
+
+Done = tuple[dict[str, Any], str]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    document, text = ORDERS[arguments.command](arguments)
+    say(as_json(document) if arguments.json else text)
+    return 0
+
+
+def _forget(arguments: argparse.Namespace) -> Done:
+    """Free the memory of a run on every node. What was not saved elsewhere is gone then."""
+    with connect(arguments) as client:
+        run_ = full_name(client, arguments.run)
+        client.forget(run_)
+    return {"run": run_, "forgotten": True}, f"{run_} is being deleted on every node"
+
+
+def _distrust(arguments: argparse.Namespace) -> Done:
+    """Have a snapshot never restored again. Deletes nothing."""
+    with connect(arguments) as client:
+        run_ = full_name(client, arguments.run)
+        outlook = client.distrust(run_, arguments.step, arguments.reason)
+    document = {"run": run_, "step": arguments.step, "reason": arguments.reason, "outlook": outlook}
+    text = f"step {arguments.step} of {run_}, and what was trained from it, is not restored again"
+    return document, f"{text}\na restart now: {printable(outlook)}"
+
+
+def _trust(arguments: argparse.Namespace) -> Done:
+    """Take back every distrust of a run and count its restores anew."""
+    with connect(arguments) as client:
+        run_ = full_name(client, arguments.run)
+        count = client.trust(run_)
+    text = f"{run_}: {count} snapshot{'' if count == 1 else 's'} trusted again; its restores are counted anew"
+    return {"run": run_, "trusted": count}, text
+
+
+def _drain(arguments: argparse.Namespace) -> Done:
+    """Have protection moved away from a node, and with --wait wait until it may be stopped."""
+    name = arguments.node
+    state, reason = _wait_for_drain(arguments) if arguments.wait else _order_drain(arguments)
+    if arguments.undo:
+        text = "drains no more" if not state else "is told; it drains no more in a moment"
+    else:
+        shown = printable(reason)
+        text = {"safe": f"drained: {shown}", "draining": f"drains: {shown}"}.get(state, "is told to drain")
+    return {"node": name, "draining": state, "reason": reason}, f"{name}: {text}"
+
+
+def _order_drain(arguments: argparse.Namespace) -> tuple[str, str]:
+    calls = argparse.Namespace(**vars(arguments) | {"timeout_s": min(CALL_S, arguments.timeout_s)})
+    with connect(calls) as client:
+        return client.drain(arguments.node, undo=arguments.undo)
+
+
+def _wait_for_drain(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Order until it has come true; raises UnavailableError when that takes too long.
+
+    The order is repeated, so that a coordinator that takes over meanwhile knows of it.
+    """
+    deadline_s = time.monotonic() + arguments.timeout_s
+    wanted, shown, problem = "" if arguments.undo else "safe", "", ""
+    while True:
+        try:
+            state, reason = _order_drain(arguments)
+            problem = reason
+        except UnavailableError as error:  # it may be the coordinator's turn to be restarted
+            state, problem = "unknown", str(error).partition("\n")[0]
+        if state == wanted:
+            return state, reason
+        if problem != shown and not arguments.json:
+            say(f"{arguments.node}: {printable(problem) or 'waits for the node to obey'}", sys.stderr)
+            shown = problem
+        if time.monotonic() >= deadline_s:
+            what = "still drains" if arguments.undo else "is not drained"
+            raise UnavailableError(
+                f"{arguments.node} {what} after {arguments.timeout_s:g} s: {problem or 'it does not obey yet'}",
+                reason="not_drained",
+            )
+        time.sleep(min(POLL_S, max(0.0, deadline_s - time.monotonic())))
+
+
+ORDERS: Final[Mapping[str, Callable[[argparse.Namespace], Done]]] = {
+    "forget": _forget,
+    "distrust": _distrust,
+    "trust": _trust,
+    "drain": _drain,
+}
