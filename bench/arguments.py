@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from backstay.errors import UsageError
+from backstayd.units import parse_size
 
-_UNITS = {"": 1, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
 _QUICK_BYTES = 8 * 1024**2
 PARTS = ("solo", "frozen", "pair", "protect", "reshard", "persist", "rest")
 
@@ -38,7 +37,7 @@ class Settings:
 def parse(argv: Sequence[str]) -> Settings:
     """Settings from a command line; UsageError or argparse's exit for a bad one."""
     parser = argparse.ArgumentParser(
-        prog="backstay bench",
+        prog="python -m bench",
         description="Measure what snapshots cost and how fast state comes back, beside memcpy, raw TCP and DCP.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report here")
@@ -65,10 +64,10 @@ def parse(argv: Sequence[str]) -> Settings:
             f"a group of {given.protect_nodes} nodes cannot hold parity {given.parity}", reason="bad_parity"
         )
     quick = given.quick
-    size = parse_size(given.size) if given.size else (_QUICK_BYTES if quick else 512 * 1024**2)
+    size = _size(given.size) if given.size else (_QUICK_BYTES if quick else 512 * 1024**2)
     return Settings(
         size_bytes=size,
-        protect_size_bytes=parse_size(given.protect_size) if given.protect_size else size,
+        protect_size_bytes=_size(given.protect_size) if given.protect_size else size,
         ranks=given.ranks or 2,
         rounds=given.rounds or (1 if quick else 3),
         rebuild_rounds=given.rebuild_rounds or (1 if quick else 2),
@@ -84,9 +83,8 @@ def parse(argv: Sequence[str]) -> Settings:
     )
 
 
-def parse_size(text: str) -> int:
-    """``"512MiB"`` in bytes; units KiB, MiB, GiB or none."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]IB)?B?\s*", text.upper())
-    if match is None or float(match[1]) <= 0:
-        raise UsageError(f"size {text!r} is not a number with KiB, MiB or GiB, such as 512MiB", reason="bad_size")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+def _size(text: str) -> int:
+    try:
+        return max(1, parse_size(text))
+    except ValueError as error:
+        raise UsageError(f"size {text!r} {error}", reason="bad_size") from None

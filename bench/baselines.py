@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -67,7 +68,7 @@ class Memcpy:
 
 
 class RawTcp:
-    """One stream over loopback between two processes: sendfile from tmpfs there, ``recv_into`` one buffer here."""
+    """One stream over loopback between two processes: sendfile from tmpfs there (:func:`_send_file`), ``recv_into`` here."""
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         self.size_bytes = size_bytes
@@ -77,7 +78,7 @@ class RawTcp:
             block = os.urandom(_RECEIVE_BYTES)
             for begin in range(0, size_bytes, _RECEIVE_BYTES):
                 file.write(block[: size_bytes - begin])
-        command = [sys.executable, "-m", "bench.raw_tcp", str(path)]
+        command = [sys.executable, "-m", "bench.baselines", str(path)]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._server.stdout is not None
         self._port = int(self._server.stdout.readline() or "0")
@@ -110,3 +111,26 @@ class RawTcp:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _send_file(path: str) -> None:
+    """Print a port and send the whole of ``path`` to whoever connects, one after another, until standard input closes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, open(path, "rb") as file:
+        print(listener.getsockname()[1], flush=True)
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+        size = os.fstat(file.fileno()).st_size
+        while True:
+            connection, _address = listener.accept()
+            with connection:
+                sent = 0
+                while sent < size:
+                    sent += os.sendfile(connection.fileno(), file.fileno(), sent, size - sent)
+
+
+def _exit_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _send_file(sys.argv[1])

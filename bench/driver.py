@@ -1,29 +1,30 @@
-"""The driver's hands: processes that take commands, and the burner that keeps a core busy.
+"""The processes of a measurement: trainers and light ranks that take commands, and a burner that keeps a core busy.
 
-Every process started here dies with :meth:`World.close` and, should the driver die, with its standard input.
+Each ends with :meth:`World.close` and, should this process die, with its standard input.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from backstay.errors import UnavailableError
 from backstay.format import json_records
+from backstay.ids import new_incarnation
 from backstay.testing.cluster import LocalCluster, process_environment
+from backstay.testing.command_process import CommandProcess
 from backstay.testing.node import WORK_ROLE
 from backstay.testing.ports import free_port
-from bench.contract import PublisherSettings, TrainerSettings
 from bench.measure import MeasurementError
 
 COMMAND_DEADLINE_S = 600.0
+SLOT_WAIT_S = 60.0
 _BURN = (
     "import os, sys, threading\n"
     "threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()\n"
@@ -31,70 +32,19 @@ _BURN = (
 )
 
 
-class CommandProcess:
-    """``python -m MODULE SETTINGS``: one JSON line in, one JSON line out."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSettings:
+    """One trainer process, ``bench.trainer``: a rank of a gloo world on this machine."""
 
-    def __init__(
-        self, module: str, settings: TrainerSettings | PublisherSettings, environment: Mapping[str, str], log: Path
-    ) -> None:
-        self.name = f"{module.rpartition('.')[2]} {settings.rank}"
-        self._log = log
-        self._pending = b""
-        with log.open("ab") as log_file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module, json_records.dumps(settings).decode()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                env=dict(environment),
-                start_new_session=True,
-            )
-
-    def send(self, do: str, **arguments: Any) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._ended(do) from None
-
-    def receive(self, do: str, deadline_s: float = COMMAND_DEADLINE_S) -> dict[str, Any]:
-        """The answer to the command sent last; raises MeasurementError if it failed, died or took too long."""
-        assert self._process.stdout is not None
-        fd = self._process.stdout.fileno()
-        end = time.monotonic() + deadline_s
-        while b"\n" not in self._pending:
-            ready, _, _ = select.select([fd], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                raise MeasurementError(f"{self.name} did not answer {do!r} within {deadline_s:.0f} s", reason="slow")
-            received = os.read(fd, 65536)
-            if not received:
-                raise self._ended(do)
-            self._pending += received
-        line, _, self._pending = self._pending.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise MeasurementError(f"{self.name} could not {do}: {answer['error']}", reason="command_failed")
-        return answer
-
-    def close(self) -> None:
-        """End the process: it leaves when its standard input ends, and is killed if it does not."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.kill()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait(timeout=20)
-
-    def _ended(self, do: str) -> MeasurementError:
-        code = self._process.wait(timeout=20)
-        tail = " | ".join(self._log.read_text(errors="replace").splitlines()[-5:])
-        return MeasurementError(f"{self.name} ended with status {code} at {do!r}: {tail}", reason="process_died")
+    rank: int
+    world_size: int
+    port: int
+    socket: str
+    run_id: str
+    size_bytes: int
+    scratch: str  # a directory on tmpfs, for baselines and peers
+    max_wait_s: float = 60.0
+    frozen: float = 0.0  # part of the parameters that is not trained
 
 
 class World:
@@ -109,9 +59,18 @@ class World:
             raise
 
     def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
-        for process in self._processes:
-            process.send(do, **arguments)
-        return [process.receive(do) for process in self._processes]
+        """The answers of all ranks; MeasurementError if one failed, died or took too long."""
+        try:
+            for process in self._processes:
+                process.send(do, **arguments)
+            answers = [process.receive(deadline_s=COMMAND_DEADLINE_S) for process in self._processes]
+        except UnavailableError as error:
+            raise MeasurementError(f"{do!r}: {error}", reason=error.reason) from error
+        for process, answer in zip(self._processes, answers, strict=True):
+            if "error" in answer:
+                message = f"{process.name} could not {do}: {answer['error']}: {answer['message']}"
+                raise MeasurementError(message, reason="command_failed")
+        return answers
 
     def close(self) -> None:
         for process in self._processes:
@@ -133,8 +92,7 @@ class World:
 def start_trainers(cluster: LocalCluster, *, run_id: str, size_bytes: int, scratch: Path, frozen: float = 0.0) -> World:
     """A gloo world with one trainer on each node; ``frozen`` is the part of the parameters that is not trained."""
     port = free_port()
-    module = "bench.trainer"
-    processes = []
+    arguments = []
     for rank, node in enumerate(cluster.nodes):
         settings = TrainerSettings(
             rank=rank,
@@ -146,36 +104,50 @@ def start_trainers(cluster: LocalCluster, *, run_id: str, size_bytes: int, scrat
             scratch=str(scratch),
             frozen=frozen,
         )
-        processes.append(
-            CommandProcess(module, settings, _environment(cluster, node.name), _log(cluster, f"{run_id}-{rank}"))
-        )
-    return World(processes)
+        arguments.append([json_records.dumps(settings).decode()])
+    return _start(cluster, "bench.trainer", arguments)
 
 
-def start_publishers(
-    cluster: LocalCluster,
-    *,
-    run: str,
-    world_id: str,
-    size_bytes: int,
-    module: str = "bench.light_rank",
-    ranks: int = 0,
+def start_light_ranks(
+    cluster: LocalCluster, *, run: str, size_bytes: int, module: str = "backstay.testing.light_rank", count: int = 0
 ) -> World:
-    """A world of publishers, one on each node, or on the first ``ranks`` nodes (of the same world size)."""
-    processes = []
-    for rank, node in enumerate(cluster.nodes[: ranks or None]):
-        settings = PublisherSettings(
-            rank=rank,
-            world_size=len(cluster.nodes),
-            world_id=world_id,
-            socket=str(node.socket),
-            run=run,
-            size_bytes=size_bytes,
-        )
-        processes.append(
-            CommandProcess(module, settings, _environment(cluster, node.name), _log(cluster, f"publisher-{rank}"))
-        )
-    return World(processes)
+    """Ranks that only commit bytes, one on each node, or on the first ``count`` nodes (of the same world size).
+
+    Used where only the daemons' work is timed.
+    """
+    world_size = len(cluster.nodes)
+    arguments = [
+        [str(node.socket), run, str(rank), str(world_size), str(size_bytes)] for rank, node in enumerate(cluster.nodes)
+    ]
+    return _start(cluster, module, arguments[: count or None])
+
+
+def attach(world: World) -> int:
+    """Attach light ranks as a new world and restore; the step they begin from."""
+    world.ask("attach", world_id=new_incarnation())
+    return max(int(answer["step"]) for answer in world.ask("restore"))
+
+
+def publish(world: World, step: int) -> None:
+    """Commit ``step`` on every light rank; MeasurementError if one got no slot."""
+    for answer in world.ask("publish", step=step, wait_s=SLOT_WAIT_S):
+        if "skipped" in answer:
+            raise MeasurementError(f"step {step} was skipped: {answer['skipped']}", reason="skipped")
+
+
+def _start(cluster: LocalCluster, module: str, arguments: Sequence[Sequence[str]]) -> World:
+    name = module.rpartition(".")[2]
+    return World(
+        [
+            CommandProcess(
+                [sys.executable, "-m", module, *argv],
+                name=f"{name} {rank}",
+                environment=_environment(cluster, cluster.nodes[rank].name),
+                log=cluster.keeper.log_dir / f"{name}-{rank}.log",
+            )
+            for rank, argv in enumerate(arguments)
+        ]
+    )
 
 
 @contextmanager
@@ -196,7 +168,3 @@ def _environment(cluster: LocalCluster, node: str) -> dict[str, str]:
     """Marked as the node's work, so that the cluster kills what is left of it."""
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return process_environment() | cluster.keeper.marks(node=node, role=WORK_ROLE) | threads
-
-
-def _log(cluster: LocalCluster, name: str) -> Path:
-    return cluster.keeper.log_dir / f"{name}.log"

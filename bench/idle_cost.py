@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 from typing import Final
 
-from backstay.ids import new_incarnation
 from backstay.testing.cluster import LocalCluster
 from backstay.testing.coordinator import COORDINATOR
 from backstay.testing.node import DAEMON_ROLE
 from bench.arguments import Settings
-from bench.driver import start_publishers
+from bench.driver import attach, publish, start_light_ranks
 from bench.measure import Collection, stolen_cpu_s
 
 RUN: Final = "default/bench-rest"
@@ -45,18 +44,15 @@ def measure_rest(settings: Settings, scratch: Path, found: Collection) -> None:
 
 def hold_a_run(cluster: LocalCluster, *, size_bytes: int) -> None:
     """A run of one rank a node is protected, and its trainers have gone."""
-    world = start_publishers(cluster, run=RUN, world_id=new_incarnation(), size_bytes=size_bytes)
-    try:
-        world.ask("attach")
+    with start_light_ranks(cluster, run=RUN, size_bytes=size_bytes) as world:
+        attach(world)
         for step in range(1, _STEPS + 1):
-            world.ask("publish", step=step)
+            publish(world, step)
             cluster.wait_until(
                 lambda step=step: cluster.run_status(RUN)["protected_step"] >= step,  # type: ignore[misc]
                 _DEADLINE_S,
                 f"step {step} to be protected",
             )
-    finally:
-        world.close()
     cluster.wait_until(
         lambda: not cluster.node_status(0)["runs"][0]["sessions"], _DEADLINE_S, "the trainers to be gone"
     )

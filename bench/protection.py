@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from backstay.ids import new_incarnation
 from backstay.testing.cluster import LocalCluster
 from backstay.testing.wait import wait_until
 from bench.arguments import Settings
 from bench.baselines import RawTcp
-from bench.driver import World, start_publishers
+from bench.driver import World, attach, publish, start_light_ranks
 from bench.measure import Collection, MeasurementError, stolen_cpu_s
 
 RUN = "default/bench-protect"
@@ -48,11 +47,9 @@ class ProtectedGroup:
             self._world.close()
 
     def _new_world(self) -> World:
-        world = start_publishers(
-            self._cluster, run=RUN, world_id=new_incarnation(), size_bytes=self._settings.protect_size_bytes
-        )
+        world = start_light_ranks(self._cluster, run=RUN, size_bytes=self._settings.protect_size_bytes)
         try:
-            self._step = max(answer["step"] for answer in world.ask("attach"))
+            self._step = attach(world)
         except BaseException:
             world.kill()
             raise
@@ -61,9 +58,7 @@ class ProtectedGroup:
     def _snapshot(self) -> float:
         """Commit the next step on every rank; seconds from the last commit until it is protected."""
         self._step += 1
-        for answer in self._world.ask("publish", step=self._step):
-            if "skipped" in answer:
-                raise MeasurementError(f"step {self._step} was skipped: {answer['skipped']}", reason="skipped")
+        publish(self._world, self._step)
         begin = time.perf_counter()
         step = self._step
         self._wait(lambda: self._cluster.run_status(RUN)["protected_step"] >= step, f"step {step} to be protected")

@@ -7,7 +7,6 @@ measure anything but itself: cluster-wide figures are the driver's.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 import time
@@ -23,9 +22,10 @@ from backstay.format import json_records
 from backstay.restore import load
 from backstay.restore.result import Loaded
 from backstay.restore.snapshot import OpenedSnapshot
+from backstay.testing.command_process import serve_commands
 from bench import peers, state
 from bench.baselines import Memcpy
-from bench.contract import TrainerSettings
+from bench.driver import TrainerSettings
 from bench.measure import MeasurementError, stopwatch
 
 COMMIT_DEADLINE_S = 120.0
@@ -251,15 +251,7 @@ def main(argument: str) -> int:
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{settings.port}", rank=settings.rank, world_size=settings.world_size
     )
-    trainer = Trainer(settings)
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = getattr(trainer, "do_" + command.pop("do"))(**command)
-        except Exception as error:  # noqa: BLE001  the boundary to the driver: it raises this as a MeasurementError
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    serve_commands(Trainer(settings), answers)
     dist.destroy_process_group()
     return 0
 

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from backstay.testing.cluster import LocalCluster
 from bench.arguments import Settings
@@ -21,6 +22,14 @@ PEERS = ("dcp_save", "dcp_async_save")
 RUN_ID = "bench"
 RUN = f"default/{RUN_ID}"
 _WARM_SAVES = 4  # plan, map both slots, and the byte checks that follow an attach
+FROZEN_SHARE = 0.99
+_FROZEN_SCALE = (
+    8  # times --size: a commit has a few milliseconds that do not depend on its bytes, and shards have gigabytes
+)
+_FROZEN_WARM_SAVES = (
+    5  # plan, map both slots, the byte checks that follow an attach, and a slot each of what does not change
+)
+_FROZEN_SAVES = 5
 _PROTECT_DEADLINE_S = 300.0
 _SHORTEST_WAIT_S = 0.3
 _WAIT_PER_PROTECT = 1.5  # a step is "long enough for protection to keep up" with this much room
@@ -80,6 +89,49 @@ def _peers_alone(world: World, found: Collection) -> None:
     )
     for method in PEERS:
         world.ask("remove", method=method)
+
+
+def measure_frozen(settings: Settings, scratch: Path, found: Collection) -> None:
+    """Capture, digest and commit of as much state, all of it trained and 99 % of it frozen; each round with own trainers.
+
+    One node and one rank for either, one after the other: both at once would not fit where one does.
+    """
+    size = _FROZEN_SCALE * settings.size_bytes
+    with LocalCluster(1, parity=0, keep_logs=settings.keep_logs) as cluster:
+        for index in range(settings.rounds):
+            costs = {}
+            for name, frozen in (("full", 0.0), ("frozen", FROZEN_SHARE)):
+                run_id = f"bench-{name}-{index}"
+                with start_trainers(
+                    cluster, run_id=run_id, size_bytes=size, scratch=scratch / run_id, frozen=frozen
+                ) as world:
+                    costs[name] = _frozen_costs(name, world, found)
+            for key in ("seconds", "cpu", "bytes"):
+                stolen = costs["full"]["stolen"] + costs["frozen"]["stolen"]
+                ratio = costs["frozen"][key] / costs["full"][key]
+                found.add("frozen_cost" if key == "seconds" else f"frozen_{key}", ratio, unit="ratio", stolen_s=stolen)
+
+
+def _frozen_costs(name: str, world: World, found: Collection) -> dict[str, float]:
+    """Costs of a save per byte: the best of times (bursts of other work are most of a few milliseconds), the median of CPU."""
+    world.ask("attach")
+    for _ in range(_FROZEN_WARM_SAVES):
+        world.ask("save", method="backstay")
+    saves: list[dict[str, Any]] = []
+    for _ in range(_FROZEN_SAVES):
+        save = world.ask("save", method="backstay")[0]
+        if not save["is_taken"]:
+            raise MeasurementError(f"a snapshot of the {name} state was skipped: {save['why_not']}", reason="skipped")
+        saves.append(save)
+    world.ask("finish")
+    stolen = sum(save["stolen_s"] for save in saves)
+    seconds = min(save["seconds"] for save in saves)
+    cpu = statistics.median(save["cpu_s"] for save in saves)
+    found.add(f"commit_{name}", seconds, unit="s", stolen_s=stolen)
+    found.add(f"commit_cpu_{name}", cpu, unit="s", stolen_s=stolen)
+    moved = max(save["hashed_bytes"] for save in saves)
+    size = world.size_bytes
+    return {"seconds": seconds / size, "cpu": cpu / size, "bytes": moved / size, "stolen": stolen}
 
 
 def measure_steps(settings: Settings, scratch: Path, found: Collection) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from backstay.errors import UsageError
-from bench import arguments, main, report
+from bench import arguments, report
+from bench.__main__ import main
 from bench.measure import Collection, MeasurementError, stolen_cpu_s
 
 
@@ -78,19 +79,6 @@ def test_a_bar_says_its_limit_the_value_and_whether_it_was_met() -> None:
 def test_a_ratio_that_is_not_finite_and_positive_fails_the_run() -> None:
     with pytest.raises(MeasurementError, match=r"dcp_save\.block_ms came out as inf"):
         report.check_finite({"ratios": {"block_ms": 1.0, "dcp_save": {"block_ms": math.inf}}})
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("512MiB", 2**29), ("64 kib", 65536), ("1.5GiB", 3 * 2**29), ("100", 100)]
-)
-def test_sizes_are_read_with_their_unit(text: str, expected: int) -> None:
-    assert arguments.parse_size(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "-1MiB", "0", "512MB!", "many"])
-def test_a_size_that_is_none_is_refused_by_name(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a number with KiB"):
-        arguments.parse_size(text)
 
 
 def test_an_unknown_part_is_refused_with_the_parts_there_are() -> None:

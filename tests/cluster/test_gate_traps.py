@@ -10,7 +10,7 @@ from typing import Any
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
 from backstay.testing.fixtures import LocalClusterFactory
-from tests.kit.light_rank import layout_of
+from backstay.testing.light_rank import layout_of
 from tests.kit.light_world import SIZE_BYTES, Ranks, light_world, wait_protected
 
 RUN = "default/gate"

@@ -46,11 +46,9 @@ def test_a_job_lives_through_an_upgrade_in_either_order_and_survives_losses_betw
         cluster.restart_daemon(index, env)
     assert [_is_older(cluster, index) for index in range(4)] == [False, False, True, True]
     cluster.wait_live()
-    trainers = {1: str(env["PYTHONPATH"]), 3: str(env["PYTHONPATH"])}
 
-    with light_world(
-        cluster, RUN, python_paths=trainers
-    ) as world:  # this release's coordinator, nodes and trainers of both
+    # This release's coordinator, nodes and trainers of both.
+    with light_world(cluster, RUN, older={1: older, 3: older}) as world:
         assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
         _publish(cluster, world, 1)
         assert "drained" in drain(cluster, 0), "to the other node of this release: the older ones cannot take copies"

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import select
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +13,16 @@ from typing import Any
 from backstay.ids import new_incarnation
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
+from backstay.testing.command_process import CommandProcess
+from backstay.testing.light_rank import content_of, digest_of_chunks, layout_of
 from backstay.testing.node import WORK_ROLE
-from tests.kit.light_rank import content_of, digest_of_chunks, layout_of
+from tests.kit import older_release
 
-SCRIPT = Path(__file__).with_name("light_rank.py")
 SIZE_BYTES = 3 * 256 * 1024 + 1000
 
 
-class Rank:
-    """One light rank process on one node."""
+class Rank(CommandProcess):
+    """One light rank process on one node; of the release in ``older`` if that is given."""
 
     def __init__(
         self,
@@ -37,52 +33,22 @@ class Rank:
         rank: int,
         world_size: int,
         size_bytes: int = SIZE_BYTES,
-        python_path: str = "",
+        older: Path | None = None,
         uid: int | None = None,
     ) -> None:
         node = cluster.nodes[node_index]
         self.rank = rank
         self.size_bytes = size_bytes
-        arguments = [str(node.socket), run, str(rank), str(world_size), str(size_bytes)]
+        program = ["-m", "backstay.testing.light_rank"] if older is None else [str(older / older_release.LIGHT_RANK)]
         environment = process_environment() | cluster.keeper.marks(node=node.name, role=WORK_ROLE)
-        environment |= {"PYTHONPATH": python_path} if python_path else {}
+        environment |= {"PYTHONPATH": older_release.python_path(older)} if older is not None else {}
         environment |= {"LIGHT_RANK_UID": str(uid)} if uid is not None else {}
-        self.log = cluster.keeper.log_dir / f"rank-{rank}-{new_incarnation()}.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), *arguments],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
-            )
-        self._pending = b""
-
-    def send(self, do: str, **arguments: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-        self.process.stdin.flush()
-
-    def receive(self, *, deadline_s: float = 90.0) -> dict[str, Any]:
-        """The next answer, errors included."""
-        assert self.process.stdout is not None
-        fd = self.process.stdout.fileno()
-        end = time.monotonic() + deadline_s
-        while b"\n" not in self._pending:
-            ready, _, _ = select.select([fd], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"rank {self.rank} did not answer within {deadline_s} s"
-            received = os.read(fd, 65536)
-            assert received, f"rank {self.rank} ended: {self.log.read_text()[-2000:]}"
-            self._pending += received
-        line, _, self._pending = self._pending.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def has_answered(self, wait_s: float) -> bool:
-        """Whether an answer is there within ``wait_s``."""
-        assert self.process.stdout is not None
-        return b"\n" in self._pending or bool(select.select([self.process.stdout.fileno()], [], [], wait_s)[0])
+        super().__init__(
+            [sys.executable, *program, str(node.socket), run, str(rank), str(world_size), str(size_bytes)],
+            name=f"rank {rank}",
+            environment=environment,
+            log=cluster.keeper.log_dir / f"rank-{rank}-{new_incarnation()}.log",
+        )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send and receive; an error answer fails the test."""
@@ -112,18 +78,9 @@ class Rank:
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(timeout=20)
-
     def close(self) -> None:
         self.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                continue
+        super().close()
 
 
 class Ranks:
@@ -173,12 +130,12 @@ def light_world(
     *,
     nodes: Sequence[int] | None = None,
     size_bytes: int = SIZE_BYTES,
-    python_paths: Mapping[int, str] | None = None,
+    older: Mapping[int, Path] | None = None,
     uid: int | None = None,
 ) -> Iterator[Ranks]:
     """A world with rank r on node ``nodes[r]`` (default: one on each node); nothing is attached yet.
 
-    ``python_paths``: ranks that find another backstay than this one. ``uid``: the user that the ranks become, who must
+    ``older``: ranks of another release, and where its sources are. ``uid``: the user that the ranks become, who must
     reach the nodes' sockets; None: this one.
     """
     places = list(range(len(cluster.nodes))) if nodes is None else list(nodes)
@@ -191,7 +148,7 @@ def light_world(
                 rank=rank,
                 world_size=len(places),
                 size_bytes=size_bytes,
-                python_path=(python_paths or {}).get(rank, ""),
+                older=(older or {}).get(rank),
                 uid=uid,
             )
             for rank, node in enumerate(places)

@@ -13,6 +13,7 @@ import pytest
 COMMIT = "a0e8b1b"  # the state of main that the last release was cut from
 HOUSE = Path(__file__).parents[2]
 # what this release needs said and that one does not know
+LIGHT_RANK = "tests/kit/light_rank.py"
 UNKNOWN_SETTINGS = ("BACKSTAYD_NODE_INSECURE", "BACKSTAYD_COORDINATOR_INSECURE")
 
 
@@ -25,12 +26,17 @@ def check_out(directory: Path) -> Path:
         pytest.skip(f"this clone does not have commit {COMMIT} (the release before), so its daemons cannot be started")
     archive = directory / "older.tar"
     with archive.open("wb") as out:
-        subprocess.run(["git", "-C", str(HOUSE), "archive", COMMIT, "client", "daemon"], stdout=out, check=True)
+        subprocess.run(
+            ["git", "-C", str(HOUSE), "archive", COMMIT, "client", "daemon", LIGHT_RANK], stdout=out, check=True
+        )
     subprocess.run(["tar", "-x", "-f", str(archive), "-C", str(directory)], check=True)
     return directory
 
 
+def python_path(sources: Path) -> str:
+    return f"{sources / 'client'}:{sources / 'daemon'}"
+
+
 def environment_of(sources: Path) -> dict[str, str | None]:
     """What LocalCluster is to add to the environment of a daemon of that release, and to take away."""
-    roots = f"{sources / 'client'}:{sources / 'daemon'}"
-    return {"PYTHONPATH": roots, **dict.fromkeys(UNKNOWN_SETTINGS)}
+    return {"PYTHONPATH": python_path(sources), **dict.fromkeys(UNKNOWN_SETTINGS)}

@@ -1,13 +1,13 @@
 """A rank without torch: speaks the local protocol by hand, so that a test can stop it between any two messages.
 
-``python tests/kit/light_rank.py SOCKET RUN RANK WORLD_SIZE SIZE_BYTES``, then one JSON command a line. Its bytes are
-a function of (seed, step, rank), so a test can say what a restored shard must hold without asking the product.
+``python -m backstay.testing.light_rank SOCKET RUN RANK WORLD_SIZE SIZE_BYTES``, then one command a line. It starts in a moment
+and needs little memory besides its slots. Its bytes are a function of (seed, step, rank), so a test can say what a restored
+shard must hold without asking the product.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import signal
@@ -21,8 +21,9 @@ from backstay.format.digest import Digester
 from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstay.format.shard import Layout, TensorSpec, build_manifest, plan_layout
 from backstay.protocol import framing, messages
+from backstay.testing.command_process import serve_commands
 
-ANSWER_DEADLINE_S = 120.0
+ANSWER_DEADLINE_S = 300.0
 
 
 def layout_of(rank: int, size_bytes: int) -> Layout:
@@ -30,11 +31,20 @@ def layout_of(rank: int, size_bytes: int) -> Layout:
     return plan_layout([TensorSpec.whole(f"rank-{rank:05d}.noise", "torch.uint8", (size_bytes,))])
 
 
+def write_content(target: memoryview, layout: Layout, seed: str, step: int, rank: int) -> None:
+    """Fill ``target`` with the whole shard file of a step; other bytes for every seed, step and rank."""
+    block = hashlib.shake_256(f"{seed}/{step}/{rank}".encode()).digest(4096) * (CHUNK_BYTES // 4096)
+    target[: layout.header_bytes] = layout.header
+    for begin in range(layout.header_bytes, layout.size_bytes, len(block)):
+        end = min(begin + len(block), layout.size_bytes)
+        target[begin:end] = block[: end - begin]
+
+
 def content_of(layout: Layout, seed: str, step: int, rank: int) -> bytes:
-    """The whole shard file of a step; other bytes for every seed, step and rank."""
-    length = layout.size_bytes - layout.header_bytes
-    block = hashlib.shake_256(f"{seed}/{step}/{rank}".encode()).digest(4096)
-    return layout.header + (block * (length // len(block) + 1))[:length]
+    """What :func:`write_content` writes."""
+    content = bytearray(layout.size_bytes)
+    write_content(memoryview(content), layout, seed, step, rank)
+    return bytes(content)
 
 
 def digest_of_chunks(content: bytes, runs: list[list[int]]) -> str:
@@ -50,7 +60,7 @@ class RefusedError(Exception):
 
     def __init__(self, error: messages.Error) -> None:
         super().__init__(error.message)
-        self.error = error
+        self.error_class, self.reason = error.error_class, error.reason
 
 
 class LightRank:
@@ -59,7 +69,7 @@ class LightRank:
     def __init__(self, socket_path: str, run: str, rank: int, world_size: int, size_bytes: int) -> None:
         self.run, self.rank, self.world_size = run, rank, world_size
         self.socket_path = socket_path
-        self.layout = layout_of(rank, size_bytes)
+        self.layout = self._layout(size_bytes)
         self.slots: dict[str, mmap.mmap] = {}
         self.reserved: messages.Reserved | None = None
         self.manifest: dict[str, Any] = {}
@@ -70,15 +80,24 @@ class LightRank:
         self._message_id = 0
         self._socket: socket.socket | None = None
 
+    def _layout(self, size_bytes: int) -> Layout:
+        return layout_of(self.rank, size_bytes)
+
+    def _connect(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(ANSWER_DEADLINE_S)
+        self._socket.connect(self.socket_path)
+
+    def do_hello(self) -> dict[str, Any]:
+        return {"size_bytes": self.layout.size_bytes}
+
     def do_attach(
         self, world_id: str, attempt: int = 0, protocol: int = messages.PROTOCOL_VERSION, layout: str = ""
     ) -> dict[str, Any]:
         """Connect anew and attach."""
         if self._socket is not None:
             self._socket.close()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(ANSWER_DEADLINE_S)
-        self._socket.connect(self.socket_path)
+        self._connect()
         self.world_id = world_id
         attach = messages.Attach(
             run=self.run,
@@ -118,9 +137,7 @@ class LightRank:
     def do_open(self, run: str, step: int = 0) -> dict[str, Any]:
         """Visit a snapshot without a world, over a connection of its own."""
         if self._socket is None:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._socket.settimeout(ANSWER_DEADLINE_S)
-            self._socket.connect(self.socket_path)
+            self._connect()
         answer, _ = self._ask(messages.Open(run=run, step=step))
         return self._take_offer(answer)
 
@@ -182,7 +199,7 @@ class LightRank:
         )
         answer, fds = self._ask(request)
         if isinstance(answer, messages.Skipped):
-            return {"skipped": answer.reason, "notice": getattr(answer, "notice", "")}
+            return {"skipped": answer.reason, "notice": answer.notice}
         for fd in fds:
             self.slots[answer.slot_id] = mmap.mmap(fd, self.layout.size_bytes)
             os.close(fd)
@@ -192,8 +209,8 @@ class LightRank:
     def do_fill(self, step: int, seed: str = "") -> dict[str, Any]:
         """Write the step's bytes into the reserved slot and make its manifest."""
         assert self.reserved is not None
-        content = content_of(self.layout, seed, step, self.rank)
-        self.slots[self.reserved.slot_id][: len(content)] = content
+        content = memoryview(self.slots[self.reserved.slot_id])[: self.layout.size_bytes]
+        write_content(content, self.layout, seed, step, self.rank)
         digester = Digester(self.layout)
         digester.update_span(content)
         chunk_crcs, tensor_crcs = digester.finish()
@@ -225,17 +242,13 @@ class LightRank:
         self, step: int, snapshot_s: float = 0.0, fence_s: float = 0.0, waited_s: float = 0.0
     ) -> dict[str, Any]:
         assert self.reserved is not None
-        commit = messages.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest)
-        if hasattr(messages, "TrainerCost"):  # a rank of an older release says nothing of it
-            cost = messages.TrainerCost(snapshot_s=snapshot_s, fence_s=fence_s)
-            if waited_s:
-                cost = replace(cost, waited_s=waited_s)
-            commit = replace(commit, cost=cost)
+        cost = messages.TrainerCost(snapshot_s=snapshot_s, fence_s=fence_s, waited_s=waited_s)
+        commit = messages.Commit(step=step, slot_id=self.reserved.slot_id, manifest=self.manifest, cost=cost)
         answer, _ = self._ask(commit)
         return {
             "digest": answer.digest,
             "interval_steps": answer.schedule.interval_steps,
-            "notice": getattr(answer, "notice", ""),
+            "notice": answer.notice,
         }
 
     def do_publish(self, step: int, seed: str = "", wait_s: float = 20.0) -> dict[str, Any]:
@@ -277,16 +290,7 @@ def main(arguments: list[str]) -> int:
         os.setgroups([])
         os.setgid(int(os.environ["LIGHT_RANK_UID"]))
         os.setuid(int(os.environ["LIGHT_RANK_UID"]))
-    light = LightRank(path, run, int(rank), int(world_size), int(size_bytes))
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = getattr(light, "do_" + command.pop("do"))(**command)
-        except RefusedError as error:
-            answer = {"error": error.error.error_class, "reason": error.error.reason, "message": error.error.message}
-        except (OSError, AssertionError, KeyError, TypeError) as error:
-            answer = {"error": type(error).__name__, "reason": "local", "message": str(error)}
-        print(json.dumps(answer), flush=True)
+    serve_commands(LightRank(path, run, int(rank), int(world_size), int(size_bytes)), sys.stdout)
     return 0
 
 
