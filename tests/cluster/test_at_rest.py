@@ -1,4 +1,4 @@
-"""What a daemon takes beside the memory it holds, within a generous bound; ``backstay bench --parts rest`` has the figures."""
+"""What a daemon takes beside the memory it holds, within a generous bound; ``make bench ARGS="--parts rest"`` measures it."""
 
 from __future__ import annotations
 
