@@ -51,6 +51,7 @@ from backstayd.core.messages.gate import GateEntry, GateReport
 from backstayd.core.messages.plans import FragmentRecord, Member, Plan, Quarantined, ShardRecord, VolumeShard
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.core.policy import CorePolicy
+from backstayd.core.status.document import status_document
 from backstayd.security import identity
 from backstayd.store.record_files import StoredFragment, StoredPlan, parse_manifest
 from backstayd.store.slots import check_header
@@ -258,7 +259,7 @@ def feed_report(mutant: bytes) -> None:
     assert core.runs["job/honest"].recovery.world_id == "w", "the honest run is not served"
     for name in core.nodes.nodes:
         convert.to_message(core.desired(name), coordinator_pb2.NodeDesired)
-    assert len(json.dumps(core.status(1.0))) < 4 << 20
+    assert len(json.dumps(status_document(core, 1.0))) < 4 << 20
     if refused is not None:
         raise refused
 

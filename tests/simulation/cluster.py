@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from backstay.errors import BackstayError
 from backstay.ids import SnapshotKey
 from backstayd.core.coordinator import Coordinator
+from backstayd.core.drain_orders import DrainState
 from backstayd.core.messages.decisions import Decision, Outcome
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.plans import FragmentSource, Plan, ShardRecord
 from backstayd.core.messages.report import NodeReport, SessionPhase
 from backstayd.core.policy import CorePolicy
-from backstayd.core.status.drain_orders import DrainState
 from tests.simulation.checker import Checker
 from tests.simulation.distrusting import distrust
 from tests.simulation.engine import Engine, Network

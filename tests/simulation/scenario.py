@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from backstayd.core.drain_orders import DrainState
 from backstayd.core.policy import CorePolicy
-from backstayd.core.status.drain_orders import DrainState
 from tests.simulation.checker import BrokenPromiseError
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine, Network

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from backstay.errors import UsageError
+from backstayd.core.drain_orders import DrainState
 from backstayd.core.inventory.catalog import take_inventory
 from backstayd.core.inventory.nodes import NodeState
 from backstayd.core.messages.plans import Quarantined
 from backstayd.core.policy import CorePolicy
-from backstayd.core.status.drain_orders import DrainState
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.scenario import Scenario

@@ -9,6 +9,7 @@ from backstayd.core.messages.decisions import Outcome
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.messages.tombstone import Cause, Tombstone
 from backstayd.core.policy import CorePolicy
+from backstayd.core.status.document import status_document
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.node import Node
@@ -86,7 +87,7 @@ def test_a_run_that_nobody_comes_back_to_is_forgotten_and_not_before() -> None:
     assert cluster.core().runs[RUN].forgotten_in_s() is None, "one trainer is still connected"
     cluster.kill_trainer(job.trainers[3])
     engine.run_for(10)
-    left_s = cluster.core().status(engine.now_s)["runs"][0]["forgotten_in_s"]
+    left_s = status_document(cluster.core(), engine.now_s)["runs"][0]["forgotten_in_s"]
     assert 8 < left_s < 11
     assert cluster.kept_keys(RUN)
     cluster.checker.forget(RUN)

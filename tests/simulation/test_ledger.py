@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from backstayd.core.policy import CorePolicy
+from backstayd.core.status.document import status_document
 from tests.simulation.cluster import Cluster, Job, Life
 from tests.simulation.scenario import Scenario
 from tests.simulation.test_traps import RUN, again, training
@@ -16,7 +17,7 @@ SLACK_S = 1.0  # of simulated time: what messages, heartbeats and a step take
 
 
 def ledger_of(cluster: Cluster, run: str = RUN) -> dict[str, Any]:
-    document = cluster.core().status(cluster.engine.now_s)
+    document = status_document(cluster.core(), cluster.engine.now_s)
     found = next(entry["ledger"] for entry in document["runs"] if entry["run"] == run)
     assert found is not None
     return found  # type: ignore[no-any-return]
@@ -162,7 +163,7 @@ def test_training_beside_a_dead_daemon_is_behind_and_not_interrupted() -> None:
     protected = job.step
     assert engine.run_until(lambda: run.lag.behind is not None, limit_s=4 * cluster.lease_s)
     engine.run_for(15)
-    document = cluster.core().status(engine.now_s)["runs"][0]
+    document = status_document(cluster.core(), engine.now_s)["runs"][0]
     assert job.step > protected + 20, "training must go on for this to mean anything"
     assert document["verdict"]["word"] == "behind"
     assert document["behind"]["steps"] >= job.step - protected - 2
@@ -171,7 +172,7 @@ def test_training_beside_a_dead_daemon_is_behind_and_not_interrupted() -> None:
     assert (document["ledger"]["interruptions"], document["ledger"]["down_s"]) == ([], 0)
     assert document["ledger"]["silent_since_unix_s"] > 0
     assert engine.run_until(lambda: run.lag.behind is None, limit_s=40), "it is protected again once the daemon is back"
-    after = cluster.core().status(engine.now_s)["runs"][0]
+    after = status_document(cluster.core(), engine.now_s)["runs"][0]
     assert after["verdict"]["word"] == "protected"
     assert after["protected_step"] >= job.step - 3
     assert (after["ledger"]["interruptions"], after["ledger"]["down_s"]) == ([], 0)

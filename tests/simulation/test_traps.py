@@ -9,6 +9,7 @@ from backstayd.core.coordinator import Coordinator
 from backstayd.core.messages.decisions import Outcome, SourceKind
 from backstayd.core.policy import CorePolicy
 from backstayd.core.recover.recovery import Stage
+from backstayd.core.status.document import status_document
 from tests.simulation.cluster import Cluster, Control, Job
 from tests.simulation.engine import Engine
 from tests.simulation.scenario import Scenario
@@ -232,7 +233,7 @@ def test_without_parity_a_corrupt_shard_leads_to_the_older_snapshot_with_a_reaso
     node = cluster.nodes["n2"]
     node.quarantine_shard(RUN, node.memory[RUN].shards[newest.key.attempt, newest.key.step, 1])
     engine.run_for(0.2)
-    explain = cluster.core().status(engine.now_s)["runs"][0]["explain"]
+    explain = status_document(cluster.core(), engine.now_s)["runs"][0]["explain"]
     assert explain["outcome"] == "EXACT_OLDER"
     assert explain["step"] == older.key.step
     assert (
@@ -251,7 +252,7 @@ def test_a_refusal_names_the_parity_that_was_corrupt() -> None:
         node.quarantine_fragment(node.memory[RUN].plans[plan_id], stripe, index)
     cluster.destroy("n4", replace_after_s=60.0)  # before a repair
     engine.run_for(5)
-    explain = cluster.core().status(engine.now_s)["runs"][0]["explain"]
+    explain = status_document(cluster.core(), engine.now_s)["runs"][0]["explain"]
     assert explain["outcome"] == "REFUSED"
     assert "rank 3 is lost (node n4 gone; parity on n2 is corrupt; 2 losses, parity covers 1)" in explain["message"]
 
@@ -309,7 +310,7 @@ def test_ranks_that_never_call_snapshot_are_named_and_nobody_waits_for_slots_mea
     assert missing.found is not None
     assert missing.found.ranks == (1, 3)
     assert missing.sentence.startswith("ranks 1 and 3 on n2 and n4 have taken no snapshot since restore()")
-    (run,) = cluster.core().status(engine.now_s)["runs"]
+    (run,) = status_document(cluster.core(), engine.now_s)["runs"]
     assert run["missing_ranks"] == [1, 3]
     assert run["verdict"]["word"] == "behind"
     assert missing.sentence in run["verdict"]["reason"]

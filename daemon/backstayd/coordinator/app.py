@@ -22,12 +22,13 @@ from backstayd.config.schema import CoordinatorConfig
 from backstayd.coordinator.gauges import Gauges
 from backstayd.coordinator.seat import Seat
 from backstayd.core.coordinator import Coordinator
+from backstayd.core.drain_orders import DrainVerdict
 from backstayd.core.inventory.nodes import Liveness
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import NodeReport
 from backstayd.core.policy import CorePolicy
 from backstayd.core.recover.locate import Located
-from backstayd.core.status.drain_orders import DrainVerdict
+from backstayd.core.status.document import status_document
 from backstayd.core.timeline import FREQUENT_KINDS, Event
 from backstayd.process import DaemonProcess
 from backstayd.security.configured import load_credentials
@@ -362,12 +363,13 @@ class CoordinatorProcess:
         }
 
     def _document(self, core: Coordinator, *, is_brief: bool) -> dict[str, Any]:
-        document = core.status(self._clock.monotonic_s(), unix_offset_s=self._offset_s, is_brief=is_brief)
+        document = status_document(core, self._clock.monotonic_s(), is_brief=is_brief)
         return document | {"leader": self._seat.document()}
 
     def _nothing(self) -> Coordinator:
         """What a standby knows of nodes and runs; it makes its document, so that all fields are there."""
-        return Coordinator(self._policy, self.incarnation, now_s=self._clock.monotonic_s())
+        now_s, offset_s = self._clock.monotonic_s(), self._offset_s
+        return Coordinator(self._policy, self.incarnation, now_s=now_s, unix_offset_s=offset_s)
 
     def _from_thread(self, loop: asyncio.AbstractEventLoop, *, is_brief: bool) -> dict[str, Any]:
         """The status document, made in the loop, for a thread of the HTTP server."""

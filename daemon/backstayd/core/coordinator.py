@@ -11,6 +11,7 @@ from typing import Any
 
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import Generation
+from backstayd.core.drain_orders import DrainState, DrainVerdict, order_drain, verdict_of
 from backstayd.core.inventory.catalog import ShapeCache, build_views, take_inventory
 from backstayd.core.inventory.nodes import NodeState, NodeTable
 from backstayd.core.inventory.tombstones import Tombstones
@@ -18,6 +19,7 @@ from backstayd.core.messages.decisions import Base
 from backstayd.core.messages.desired import NodeDesired, Peer
 from backstayd.core.messages.report import NodeReport, SessionPhase
 from backstayd.core.messages.tombstone import Cause, Tombstone
+from backstayd.core.orders import Orders, desired_of, make_orders
 from backstayd.core.policy import CorePolicy
 from backstayd.core.recover.ledger import ledger_sentence
 from backstayd.core.recover.locate import Located, locate
@@ -25,8 +27,6 @@ from backstayd.core.recover.recovery import Stage
 from backstayd.core.report_checks import Seals, admitted, check_node
 from backstayd.core.run_state import RunState
 from backstayd.core.sentences import listed
-from backstayd.core.status.document import status_document
-from backstayd.core.status.drain_orders import DrainState, DrainVerdict, order_drain, verdict_of
 from backstayd.core.timeline import Event, Timeline
 
 FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease
@@ -37,7 +37,7 @@ REFUSED_AGAIN_S = 60.0
 
 
 class Coordinator:
-    """Drive with :meth:`observe` and :meth:`tick` and then :meth:`evaluate`; read :meth:`desired` and :meth:`status`.
+    """Drive with :meth:`observe` and :meth:`tick` and then :meth:`evaluate`; read :meth:`desired`.
 
     Invariant: while it is not settled it wants nothing; its generation is above every one it has seen, or it is not settled.
 
@@ -89,6 +89,7 @@ class Coordinator:
         self._is_dirty = True
         self.has_changed = False  # what nodes should do, by the last evaluation
         self._wanted_before: tuple[object, ...] = ()
+        self._orders: dict[str, Orders] = {}  # by run; the same ones again while nothing of them changes
         self._desired_of: dict[str, NodeDesired] = {}  # while nothing changes
         self._peers_of: dict[tuple[str, ...], tuple[Peer, ...]] = {}
 
@@ -184,7 +185,7 @@ class Coordinator:
 
     def _wanted(self) -> tuple[object, ...]:
         """What :meth:`desired` is made from: the very same things while no node need be told anything."""
-        orders = (state.orders if state.orders is not None else object() for state in self.runs.values())
+        orders = (self._orders.get(run) or object() for run in self.runs)
         drains = (node.drain_order for node in self.nodes.nodes.values())
         return self.is_settled, self.generation, self.tombstones.orders, *self.runs, *orders, *drains
 
@@ -210,10 +211,12 @@ class Coordinator:
         is_sure = self._has_long_memory() or self.runs[name].named_nodes(present) <= set(self.nodes.nodes)
         if not is_sure:
             return False  # somebody who knows more of this run may still be on its way
-        self.runs[name].evaluate(
-            present, generation=self.generation, has_long_memory=self._has_long_memory(), now_s=self._now_s
-        )
-        self._keep_ledger(self.runs[name])
+        state, before = self.runs[name], self._orders.pop(name, None)
+        state.evaluate(present, generation=self.generation, has_long_memory=self._has_long_memory(), now_s=self._now_s)
+        if state.evaluation is not None and not state.forgetting.is_under_way:
+            orders = make_orders(state, state.evaluation)
+            self._orders[name] = before if before == orders else orders
+        self._keep_ledger(state)
         if self._is_over(name, present):
             del self.runs[name]
             self.timeline.forget(name)
@@ -238,7 +241,8 @@ class Coordinator:
         return found
 
     def _make_desired(self, node: str) -> NodeDesired:
-        found = {name: state.desired(node) for name, state in self.runs.items() if name not in self.faults}
+        states = ((name, state) for name, state in self.runs.items() if name not in self.faults)
+        found = {name: desired_of(state, self._orders.get(name), node) for name, state in states}
         wanted = {name: desired for name, desired in found.items() if desired is not None}
         return NodeDesired(
             generation=self.generation,
@@ -275,6 +279,7 @@ class Coordinator:
             )
         self._say(run, "freed", "the operator forgets the run on every node")
         state.bury(Cause.FORGOTTEN)
+        self._orders.pop(run, None)
         self._is_dirty = True
 
     def _free_name(self, tombstone: Tombstone) -> None:
@@ -395,10 +400,6 @@ class Coordinator:
                 found[name] = decision.decision_id
         return found
 
-    def status(self, now_s: float, *, unix_offset_s: float = 0.0, is_brief: bool = False) -> dict[str, Any]:
-        """The status document; ``unix_offset_s`` turns the core's clock into Unix time."""
-        return status_document(self, now_s=now_s, unix_offset_s=unix_offset_s, is_brief=is_brief)
-
     def take_events(self) -> list[Event]:
         """What happened since the last call, for the log."""
         return self.timeline.take_fresh()
@@ -489,6 +490,7 @@ class Coordinator:
         self._settle_leases = min(MAX_RESETTLE_LEASES, self._settle_leases * 2)
         for name in self.runs:
             self.runs[name] = self._new_run(name)
+        self._orders.clear()
         self._say("", "settled", f"another coordinator has raised the generation to {number}: standing back")
 
     def _named_nodes(self) -> set[str]:
@@ -502,8 +504,7 @@ class Coordinator:
         if found is None:
             peers: dict[str, Peer] = {}
             for run in runs:
-                orders = self.runs[run].orders
-                peers |= orders.peers if orders is not None else {}
+                peers |= self._orders[run].peers if run in self._orders else {}
             found = self._peers_of[runs] = tuple(peers[name] for name in sorted(peers))
         return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from backstay.ids import SnapshotKey
 from backstayd.core.inventory.catalog import SnapshotView, suspects_of
@@ -21,9 +20,7 @@ from backstayd.core.messages.plans import Plan, Quarantined, Rebuild, ShardCopy
 from backstayd.core.protect.footprint import parity_fraction
 from backstayd.core.recover.probation import has_both
 from backstayd.core.recover.recovery import Stage
-
-if TYPE_CHECKING:
-    from backstayd.core.run_state import Evaluation, RunState
+from backstayd.core.run_state import Evaluation, RunState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +38,6 @@ class Orders:
     suspects: Mapping[str, tuple[Quarantined, ...]]
     storage: Mapping[str, StorageDesired]
     peers: Mapping[str, Peer]
-    strangers: Mapping[str, str]  # nodes that report the run for another user; they are only told whose it is
     _made: dict[str, RunDesired] = field(default_factory=dict, compare=False)
 
     def has_work(self, node: str) -> bool:
@@ -67,6 +63,22 @@ class Orders:
         return made
 
 
+def desired_of(state: RunState, orders: Orders | None, node: str) -> RunDesired | None:
+    """What ``node`` should do for the run of ``state``; None if it has no part in it."""
+    context = state.context
+    if context is None:
+        return None
+    if node in state.strangers:
+        return RunDesired(run=state.run, owner=state.owner)
+    has_report = node in context.nodes and state.run in context.nodes[node].runs
+    if state.forgetting.is_under_way:
+        is_told = node not in context.nodes or context.nodes[node].report.takes_tombstones
+        return RunDesired(run=state.run, forget=True) if has_report and not is_told else None
+    if orders is None:
+        return None
+    return orders.of(node) if has_report or orders.has_work(node) else None
+
+
 def make_orders(state: RunState, evaluation: Evaluation) -> Orders:
     """The orders that follow from ``evaluation``."""
     context = evaluation.context
@@ -83,7 +95,6 @@ def make_orders(state: RunState, evaluation: Evaluation) -> Orders:
         suspects=_suspects(context),
         storage=state.persisting.desired({*context.nodes}),
         peers=_peers(state, context),
-        strangers=state.strangers,
     )
 
 

@@ -20,10 +20,8 @@ from backstayd.core.inventory.similar_names import near_sentence
 from backstayd.core.inventory.survey import live_records, stored_views, with_urls
 from backstayd.core.inventory.tombstones import Tombstones
 from backstayd.core.messages.decisions import Decision, Outcome
-from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.report import RunReport, SessionPhase, SessionRecord
 from backstayd.core.messages.tombstone import Cause
-from backstayd.core.orders import Orders, make_orders
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.draining import Draining
 from backstayd.core.protect.interval import Pace
@@ -100,7 +98,6 @@ class RunState:
     strangers: Mapping[str, str] = field(default_factory=dict)  # nodes where another user attached, and who
     evaluation: Evaluation | None = None
     context: RunContext | None = None
-    orders: Orders | None = None  # the same one again while nothing of it changes
     seen: Seen | None = None
     sealed: tuple[str, int] = ("", 0)  # world, and the newest step that one of its ranks declared whole
     known_sessions: dict[int, str] = field(default_factory=dict)
@@ -115,15 +112,6 @@ class RunState:
     ) -> None:
         """Bring everything in line with the reports of ``nodes``."""
         nodes = self._look_past(self._own(nodes))
-        before, self.orders = self.orders, None
-        self._evaluate(nodes, generation, has_long_memory, now_s)
-        if self.evaluation is not None and not self.forgetting.is_under_way:
-            orders = make_orders(self, self.evaluation)
-            self.orders = before if orders == before else orders
-
-    def _evaluate(
-        self, nodes: Mapping[str, NodeState], generation: Generation, has_long_memory: bool, now_s: float
-    ) -> None:
         context = self.context = self._take_context(nodes, generation, has_long_memory, now_s)
         cause = self.forgetting.judge(context, self.recovery, self.persisting, self.memory)
         if cause is not None:
@@ -164,26 +152,9 @@ class RunState:
 
     def set_apart(self, why: str) -> None:
         """The evaluation failed half way: what the last one found stands, as something that protects nothing now."""
-        self.orders = None
         if self.evaluation is not None:
             self.evaluation = replace(self.evaluation, redundancy="UNPROTECTED", spares=-1, reason=why)
         self.context = self.evaluation.context if self.evaluation is not None else None
-
-    def desired(self, node: str) -> RunDesired | None:
-        """What ``node`` should do for this run; None if it has no part in it."""
-        context = self.context
-        if context is None:
-            return None
-        if node in self.strangers:
-            return RunDesired(run=self.run, owner=self.owner)
-        if self.forgetting.is_under_way:
-            is_told = node not in context.nodes or context.nodes[node].report.takes_tombstones
-            is_left = node in context.nodes and self.run in context.nodes[node].runs
-            return RunDesired(run=self.run, forget=True) if is_left and not is_told else None
-        if self.orders is None:
-            return None
-        has_report = node in context.nodes and self.run in context.nodes[node].runs
-        return self.orders.of(node) if has_report or self.orders.has_work(node) else None
 
     def check_invariants(self) -> None:
         """Raise AssertionError for a mistake of ours."""
@@ -313,7 +284,7 @@ class RunState:
         self._set_out()
         self.forgetting.is_under_way = True
         self.pace, self.memory, self.lag, self.missing, self.known_sessions = Pace(), Memory(), Lag(), Missing(), {}
-        self.head, self.evaluation, self.orders, self.owner, self.seen = None, None, None, "", None
+        self.head, self.evaluation, self.owner, self.seen = None, None, "", None
 
     def _look_past(self, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
         """``nodes`` without what is forgotten of the run; what says so is lifted if it names what lives."""

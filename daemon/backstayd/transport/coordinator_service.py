@@ -16,10 +16,10 @@ import grpc
 
 from backstay.errors import BackstayError, ConfigError, InvariantError
 from backstay.format import json_records
+from backstayd.core.drain_orders import DrainVerdict
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import NodeReport
 from backstayd.core.recover.locate import Located
-from backstayd.core.status.drain_orders import DrainVerdict
 from backstayd.security.credentials import Credentials
 from backstayd.security.handshakes import Handshakes
 from backstayd.security.refusals import Refusals

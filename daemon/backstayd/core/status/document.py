@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backstay.format import json_records
+from backstayd.core.coordinator import Coordinator
+from backstayd.core.drain_orders import DrainVerdict
 from backstayd.core.inventory.catalog import MAX_LISTED_RANKS, PlanState, SnapshotView
 from backstayd.core.inventory.nodes import NodeState
 from backstayd.core.inventory.run_context import RunContext, World
 from backstayd.core.messages.decisions import Decision, ShardSource
 from backstayd.core.messages.plans import Plan
 from backstayd.core.recover.choice import choose, missing_sentence, sources_of
-from backstayd.core.status.drain_orders import DrainVerdict
+from backstayd.core.run_state import RunState
 from backstayd.core.status.verdict import activity_of, verdict_of
-
-if TYPE_CHECKING:
-    from backstayd.core.coordinator import Coordinator
-    from backstayd.core.run_state import RunState
 
 FORMAT = 1
 
 
-def status_document(
-    coordinator: Coordinator, *, now_s: float, unix_offset_s: float, is_brief: bool = False
-) -> dict[str, Any]:
+def status_document(coordinator: Coordinator, now_s: float, *, is_brief: bool = False) -> dict[str, Any]:
     """Everything an operator may want to know; docs/status.md has the fields.
 
     Args:
         is_brief: Leave out what there is of each rank: sessions, shards, sources, placements.
     """
+    unix_offset_s = coordinator.unix_offset_s
     return {
         "format": FORMAT,
         "role": "coordinator",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.placement import natural
@@ -16,10 +15,8 @@ from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.messages.decisions import DecisionPhase
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.protect.lag import behind_sentence
+from backstayd.core.run_state import Evaluation, RunState
 from backstayd.core.sentences import amount, listed
-
-if TYPE_CHECKING:
-    from backstayd.core.run_state import Evaluation, RunState
 
 NAMED = 3  # nodes named in a sentence
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from backstay.errors import UsageError
 from backstayd.core.inventory.nodes import Liveness, NodeState, NodeTable
 from backstayd.core.inventory.placement import natural
 from backstayd.core.messages.report import SessionPhase
+from backstayd.core.run_state import RunState
 from backstayd.core.sentences import amount, counted, listed
-
-if TYPE_CHECKING:
-    from backstayd.core.run_state import RunState
 
 
 class DrainState(enum.StrEnum):
