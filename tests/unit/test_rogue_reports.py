@@ -16,6 +16,7 @@ from backstayd.core.messages.decisions import Decision, Outcome, Placement
 from backstayd.core.messages.plans import FragmentRecord, Member, Plan, ShardRecord, VolumeShard
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.core.policy import CorePolicy
+from backstayd.core.status.document import status_document
 
 RUN, ROGUE_RUN = "job/honest", "job/rogue"
 LEASE_S = 1.0
@@ -113,7 +114,7 @@ def test_a_run_report_that_cannot_be_calculated_with_is_refused_by_name_and_cost
     (event,) = [event for event in core.timeline.all() if event.kind == "report_refused"]
     assert "n2" in event.message
     assert ROGUE_RUNS[what].run in event.message
-    json.dumps(core.status(1.0))
+    json.dumps(status_document(core, 1.0))
 
 
 def test_sound_reports_pass_the_door() -> None:
@@ -167,7 +168,7 @@ def test_one_shard_that_claims_a_world_of_a_million_costs_what_one_shard_costs()
     tracemalloc.start()
     try:
         core = coordinator_that_hears(report("n2", claim))
-        text = json.dumps(core.status(1.0))
+        text = json.dumps(status_document(core, 1.0))
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
@@ -186,7 +187,7 @@ def test_an_exception_in_one_run_leaves_the_others_evaluated_and_names_the_node(
     (event,) = [event for event in core.timeline.all() if event.kind == "evaluation_failed"]
     assert (event.run, "reported by n2" in event.message) == (ROGUE_RUN, True)
     assert [run.run for run in core.desired("n2").runs if run.run == ROGUE_RUN] == [], "no orders: nothing is deleted"
-    shown = next(run for run in core.status(1.0)["runs"] if run["run"] == ROGUE_RUN)
+    shown = next(run for run in status_document(core, 1.0)["runs"] if run["run"] == ROGUE_RUN)
     assert shown["redundancy"] == "UNPROTECTED"
     with pytest.raises(AssertionError, match="could not be evaluated"):
         core.check_invariants()
