@@ -13,6 +13,7 @@ from backstay.protocol import messages
 from backstayd.coder.jobs import CoderEvent
 from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.tombstone import Cause, Tombstone
+from backstayd.node.reconcile.memory_jobs import note_stored
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN
 from tests.kit.trainer import PlainTrainer, trainer_of, wait_until
@@ -87,7 +88,7 @@ def test_late_bytes_of_a_run_that_is_over_are_deleted_again(node: NodeThread) ->
     late = node.memory_dir / RUN / "attempt-0001" / "step-00000001" / "parity"
     late.mkdir(parents=True)
     event = CoderEvent(kind="fragment_stored", run=RUN, attempt=1, step=1, plan_id="ab" * 16, stripe=0, index=1)
-    node.call(lambda: node.node.reconciler.on_event(event))
+    node.call(lambda: note_stored(node.node.state, event))
     assert not (node.memory_dir / "job").exists()
 
 
@@ -103,14 +104,3 @@ def test_a_name_under_which_nothing_was_ever_kept_goes_with_its_last_session(nod
         stale.attach(attempt=1)
     assert not (node.memory_dir / "job").exists(), "nor does one who is refused leave his name"
     stale.close()
-
-
-def test_a_coordinator_of_an_older_release_frees_what_nobody_writes(node: NodeThread) -> None:
-    node.start_world()
-    trainer = trainer_of(node)
-    trainer.snapshot(1)
-    node.desire(RunDesired(run=RUN, forget=True))
-    assert [shard.step for shard in node.report().runs[0].shards] == [1], "it is being written"
-    trainer.call(messages.Finish())
-    wait_until(lambda: node.report().runs == (), why="the run is deleted")
-    trainer.close()

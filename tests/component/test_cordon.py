@@ -31,7 +31,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NodeApi]:
 def test_a_node_drains_while_its_kubernetes_node_is_cordoned(api: NodeApi, tmpfs_dir: Path) -> None:
     api.unschedulable[NAME] = False
     with running_node(tmpfs_dir, kubernetes_node=NAME) as node:
-        drain = node.node.context.drain
+        drain = node.node.state.drain
         wait_until(lambda: len(api.asked) > 2, deadline_s=10, why="the API server to be asked")
         assert not drain.is_draining
         api.unschedulable[NAME] = True
@@ -39,10 +39,10 @@ def test_a_node_drains_while_its_kubernetes_node_is_cordoned(api: NodeApi, tmpfs
         assert drain.is_cordoned
         assert (tmpfs_dir / "n1-memory" / ".draining.json").exists()
     with running_node(tmpfs_dir, kubernetes_node=NAME) as node:
-        assert node.node.context.drain.is_draining, "the next daemon drains before it asked anybody"
+        assert node.node.state.drain.is_draining, "the next daemon drains before it asked anybody"
     api.unschedulable[NAME] = False
     with running_node(tmpfs_dir, kubernetes_node=NAME) as node:
-        drain = node.node.context.drain
+        drain = node.node.state.drain
         wait_until(lambda: not drain.is_draining, deadline_s=10, why="the node to be used again")
         assert set(api.asked) == {f"/api/v1/nodes/{NAME}"}
         assert not (tmpfs_dir / "n1-memory" / ".draining.json").exists()
@@ -53,8 +53,8 @@ def test_a_cordon_is_forgotten_where_nobody_looks_at_kubernetes_any_more(tmpfs_d
     memory.mkdir(mode=0o700)
     (memory / ".draining.json").write_text('{"by_cordon":true,"by_operator":true}')
     with running_node(tmpfs_dir) as node:
-        assert not node.node.context.drain.is_cordoned
-        assert node.node.context.drain.is_draining, "the operator's order stands"
+        assert not node.node.state.drain.is_cordoned
+        assert node.node.state.drain.is_draining, "the operator's order stands"
 
 
 def test_while_the_api_server_refuses_what_was_heard_last_holds_and_the_missing_right_is_named(

@@ -102,7 +102,7 @@ class Group:
 
     def protected_step(self) -> int:
         node = next(iter(self.nodes.values()))
-        return node.call(lambda: node.node.context.run_desired(RUN).protected_step)
+        return node.call(lambda: node.node.state.run_desired(RUN).protected_step)
 
     def shard_file(self, number: int, step: int) -> Path:
         (path,) = self.nodes[number].memory_dir.glob(f"{RUN}/attempt-*/step-{step:08d}/*.safetensors")

@@ -13,7 +13,7 @@ from tests.kit.trainer import PlainTrainer, wait_until
 
 def obstruct(node: NodeThread) -> Path:
     """Something lies where the decision belongs."""
-    path = node.call(lambda: node.node.context.store.paths(RUN).decision)
+    path = node.call(lambda: node.node.state.store.paths(RUN).decision)
     path.mkdir(parents=True)
     return path
 

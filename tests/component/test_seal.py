@@ -48,7 +48,7 @@ def test_what_one_rank_seals_the_others_of_its_node_and_the_coordinator_hear(nod
 
 def test_what_another_node_sealed_comes_from_the_coordinator_and_only_of_this_world(node: NodeThread) -> None:
     (trainer,) = _trainers(node, 1)
-    decision = node.call(lambda: node.node.context.run_desired(RUN)).decision
+    decision = node.call(lambda: node.node.state.run_desired(RUN)).decision
     node.desire(RunDesired(run=RUN, world_id="world", decision=decision, sealed_step=9, complete_step=8))
     assert trainer.call(messages.AwaitSeal(after_step=0, wait_s=30))[0].step == 9
     assert trainer.call(messages.AwaitSeal(after_step=0, wait_s=30, complete_step=8))[0].complete_step == 8

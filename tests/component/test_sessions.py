@@ -29,7 +29,7 @@ from backstayd.cli.doctor.daemon_checks import session_timeouts
 from backstayd.core.messages.decisions import DecisionPhase, Outcome
 from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.report import SessionRecord
-from backstayd.node.trainers import user_limits
+from backstayd.node.trainers import users
 from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2
 from tests.kit.node import NodeThread, fresh_decision, running_node
@@ -202,7 +202,7 @@ def test_a_trainer_of_another_protocol_or_user_is_refused_by_name(node: NodeThre
         UsageError, match=r"the trainer is of release .* \(protocol 7\), this daemon .* Upgrade this daemon first"
     ):
         trainer.attach(protocol=7)
-    node.call(lambda: node.node.context.store.open_run("job/theirs", uid=4242))
+    node.call(lambda: node.node.state.store.open_run("job/theirs", uid=4242))
     theirs = PlainTrainer(node.socket, run="job/theirs")
     with pytest.raises(UsageError, match="belongs to user 4242"):
         theirs.attach()
@@ -480,7 +480,7 @@ def test_long_words_of_a_trainer_do_not_make_long_reports(node: NodeThread) -> N
 
 
 def test_connections_that_never_attach_are_few_small_and_short(node: NodeThread) -> None:
-    node.node.sessions.attach_timeout_s = 1.0
+    node.node.server.attach_timeout_s = 1.0
     node.start_world()
     trainer = trainer_of(node)
     greedy = PlainTrainer(node.socket)
@@ -491,7 +491,8 @@ def test_connections_that_never_attach_are_few_small_and_short(node: NodeThread)
     for one in idle:
         with contextlib.suppress(BrokenPipeError):
             one.socket.sendall(b"\0")
-    assert len(node.node.sessions._open) <= user_limits.MAX_UNATTACHED + 1
+    served = [task for task in node.node.server.places.tasks if not task.cancelling()]
+    assert len(served) <= users.MAX_UNATTACHED + 1
     trainer.snapshot(1)
     for one in idle:
         with pytest.raises(ConnectionError):
@@ -525,6 +526,6 @@ def test_what_is_deleted_under_a_running_daemon_is_not_reported_any_longer(node:
 def test_an_older_coordinator_is_not_obeyed(node: NodeThread) -> None:
     node.start_world()
     node.desire(generation=5)
-    node.desire(RunDesired(run=RUN, forget=True), generation=4)
-    assert not node.node.context.desired
+    node.desire(RunDesired(run=RUN, world_id="older"), generation=4)
+    assert not node.node.state.desired
     assert node.report().generation.number == 5

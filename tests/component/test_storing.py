@@ -76,8 +76,8 @@ def test_a_node_that_heard_nothing_for_a_lease_touches_nothing_that_others_share
     old = put(root, persisted(1))
     put(root, persisted(2))
     with running_node(tmpfs_dir, lease_s=LEASE_S) as node:
-        now_s = node.node.context.clock.boot_s
-        node.call(lambda: node.node.context.store.index(RUN))  # it knows the run
+        now_s = node.node.state.clock.boot_s
+        node.call(lambda: node.node.state.store.index(RUN))  # it knows the run
         for survey_id in ("first", "second"):  # the answer is new, what it says may be a lease old
             node.desire(desired(root, survey_id), answered_s=now_s() - LEASE_S)
             surveyed(node, survey_id)
@@ -97,8 +97,8 @@ def test_what_an_older_coordinator_says_confirms_nothing(tmpfs_dir: Path, tmp_pa
     old = put(root, persisted(1))
     put(root, persisted(2))
     with running_node(tmpfs_dir, lease_s=LEASE_S) as node:
-        now_s = node.node.context.clock.boot_s
-        node.call(lambda: node.node.context.store.index(RUN))  # it knows the run
+        now_s = node.node.state.clock.boot_s
+        node.call(lambda: node.node.state.store.index(RUN))  # it knows the run
         node.desire(desired(root, "first"), generation=5, answered_s=now_s() - LEASE_S)
         node.desire(desired(root, "older"), generation=4)
         node.desire(desired(root, "second"), generation=5, answered_s=now_s() - LEASE_S)

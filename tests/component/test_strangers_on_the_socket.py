@@ -23,9 +23,9 @@ from backstay.format.manifest import CHUNK_BYTES, MAX_LABEL
 from backstay.ids import MAX_COUNT, Generation
 from backstay.protocol import framing, messages
 from backstay.protocol.connection import DaemonConnection
-from backstayd.node.trainers import user_limits
-from backstayd.node.trainers.ownership import document_for
-from backstayd.node.trainers.session import MAX_SAID_BYTES
+from backstayd.node.session import MAX_SAID_BYTES
+from backstayd.node.trainers import users
+from backstayd.node.trainers.users import visible_to
 from backstayd.store.adopt import GENERATION_NAME
 from backstayd.store.store import Store
 from backstayd.transport import convert
@@ -185,15 +185,15 @@ def test_a_shard_header_of_any_shape_is_answered_with_what_is_wrong(node: NodeTh
 
 
 def test_silent_connections_shut_no_trainer_of_the_same_user_out(node: NodeThread) -> None:
-    node.node.sessions.attach_timeout_s = 600.0
+    node.node.server.attach_timeout_s = 600.0
     node.start_world()
-    silent = [PlainTrainer(node.socket) for _ in range(3 * user_limits.MAX_UNATTACHED)]
+    silent = [PlainTrainer(node.socket) for _ in range(3 * users.MAX_UNATTACHED)]
     trainer = trainer_of(node)
     trainer.snapshot(1)
-    more = [PlainTrainer(node.socket) for _ in range(2 * user_limits.MAX_UNATTACHED)]
+    more = [PlainTrainer(node.socket) for _ in range(2 * users.MAX_UNATTACHED)]
     trainer.snapshot(2)  # one that is attached is never the one that goes
     wait_until(
-        lambda: len(node.node.sessions._open) <= user_limits.MAX_UNATTACHED + 1, why="the oldest silent ones are closed"
+        lambda: len(node.node.server.places.tasks) <= users.MAX_UNATTACHED + 1, why="the oldest silent ones are closed"
     )
     for one in (*silent, *more, trainer):
         one.close()
@@ -214,7 +214,7 @@ sys.stdin.read()
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 def test_another_users_silent_connections_cost_this_user_no_place(node: NodeThread) -> None:
-    node.node.sessions.attach_timeout_s = 600.0
+    node.node.server.attach_timeout_s = 600.0
     node.start_world()
     os.chmod(node.socket, 0o666)
     os.chmod(node.socket.parent, 0o755)
@@ -237,18 +237,18 @@ def test_one_user_has_so_many_trainers_and_names_and_unused_names_go(node: NodeT
     trainer = trainer_of(node)
     trainer.snapshot(1)
     others = []
-    for index in range(user_limits.MAX_RUNS - 1):
+    for index in range(users.MAX_RUNS - 1):
         others.append(PlainTrainer(node.socket, run=f"job/r{index}"))
         others[-1].attach()
     last = PlainTrainer(node.socket, run="job/one-too-many")
-    with pytest.raises(CapacityError, match=f"{user_limits.MAX_TRAINERS} trainers"):
+    with pytest.raises(CapacityError, match=f"{users.MAX_TRAINERS} trainers"):
         last.attach()
     others.pop().close()
-    wait_until(lambda: len(list(node.node.sessions)) < user_limits.MAX_TRAINERS, why="one has left")
+    wait_until(lambda: len(list(node.node.sessions)) < users.MAX_TRAINERS, why="one has left")
     for one in others:
         one.close()
     wait_until(
-        lambda: set(node.node.context.store.runs) == {"job/run"}, why="names under which nothing lies are given up"
+        lambda: set(node.node.state.store.runs) == {"job/run"}, why="names under which nothing lies are given up"
     )
     wait_until(lambda: os.listdir(node.memory_dir / "job") == ["run"], why="nothing of them is left")
     last.attach()
@@ -260,12 +260,12 @@ def test_one_user_has_so_many_trainers_and_names_and_unused_names_go(node: NodeT
 def test_names_are_limited_by_user_even_without_trainers(tmpfs_dir: Path) -> None:
     store = Store(tmpfs_dir / "memory", incarnation="1" * 16)
     try:
-        for index in range(user_limits.MAX_RUNS):
+        for index in range(users.MAX_RUNS):
             store.open_run(f"job/r{index}", uid=1000)
-        with pytest.raises(CapacityError, match=f"user 1000 has {user_limits.MAX_RUNS} runs"):
-            user_limits.check_names(store, "job/new", 1000)
-        user_limits.check_names(store, "job/r3", 1000)
-        user_limits.check_names(store, "job/new", 1001)
+        with pytest.raises(CapacityError, match=f"user 1000 has {users.MAX_RUNS} runs"):
+            users.check_names(store, "job/new", 1000)
+        users.check_names(store, "job/r3", 1000)
+        users.check_names(store, "job/new", 1001)
     finally:
         store.close()
 
@@ -320,10 +320,14 @@ def test_the_status_shows_a_user_nothing_of_other_users(node: NodeThread) -> Non
     node.start_world()
     trainer = trainer_of(node)
     shard = trainer.snapshot(1)
-    stranger = json.dumps(node.call(lambda: document_for(node.node.context, 4242)))
+
+    def seen_by(uid: int) -> str:
+        return json.dumps(visible_to(uid, node.node.reporter.document(), node.node.state.store))
+
+    stranger = node.call(lambda: seen_by(4242))
     assert shard.manifest.digest not in stranger
     assert "job/run" not in stranger
-    assert shard.manifest.digest in json.dumps(node.call(lambda: document_for(node.node.context, os.getuid())))
+    assert shard.manifest.digest in node.call(lambda: seen_by(os.getuid()))
     trainer.close()
 
 

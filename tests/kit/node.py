@@ -27,7 +27,7 @@ class NodeThread:
 
     def __init__(self, node: Node, loop: asyncio.AbstractEventLoop, config: NodeConfig) -> None:
         self.node, self.loop, self.config = node, loop, config
-        self.generation = max(1, node.context.store.generation.number)
+        self.generation = max(1, node.state.store.generation.number)
         self.peers: tuple[Peer, ...] = ()
 
     @property
@@ -53,9 +53,8 @@ class NodeThread:
         if generation is not None:
             self.generation = generation
         desired = NodeDesired(generation=Generation(self.generation, COORDINATOR), runs=runs, peers=self.peers, **more)
-        sent_s = self.node.context.clock.boot_s() if answered_s is None else answered_s
-        self.call(lambda: self.node.reconciler.on_desired(desired))
-        self.call(lambda: self.node.storing.on_desired(desired, sent_s))
+        sent_s = self.node.state.clock.boot_s() if answered_s is None else answered_s
+        self.call(lambda: self.node.reconciler.on_desired(desired, sent_s))
 
     def report(self) -> NodeReport:
         return self.call(self.node.reporter.report)
@@ -71,7 +70,7 @@ class NodeThread:
         """The index equals what a fresh look at the directory finds."""
 
         def compare() -> None:
-            store = self.node.context.store
+            store = self.node.state.store
             store.check_invariants()
             found = scan(self.memory_dir)
             for run, index in store.runs.items():
@@ -118,7 +117,7 @@ def running_node(
         try:
             async with start_node(config) as node:
                 if is_alone:
-                    node.context.is_coordinator_connected = lambda: True
+                    node.state.link.is_connected = True
                 box.update(node=node, loop=asyncio.get_running_loop(), stop=asyncio.Event())
                 started.set()
                 await box["stop"].wait()

@@ -16,7 +16,7 @@ from backstayd.config.schema import NodeConfig
 from backstayd.coordinator.gauges import Gauges
 from backstayd.core.policy import CorePolicy
 from backstayd.core.timeline import Event
-from backstayd.node import gauges
+from backstayd.node import job_metrics
 from backstayd.telemetry.heartbeat_margin import WINDOW_S, LeastMargin
 from backstayd.telemetry.metrics import CoordinatorMetrics, DaemonMetrics, NodeMetrics, reference, registry
 
@@ -93,20 +93,22 @@ def test_runs_above_the_limit_take_no_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_a_trainer_says_of_its_costs_is_bounded_and_an_older_one_says_nothing() -> None:
     metrics = NodeMetrics(version="0.1.0")
-    gauges.note_cost(metrics, RUN, None)
-    gauges.note_cost(metrics, RUN, messages.TrainerCost(snapshot_s=0.5, fence_s=-3.0, capture_s=1e300, copied_bytes=-7))
+    job_metrics.note_cost(metrics, RUN, None)
+    job_metrics.note_cost(
+        metrics, RUN, messages.TrainerCost(snapshot_s=0.5, fence_s=-3.0, capture_s=1e300, copied_bytes=-7)
+    )
     blocked = "backstay_trainer_blocked_seconds_total"
     assert _value(metrics, blocked, training_job=RUN, where="snapshot") == 0.5
     assert _value(metrics, blocked, training_job=RUN, where="fence") == 0
     assert _value(metrics, "backstay_stage_bytes_total", training_job=RUN, stage="capture") == 0
-    assert _value(metrics, "backstay_stage_seconds_sum", stage="capture") == gauges.MAX_COST_S
+    assert _value(metrics, "backstay_stage_seconds_sum", stage="capture") == job_metrics.MAX_COST_S
 
 
 def test_a_job_that_failed_is_an_attempt_as_well() -> None:
     metrics = NodeMetrics(version="0.1.0")
     job = VerifyShard(run=RUN, attempt=1, step=1, rank=0, world_size=1, digest="ab")
-    gauges.note_job(metrics, job, JobResult(job_id=1, done_bytes=10, seconds={"read": 0.1}), 0.2)
-    gauges.note_job(metrics, job, JobResult(job_id=2, error_class="IntegrityError", flipped_in_flight=2), 0.2)
+    job_metrics.note_job(metrics, job, JobResult(job_id=1, done_bytes=10, seconds={"read": 0.1}), 0.2)
+    job_metrics.note_job(metrics, job, JobResult(job_id=2, error_class="IntegrityError", flipped_in_flight=2), 0.2)
     assert _value(metrics, "backstay_stage_runs_total", stage="verify", result="ok") == 1
     assert _value(metrics, "backstay_stage_runs_total", stage="verify", result="failed") == 1
     assert _value(metrics, "backstay_stage_seconds_count", stage="verify") == 2

@@ -15,14 +15,19 @@ from backstayd.coder.jobs import (
     FetchPersisted,
     FetchPlan,
     FetchShard,
+    MarkSnapshot,
+    PruneSnapshot,
     VerifyFragment,
     VerifyPersisted,
     VerifyShard,
+    WriteRecord,
 )
+from backstayd.core.durable_uploads import RECORD_RANK
 from backstayd.core.messages.decisions import (
     Base,
     Decision,
     DecisionPhase,
+    Distrusted,
     Outcome,
     Placement,
     ShardSource,
@@ -30,6 +35,7 @@ from backstayd.core.messages.decisions import (
     StagingState,
 )
 from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, Stored, Survey, UploadTask
 from backstayd.core.messages.plans import (
     FragmentRecord,
     FragmentSource,
@@ -48,23 +54,22 @@ from backstayd.node.reconcile.actions import (
     CancelTask,
     DiscardStaged,
     DropPlan,
+    DurableView,
     FenceWorld,
-    ForgetRun,
     PrepareTarget,
+    QuarantineParity,
     RecordDecision,
     RefuseWorld,
     ReleaseSnapshot,
     ReleaseWorld,
     Restoring,
-    SetAside,
     StagedState,
     StartJob,
     View,
-    is_handing_out,
-    plan_actions,
-    rebuilt_bytes,
-    staging_of,
 )
+from backstayd.node.reconcile.planner import plan_actions
+from backstayd.node.reconcile.staging import is_handing_out, rebuilt_bytes, staging_of
+from backstayd.node.reconcile.tasks import TaskKey, TaskKind
 
 RUN = "job/run"
 KEY = SnapshotKey(1, 12)
@@ -233,10 +238,9 @@ def test_a_member_encodes_its_stripe_and_a_later_daemon_of_that_name_does_not() 
 
 
 def test_what_is_no_longer_wanted_is_cancelled_first() -> None:
-    now = view(
-        RunDesired(run=RUN, drop_plans=(PLAN.plan_id,)), plans={PLAN.plan_id: PLAN}, running=frozenset({"encode:x"})
-    )
-    assert plan_actions(now) == [CancelTask(key="encode:x"), DropPlan(plan_id=PLAN.plan_id)]
+    stale = TaskKey(RUN, TaskKind.ENCODE, "x")
+    now = view(RunDesired(run=RUN, drop_plans=(PLAN.plan_id,)), plans={PLAN.plan_id: PLAN}, running=frozenset({stale}))
+    assert plan_actions(now) == [CancelTask(key=stale), DropPlan(plan_id=PLAN.plan_id)]
 
 
 def test_only_what_is_named_and_here_is_released() -> None:
@@ -307,7 +311,7 @@ def test_a_persisted_file_of_this_machine_is_verified_where_it_lies(url: str) ->
     (action,) = plan_actions(now)
     assert isinstance(action, StartJob)
     assert isinstance(action.job, VerifyPersisted)
-    assert (action.job.rank, action.job.url, action.key.split(":")[1]) == (0, url, made.decision_id)
+    assert (action.job.rank, action.job.url, action.key.subject) == (0, url, made.decision_id)
     done = replace(now, verified=frozenset({(made.decision_id, digest(0))}))
     staging = staging_of(done)
     assert staging is not None
@@ -385,15 +389,6 @@ def test_staging_that_nothing_wants_goes_once_the_world_runs() -> None:
         assert not any(isinstance(action, DiscardStaged) for action in actions)
 
 
-def test_forgetting_ends_once_nothing_is_left_and_spares_who_comes_new() -> None:
-    forget = RunDesired(run=RUN, forget=True)
-    assert plan_actions(view(forget, has_memory=True)) == [ForgetRun()]
-    assert plan_actions(view(forget)) == []
-    assert plan_actions(view(forget, sessions=(restoring(0),))) == []
-    ended = SessionRecord(world_id="w1", rank=0, world_size=1, phase=SessionPhase.ENDED)
-    assert plan_actions(view(forget, sessions=(ended,))) == [ForgetRun()]
-
-
 def test_a_source_that_a_reader_found_bad_is_looked_at() -> None:
     bad_shard = Quarantined(what="", attempt=1, step=12, reason="", node="n0", rank=0)
     bad_parity = Quarantined(what="", attempt=1, step=12, reason="", node="n0", plan_id=PLAN.plan_id, stripe=2, index=0)
@@ -413,6 +408,52 @@ def test_parity_that_a_reader_has_proven_not_to_fit_is_set_aside_and_nothing_els
     wanted, here = RunDesired(run=RUN, suspects=(misfit,)), FragmentRecord(plan_id=PLAN.plan_id, stripe=2, index=0)
     other = FragmentRecord(plan_id=PLAN.plan_id, stripe=0, index=0)
     now = view(wanted, plans={PLAN.plan_id: PLAN}, fragments=frozenset({here, other}))
-    assert plan_actions(now) == [SetAside(fragment=here, reason="does not fit")]
+    assert plan_actions(now) == [QuarantineParity(fragment=here, reason="does not fit")]
     later = view(wanted, plans={PLAN.plan_id: PLAN}, fragments=frozenset({other}))
     assert plan_actions(later) == []
+
+
+STORED = PersistedSnapshot(
+    run=RUN, attempt=1, step=12, world_size=3, snapshot_id="5" * 64, shards=PLAN.members[0].shards
+)
+BAD = Distrusted(snapshot_id="b" * 64, attempt=1, step=4, reason="nan")
+STORAGE = StorageDesired(
+    url="file:///lake/run",
+    survey_id="s",
+    uploads=(UploadTask(snapshot=STORED, ranks=(0,), is_last=True),),
+    prunes=(Stored(attempt=1, step=8, snapshot_id="a" * 64),),
+    newest_attempt=1,
+    distrust=(BAD,),
+    trust=(BAD,),
+)
+
+
+def test_only_a_node_that_was_confirmed_changes_what_others_share() -> None:
+    now = view(RunDesired(run=RUN, storage=STORAGE), shards=(shard(0),), durable=DurableView(free_uploads=1))
+    kinds = [action.key.kind for action in plan_actions(now) if isinstance(action, StartJob)]
+    assert kinds == [TaskKind.SURVEY, TaskKind.UPLOAD], "what harms nobody"
+    confirmed = replace(now, durable=replace(now.durable, is_confirmed=True, confirmed_until_s=9.0))
+    jobs = {action.key.kind: action.job for action in plan_actions(confirmed) if isinstance(action, StartJob)}
+    changes = {kind: jobs[kind] for kind in jobs.keys() - {TaskKind.SURVEY, TaskKind.UPLOAD}}
+    assert changes.keys() == {TaskKind.COMPLETE, TaskKind.PRUNE, TaskKind.DISTRUST, TaskKind.TRUST}
+    for job in changes.values():
+        assert isinstance(job, (WriteRecord, PruneSnapshot, MarkSnapshot))
+        assert (job.act_before_s, job.newest_attempt) == (9.0, 1)
+    running = frozenset(action.key for action in plan_actions(confirmed) if isinstance(action, StartJob))
+    ended = {action.key for action in plan_actions(replace(now, running=running)) if isinstance(action, CancelTask)}
+    assert {key.kind for key in ended} == changes.keys(), "and ends what is under way when its time is over"
+
+
+def test_what_is_done_on_storage_is_not_done_again_and_uploads_wait_for_their_turn() -> None:
+    done = DurableView(
+        survey=Survey(url=STORAGE.url, survey_id="s", is_done=True),
+        uploaded=frozenset({(STORED.snapshot_id, 0), (STORED.snapshot_id, RECORD_RANK)}),
+        pruned=frozenset(STORAGE.prunes),
+        marked=frozenset({BAD.snapshot_id}),
+        struck=frozenset({BAD.snapshot_id}),
+        is_confirmed=True,
+        free_uploads=1,
+    )
+    assert plan_actions(view(RunDesired(run=RUN, storage=STORAGE), shards=(shard(0),), durable=done)) == []
+    waits = replace(done, uploaded=frozenset({(STORED.snapshot_id, RECORD_RANK)}), free_uploads=0)
+    assert plan_actions(view(RunDesired(run=RUN, storage=STORAGE), shards=(shard(0),), durable=waits)) == []

@@ -31,7 +31,10 @@ from backstayd.core.messages.report import SessionPhase, SessionRecord
 from backstayd.core.protect.rebuild_plan import choose_targets
 from backstayd.core.recover.choice import sources_of
 from backstayd.core.recover.locate import locate
-from backstayd.node.reconcile.actions import Restoring, StartJob, View, plan_actions, staging_of, wanted_ranks
+from backstayd.node.reconcile.actions import Restoring, StartJob, View
+from backstayd.node.reconcile.planner import plan_actions
+from backstayd.node.reconcile.staging import staging_of, wanted_ranks
+from backstayd.node.reconcile.tasks import TaskKind
 from tests.unit.test_core_properties import inventory_of, nodes_with, snapshot_plan
 
 
@@ -116,7 +119,7 @@ def test_ranks_of_both_kinds_on_one_node_are_waited_for() -> None:
     assert wanted_ranks(now, made) == {0}
     (action,) = plan_actions(now)
     assert isinstance(action, StartJob)
-    assert action.key.startswith("fetch:")
+    assert action.key.kind is TaskKind.FETCH
     verified = frozenset({(made.decision_id, made.sources[0].digest)})
     assert state_of(replace(now, verified=verified)) is StagingState.STAGING
     said = (whole, replace(other, staged=made.decision_id))

@@ -21,34 +21,33 @@ from backstay import __version__
 from backstay.errors import BackstayError, ConfigError, UnavailableError
 from backstay.ids import new_incarnation
 from backstayd.addresses import join_address, split_address
+from backstayd.change_signal import Signal
 from backstayd.clock import Clock
 from backstayd.coder.jobs import CoderEvent
-from backstayd.coder.pool import CoderPool
 from backstayd.config.reload import Reloader
 from backstayd.config.schema import NodeConfig
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import NodeIdentity
-from backstayd.node import gauges
+from backstayd.node import job_metrics
+from backstayd.node.coders import Coders
 from backstayd.node.drain_state import Drain
-from backstayd.node.durable_coder import StorageCoder
-from backstayd.node.gauges import NodeGauges
-from backstayd.node.health import ready_sentence, status_sentence, watch
-from backstayd.node.node_state import LinkState, NodeContext
-from backstayd.node.reconcile.durable import Storing
+from backstayd.node.maintenance import NodeGauges, maintain, watch
+from backstayd.node.node_state import NodeState, Timeline
+from backstayd.node.reconcile.durable_jobs import DurableRecords
+from backstayd.node.reconcile.memory_jobs import note_stored
+from backstayd.node.reconcile.quarantine import BadSources
 from backstayd.node.reconcile.reconciler import Reconciler
-from backstayd.node.report import Reporter
-from backstayd.node.restores.chunks import Offers
-from backstayd.node.signal import Bell
-from backstayd.node.timeline import Timeline
+from backstayd.node.report import Reporter, ready_sentence, status_sentence
+from backstayd.node.restores.chunks import Chunks
+from backstayd.node.restores.read_only_access import Visits
 from backstayd.node.trainers.listener import listen
+from backstayd.node.trainers.requests import Requests
+from backstayd.node.trainers.server import TrainerServer
 from backstayd.node.trainers.sessions import Sessions
-from backstayd.node.trainers.user_limits import drop_unused_names
 from backstayd.process import DaemonProcess
 from backstayd.security.configured import load_credentials
+from backstayd.security.credentials import Credentials
 from backstayd.security.expiry import ExpiryWatch
-from backstayd.security.refusals import Refusals
-from backstayd.store import remove
-from backstayd.store.record_files import make_directory
 from backstayd.store.store import Store
 from backstayd.telemetry import logs
 from backstayd.telemetry.health import Health
@@ -58,7 +57,6 @@ from backstayd.telemetry.routes import Route, document_route, metrics_route, pro
 from backstayd.transport.link import CoordinatorLink
 
 logger = logging.getLogger(__name__)
-_grown = Refusals(logger)
 
 DOCUMENT_TIMEOUT_S: Final = 2.0
 
@@ -79,213 +77,212 @@ async def _main(config: NodeConfig, load: Callable[[], NodeConfig]) -> int:
         async with process.starting(f"adopting what lies in {config.memory_dir}"):
             node = await stack.enter_async_context(start_node(config, on_lost=process.give_up))
         reload = Reloader(config, load=load, apply=lambda settings: _adopt(settings, node))
-        await process.serve(node.health, status=lambda: status_sentence(node.context), reload=reload)
+        await process.serve(node.health, status=lambda: status_sentence(node.state, config.coordinator), reload=reload)
         logger.info("node %s ends; what it holds stays in %s", config.name, config.memory_dir)
     return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """The parts of a running node."""
+    """The parts of a node, made in the order in which they need each other; what runs is started by :func:`start_node`."""
 
-    context: NodeContext
+    state: NodeState
+    coders: Coders
     sessions: Sessions
     reconciler: Reconciler
     reporter: Reporter
-    storing: Storing
-    pool: CoderPool
+    server: TrainerServer
+    gauges: NodeGauges
     health: Health
 
 
 def _adopt(settings: NodeConfig, node: Node) -> None:
     """Bring settings into force that may change while it runs."""
-    node.context.store.set_quota(settings.quota_bytes)
-    node.context.store.user_quota_bytes = settings.user_quota_bytes
+    node.state.store.set_quota(settings.quota_bytes)
+    node.state.store.user_quota_bytes = settings.user_quota_bytes
     logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
-    node.context.metrics.set_config(settings)
-    node.context.changed()
+    node.state.metrics.set_config(settings)
+    node.state.changed()
 
 
 @contextlib.asynccontextmanager
 async def start_node(
     config: NodeConfig, *, on_lost: Callable[[BackstayError], None] = lambda error: None
 ) -> AsyncIterator[Node]:
-    """All parts of a node, running; they are ended in reverse order. ``on_lost`` hears when its memory was taken away."""
-    loop, clock, incarnation = asyncio.get_running_loop(), Clock(), new_incarnation()
-    credentials = load_credentials(config)
+    """All parts of a node, running; they are ended in reverse order. ``on_lost`` is called when its memory was taken away."""
+    loop, credentials = asyncio.get_running_loop(), load_credentials(config)
     async with contextlib.AsyncExitStack() as stack:
-        store = await asyncio.to_thread(
-            Store,
-            config.memory_dir,
-            incarnation=incarnation,
-            quota_bytes=config.quota_bytes,
-            user_quota_bytes=config.user_quota_bytes,
-            must_be_tmpfs=True,
-            reader_wait_s=config.lease_s,
-        )
+        store = await _open_store(config)
         stack.callback(store.close)
         bulk = stack.enter_context(_bulk_socket(config.bulk))
         listener = stack.enter_context(listen(config.socket, group=config.socket_group))
         stack.callback(config.socket.unlink, missing_ok=True)
-        identity = NodeIdentity(
-            name=config.name,
-            incarnation=incarnation,
-            bulk_address=_bound_address(config.bulk, bulk),
-            domain=config.domain,
-            version=__version__,
-        )
-        context = NodeContext(
-            identity=identity,
-            lease_s=config.lease_s,
-            store=store,
-            bell=Bell(),
-            timeline=Timeline(clock),
-            metrics=NodeMetrics(version=__version__),
-            clock=clock,
-            desired={},
-            drain=Drain(config.memory_dir, incarnation=incarnation),
-            coordinator_address=config.coordinator,
-            credentials=credentials,
-        )
-        context.metrics.set_config(config)
-        if credentials is not None:
-            context.metrics.watch_certificates(credentials.ends_unix_s)
-        node_gauges = NodeGauges(context.metrics, lease_s=config.lease_s, now_s=clock.monotonic_s)
-        on_result = functools.partial(gauges.note_job, context.metrics)
-        sessions = Sessions(context)
-        reconciler = Reconciler(context, sessions)
-        offers = context.offers = Offers(context, reconciler)
-        storage_coder = StorageCoder(config, incarnation, bulk, on_result, credentials=credentials)
-        storing = Storing(context, storage_coder.run, reconciler.quarantine)
-        storage_coder.on_event = lambda event: _on_storage_event(event, reconciler, storing)
-        reporter = Reporter(context, sessions, reconciler, storing)
-        context.progress, context.document = reconciler.progress, reporter.document
-        context.offer_due, reconciler.tidy = reconciler.offer_due, offers.tidy
-        health = Health(lease_s=config.lease_s)
+        node = _make_node(config, store, bulk, credentials)
+        state, health = node.state, node.health
         http = start_http(
             config.http,
-            _routes(context, health, document=lambda: _from_thread(loop, reporter)),
+            _routes(state, health, document=lambda: _from_thread(loop, node.reporter)),
             credentials=credentials if config.http_tls else None,
         )
         stack.push_async_callback(asyncio.to_thread, http.close)
-        pool = CoderPool(
-            count=config.coders,
-            memory_dir=config.memory_dir,
-            incarnation=incarnation,
-            listen_socket=bulk,
-            on_event=lambda event: _on_coder_event(event, context, reconciler),
-            on_result=on_result,
-            credentials=credentials,
-        )
-        await pool.start()
-        stack.push_async_callback(pool.close)
-        stack.push_async_callback(storage_coder.close)
-        reconciler.attach_pool(pool, storage_coder.run)
-        offers.attach_pool(pool, storage_coder.run)
-        stack.push_async_callback(reconciler.close)
-        stack.push_async_callback(storing.close)
-        stack.push_async_callback(sessions.close)
-        link = CoordinatorLink(
-            config.coordinator,
-            report=reporter.report,
-            on_desired=lambda desired: _on_desired(
-                desired, reconciler, storing, storage_coder, node_gauges, answered_s=link.answered_s
-            ),
-            lease_s=config.lease_s,
-            on_state=lambda is_connected: _on_link(context, node_gauges, link.address, is_connected=is_connected),
-            credentials=credentials,
-        )
-        context.is_coordinator_connected = lambda: link.is_connected
-        context.coordinator = lambda: LinkState(address=link.address, error=link.last_error)
-        context.notify, context.kick = link.notify, lambda: _kick(reconciler, storing)
-        context.drain.on_change = lambda sentence: _on_drain(context, sentence)
+        await node.coders.start()
+        stack.push_async_callback(node.coders.close)
+        node.reconciler.start()
+        stack.push_async_callback(node.reconciler.close)
+        stack.push_async_callback(node.server.close)
         if config.kubernetes_node:
-            unwatch = _watch_cordon(config.kubernetes_node, context, loop)
+            unwatch = _watch_cordon(config.kubernetes_node, state.drain, loop)
             stack.push_async_callback(asyncio.to_thread, unwatch)
         else:
-            context.drain.set_cordoned(False)  # remembered of a time when somebody looked
+            state.drain.set_cordoned(False)  # remembered of a time when somebody looked
+        link = _make_link(config, node, credentials)
         link.start()
         stack.push_async_callback(link.close)
-        serving = asyncio.create_task(sessions.serve(listener))
-        for task in (
-            serving,
-            asyncio.create_task(
-                _maintain(
-                    context,
-                    sessions,
-                    pool,
-                    health=health,
-                    update_gauges=lambda: node_gauges.update(context, sessions, reconciler),
-                    expiry=ExpiryWatch(credentials, context.metrics.set_expiry),
-                    on_lost=on_lost,
-                    period_s=config.lease_s / 6,
-                )
-            ),
-        ):
-            stack.push_async_callback(_end, task)
+        serving = asyncio.create_task(node.server.serve(listener))
+        stack.push_async_callback(_end, serving)
+        expiry = ExpiryWatch(credentials, state.metrics.set_expiry)
+        maintaining = maintain(
+            state, node.sessions, node.coders, gauges=node.gauges, health=health, expiry=expiry, on_lost=on_lost
+        )
+        stack.push_async_callback(_end, asyncio.create_task(maintaining))
         stack.callback(health.set_unready, "ending")
-        watch(health, reconciler, pool, serving)
+        watch(health, node.reconciler, node.coders, serving)
         health.watch("the line to the coordinator", link.failure)
-        health.set_ready(lambda: ready_sentence(context))
+        health.set_ready(lambda: ready_sentence(state, config.coordinator))
         logger.info(
             "node %s (%s) holds %s, serves trainers at %s, peers at %s, http at %s",
-            identity.name, incarnation, config.memory_dir, config.socket, identity.bulk_address, http.address,
+            config.name, store.incarnation, config.memory_dir, config.socket, state.identity.bulk_address, http.address,
         )  # fmt: skip
-        yield Node(
-            context=context,
-            sessions=sessions,
-            reconciler=reconciler,
-            reporter=reporter,
-            storing=storing,
-            pool=pool,
-            health=health,
-        )
+        yield node
 
 
-def _on_desired(
-    desired: NodeDesired,
-    reconciler: Reconciler,
-    storing: Storing,
-    storage_coder: StorageCoder,
-    node_gauges: NodeGauges,
-    *,
-    answered_s: float,
-) -> None:
-    node_gauges.note_answer()
-    reconciler.on_desired(desired)
-    if desired.has_storage:
-        storage_coder.warm_up()
-    storing.on_desired(desired, answered_s)
+async def _open_store(config: NodeConfig) -> Store:
+    return await asyncio.to_thread(
+        Store,
+        config.memory_dir,
+        incarnation=new_incarnation(),
+        quota_bytes=config.quota_bytes,
+        user_quota_bytes=config.user_quota_bytes,
+        must_be_tmpfs=True,
+        reader_wait_s=config.lease_s,
+    )
 
 
-def _on_coder_event(event: CoderEvent, context: NodeContext, reconciler: Reconciler) -> None:
+def _make_state(config: NodeConfig, store: Store, bulk: socket.socket) -> NodeState:
+    clock = Clock()
+    timeline, report_due = Timeline(clock), Signal()
+    metrics = NodeMetrics(version=__version__)
+    metrics.set_config(config)
+
+    def on_drain(sentence: str) -> None:
+        logger.warning("%s", sentence)
+        timeline.add("draining", "", sentence)
+        report_due.notify()
+
+    return NodeState(
+        identity=NodeIdentity(
+            name=config.name,
+            incarnation=store.incarnation,
+            bulk_address=_bound_address(config.bulk, bulk),
+            domain=config.domain,
+            version=__version__,
+        ),
+        lease_s=config.lease_s,
+        store=store,
+        timeline=timeline,
+        metrics=metrics,
+        clock=clock,
+        drain=Drain(config.memory_dir, incarnation=store.incarnation, on_change=on_drain),
+        report_due=report_due,
+    )
+
+
+def _make_node(config: NodeConfig, store: Store, bulk: socket.socket, credentials: Credentials | None) -> Node:
+    state = _make_state(config, store, bulk)
+    if credentials is not None:
+        state.metrics.watch_certificates(credentials.ends_unix_s)
+    durable = DurableRecords(state)
+    coders = Coders(
+        config,
+        incarnation=store.incarnation,
+        bulk=bulk,
+        on_event=functools.partial(_on_coder_event, state, durable),
+        on_result=functools.partial(job_metrics.note_job, state.metrics),
+        credentials=credentials,
+    )
+    sessions = Sessions(state)
+    bad_sources = BadSources(state)
+    chunks = Chunks(state, coders, bad_sources.quarantine)
+    reconciler = Reconciler(
+        state, sessions=sessions, coders=coders, chunks=chunks, bad_sources=bad_sources, durable=durable
+    )
+    reporter = Reporter(
+        state,
+        coordinator=config.coordinator,
+        sessions=sessions,
+        reconciler=reconciler,
+        chunks=chunks,
+        bad_sources=bad_sources,
+        durable=durable,
+    )
+    server = TrainerServer(
+        store,
+        sessions,
+        requests=Requests(state, sessions, chunks, reconciler.staging),
+        visits=Visits(state, chunks, coordinator=config.coordinator, credentials=credentials),
+        document=reporter.document,
+    )
+    return Node(
+        state=state,
+        coders=coders,
+        sessions=sessions,
+        reconciler=reconciler,
+        reporter=reporter,
+        server=server,
+        gauges=NodeGauges(state),
+        health=Health(lease_s=config.lease_s),
+    )
+
+
+def _on_coder_event(state: NodeState, durable: DurableRecords, event: CoderEvent) -> None:
     if event.kind == "traffic":
-        gauges.note_traffic(context.metrics, event)
+        job_metrics.note_traffic(state.metrics, event)
+    elif event.kind == "shard_uploading":
+        durable.note_progress(event)
     else:
-        reconciler.on_event(event)
+        note_stored(state, event)
 
 
-def _on_storage_event(event: CoderEvent, reconciler: Reconciler, storing: Storing) -> None:
-    if event.kind == "shard_uploading":
-        storing.on_event(event)
-    else:
-        reconciler.on_event(event)
+def _make_link(config: NodeConfig, node: Node, credentials: Credentials | None) -> CoordinatorLink:
+    state = node.state
+
+    def on_desired(desired: NodeDesired) -> None:
+        node.gauges.note_answer()
+        if desired.has_storage:
+            node.coders.warm_up_storage()
+        node.reconciler.on_desired(desired, link.answered_s)
+
+    def on_state(is_connected: bool) -> None:
+        if not is_connected:
+            node.gauges.note_lost()
+        verb = "connected to" if is_connected else "lost"
+        state.timeline.add("coordinator", "", f"{verb} the coordinator at {state.link.address}")
+        state.waiters.notify()
+
+    link = CoordinatorLink(
+        config.coordinator,
+        report=node.reporter.report,
+        on_desired=on_desired,
+        lease_s=config.lease_s,
+        on_state=on_state,
+        credentials=credentials,
+        state=state.link,
+        changed=state.report_due,
+    )
+    return link
 
 
-def _kick(reconciler: Reconciler, storing: Storing) -> None:
-    reconciler.kick()
-    storing.kick()
-
-
-def _on_link(context: NodeContext, node_gauges: NodeGauges, address: str, *, is_connected: bool) -> None:
-    if not is_connected:
-        node_gauges.note_lost()
-    word = "connected to" if is_connected else "lost"
-    context.timeline.add("coordinator", "", f"{word} the coordinator at {address}")
-    context.bell.ring()
-
-
-def _watch_cordon(name: str, context: NodeContext, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
+def _watch_cordon(name: str, drain: Drain, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
     """The node drains while its Kubernetes node is cordoned; returns what ends that."""
     try:
         from backstayd.kubernetes_cordon import CordonWatch
@@ -295,72 +292,22 @@ def _watch_cordon(name: str, context: NodeContext, loop: asyncio.AbstractEventLo
             reason="missing_package",
         ) from None
 
-    def tell(is_cordoned: bool) -> None:
+    def on_answer(is_cordoned: bool) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(context.drain.set_cordoned, is_cordoned)
+            loop.call_soon_threadsafe(drain.set_cordoned, is_cordoned)
 
-    watch = CordonWatch(name, on_answer=tell)
+    watch = CordonWatch(name, on_answer=on_answer)
     watch.start()
     return watch.close
 
 
-def _on_drain(context: NodeContext, sentence: str) -> None:
-    logger.warning("%s", sentence)
-    context.timeline.add("draining", "", sentence)
-    context.notify()
-
-
-def _routes(context: NodeContext, health: Health, *, document: Callable[[], dict[str, Any]]) -> dict[str, Route]:
+def _routes(state: NodeState, health: Health, *, document: Callable[[], dict[str, Any]]) -> dict[str, Route]:
     return {
         "/livez": probe_route(health.not_alive, well=health.alive),
-        "/metrics": metrics_route(context.metrics.registry),
+        "/metrics": metrics_route(state.metrics.registry),
         "/readyz": probe_route(health.not_ready, well=health.ready),
         "/status.json": document_route(document),
     }
-
-
-async def _maintain(
-    context: NodeContext,
-    sessions: Sessions,
-    pool: CoderPool,
-    *,
-    health: Health,
-    update_gauges: Callable[[], None],
-    expiry: ExpiryWatch,
-    on_lost: Callable[[BackstayError], None],
-    period_s: float,
-) -> None:
-    """What no event says: sessions without connection, files that others deleted, gauges, coders that were restarted."""
-    seen_restarts = 0
-    while True:
-        health.beat("the maintenance")
-        sessions.end_lost()
-        if (problem := context.store.why_lost()) is not None:
-            on_lost(problem)
-            return
-        drop_unused_names(context.store, sessions, set(context.desired))
-        _look_for_files(context)
-        update_gauges()
-        expiry.look()
-        context.metrics.coder_restarts.inc(pool.restart_count - seen_restarts)
-        seen_restarts = pool.restart_count
-        await asyncio.sleep(period_s)
-
-
-def _look_for_files(context: NodeContext) -> None:
-    directory = context.store.memory_dir
-    try:
-        make_directory(directory)
-        vanished = remove.drop_vanished(context.store)
-    except (BackstayError, OSError) as error:
-        logger.error("cannot look for what should lie in %s: %s", directory, error)
-        return
-    for sentence in context.store.slots.cut_back():
-        context.timeline.add("grown", "", sentence)
-        _grown.note(sentence, cause=sentence.partition(" added ")[0], level=logging.ERROR)
-    if vanished:
-        logger.error("%d files were deleted from %s by others: %s", len(vanished), directory, ", ".join(vanished[:5]))
-        context.changed()
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

@@ -1,16 +1,14 @@
-"""That this node will be stopped: kept in a file beside what it holds, and which copies for others' sake it cannot take.
+"""That this node will be stopped: kept in a file beside what it holds.
 
 Decides nothing: the coordinator says when the node may be stopped.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 from backstay.errors import BackstayError
 from backstay.format import json_records
@@ -18,8 +16,6 @@ from backstayd.store.adopt import DRAINING_NAME
 from backstayd.store.record_files import read_small, write_atomically
 
 logger = logging.getLogger(__name__)
-
-FAILED_LEASES: Final = 10  # so long a copy that failed here is not asked for again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +29,11 @@ class DrainRecord:
 class Drain:
     """Invariant: what :attr:`is_draining` says, the next daemon over this memory says, too."""
 
-    def __init__(self, memory_dir: Path, *, incarnation: str) -> None:
+    def __init__(self, memory_dir: Path, *, incarnation: str, on_change: Callable[[str], None]) -> None:
         self._path = memory_dir / DRAINING_NAME
         self._incarnation = incarnation
         self._record = DrainRecord()
-        self.on_change: Callable[[str], None] = lambda sentence: None
+        self._on_change = on_change
         try:
             self._record = json_records.loads(DrainRecord, read_small(self._path))
         except (BackstayError, OSError) as error:
@@ -74,28 +70,4 @@ class Drain:
             return
         self._record = wanted
         who = "an operator's order" if wanted.by_operator else "the cordon of its Kubernetes node"
-        self.on_change(f"this node drains by {who}" if self.is_draining else "this node does not drain any more")
-
-
-class FailedCopies:
-    """Shards that could not be copied here, by run; forgotten after a while, for room may come."""
-
-    def __init__(self, lease_s: float, on_change: Callable[[], None]) -> None:
-        self._lease_s = lease_s
-        self._on_change = on_change
-        self._digests: dict[str, dict[str, None]] = {}
-
-    def of(self, run: str) -> tuple[str, ...]:
-        return tuple(sorted(self._digests.get(run, ())))
-
-    def add(self, run: str, digest: str) -> None:
-        """Not to be asked for again for a while."""
-        self._digests.setdefault(run, {})[digest] = None
-        asyncio.get_running_loop().call_later(FAILED_LEASES * self._lease_s, self._forget, run, digest)
-        self._on_change()
-
-    def _forget(self, run: str, digest: str) -> None:
-        self._digests.get(run, {}).pop(digest, None)
-        if not self._digests.get(run):
-            self._digests.pop(run, None)
-        self._on_change()
+        self._on_change(f"this node drains by {who}" if self.is_draining else "this node does not drain any more")

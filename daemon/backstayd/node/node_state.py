@@ -1,65 +1,72 @@
-"""What the parts of a node share: its store, its bell, what the coordinator said last. Holds no logic of its own."""
+"""What the parts of a node share: its store, what the coordinator wants, and the signals that wake them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
-from backstay.protocol import messages
+from backstayd.change_signal import Signal
 from backstayd.clock import Clock
 from backstayd.core.messages.decisions import Decision
 from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.report import NodeIdentity
 from backstayd.node.drain_state import Drain
-from backstayd.node.signal import Bell
-from backstayd.node.timeline import Timeline
-from backstayd.node.trainers.session import Session
-from backstayd.security.credentials import Credentials
 from backstayd.store.store import Store
 from backstayd.telemetry.metrics import NodeMetrics
+from backstayd.transport.link import LinkState
 
-if TYPE_CHECKING:
-    from backstayd.node.restores.chunks import Offers
+logger = logging.getLogger(__name__)
+
+MAX_EVENTS: Final = 500
+MAX_FAILED_DECISIONS: Final = 100
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkState:
-    """Which coordinator the node is or was last connected to, and, while to none, what each address answered."""
+class Timeline:
+    """The last events on this node, for people: a bounded list, newest last, which the daemon never reads."""
 
-    address: str = ""
-    error: str = ""
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+
+    def add(self, kind: str, run: str, message: str) -> None:
+        event = {"time_unix_s": self._clock.unix_s(), "run": run, "kind": kind, "message": message}
+        self._events.append(event)
+
+    def document(self) -> list[dict[str, Any]]:
+        return list(self._events)
 
 
 @dataclass(slots=True, kw_only=True)
-class NodeContext:
-    """What the parts of a node share. ``desired`` holds what the coordinator said last, by run."""
+class NodeState:
+    """Values that every part of a node reads. ``desired`` is replaced whole with each answer of the coordinator."""
 
     identity: NodeIdentity
     lease_s: float
     store: Store
-    bell: Bell
     timeline: Timeline
     metrics: NodeMetrics
     clock: Clock
-    desired: dict[str, RunDesired]
     drain: Drain
-    coordinator_address: str = ""  # one, or several with commas between
-    credentials: Credentials | None = None
-    notify: Callable[[], None] = lambda: None  # the report changed
-    kick: Callable[[], None] = lambda: None  # look again at what is desired
-    is_coordinator_connected: Callable[[], bool] = lambda: False
-    coordinator: Callable[[], LinkState] = LinkState
-    document: Callable[[], dict[str, Any]] = dict
-    progress: Callable[[Session], messages.Progress] = lambda session: messages.Progress(phase="waiting")
-    offer_due: Callable[[Session], Decision | None] = lambda session: None
-    offers: Offers = field(init=False)
+    report_due: Signal  # the coordinator should get a report
+    pass_due: Signal = field(default_factory=Signal)  # the reconciler should compare again
+    waiters: Signal = field(default_factory=Signal)  # requests of trainers that wait should look again
+    link: LinkState = field(default_factory=LinkState)
+    desired: dict[str, RunDesired] = field(default_factory=dict)  # by run
+    peers: dict[str, str] = field(default_factory=dict)  # name -> bulk address
+    failed_decisions: dict[str, str] = field(default_factory=dict)  # decision id -> why it cannot be staged here
 
     def changed(self) -> None:
         """Something that others wait for or report has changed."""
-        self.bell.ring()
-        self.kick()
-        self.notify()
+        self.waiters.notify()
+        self.pass_due.notify()
+        self.report_due.notify()
+
+    def log_event(self, kind: str, run: str, message: str) -> None:
+        """Log an event of a run and keep it in the timeline."""
+        logger.info("run %s: %s: %s", run, kind, message)
+        self.timeline.add(kind, run, message)
 
     def run_desired(self, run: str) -> RunDesired:
         return self.desired.get(run) or RunDesired(run=run)
@@ -70,9 +77,26 @@ class NodeContext:
         return index.decision if index is not None else None
 
     def current_world(self, run: str) -> str:
-        """The only world that may write; "" while none is decided. The coordinator's word, else the recorded decision's."""
+        """The only world that may write; "" while none is decided. What the coordinator wants, else the recorded decision's."""
         desired = self.desired.get(run)
         if desired is not None and desired.world_id:
             return desired.world_id
         decision = self.decision_of(run)
         return decision.world_id if decision is not None else ""
+
+    def is_current(self, run: str, decision_id: str) -> bool:
+        """Whether the coordinator still wants that decision, and this node has not given it up."""
+        decision = self.run_desired(run).decision
+        return decision is not None and decision.decision_id == decision_id and decision_id not in self.failed_decisions
+
+    def fail_decision(self, run: str, decision_id: str, reason: str) -> None:
+        """That decision cannot be staged here: the coordinator decides anew."""
+        logger.error("run %s: decision %s cannot be staged here: %s", run, decision_id[:8], reason)
+        while len(self.failed_decisions) > MAX_FAILED_DECISIONS:
+            del self.failed_decisions[next(iter(self.failed_decisions))]
+        self.failed_decisions[decision_id] = reason
+        self.changed()
+
+    def is_forgotten(self, run: str) -> bool:
+        """Whether the run is forgotten and nobody uses its name; coders here and at peers may still work for it."""
+        return run in self.store.tombstones and run not in self.store.runs and run not in self.desired

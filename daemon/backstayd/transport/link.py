@@ -11,13 +11,14 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 
 from backstay.errors import BackstayError
 from backstayd.addresses import split_address
+from backstayd.change_signal import Signal
 from backstayd.clock import boot_s
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import NodeReport
@@ -40,6 +41,15 @@ LEFT_OUT_S = 60.0  # so long a run that makes the report too large is not in it;
 MAX_UNANSWERED = 1000
 
 
+@dataclass(slots=True, kw_only=True)
+class LinkState:
+    """Which coordinator the node is or was last connected to, and, while to none, what each address answered."""
+
+    address: str = ""
+    error: str = ""
+    is_connected: bool = False
+
+
 class CoordinatorLink:
     """One bidirectional stream at a time; everything runs in the loop that :meth:`start` was called in.
 
@@ -51,6 +61,8 @@ class CoordinatorLink:
         on_state: Called with True when the first answer of a connection arrived and with False when it is lost.
         credentials: None speaks plaintext. When they change, the connection is replaced by one that uses them.
         renew_s: The same happens after so long, so that a certificate that was withdrawn does not work for ever.
+        state: Kept up to date for others to read.
+        changed: Notified when the report changed and should be sent soon.
     """
 
     def __init__(
@@ -63,9 +75,10 @@ class CoordinatorLink:
         on_state: Callable[[bool], None] | None = None,
         credentials: Credentials | None = None,
         renew_s: float = RENEW_S,
+        state: LinkState | None = None,
+        changed: Signal | None = None,
     ) -> None:
-        self.address = ""  # of the coordinator that is or was last connected
-        self.last_error = ""  # why none is connected: what each answered, for people
+        self.state = state or LinkState()
         self.answered_s = float("-inf")  # since boot: when the newest report that was answered was sent
         self._book = AddressBook(addresses)
         self._resolver = Resolver()
@@ -77,7 +90,7 @@ class CoordinatorLink:
         self._renew_s = renew_s
         self._probed: dict[str, tuple[float, str]] = {}
         self._is_connected = False
-        self._changed = asyncio.Event()
+        self._changed = changed or Signal()
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
 
@@ -85,6 +98,15 @@ class CoordinatorLink:
     def is_connected(self) -> bool:
         """Whether an answer came within the last lease."""
         return self._is_connected
+
+    @property
+    def address(self) -> str:
+        return self.state.address
+
+    @property
+    def last_error(self) -> str:
+        """Why none is connected, for people: what each answered."""
+        return self.state.error
 
     def failure(self) -> str:
         """What keeps it from ever connecting again, for people; "" while it goes on. From any thread."""
@@ -98,7 +120,7 @@ class CoordinatorLink:
 
     def notify(self) -> None:
         """The report changed: send it soon (several calls within 10 ms make one report)."""
-        self._changed.set()
+        self._changed.notify()
 
     async def close(self) -> None:
         """Stop; returns when nothing of the link is left."""
@@ -208,7 +230,7 @@ class CoordinatorLink:
     def _take(self, target: Target, line: _Line, desired: NodeDesired) -> None:
         self.answered_s = max(self.answered_s, line.answered_s)
         if not self._is_connected:
-            self.address = target.address
+            self.state.address = target.address
             self._book.found(target)
             self._set_connected(True)
         self._on_desired(desired)
@@ -233,12 +255,10 @@ class CoordinatorLink:
 
     async def _reports(self, words: _Words) -> AsyncIterator[coordinator_pb2.SyncRequest]:
         while True:
-            self._changed.clear()
+            seen = self._changed.count
             yield self._make_request(words)
             await asyncio.sleep(COALESCE_S)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, self._lease_s / 6 - COALESCE_S)):
-                    await self._changed.wait()
+            await self._changed.wait(self._lease_s / 6 - COALESCE_S, since=seen)
 
     def _make_request(self, words: _Words) -> coordinator_pb2.SyncRequest:
         try:
@@ -249,19 +269,19 @@ class CoordinatorLink:
 
     def _set_connected(self, is_connected: bool) -> None:
         if is_connected != self._is_connected:
-            self._is_connected = is_connected
+            self._is_connected = self.state.is_connected = is_connected
             if is_connected:
-                self.last_error = ""
+                self.state.error = ""
                 logger.info("connected to the coordinator at %s", self.address)
             if self._on_state is not None:
                 self._on_state(is_connected)
 
     def _note(self, target: Target, text: str, *, leader: str = "") -> None:
-        level = logging.WARNING if self._is_connected or not self.last_error else logging.DEBUG
+        level = logging.WARNING if self._is_connected or not self.state.error else logging.DEBUG
         what = "lost the coordinator" if self._is_connected else "no coordinator yet"
         logger.log(level, "%s, trying again: %s", what, text)
         self._book.note(target, text, leader=leader)
-        self.last_error = self._book.summary()
+        self.state.error = self._book.summary()
 
 
 class _Line:

@@ -12,8 +12,8 @@ from backstayd.core.messages.decisions import Decision
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.messages.tombstone import Cause, Tombstone
-from backstayd.node.node_state import NodeContext
-from backstayd.node.trainers.session import Session
+from backstayd.node.node_state import NodeState
+from backstayd.node.session import Session
 from backstayd.node.trainers.sessions import Sessions
 from backstayd.store import remove
 from backstayd.store.index import HeldShard, RunIndex
@@ -26,9 +26,9 @@ class Burying:
     on_forgotten: Called with a run of which nothing is left here.
     """
 
-    def __init__(self, context: NodeContext, sessions: Sessions, on_forgotten: Callable[[str], None]) -> None:
-        self._context = context
-        self._store = context.store
+    def __init__(self, node: NodeState, sessions: Sessions, on_forgotten: Callable[[str], None]) -> None:
+        self._node = node
+        self._store = node.store
         self._sessions = sessions
         self._on_forgotten = on_forgotten
         self._ordered: tuple[Tombstone, ...] = ()  # what the coordinator named last
@@ -44,7 +44,7 @@ class Burying:
             return
         self._ordered = desired.tombstones
         if is_lifted or is_buried:
-            self._context.changed()
+            self._node.changed()
 
     def act(self) -> None:
         """Delete what is covered."""
@@ -55,10 +55,6 @@ class Burying:
                     self._bury(run, tombstone)
                 except OSError as error:
                     logger.error("run %s: what is forgotten of it cannot be deleted: %s", run, error)
-
-    def is_over(self, run: str) -> bool:
-        """Whether the run is forgotten and nobody uses its name; coders here and at peers may be at work for it still."""
-        return run in self._store.tombstones and run not in self._store.runs and run not in self._context.desired
 
     def _bury(self, run: str, tombstone: Tombstone) -> None:
         sessions = self._sessions.of_run(run)
@@ -71,9 +67,9 @@ class Burying:
         if not _has_living(index, tombstone) and len(ended) == len(sessions):
             self._store.forget(run)
             self._on_forgotten(run)
-            self._context.changed()
+            self._node.changed()
         elif self._delete_covered(index, tombstone):
-            self._context.changed()
+            self._node.changed()
 
     def _delete_covered(self, index: RunIndex, tombstone: Tombstone) -> bool:
         """Somebody uses the name again: only what is covered goes. Whether anything was here."""

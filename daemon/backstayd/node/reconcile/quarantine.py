@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
 from typing import Final
 
 from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import Corrupt
 from backstayd.core.messages.plans import FragmentRecord, Quarantined
-from backstayd.node.node_state import NodeContext
+from backstayd.node.node_state import NodeState
 from backstayd.store import remove
 
 logger = logging.getLogger(__name__)
@@ -24,9 +23,8 @@ MAX_REMOTE_MARKS: Final = 100  # per run
 class BadSources:
     """Owns the marks on sources of peers; each goes once its holder has had time to look itself."""
 
-    def __init__(self, context: NodeContext, say: Callable[[str, str, str], None]) -> None:
-        self._context = context
-        self._say = say
+    def __init__(self, node: NodeState) -> None:
+        self._node = node
         self._remote: dict[str, list[Quarantined]] = {}
 
     def marks(self, run: str) -> tuple[Quarantined, ...]:
@@ -36,30 +34,33 @@ class BadSources:
     def forget_run(self, run: str) -> None:
         self._remote.pop(run, None)
 
-    def put_aside(self, corrupt: Corrupt, peers: Mapping[str, str]) -> None:
-        """Put a bad local source aside; name a bad one of ``peers`` (name → bulk address) to the coordinator."""
-        is_own = corrupt.node in ("", self._context.identity.bulk_address)
-        self._note(corrupt.run, self._quarantine(corrupt) if is_own else self._mark(corrupt, peers))
+    def quarantine(self, corrupt: Corrupt) -> None:
+        """Quarantine a bad source of this node; report a bad one of a peer to the coordinator."""
+        is_own = corrupt.node in ("", self._node.identity.bulk_address)
+        self._note(corrupt.run, self._quarantine(corrupt) if is_own else self._mark(corrupt))
 
-    def set_aside(self, run: str, fragment: FragmentRecord, reason: str) -> None:
-        """Put parity of this node aside that a peer has proven not to fit its stripe."""
-        self._note(run, remove.quarantine_fragment(self._context.store, run, fragment, reason=reason))
+    def quarantine_parity(self, run: str, fragment: FragmentRecord, reason: str) -> None:
+        """Quarantine parity of this node that a peer has proven not to fit its stripe."""
+        self._note(run, remove.quarantine_fragment(self._node.store, run, fragment, reason=reason))
 
     def _note(self, run: str, entry: Quarantined | None) -> None:
         if entry is None:
             return
-        self._context.metrics.corrupt.labels(where="shard" if entry.rank >= 0 else "parity").inc()
-        self._say("quarantined", run, f"{entry.what} {('on ' + entry.node) if entry.node else 'here'}: {entry.reason}")
-        self._context.changed()
+        self._node.metrics.corrupt.labels(where="shard" if entry.rank >= 0 else "parity").inc()
+        self._node.log_event(
+            "quarantined", run, f"{entry.what} {('on ' + entry.node) if entry.node else 'here'}: {entry.reason}"
+        )
+        self._node.changed()
 
     def _quarantine(self, corrupt: Corrupt) -> Quarantined | None:
-        store, key = self._context.store, SnapshotKey(corrupt.attempt, corrupt.step)
+        store, key = self._node.store, SnapshotKey(corrupt.attempt, corrupt.step)
         if corrupt.rank >= 0:
             return remove.quarantine_shard(store, corrupt.run, key, rank=corrupt.rank, reason=corrupt.detail)
         fragment = FragmentRecord(plan_id=corrupt.plan_id, stripe=corrupt.stripe, index=corrupt.index)
         return remove.quarantine_fragment(store, corrupt.run, fragment, reason=corrupt.detail)
 
-    def _mark(self, corrupt: Corrupt, peers: Mapping[str, str]) -> Quarantined:
+    def _mark(self, corrupt: Corrupt) -> Quarantined:
+        peers = self._node.peers
         holder = next((name for name, address in peers.items() if address == corrupt.node), corrupt.node)
         entry = Quarantined(
             what=_what(corrupt),
@@ -73,14 +74,12 @@ class BadSources:
             index=corrupt.index,
             is_misfit=corrupt.is_misfit,
         )
-        asyncio.get_running_loop().call_later(
-            max(5.0, 3 * self._context.lease_s), self._forget_mark, corrupt.run, entry
-        )
+        asyncio.get_running_loop().call_later(max(5.0, 3 * self._node.lease_s), self._forget_mark, corrupt.run, entry)
         marks = self._remote.setdefault(corrupt.run, [])
         if entry not in marks:
             marks.append(entry)
             del marks[:-MAX_REMOTE_MARKS]
-            self._context.store.corrupt_count += 1
+            self._node.store.corrupt_count += 1
             logger.error("%s on %s is corrupt: %s; the next source is used", entry.what, holder, entry.reason)
         return entry
 
@@ -89,7 +88,7 @@ class BadSources:
         marks = self._remote.get(run, [])
         if entry in marks:
             marks.remove(entry)
-            self._context.changed()
+            self._node.changed()
 
 
 def _what(corrupt: Corrupt) -> str:

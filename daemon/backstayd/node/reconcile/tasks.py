@@ -1,11 +1,12 @@
-"""Tasks of a node by name: one of a name at a time, tried again with growing pauses, bounded in number.
+"""Tasks of a node by key: one of a key at a time, tried again with growing pauses, bounded in number.
 
-Knows names and outcomes, not what a task is about.
+Knows keys and outcomes, not what a task does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,78 +21,127 @@ MAX_REMEMBERED: Final = 10_000
 FOREVER: Final = float("inf")
 
 
+class TaskKind(enum.StrEnum):
+    """What a task is for; behind each, what its key names besides the run."""
+
+    VERIFY = "verify"  # decision, rank
+    VERIFY_STORED = "verify-stored"  # decision, rank: a file of durable storage on this machine
+    FETCH = "fetch"  # decision, rank
+    RECORD = "record"  # decision
+    ENCODE = "encode"  # plan
+    FETCH_PLAN = "fetch-plan"  # rebuild, rank
+    PREPARE = "prepare"  # rebuild, rank
+    DECODE = "decode"  # rebuild, stripe
+    VERIFY_STAGED = "verify-staged"  # rebuild, rank
+    COPY = "copy"  # digest, rank
+    CHECK_SUSPECT = "suspect"  # the suspect source, rank
+    SURVEY = "survey"  # survey
+    UPLOAD = "upload"  # snapshot, rank
+    COMPLETE = "complete"  # snapshot: its completion record on durable storage
+    PRUNE = "prune"  # snapshot, and where it lies
+    DISTRUST = "distrust"  # snapshot
+    TRUST = "trust"  # snapshot
+
+
+DURABLE_KINDS: Final = frozenset(
+    {TaskKind.SURVEY, TaskKind.UPLOAD, TaskKind.COMPLETE, TaskKind.PRUNE, TaskKind.DISTRUST, TaskKind.TRUST}
+)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TaskKey:
+    """Which task: at most one of a key runs at a time. ``subject`` is an id, ``index`` a rank or a stripe, as the kind says."""
+
+    run: str
+    kind: TaskKind
+    subject: str
+    index: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.subject}" + (f":{self.index}" if self.index >= 0 else "")
+
+
 @dataclass(slots=True)
 class _Record:
-    run: str
     failure_count: int = 0
     settled_until_s: float = 0.0
 
 
 class Tasks:
-    """``on_end`` is called after every task, and when a pause is over."""
+    """Args:
+    on_end: Called after every task, and when a pause is over.
+    last_pause_s: The longest pause between two tries; ``durable_pause_s``: of tasks on durable storage.
+    """
 
-    def __init__(self, clock: Clock, on_end: Callable[[], None], *, last_pause_s: float) -> None:
+    def __init__(
+        self, clock: Clock, on_end: Callable[[], None], *, last_pause_s: float, durable_pause_s: float
+    ) -> None:
         self._clock = clock
         self._on_end = on_end
         self._last_pause_s = last_pause_s
-        self._running: dict[str, tuple[str, asyncio.Task[None]]] = {}
-        self._records: dict[str, _Record] = {}
+        self._durable_pause_s = durable_pause_s
+        self._running: dict[TaskKey, asyncio.Task[None]] = {}
+        self._records: dict[TaskKey, _Record] = {}
 
-    def running(self, run: str) -> frozenset[str]:
-        return frozenset(key for key, (owner, _) in self._running.items() if owner == run)
+    def running(self, run: str) -> frozenset[TaskKey]:
+        return frozenset(key for key in self._running if key.run == run)
 
-    def settled(self, run: str) -> frozenset[str]:
-        """Names that are done, given up, or wait for their next try."""
+    def count(self, kind: TaskKind) -> int:
+        """How many tasks of a kind are under way, over all runs."""
+        return sum(1 for key in self._running if key.kind is kind)
+
+    def settled(self, run: str) -> frozenset[TaskKey]:
+        """Those that are done, given up, or wait for their next try."""
         now = self._clock.monotonic_s()
-        return frozenset(key for key, r in self._records.items() if r.run == run and r.settled_until_s > now)
+        return frozenset(key for key, r in self._records.items() if key.run == run and r.settled_until_s > now)
 
-    def start(self, key: str, run: str, work: Callable[[], Awaitable[None]]) -> None:
+    def start(self, key: TaskKey, work: Callable[[], Awaitable[None]]) -> None:
         """Run ``work`` under ``key``; an exception of it is a failure that is logged and tried again."""
         assert key not in self._running, key
-        task = asyncio.create_task(self._run(key, run, work), name=key)
-        self._running[key] = (run, task)
+        task = asyncio.create_task(self._run(key, work), name=str(key))
+        self._running[key] = task
         task.add_done_callback(lambda _: self._ended(key))  # also of a task that was cancelled before it began
 
-    def cancel(self, key: str) -> None:
+    def cancel(self, key: TaskKey) -> None:
         if key in self._running:
-            self._running[key][1].cancel()
+            self._running[key].cancel()
 
-    def settle(self, key: str, run: str, *, for_s: float = FOREVER) -> None:
+    def settle(self, key: TaskKey, *, for_s: float = FOREVER) -> None:
         """Do not start ``key`` again for that long."""
-        entry = self._record(key, run)
-        entry.settled_until_s = self._clock.monotonic_s() + for_s
+        self._record(key).settled_until_s = self._clock.monotonic_s() + for_s
         if for_s != FOREVER:
             asyncio.get_running_loop().call_later(for_s, self._on_end)
 
-    def fail(self, key: str, run: str) -> int:
+    def fail(self, key: TaskKey) -> int:
         """Note a failure; the next try is after a growing pause. Returns how many there were."""
-        entry = self._record(key, run)
+        entry = self._record(key)
         entry.failure_count += 1
-        self.settle(key, run, for_s=min(self._last_pause_s, FIRST_PAUSE_S * 2 ** min(entry.failure_count - 1, 10)))
+        longest_s = self._durable_pause_s if key.kind in DURABLE_KINDS else self._last_pause_s
+        self.settle(key, for_s=min(longest_s, FIRST_PAUSE_S * 2 ** min(entry.failure_count - 1, 10)))
         return entry.failure_count
 
     async def close(self) -> None:
         """Cancel everything and wait for it."""
-        tasks = [task for _, task in self._running.values()]
+        tasks = list(self._running.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(0)  # the callbacks of the last ones
 
-    async def _run(self, key: str, run: str, work: Callable[[], Awaitable[None]]) -> None:
+    async def _run(self, key: TaskKey, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
         except Exception:  # the boundary of a task: it is tried again
-            logger.exception("%s of run %s failed", key, run)
-            self.fail(key, run)
+            logger.exception("%s of run %s failed", key, key.run)
+            self.fail(key)
 
-    def _ended(self, key: str) -> None:
+    def _ended(self, key: TaskKey) -> None:
         del self._running[key]
         self._on_end()
 
-    def _record(self, key: str, run: str) -> _Record:
+    def _record(self, key: TaskKey) -> _Record:
         if key not in self._records:
             while len(self._records) >= MAX_REMEMBERED:
                 del self._records[next(iter(self._records))]
-            self._records[key] = _Record(run)
+            self._records[key] = _Record()
         return self._records[key]

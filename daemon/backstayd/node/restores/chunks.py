@@ -10,29 +10,28 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from backstay.errors import ERROR_CLASSES, BackstayError, CapacityError, InvariantError, UnavailableError, UsageError
+from backstay.errors import ERROR_CLASSES, BackstayError, CapacityError, UnavailableError, UsageError
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.protocol import framing, messages
-from backstayd.coder.jobs import Corrupt, FetchChunks, FetchManifests, Job, JobResult
-from backstayd.coder.pool import CoderPool
+from backstayd.coder.jobs import Corrupt, FetchChunks, FetchManifests, JobResult
 from backstayd.core.messages.decisions import Decision, ShardSource, SourceKind
-from backstayd.node.node_state import NodeContext
-from backstayd.node.reconcile.actions import deadline_s, storage_deadline_s
-from backstayd.node.restores.chunk_offer import CHANGED, Offered, Totals, Work
+from backstayd.node.coders import Coders
+from backstayd.node.deadlines import deadline_s, storage_deadline_s
+from backstayd.node.node_state import NodeState
+from backstayd.node.session import Offered
 from backstayd.store.directory import remove_empty
 from backstayd.store.index import RunIndex
 from backstayd.store.published import find_manifest, open_for_trainer
 from backstayd.store.record_files import ShardChunks, parse_manifest
 from backstayd.store.staging import missing_runs, prepare_sparse, read_marks, remove_sparse, run_bytes
 
-RunJob = Callable[[Job], Awaitable[JobResult]]
-
 logger = logging.getLogger(__name__)
 
+CHANGED: Final = "decision_changed"  # ask again: another snapshot, or other sources, may be decided
 FIRST_PAUSE_S: Final = 0.05
 LAST_PAUSE_S: Final = 0.5
 MAX_DEADLINE_S: Final = 3600.0
@@ -51,35 +50,42 @@ class _Part:
     present_bytes: int = 0
 
 
-class Supervisor(Protocol):
-    """What this module needs of the one that follows the coordinator."""
+@dataclass(slots=True)
+class Totals:
+    """Bytes of chunks that trainers of another layout needed on this node, each once, and those that came to it for them."""
+
+    needed_local_bytes: int = 0
+    needed_remote_bytes: int = 0
+    moved_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Work:
+    """One Fetch under way: how much it asked for and how much of that was not here."""
+
+    total_bytes: int = 0
+    missing: Callable[[], int] = lambda: 0
 
     @property
-    def peers(self) -> Mapping[str, str]: ...
-
-    def quarantine(self, corrupt: Corrupt) -> None: ...
-
-    def fail_decision(self, run: str, decision_id: str, reason: str) -> None: ...
-
-    def is_current(self, run: str, decision_id: str) -> bool: ...
+    def done_bytes(self) -> int:
+        return self.total_bytes - self.missing()
 
 
-class Offers:
-    """Invariant: a chunk is fetched by one job at a time, and by none once its mark is there."""
+class Chunks:
+    """Invariant: a chunk is fetched by one job at a time, and by none once its mark is there.
 
-    def __init__(self, context: NodeContext, supervisor: Supervisor) -> None:
-        self._context = context
-        self._supervisor = supervisor
-        self._run_job: RunJob = _no_coder
-        self._run_storage_job: RunJob = _no_coder
+    Args:
+        quarantine: Takes a source that failed verification out of use.
+    """
+
+    def __init__(self, node: NodeState, coders: Coders, quarantine: Callable[[Corrupt], None]) -> None:
+        self._node = node
+        self._coders = coders
+        self._quarantine = quarantine
         self._manifests: dict[tuple[str, str], bytes] = {}  # (run, digest)
         self._parts: dict[tuple[str, str], _Part] = {}
         self._visits: set[str] = set()
         self._totals: dict[str, Totals] = {}
-
-    def attach_pool(self, pool: CoderPool, run_storage_job: RunJob | None = None) -> None:
-        """``run_storage_job`` runs jobs that read durable storage, if another coder does that."""
-        self._run_job, self._run_storage_job = pool.run, run_storage_job or pool.run
 
     def totals(self, run: str) -> Totals:
         """What was needed and what was moved for one run, since this daemon started."""
@@ -141,7 +147,7 @@ class Offers:
 
     def _look_here(self, offered: Offered) -> list[ShardSource]:
         """Take the manifests that this node has; returns the sources whose manifest is missing."""
-        paths, missing = self._context.store.paths(offered.run), []
+        paths, missing = self._node.store.paths(offered.run), []
         for source in offered.sources:
             if (offered.run, source.digest) in self._manifests:
                 continue
@@ -170,14 +176,14 @@ class Offers:
             url=url,
             deadline_s=storage_deadline_s(0) if url else deadline_s(0),
         )
-        _raise_failure(await (self._run_storage_job if url else self._run_job)(job))
+        _raise_failure(await self._coders.run(job))
 
     def _peers(self, offered: Offered) -> Mapping[str, str]:
-        return offered.addresses if offered.offer_id in self._visits else self._supervisor.peers
+        return offered.addresses if offered.offer_id in self._visits else self._node.peers
 
     def _addresses(self, offered: Offered, names: Iterable[str]) -> tuple[str, ...]:
         """Where these nodes serve their peers now; this one and those that are away are left out."""
-        peers, own = self._peers(offered), self._context.identity.name
+        peers, own = self._peers(offered), self._node.identity.name
         return tuple(peers[name] for name in dict.fromkeys(names) if name != own and name in peers)
 
     # -- fetching ------------------------------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ class Offers:
             for run in fresh:
                 part.asked[run.start : run.stop] = b"\x01" * len(run)
             place, size = "local" if part.chunks.digest in here else "remote", run_bytes(part.chunks, fresh)
-            self._context.metrics.reshard_needed_bytes.of(offered.run, place=place).inc(size)
+            self._node.metrics.reshard_needed_bytes.of(offered.run, place=place).inc(size)
             totals = self.totals(offered.run)
             totals.needed_local_bytes += size if place == "local" else 0
             totals.needed_remote_bytes += size if place == "remote" else 0
@@ -261,7 +267,7 @@ class Offers:
         """Have the chunks of one shard here, verified; a source that fails is asked again for a while."""
         part = self._part(offered, source)
         pause_s, failing_since = FIRST_PAUSE_S, 0.0
-        clock = self._context.clock
+        clock = self._node.clock
         async with part.lock:
             while True:
                 self.check(offered)
@@ -272,7 +278,7 @@ class Offers:
                 if not result.error_class:
                     continue
                 failing_since = failing_since or clock.monotonic_s()
-                is_over = clock.monotonic_s() - failing_since > 2 * self._context.lease_s
+                is_over = clock.monotonic_s() - failing_since > 2 * self._node.lease_s
                 is_awaited = source.kind in (SourceKind.REBUILD, SourceKind.PERSISTED)
                 if result.corrupt or (is_over and not is_awaited):
                     self._give_up(offered, source, result)
@@ -282,7 +288,7 @@ class Offers:
     def check(self, offered: Offered) -> None:
         """Raise UnavailableError (``decision_changed``) once it is not what is restored any more."""
         is_visit = offered.offer_id in self._visits
-        if not is_visit and not self._supervisor.is_current(offered.run, offered.offer_id):
+        if not is_visit and not self._node.is_current(offered.run, offered.offer_id):
             raise UnavailableError(
                 f"run {offered.run}: the coordinator decides anew; ask for its decision again", reason=CHANGED
             )
@@ -290,13 +296,13 @@ class Offers:
     def _missing(self, run: str, part: _Part, runs: Sequence[range]) -> list[range]:
         if part.chunks.digest in self._digests_here(run):
             return missing_runs(part.verified, runs)
-        marks = read_marks(self._context.store.paths(run), part.chunks) if part.is_prepared else bytes(len(part.asked))
+        marks = read_marks(self._node.store.paths(run), part.chunks) if part.is_prepared else bytes(len(part.asked))
         return missing_runs(marks, runs)
 
     async def _run(self, offered: Offered, source: ShardSource, part: _Part, missing: Sequence[range]) -> JobResult:
         size = run_bytes(part.chunks, missing)
         is_here = source.digest in self._digests_here(offered.run)
-        store = self._context.store
+        store = self._node.store
         url = offered.base.url if source.kind is SourceKind.PERSISTED and not is_here else ""
         if not is_here:
             self._prepare(offered, source, part, size)
@@ -316,7 +322,7 @@ class Offers:
         )
         store.fetching_bytes += 0 if is_here else size
         try:
-            result = await (self._run_storage_job if url else self._run_job)(job)
+            result = await self._coders.run(job)
         finally:
             store.fetching_bytes -= 0 if is_here else size
             self._recount(offered.run, part)
@@ -324,21 +330,21 @@ class Offers:
         return result
 
     def _prepare(self, offered: Offered, source: ShardSource, part: _Part, size_bytes: int) -> None:
-        store = self._context.store
+        store = self._node.store
         store.require_room(
             size_bytes,
             f"run {offered.run}: chunks of rank {source.rank} of step {offered.base.step} for another layout",
         )
         if not part.is_prepared:
             raw = self._manifests[offered.run, source.digest]
-            incarnation = self._context.identity.incarnation
+            incarnation = self._node.identity.incarnation
             prepare_sparse(store.paths(offered.run), raw, digest=source.digest, incarnation=incarnation)
             part.is_prepared = True
 
     def _note(self, offered: Offered, part: _Part, runs: Sequence[range], result: JobResult, *, is_here: bool) -> None:
-        metrics = self._context.metrics
+        metrics = self._node.metrics
         for corrupt in result.corrupt:
-            self._supervisor.quarantine(corrupt)
+            self._quarantine(corrupt)
         if not is_here:
             metrics.reshard_moved_bytes.of(offered.run).inc(result.done_bytes)
             self.totals(offered.run).moved_bytes += result.done_bytes
@@ -353,12 +359,12 @@ class Offers:
         reason = f"rank {source.rank} of step {offered.base.step}: {result.message}"
         if offered.offer_id in self._visits:
             _raise_failure(result)
-        self._supervisor.fail_decision(offered.run, offered.offer_id, reason)
+        self._node.fail_decision(offered.run, offered.offer_id, reason)
         raise UnavailableError(f"run {offered.run}: {reason}; the coordinator decides anew", reason=CHANGED)
 
     def _open(self, offered: Offered, parts: Mapping[int, _Part]) -> tuple[messages.Fetched, tuple[int, ...]]:
         """Read-only descriptors: of the published shard where it lies here, else of the sparse file."""
-        store, here, fds = self._context.store, self._digests_here(offered.run), list[int]()
+        store, here, fds = self._node.store, self._digests_here(offered.run), list[int]()
         shards: list[messages.FetchedShard] = []
         try:
             for rank, part in parts.items():
@@ -386,18 +392,18 @@ class Offers:
             if is_visited or part.lock.locked() or digest in wanted.get(run, ()):
                 continue
             del self._parts[run, digest]
-            self._context.store.fetched_bytes -= part.present_bytes
+            self._node.store.fetched_bytes -= part.present_bytes
             self._remove(run, part.chunks)
         for run, digest in list(self._manifests):
             if (run, digest) not in self._parts and digest not in wanted.get(run, ()) and not self._visits:
                 raw = self._manifests.pop((run, digest))
                 self._remove(run, parse_manifest(raw, digest=digest))
 
-        for run in [run for run in self._totals if run not in self._context.store.runs and not self._visits]:
+        for run in [run for run in self._totals if run not in self._node.store.runs and not self._visits]:
             del self._totals[run]
 
     def _remove(self, run: str, chunks: ShardChunks) -> None:
-        store, paths = self._context.store, self._context.store.paths(run)
+        store, paths = self._node.store, self._node.store.paths(run)
         remove_sparse(paths, rank=chunks.rank, world_size=chunks.world_size, digest=chunks.digest)
         if run not in store.runs:  # it was visited only
             for directory in (paths.staging, paths.root, paths.root.parent):
@@ -407,21 +413,17 @@ class Offers:
         if not part.is_prepared:
             return
         try:
-            marks = read_marks(self._context.store.paths(run), part.chunks)
+            marks = read_marks(self._node.store.paths(run), part.chunks)
         except BackstayError:  # withdrawn with its run
             marks = b""
         whole = [range(len(marks))]  # of a shard's last chunk only what there is of it
         present = run_bytes(part.chunks, whole) - run_bytes(part.chunks, missing_runs(marks, whole))
-        self._context.store.fetched_bytes += present - part.present_bytes
+        self._node.store.fetched_bytes += present - part.present_bytes
         part.present_bytes = present
 
     def _digests_here(self, run: str) -> set[str]:
-        index = self._context.store.runs.get(run) or RunIndex(run=run)
+        index = self._node.store.runs.get(run) or RunIndex(run=run)
         return {held.record.digest for held in index.shards.values()}
-
-
-async def _no_coder(job: Job) -> JobResult:
-    raise InvariantError(f"{type(job).__name__} before there are coders")
 
 
 def _raise_failure(result: JobResult) -> None:

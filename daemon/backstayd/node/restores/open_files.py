@@ -16,20 +16,19 @@ from typing import Any, Final
 
 from backstay.errors import BackstayError, UnavailableError
 from backstay.ids import SnapshotKey
-from backstay.protocol import messages
+from backstay.protocol import framing, messages
 from backstayd.coder.jobs import JobResult, VerifyPersisted
 from backstayd.core.inventory.readers import takes_whole
 from backstayd.core.messages.decisions import Decision, SourceKind
 from backstayd.durable.local_shard import LocalShard, open_local_shard
-from backstayd.node.trainers.requests import close_fds
-from backstayd.node.trainers.session import Session
+from backstayd.node.session import Session
 from backstayd.store.published import open_for_trainer
 from backstayd.store.store import Store
 
 OPEN_DEADLINE_S: Final = 30.0
 
 
-class HandingOut:
+class OpenFiles:
     """Invariant: what is held is the file that was verified, for a decision that still stands here."""
 
     def __init__(self) -> None:
@@ -82,7 +81,7 @@ class HandingOut:
                     )
                 )
         except BaseException:
-            close_fds(tuple(fds))
+            framing.close_fds(fds)
             raise
         return tuple(shards), tuple(fds)
 

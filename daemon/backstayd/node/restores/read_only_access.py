@@ -16,8 +16,10 @@ from backstay.errors import CapacityError, UsageError
 from backstay.ids import MAX_COUNT, RunKey, check_name
 from backstay.protocol import messages
 from backstayd.core.recover.locate import Located
-from backstayd.node.node_state import NodeContext
-from backstayd.node.restores.chunk_offer import Offered
+from backstayd.node.node_state import NodeState
+from backstayd.node.restores.chunks import Chunks
+from backstayd.node.session import Offered
+from backstayd.security.credentials import Credentials
 from backstayd.transport.operator import OperatorClient
 
 audit = logging.getLogger("backstayd.audit")
@@ -30,8 +32,11 @@ ASK_S: Final = 5.0
 class Visits:
     """Those under way. Invariant: each is of the user who owns the run."""
 
-    def __init__(self, context: NodeContext) -> None:
-        self._context = context
+    def __init__(self, node: NodeState, chunks: Chunks, *, coordinator: str, credentials: Credentials | None) -> None:
+        self._node = node
+        self._chunks = chunks
+        self._coordinator = coordinator
+        self._credentials = credentials
         self._counts: Counter[int] = Counter()  # by user
 
     async def open(self, message: messages.Open, *, uid: int) -> tuple[Offered, messages.Offer]:
@@ -68,8 +73,8 @@ class Visits:
                 sources=located.sources,
                 addresses={peer.name: peer.bulk_address for peer in located.peers},
             )
-            self._context.offers.begin_visit(offered)
-            return offered, await self._context.offers.offer(offered)
+            self._chunks.begin_visit(offered)
+            return offered, await self._chunks.offer(offered)
         except BaseException:
             self.close(offered, uid=uid)
             raise
@@ -78,13 +83,11 @@ class Visits:
         """The visitor has gone."""
         self._counts -= Counter({uid: 1})
         if offered is not None:
-            self._context.offers.end_visit(offered)
-            self._context.kick()
+            self._chunks.end_visit(offered)
+            self._node.pass_due.notify()
 
     def _locate(self, message: messages.Open) -> Located:
-        with OperatorClient(
-            self._context.coordinator_address, timeout_s=ASK_S, credentials=self._context.credentials
-        ) as client:
+        with OperatorClient(self._coordinator, timeout_s=ASK_S, credentials=self._credentials) as client:
             return client.locate(message.run, message.step)
 
 

@@ -9,18 +9,34 @@ from collections.abc import Callable, Iterable
 
 from backstay.errors import BackstayError, UnavailableError, UnrecoverableError
 from backstay.protocol import messages
-from backstayd.core.inventory.readers import base_size
+from backstayd.core.inventory.readers import base_size, takes_whole
 from backstayd.core.messages.decisions import Decision, DecisionPhase, Outcome, Staging
-from backstayd.node.node_state import NodeContext
-from backstayd.node.restores.open_files import HandingOut
-from backstayd.node.trainers.session import RestoreAnswer, Session
+from backstayd.node.node_state import NodeState
+from backstayd.node.restores.open_files import OpenFiles
+from backstayd.node.session import RestoreAnswer, Session
 
 
-def progress(context: NodeContext, session: Session, staging_of: Callable[[str], Staging | None]) -> messages.Progress:
-    """How far the restore of ``session`` is; ``staging_of`` a run says what this node staged of it."""
-    desired = context.run_desired(session.run)
+def offer_due(node: NodeState, session: Session) -> Decision | None:
+    """The decision whose snapshot a waiting trainer must choose chunks of; None if it need not."""
+    desired = node.run_desired(session.run)
     decision = desired.decision
-    if not context.is_coordinator_connected():
+    if (
+        decision is None
+        or decision.base is None
+        or decision.world_id != session.world_id
+        or desired.decision_phase is DecisionPhase.REFUSE
+        or decision.decision_id in (session.staged, *node.failed_decisions)
+        or takes_whole(decision, rank=session.rank, layout=session.layout)
+    ):
+        return None
+    return decision
+
+
+def progress(node: NodeState, session: Session, staging_of: Callable[[str], Staging | None]) -> messages.Progress:
+    """How far the restore of ``session`` is; ``staging_of`` a run says what this node staged of it."""
+    desired = node.run_desired(session.run)
+    decision = desired.decision
+    if not node.link.is_connected:
         return messages.Progress(phase="waiting", detail="for the coordinator")
     if decision is None or decision.world_id != session.world_id:
         missing = desired.missing
@@ -39,12 +55,12 @@ def progress(context: NodeContext, session: Session, staging_of: Callable[[str],
     return messages.Progress(phase="recording", done_bytes=done, total_bytes=total)
 
 
-def release(context: NodeContext, handing_out: HandingOut, decision: Decision, waiting: Iterable[Session]) -> None:
+def release(node: NodeState, open_files: OpenFiles, decision: Decision, waiting: Iterable[Session]) -> None:
     """Give each waiting trainer what ``decision`` restores."""
     for session in waiting:
         assert session.answer is not None
         try:
-            session.answer.set_result(_restored(context, handing_out, session, decision))
+            session.answer.set_result(_restored(node, open_files, session, decision))
         except (BackstayError, OSError) as error:
             sentence = f"rank {session.rank}: {error}; the world must restart"
             session.answer.set_result(_error(UnavailableError(sentence, reason="gone")))
@@ -57,9 +73,9 @@ def refuse(decision: Decision, waiting: Iterable[Session]) -> None:
         session.answer.set_result(_error(UnrecoverableError(decision.message, reason="unrecoverable")))
 
 
-def _restored(context: NodeContext, handing_out: HandingOut, session: Session, decision: Decision) -> RestoreAnswer:
-    base, desired = decision.base, context.run_desired(session.run)
-    shards, fds = handing_out.open_shards(context.store, session, decision)
+def _restored(node: NodeState, open_files: OpenFiles, session: Session, decision: Decision) -> RestoreAnswer:
+    base, desired = decision.base, node.run_desired(session.run)
+    shards, fds = open_files.open_shards(node.store, session, decision)
     message = messages.Restored(
         outcome=Outcome(decision.outcome).value,
         attempt=decision.attempt,

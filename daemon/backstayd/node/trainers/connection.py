@@ -12,10 +12,12 @@ import logging
 import os
 import socket
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from backstay.errors import IntegrityError
-from backstay.protocol import framing
+from backstay.protocol import framing, messages
 from backstayd.security.refusals import Refusals
 from backstayd.store.slot_holder import peer_credentials
 
@@ -23,6 +25,8 @@ _refusals = Refusals(logging.getLogger(__name__))
 
 READ_AHEAD_FRAMES: Final = 4
 FIRST_FRAME_BYTES: Final = 1024 * 1024  # enough to attach; more only for those who did
+PROGRESS_S: Final = 1.0  # a trainer that waits gets a message at least this often
+MAX_WAIT_S: Final = 600.0  # of one request that waits for a slot or a seal
 SEND_TIMEOUT_S: Final = 10.0  # a trainer that does not read its answers is frozen: it attaches again when it thaws
 
 
@@ -116,3 +120,38 @@ class Connection:
             with contextlib.suppress(asyncio.QueueFull):
                 self._frames.put_nowait(None)
             self._on_lost()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request of a trainer, to be answered on its connection under the id of the request."""
+
+    connection: Connection
+    message_id: int
+
+    @property
+    def is_lost(self) -> bool:
+        return self.connection.is_lost
+
+    def check(self) -> None:
+        """Raise ConnectionError if the trainer is gone."""
+        if self.is_lost:
+            raise ConnectionError("the trainer left while it was waiting")
+
+    def allow_frames(self, limit_bytes: int) -> None:
+        """Take frames of up to ``limit_bytes`` of this trainer from now on."""
+        self.connection.max_frame_bytes = max(self.connection.max_frame_bytes, limit_bytes)
+
+    async def send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
+        await self.connection.send(message, message_id=self.message_id, fds=fds)
+
+    async def while_working(self, task: asyncio.Task[Any], progress: Callable[[], messages.Progress]) -> None:
+        """Until ``task`` is done, send its progress now and then; cancels it when the trainer has gone."""
+        try:
+            while not (await asyncio.wait({task}, timeout=PROGRESS_S))[0]:
+                self.check()
+                await self.send(progress())
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})

@@ -6,19 +6,35 @@ A session ends with its process (pidfd), not with its connection.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from backstay.errors import IntegrityError
 from backstay.format import json_records
+from backstay.ids import SnapshotKey
+from backstayd.core.messages.decisions import Base, ShardSource
 from backstayd.core.messages.gate import GateReport
 from backstayd.core.messages.report import SessionPhase, SessionRecord
-from backstayd.node.restores.chunk_offer import Offered
-from backstayd.node.trainers.connection import Connection
 from backstayd.store.slot_holder import Holder
 from backstayd.store.slots import Grant
 
 MAX_SAID_BYTES: Final = 3 << 20  # of all that one trainer has its daemon report of it; a report carries them all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offered:
+    """A snapshot that trainers here read chunks of. ``addresses``: for a visit; those of a decision are the node's peers."""
+
+    offer_id: str
+    run: str
+    base: Base
+    sources: tuple[ShardSource, ...]
+    addresses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> SnapshotKey:
+        return SnapshotKey(self.base.attempt, self.base.step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +61,6 @@ class Session:
     collective_timeout_s: float  # of its torch.distributed, for the operator; 0: not known
     uid: int
     holder: Holder
-    connection: Connection | None
     phase: SessionPhase = SessionPhase.ATTACHED
     attempt: int = 0
     base_step: int = 0

@@ -1,21 +1,22 @@
-"""What one user of this machine may take of its daemon: connections, trainers, names of runs. Bytes: ``user_quota_bytes``.
+"""Users of this machine: whose run it is, and how many connections, trainers and runs one of them may have.
 
-A user at a limit is refused by name and number, or loses a connection that has said nothing; no other user notices. Must not
-decide whose run it is (``ownership``).
+A run belongs to whom the coordinator names, else to the first who attached here. A user at a limit is refused by name and
+number, or loses its oldest silent connection; no other user notices. Bytes are limited by ``user_quota_bytes``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable
+from typing import Any, Final
 
-from backstay.errors import CapacityError
-from backstayd.node.trainers.session import Session
-
-if TYPE_CHECKING:
-    from backstayd.node.trainers.sessions import Sessions
-    from backstayd.store.store import Store
+from backstay.errors import CapacityError, UsageError
+from backstayd.node.node_state import NodeState
+from backstayd.node.session import Session
+from backstayd.store.index import UNKNOWN_UID
+from backstayd.store.store import Store
 
 MAX_UNATTACHED: Final = 64  # connections of one user that are not known yet
 MAX_UNATTACHED_IN_ALL: Final = 256
@@ -71,7 +72,7 @@ class Places:
         self._unknown.pop(task, None)
 
 
-def check_trainers(sessions: Sessions, uid: int, *, former: Session | None) -> None:
+def check_trainers(sessions: Iterable[Session], uid: int, *, former: Session | None) -> None:
     """Raise CapacityError if the user has as many trainers here as one may have; ``former`` is being replaced."""
     count = sum(1 for session in sessions if session.uid == uid and session is not former)
     if count >= MAX_TRAINERS:
@@ -94,8 +95,44 @@ def check_names(store: Store, run: str, uid: int) -> None:
         )
 
 
-def drop_unused_names(store: Store, sessions: Sessions, desired: set[str]) -> None:
-    """A name under which nothing lies, which nobody uses and of which the coordinator says nothing is given up."""
-    used = {session.run for session in sessions} | desired
+def drop_unused_names(store: Store, used: set[str]) -> None:
+    """Forget each run of which nothing lies here and that is not in ``used``, by a trainer or the coordinator."""
     for run in [run for run, index in store.runs.items() if run not in used and index.is_bare]:
         store.forget(run)
+
+
+def check_owner(node: NodeState, run: str, uid: int) -> None:
+    """Raise UsageError (``not_owner``) if ``run`` is known to be another user's than ``uid``."""
+    owner = node.run_desired(run).owner
+    index = node.store.runs.get(run)
+    if not owner and index is not None and index.owner_uid != UNKNOWN_UID:
+        owner = str(index.owner_uid)
+    if owner and owner != str(uid):
+        raise UsageError(
+            f"run {run} belongs to user {owner}, not to user {uid}; choose another run_id, or another job name",
+            reason="not_owner",
+        )
+
+
+def adopt_owner(node: NodeState, run: str, owner: str) -> None:
+    """Keep what the coordinator says beside what lies here of ``run``, so that the next one hears it from this node too.
+
+    A claim of somebody whose name alone lies here is struck out; memory of another user's history is left to that user.
+    """
+    index = node.store.runs.get(run)
+    if not owner or index is None or index.owner_uid == int(owner):
+        return
+    is_unclaimed = index.owner_uid == UNKNOWN_UID
+    has_memory = bool(index.shards or index.plans or index.slots or index.staged or index.decision)
+    if is_unclaimed == has_memory:  # unclaimed memory, or a claim without any
+        node.store.write_owner(run, int(owner))
+        index.owner_uid = int(owner)
+
+
+def visible_to(uid: int, document: dict[str, Any], store: Store) -> dict[str, Any]:
+    """The status document without what is other users'; root and the daemon's own user see all."""
+    if uid in (0, os.geteuid()):
+        return document
+    own = {"", *(run for run, index in store.runs.items() if index.owner_uid in (uid, UNKNOWN_UID))}
+    shown = {name: [item for item in document[name] if item["run"] in own] for name in ("runs", "timeline")}
+    return document | shown | {"foreign": []}
