@@ -231,7 +231,7 @@ def test_a_snapshot_is_read_from_a_node_that_takes_no_part_and_nothing_is_left_b
         wanted = {"0": [[1, 2]], "2": [[0, CHUNKS]]}
         check_fetched(writers, visitor.ask("fetch", wanted=wanted), wanted, step=2)
         visitors.kill()
-        known = ("owner.json", "decision.json")  # which node 3 keeps as a witness of the run
+        known = ("owner.json", "decision.json")  # which node 3 keeps as a recorder of the run
         cluster.wait_until(
             lambda: not [name for name in cluster.files(3) if RUN in name and not name.endswith(known)],
             20, "the visit to leave nothing behind",

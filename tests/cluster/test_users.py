@@ -66,7 +66,7 @@ def test_a_new_coordinator_and_restarted_daemons_know_whose_run_it_is(cluster: L
         wait_protected(cluster, run, 1)
         cluster.kill_coordinator()
         with light_world(cluster, run, nodes=(2, 3), uid=BOB) as bob:
-            for rank in bob.ranks:  # witnesses know it without a coordinator
+            for rank in bob.ranks:  # recorders know it without a coordinator
                 assert rank.ask_refused("attach", world_id=bob.world_id)["reason"] == "not_owner"
             cluster.start_coordinator()
             assert f"belongs to user {ALICE}" in refusal(bob)

@@ -39,7 +39,7 @@ def test_a_decision_that_cannot_be_recorded_is_reported_as_failed_with_the_reaso
         trainer.close()
 
 
-def test_a_witness_that_cannot_record_tries_again_until_it_can(tmpfs_dir: Path) -> None:
+def test_a_recorder_that_cannot_record_tries_again_until_it_can(tmpfs_dir: Path) -> None:
     with running_node(tmpfs_dir) as node:
         path = obstruct(node)
         decision = fresh_decision("elsewhere", world_id="world", attempt=1, world_size=1)

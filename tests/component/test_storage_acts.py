@@ -16,11 +16,11 @@ from backstayd.clock import boot_s
 from backstayd.coder.context import JobContext
 from backstayd.coder.durable import shared_changes, upload
 from backstayd.coder.jobs import MarkSnapshot, PruneSnapshot, SurveyStorage, WriteRecord
-from backstayd.core.durable_upkeep import stored
 from backstayd.core.inventory.durable_names import MARKS_NAME, RECORD_NAME, snapshot_name
 from backstayd.core.messages.decisions import Distrusted, Lineage
 from backstayd.core.messages.durable import PersistedSnapshot, Stored, Survey
 from backstayd.core.messages.plans import VolumeShard
+from backstayd.core.protect.durable_upkeep import stored
 
 RUN = "job/run"
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from backstay.format import json_records
 from backstay.ids import SnapshotKey, snapshot_id
-from backstayd.core.durable_upkeep import stored
 from backstayd.core.inventory.durable_names import MARKS_NAME, RECORD_NAME, snapshot_name
 from backstayd.core.messages.decisions import Distrusted, Lineage
 from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, UploadTask
 from backstayd.core.messages.plans import VolumeShard
 from backstayd.core.messages.report import RunReport
+from backstayd.core.protect.durable_upkeep import stored
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN
 

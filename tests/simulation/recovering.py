@@ -22,7 +22,7 @@ def follow(node: Node, decision: Decision, phase: DecisionPhase) -> None:
         return
     if phase is DecisionPhase.RELEASE:
         if node.name not in {place.node for place in decision.placements}:
-            _witness(node, decision)
+            _recorder(node, decision)
         elif memory.decision is not None and memory.decision.decision_id == decision.decision_id:
             if memory.decision.generation.number < decision.generation.number:
                 memory.decision = decision
@@ -42,7 +42,7 @@ def follow(node: Node, decision: Decision, phase: DecisionPhase) -> None:
         node.changed()
 
 
-def _witness(node: Node, decision: Decision) -> None:
+def _recorder(node: Node, decision: Decision) -> None:
     """Keep the decision of a run that lives on other nodes."""
     memory = node.memory[decision.run]
     here = memory.decision

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backstay.ids import SnapshotKey
-from backstayd.core.durable_uploads import RECORD_RANK
 from backstayd.core.messages.decisions import Decision, Distrusted, ShardSource
 from backstayd.core.messages.durable import StorageDesired, Stored, Survey, Upload, UploadState, UploadTask
 from backstayd.core.messages.plans import ShardRecord
+from backstayd.core.protect.durable_uploads import RECORD_RANK
 
 if TYPE_CHECKING:
     from tests.simulation.node import Node

@@ -225,7 +225,7 @@ def test_a_run_name_that_never_held_a_snapshot_leaves_every_memory() -> None:
     for trainer in list(job.trainers.values()):
         cluster.kill_trainer(trainer)
     engine.run_for(10)
-    assert held(cluster) == {"n1", "n2", "n3"}, "who comes back soon finds his name; n3 is a witness"
+    assert held(cluster) == {"n1", "n2", "n3"}, "who comes back soon finds his name; n3 is a recorder"
     assert engine.run_until(lambda: not held(cluster), limit_s=120)
     engine.run_for(2)
     assert RUN not in cluster.core().runs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from backstayd.core.inventory.witnesses import WITNESSES
 from backstayd.core.messages.decisions import Outcome
+from backstayd.core.orders import RECORDERS
 from backstayd.core.policy import CorePolicy
 from backstayd.core.recover.recovery import LEAP_ATTEMPTS
 from tests.simulation.cluster import Cluster, Job
@@ -111,23 +111,23 @@ def test_who_starts_over_while_the_old_nodes_are_away_writes_above_what_they_may
     assert all(later.decision.generation.number > cluster.nodes[name].generation.number for name in OLD)
 
 
-def test_witnesses_of_a_run_are_few_and_others_take_their_place() -> None:
+def test_recorders_of_a_run_are_few_and_others_take_their_place() -> None:
     engine = Engine(1)
     cluster = Cluster(engine, node_count=14, policy=CorePolicy(lease_s=1.5))
     job = Job(RUN, {0: "n1", 1: "n2"})
     cluster.start_job(job)
     assert engine.run_until(lambda: cluster.is_training(job), limit_s=20)
 
-    def witnesses() -> set[str]:
+    def recorders() -> set[str]:
         held = {name for name, node in cluster.nodes.items() if RUN in node.memory and node.memory[RUN].decision}
         return held - {"n1", "n2"}
 
-    assert engine.run_until(lambda: len(witnesses()) == WITNESSES, limit_s=2)
+    assert engine.run_until(lambda: len(recorders()) == RECORDERS, limit_s=2)
     engine.run_for(2)
-    assert len(witnesses()) == WITNESSES
-    first = sorted(witnesses())[0]
+    assert len(recorders()) == RECORDERS
+    first = sorted(recorders())[0]
     cluster.destroy(first, replace_after_s=None)
-    assert engine.run_until(lambda: len(witnesses()) == WITNESSES, limit_s=10)
+    assert engine.run_until(lambda: len(recorders()) == RECORDERS, limit_s=10)
 
 
 @pytest.mark.parametrize("seed", range(2))

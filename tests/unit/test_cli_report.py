@@ -9,7 +9,7 @@ import pytest
 from backstay.errors import SnapshotNotFoundError
 from backstayd.cli import report
 from backstayd.cli.tables import duration
-from backstayd.core.messages.interruptions import Interruption, Ledger
+from backstayd.core.messages.decisions import Interruption, Ledger
 from backstayd.core.recover.ledger import summary
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from backstay.errors import ERROR_CLASSES, BackstayError, IntegrityError, UnavailableError
 from backstay.ids import Generation
-from backstayd.core.messages import decisions, desired, durable, gate, missing_ranks, plans, report, tombstone
+from backstayd.core.messages import decisions, desired, durable, gate, plans, report, tombstone
+from backstayd.core.messages.decisions import Interruption, Ledger
 from backstayd.core.messages.desired import NodeDesired, Schedule
-from backstayd.core.messages.interruptions import Interruption, Ledger
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase
 from backstayd.transport import convert, errors
 from backstayd.v1 import coordinator_pb2
@@ -65,7 +65,7 @@ def test_desired_state_survives_the_wire(desired: NodeDesired) -> None:
     assert convert.from_message(NodeDesired, again) == desired
 
 
-MODULES = (decisions, desired, durable, gate, missing_ranks, plans, report, tombstone)
+MODULES = (decisions, desired, durable, gate, plans, report, tombstone)
 
 
 def record_named(name: str) -> Any:

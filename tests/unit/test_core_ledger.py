@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backstay.format import json_records
-from backstayd.core.messages.interruptions import Interruption, Ledger
+from backstayd.core.messages.decisions import Interruption, Ledger
 from backstayd.core.recover.ledger import MAX_ENTRIES, add_entry, ledger_sentence, summary
 
 BEGAN = 1000.0

@@ -13,14 +13,14 @@ from backstay.ids import SnapshotKey, snapshot_id
 from backstayd.core.inventory import geometry
 from backstayd.core.inventory.catalog import Inventory, ShapeCache, SnapshotView, build_views, plan_state, stripe_spares
 from backstayd.core.inventory.lineage import extend, is_live
-from backstayd.core.inventory.nodes import NodeState
-from backstayd.core.inventory.placement import form_groups, natural
+from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.messages.decisions import Lineage
 from backstayd.core.messages.plans import FragmentRecord, Member, Plan, ShardRecord, VolumeShard
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
+from backstayd.core.protect.groups import form_groups
 from backstayd.core.protect.interval import Pace
-from backstayd.core.protect.rebuild_plan import choose_targets, plan_rebuilds
 from backstayd.core.protect.retention import releasable
+from backstayd.core.recover.rebuild_plan import choose_targets, plan_rebuilds
 
 CHUNK = 1024
 KEY = SnapshotKey(1, 5)

@@ -13,12 +13,12 @@ from backstay.ids import Generation, SnapshotKey
 from backstayd.core.end_of_run import why_wrong
 from backstayd.core.inventory.catalog import ShapeCache, build_views, take_inventory
 from backstayd.core.inventory.nodes import NodeState
-from backstayd.core.inventory.similar_names import near_sentence
 from backstayd.core.inventory.tombstones import KEEPERS, Tombstones, stripped
 from backstayd.core.messages.decisions import Decision, Lineage, Outcome
 from backstayd.core.messages.plans import FragmentRecord, ShardRecord
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.core.messages.tombstone import MAX_ABSENT, MAX_AGE_S, MAX_TOMBSTONES, Cause, Tombstone, trimmed
+from backstayd.core.recover.choice import near_sentence
 from backstayd.store.adopt import Forgotten
 from backstayd.transport.link import MAX_REPORT_BYTES
 

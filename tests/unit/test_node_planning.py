@@ -22,7 +22,6 @@ from backstayd.coder.jobs import (
     VerifyShard,
     WriteRecord,
 )
-from backstayd.core.durable_uploads import RECORD_RANK
 from backstayd.core.messages.decisions import (
     Base,
     Decision,
@@ -50,6 +49,7 @@ from backstayd.core.messages.plans import (
     seal_rebuild,
 )
 from backstayd.core.messages.report import SessionPhase, SessionRecord
+from backstayd.core.protect.durable_uploads import RECORD_RANK
 from backstayd.node.reconcile.actions import (
     CancelTask,
     DiscardStaged,
@@ -280,7 +280,7 @@ def test_a_recorded_decision_that_was_raised_above_others_is_recorded_again() ->
     assert plan_actions(view(wanted, decision=raised)) == []
 
 
-def test_a_witness_records_what_was_released_and_stages_nothing() -> None:
+def test_a_recorder_records_what_was_released_and_stages_nothing() -> None:
     for phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD):
         assert plan_actions(view(desired(phase=phase), node="n9")) == []
     released = desired(phase=DecisionPhase.RELEASE)

@@ -14,7 +14,6 @@ from backstay.errors import SnapshotNotFoundError, UnavailableError
 from backstay.ids import Generation
 from backstayd.core.inventory.catalog import ShapeCache, build_views
 from backstayd.core.inventory.nodes import NodeState
-from backstayd.core.inventory.readers import base_size, readers_of, takes_whole
 from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.messages.decisions import (
     Base,
@@ -25,12 +24,15 @@ from backstayd.core.messages.decisions import (
     ShardSource,
     SourceKind,
     StagingState,
+    base_size,
+    readers_of,
+    takes_whole,
 )
 from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.report import SessionPhase, SessionRecord
-from backstayd.core.protect.rebuild_plan import choose_targets
 from backstayd.core.recover.choice import sources_of
 from backstayd.core.recover.locate import locate
+from backstayd.core.recover.rebuild_plan import choose_targets
 from backstayd.node.reconcile.actions import Restoring, StartJob, View
 from backstayd.node.reconcile.planner import plan_actions
 from backstayd.node.reconcile.staging import staging_of, wanted_ranks

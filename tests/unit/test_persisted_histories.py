@@ -8,10 +8,10 @@ import pytest
 
 from backstay.errors import SnapshotNotFoundError
 from backstay.ids import Generation, SnapshotKey
-from backstayd.core.durable_uploads import RECORD_RANK
 from backstayd.core.messages.decisions import Distrusted, Lineage, Outcome, Placement, SourceKind
 from backstayd.core.messages.durable import UploadState
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport
+from backstayd.core.protect.durable_uploads import RECORD_RANK
 from backstayd.core.recover.recovery import LEAP_ATTEMPTS
 from tests.unit.test_persisting import NAMES, RUN, Cluster, persist_all, persisted, shard, training
 

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from backstay.ids import SnapshotKey, snapshot_id
 from backstayd.core.coordinator import Coordinator
-from backstayd.core.durable_upkeep import prunable
-from backstayd.core.durable_uploads import RECORD_RANK
 from backstayd.core.inventory.lineage import is_live
 from backstayd.core.inventory.survey import view_of_record
 from backstayd.core.messages.decisions import (
@@ -28,6 +26,8 @@ from backstayd.core.messages.durable import PersistedSnapshot, Survey, Unreadabl
 from backstayd.core.messages.plans import ShardRecord, VolumeShard
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.core.policy import CorePolicy
+from backstayd.core.protect.durable_upkeep import prunable
+from backstayd.core.protect.durable_uploads import RECORD_RANK
 from backstayd.core.recover.recovery import LEAP_ATTEMPTS
 
 RUN = "job/run"

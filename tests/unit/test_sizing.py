@@ -17,7 +17,7 @@ from backstayd import cli
 from backstayd.cli.plan import command as plan_command
 from backstayd.core.inventory import geometry
 from backstayd.core.policy import CorePolicy
-from backstayd.core.protect.footprint import admission_bytes, parity_fraction
+from backstayd.core.protect.groups import admission_bytes, parity_fraction
 from backstayd.sizing import intervals, rates, survival
 from backstayd.sizing.plan import Question, answer
 from tests.kit import played_losses

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backstay.errors import UsageError
-from backstayd.core.inventory.nodes import Liveness, NodeState, NodeTable
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import Liveness, NodeState, NodeTable, natural
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.run_state import RunState
 from backstayd.core.sentences import amount, counted, listed

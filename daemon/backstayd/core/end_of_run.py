@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
-from backstayd.core.durable_uploads import Persisting
 from backstayd.core.inventory.catalog import ShapeCache, SnapshotView, build_views, take_inventory
 from backstayd.core.inventory.lineage import newest_decision
 from backstayd.core.inventory.nodes import NodeState
@@ -19,8 +18,10 @@ from backstayd.core.inventory.tombstones import Tombstones
 from backstayd.core.messages.decisions import Decision
 from backstayd.core.messages.report import RunReport, SessionPhase, SessionRecord
 from backstayd.core.messages.tombstone import MAX_ABSENT, Cause, Tombstone
+from backstayd.core.protect.durable_uploads import Persisting
 from backstayd.core.recover.choice import Memory, is_never_used
-from backstayd.core.recover.recovery import Recovery, Say
+from backstayd.core.recover.recovery import Recovery
+from backstayd.core.timeline import Say
 
 MAX_SKEW_S = 86400.0  # of a node's clock against the coordinator's
 UNUSED_LEASES = 60  # after so many without a trainer a run that never held a snapshot is dropped: three minutes

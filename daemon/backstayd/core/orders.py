@@ -5,22 +5,26 @@ Turns the run's state into words for nodes; must neither change that state nor l
 
 from __future__ import annotations
 
+import heapq
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from backstay.ids import SnapshotKey
 from backstayd.core.inventory.catalog import SnapshotView, suspects_of
-from backstayd.core.inventory.nodes import Liveness
+from backstayd.core.inventory.nodes import Liveness, NodeState
 from backstayd.core.inventory.run_context import RunContext
-from backstayd.core.inventory.witnesses import choose_witnesses
+from backstayd.core.messages.decisions import Decision
 from backstayd.core.messages.desired import Peer, RunDesired
 from backstayd.core.messages.durable import StorageDesired
 from backstayd.core.messages.plans import Plan, Quarantined, Rebuild, ShardCopy
-from backstayd.core.protect.footprint import parity_fraction
+from backstayd.core.protect.groups import parity_fraction
 from backstayd.core.recover.probation import has_both
 from backstayd.core.recover.recovery import Stage
 from backstayd.core.run_state import Evaluation, RunState
+
+RECORDERS = 8  # enough to outlive the nodes of one job, and few enough that no message grows with the cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,7 @@ class Orders:
 
     common: RunDesired
     hosts: frozenset[str]
-    witnesses: frozenset[str]  # they keep the decision, too
+    recorders: frozenset[str]  # they keep the decision, too
     plans: Mapping[str, tuple[Plan, ...]]
     drops: Mapping[str, tuple[str, ...]]
     rebuilds: Mapping[str, tuple[Rebuild, ...]]
@@ -41,7 +45,7 @@ class Orders:
     _made: dict[str, RunDesired] = field(default_factory=dict, compare=False)
 
     def has_work(self, node: str) -> bool:
-        return node in self.plans or node in self.rebuilds or node in self.copies or node in self.witnesses
+        return node in self.plans or node in self.rebuilds or node in self.copies or node in self.recorders
 
     def of(self, node: str) -> RunDesired:
         """For one node; the same record again while the orders stand."""
@@ -50,7 +54,7 @@ class Orders:
             is_host = node in self.hosts
             made = self._made[node] = replace(
                 self.common,
-                decision=self.common.decision if is_host or node in self.witnesses else None,
+                decision=self.common.decision if is_host or node in self.recorders else None,
                 gate=self.common.gate if is_host else None,
                 plans=self.plans.get(node, ()),
                 drop_plans=self.drops.get(node, ()),
@@ -86,7 +90,7 @@ def make_orders(state: RunState, evaluation: Evaluation) -> Orders:
     return Orders(
         common=_common(state, evaluation),
         hosts=frozenset(state.recovery.placements().values()) if decision is not None else frozenset(),
-        witnesses=choose_witnesses(context, released) if released is not None else frozenset(),
+        recorders=choose_recorders(context, released) if released is not None else frozenset(),
         plans=_plans(state),
         drops=_drops(state, evaluation),
         rebuilds=_rebuilds(state),
@@ -221,3 +225,30 @@ def _is_release_possible(state: RunState, context: RunContext) -> bool:
     is_heard = {name: node.liveness is Liveness.LIVE for name, node in context.nodes.items()}
     is_whole = len(state.world(context)) == decision.world_size
     return is_whole and all(is_heard.get(node) for node in state.hosts(context))
+
+
+def choose_recorders(context: RunContext, decision: Decision) -> frozenset[str]:
+    """The nodes that keep ``decision``: those that have it, then any of the others, in other failure domains first.
+
+    None that will be stopped, and none where somebody else's run has the name.
+    """
+    hosts = {place.node for place in decision.placements}
+    others = [node for node in context.nodes.values() if node.name not in hosts and not node.is_draining]
+    keepers = [node.name for node in others if _keeps(node, decision)]
+    if len(keepers) >= RECORDERS:
+        return frozenset(sorted(keepers)[:RECORDERS])
+    near = {context.nodes[name].identity.domain for name in hosts & context.nodes.keys()}
+    rest = (node for node in others if not _keeps(node, decision))
+    order = {node.name: (node.identity.domain in near, _draw(node.name, decision.run), node.name) for node in rest}
+    return frozenset([*keepers, *heapq.nsmallest(RECORDERS - len(keepers), order, key=order.__getitem__)])
+
+
+def _keeps(node: NodeState, decision: Decision) -> bool:
+    report = node.runs.get(decision.run)
+    kept = report.decision if report is not None else None
+    return kept is not None and kept.decision_id == decision.decision_id and kept.generation == decision.generation
+
+
+def _draw(node: str, run: str) -> int:
+    """Another order of the nodes for each run, and the same one again."""
+    return zlib.crc32(f"{run}/{node}".encode())

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backstay.ids import Generation, SnapshotKey
-from backstayd.core.durable_uploads import Persisting
 from backstayd.core.end_of_run import Forgetting, lift_if_wrong, made_unix_s, tombstone_of
 from backstayd.core.inventory.absent_ranks import Missing
 from backstayd.core.inventory.catalog import Inventory, ShapeCache, SnapshotView, build_views, take_inventory
@@ -16,7 +15,6 @@ from backstayd.core.inventory.lineage import is_live, live_lineage, newest_decis
 from backstayd.core.inventory.nodes import NodeState
 from backstayd.core.inventory.ownership import owner_of, strangers, without
 from backstayd.core.inventory.run_context import RunContext, World, find_worlds
-from backstayd.core.inventory.similar_names import near_sentence
 from backstayd.core.inventory.survey import live_records, stored_views, with_urls
 from backstayd.core.inventory.tombstones import Tombstones
 from backstayd.core.messages.decisions import Decision, Outcome
@@ -24,16 +22,18 @@ from backstayd.core.messages.report import RunReport, SessionPhase, SessionRecor
 from backstayd.core.messages.tombstone import Cause
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.draining import Draining
+from backstayd.core.protect.durable_uploads import Persisting
 from backstayd.core.protect.interval import Pace
 from backstayd.core.protect.lag import Lag, Training, behind_sentence
 from backstayd.core.protect.protection import Protection
 from backstayd.core.protect.retention import abandoned_keys, has_returned, releasable
-from backstayd.core.recover.choice import Memory, choose
+from backstayd.core.recover.choice import Memory, choose, near_sentence
 from backstayd.core.recover.ledger import Accounts
 from backstayd.core.recover.probation import Probation
-from backstayd.core.recover.recovery import Recovery, Say, Stage
-from backstayd.core.running_rebuilds import Rebuilds
+from backstayd.core.recover.rebuilds import Rebuilds
+from backstayd.core.recover.recovery import Recovery, Stage
 from backstayd.core.sentences import any_nodes, counted, listed
+from backstayd.core.timeline import Say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -438,7 +438,7 @@ class RunState:
     def _dead(self, context: RunContext) -> set[int]:
         """Snapshots that a decision left behind and that may be deleted: a trainer has returned with that decision.
 
-        None while the newest decision's witnesses are all away.
+        None while the nodes that recorded the newest decision are all away.
         """
         head = context.head
         if head is None or context.lineage != head.lineage:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+
+Say = Callable[[str, str], None]  # kind, message
 
 KEPT_EVENTS = 500
 FREQUENT_KINDS = frozenset({"complete", "protected", "released_snapshot"})  # one each per snapshot: kept apart

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from backstay.errors import CapacityError, UsageError
 from backstayd.config.values import MAX_PARITY
 from backstayd.core.policy import CorePolicy
-from backstayd.core.protect import footprint
+from backstayd.core.protect import groups
 from backstayd.core.sentences import any_nodes
 from backstayd.sizing import intervals, survival
 from backstayd.sizing.rates import DAY_S, NODE_LOSSES_PER_NODE_DAY, TRAINER_FAILURES_PER_NODE_DAY
@@ -154,8 +154,8 @@ def _choice(question: Question, name: str, group_size: int, m: int) -> Choice:
     nodes, size_bytes = question.nodes, question.node_state_bytes
     sizes = survival.group_sizes(nodes, group_size=group_size, m=m)
     k = min(sizes) - m
-    fraction = footprint.parity_fraction(nodes, group_size=group_size, m=m)
-    admission = footprint.admission_bytes(size_bytes, keep=question.keep, fraction=fraction)
+    fraction = groups.parity_fraction(nodes, group_size=group_size, m=m)
+    admission = groups.admission_bytes(size_bytes, keep=question.keep, fraction=fraction)
     network = size_bytes * (k + m - 1) // k if m else 0
     protect_s = network / question.bandwidth_bytes_per_s if question.bandwidth_bytes_per_s else 0.0
     fatal = survival.fatal_domains(nodes, nodes_per_domain=question.nodes_per_domain, group_size=group_size, m=m)
@@ -268,4 +268,4 @@ def _too_small(question: Question, choices: tuple[Choice, ...]) -> CapacityError
 
 def slots(keep: int) -> str:
     """How many copies of its own state a node has room for."""
-    return f"{footprint.slots_of(keep)} slots"
+    return f"{groups.slots_of(keep)} slots"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from backstayd.core.inventory.placement import form_groups, widest_domain
+from backstayd.core.protect.groups import form_groups, widest_domain
 
 UNIFORM_TERMS = 200_000  # of the series of :func:`survive_window`; windows of years stay below it
 

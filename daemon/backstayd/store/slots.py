@@ -29,7 +29,7 @@ from backstay.format.manifest import Manifest
 from backstay.format.shard import PAGE_BYTES
 from backstay.ids import SnapshotKey
 from backstayd.core.messages.plans import ShardRecord
-from backstayd.core.protect.footprint import parity_room
+from backstayd.core.protect.groups import parity_room
 from backstayd.store.adopt import check_size, slot_id_of
 from backstayd.store.directory import Directory
 from backstayd.store.index import HeldShard, RunIndex, Slot

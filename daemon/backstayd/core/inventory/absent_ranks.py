@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import World, is_waiting
-from backstayd.core.messages.missing_ranks import MissingRanks
+from backstayd.core.messages.desired import MissingRanks
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.sentences import amount, listed
 

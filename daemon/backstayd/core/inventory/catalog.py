@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey, snapshot_id
 from backstayd.core.inventory import geometry
-from backstayd.core.inventory.nodes import NodeState
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.messages.decisions import Decision
 from backstayd.core.messages.plans import Plan, Quarantined, ShardRecord, VolumeShard
 

@@ -27,16 +27,16 @@ def live_lineage(
 ) -> tuple[Lineage, ...]:
     """The live attempts, newest first: those of the newest decision, or of what a later one left on durable storage.
 
-    An attempt above the newest decision that belongs to no known decision has lost all its witnesses: where it began is
-    not known, so only its own snapshots are trusted.
+    An attempt above the newest decision that belongs to no known decision has lost every node that recorded its decision:
+    where it began is not known, so only its own snapshots are trusted.
     """
     known = head.lineage if head is not None else ()
     for record in records:
         if record.attempt > (known[0].attempt if known else 0):
             known = record.lineage or (Lineage(attempt=record.attempt, base_attempt=0, base_step=0),)
     top = known[0].attempt if known else 0
-    witnessed = {entry.attempt for decision in decisions for entry in decision.lineage}
-    newest = max((view.key.attempt for view in views if view.key.attempt not in witnessed), default=0)
+    decided = {entry.attempt for decision in decisions for entry in decision.lineage}
+    newest = max((view.key.attempt for view in views if view.key.attempt not in decided), default=0)
     if newest > top:
         return (Lineage(attempt=newest, base_attempt=0, base_step=0),)
     return known

@@ -141,3 +141,18 @@ class NodeTable:
 def staying(nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
     """Those that will not be stopped; all, if all will."""
     return {name: node for name, node in nodes.items() if not node.is_draining} or nodes
+
+
+def natural(name: str) -> tuple[object, ...]:
+    """Sort key under which node-2 comes before node-10."""
+    parts: list[object] = []
+    digits = ""
+    for character in name + "\0":
+        if character.isdecimal():
+            digits += character
+            continue
+        if digits:
+            parts.append((1, int(digits), ""))
+            digits = ""
+        parts.append((0, 0, character))
+    return tuple(parts)

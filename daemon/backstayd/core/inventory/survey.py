@@ -14,8 +14,7 @@ from backstay.ids import Generation, SnapshotKey, snapshot_id
 from backstayd.core.inventory.catalog import Inventory, SnapshotView
 from backstayd.core.inventory.durable_names import snapshot_url
 from backstayd.core.inventory.lineage import is_live, is_live_place
-from backstayd.core.inventory.nodes import Liveness, NodeState
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import Liveness, NodeState, natural
 from backstayd.core.messages.decisions import Decision, Distrusted, Lineage
 from backstayd.core.messages.durable import PersistedSnapshot, Survey
 from backstayd.core.messages.report import RunReport

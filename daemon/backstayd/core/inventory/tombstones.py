@@ -12,8 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 from backstay.ids import SnapshotKey
-from backstayd.core.inventory.nodes import NodeState
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.messages.report import NodeReport, RunReport, SessionPhase
 from backstayd.core.messages.tombstone import MAX_TOMBSTONES, Cause, Tombstone, trimmed
 

@@ -1,4 +1,7 @@
-"""What a world restores, from where, and how far each host is with it."""
+"""What a world restores, from where, how far each host is with it, and the ledger of interruptions recorded with it.
+
+Times in the ledger are Unix seconds of the coordinator's clock; 0 means not known.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import enum
 from dataclasses import dataclass
 
 from backstay.ids import Generation
-from backstayd.core.messages.interruptions import Ledger
 
 
 class Outcome(enum.StrEnum):
@@ -63,7 +65,7 @@ class Base:
 class Lineage:
     """``attempt`` began from (``base_attempt``, ``base_step``); base_attempt 0 means from scratch.
 
-    ``world_id`` is the world that writes it: an attempt number can be given twice when its witnesses are all away.
+    ``world_id`` is the world that writes it: an attempt number can be given twice when the nodes that recorded it are all away.
     """
 
     attempt: int
@@ -88,6 +90,52 @@ class ShardSource:
     kind: SourceKind
     holders: tuple[str, ...] = ()
     layout: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interruption:
+    """One end of a world that trained, and how the next world came to train.
+
+    ``cause`` is ``trainer_died``, ``node_lost``, ``all_nodes_lost``, ``distrusted`` or ``world_restarted``. Times ascend as
+    far as they are known: heard, noticed, opened, decided, released.
+    """
+
+    attempt: int  # the history that ended
+    cause: str
+    detail: str = ""  # a sentence for people
+    heard_unix_s: float = 0.0  # the last sign of life of what was missing: training stood still from about then
+    noticed_unix_s: float = 0.0  # a rank was missing from the reports
+    opened_unix_s: float = 0.0  # every rank of the next world waited in restore()
+    decided_unix_s: float = 0.0
+    released_unix_s: float = 0.0  # every host had recorded the decision: the ranks went on
+    new_attempt: int = 0  # 0: no world goes on yet
+    outcome: str = ""  # of the decision: EXACT, EXACT_OLDER, NONE
+    source: str = ""  # the farthest place a shard came from: memory, peer, rebuild, persisted; none: from scratch
+    newest_step: int = 0  # the newest step that a rank is known to have completed in the history that ended
+    base_step: int = 0  # the step that was restored
+    step_s: float = 0.0  # measured seconds per step in the history that ended
+    blocked_s: float = 0.0  # what snapshots cost its slowest rank, as the trainers said
+    first_step: int = 0  # the first step seen of the new history
+    first_step_unix_s: float = 0.0
+    has_storage: bool = False  # durable storage was configured
+    persisted_step: int = 0  # the newest step of the live history on it when the decision was made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """The interruptions of a run, oldest first, bounded; what was dropped is summed up in ``earlier_...``.
+
+    ``is_whole``: it goes back to the run's first step. ``began_unix_s``: since when it is kept.
+    """
+
+    began_unix_s: float = 0.0
+    is_whole: bool = False
+    entries: tuple[Interruption, ...] = ()
+    earlier_count: int = 0
+    earlier_steps_lost: int = 0
+    earlier_down_s: float = 0.0
+    earlier_recompute_s: float = 0.0
+    earlier_blocked_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,3 +170,28 @@ class Staging:
     done_bytes: int = 0
     total_bytes: int = 0
     reason: str = ""
+
+
+def base_size(decision: Decision) -> int:
+    """How many ranks wrote what the decision restores."""
+    return (decision.base.world_size if decision.base is not None else 0) or decision.world_size
+
+
+def readers_of(decision: Decision) -> dict[int, str]:
+    """The node that reads each shard of the base, if its own rank does; none: any host may read of any."""
+    if base_size(decision) != decision.world_size:
+        return {}
+    return {place.rank: place.node for place in decision.placements}
+
+
+def takes_whole(decision: Decision, *, rank: int, layout: str) -> bool:
+    """Whether a rank that holds its tensors as ``layout`` says reads whole shards, its own above all, and needs no offer.
+
+    "" is a layout nobody knows: such a shard, and a trainer that says nothing, are taken for alike.
+    """
+    if decision.base is None:
+        return True
+    if base_size(decision) != decision.world_size:
+        return False
+    written = next((source.layout for source in decision.sources if source.rank == rank), "")
+    return not layout or not written or layout == written

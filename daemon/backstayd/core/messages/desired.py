@@ -8,7 +8,6 @@ from backstay.ids import Generation, SnapshotKey
 from backstayd.core.messages.decisions import Decision, DecisionPhase, Distrusted
 from backstayd.core.messages.durable import StorageDesired
 from backstayd.core.messages.gate import GateVerdict
-from backstayd.core.messages.missing_ranks import MissingRanks
 from backstayd.core.messages.plans import Plan, Quarantined, Rebuild, ShardCopy
 from backstayd.core.messages.tombstone import Tombstone
 
@@ -24,6 +23,17 @@ class Schedule:
     def includes(self, step: int) -> bool:
         interval = self.interval_steps if step >= self.from_step else self.previous_interval_steps
         return step % interval == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissingRanks:
+    """Ranks of one world for which the others wait: in restore(), or ``is_training``, for their part of each snapshot."""
+
+    world_id: str
+    ranks: tuple[int, ...]  # the first few
+    count: int
+    sentence: str
+    is_training: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

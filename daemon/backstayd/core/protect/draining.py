@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from backstayd.core.inventory.catalog import NOT_RECOVERABLE, SnapshotView, build_views, take_inventory
-from backstayd.core.inventory.nodes import NodeState
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.messages.plans import Plan, ShardCopy
 from backstayd.core.sentences import counted, listed

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from backstay.format.manifest import CHUNK_BYTES
 from backstayd.core.inventory.catalog import Inventory, PlanState, ShapeCache, SnapshotView, plan_state
-from backstayd.core.inventory.nodes import NodeState
-from backstayd.core.inventory.placement import form_groups, natural
+from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.messages.plans import Member, Plan
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.draining import Draining
+from backstayd.core.protect.groups import form_groups
 
 SETS_UNDER_WAY = 2  # a repair of the restored snapshot and the first new one
 STALL_LEASES = 10  # a set without progress for so long is planned anew

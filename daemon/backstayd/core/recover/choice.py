@@ -5,13 +5,14 @@ NONE needs evidence; a known run without a restorable snapshot is refused with w
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from backstay.ids import SnapshotKey
 from backstayd.core.inventory.catalog import NOT_RECOVERABLE, SnapshotView
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.messages.decisions import Outcome, ShardSource, SourceKind
 from backstayd.core.messages.plans import Plan
@@ -19,6 +20,8 @@ from backstayd.core.messages.tombstone import Cause
 from backstayd.core.sentences import counted, listed
 
 REMEMBERED_SNAPSHOTS = 16
+MOST_ALIKE = 3  # runs named because they look like a new one
+LIKENESS = 0.8  # of difflib: one wrong letter in five is still like it
 
 
 @dataclass(slots=True)
@@ -316,3 +319,19 @@ def sources_of(
             )
         )
     return tuple(sources)
+
+
+def near_sentence(run: str, known: Mapping[str, str]) -> str:
+    """Which of ``known`` (run to what became of it) have a name like ``run``; "" for none.
+
+    Its job must be the same and its run_id like it, or its run_id the same and its job another.
+    """
+    job, _, run_id = run.partition("/")
+    parts = {name: name.partition("/") for name in sorted(known) if name != run}
+    lowered = {other.lower(): name for name, (of, _, other) in parts.items() if of == job}
+    close = difflib.get_close_matches(run_id.lower(), lowered, n=MOST_ALIKE, cutoff=LIKENESS)
+    found = [lowered[name] for name in close]
+    found += [name for name, (of, _, other) in parts.items() if of != job and other == run_id]
+    if not found:
+        return ""
+    return f"; runs with a name like it: {listed(f'{name} ({known[name]})' for name in found[:MOST_ALIKE])}"

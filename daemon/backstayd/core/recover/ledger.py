@@ -23,10 +23,9 @@ from typing import Any
 
 from backstay.format import json_records
 from backstay.ids import SnapshotKey
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import RunContext, World
-from backstayd.core.messages.decisions import Decision, Outcome, Placement, SourceKind
-from backstayd.core.messages.interruptions import Interruption, Ledger
+from backstayd.core.messages.decisions import Decision, Interruption, Ledger, Outcome, Placement, SourceKind
 from backstayd.core.recover.recovery import Recovery, Stage
 from backstayd.core.sentences import amount, counted, listed
 

@@ -16,8 +16,7 @@ from backstay.ids import Generation
 from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.distrust import count_tries, loop_message
 from backstayd.core.inventory.lineage import extend, trimmed
-from backstayd.core.inventory.placement import natural
-from backstayd.core.inventory.readers import base_size, readers_of
+from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import RunContext, World, is_waiting
 from backstayd.core.messages.decisions import (
     Base,
@@ -29,18 +28,20 @@ from backstayd.core.messages.decisions import (
     SourceKind,
     Staging,
     StagingState,
+    base_size,
+    readers_of,
 )
 from backstayd.core.messages.report import RunReport, SessionPhase
-from backstayd.core.protect.rebuild_plan import choose_targets
 from backstayd.core.recover.choice import Choice, Memory, choose, sources_of
+from backstayd.core.recover.rebuild_plan import choose_targets
 from backstayd.core.sentences import amount, counted, listed
+from backstayd.core.timeline import Say
 
 SAME_FAILURES = 3  # so many failed stagings of one snapshot, a lease and then two apart, and it is passed over
 CLOSED_WORLDS = 64
 LEAP_GENERATIONS = 1_000_000  # further than any cluster gets between two durable copies
 LEAP_ATTEMPTS = 1000
 
-Say = Callable[[str, str], None]  # kind, message
 Enter = Callable[[Decision, RunContext], Decision]  # a decision before it has an id, with the run's ledger in it
 
 

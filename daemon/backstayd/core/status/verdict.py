@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from backstayd.core.inventory.catalog import SnapshotView
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.messages.decisions import DecisionPhase
 from backstayd.core.messages.report import SessionPhase

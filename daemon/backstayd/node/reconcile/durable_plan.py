@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 from backstayd.coder.jobs import MarkSnapshot, PruneSnapshot, SurveyStorage, UploadShard, WriteRecord
-from backstayd.core.durable_uploads import RECORD_RANK
 from backstayd.core.inventory.survey import SURVEY_DEADLINE_S
 from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired
+from backstayd.core.protect.durable_uploads import RECORD_RANK
 from backstayd.node.deadlines import STORAGE_DEADLINE_S, STORAGE_FLOOR_BYTES_PER_S
 from backstayd.node.reconcile.actions import StartJob, View
 from backstayd.node.reconcile.tasks import TaskKey, TaskKind

@@ -17,8 +17,7 @@ from backstayd.coder.jobs import (
 )
 from backstayd.core.inventory.durable_names import is_local
 from backstayd.core.inventory.geometry import fragment_bytes
-from backstayd.core.inventory.readers import base_size
-from backstayd.core.messages.decisions import Decision, DecisionPhase, ShardSource, SourceKind, StagingState
+from backstayd.core.messages.decisions import Decision, DecisionPhase, ShardSource, SourceKind, StagingState, base_size
 from backstayd.core.messages.plans import FragmentRecord, Rebuild, RebuildTarget
 from backstayd.node.deadlines import BASE_DEADLINE_S, deadline_s, storage_deadline_s
 from backstayd.node.reconcile.actions import (

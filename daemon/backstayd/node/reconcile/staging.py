@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from backstayd.core.inventory.readers import base_size, takes_whole
-from backstayd.core.messages.decisions import Decision, DecisionPhase, ShardSource, Staging, StagingState
+from backstayd.core.messages.decisions import (
+    Decision,
+    DecisionPhase,
+    ShardSource,
+    Staging,
+    StagingState,
+    base_size,
+    takes_whole,
+)
 from backstayd.core.messages.plans import Rebuild, RebuildTarget
 from backstayd.node.reconcile.actions import View
 

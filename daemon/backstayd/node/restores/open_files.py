@@ -18,8 +18,7 @@ from backstay.errors import BackstayError, UnavailableError
 from backstay.ids import SnapshotKey
 from backstay.protocol import framing, messages
 from backstayd.coder.jobs import JobResult, VerifyPersisted
-from backstayd.core.inventory.readers import takes_whole
-from backstayd.core.messages.decisions import Decision, SourceKind
+from backstayd.core.messages.decisions import Decision, SourceKind, takes_whole
 from backstayd.durable.local_shard import LocalShard, open_local_shard
 from backstayd.node.session import Session
 from backstayd.store.published import open_for_trainer

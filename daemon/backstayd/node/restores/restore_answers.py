@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 
 from backstay.errors import BackstayError, UnavailableError, UnrecoverableError
 from backstay.protocol import messages
-from backstayd.core.inventory.readers import base_size, takes_whole
-from backstayd.core.messages.decisions import Decision, DecisionPhase, Outcome, Staging
+from backstayd.core.messages.decisions import Decision, DecisionPhase, Outcome, Staging, base_size, takes_whole
 from backstayd.node.node_state import NodeState
 from backstayd.node.restores.open_files import OpenFiles
 from backstayd.node.session import RestoreAnswer, Session

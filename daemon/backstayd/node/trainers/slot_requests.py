@@ -15,7 +15,7 @@ from backstay.format.manifest import Manifest
 from backstay.protocol import messages
 from backstayd.core.inventory.distrust import MAX_REASON
 from backstayd.core.messages.desired import RunDesired
-from backstayd.core.protect.footprint import slots_of
+from backstayd.core.protect.groups import slots_of
 from backstayd.node import job_metrics
 from backstayd.node.node_state import NodeState
 from backstayd.node.session import Session

@@ -5,7 +5,7 @@ from __future__ import annotations
 from backstay.testing.fixtures import LocalClusterFactory
 from tests.kit.light_world import light_world, wait_protected
 
-RUN = "default/witnessed"
+RUN = "default/recorded"
 LEASE_S = 1.0
 
 

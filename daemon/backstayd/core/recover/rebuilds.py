@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from backstayd.core.durable_uploads import Persisting
 from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.nodes import staying
 from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.messages.decisions import SourceKind
 from backstayd.core.messages.plans import Rebuild
-from backstayd.core.protect.rebuild_plan import choose_targets, is_still_possible, open_targets, plan_rebuilds
-from backstayd.core.recover.recovery import Recovery, Say, Stage
+from backstayd.core.protect.durable_uploads import Persisting
+from backstayd.core.recover.rebuild_plan import choose_targets, is_still_possible, open_targets, plan_rebuilds
+from backstayd.core.recover.recovery import Recovery, Stage
 from backstayd.core.sentences import counted, listed
+from backstayd.core.timeline import Say
 
 
 @dataclass(slots=True)

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from backstayd.core.inventory.catalog import Inventory, ShapeCache, SnapshotView, StripeShape, stripe_holders
-from backstayd.core.inventory.nodes import NodeState
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.messages.plans import FragmentSource, Plan, Rebuild, RebuildTarget, RebuildTask, seal_rebuild
 
 

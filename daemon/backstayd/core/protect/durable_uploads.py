@@ -12,18 +12,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backstay.ids import SnapshotKey
-from backstayd.core.durable_upkeep import Upkeep
 from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.durable_names import run_url
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import RunContext, World
 from backstayd.core.inventory.survey import Surveying
 from backstayd.core.messages.decisions import Lineage
 from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, Upload, UploadState, UploadTask
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.policy import CorePolicy
-from backstayd.core.recover.recovery import Say
+from backstayd.core.protect.durable_upkeep import Upkeep
 from backstayd.core.sentences import listed
+from backstayd.core.timeline import Say
 
 RECORD_RANK = -1  # in Upload.rank: the completion record
 FAILED_PAUSE_LEASES = 10  # a snapshot whose upload was given up is not tried again before

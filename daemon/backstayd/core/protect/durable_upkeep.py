@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 from backstay.ids import SnapshotKey
 from backstayd.core.inventory.durable_names import is_markable
-from backstayd.core.inventory.placement import natural
+from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.inventory.survey import Surveying
 from backstayd.core.messages.decisions import Distrusted
 from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, Stored
 from backstayd.core.policy import CorePolicy
-from backstayd.core.recover.recovery import Say
+from backstayd.core.timeline import Say
 
 ABANDONED_LEASES = 200  # a partial upload that nobody goes on with is removed after so long
 MAX_PRUNES = 16  # named to a node at a time

@@ -1,9 +1,14 @@
-"""Groups over the nodes of a job: equal sizes, failure domains spread. Pure."""
+"""Groups over the nodes of a job: equal sizes, failure domains spread, and the memory that protection takes on each. Pure."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Final
+
+from backstayd.core.inventory.nodes import natural
+
+PARITY_PLANS: Final = 2  # the parity of one snapshot stays until that of the next one protects as well
 
 
 def group_count(node_count: int, *, group_size: int, m: int) -> int:
@@ -23,22 +28,30 @@ def form_groups(domain_of: Mapping[str, str], *, group_size: int, m: int) -> tup
     return tuple(tuple(sorted(order[first::groups], key=natural)) for first in range(groups))
 
 
-def natural(name: str) -> tuple[object, ...]:
-    """Sort key under which node-2 comes before node-10."""
-    parts: list[object] = []
-    digits = ""
-    for character in name + "\0":
-        if character.isdecimal():
-            digits += character
-            continue
-        if digits:
-            parts.append((1, int(digits), ""))
-            digits = ""
-        parts.append((0, 0, character))
-    return tuple(parts)
-
-
 def widest_domain(group: Sequence[str], domain_of: Mapping[str, str]) -> int:
     """Nodes of the group that fall together if one domain does."""
     counts = Counter(domain_of[name] or f"\0{name}" for name in group)
     return max(counts.values(), default=0)
+
+
+def slots_of(keep: int) -> int:
+    """Slots of a rank: one for each snapshot that is kept, and one to write into."""
+    return keep + 1
+
+
+def parity_fraction(node_count: int, *, group_size: int, m: int) -> float:
+    """m / k of the smallest group, which pays most per byte of state."""
+    if node_count <= m or m == 0:
+        return 0.0 if m == 0 else float(m)
+    members = node_count // group_count(node_count, group_size=group_size, m=m)
+    return m / (members - m)
+
+
+def parity_room(size_bytes: int, fraction: float) -> int:
+    """Bytes to have free for parity of a shard of ``size_bytes`` before its slots are given."""
+    return int(PARITY_PLANS * fraction * size_bytes)
+
+
+def admission_bytes(size_bytes: int, *, keep: int, fraction: float) -> int:
+    """All that a node must have free before training starts, per ``size_bytes`` of state on it."""
+    return slots_of(keep) * size_bytes + parity_room(size_bytes, fraction)
