@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from backstay.protocol.messages import GateEntry
 from backstay.restore.gate_statements import WINDOW_BYTES, crc_of
-from backstayd.core.messages.gate import GateEntry, GateReport
+from backstayd.core.messages.gate import GateReport
 from backstayd.core.recover.gate import Conflict, conflicts_of
 from tests.kit.local_daemon import LocalDaemon
 from tests.kit.statement_ranks import KINDS, RANKS

@@ -97,7 +97,7 @@ def test_what_a_trainer_states_is_bounded_before_it_travels(node: NodeThread) ->
     trainer = trainer_of(node)
     names = tuple(f"replicas: {index:06}" for index in range(2500))
     ranks = tuple(range(400))
-    many = tuple(messages.GateEntryBody(name=name, ranks=ranks, digest="d" * 32) for name in names)
+    many = tuple(messages.GateEntry(name=name, ranks=ranks, digest="d" * 32) for name in names)
     for gate in (
         messages.Gate(decision_id="d" * (MAX_SAID_BYTES // 2), entries=()),
         messages.Gate(decision_id="d", entries=many),

@@ -29,7 +29,7 @@ from backstay.format import json_records
 from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstay.format.shard import check_file
 from backstay.protocol import framing, messages
-from backstayd.core.messages.gate import GateEntry, GateReport
+from backstayd.core.messages.gate import GateReport
 from backstayd.core.recover.gate import conflicts_of
 
 
@@ -238,7 +238,7 @@ class LocalDaemon:
         """Compare as the coordinator does."""
         run.gates.setdefault(message.decision_id, {})[attach.rank] = GateReport(
             decision_id=message.decision_id,
-            entries=tuple(GateEntry(name=e.name, ranks=e.ranks, digest=e.digest) for e in message.entries),
+            entries=message.entries,
             failure=message.failure,
         )
         reports = run.gates[message.decision_id]
@@ -310,9 +310,7 @@ class LocalDaemon:
         return messages.Fetched(shards=shards), tuple(fds)
 
     def _reserve(self, run: Run, attach: messages.Attach, message: messages.Reserve) -> tuple[Any, tuple[int, ...]]:
-        schedule = messages.ScheduleBody(
-            interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps
-        )
+        schedule = messages.Schedule(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)
         if self.hold_slots:
             return messages.Skipped(reason="slots are held by the test", schedule=schedule, notice=self.notice), ()
         if self.is_full:
@@ -347,9 +345,7 @@ class LocalDaemon:
             for older in [k for k in run.snapshots if k < key]:
                 for rank, shard in run.snapshots.pop(older).items():
                     run.free.setdefault(rank, []).append(shard.path)
-        schedule = messages.ScheduleBody(
-            interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps
-        )
+        schedule = messages.Schedule(interval_steps=self.interval_steps, previous_interval_steps=self.interval_steps)
         return messages.Committed(digest=manifest.digest, schedule=schedule, notice=self.notice)
 
 

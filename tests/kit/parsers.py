@@ -29,6 +29,7 @@ from backstay.format import json_records, shard
 from backstay.format.manifest import Manifest
 from backstay.ids import Generation, SnapshotKey, snapshot_id
 from backstay.protocol import framing, messages
+from backstay.protocol.messages import GateEntry
 from backstayd.config.load import load_config
 from backstayd.config.reference import sample
 from backstayd.config.schema import CoordinatorConfig, NodeConfig
@@ -47,7 +48,7 @@ from backstayd.core.messages.decisions import (
 )
 from backstayd.core.messages.desired import NodeDesired, RunDesired
 from backstayd.core.messages.durable import PersistedSnapshot, Survey
-from backstayd.core.messages.gate import GateEntry, GateReport
+from backstayd.core.messages.gate import GateReport
 from backstayd.core.messages.plans import FragmentRecord, Member, Plan, Quarantined, ShardRecord, VolumeShard
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.core.policy import CorePolicy
@@ -149,7 +150,7 @@ def frames() -> list[dict[str, Any]]:
         messages.Restore(deadline_s=1.0, world_size=2),
         messages.Reserve(step=3, size_bytes=4096, known_slots=("a",)),
         messages.Commit(step=3, slot_id="a", manifest=MADE.json, cost=messages.TrainerCost(snapshot_s=0.1)),
-        messages.Gate(decision_id="d", entries=(messages.GateEntryBody(name="n", ranks=(0,), digest="x"),)),
+        messages.Gate(decision_id="d", entries=(messages.GateEntry(name="n", ranks=(0,), digest="x"),)),
         messages.Fetch(decision_id="d", shards=(messages.ChunkRanges(rank=0, firsts=(0,), counts=(2,)),)),
         messages.Abandon(step=3, slot_id="a", reason="r"),
         messages.Open(run=RUN, step=3),

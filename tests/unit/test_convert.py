@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from backstay.errors import ERROR_CLASSES, BackstayError, IntegrityError, UnavailableError
 from backstay.ids import Generation
+from backstay.protocol.messages import Schedule
 from backstayd.core.messages import decisions, desired, durable, gate, plans, report, tombstone
 from backstayd.core.messages.decisions import Interruption, Ledger
-from backstayd.core.messages.desired import NodeDesired, Schedule
+from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase
 from backstayd.transport import convert, errors
 from backstayd.v1 import coordinator_pb2

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backstay.ids import Generation
+from backstay.protocol.messages import GateDetail, GateEntry
 from backstayd.core.inventory.run_context import LiveSession
 from backstayd.core.messages.decisions import Base, Decision, Outcome
-from backstayd.core.messages.gate import GateDetail, GateEntry, GateReport, GateState
+from backstayd.core.messages.gate import GateReport, GateState
 from backstayd.core.messages.report import SessionPhase, SessionRecord
 from backstayd.core.recover.gate import Gate, conflicts_of, is_passed_mark
 

@@ -93,7 +93,7 @@ class Session:
         self.identity = identity
         self.tally = Tally()
         self.costs = Costs()
-        self.schedule = messages.ScheduleBody(
+        self.schedule = messages.Schedule(
             interval_steps=max(1, interval_steps), previous_interval_steps=max(1, interval_steps)
         )
         self.is_responsive = True
@@ -132,9 +132,7 @@ class Session:
 
     def is_due(self, step: int) -> bool:
         """Whether ``step`` is one that all ranks capture."""
-        schedule = self.schedule
-        is_new = step >= schedule.from_step
-        return step % max(1, schedule.interval_steps if is_new else schedule.previous_interval_steps) == 0
+        return self.schedule.includes(step)
 
     def has_room(self) -> bool:
         """Whether a capture can be handed over now."""

@@ -126,14 +126,22 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GateEntryBody:
+class GateEntry:
+    """One statement on which ``ranks`` must agree: each of them makes it, with the same ``digest``, or the layout is wrong.
+
+    ``name`` is its kind, a colon, and what it is about. ``ranks`` () means the whole world. A rank that names only itself
+    claims something that no other rank may have.
+    """
+
     name: str
     ranks: tuple[int, ...]
     digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GateDetailBody:
+class GateDetail:
+    """What is behind one entry: a digest per tensor (``names[i]`` has ``digests[i]``), bounded."""
+
     entry: str
     names: tuple[str, ...]
     digests: tuple[str, ...]
@@ -147,8 +155,8 @@ class Gate:
     """
 
     decision_id: str
-    entries: tuple[GateEntryBody, ...] = ()
-    details: tuple[GateDetailBody, ...] = ()
+    entries: tuple[GateEntry, ...] = ()
+    details: tuple[GateDetail, ...] = ()
     failure: str = ""
     deadline_s: float = 600.0
 
@@ -250,10 +258,16 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduleBody:
+class Schedule:
+    """Snapshot at multiples of ``interval_steps`` from ``from_step`` on; before that ``previous_interval_steps`` holds."""
+
     interval_steps: int = 1
     from_step: int = 0
     previous_interval_steps: int = 1
+
+    def includes(self, step: int) -> bool:
+        interval = self.interval_steps if step >= self.from_step else self.previous_interval_steps
+        return step % max(1, interval) == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,7 +276,7 @@ class Reserved:
 
     slot_id: str
     size_bytes: int
-    schedule: ScheduleBody = field(default_factory=ScheduleBody)
+    schedule: Schedule = field(default_factory=Schedule)
     redundancy: str = ""
     protected_step: int = 0
     notice: str = ""  # what keeps snapshots from becoming complete
@@ -273,7 +287,7 @@ class Skipped:
     """No slot: this step is abandoned; training goes on."""
 
     reason: str
-    schedule: ScheduleBody = field(default_factory=ScheduleBody)
+    schedule: Schedule = field(default_factory=Schedule)
     redundancy: str = ""
     protected_step: int = 0
     notice: str = ""  # what keeps snapshots from becoming complete
@@ -304,7 +318,7 @@ class Commit:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
     digest: str
-    schedule: ScheduleBody = field(default_factory=ScheduleBody)
+    schedule: Schedule = field(default_factory=Schedule)
     redundancy: str = ""
     protected_step: int = 0
     notice: str = ""  # what keeps snapshots from becoming complete

@@ -42,17 +42,17 @@ class Statement:
     ranks: Scope
     lines: Mapping[str, str] = field(default_factory=dict)
 
-    def entry(self) -> messages.GateEntryBody:
+    def entry(self) -> messages.GateEntry:
         body = "\n".join(f"{name}\t{value}" for name, value in sorted(self.lines.items()))
-        return messages.GateEntryBody(
+        return messages.GateEntry(
             name=self.name, ranks=self.ranks, digest=hashlib.sha256(body.encode()).hexdigest()[:32]
         )
 
-    def detail(self, limit: int) -> messages.GateDetailBody:
+    def detail(self, limit: int) -> messages.GateDetail:
         """Value by tensor, the first ``limit`` in the order of their names: the same on all ranks that agree on names."""
         items = sorted(self.lines.items())[:limit]
         names = tuple(name[:MAX_DETAIL_NAME] for name, _ in items)
-        return messages.GateDetailBody(entry=self.name, names=names, digests=tuple(value[:100] for _, value in items))
+        return messages.GateDetail(entry=self.name, names=names, digests=tuple(value[:100] for _, value in items))
 
 
 def make(target: Target, restored: messages.Restored, loaded: Loaded) -> list[Statement]:

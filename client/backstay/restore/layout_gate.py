@@ -50,7 +50,7 @@ class Gate:
             return
         entries = tuple(statement.entry() for statement in statements)
         by_name = {statement.name: statement for statement in statements}
-        details: dict[str, messages.GateDetailBody] = {}
+        details: dict[str, messages.GateDetail] = {}
         for _ in range(MAX_ROUNDS):
             message = messages.Gate(
                 decision_id=self._restored.decision_id, entries=entries, details=tuple(details.values())

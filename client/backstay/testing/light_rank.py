@@ -182,7 +182,7 @@ class LightRank:
         """Say what was loaded, as (name, ranks, digest), and wait for the verdict."""
         message = messages.Gate(
             decision_id=self.decision_id,
-            entries=tuple(messages.GateEntryBody(name=n, ranks=tuple(r), digest=d) for n, r, d in entries),
+            entries=tuple(messages.GateEntry(name=n, ranks=tuple(r), digest=d) for n, r, d in entries),
             failure=failure,
             deadline_s=deadline_s,
         )

@@ -5,24 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from backstay.ids import Generation, SnapshotKey
+from backstay.protocol.messages import Schedule
 from backstayd.core.messages.decisions import Decision, DecisionPhase, Distrusted
 from backstayd.core.messages.durable import StorageDesired
 from backstayd.core.messages.gate import GateVerdict
 from backstayd.core.messages.plans import Plan, Quarantined, Rebuild, ShardCopy
 from backstayd.core.messages.tombstone import Tombstone
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """Snapshot at multiples of ``interval_steps`` from ``from_step`` on; before that ``previous_interval_steps`` holds."""
-
-    interval_steps: int = 1
-    from_step: int = 0
-    previous_interval_steps: int = 1
-
-    def includes(self, step: int) -> bool:
-        interval = self.interval_steps if step >= self.from_step else self.previous_interval_steps
-        return step % interval == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

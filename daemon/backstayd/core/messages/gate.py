@@ -5,34 +5,14 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from backstay.protocol.messages import GateDetail, GateEntry
+
 
 class GateState(enum.StrEnum):
     WAITING = "waiting"  # not every rank has said what it loaded
     DETAIL = "detail"  # some entries differ: their ranks say which tensors
     PASSED = "passed"
     FAILED = "failed"  # ``message`` says what differs; nobody trains
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateEntry:
-    """One statement on which ``ranks`` must agree: each of them makes it, with the same ``digest``, or the layout is wrong.
-
-    ``name`` is its kind, a colon, and what it is about. ``ranks`` () means the whole world. A rank that names only itself
-    claims something that no other rank may have.
-    """
-
-    name: str
-    ranks: tuple[int, ...]
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateDetail:
-    """What is behind one entry: a digest per tensor (``names[i]`` has ``digests[i]``), bounded."""
-
-    entry: str
-    names: tuple[str, ...]
-    digests: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

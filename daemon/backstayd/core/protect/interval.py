@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from backstayd.core.messages.desired import Schedule
+from backstay.protocol.messages import Schedule
 from backstayd.core.messages.report import SessionRecord
 
 INTERVAL_LIMIT = 4096

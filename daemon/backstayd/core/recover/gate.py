@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from backstay.protocol.messages import GateEntry
 from backstayd.core.inventory.run_context import World
 from backstayd.core.messages.decisions import Decision
-from backstayd.core.messages.gate import GateEntry, GateReport, GateState, GateVerdict
+from backstayd.core.messages.gate import GateReport, GateState, GateVerdict
 from backstayd.core.messages.report import SessionPhase, SessionRecord
 from backstayd.core.sentences import counted, listed
 

@@ -14,7 +14,7 @@ from backstay.protocol import messages
 from backstayd.core.inventory.distrust import MAX_DISTRUSTED, MAX_REASON
 from backstayd.core.messages.decisions import Distrusted
 from backstayd.core.messages.desired import RunDesired
-from backstayd.core.messages.gate import GateDetail, GateEntry, GateReport, GateState
+from backstayd.core.messages.gate import GateReport, GateState
 from backstayd.node.node_state import NodeState
 from backstayd.node.session import Session, check_said
 from backstayd.node.trainers.connection import PROGRESS_S, Call
@@ -65,8 +65,8 @@ def take_gate(session: Session, message: messages.Gate) -> None:
         )
     gate = GateReport(
         decision_id=message.decision_id,
-        entries=tuple(GateEntry(name=e.name, ranks=e.ranks, digest=e.digest) for e in message.entries),
-        details=tuple(GateDetail(entry=d.entry, names=d.names, digests=d.digests) for d in message.details),
+        entries=message.entries,
+        details=message.details,
         failure=message.failure[:MAX_REASON],
     )
     session.gate = None

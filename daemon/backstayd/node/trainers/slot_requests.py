@@ -10,7 +10,6 @@ import functools
 from typing import Any, Final
 
 from backstay.errors import BackstayError, CapacityError, IntegrityError, UnavailableError, UsageError
-from backstay.format import json_records
 from backstay.format.manifest import Manifest
 from backstay.protocol import messages
 from backstayd.core.inventory.distrust import MAX_REASON
@@ -60,7 +59,6 @@ class SlotRequests:
         desired = self._node.run_desired(session.run)
         words: dict[str, Any] = {"redundancy": desired.redundancy, "protected_step": desired.protected_step}
         words["notice"] = _notice(session, desired)
-        schedule = messages.ScheduleBody(**json_records.to_json(desired.schedule))
         if grant is None:
             reason = "no slot came free"
             can_come = desired.is_release_possible and self._node.link.is_connected
@@ -70,7 +68,7 @@ class SlotRequests:
                 reason = "no slot is free, and none can be released now"
             # a rank that keeps its base for the time of its probation says nothing of how fast snapshots come
             self._skip(session, message.step, reason, is_short_of_slots=can_come and desired.extra_slots == 0)
-            await call.send(messages.Skipped(reason=reason, schedule=schedule, **words))
+            await call.send(messages.Skipped(reason=reason, schedule=desired.schedule, **words))
             return
         session.grants[grant.slot_id] = grant
         limit = messages.request_limit(grant.size_bytes)
@@ -79,7 +77,9 @@ class SlotRequests:
         if not message.is_ahead:
             session.last_step = message.step
         fds = () if grant.slot_id in message.known_slots else (grant.fd,)
-        reply = messages.Reserved(slot_id=grant.slot_id, size_bytes=grant.size_bytes, schedule=schedule, **words)
+        reply = messages.Reserved(
+            slot_id=grant.slot_id, size_bytes=grant.size_bytes, schedule=desired.schedule, **words
+        )
         await call.send(reply, fds)
 
     def _skip(self, session: Session, step: int, reason: str, *, is_short_of_slots: bool = False) -> None:
@@ -168,7 +168,7 @@ class SlotRequests:
         desired = self._node.run_desired(session.run)
         return messages.Committed(
             digest=shard.digest,
-            schedule=messages.ScheduleBody(**json_records.to_json(desired.schedule)),
+            schedule=desired.schedule,
             redundancy=desired.redundancy,
             protected_step=desired.protected_step,
             notice=_notice(session, desired),
