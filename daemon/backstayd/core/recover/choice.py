@@ -146,7 +146,11 @@ def _was_promised(context: RunContext, memory: Memory, view: SnapshotView) -> bo
 
 
 def _is_proved_empty(context: RunContext, memory: Memory) -> bool:
-    """Whether each host of a run that began from scratch is here with its memory, and none ever saw a whole snapshot."""
+    """Whether each host of a run that began from scratch is here, and none ever saw a whole snapshot.
+
+    A host that recorded the decision has kept its memory, and would hold a shard of any whole snapshot. Where nobody holds
+    anything, hosts that recorded nothing have missed nothing: the decision was abandoned before its release.
+    """
     if memory.newest_complete is not None or any(view.snapshot_id for view in context.views):
         return False
     if context.quarantined() or context.storage.is_known:
@@ -157,7 +161,9 @@ def _is_proved_empty(context: RunContext, memory: Memory) -> bool:
     if head is None or head.outcome is not Outcome.NONE:
         return False
     _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
-    return {place.node for place in head.placements} <= recorded
+    hosts = {place.node for place in head.placements}
+    is_untouched = not context.views and bool(hosts & recorded) and hosts <= context.nodes.keys()
+    return hosts <= recorded or is_untouched
 
 
 def is_never_used(context: RunContext, memory: Memory) -> bool:
