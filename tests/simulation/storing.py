@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def keep_stored(node: Node, run: str, desired: StorageDesired) -> None:
     """List, copy, record, prune and mark as is wanted; each thing in its own time."""
     work = node.work[run]
-    if desired.survey_id and (work.survey is None or work.survey.survey_id != desired.survey_id):
+    is_surveyed = work.survey is not None and work.survey.survey_id == desired.survey_id and work.survey.is_done
+    if desired.survey_id and not is_surveyed:  # what failed is tried again, as the daemon does
         node.job(run, ("survey", desired.survey_id), _survey, node, run, desired.survey_id)
     for task in desired.uploads:
         for rank in (*task.ranks, *((RECORD_RANK,) if task.is_last else ())):

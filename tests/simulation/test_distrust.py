@@ -8,6 +8,8 @@ from backstay.ids import SnapshotKey
 from backstayd.core.policy import CorePolicy
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
+from tests.simulation.scenario import Scenario
+from tests.simulation.storage import URL
 from tests.simulation.test_traps import RUN, again, training
 
 
@@ -103,3 +105,84 @@ def test_progress_begins_the_count_anew() -> None:
         base = restarted(cluster, engine, job)
         assert engine.run_until(lambda base=base: cluster.checker.protected_step(RUN) > base.step, limit_s=30)
     assert job.refusals == []
+
+
+def marked(engine: Engine, cluster: Cluster, job: Job) -> None:
+    """Distrust what the world restored, until every node and durable storage know it."""
+    restarted(cluster, engine, job)
+    spread(cluster, engine, job)
+    assert engine.run_until(lambda: bool(cluster.storage.marks.get(RUN)), limit_s=10)
+
+
+def cut_off(engine: Engine, cluster: Cluster) -> None:
+    """Durable storage stops answering once the coordinator knows of the mark there."""
+    engine.run_for(1.0)
+    cluster.disturb_storage(1000.0)
+
+
+def trusted(engine: Engine, cluster: Cluster) -> None:
+    """The operator trusts the run again, and every node hears it, and the coordinator that they did."""
+    cluster.trust()
+    engine.run_for(1.0)
+    assert nodes_that_know(cluster) == 0
+
+
+def assert_stays_trusted(engine: Engine, cluster: Cluster, job: Job) -> None:
+    """Durable storage answers again: its mark goes, and what trains is protected."""
+    assert engine.run_until(lambda: cluster.is_training(job), limit_s=60), job.refusals
+    cluster.disturb_storage(0.0)
+    assert engine.run_until(lambda: not cluster.storage.marks[RUN], limit_s=30), "the mark is struck out"
+    engine.run_for(5.0)
+    assert nodes_that_know(cluster) == 0
+    assert cluster.is_protected(RUN)
+
+
+STORED = CorePolicy(lease_s=1.5, persist_url=URL, persist_every_steps=1, persist_keep_last=2)
+
+
+def test_what_is_trusted_again_stays_so_when_a_world_decides_before_storage_has_struck_its_mark_out() -> None:
+    engine, cluster, job = training(4, policy=STORED)
+    marked(engine, cluster, job)
+    cut_off(engine, cluster)
+    cluster.trust()
+    assert engine.run_until(lambda: nodes_that_know(cluster) == 0, limit_s=10)
+    restarted(cluster, engine, job)
+    assert_stays_trusted(engine, cluster, job)
+
+
+def test_what_is_trusted_again_stays_so_when_its_mark_is_only_found_later() -> None:
+    engine, cluster, job = training(4, policy=STORED)
+    marked(engine, cluster, job)
+    cut_off(engine, cluster)
+    cluster.crash_coordinator(0.1)
+    engine.run_for(5.0)
+    assert not cluster.core().runs[RUN].persisting.surveying.marks, "this coordinator has not listed storage yet"
+    trusted(engine, cluster)
+    assert_stays_trusted(engine, cluster, job)
+
+
+def test_what_is_trusted_again_stays_so_although_its_mark_was_on_its_way_to_storage() -> None:
+    engine, cluster, job = training(4, policy=STORED)
+    marked(engine, cluster, job)
+    assert not cluster.core().runs[RUN].persisting.surveying.marks, "the coordinator has not heard of it yet"
+    trusted(engine, cluster)
+    restarted(cluster, engine, job)
+    assert_stays_trusted(engine, cluster, job)
+
+
+def test_what_is_distrusted_anew_counts_although_its_former_mark_waits_to_be_struck_out() -> None:
+    engine, cluster, job = training(4, policy=STORED)
+    marked(engine, cluster, job)
+    cut_off(engine, cluster)
+    trusted(engine, cluster)
+    spread(cluster, engine, job)
+    cluster.disturb_storage(0.0)
+    engine.run_for(5.0)
+    assert nodes_that_know(cluster) == len(cluster.nodes)
+    assert cluster.storage.marks[RUN], "and the mark stays"
+
+
+@pytest.mark.parametrize(("seed", "has_mishaps"), [(9200164, False), (9400128, True)])
+def test_a_run_that_an_operator_trusts_again_becomes_protected(seed: int, has_mishaps: bool) -> None:
+    """Two seeds in which a decision made the coordinator count a mark again that storage had not yet struck out."""
+    Scenario(seed, is_harsh=seed % 3 == 2, has_storage=True, has_mishaps=has_mishaps).run()

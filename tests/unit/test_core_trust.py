@@ -69,20 +69,54 @@ def node(name: str, *distrusted: Distrusted) -> NodeState:
     )
 
 
+def united(
+    trust: Trust, *nodes: NodeState, marks: tuple[Distrusted, ...] = (), survey_id: str = ""
+) -> tuple[Distrusted, ...]:
+    return trust.unite("j/r", nodes, {mark.snapshot_id: mark for mark in marks}, survey_id=survey_id)
+
+
 def test_what_one_node_distrusts_all_do_until_an_operator_trusts_it_again() -> None:
     trust = Trust()
-    assert trust.united("j/r", [node("a", BAD), node("b")]) == (BAD,)
-    trust.clear([BAD])
-    assert trust.united("j/r", [node("a", BAD), node("b", BAD)]) == ()
+    assert united(trust, node("a", BAD), node("b")) == (BAD,)
+    trust.clear([BAD], survey_id="")
+    assert united(trust, node("a", BAD), node("b", BAD)) == ()
     assert trust.cleared == {BAD.snapshot_id}, "nodes are told until all have heard"
-    assert trust.united("j/r", [node("a"), node("b")]) == ()
+    assert united(trust, node("a"), node("b")) == ()
     assert trust.cleared == set()
-    assert trust.united("j/r", [node("a", BAD)]) == (BAD,), "said again, it counts again"
+    assert united(trust, node("a", BAD)) == (BAD,), "said again, it counts again"
+
+
+def test_a_mark_does_not_count_from_when_it_is_trusted_until_a_later_survey_finds_it_gone() -> None:
+    trust = Trust()
+    assert united(trust, node("a"), marks=(BAD,), survey_id="1") == (BAD,)
+    trust.clear([BAD], survey_id="1")
+    assert united(trust, node("a", BAD), marks=(BAD,), survey_id="1") == ()
+    assert united(trust, node("a"), marks=(BAD,), survey_id="1") == (), "every node has forgotten it, storage has not"
+    assert united(trust, node("a"), survey_id="1") == ()
+    assert united(trust, node("a"), survey_id="") == ()
+    assert united(trust, node("a"), marks=(BAD,), survey_id="2") == (), "it was written while it was trusted again"
+    assert united(trust, node("a"), survey_id="2") == ()
+    assert united(trust, node("a"), marks=(BAD,), survey_id="3") == (BAD,), "marked anew, it counts again"
+
+
+def test_what_is_distrusted_anew_counts_although_a_former_mark_of_it_is_stale() -> None:
+    trust = Trust()
+    trust.clear([BAD], survey_id="1")
+    assert united(trust, node("a"), marks=(BAD,)) == ()
+    assert united(trust, node("a", BAD), marks=(BAD,)) == (BAD,)
+    assert united(trust, node("a"), marks=(BAD,)) == (BAD,), "nothing strikes the mark out"
+    trust.clear([BAD], survey_id="1")
+    trust.add(BAD)
+    assert not trust.cleared, "nor when it is said here"
+    assert not trust.stale_marks
 
 
 def test_distrust_is_bounded_and_keeps_the_newest() -> None:
     many = [Distrusted(snapshot_id=f"s{i}", attempt=1, step=i, reason="x") for i in range(MAX_DISTRUSTED + 9)]
-    assert Trust().united("j/r", [node("a", *many)]) == tuple(many[9:])
+    trust = Trust()
+    assert united(trust, node("a", *many)) == tuple(many[9:])
+    trust.clear(many, survey_id="")
+    assert len(trust.stale_marks) == MAX_DISTRUSTED
 
 
 def decision(tries: int, attempt: int = 2) -> Decision:

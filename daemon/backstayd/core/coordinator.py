@@ -367,7 +367,7 @@ class Coordinator:
         """
         state = self._known(run)
         count = len(state.probation.distrusted)
-        state.probation.trust.clear(state.probation.distrusted)
+        state.probation.trust.clear(state.probation.distrusted, survey_id=state.persisting.surveying.survey_id)
         self._say(run, "trusted", f"the operator trusts {count} snapshots again, and restores are counted anew")
         self._is_dirty = True
         return count

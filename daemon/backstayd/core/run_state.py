@@ -227,7 +227,7 @@ class RunState:
         storage = surveying.state(fence=self.recovery.fence, has_memory=has_memory, now_s=now_s)
         records = live_records(storage, lineage)
         views, stored = with_urls(views, storage), stored_views(views, records, storage, inventory)
-        distrusted = self.probation.unite(self.run, nodes, surveying.marks.values())
+        distrusted = self.probation.unite(self.run, nodes, surveying)
         return RunContext(
             run=self.run,
             now_s=now_s,

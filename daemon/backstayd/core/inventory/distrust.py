@@ -5,7 +5,7 @@ A snapshot that led to NaN spoils what was trained from it. Must not delete anyt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
@@ -19,24 +19,31 @@ MAX_REASON = 500  # characters; it travels in every report
 
 @dataclass(slots=True)
 class Trust:
-    """What nobody should restore. Invariant: a snapshot is never in ``own`` and ``cleared`` at once.
+    """What nobody should restore. Invariant: no snapshot is in ``own`` and in ``cleared`` or ``stale_marks`` at once.
 
     ``own``: said here (by the gate, by an operator) and not yet by every node. ``cleared``: an operator trusts them again, and
-    nodes may not have heard.
+    nodes may not have heard. ``stale_marks``: those whose marks may still lie on durable storage, each with the newest survey
+    of that moment; it takes a later one to know that there is none, for a mark may have been on its way.
     """
 
     own: dict[str, Distrusted] = field(default_factory=dict)
     cleared: set[str] = field(default_factory=set)
+    stale_marks: dict[str, str] = field(default_factory=dict)
     is_loop_cleared: bool = False  # the next restore counts as the first
     last_reason: str = ""  # why the newest world ended, as far as is known
 
     def add(self, distrusted: Distrusted) -> None:
         self.cleared.discard(distrusted.snapshot_id)
+        self.stale_marks.pop(distrusted.snapshot_id, None)
         self.own[distrusted.snapshot_id] = distrusted
 
-    def clear(self, known: Iterable[Distrusted]) -> None:
+    def clear(self, known: Iterable[Distrusted], *, survey_id: str) -> None:
         """Trust everything again and begin to count anew."""
-        self.cleared |= {distrusted.snapshot_id for distrusted in known} | set(self.own)
+        names = {distrusted.snapshot_id for distrusted in known} | set(self.own)
+        self.cleared |= names
+        self.stale_marks |= dict.fromkeys(sorted(names), survey_id)
+        while len(self.stale_marks) > MAX_DISTRUSTED:
+            del self.stale_marks[next(iter(self.stale_marks))]
         self.own.clear()
         self.is_loop_cleared = True
         self.last_reason = ""
@@ -49,16 +56,29 @@ class Trust:
         """A world is failing; the first thing that is known of it is kept."""
         self.last_reason = self.last_reason or reason[:MAX_REASON]
 
-    def united(self, run: str, nodes: Iterable[NodeState], marks: Iterable[Distrusted] = ()) -> tuple[Distrusted, ...]:
-        """What any node, durable storage (``marks``) or this coordinator distrusts, oldest first, bounded."""
+    def unite(
+        self, run: str, nodes: Iterable[NodeState], marks: Mapping[str, Distrusted], *, survey_id: str
+    ) -> tuple[Distrusted, ...]:
+        """Take in what nodes and durable storage (``marks``) distrust; all that is distrusted now, oldest first, bounded.
+
+        Args:
+            survey_id: The newest survey, if it has been answered; else "".
+        """
         found = dict(self.own)
-        named = set()
         reports = [node.runs[run] for node in sorted(nodes, key=lambda node: node.name) if run in node.runs]
-        for distrusted in (*(item for report in reports for item in report.distrusted), *marks):
-            named.add(distrusted.snapshot_id)
-            if distrusted.snapshot_id not in self.cleared:
-                found.setdefault(distrusted.snapshot_id, distrusted)
-        self.cleared &= named  # every node has heard: said again, it counts again
+        reported = {item.snapshot_id: item for report in reversed(reports) for item in report.distrusted}
+        for name, item in reported.items():
+            if name not in self.cleared:
+                found.setdefault(name, item)
+        self.cleared &= reported.keys()  # every node has heard: said again, it counts again
+        self.stale_marks = {
+            name: known_by
+            for name, known_by in self.stale_marks.items()
+            if name not in found and (name in marks or survey_id in ("", known_by))
+        }
+        for name, mark in marks.items():
+            if name not in self.stale_marks:
+                found.setdefault(name, mark)
         ordered = sorted(found.values(), key=lambda item: (item.attempt, item.step, item.snapshot_id))
         return tuple(ordered[-MAX_DISTRUSTED:])
 

@@ -109,7 +109,7 @@ class Upkeep:
         marks = self.surveying.marks
         missing = (item for item in context.distrusted if item.snapshot_id not in marks)
         self.distrust = tuple(item for item in missing if is_markable(item.snapshot_id))[:MAX_MARKS]
-        self.trust = tuple(marks[name] for name in sorted(context.trust.cleared & marks.keys()))[:MAX_MARKS]
+        self.trust = tuple(marks[name] for name in sorted(context.trust.stale_marks.keys() & marks.keys()))[:MAX_MARKS]
 
 
 def stored(record: PersistedSnapshot) -> Stored:

@@ -5,13 +5,14 @@ Says what must not be released or restored; must neither choose nor release.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
 from backstayd.core.inventory.distrust import MAX_REASON, Trust
 from backstayd.core.inventory.nodes import NodeState
 from backstayd.core.inventory.run_context import RunContext, World
+from backstayd.core.inventory.survey import Surveying
 from backstayd.core.messages.decisions import Base, Decision, Distrusted
 from backstayd.core.messages.gate import GateState
 from backstayd.core.messages.report import SessionPhase
@@ -27,11 +28,10 @@ class Probation:
     gate: Gate = field(default_factory=Gate)
     distrusted: tuple[Distrusted, ...] = ()
 
-    def unite(
-        self, run: str, nodes: Mapping[str, NodeState], marks: Iterable[Distrusted] = ()
-    ) -> tuple[Distrusted, ...]:
+    def unite(self, run: str, nodes: Mapping[str, NodeState], surveying: Surveying) -> tuple[Distrusted, ...]:
         """Take in what the nodes distrust, and what is marked on durable storage."""
-        self.distrusted = self.trust.united(run, nodes.values(), marks)
+        survey_id = surveying.survey_id if surveying.is_answered else ""
+        self.distrusted = self.trust.unite(run, nodes.values(), surveying.marks, survey_id=survey_id)
         return self.distrusted
 
     def judge(self, decision: Decision, world: World, context: RunContext, say: Callable[[str, str], None]) -> None:

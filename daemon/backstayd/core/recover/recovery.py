@@ -491,8 +491,7 @@ def _generation_floor(context: RunContext, memory: Memory) -> int:
 def _attempts_in_use(context: RunContext) -> set[int]:
     """Attempts of which anything is left, in memory or on durable storage, or which are distrusted."""
     found = {view.key.attempt for view in context.views} | {record.attempt for record in context.storage.records}
-    found |= {distrusted.attempt for distrusted in context.trust.united(context.run, context.nodes.values())}
-    return found
+    return found | {distrusted.attempt for distrusted in context.distrusted}
 
 
 def _place(context: RunContext, what: SnapshotView | Base | None) -> tuple[str, int]:
