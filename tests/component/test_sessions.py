@@ -28,7 +28,7 @@ from backstay.protocol import framing, messages
 from backstayd.cli.doctor.daemon_checks import session_timeouts
 from backstayd.core.messages.decisions import DecisionPhase, Outcome
 from backstayd.core.messages.desired import RunDesired
-from backstayd.core.messages.report import SessionRecord
+from backstayd.core.messages.report import SessionRecord, SkipCause
 from backstayd.node.trainers import users
 from backstayd.transport import convert
 from backstayd.v1 import coordinator_pb2
@@ -107,7 +107,8 @@ def test_a_rank_waits_for_a_release_and_not_when_none_can_come(node: NodeThread)
     skipped = trainer.reserve(4, wait_s=600)
     assert isinstance(skipped, messages.Skipped)
     (run,) = node.report().runs
-    assert (run.sessions[0].skipped_step, run.sessions[0].skip_reason) == (4, skipped.reason)
+    session = run.sessions[0]
+    assert (session.skipped_step, session.skip_reason, session.skip_cause) == (4, skipped.reason, SkipCause.NO_SLOT)
     trainer.close()
 
 
@@ -189,7 +190,8 @@ def test_abandoned_and_unfinished_captures_are_reported_as_skipped(node: NodeThr
     reserved = trainer.reserve(1)
     assert isinstance(reserved, messages.Reserved)
     trainer.call(messages.Abandon(step=1, slot_id=reserved.slot_id, reason="the fence saw a difference"))
-    assert node.report().runs[0].sessions[0].skip_reason == "the fence saw a difference"
+    (session,) = node.report().runs[0].sessions
+    assert (session.skip_reason, session.skip_cause) == ("the fence saw a difference", SkipCause.CAPTURE)
     again = trainer.reserve(2)
     assert isinstance(again, messages.Reserved)
     assert again.slot_id == reserved.slot_id

@@ -14,7 +14,7 @@ from backstayd.core.messages.decisions import Decision, Distrusted, Staging
 from backstayd.core.messages.desired import NodeDesired, RunDesired
 from backstayd.core.messages.durable import Survey, Upload
 from backstayd.core.messages.plans import FragmentRecord, Plan, Quarantined, Rebuild, RebuildTask, ShardRecord
-from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord, SkipCause
 from backstayd.core.messages.tombstone import Tombstone
 from tests.simulation.burying import bury
 from tests.simulation.distrusting import remember_distrust
@@ -231,6 +231,7 @@ class Node:
             last_step=trainer.last_step,
             skipped_step=trainer.skipped_step,
             is_short_of_slots=trainer.skipped_step > 0,
+            skip_cause=SkipCause.NO_SLOT if trainer.skipped_step > 0 else SkipCause.NONE,
             blocked_s=round(trainer.waited_s, 3),
             waited_s=round(trainer.waited_s, 3),
         )

@@ -24,7 +24,7 @@ from backstayd.core.messages.decisions import (
 from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.durable import PersistedSnapshot, Survey, Unreadable, Upload, UploadState
 from backstayd.core.messages.plans import ShardRecord, VolumeShard
-from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
+from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord, SkipCause
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.durable_upkeep import prunable
 from backstayd.core.protect.durable_uploads import RECORD_RANK
@@ -262,9 +262,13 @@ def test_what_is_uploaded_is_not_released_and_training_gets_a_slot_more() -> Non
     cluster.tell()
     assert cluster.desired("n0").release == ()
     assert cluster.desired("n0").extra_slots == 1
-    sessions = {name: cluster.reports[name].sessions for name in NAMES}
-    (first,) = sessions["n0"]
-    cluster.set("n0", sessions=(replace(first, skipped_step=3, skip_reason="no slot came free"),))
+    (first,) = cluster.reports["n0"].sessions
+    gave_up = replace(first, skipped_step=3, skip_cause=SkipCause.CAPTURE, skip_reason="KeyError: 'timeslot'")
+    cluster.set("n0", sessions=(gave_up,))
+    cluster.tell()
+    cluster.tell()
+    assert cluster.desired("n0").release == (), "why a trainer gave a step up is not read"
+    cluster.set("n0", sessions=(replace(first, skipped_step=3, skip_cause=SkipCause.NO_SLOT),))
     cluster.tell()
     cluster.tell()
     assert SnapshotKey(1, 1) in cluster.desired("n0").release, "the upload loses, not training"

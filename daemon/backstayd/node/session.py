@@ -15,7 +15,7 @@ from backstay.format import json_records
 from backstay.ids import SnapshotKey
 from backstayd.core.messages.decisions import Base, ShardSource
 from backstayd.core.messages.gate import GateReport
-from backstayd.core.messages.report import SessionPhase, SessionRecord
+from backstayd.core.messages.report import SessionPhase, SessionRecord, SkipCause
 from backstayd.store.slot_holder import Holder
 from backstayd.store.slots import Grant
 
@@ -70,6 +70,7 @@ class Session:
     skipped_step: int = 0
     skip_reason: str = ""
     is_short_of_slots: bool = False
+    skip_cause: SkipCause = SkipCause.NONE
     wish_step: int = 0  # the trainer asked for this step, or a newer one, on durable storage; 0: it did not
     sealed_step: int = 0  # file store: the newest step this rank declared whole
     blocked_s: float = 0.0  # what snapshots have cost it, as it says
@@ -97,6 +98,7 @@ class Session:
             skipped_step=self.skipped_step,
             skip_reason=self.skip_reason,
             is_short_of_slots=self.is_short_of_slots,
+            skip_cause=self.skip_cause,
             sealed_step=self.sealed_step,
             blocked_s=round(self.blocked_s, 3),
             waited_s=round(self.waited_s, 3),
@@ -113,14 +115,17 @@ class Session:
         """The slot that was reserved for ``step`` was not used; this step, or one before it, may be asked for."""
         self.last_step = self.reserved_step = min(self.last_step, step - 1)
 
-    def skip(self, step: int, reason: str, *, is_short_of_slots: bool = False) -> bool:
-        """Note that ``step`` will not be committed by this rank; ``is_short_of_slots``: because none came free in time.
+    def skip(
+        self, step: int, reason: str, *, cause: SkipCause = SkipCause.CAPTURE, is_short_of_slots: bool = False
+    ) -> bool:
+        """Note that ``step`` will not be committed by this rank; ``is_short_of_slots``: snapshots come too fast.
 
         Returns whether that is news.
         """
         if step <= self.skipped_step:
             return False
-        self.skipped_step, self.skip_reason, self.is_short_of_slots = step, reason, is_short_of_slots
+        self.skipped_step, self.skip_reason = step, reason
+        self.skip_cause, self.is_short_of_slots = cause, is_short_of_slots
         return True
 
 

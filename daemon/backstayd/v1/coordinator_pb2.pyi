@@ -53,6 +53,34 @@ SESSION_PHASE_ENDED: SessionPhase.ValueType  # 4
 """ended."""
 Global___SessionPhase: _TypeAlias = SessionPhase  # noqa: Y015
 
+class _SkipCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SkipCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SkipCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SKIP_CAUSE_UNSPECIFIED: _SkipCause.ValueType  # 0
+    """Never sent."""
+    SKIP_CAUSE_NONE: _SkipCause.ValueType  # 1
+    """none."""
+    SKIP_CAUSE_NO_SLOT: _SkipCause.ValueType  # 2
+    """no_slot."""
+    SKIP_CAUSE_CAPTURE: _SkipCause.ValueType  # 3
+    """capture."""
+
+class SkipCause(_SkipCause, metaclass=_SkipCauseEnumTypeWrapper):
+    """Why a step was skipped."""
+
+SKIP_CAUSE_UNSPECIFIED: SkipCause.ValueType  # 0
+"""Never sent."""
+SKIP_CAUSE_NONE: SkipCause.ValueType  # 1
+"""none."""
+SKIP_CAUSE_NO_SLOT: SkipCause.ValueType  # 2
+"""no_slot."""
+SKIP_CAUSE_CAPTURE: SkipCause.ValueType  # 3
+"""capture."""
+Global___SkipCause: _TypeAlias = SkipCause  # noqa: Y015
+
 class _Outcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -494,6 +522,7 @@ class SessionRecord(_message.Message):
     SEALED_STEP_FIELD_NUMBER: _builtins.int
     BLOCKED_S_FIELD_NUMBER: _builtins.int
     WAITED_S_FIELD_NUMBER: _builtins.int
+    SKIP_CAUSE_FIELD_NUMBER: _builtins.int
     world_id: _builtins.str
     """The set of processes that train together."""
     rank: _builtins.int
@@ -520,6 +549,8 @@ class SessionRecord(_message.Message):
     """What snapshots have cost this rank since it attached, in seconds."""
     waited_s: _builtins.float
     """Of that, what it waited for slots and for copying at the fence."""
+    skip_cause: Global___SkipCause.ValueType
+    """Why the newest skipped step was skipped; absent from older releases."""
     @_builtins.property
     def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks whose shards this rank may read at restore."""
@@ -546,12 +577,15 @@ class SessionRecord(_message.Message):
         sealed_step: _builtins.int = ...,
         blocked_s: _builtins.float = ...,
         waited_s: _builtins.float = ...,
+        skip_cause: Global___SkipCause.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_skip_cause", b"_skip_cause", "gate", b"gate", "skip_cause", b"skip_cause"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_fresh", b"allow_fresh", "blocked_s", b"blocked_s", "gate", b"gate", "is_short_of_slots", b"is_short_of_slots", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "sealed_step", b"sealed_step", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "waited_s", b"waited_s", "wants_persist", b"wants_persist", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_skip_cause", b"_skip_cause", "allow_fresh", b"allow_fresh", "blocked_s", b"blocked_s", "gate", b"gate", "is_short_of_slots", b"is_short_of_slots", "last_step", b"last_step", "needs", b"needs", "phase", b"phase", "rank", b"rank", "sealed_step", b"sealed_step", "skip_cause", b"skip_cause", "skip_reason", b"skip_reason", "skipped_step", b"skipped_step", "waited_s", b"waited_s", "wants_persist", b"wants_persist", "world_id", b"world_id", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__skip_cause: _TypeAlias = _typing.Literal["skip_cause"]  # noqa: Y015
+    _WhichOneofArgType__skip_cause: _TypeAlias = _typing.Literal["_skip_cause", b"_skip_cause"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__skip_cause) -> _WhichOneofReturnType__skip_cause | None: ...
 
 Global___SessionRecord: _TypeAlias = SessionRecord  # noqa: Y015
 

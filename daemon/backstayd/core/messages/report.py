@@ -22,6 +22,12 @@ class SessionPhase(enum.StrEnum):
     ENDED = "ended"  # finish() was called
 
 
+class SkipCause(enum.StrEnum):
+    NONE = "none"  # no step was skipped, or a daemon of an older release does not say
+    NO_SLOT = "no_slot"  # no slot was to be had, for whatever reason
+    CAPTURE = "capture"  # there was a slot, and the capture was given up
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeIdentity:
     """One start of one daemon. ``bulk_address`` is ``host:port`` of its bulk transport."""
@@ -46,13 +52,14 @@ class SessionRecord:
     needs: tuple[int, ...] = ()  # ranks whose shards this rank may read at restore (own rank always included)
     last_step: int = 0  # newest step this session committed or was asked for
     skipped_step: int = 0  # newest step this rank skipped or abandoned (0: none)
-    skip_reason: str = ""
-    is_short_of_slots: bool = False  # that step was skipped because no slot came free in time: snapshots come too fast
+    skip_reason: str = ""  # for people
+    is_short_of_slots: bool = False  # no slot came free in time although none is held back: snapshots come too fast
     gate: GateReport | None = None
     wants_persist: bool = False  # the trainer asked for the newest protected snapshot on durable storage, now
     sealed_step: int = 0  # the newest step whose files this rank declared whole (file store); 0: none
     blocked_s: float = 0.0  # what snapshots have cost this rank since it attached here, as it says
     waited_s: float = 0.0  # of that, what it waited for slots and for copying at the fence
+    skip_cause: SkipCause = SkipCause.NONE  # of ``skipped_step``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from backstayd.core.inventory.run_context import RunContext, World
 from backstayd.core.inventory.survey import Surveying
 from backstayd.core.messages.decisions import Lineage
 from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, Upload, UploadState, UploadTask
-from backstayd.core.messages.report import SessionPhase
+from backstayd.core.messages.report import SessionPhase, SkipCause
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.durable_upkeep import Upkeep
 from backstayd.core.sentences import listed
@@ -497,8 +497,11 @@ def _has_room(context: RunContext, view: SnapshotView) -> bool:
 
 
 def _is_short(transfer: Transfer, world: World) -> bool:
-    """Whether a rank skipped a step for want of a slot since the upload began."""
+    """Whether a rank skipped a step for want of a slot since the upload began.
+
+    Not ``is_short_of_slots``: nodes do not set that while a slot is held back, as the pinned snapshot of this upload is.
+    """
     return any(
-        session.record.skipped_step > transfer.skipped.get(rank, 0) and "slot" in session.record.skip_reason
+        session.record.skipped_step > transfer.skipped.get(rank, 0) and session.record.skip_cause is SkipCause.NO_SLOT
         for rank, session in world.items()
     )

@@ -88,7 +88,7 @@ def choose(
         return _refuse(context, f"durable storage may hold it and could not be read: {context.storage.error}")
     unstaged = next((view for view in passed if view.snapshot_id in excluded and view.is_available), None)
     if unstaged is not None:
-        return _refuse(context, f" at step {unstaged.key.step}: {_unstaged(excluded[unstaged.snapshot_id])}")
+        return _refuse(context, _unstaged(excluded[unstaged.snapshot_id]), step=unstaged.key.step)
     if not memory.is_known and context.inventory.is_empty:
         over = _over(context, is_fresh_allowed=is_fresh_allowed)
         if over is not None:
@@ -98,7 +98,7 @@ def choose(
     if _is_proved_empty(context, memory):
         message = "no snapshot was ever complete: it starts from scratch again"
         return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
-    return _refuse(context, missing=_missing_all(context, memory, passed))
+    return _refuse_all(context, memory, passed)
 
 
 def _over(context: RunContext, *, is_fresh_allowed: bool) -> Choice | None:
@@ -171,19 +171,17 @@ def is_never_used(context: RunContext, memory: Memory) -> bool:
     return context.has_long_memory and not context.views and _is_proved_empty(context, memory)
 
 
-def _refuse(context: RunContext, missing: str) -> Choice:
-    return Choice(outcome=Outcome.REFUSED, message=f"cannot restore {context.run}{missing_prefix(missing)}")
-
-
-def missing_prefix(missing: str) -> str:
-    return missing if missing.startswith(" at step ") else f": {missing}"
+def _refuse(context: RunContext, missing: str, *, step: int | None = None) -> Choice:
+    where = f" at step {step}" if step is not None else ""
+    return Choice(outcome=Outcome.REFUSED, message=f"cannot restore {context.run}{where}: {missing}")
 
 
 def _unstaged(reason: str) -> str:
     return f"its shards are there, but staging them failed again and again ({reason})"
 
 
-def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]) -> str:
+def _refuse_all(context: RunContext, memory: Memory, passed: list[SnapshotView]) -> Choice:
+    """Nothing can be restored: what is missing, and what could be had."""
     known = [view for view in passed if view.snapshot_id] or passed
     had = f"no older step is in memory{' or on durable storage' if context.storage.url else ''}{_nor_read(context)}"
     if any(view.key in context.tainted for view in passed):
@@ -192,17 +190,19 @@ def _missing_all(context: RunContext, memory: Memory, passed: list[SnapshotView]
             f"`backstay trust {context.run}` has it restored all the same"
         )
     if known:  # the newest step of which anything is left: what an operator can still look at
-        return f" at step {known[0].key.step}: {missing_sentence(context, memory, known[0])}; {had}"
+        return _refuse(context, f"{missing_sentence(context, memory, known[0])}; {had}", step=known[0].key.step)
     remembered = sorted(memory.keys.items(), key=lambda item: item[1], reverse=True)
     if remembered:
         snapshot_id, key = remembered[0]
         nodes = sorted(set(memory.holders.get(snapshot_id, {}).values()), key=natural)
-        return f" at step {key.step}: no node that is left holds anything of it (it was on {listed(nodes)}); {had}"
+        missing = f"no node that is left holds anything of it (it was on {listed(nodes)}); {had}"
+        return _refuse(context, missing, step=key.step)
     away = _hosts_away(context)
     last = f"; it last ran on {listed(away)}, which {'is' if len(away) == 1 else 'are'} away" if away else ""
-    return (
+    return _refuse(
+        context,
         f"the run is known, but no snapshot of it is in memory anywhere{_nor_stored(context)}{last}; "
-        f"{'wait for it to come back, or ' if away else ''}start over with restore(allow_fresh=True) or under a new run_id"
+        f"{'wait for it to come back, or ' if away else ''}start over with restore(allow_fresh=True) or under a new run_id",
     )
 
 

@@ -142,6 +142,7 @@ class Sessions:
             raise
         if former is not None:
             session.skipped_step, session.skip_reason = former.skipped_step, former.skip_reason
+            session.skip_cause = former.skip_cause
             session.gate = former.gate
         self._add(session)
         if former is not None:  # now: the name goes with its last session

@@ -14,6 +14,7 @@ from backstay.format.manifest import Manifest
 from backstay.protocol import messages
 from backstayd.core.inventory.distrust import MAX_REASON
 from backstayd.core.messages.desired import RunDesired
+from backstayd.core.messages.report import SkipCause
 from backstayd.core.protect.groups import slots_of
 from backstayd.node import job_metrics
 from backstayd.node.node_state import NodeState
@@ -66,7 +67,7 @@ class SlotRequests:
                 reason = "no slot is free, and none is released while the coordinator is away"
             elif not desired.is_release_possible:
                 reason = "no slot is free, and none can be released now"
-            # a rank that keeps its base for the time of its probation says nothing of how fast snapshots come
+            # where a slot is held back, for probation or an upload, a skip says nothing of how fast snapshots come
             self._skip(session, message.step, reason, is_short_of_slots=can_come and desired.extra_slots == 0)
             await call.send(messages.Skipped(reason=reason, schedule=desired.schedule, **words))
             return
@@ -82,9 +83,17 @@ class SlotRequests:
         )
         await call.send(reply, fds)
 
-    def _skip(self, session: Session, step: int, reason: str, *, is_short_of_slots: bool = False) -> None:
+    def _skip(
+        self,
+        session: Session,
+        step: int,
+        reason: str,
+        *,
+        cause: SkipCause = SkipCause.NO_SLOT,
+        is_short_of_slots: bool = False,
+    ) -> None:
         """The rank goes past ``step`` without a slot."""
-        if session.skip(step, reason, is_short_of_slots=is_short_of_slots):
+        if session.skip(step, reason, cause=cause, is_short_of_slots=is_short_of_slots):
             self._node.metrics.shards.of(session.run, result="skipped").inc()
         self._node.changed()
 
@@ -182,11 +191,12 @@ class SlotRequests:
             self._node.changed()
             return
         is_short = message.is_short_of_slots and self._node.run_desired(session.run).extra_slots == 0
+        cause = SkipCause.NO_SLOT if message.is_short_of_slots else SkipCause.CAPTURE
         granted = [grant for grant in session.grants.values() if grant.step == message.step]
         if granted:
-            session.skip(message.step, reason, is_short_of_slots=is_short)
+            session.skip(message.step, reason, cause=cause, is_short_of_slots=is_short)
         else:
-            self._skip(session, message.step, reason, is_short_of_slots=is_short)
+            self._skip(session, message.step, reason, cause=cause, is_short_of_slots=is_short)
         for grant in granted:
             self._give_back(session, grant, reason, result="torn")
         self._node.changed()
