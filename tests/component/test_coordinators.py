@@ -71,7 +71,7 @@ class Pair:
         """The second leads from now on; the first says so to those it serves."""
         first, second = self.backends
         second.is_leading, first.is_leading, first.leader = True, False, self.addresses[1]
-        self.servers[0].wake()
+        self.servers[0].notify()
 
     async def close(self) -> None:
         for server in self.servers:

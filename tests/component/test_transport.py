@@ -76,7 +76,7 @@ def test_a_report_goes_up_and_desired_state_comes_down() -> None:
         assert backend.reports[0] == report_of()
         assert link.is_connected
         backend.answer = replace(backend.answer, runs=(RunDesired(run="default/gpt"),))
-        server.wake()
+        server.notify()
         await until(lambda: desired[-1] == backend.answer, "the changed answer")
         await link.close()
         assert not link.is_connected
@@ -100,7 +100,7 @@ def test_an_answer_says_what_was_wanted_when_the_report_that_it_answers_was_sent
         answered_s = boot_s()
         assert begun_s <= seen[0] <= answered_s
         backend.answer = replace(backend.answer, runs=(RunDesired(run="default/gpt"),))
-        server.wake()  # nothing was reported meanwhile
+        server.notify()  # nothing was reported meanwhile
         await until(lambda: len(seen) > 1, "another answer")
         assert seen[1] == seen[0]
         link.notify()
@@ -221,7 +221,7 @@ def test_a_mistake_in_answering_cuts_the_stream_and_is_logged(caplog: pytest.Log
         link.start()
         await until(lambda: answers, "the first answer")
         backend.answer = replace(backend.answer, generation=Generation(1 << 70, "c"))  # no wire carries that
-        server.wake()
+        server.notify()
         await until(lambda: backend.suspects, "the stream is cut at once, not after a lease")
         backend.answer = NodeDesired(generation=Generation(2, "c"))
         await until(lambda: answers[-1] == backend.answer, "the node connects anew")

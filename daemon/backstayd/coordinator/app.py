@@ -229,7 +229,7 @@ class CoordinatorProcess:
         self._cancel_evaluation()
         self._half_recorded.clear()
         self._gauges.close()
-        self._server.wake()
+        self._server.notify()
 
     def _ready_sentence(self) -> str:
         if self._seat.is_leading():
@@ -326,7 +326,7 @@ class CoordinatorProcess:
                 logger.error("run %s: where its evaluation failed", event.run, exc_info=core.faults[event.run])
         self._gauges.update(core, now_s=self._clock.monotonic_s(), unix_s=self._clock.unix_s())
         if core.has_changed:
-            self._server.wake()
+            self._server.notify()
 
     def _tell(self, event: Event) -> None:
         """Log an event once; ``decided`` is where a test may stop the world before anything is sent."""

@@ -16,6 +16,7 @@ import grpc
 
 from backstay.errors import BackstayError, ConfigError, InvariantError
 from backstay.format import json_records
+from backstayd.change_signal import Signal
 from backstayd.core.drain_orders import DrainVerdict
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import NodeReport
@@ -69,7 +70,7 @@ class CoordinatorBackend(Protocol):
 
 
 class CoordinatorServer:
-    """Serves ``backend`` at ``listen`` (``host:port``, port 0: any); :meth:`wake` it when desired state has changed.
+    """Serves ``backend`` at ``listen`` (``host:port``, port 0: any); :meth:`notify` it when desired state has changed.
 
     With ``credentials`` callers must show certificates of their role, and connections are cut after ``max_age_s``, so that a
     certificate that was withdrawn meanwhile ends what it began.
@@ -124,10 +125,10 @@ class CoordinatorServer:
             options=server_options(self._lease_s, max_age_s=self._max_age_s),
         )
 
-    def wake(self) -> None:
+    def notify(self) -> None:
         """Desired state may have changed: every stream compares and sends what differs."""
         for stream in self._streams:
-            stream.changed.set()
+            stream.changed.notify()
 
     async def close(self) -> None:
         """Stop serving; open streams are cut."""
@@ -148,7 +149,7 @@ class CoordinatorServer:
                     self._names.claim(report.node, stream, asyncio.get_running_loop().time())
                     self._backend.observe(report)
                     stream.is_due = True  # each report is answered, so that neither side needs a clock for the other
-                    stream.changed.set()
+                    stream.changed.notify()
                     if writer is None:
                         self._streams.add(stream)
                         self._newest[report.node.name] = stream
@@ -179,9 +180,10 @@ class CoordinatorServer:
 
     async def _write(self, node: str, stream: _Stream, context: Any) -> None:
         last: NodeDesired | None = None
+        seen = 0
         while True:
-            await stream.changed.wait()
-            stream.changed.clear()
+            await stream.changed.wait(self._lease_s, since=seen)
+            seen = stream.changed.count
             desired = self._backend.desired(node)
             if stream.is_due or (desired is not last and desired != last):
                 stream.is_due = False
@@ -204,9 +206,9 @@ class CoordinatorServer:
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """One node's stream: set ``changed`` to have desired state compared."""
+    """One node's stream: notify ``changed`` to have desired state compared."""
 
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: Signal = field(default_factory=Signal)
     takes_deltas: bool = False
     number: int = 0  # of the newest request
     is_due: bool = False  # an answer, changed or not: the heartbeat
