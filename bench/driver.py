@@ -19,7 +19,7 @@ from backstay.format import json_records
 from backstay.ids import new_incarnation
 from backstay.testing.cluster import LocalCluster, process_environment
 from backstay.testing.command_process import CommandProcess
-from backstay.testing.node import WORK_ROLE
+from backstay.testing.daemons import WORK_ROLE
 from backstay.testing.ports import free_port
 from bench.measure import MeasurementError
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from backstay.testing.cluster import LocalCluster
-from backstay.testing.coordinator import COORDINATOR
-from backstay.testing.node import DAEMON_ROLE
+from backstay.testing.daemons import COORDINATOR, DAEMON_ROLE
 from bench.arguments import Settings
 from bench.driver import attach, publish, start_light_ranks
 from bench.measure import Collection, stolen_cpu_s

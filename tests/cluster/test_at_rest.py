@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backstay.testing import LocalCluster
-from backstay.testing.coordinator import COORDINATOR
+from backstay.testing.daemons import COORDINATOR
 from bench.idle_cost import hold_a_run, memory_bytes
 
 MOST_BYTES = 150 * 1024**2  # the aim is 100 MiB

@@ -10,8 +10,8 @@ import pytest
 
 from backstay.errors import ConfigError, UnavailableError, UsageError
 from backstay.testing import DeadlineError, LocalCluster
+from backstay.testing.daemons import DAEMON_ROLE
 from backstay.testing.fixtures import LocalClusterFactory
-from backstay.testing.node import DAEMON_ROLE
 
 LEASE_S = 1.0
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(300)"]
@@ -46,7 +46,9 @@ def test_a_killed_daemon_takes_its_coders_with_it_and_comes_back_as_another_inca
 def test_a_frozen_daemon_is_lost_to_the_coordinator_until_it_thaws(cluster: LocalCluster) -> None:
     cluster.freeze(2)
     cluster.wait_until(lambda: _state(cluster, "node-2") == "lost", 30, "node-2 to be given up")
-    assert cluster.nodes[2].is_daemon_running()
+    daemon = cluster.nodes[2].daemon
+    assert daemon is not None
+    assert daemon.poll() is None
     cluster.thaw(2)
     cluster.wait_live()
 

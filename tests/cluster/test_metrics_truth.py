@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from backstay.testing import LocalCluster
-from backstay.testing.node import LocalNode
+from backstay.testing.daemons import LocalNode
 from tests.kit.light_world import Ranks, light_world, wait_protected
 
 RUN = "default/measured"

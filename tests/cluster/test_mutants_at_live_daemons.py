@@ -100,4 +100,6 @@ def test_an_honest_job_goes_on_beside_mutants_at_every_door() -> None:
         logs = "".join(log.read_text(errors="replace") for log in cluster.keeper.log_dir.glob("*.log"))
         assert "Traceback" not in logs, logs[logs.index("Traceback") :][:4000]
         assert len(logs.splitlines()) < 200 + 10 * COUNT
-        assert cluster.nodes[0].is_daemon_running()
+        daemon = cluster.nodes[0].daemon
+        assert daemon is not None
+        assert daemon.poll() is None

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from backstay.errors import ConfigError, UsageError
-from backstay.testing.node import fetch_json
+from backstay.testing.daemons import fetch_json
 from backstay.testing.wait import wait_until
 from backstayd import app
 from backstayd.security.credentials import TlsFiles

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from backstay.testing.cluster import process_environment
-from backstay.testing.node import fetch_json
+from backstay.testing.daemons import fetch_json
 from backstay.testing.ports import free_port
 from backstay.testing.wait import wait_until
 from tests.kit.daemon_process import RunningDaemon, running_daemon

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from backstay.testing import LocalCluster
-from backstay.testing.coordinator import LocalCoordinator
+from backstay.testing.daemons import LocalCoordinator
 from backstayd.transport import errors
 from backstayd.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
 from tests.kit.cut_proxy import CutProxy

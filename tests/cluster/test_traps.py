@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from backstay.testing import LocalCluster
-from backstay.testing.coordinator import COORDINATOR
+from backstay.testing.daemons import COORDINATOR
 from backstay.testing.fixtures import LocalClusterFactory
 from tests.kit.light_world import Rank, Ranks, light_world, wait_protected
 

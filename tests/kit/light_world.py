@@ -14,8 +14,8 @@ from backstay.ids import new_incarnation
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
 from backstay.testing.command_process import CommandProcess
+from backstay.testing.daemons import WORK_ROLE
 from backstay.testing.light_rank import content_of, digest_of_chunks, layout_of
-from backstay.testing.node import WORK_ROLE
 from tests.kit import older_release
 
 SIZE_BYTES = 3 * 256 * 1024 + 1000

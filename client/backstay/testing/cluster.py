@@ -29,15 +29,13 @@ from typing import Any, Final, Self, TypeVar
 
 from backstay.errors import ConfigError, UnavailableError, UsageError
 from backstay.testing.certificates import PLAINTEXT, Certificates
-from backstay.testing.coordinator import COORDINATOR, LocalCoordinator, leading
+from backstay.testing.daemons import COORDINATOR, DAEMON_ROLE, HOST, WORK_ROLE, LocalCoordinator, LocalNode, leading
 from backstay.testing.guardian import guarded
-from backstay.testing.node import DAEMON_ROLE, WORK_ROLE, LocalNode
 from backstay.testing.ports import free_port
 from backstay.testing.processes import ProcessKeeper, command_line, signal_processes
 from backstay.testing.wait import wait_until
 
 T = TypeVar("T")
-_HOST: Final = "127.0.0.1"
 _SOCKET_PATH_LIMIT: Final = 107  # sun_path without its NUL
 _START_DEADLINE_S: Final = 90.0
 
@@ -323,8 +321,8 @@ class LocalCluster:
     def _start_daemon(self, node: LocalNode, env: Mapping[str, str | None] | None = None) -> None:
         node.memory_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         argv = _daemon_argv("node", "--name", node.name, "--memory-dir", str(node.memory_dir))
-        argv += ["--socket", str(node.socket), "--coordinator", self.coordinator_address, "--bulk", f"{_HOST}:0"]
-        argv += ["--http", f"{_HOST}:{node.http_port}", "--coders", str(self._coders), "--lease-s", f"{self.lease_s:g}"]
+        argv += ["--socket", str(node.socket), "--coordinator", self.coordinator_address, "--bulk", f"{HOST}:0"]
+        argv += ["--http", f"{HOST}:{node.http_port}", "--coders", str(self._coders), "--lease-s", f"{self.lease_s:g}"]
         argv += ["--domain", node.domain] if node.domain else []
         argv += ["--quota", self._quota] if self._quota else []
         security = PLAINTEXT if self.certificates is None else self.certificates.of_node(node.name)

@@ -74,7 +74,7 @@ class TorchRun:
 
     def start(self) -> None:
         self.notes_dir.mkdir(parents=True)
-        argv = [sys.executable, "-P", str(_HERE / "store.py"), "127.0.0.1", str(self.port)]
+        argv = [sys.executable, "-P", str(_HERE / "torchrun.py"), "store", "127.0.0.1", str(self.port)]
         self.spawn_beside(argv, self._environment(), f"store-{self.name}")
         for node in range(self.scenario.nodes):
             self.start_agent(node)
@@ -82,21 +82,18 @@ class TorchRun:
     def start_agent(self, node: int) -> None:
         """Start the agent of ``node``; it joins the rendezvous, also in the place of one that was destroyed."""
         argv = [
-            *(sys.executable, "-P", str(_HERE / "agent.py")),
+            *(sys.executable, "-P", str(_HERE / "torchrun.py")),
             *(f"--nnodes={self._node_counts()}", f"--nproc-per-node={self.scenario.ranks_per_node}"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}", f"--rdzv-id=demo-{self.name}"),
             f"--rdzv-conf={_RENDEZVOUS},last_call_timeout={_LAST_CALL_S if self.scenario.shrink else 1}",
             *("--max-restarts=100", "--monitor-interval=0.1", "--start-method=fork"),
-            *(f"--local-addr=127.0.0.{_FIRST_ADDRESS + node}", "--run-path", str(_HERE / self._script())),
+            *(f"--local-addr=127.0.0.{_FIRST_ADDRESS + node}", "--run-path", str(_HERE / "train.py")),
         ]
         self.agents[node] = self.spawn(node, argv, self._environment(), f"agent-{self.name}-{node}")
 
     def _node_counts(self) -> str:
         scenario = self.scenario
         return f"{scenario.last_nodes}:{scenario.nodes}" if scenario.shrink else str(scenario.nodes)
-
-    def _script(self) -> str:
-        return "train_elastic.py" if self.scenario.shrink else "train.py"
 
     def _environment(self) -> dict[str, str]:
         scenario = self.scenario
@@ -110,6 +107,7 @@ class TorchRun:
             "text": str(self.text),
             "notes_dir": str(self.notes_dir),
             "run_id": self.run_id,
+            "may_shrink": scenario.shrink,
             "gate_file": str(self.gate_file) if self.run_id else "",
         }
         return {

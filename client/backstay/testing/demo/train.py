@@ -3,6 +3,8 @@
 Started by torchrun as a file. Settings come from the environment (``DEMO_SETTINGS``, a JSON object). The control run
 must never import backstay, so the import is inside the branch that protects the run. Every rank appends JSON lines to a
 file of its own: what it computed, for the harness to compare.
+
+A world that shrinks trains the same global batch on any number of ranks, FSDP2 or FSDP2 × TP (:class:`ElasticTraining`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import random
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,12 +26,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 VOCABULARY: Final = 256
 SEED: Final = 20260117
 GATE_DEADLINE_S: Final = 600.0
+TENSOR_PARALLEL_WORLD: Final = 4  # ranks; a world that may shrink trains as 2 × 2 with this many: FSDP2 × TP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,7 @@ class Settings:
     text: str
     notes_dir: str
     run_id: str = ""  # "" = control run
+    may_shrink: bool = False
     gate_file: str = ""  # holds the last step that may be computed for now; "" = no limit
     restore_deadline_s: float = 300.0
 
@@ -93,28 +99,31 @@ class ByteGPT(nn.Module):
 
 
 class TextLoader:
-    """Windows of real text; which ones follows from rank and position alone. Two of its choices come from global RNGs.
+    """Windows of real text; which ones follows from position and row alone. Its position is state that a restore brings back.
 
-    Its position is state that a restore has to bring back.
+    Args:
+        rows: Names of the windows of a step that this rank takes.
+        has_noise: Two choices of each batch come from global RNGs, so that both of them matter.
     """
 
-    def __init__(self, settings: Settings, rank: int) -> None:
+    def __init__(self, settings: Settings, rows: Sequence[str], *, has_noise: bool) -> None:
         self._bytes = np.fromfile(settings.text, dtype=np.uint8)
-        self._settings = settings
-        self._rank = rank
+        self._length = settings.tokens + 1
+        self._rows = rows
+        self._has_noise = has_noise
         self.position = 0
 
     def next_batch(self) -> torch.Tensor:
-        """``[batch, tokens + 1]`` int64."""
-        rows = []
-        length = self._settings.tokens + 1
-        for row in range(self._settings.batch):
-            name = f"{SEED}/{self._rank}/{self.position}/{row}".encode()
-            where = int.from_bytes(hashlib.sha256(name).digest()[:8]) % (len(self._bytes) - length)
-            rows.append(self._bytes[where : where + length].astype(np.int64))
+        """``[rows, tokens + 1]`` int64."""
+        windows = []
+        for row in self._rows:
+            name = f"{SEED}/{self.position}/{row}".encode()
+            where = int.from_bytes(hashlib.sha256(name).digest()[:8]) % (len(self._bytes) - self._length)
+            windows.append(self._bytes[where : where + self._length].astype(np.int64))
         self.position += 1
-        batch = np.stack(rows)
-        batch[:, random.randrange(length)] = np.random.randint(0, VOCABULARY)  # noise, so that both RNGs matter
+        batch = np.stack(windows)
+        if self._has_noise:
+            batch[:, random.randrange(self._length)] = np.random.randint(0, VOCABULARY)
         return torch.from_numpy(batch)
 
     def state_dict(self) -> dict[str, int]:
@@ -139,61 +148,142 @@ class Notes:
 class Training:
     """Model, optimizer, schedule and data of one rank."""
 
+    learning_rate = 3e-3
+    foreach: bool | None = None
+
     def __init__(self, settings: Settings, rank: int) -> None:
         torch.manual_seed(SEED)  # every rank draws the same full parameters and keeps its shard of them
         self.model = ByteGPT(settings)
-        for block in self.model.blocks:
-            fully_shard(block)
-        fully_shard(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, weight_decay=0.1)
+        self._shard()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.learning_rate, weight_decay=0.1, foreach=self.foreach
+        )
         warmup = max(1, settings.steps // 10)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             lambda step: min((step + 1) / warmup, 0.5 * (1.1 + math.cos(math.pi * step / settings.steps))),
         )
-        self.loader = TextLoader(settings, rank)
+        self.loader = self._make_loader(settings, rank)
         torch.manual_seed(SEED + 1 + rank)
         random.seed(SEED + 1 + rank)
         np.random.seed(SEED + 1 + rank)
 
+    def _shard(self) -> None:
+        for block in self.model.blocks:
+            fully_shard(block)
+        fully_shard(self.model)
+
+    def _make_loader(self, settings: Settings, rank: int) -> TextLoader:
+        return TextLoader(settings, [f"{rank}/{row}" for row in range(settings.batch)], has_noise=True)
+
     def step(self) -> float:
         """One optimizer step; returns this rank's loss."""
-        batch = self.loader.next_batch()
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(batch[:, :-1])
-        loss = nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), batch[:, 1:].reshape(-1))
+        loss = self._loss()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.scheduler.step()
         return float(loss.item())
 
+    def _loss(self) -> torch.Tensor:
+        batch = self.loader.next_batch()
+        logits = self.model(batch[:, :-1])
+        return nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), batch[:, 1:].reshape(-1))
+
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the local parameters, the local optimizer state, and RNGs with schedule and data position."""
+        """SHA-256 of the parameters, the optimizer state, and RNGs with schedule and data position."""
         parameters, optimizer, rest = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
         for name, parameter in self.model.named_parameters():
-            _update(parameters, name, parameter.detach())
+            _update(parameters, name, self._digested(parameter.detach()))
             for key, value in sorted(self.optimizer.state.get(parameter, {}).items()):
-                _update(optimizer, f"{name}.{key}", value)
+                _update(optimizer, f"{name}.{key}", self._digested(value))
         for group in self.optimizer.param_groups:
             settings = {key: value for key, value in group.items() if key != "params"}
             optimizer.update(json.dumps(settings, sort_keys=True, default=repr).encode())
-        rest.update(torch.get_rng_state().numpy().tobytes())
-        rest.update(repr(random.getstate()).encode())
-        kind, keys, *numbers = np.random.get_state()
-        rest.update(repr((kind, numbers)).encode() + np.asarray(keys).tobytes())
         state = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
-        rest.update(json.dumps(state, sort_keys=True, default=repr).encode())
-        rest.update(str(self.loader.position).encode())
+        rest.update(json.dumps([state, self.loader.position, self._rng_state()], sort_keys=True, default=repr).encode())
         return {"parameters": parameters.hexdigest(), "optimizer": optimizer.hexdigest(), "rng": rest.hexdigest()}
+
+    def _digested(self, value: Any) -> Any:
+        """What of a tensor's value the digests cover: this rank's shard."""
+        return value.to_local() if isinstance(value, DTensor) else value
+
+    def _rng_state(self) -> str:
+        kind, keys, *numbers = np.random.get_state()
+        generators = (
+            torch.get_rng_state().numpy().tobytes(),
+            random.getstate(),
+            kind,
+            np.asarray(keys).tobytes(),
+            numbers,
+        )
+        return repr(generators)
+
+
+class ElasticTraining(Training):
+    """One rank of a world of any size: without dropout and noise a step is the same sum on any layout, but for the order of
+    the additions. Rank 0 digests the gathered full state, which does not depend on the layout."""
+
+    learning_rate = 1e-3
+    foreach = False  # one tensor at a time: the foreach kernels take no tensors of two meshes
+
+    def _shard(self) -> None:
+        world_size = dist.get_world_size()
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if world_size != TENSOR_PARALLEL_WORLD:
+            mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("data",))
+        else:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+            for block in self.model.blocks:
+                plan = {
+                    "qkv": ColwiseParallel(output_layouts=Replicate()),
+                    "out": RowwiseParallel(input_layouts=Replicate()),
+                    "mlp.0": ColwiseParallel(),
+                    "mlp.2": RowwiseParallel(),
+                }
+                parallelize_module(block, mesh["tensor"], plan)
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh["data"])
+        fully_shard(self.model, mesh=mesh["data"])
+        self._data_parallel = int(mesh["data"].size())
+
+    def _make_loader(self, settings: Settings, rank: int) -> TextLoader:
+        index = rank // (dist.get_world_size() // self._data_parallel)
+        rows = [f"{sample}" for sample in range(settings.batch) if sample % self._data_parallel == index]
+        self._scale = len(rows) / settings.batch * self._data_parallel  # FSDP2 averages over the data-parallel ranks
+        return TextLoader(settings, rows, has_noise=False)
+
+    def step(self) -> float:
+        """One optimizer step; returns the loss of the global batch, the same on all ranks."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss()
+        (loss * self._scale).backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        total = loss.detach().double() * self._scale
+        dist.all_reduce(total)
+        return float(total) / dist.get_world_size()
+
+    def digests(self) -> dict[str, str]:
+        """As of any training, of the full state; "" on all ranks but the first. A collective."""
+        found = super().digests()
+        return found if dist.get_rank() == 0 else dict.fromkeys(found, "")
+
+    def _digested(self, value: Any) -> Any:
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def _rng_state(self) -> str:
+        return ""
 
 
 def _update(digest: Any, name: str, value: Any) -> None:
     digest.update(name.encode())
     if isinstance(value, torch.Tensor):
-        local = value.to_local() if isinstance(value, DTensor) else value
-        digest.update(f"{local.dtype}{tuple(local.shape)}".encode())
-        digest.update(local.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     else:
         digest.update(repr(value).encode())
 
@@ -212,9 +302,9 @@ def wait_at_gate(settings: Settings, step: int) -> None:
         time.sleep(0.05)
 
 
-def train(settings: Settings, rank: int, notes: Notes, make: Callable[[Settings, int], Any]) -> None:
+def train(settings: Settings, rank: int, notes: Notes) -> None:
     """Train to the last step, from the start (control) or from wherever the run is (protected)."""
-    training = make(settings, rank)
+    training = (ElasticTraining if settings.may_shrink else Training)(settings, rank)
     keeper: Any = None
     start = 0
     if settings.run_id:
@@ -253,7 +343,7 @@ def train(settings: Settings, rank: int, notes: Notes, make: Callable[[Settings,
         keeper.finish()
 
 
-def main(make: Callable[[Settings, int], Any] = Training) -> int:
+def main() -> int:
     settings = Settings(**json.loads(os.environ["DEMO_SETTINGS"]))
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
@@ -264,7 +354,7 @@ def main(make: Callable[[Settings, int], Any] = Training) -> int:
     notes.write("start", rank=rank, world_size=world_size, pid=os.getpid(), node=node)
     dist.init_process_group("gloo")
     try:
-        train(settings, rank, notes, make)
+        train(settings, rank, notes)
     except Exception as error:
         notes.write("error", error=type(error).__name__, message=str(error)[:4000])
         exit_code = getattr(error, "exit_code", None)

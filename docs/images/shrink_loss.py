@@ -1,4 +1,4 @@
-"""``python -m backstay.testing.demo.plot REPORT.json PLOT.png``: losses of a run that shrank over those of one that did not."""
+"""``python docs/images/shrink_loss.py REPORT.json PLOT.png``: losses of a run that shrank over those of one that did not."""
 
 from __future__ import annotations
 

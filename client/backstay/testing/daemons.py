@@ -1,6 +1,6 @@
-"""One node of a LocalCluster: what stands for a machine: a name, a tmpfs directory, a socket, ports, processes.
+"""One node and one coordinator of a LocalCluster: names, directories, ports, processes, and their status documents.
 
-Holds the facts and reads the node's state; starting and killing is the cluster's.
+Holds the facts and reads their state; starting and killing is the cluster's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ import http.client
 import json
 import os
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from backstay.errors import UnavailableError
+from backstay.testing.ports import free_port
 
+HOST: Final = "127.0.0.1"
+COORDINATOR: Final = "coordinator"
 DAEMON_ROLE: Final = "daemon"
 WORK_ROLE: Final = "work"
 _HTTP_TIMEOUT_S: Final = 5.0
@@ -28,7 +32,7 @@ class LocalNode:
     name: str
     directory: Path
     http_port: int
-    host: str = "127.0.0.1"
+    host: str = HOST
     domain: str = ""
     daemon: subprocess.Popen[bytes] | None = None
     is_destroyed: bool = False
@@ -57,8 +61,57 @@ class LocalNode:
                     continue  # renamed or unlinked between listing and stat
         return dict(sorted(found.items()))
 
-    def is_daemon_running(self) -> bool:
-        return self.daemon is not None and self.daemon.poll() is None
+
+@dataclass(slots=True, kw_only=True)
+class LocalCoordinator:
+    """A coordinator. ``advertise`` is where others reach it when that is not where it listens, such as a proxy's address."""
+
+    index: int
+    election: str = ""
+    advertise: str = ""
+    port: int = field(default_factory=free_port)
+    http_port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        return COORDINATOR if self.index == 0 else f"{COORDINATOR}-{self.index}"
+
+    @property
+    def listen(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    @property
+    def address(self) -> str:
+        """Where nodes and operators reach it."""
+        return self.advertise or self.listen
+
+    def arguments(self) -> list[str]:
+        """Its own part of the command line."""
+        argv = ["--listen", self.listen, "--http", f"{HOST}:{self.http_port}"]
+        argv += ["--advertise", self.advertise] if self.advertise else []
+        return argv + (["--election", self.election] if self.election else [])
+
+    def status(self) -> dict[str, Any]:
+        """Its status document, also of one that stands by; UnavailableError when it does not answer."""
+        if self.process is None or self.process.poll() is not None:
+            raise UnavailableError(f"{self.name} does not run")
+        return fetch_json(HOST, self.http_port, "/status.json")
+
+    def is_leading(self) -> bool:
+        """Whether it says that it leads; False when it does not answer."""
+        try:
+            return bool(self.status()["leader"]["is_leader"])
+        except UnavailableError:
+            return False
+
+
+def leading(coordinators: Sequence[LocalCoordinator]) -> LocalCoordinator:
+    """The one that leads; raises UnavailableError while there is none."""
+    for coordinator in coordinators:
+        if len(coordinators) == 1 or coordinator.is_leading():
+            return coordinator
+    raise UnavailableError(f"none of {len(coordinators)} coordinators leads")
 
 
 def fetch_json(host: str, port: int, path: str) -> dict[str, Any]:
