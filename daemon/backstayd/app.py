@@ -19,7 +19,7 @@ from backstayd.config.load import load_config
 from backstayd.config.reference import sample
 from backstayd.config.schema import SECTIONS, Config, CoordinatorConfig, DaemonConfig, NodeConfig, settings
 from backstayd.printable import say
-from backstayd.security.configured import load_credentials
+from backstayd.security.credentials import load_credentials
 from backstayd.telemetry import logs
 
 

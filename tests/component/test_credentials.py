@@ -18,8 +18,7 @@ from backstayd import app, cli
 from backstayd.config.schema import NodeConfig
 from backstayd.security import credentials as credentials_module
 from backstayd.security.authority import Authority
-from backstayd.security.configured import load_credentials
-from backstayd.security.credentials import Credentials, TlsFiles
+from backstayd.security.credentials import Credentials, TlsFiles, load_credentials
 from backstayd.security.identity import Identity, Role
 from tests.kit.certificates import COORDINATOR, DAY, OPERATOR, TestAuthority, node_credentials, node_uri
 

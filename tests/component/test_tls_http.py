@@ -14,11 +14,10 @@ import pytest
 
 pytest.importorskip("cryptography")
 
+from backstayd.security import credentials
 from backstayd.security import credentials as credentials_module
-from backstayd.security import expiry
 from backstayd.security.authority import Authority
-from backstayd.security.credentials import Credentials, TlsFiles
-from backstayd.security.expiry import ExpiryWatch
+from backstayd.security.credentials import Credentials, ExpiryWatch, TlsFiles
 from backstayd.security.identity import Identity, Role
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import NodeMetrics
@@ -128,7 +127,7 @@ def test_the_end_is_warned_of_from_a_week_before_and_an_error_once_it_came(
     watch.look()
     assert [record.levelno for record in caplog.records] == [logging.WARNING], "said once an hour"
     assert "of spiffe://backstay/backstay/node/n1 the certificate ends at 20" in caplog.text
-    monkeypatch.setattr(expiry, "AGAIN_S", 0.0)
+    monkeypatch.setattr(credentials, "AGAIN_S", 0.0)
     watch.look()
     assert len(caplog.records) == 2
     caplog.clear()

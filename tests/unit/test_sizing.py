@@ -18,7 +18,7 @@ from backstayd.cli.plan import command as plan_command
 from backstayd.core.inventory import geometry
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.groups import admission_bytes, parity_fraction
-from backstayd.sizing import intervals, rates, survival
+from backstayd.sizing import failures, survival
 from backstayd.sizing.plan import Question, answer
 from tests.kit import played_losses
 
@@ -157,11 +157,11 @@ def test_domains_that_take_too_many_of_a_group_are_found() -> None:
 
 def test_youngs_interval_is_the_best_of_all() -> None:
     mean_s, save_s = 6 * 3600.0, 60.0
-    best_s = intervals.best_interval_s(save_s=save_s, mean_between_failures_s=mean_s)
+    best_s = failures.best_interval_s(save_s=save_s, mean_between_failures_s=mean_s)
     assert best_s == pytest.approx(1610, abs=1)
 
     def goodput(interval_s: float) -> float:
-        return intervals.losses(save_s=save_s, interval_s=interval_s, failures_per_s=1 / mean_s, restart_s=120).goodput
+        return failures.losses(save_s=save_s, interval_s=interval_s, failures_per_s=1 / mean_s, restart_s=120).goodput
 
     assert all(goodput(best_s) >= goodput(best_s * factor) for factor in (0.25, 0.5, 0.9, 1.1, 2, 4))
 
@@ -218,7 +218,7 @@ def test_checkpoints_alone_give_less_where_they_stop_training() -> None:
 
 
 def test_the_default_rates_are_those_of_the_source() -> None:
-    total = rates.NODE_LOSSES_PER_NODE_DAY + rates.TRAINER_FAILURES_PER_NODE_DAY
+    total = failures.NODE_LOSSES_PER_NODE_DAY + failures.TRAINER_FAILURES_PER_NODE_DAY
     assert total * 54 * 2048 == pytest.approx(419)
     hours = 24 / (total * 2048)
     assert hours == pytest.approx(3.1, abs=0.05), "one every three hours, as was reported"

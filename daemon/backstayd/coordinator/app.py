@@ -31,8 +31,7 @@ from backstayd.core.recover.locate import Located
 from backstayd.core.status.document import status_document
 from backstayd.core.timeline import FREQUENT_KINDS, Event
 from backstayd.process import DaemonProcess
-from backstayd.security.configured import load_credentials
-from backstayd.security.expiry import ExpiryWatch
+from backstayd.security.credentials import ExpiryWatch, load_credentials
 from backstayd.telemetry import logs
 from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http

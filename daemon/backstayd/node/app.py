@@ -45,9 +45,7 @@ from backstayd.node.trainers.requests import Requests
 from backstayd.node.trainers.server import TrainerServer
 from backstayd.node.trainers.sessions import Sessions
 from backstayd.process import DaemonProcess
-from backstayd.security.configured import load_credentials
-from backstayd.security.credentials import Credentials
-from backstayd.security.expiry import ExpiryWatch
+from backstayd.security.credentials import Credentials, ExpiryWatch, load_credentials
 from backstayd.store.store import Store
 from backstayd.telemetry import logs
 from backstayd.telemetry.health import Health

@@ -15,7 +15,7 @@ from backstayd.node.node_state import NodeState
 from backstayd.node.reconcile.reconciler import Reconciler
 from backstayd.node.trainers.sessions import Sessions
 from backstayd.node.trainers.users import drop_unused_names
-from backstayd.security.expiry import ExpiryWatch
+from backstayd.security.credentials import ExpiryWatch
 from backstayd.security.refusals import Refusals
 from backstayd.store import remove
 from backstayd.store.record_files import make_directory

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from backstay.errors import ConfigError
+from backstayd.config.schema import DaemonConfig, NodeConfig, check_security
 from backstayd.security.certificate import Certificate, read_der
 from backstayd.security.identity import Identity, Role, authorise, identify
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 CHECK_S: Final = 1.0  # files are looked at no more often
 MAX_FILE_BYTES: Final = 1 << 20
+SOON_S: Final = 7 * 86400.0  # an end is logged this long before, at most every AGAIN_S
+AGAIN_S: Final = 3600.0
 _NO_CHECK_TIME: Final = 0x200000  # X509_V_FLAG_NO_CHECK_TIME: validity is looked at by ourselves, to say it in words
 
 _Signature = tuple[tuple[int, int, int, int], ...]
@@ -181,6 +184,61 @@ class Credentials:
             server_context=server,
             watcher_context=watcher,
         )
+
+
+def load_credentials(config: DaemonConfig) -> Credentials | None:
+    """The certificate of this daemon, checked; None when the settings say ``insecure``.
+
+    Raises:
+        ConfigError: neither is set, or the certificate cannot be used for this daemon.
+    """
+    check_security(config)
+    if config.tls_cert is None or config.tls_key is None or config.tls_ca is None:
+        return None
+    files = TlsFiles(cert=config.tls_cert, key=config.tls_key, ca=config.tls_ca)
+    return Credentials(
+        files,
+        trust_domain=config.trust_domain,
+        role=Role.NODE if isinstance(config, NodeConfig) else Role.COORDINATOR,
+        name=config.name if isinstance(config, NodeConfig) else "",
+    )
+
+
+class ExpiryWatch:
+    """Call :meth:`look` every now and then; without credentials it does nothing.
+
+    Args:
+        export: Given the name of a certificate and the Unix time at which it ends.
+    """
+
+    def __init__(self, credentials: Credentials | None, export: Callable[[str, float], None]) -> None:
+        self._credentials = credentials
+        self._export = export
+        self._said_s = float("-inf")
+        self._said = ""
+
+    def look(self) -> None:
+        """Read the files again if they changed, export the ends, complain at most hourly."""
+        if self._credentials is None:
+            return
+        material = self._credentials.current()
+        self._export("own", material.not_after_unix_s)
+        self._export("authority", material.ca_not_after_unix_s)
+        text, now = self._complaint(), time.monotonic()
+        if text and (text != self._said or now - self._said_s >= AGAIN_S):
+            logger.log(logging.ERROR if self._credentials.validity_problem() else logging.WARNING, "%s", text)
+            self._said_s = now
+        self._said = text
+
+    def _complaint(self) -> str:
+        assert self._credentials is not None
+        problem = self._credentials.validity_problem()
+        if problem:
+            return f"{problem}; peers refuse it. Renew it: the files are looked at every second, no restart is needed"
+        material = self._credentials.current()
+        ends = {"certificate": material.not_after_unix_s, "authority (tls_ca)": material.ca_not_after_unix_s}
+        soon = [f"{what} ends at {utc(end)}" for what, end in ends.items() if end - time.time() < SOON_S]
+        return f"of {material.identity} the {' and the '.join(soon)}" if soon else ""
 
 
 def warn_if_open(key: Path) -> None:

@@ -14,8 +14,8 @@ from backstayd.config.values import MAX_PARITY
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect import groups
 from backstayd.core.sentences import any_nodes
-from backstayd.sizing import intervals, survival
-from backstayd.sizing.rates import DAY_S, NODE_LOSSES_PER_NODE_DAY, TRAINER_FAILURES_PER_NODE_DAY
+from backstayd.sizing import failures, survival
+from backstayd.sizing.failures import DAY_S, NODE_LOSSES_PER_NODE_DAY, TRAINER_FAILURES_PER_NODE_DAY
 from backstayd.units import format_size
 
 SIMULTANEOUS = (1, 2, 3, 4, 8)  # losses at once that are shown
@@ -118,8 +118,8 @@ def answer(question: Question) -> Answer:
     interval = goodput = None
     if question.checkpoint_s > 0 and question.failures_per_s > 0:
         mean_s = 1.0 / question.failures_per_s
-        interval = intervals.best_interval_s(save_s=question.checkpoint_s, mean_between_failures_s=mean_s)
-        goodput = intervals.losses(
+        interval = failures.best_interval_s(save_s=question.checkpoint_s, mean_between_failures_s=mean_s)
+        goodput = failures.losses(
             save_s=question.checkpoint_s,
             interval_s=interval,
             failures_per_s=question.failures_per_s,
@@ -200,7 +200,7 @@ def _intervals(question: Question, protect_s: float) -> tuple[int, int]:
     if question.interval_steps or not question.failures_per_s:
         return least, max(least, question.interval_steps)
     mean_s = 1.0 / question.failures_per_s
-    best_s = intervals.best_interval_s(save_s=question.blocked_s, mean_between_failures_s=mean_s)
+    best_s = failures.best_interval_s(save_s=question.blocked_s, mean_between_failures_s=mean_s)
     return least, max(least, round(best_s / question.step_s))
 
 
@@ -210,7 +210,7 @@ def _goodput(question: Question, *, interval_steps: int, protect_s: float, survi
         return None
     bandwidth = question.bandwidth_bytes_per_s
     rebuild_s = 2.0 * question.node_state_bytes / bandwidth if protect_s else 0.0
-    found = intervals.snapshot_losses(
+    found = failures.snapshot_losses(
         blocked_s=question.blocked_s,
         interval_s=interval_steps * question.step_s,
         lag_s=protect_s,

@@ -8,7 +8,7 @@ from typing import Final
 
 from backstay.errors import UsageError
 from backstayd.config.schema import MAX_GROUP_NODES
-from backstayd.sizing import rates
+from backstayd.sizing import failures
 from backstayd.units import parse_size
 
 LEAST: Final = 1e-9  # of seconds and rates: what is beyond is a slip of the keyboard
@@ -50,12 +50,12 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
 
 def _add_rates(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
-        "--node-losses-per-day", type=_rate, default=rates.NODE_LOSSES_PER_NODE_DAY, metavar="R",
-        help=f"of one node (default {rates.NODE_LOSSES_PER_NODE_DAY:.5f}: {rates.SOURCE})",
+        "--node-losses-per-day", type=_rate, default=failures.NODE_LOSSES_PER_NODE_DAY, metavar="R",
+        help=f"of one node (default {failures.NODE_LOSSES_PER_NODE_DAY:.5f}: {failures.SOURCE})",
     )  # fmt: skip
     plan.add_argument(
-        "--trainer-failures-per-day", type=_rate, default=rates.TRAINER_FAILURES_PER_NODE_DAY, metavar="R",
-        help=f"per node, its memory stays (default {rates.TRAINER_FAILURES_PER_NODE_DAY:.5f}, the rest of those)",
+        "--trainer-failures-per-day", type=_rate, default=failures.TRAINER_FAILURES_PER_NODE_DAY, metavar="R",
+        help=f"per node, its memory stays (default {failures.TRAINER_FAILURES_PER_NODE_DAY:.5f}, the rest of those)",
     )  # fmt: skip
     plan.add_argument(
         "--nodes-per-domain", type=_count, default=0, metavar="N", help="nodes that fail together: a rack"

@@ -17,7 +17,7 @@ from backstay.errors import UsageError
 from backstayd.cli.tables import as_json, duration, table
 from backstayd.core.sentences import amount
 from backstayd.printable import say
-from backstayd.sizing import rates
+from backstayd.sizing import failures
 from backstayd.sizing.plan import Answer, Choice, Question, answer
 from backstayd.units import format_size
 
@@ -96,7 +96,7 @@ def document(found: Answer) -> dict[str, Any]:
     """Everything as plain values."""
     return {
         "question": asdict(found.question),
-        "rates_source": rates.SOURCE,
+        "rates_source": failures.SOURCE,
         "choices": [asdict(choice) | {"survive": dict(choice.survive)} for choice in found.choices],
         "chosen": {"name": found.chosen.name, "parity": found.chosen.m, "group_size": found.chosen.group_size},
         "reason": found.reason,
