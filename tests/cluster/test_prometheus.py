@@ -8,19 +8,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from backstay.testing import LocalCluster
-from backstay.testing.ports import free_port
 from tests.kit import monitoring
 from tests.kit.prometheus import Prometheus, aim, configure, prometheus, require
+from tests.kit.training import Training
 
-SCRIPT = Path(__file__).parents[1] / "kit" / "trainer_script.py"
-RUN = "default/watched"
 RANKS = 2
 
 # Asked of a healthy cluster these have nothing to say: their conditions are what an alert is about. What is asked instead is
@@ -53,57 +51,25 @@ def server(cluster: LocalCluster, place: Path) -> Iterator[Prometheus]:
 @pytest.fixture(scope="module")
 def story(cluster: LocalCluster, server: Prometheus, place: Path) -> Iterator[list[tuple[str, bool]]]:
     """Training, a node pulled, its replacement, the recovery. Yields (alert, whether it fired) in the order seen."""
-    trainers = _start(cluster, place)
-    cluster.wait_until(lambda: cluster.run_status(RUN)["protected_step"] >= 5, 120, "five steps to be protected")
+    training = Training(cluster, place, pause_s=0.1)
+    training.start()
+    training.wait_protected(5)
     server.wait(lambda: server.value("training_job:backstay_spares:min") == 1, "one spare to be seen")
     seen = [("OneFailureFromLoss", "OneFailureFromLoss" in server.firing())]
     cluster.destroy_node(1)
     server.wait(lambda: "OneFailureFromLoss" in server.firing(), "the alert of a lost spare to fire")
     seen.append(("OneFailureFromLoss", True))
-    for trainer in trainers:
-        assert trainer.wait(90) != 0
+    assert all(process.wait(90) != 0 for process in training.processes)
     cluster.replace_node(1)
     aim(cluster, place / "prometheus")
-    trainers = _start(cluster, place)
-    cluster.wait_until(lambda: _restored(place) == 2 * RANKS, 120, "the ranks to restore")
+    training.start()
+    first_step = training.wait_restored(2)[0]["step"]
     server.wait(lambda: server.value("training_job:backstay_spares:min") == 1, "the spare to be back")
     server.wait(lambda: "OneFailureFromLoss" not in server.firing(), "the alert to end")
     seen.append(("OneFailureFromLoss", False))
-    cluster.wait_until(lambda: cluster.run_status(RUN)["storage"]["step"] > _first_step(place), 60, "a durable copy")
+    cluster.wait_until(lambda: cluster.run_status(training.run)["storage"]["step"] > first_step, 60, "a durable copy")
     yield seen
-    (place / "stop").touch()
-    for trainer in trainers:
-        assert trainer.wait(60) == 0, cluster.evidence()
-
-
-def _start(cluster: LocalCluster, place: Path) -> list[subprocess.Popen[bytes]]:
-    port = free_port()
-    options = {
-        "world_size": RANKS, "port": port, "run_id": RUN.partition("/")[2], "stop": str(place / "stop"),
-        "last_step": 100_000, "pause_s": 0.1, "is_attached": True,
-    }  # fmt: skip
-    return [
-        cluster.run_on_node(
-            rank,
-            [sys.executable, str(SCRIPT), json.dumps({**options, "rank": rank, "log": str(place / f"{rank}.log")})],
-            name=f"trainer-{rank}",
-        )
-        for rank in range(RANKS)
-    ]
-
-
-def _events(place: Path) -> list[dict[str, object]]:
-    lines = [line for path in place.glob("?.log") for line in path.read_text().splitlines(keepends=True)]
-    return [json.loads(line) for line in lines if line.endswith("\n") and '"restored"' in line]
-
-
-def _restored(place: Path) -> int:
-    return len(_events(place))
-
-
-def _first_step(place: Path) -> int:
-    """The step that the second world began from."""
-    return max(int(str(event["step"])) for event in _events(place))
+    training.stop()
 
 
 def test_an_alert_fires_when_a_node_is_pulled_and_ends_when_protection_is_back(story: list[tuple[str, bool]]) -> None:
@@ -142,17 +108,11 @@ def test_nothing_else_fires_once_the_job_is_well_again(story: object, server: Pr
 
 def test_what_the_daemons_export_pleases_promtool(story: object, cluster: LocalCluster, server: Prometheus) -> None:
     for sample in server.query("up == 1"):
-        text = _metrics(sample["metric"]["instance"])
+        with urllib.request.urlopen(f"http://{sample['metric']['instance']}/metrics", timeout=10) as answer:
+            text = answer.read()
         command = [require("promtool"), "check", "metrics"]
         result = subprocess.run(command, input=text, capture_output=True, timeout=30, check=False)
         assert result.returncode == 0, result.stderr.decode()
-
-
-def _metrics(address: str) -> bytes:
-    import urllib.request
-
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-        return bytes(answer.read())
 
 
 def _ask_until_answered(server: Prometheus, waiting: dict[str, str]) -> None:

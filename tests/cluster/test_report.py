@@ -12,51 +12,10 @@ import pytest
 
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
-from backstay.testing.ports import free_port
+from tests.kit.training import Training
 
-SCRIPT = Path(__file__).parents[1] / "kit" / "trainer_script.py"
 RUN_ID = "reported"
 RUN = f"default/{RUN_ID}"
-RANKS = 2
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-
-class Job:
-    """The training, which is started again after each loss."""
-
-    def __init__(self, cluster: LocalCluster, directory: Path) -> None:
-        self.cluster, self.directory = cluster, directory
-        self.trainers: list[subprocess.Popen[bytes]] = []
-
-    def start(self) -> None:
-        port = free_port()
-        for rank in range(RANKS):
-            options = {
-                "rank": rank, "world_size": RANKS, "port": port, "run_id": RUN_ID, "is_attached": True,
-                "log": str(self.log(rank)), "stop": str(self.directory / "stop"), "last_step": 100_000, "pause_s": 0.05,
-            }  # fmt: skip
-            command = [sys.executable, str(SCRIPT), json.dumps(options)]
-            self.trainers.append(self.cluster.run_on_node(rank, command, ENVIRONMENT))
-
-    def log(self, rank: int) -> Path:
-        return self.directory / f"rank-{rank}.log"
-
-    def end(self) -> None:
-        """The world ends, as a launcher would end it; what it did is in its log."""
-        for trainer in self.trainers:
-            trainer.kill()
-            trainer.wait(30)
-        self.trainers.clear()
-
-    def events(self, event: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self.log(0).read_text().splitlines() if line.endswith("}")]
-        return [line for line in lines if line["event"] == event]
-
-    def wait_beyond(self, steps: int) -> None:
-        """Until a step that much further than now is protected."""
-        first = self.cluster.run_status(RUN)["protected_step"]
-        why = f"{steps} more steps to be protected"
-        self.cluster.wait_until(lambda: self.cluster.run_status(RUN)["protected_step"] >= first + steps, 90, why)
 
 
 def report(cluster: LocalCluster, *arguments: str) -> str:
@@ -82,19 +41,19 @@ def test_the_ledger_of_a_real_run_tells_what_happened_to_it(
     stored.mkdir()
     settings = {"persist_url": stored.as_uri(), "persist_every_steps": 5}
     cluster = local_cluster_factory(3, 1, lease_s=1.0, settings=settings)
-    job = Job(cluster, tmp_path)
+    job = Training(cluster, tmp_path, run_id=RUN_ID)
     job.start()
-    cluster.wait_until(lambda: cluster.run_status(RUN)["protected_step"] >= 12, 90, "step 12 to be protected")
+    job.wait_protected(12)
     first = ledger(cluster)
     assert first["is_whole"]
     assert first["interruptions"] == []
     assert first["blocked_s"] > 0, "trainers say what snapshots cost them"
 
-    job.trainers[1].kill()  # and with it the world
+    job.processes[1].kill()  # and with it the world
     cluster.wait_until(lambda: ledger(cluster)["is_interrupted"], 30, "the dead trainer to be in the ledger")
-    job.end()
+    job.kill()
     job.start()
-    job.wait_beyond(8)
+    job.wait_protected(job.protected_step() + 8)
 
     before = ledger(cluster)
     cluster.kill_coordinator()
@@ -105,17 +64,17 @@ def test_the_ledger_of_a_real_run_tells_what_happened_to_it(
     assert after["began_unix_s"] == before["began_unix_s"]
     assert after["steps_lost"] == before["steps_lost"]
     assert after["down_s"] == pytest.approx(before["down_s"], abs=1.0)
-    job.wait_beyond(3)
+    job.wait_protected(job.protected_step() + 3)
 
     cluster.destroy_node(1)
     cluster.replace_node(1)
     cluster.wait_until(lambda: ledger(cluster)["is_interrupted"], 30, "the lost node to be in the ledger")
-    job.end()
+    job.kill()
     job.start()
     cluster.wait_until(
         lambda: not ledger(cluster)["is_interrupted"], 60, "the run to go on"
     )  # rebuilding protects steps too
-    job.wait_beyond(5)
+    job.wait_protected(job.protected_step() + 5)
 
     compare(ledger(cluster), job)
     text = report(cluster, RUN)
@@ -123,24 +82,23 @@ def test_the_ledger_of_a_real_run_tells_what_happened_to_it(
     assert "node_lost" in text
     assert "goodput 0." in text
     assert "Restored from durable storage alone" in text
-    (tmp_path / "stop").touch()
-    job.end()
+    job.kill()
 
 
-def compare(found: dict[str, Any], job: Job) -> None:
+def compare(found: dict[str, Any], job: Training) -> None:
     """Against the trainer's own log."""
     causes = [entry["cause"] for entry in found["interruptions"]]
     assert causes == ["trainer_died", "node_lost"]
     sources = [entry["source"] for entry in found["interruptions"]]
     assert sources[0] == "memory"
     assert sources[1] in ("rebuild", "peer"), "what was lost was rebuilt: for the restore, or before it"
-    restored = [line["step"] for line in job.events("restored")]
+    restored = [line["step"] for line in job.lines(0, "restored")]
     assert [entry["base_step"] for entry in found["interruptions"]] == restored[1:]
     done: list[int] = []  # the newest step of each life that was interrupted
-    for line in (json.loads(text) for text in job.log(0).read_text().splitlines() if text.endswith("}")):
+    for line in job.lines(0, "restored", "step"):
         if line["event"] == "restored":
             done.append(line["step"])
-        elif line["event"] == "step":
+        else:
             done[-1] = line["step"]
     for entry, newest in zip(found["interruptions"], done, strict=False):
         assert entry["base_step"] <= entry["newest_step"] <= newest + 1

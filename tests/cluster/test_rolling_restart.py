@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from backstay.testing import LocalCluster
-from backstay.testing.cluster import process_environment
 from backstay.testing.fixtures import LocalClusterFactory
-from backstay.testing.ports import free_port
 from backstay.testing.rolling import RedundancyWatch, watched
 from tests.kit.documented import write_script
+from tests.kit.training import Training
 
-SCRIPT = Path(__file__).parents[1] / "kit" / "trainer_script.py"
-RUN_ID = "rolling"
-RUN = f"default/{RUN_ID}"
 NODES = 4
 CONTROL_STEPS = 1500  # with 0.1 s a step the other comes nowhere near
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-
-def _options(directory: Path, rank: int, port: int, **changes: Any) -> str:
-    options = {
-        "rank": rank,
-        "world_size": NODES,
-        "port": port,
-        "run_id": RUN_ID,
-        "log": str(directory / f"rank-{rank}.log"),
-        "stop": str(directory / "stop"),
-        "last_step": 100_000,
-        "pause_s": 0.1,
-        "is_attached": True,
-    }
-    return json.dumps({**options, **changes})
-
-
-def _lines(directory: Path, rank: int, event: str) -> list[dict[str, Any]]:
-    path = directory / f"rank-{rank}.log"
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    return [line for line in map(json.loads, whole) if line["event"] == event]
-
-
-def _last_step(directory: Path) -> int:
-    return min(max((line["step"] for line in _lines(directory, rank, "step")), default=0) for rank in range(NODES))
-
-
-def _wait_protected(cluster: LocalCluster, step: int) -> None:
-    cluster.wait_until(lambda: cluster.run_status(RUN)["protected_step"] >= step, 120, f"step {step} to be protected")
-
-
-def _start_control(directory: Path) -> list[subprocess.Popen[bytes]]:
-    """The same training without backstay, as far as the other can get."""
-    directory.mkdir()
-    port = free_port()
-    argv = [
-        [
-            sys.executable,
-            str(SCRIPT),
-            _options(directory, r, port, last_step=CONTROL_STEPS, pause_s=0.0, is_attached=False),
-        ]
-        for r in range(NODES)
-    ]
-    return [subprocess.Popen(one, env=process_environment() | ENVIRONMENT) for one in argv]
-
-
-def _check_bits(directory: Path, control: Path) -> None:
-    for rank in range(NODES):
-        expected = [(line["step"], line["digest"]) for line in _lines(control, rank, "step")]
-        found = [(line["step"], line["digest"]) for line in _lines(directory, rank, "step")]
-        assert found == expected[: len(found)], f"rank {rank}: each step once, and bit for bit"
-        assert len(_lines(directory, rank, "restored")) == 1, "no rank ever restored again"
 
 
 def _run_documented_loop(cluster: LocalCluster, directory: Path) -> None:
@@ -121,24 +61,22 @@ def _check_watch(watch: RedundancyWatch) -> None:
 def test_a_rolling_restart_of_everything_costs_no_step_no_snapshot_and_no_redundancy(
     local_cluster_factory: LocalClusterFactory, tmp_path: Path
 ) -> None:
-    control = _start_control(tmp_path / "control")
+    control = Training(None, tmp_path / "control", ranks=NODES, last_step=CONTROL_STEPS, pause_s=0.0)
+    control.start()
     cluster = local_cluster_factory(NODES, 1, lease_s=15.0)  # a daemon starts in less, on a busy machine too
-    directory = tmp_path / "rolled"
-    directory.mkdir()
-    port = free_port()
-    trainers = [
-        cluster.run_on_node(rank, [sys.executable, str(SCRIPT), _options(directory, rank, port)], ENVIRONMENT)
-        for rank in range(NODES)
-    ]
-    _wait_protected(cluster, 3)
-    with watched(cluster, RUN, parity=1) as watch:
+    rolled = Training(cluster, tmp_path / "rolled", ranks=NODES, pause_s=0.1)
+    rolled.start()
+    rolled.wait_protected(3)
+    with watched(cluster, rolled.run, parity=1) as watch:
         _run_documented_loop(cluster, tmp_path)
-        _wait_protected(cluster, _last_step(directory) + 2)
+        rolled.wait_protected(rolled.last_step() + 2)
         cluster.stop_coordinator()
         cluster.start_coordinator()
-        _wait_protected(cluster, _last_step(directory) + 2)
-    (directory / "stop").touch()
-    assert [trainer.wait(60) for trainer in trainers] == [0] * NODES, cluster.evidence()
+        rolled.wait_protected(rolled.last_step() + 2)
+    rolled.stop()
     _check_watch(watch)
-    assert [process.wait(120) for process in control] == [0] * NODES
-    _check_bits(directory, tmp_path / "control")
+    control.wait_ended(120)
+    for rank in range(NODES):
+        found = rolled.steps(rank)
+        assert found == control.steps(rank)[: len(found)], f"rank {rank}: each step once, and bit for bit"
+        assert len(rolled.lines(rank, "restored")) == 1, "no rank ever restored again"
