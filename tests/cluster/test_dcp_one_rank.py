@@ -24,15 +24,10 @@ import backstay.dcp
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.testing import LocalCluster
 from backstay.trainer.state.json_codec import is_same
-from tests.kit.listing import files_in
+from tests.kit.files import files_in, flip_byte
 
+CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(1, 0, lease_s=1.0) as running:
-        yield running
 
 
 @pytest.fixture
@@ -97,11 +92,7 @@ def test_a_flipped_byte_is_refused(
     second = again(cluster, store, request.node.name)
     assert second.begin() == 1
     (path,) = shards(cluster, request.node.name)
-    with path.open("r+b") as file:
-        file.seek(-100, os.SEEK_END)
-        byte = file.read(1)
-        file.seek(-101, os.SEEK_END)
-        file.write(bytes([byte[0] ^ 1, byte[0] ^ 1]))
+    flip_byte(path, path.stat().st_size - 100)
     with pytest.raises(CheckpointException):
         dcp.load(state(7), storage_reader=second.reader())
     second.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,10 @@ from backstay.testing import LocalCluster
 from tests.kit.documented import write_example
 from tests.kit.loops import start_loop
 
+CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 pytestmark = [pytest.mark.usefixtures("deepspeed_compiled"), pytest.mark.timeout(1200)]
 
-LEASE_S = 1.0
 FAULT = "mid_copy,step=10:kill"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(1, 0, lease_s=LEASE_S) as cluster:
-        yield cluster
 
 
 @pytest.mark.parametrize(("stage", "half", "ranks"), [(0, False, 1), (1, True, 2), (2, False, 2), (3, False, 1)])

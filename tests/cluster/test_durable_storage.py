@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.light_world import light_world, wait_protected
+from tests.kit.files import flip_byte
+from tests.kit.light_world import light_world
 from tests.kit.object_store import BUCKET, object_store
 from tests.kit.storage_world import (
     RUN,
     cluster_with,
     dead_daemons,
+    persist,
     records_in,
-    restore_exactly,
     storage_of,
     wait_persisted,
 )
@@ -35,17 +36,12 @@ def directory(tmp_path: Path) -> Path:
 def test_a_cluster_that_lost_everything_goes_on_from_durable_storage(directory: Path, tmp_path: Path) -> None:
     url = f"file://{directory}"
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
-        assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
-        for step in (1, 2):
-            world.publish(step)
-            wait_protected(cluster, RUN, step)
-            wait_persisted(cluster, step)
+        world.start_fresh()
+        persist(world, 1, 2)
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
-        answers = restore_exactly(world, step=2, source="persisted")
-        assert {(answer["outcome"], answer["attempt"]) for answer in answers} == {("EXACT", 1001)}
-        world.publish(3)
-        wait_protected(cluster, RUN, 3)
-        wait_persisted(cluster, 3)
+        answers = world.restore_exactly(2, source="persisted")
+        assert {answer["attempt"] for answer in answers} == {1001}
+        persist(world, 3)
 
 
 def test_the_same_from_s3_by_multipart_and_conditional_writes(tmp_path: Path) -> None:
@@ -56,15 +52,14 @@ def test_the_same_from_s3_by_multipart_and_conditional_writes(tmp_path: Path) ->
             light_world(cluster, RUN, size_bytes=20 * MIB) as world,
         ):
             world.start_fresh()
-            world.publish(1)
-            wait_persisted(cluster, 1)
+            persist(world, 1)
         assert store.listing().count("snapshot.json") == 1
         assert "<Upload>" not in store.unfinished()
         with (
             cluster_with(store.url, tmp_path, env=store.environment) as cluster,
             light_world(cluster, RUN, size_bytes=20 * MIB) as world,
         ):
-            restore_exactly(world, step=1, source="persisted")
+            world.restore_exactly(1, source="persisted")
             assert storage_of(cluster)["url"] == f"s3://{BUCKET}/runs/{RUN}"
 
 
@@ -72,8 +67,7 @@ def test_trainers_that_are_gone_leave_their_newest_protected_step_to_be_copied(d
     with cluster_with(f"file://{directory}", tmp_path, every_steps=0) as cluster:
         with light_world(cluster, RUN) as world:
             world.start_fresh()
-            world.publish(1)
-            wait_protected(cluster, RUN, 1)
+            world.protect(1)
             assert records_in(directory) == []
             world.kill()
         wait_persisted(cluster, 1)
@@ -88,8 +82,7 @@ def test_a_shard_whose_node_is_lost_while_nobody_trains_is_rebuilt_and_copied_by
     with cluster_with(f"file://{directory}", tmp_path, every_steps=0, env=fault) as cluster:
         with light_world(cluster, RUN) as world:
             world.start_fresh()
-            world.publish(1)
-            wait_protected(cluster, RUN, 1)
+            world.protect(1)
             world.kill()
         cluster.wait_until(marker.exists, 60, "an upload to be in its middle")
         cluster.wait_until(lambda: dead_daemons(cluster), 20, "its daemon to die")
@@ -97,23 +90,18 @@ def test_a_shard_whose_node_is_lost_while_nobody_trains_is_rebuilt_and_copied_by
         cluster.destroy_node(dead)
         wait_persisted(cluster, 1)
     with cluster_with(f"file://{directory}", tmp_path) as cluster, light_world(cluster, RUN) as world:
-        restore_exactly(world, step=1, source="persisted")
+        world.restore_exactly(1, source="persisted")
 
 
 def test_a_corrupt_file_is_named_and_the_next_older_snapshot_is_used(directory: Path, tmp_path: Path) -> None:
     url = f"file://{directory}"
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
         world.start_fresh()
-        for step in (1, 2):
-            world.publish(step)
-            wait_persisted(cluster, step)
+        persist(world, 1, 2)
     (path,) = directory.rglob("step-00000002/rank-00001-of-*.safetensors")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    flip_byte(path)
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
-        answers = restore_exactly(world, step=1, source="persisted")
-        assert {answer["outcome"] for answer in answers} == {"EXACT_OLDER"}
+        answers = world.restore_exactly(1, outcome="EXACT_OLDER", source="persisted")
         assert "rank 1" in answers[0]["message"]
         assert "step-00000002" in answers[0]["message"]
 
@@ -122,17 +110,14 @@ def test_what_memory_lost_comes_from_storage_and_the_rest_from_memory(directory:
     with cluster_with(f"file://{directory}", tmp_path) as cluster:
         with light_world(cluster, RUN) as world:
             world.start_fresh()
-            world.publish(1)
-            wait_protected(cluster, RUN, 1)
-            wait_persisted(cluster, 1)
+            persist(world, 1)
             world.kill()
-        for index in (1, 2):  # one more than parity covers
-            cluster.destroy_node(index)
+        cluster.destroy_nodes((1, 2))  # one more than parity covers
         for index in (1, 2):
             cluster.replace_node(index)
         cluster.wait_live()
         with light_world(cluster, RUN) as world:
-            answers = restore_exactly(world, step=1)
+            answers = world.restore_exactly(1)
             sources = [answer["shards"][str(rank)]["source"] for rank, answer in enumerate(answers)]
             assert sources == ["local", "persisted", "persisted"]
 
@@ -143,9 +128,7 @@ def test_retention_keeps_the_last_and_every_nth(directory: Path, tmp_path: Path)
         light_world(cluster, RUN) as world,
     ):
         world.start_fresh()
-        for step in range(1, 7):
-            world.publish(step)
-            wait_persisted(cluster, step)
+        persist(world, *range(1, 7))
         names = {f"step-{step:08d}" for step in (3, 5, 6)}
         cluster.wait_until(
             lambda: {name for _, inside, _ in os.walk(directory) for name in inside if "step-" in name} == names,
@@ -180,8 +163,7 @@ def test_a_full_disk_is_said_and_survived_and_the_copy_is_made_when_there_is_roo
         cluster.wait_until(
             lambda: "No space left on device; free room there" in storage_of(cluster)["problem"], 30, "the reason"
         )
-        world.publish(2)
-        wait_protected(cluster, RUN, 2)
+        world.protect(2)
         assert records_in(disk) == []
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         wait_persisted(cluster, 1)
@@ -199,7 +181,7 @@ def test_a_directory_that_is_not_mounted_is_refused_for_a_new_run_with_the_next_
         assert "mount or create it" in answer["message"]
         missing.mkdir()
     with cluster_with(f"file://{missing}", tmp_path) as cluster, light_world(cluster, RUN) as world:
-        assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
+        world.start_fresh()
 
 
 def test_a_coordinator_that_restarts_in_the_middle_of_an_upload_ends_it(directory: Path, tmp_path: Path) -> None:
@@ -238,8 +220,7 @@ def test_an_operator_sees_how_far_the_copy_is(directory: Path, tmp_path: Path) -
 def test_what_is_written_is_private_to_the_daemons_user(directory: Path, tmp_path: Path) -> None:
     with cluster_with(f"file://{directory}", tmp_path) as cluster, light_world(cluster, RUN) as world:
         world.start_fresh()
-        world.publish(1)
-        wait_persisted(cluster, 1)
+        persist(world, 1)
     files = [path for path in directory.rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
     assert {path.stat().st_uid for path in files} == {os.geteuid()}

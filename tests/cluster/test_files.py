@@ -25,14 +25,9 @@ from backstay.testing.fixtures import LocalClusterFactory
 from backstay.trainer.torch_world import World as Place
 from tests.kit.dcp_world import World
 
+CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 ROOT = Path(__file__).parents[2]
 RUN = "default/dcp"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(1, 0, lease_s=1.0) as running:
-        yield running
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backstay.testing.fixtures import LocalClusterFactory
-from tests.kit.light_world import light_world, wait_protected
+from tests.kit.light_world import light_world
 
 RUN = "default/over"
 LEASE_S = 1.0
@@ -15,9 +15,7 @@ def test_a_finished_run_says_so_after_restarts_of_all_daemons_and_its_name_can_b
     cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first:
         first.start_fresh()
-        for step in (1, 2, 3):
-            first.publish(step)
-        wait_protected(cluster, RUN, 3)
+        first.protect(1, 2, 3)
         first.ask_all("finish")
     for index in (0, 1):
         cluster.wait_until(
@@ -40,8 +38,7 @@ def test_a_finished_run_says_so_after_restarts_of_all_daemons_and_its_name_can_b
     with light_world(cluster, RUN) as later:
         for answer in later.restore(allow_fresh=True):
             assert (answer.get("outcome"), answer.get("attempt")) == ("NONE", 2), answer
-        later.publish(1)
-        wait_protected(cluster, RUN, 1)
+        later.protect(1)
     with light_world(cluster, f"{RUN}s") as other:
         for answer in other.restore():
             assert f"runs with a name like it: {RUN} (step 1)" in answer["message"]

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tests.kit import accelerate_training, lightning_training, transformers_trai
 from tests.kit.adapter_tests import QUIET, check_goes_on, check_unchanged, run_script
 from tests.kit.documented import write_example
 
+CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 KITS: dict[str, Any] = {
     "accelerate": accelerate_training,
     "lightning": lightning_training,
@@ -25,12 +25,6 @@ KITS: dict[str, Any] = {
 }
 RUNS = [(name, case, rank) for name, kit in KITS.items() for case, size in kit.CASES.items() for rank in range(size)]
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(1, 0, lease_s=1.0) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
 from backstay.testing.fixtures import LocalClusterFactory
 from backstay.testing.light_rank import layout_of
-from tests.kit.light_world import SIZE_BYTES, Ranks, light_world, wait_protected
+from tests.kit.light_world import SIZE_BYTES, light_world, wait_protected
 
 RUN = "default/gate"
 LEASE_S = 1.5
@@ -24,15 +24,8 @@ def _cluster(factory: LocalClusterFactory, **options: Any) -> LocalCluster:
 
 def _train(cluster: LocalCluster, last_step: int) -> None:
     with light_world(cluster, RUN) as ranks:
-        assert [answer["outcome"] for answer in ranks.restore()] == ["NONE", "NONE"]
-        for step in range(1, last_step + 1):
-            ranks.publish(step)
-            wait_protected(cluster, RUN, step)
-
-
-def _restore(ranks: Ranks, step: int) -> None:
-    answers = ranks.restore()
-    assert [(answer.get("outcome"), answer.get("step")) for answer in answers] == [("EXACT", step)] * 2, answers
+        ranks.start_fresh()
+        ranks.protect(*range(1, last_step + 1))
 
 
 def _backstay(cluster: LocalCluster, *arguments: str) -> str:
@@ -49,7 +42,7 @@ def test_two_ranks_that_go_on_with_one_random_stream_are_both_refused(
     cluster = _cluster(local_cluster_factory)
     _train(cluster, 1)
     with light_world(cluster, RUN) as ranks:
-        _restore(ranks, 1)
+        ranks.restore_exactly(1)
         for rank in ranks.ranks:
             rank.send("gate", entries=[*SAID, ["rng: stream 0", [rank.rank], ""]])
         answers = [rank.receive() for rank in ranks.ranks]
@@ -68,7 +61,7 @@ def test_a_rank_that_dies_before_it_has_spoken_does_not_leave_the_others_waiting
     cluster = _cluster(local_cluster_factory)
     _train(cluster, 1)
     with light_world(cluster, RUN) as ranks:
-        _restore(ranks, 1)
+        ranks.restore_exactly(1)
         ranks.ranks[0].send("gate", entries=SAID, deadline_s=600.0)
         ranks.ranks[1].kill()
         answer = ranks.ranks[0].receive(deadline_s=60)
@@ -81,7 +74,7 @@ def test_a_rank_that_never_asks_and_trains_is_not_waited_for(local_cluster_facto
     cluster = _cluster(local_cluster_factory)
     _train(cluster, 1)
     with light_world(cluster, RUN) as ranks:
-        _restore(ranks, 1)
+        ranks.restore_exactly(1)
         ranks.ranks[0].send("gate", entries=SAID)
         ranks.ranks[1].ask("publish", step=2)
         assert ranks.ranks[0].receive()["state"] == "passed"
@@ -93,7 +86,7 @@ def test_a_coordinator_and_a_daemon_that_die_in_the_middle_of_the_gate_end_with_
     cluster = local_cluster_factory(2, 1, lease_s=4.0)
     _train(cluster, 1)
     with light_world(cluster, RUN) as ranks:
-        _restore(ranks, 1)
+        ranks.restore_exactly(1)
         ranks.ranks[0].send("gate", entries=SAID)
         cluster.restart_coordinator()
         cluster.kill_daemon(1)
@@ -101,8 +94,7 @@ def test_a_coordinator_and_a_daemon_that_die_in_the_middle_of_the_gate_end_with_
         ranks.ranks[1].ask("attach", world_id=ranks.world_id, attempt=2)
         assert ranks.ranks[1].ask("gate", entries=SAID)["state"] == "passed"
         assert ranks.ranks[0].receive()["state"] == "passed"
-        ranks.publish(2)
-        wait_protected(cluster, RUN, 2)
+        ranks.protect(2)
 
 
 def test_distrust_survives_every_daemon_and_the_coordinator_until_an_operator_takes_it_back(
@@ -111,7 +103,7 @@ def test_distrust_survives_every_daemon_and_the_coordinator_until_an_operator_ta
     cluster = _cluster(local_cluster_factory, keep=2)
     _train(cluster, 3)
     with light_world(cluster, RUN) as ranks:
-        _restore(ranks, 3)
+        ranks.restore_exactly(3)
         ranks.ranks[1].ask("distrust", step=4)
     files = [cluster.nodes[index].memory_dir / RUN / "distrusted.json" for index in range(2)]
     cluster.wait_until(lambda: all(file.exists() for file in files), 30, "every host to remember it")
@@ -122,8 +114,7 @@ def test_distrust_survives_every_daemon_and_the_coordinator_until_an_operator_ta
     cluster.restart_coordinator()
     cluster.wait_live()
     with light_world(cluster, RUN) as ranks:
-        answers = ranks.restore()
-        assert [(answer["outcome"], answer["step"]) for answer in answers] == [("EXACT_OLDER", 2)] * 2
+        answers = ranks.restore_exactly(2, outcome="EXACT_OLDER")
         assert "it is distrusted (rank 1 at step 4: nan)" in answers[0]["message"]
         assert "1 snapshot trusted again" in _backstay(cluster, "trust", RUN)
         cluster.wait_until(lambda: cluster.run_status(RUN)["distrusted"] == [], 30, "nobody to distrust anything")
@@ -142,7 +133,7 @@ def test_an_operator_has_an_older_step_restored_and_a_deleted_note_is_written_ag
     file.unlink()
     cluster.wait_until(file.exists, 30, "the note to be written again")
     with light_world(cluster, RUN) as ranks:
-        assert [answer["step"] for answer in ranks.restore()] == [2, 2]
+        ranks.restore_exactly(2, outcome="EXACT_OLDER")
 
 
 def test_a_base_on_probation_takes_a_slot_more_only_where_there_is_room_and_never_slows_the_snapshots(
@@ -152,7 +143,7 @@ def test_a_base_on_probation_takes_a_slot_more_only_where_there_is_room_and_neve
     cluster = _cluster(local_cluster_factory, quota=f"{9 * state_bytes // 2}")  # two slots, two parities, half a slot
     _train(cluster, 3)
     with light_world(cluster, RUN) as ranks:
-        _restore(ranks, 3)
+        ranks.restore_exactly(3)
         skipped = 0
         for step in range(4, 12):
             answers = ranks.ask_all("publish", step=step, wait_s=1.0)

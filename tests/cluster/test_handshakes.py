@@ -9,7 +9,7 @@ import pytest
 
 from backstay.testing.fixtures import LocalClusterFactory
 from tests.kit.handshakes import KINDS, storm
-from tests.kit.light_world import light_world, wait_protected
+from tests.kit.light_world import light_world
 
 pytest.importorskip("cryptography")
 
@@ -31,13 +31,11 @@ def test_a_storm_of_handshakes_neither_kills_the_coordinator_nor_stops_a_job(
         step = 0
         while not ended.done():
             step += 1
-            world.publish(step)
-            wait_protected(cluster, RUN, step)
+            world.protect(step)
             if step == 2:
                 cluster.certificates.make(*(node.name for node in cluster.nodes), has_others=True)
         outcomes = ended.result()
-        world.publish(step + 1)
-        wait_protected(cluster, RUN, step + 1)
+        world.protect(step + 1)
     assert sum(outcomes.values()) == COUNT
     valid = COUNT * KINDS.count("valid") // len(KINDS)
     assert outcomes["valid: shaken"] >= valid * 0.9, outcomes  # a pair can be read while it is being renewed

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
 from tests.kit.documented import write_example
 
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(1, 0, lease_s=1.0) as running:
-        yield running
+CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 
 
 def _run(cluster: LocalCluster, script: Path, **env: str) -> list[str]:

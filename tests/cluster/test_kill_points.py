@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backstay import faults
 from backstay.testing import LocalCluster
 from tests.cluster.test_kill_storage_points import FETCH_POINTS, UPLOAD_POINTS
-from tests.kit.light_world import Ranks, light_world, wait_protected
+from tests.kit.light_world import Ranks, light_world
 
 RUN = "default/killed"
 LEASE_S = 1.0
@@ -62,7 +63,7 @@ def _is_dead(cluster: LocalCluster) -> bool:
     return any(process is not None and process.poll() is not None for process in processes)
 
 
-def _restore_exactly(cluster: LocalCluster, *, steps: tuple[int, ...]) -> int:
+def _restore_exactly(cluster: LocalCluster, *, steps: tuple[int, ...]) -> None:
     """Restore in new worlds until one gets through (a daemon may die under the first); never a step on some ranks only."""
     for _ in range(3):
         with light_world(cluster, RUN) as world:
@@ -70,19 +71,19 @@ def _restore_exactly(cluster: LocalCluster, *, steps: tuple[int, ...]) -> int:
             got = {answer["step"] for answer in answers if "step" in answer}
             assert len(got) <= 1, f"ranks got different steps: {answers}"
             if all("step" in answer for answer in answers):
-                _compare(world, answers)
                 step = int(got.pop())
+                world.check_restored(answers, step, outcome="")
                 assert step in steps, f"restored step {step}, not one of {steps}: {answers}"
-                _protect_on(cluster, world, step)
-                return step
+                world.protect(step + 1)  # the cluster has healed
+                return
         _revive(cluster)
     raise AssertionError(f"no world was restored: {answers}\n{cluster.evidence()}")
 
 
-def _answers_of(world: Ranks) -> list[dict[str, object]]:
+def _answers_of(world: Ranks) -> list[dict[str, Any]]:
     """The ranks' answers, up to the first error: a trainer that gets one dies, and its world with it."""
     waiting = list(world.ranks)
-    answers: list[dict[str, object]] = []
+    answers: list[dict[str, Any]] = []
     while waiting and not any("error" in answer for answer in answers):
         for rank in list(waiting):
             if rank.has_answered(0.05):
@@ -91,30 +92,14 @@ def _answers_of(world: Ranks) -> list[dict[str, object]]:
     return answers
 
 
-def _compare(world: Ranks, answers: list[dict[str, object]]) -> None:
-    for rank, answer in zip(world.ranks, answers, strict=True):
-        step, shards = answer["step"], answer["shards"]
-        assert isinstance(step, int)
-        assert isinstance(shards, dict)
-        assert shards[str(rank.rank)]["sha256"] == rank.expected("", step), answer
-
-
-def _protect_on(cluster: LocalCluster, world: Ranks, step: int) -> None:
-    """The cluster has healed: the world goes on and its next step becomes protected."""
-    world.publish(step + 1)
-    wait_protected(cluster, RUN, step + 1)
-
-
 @pytest.mark.parametrize("point", SNAPSHOT_POINTS)
 def test_a_kill_at_this_point_of_a_snapshot_leaves_a_protected_one(point: str, tmp_path: Path) -> None:
     where, action = SNAPSHOT_POINTS[point]
     marker = tmp_path / "died"
     with _cluster(tmp_path, f"{point},{where},once={marker}:{action}") as cluster:
         with light_world(cluster, RUN) as world:
-            assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
-            for step in (1, 2):
-                world.publish(step)
-                wait_protected(cluster, RUN, step)
+            world.start_fresh()
+            world.protect(1, 2)
             world.ask_all("publish", step=3)
             cluster.wait_until(marker.exists, 60, f"point {point} to be reached")
             cluster.wait_until(lambda: _is_dead(cluster), 20, f"a process to die at {point}")
@@ -132,10 +117,8 @@ def test_a_kill_at_this_point_of_a_recovery_does_not_change_what_is_restored(poi
         fault = f"{point},nth=2,once={marker}:kill"  # the first decision is that the run is new
     with _cluster(tmp_path, fault, is_of_coordinator=is_of_coordinator) as cluster:
         with light_world(cluster, RUN) as world:
-            assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
-            for step in (1, 2):
-                world.publish(step)
-                wait_protected(cluster, RUN, step)
+            world.start_fresh()
+            world.protect(1, 2)
             world.kill()
         places = [0, 1, 2, 3]
         if point == "mid_fetch":
@@ -156,7 +139,8 @@ def test_a_kill_at_this_point_of_a_recovery_does_not_change_what_is_restored(poi
             got = {answer["step"] for answer in answers if "step" in answer}
             assert got <= {2}, answers
             if len(answers) == len(world.ranks) and all("step" in answer for answer in answers):
-                _compare(world, sorted(answers, key=lambda answer: str(answer["shards"])[:4]))
+                answers.sort(key=lambda answer: str(answer["shards"])[:4])
+                world.check_restored(answers, 2, outcome="")
             world.kill()
         _restore_exactly(cluster, steps=(2,))
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.light_world import light_world, wait_protected
+from tests.kit.light_world import light_world
 from tests.kit.storage_world import (
     RUN,
     cluster_with,
     dead_daemons,
+    persist,
     records_in,
-    restore_exactly,
     storage_of,
     wait_persisted,
 )
@@ -42,12 +42,9 @@ def test_a_kill_at_this_point_of_an_upload_loses_nothing_that_was_whole(point: s
     url, marker = storage(tmp_path), tmp_path / "died"
     fault = {"BACKSTAY_FAULTS": f"{point},{UPLOAD_POINTS[point]},once={marker}:killgroup"}
     with cluster_with(url, tmp_path, env=fault, keep_last=1) as cluster, light_world(cluster, RUN) as world:
-        assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
-        for step in (1, 2):
-            world.publish(step)
-            wait_protected(cluster, RUN, step)
-            if step == 1:
-                wait_persisted(cluster, 1)
+        world.start_fresh()
+        persist(world, 1)
+        world.protect(2)
         cluster.wait_until(marker.exists, 60, f"point {point} to be reached")
         cluster.wait_until(lambda: dead_daemons(cluster), 20, f"a daemon to die at {point}")
         (dead,) = dead_daemons(cluster)
@@ -58,7 +55,7 @@ def test_a_kill_at_this_point_of_an_upload_loses_nothing_that_was_whole(point: s
         wait_persisted(cluster, 2)
         assert storage_of(cluster)["snapshots"][0]["step"] == 2
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
-        restore_exactly(world, step=2, source="persisted")
+        world.restore_exactly(2, source="persisted")
 
 
 @pytest.mark.parametrize("point", UPLOAD_POINTS)
@@ -67,24 +64,20 @@ def test_a_cluster_that_dies_at_this_point_finds_the_newest_whole_one(point: str
     fault = {"BACKSTAY_FAULTS": f"{point},{UPLOAD_POINTS[point]},once={marker}:killgroup"}
     with cluster_with(url, tmp_path, env=fault, keep_last=1) as cluster, light_world(cluster, RUN) as world:
         world.start_fresh()
-        for step in (1, 2):
-            world.publish(step)
-            wait_protected(cluster, RUN, step)
-            if step == 1:
-                wait_persisted(cluster, 1)
+        persist(world, 1)
+        world.protect(2)
         cluster.wait_until(marker.exists, 60, f"point {point} to be reached")
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
         records = records_in(tmp_path / "storage")
         assert records, "a whole snapshot is always left"
-        restore_exactly(world, step=records[-1], source="persisted")
+        world.restore_exactly(records[-1], outcome="", source="persisted")
 
 
 def test_a_kill_while_a_shard_is_fetched_from_storage_does_not_change_what_is_restored(tmp_path: Path) -> None:
     url, marker = storage(tmp_path), tmp_path / "died"
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
         world.start_fresh()
-        world.publish(1)
-        wait_persisted(cluster, 1)
+        persist(world, 1)
     point = next(iter(FETCH_POINTS))
     fault = {"BACKSTAY_FAULTS": f"{point},{FETCH_POINTS[point]},once={marker}:killgroup"}
     with cluster_with(url, tmp_path, env=fault) as cluster:
@@ -99,4 +92,4 @@ def test_a_kill_while_a_shard_is_fetched_from_storage_does_not_change_what_is_re
             cluster.restart_daemon(index)
         cluster.wait_live()
         with light_world(cluster, RUN) as world:
-            restore_exactly(world, step=1)
+            world.restore_exactly(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,14 +12,8 @@ from backstay.testing import DeadlineError, LocalCluster
 from backstay.testing.daemons import DAEMON_ROLE
 from backstay.testing.fixtures import LocalClusterFactory
 
-LEASE_S = 1.0
+CLUSTER = {"nodes": 3, "parity": 1, "lease_s": 1.0}
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(300)"]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(3, 1, lease_s=LEASE_S) as cluster:
-        yield cluster
 
 
 def _state(cluster: LocalCluster, name: str) -> str:
@@ -98,7 +91,7 @@ def test_parts_that_are_not_there_are_refused_by_name(cluster: LocalCluster) -> 
 
 
 def test_nothing_is_left_of_a_closed_cluster(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(1, 0, lease_s=LEASE_S)
+    cluster = local_cluster_factory(1, 0, lease_s=1.0)
     cluster.run_on_node(0, SLEEPER)
     with pytest.raises(AssertionError, match="left"):
         cluster.assert_nothing_left()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from backstay.testing import LocalCluster
 from backstay.testing.daemons import LocalNode
+from tests.kit.files import flip_byte
 from tests.kit.light_world import Ranks, light_world, wait_protected
 
+CLUSTER = {"nodes": 2, "parity": 1, "lease_s": 1.0}
 RUN = "default/measured"
 STEPS = 3
 SNAPSHOT_S, FENCE_S = 0.25, 0.5  # what each rank says that a step cost it
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(2, 1, lease_s=1.0) as running:
-        yield running
 
 
 def _scrape(port: int) -> Samples:
@@ -126,7 +121,8 @@ def test_what_was_done_is_what_metrics_status_and_files_say(cluster: LocalCluste
         node.expect(1, "shards_total", result="lost")
         node.expect(0, "sessions")
     coordinator.expect(0, "trainers", phase="training")
-    _flip_a_byte(cluster.nodes[1])
+    (newest,) = cluster.nodes[1].memory_dir.rglob(f"step-{STEPS:08d}/rank-*.safetensors")
+    flip_byte(newest)
     with light_world(cluster, RUN) as world:
         assert {(answer["outcome"], answer["step"]) for answer in world.restore()} == {("EXACT", STEPS)}
         _after_recovery(cluster, coordinator, nodes)
@@ -183,17 +179,6 @@ def _after_training(cluster: LocalCluster, coordinator: Board, nodes: list[Board
     assert protected_s is not None
     assert complete_s is not None
     assert complete_s <= protected_s <= cluster.status()["time_unix_s"]
-
-
-def _flip_a_byte(node: LocalNode) -> None:
-    """In the middle of its newest shard."""
-    (path,) = node.memory_dir.rglob(f"step-{STEPS:08d}/rank-*.safetensors")
-    with path.open("r+b") as file:
-        middle = path.stat().st_size // 2
-        file.seek(middle)
-        byte = file.read(1)[0]
-        file.seek(middle)
-        file.write(bytes([byte ^ 1]))
 
 
 def _after_recovery(cluster: LocalCluster, coordinator: Board, nodes: list[Board]) -> None:

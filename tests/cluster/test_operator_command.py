@@ -19,6 +19,7 @@ from backstay.protocol import framing, messages
 from backstay.testing import LocalCluster
 from backstayd import cli
 
+CLUSTER = {"nodes": 2, "parity": 1, "lease_s": 1.0}
 RUN = "default/operated"
 DEADLINE_S = 30.0
 Reply = TypeVar("Reply")
@@ -71,12 +72,6 @@ class Trainer:
         )
         commit = messages.Commit(step=step, slot_id=reserved.slot_id, manifest=json_records.to_json(manifest))
         return self.ask(commit, messages.Committed)[0].digest
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(2, 1, lease_s=1.0) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
-from tests.kit.light_world import Rank, Ranks, light_world, wait_protected
+from tests.kit.light_world import Rank, Ranks, light_world
 
 RUN = "default/resharded"
 LEASE_S = 1.0
@@ -24,9 +24,7 @@ CHUNKS = 4  # of a light rank's shard: the first holds the header, the last is s
 def write(cluster: LocalCluster, world: Ranks, steps: Sequence[int] = (1, 2), layout: str = "") -> None:
     """The world starts from scratch, publishes ``steps`` and ends."""
     world.start_fresh(layout=layout)
-    for step in steps:
-        world.publish(step)
-    wait_protected(cluster, RUN, steps[-1])
+    world.protect(*steps)
     world.kill()
 
 
@@ -51,9 +49,7 @@ def go_on(cluster: LocalCluster, world: Ranks, *, step: int) -> None:
     for answer in world.ask_all("staged"):
         assert (answer.get("outcome"), answer.get("step"), answer.get("shards")) == ("EXACT", step, {}), answer
     last = step + PROBATION_STEPS
-    for later in range(step + 1, last + 1):
-        world.publish(later)
-    wait_protected(cluster, RUN, last)
+    world.protect(*range(step + 1, last + 1))
     cluster.wait_until(
         lambda: [s["step"] for s in cluster.run_status(RUN)["snapshots"]] == [last],
         deadline_s=30,
@@ -103,8 +99,7 @@ def test_the_same_number_of_ranks_in_another_layout_chooses_chunks(local_cluster
         readers.kill()
         with light_world(cluster, RUN) as same:
             same.attach(layout="rows")
-            for rank, answer in zip(same.ranks, same.ask_all("restore"), strict=True):
-                assert answer["shards"][str(rank.rank)]["sha256"] == rank.expected("", 2), "whole, as it was written"
+            same.check_restored(same.ask_all("restore"), 2)
 
 
 def test_a_node_that_is_lost_takes_no_chunk_along(local_cluster_factory: LocalClusterFactory) -> None:

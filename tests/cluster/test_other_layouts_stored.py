@@ -7,7 +7,7 @@ from typing import Any
 
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
-from tests.kit.light_world import Rank, Ranks, light_world, wait_protected
+from tests.kit.light_world import Rank, Ranks, light_world
 from tests.kit.storage_world import RUN, cluster_with, wait_persisted
 
 CHUNKS = 4  # of a light rank's shard: the first holds the header, the last is short
@@ -15,8 +15,7 @@ CHUNKS = 4  # of a light rank's shard: the first holds the header, the last is s
 
 def write(world: Ranks, cluster: LocalCluster, *, step: int) -> None:
     world.start_fresh()
-    world.publish(step)
-    wait_protected(cluster, RUN, step)
+    world.protect(step)
 
 
 def offered(world: Ranks) -> list[dict[str, Any]]:
@@ -57,8 +56,7 @@ def test_fewer_ranks_read_only_the_chunks_they_need_from_durable_storage(tmp_pat
         check_everything(readers.ranks[1], writers, step=1)
         for answer in readers.ask_all("staged"):
             assert (answer.get("outcome"), answer.get("step")) == ("EXACT", 1), answer
-        readers.publish(2)
-        wait_protected(cluster, RUN, 2)
+        readers.protect(2)
 
 
 def test_ranks_of_another_layout_wait_for_a_lost_shard_and_get_its_chunks_where_it_is_rebuilt(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backstay.testing.fixtures import LocalClusterFactory
-from tests.kit.light_world import light_world, wait_protected
+from tests.kit.light_world import light_world
 
 RUN = "default/recorded"
 LEASE_S = 1.0
@@ -15,8 +15,7 @@ def test_a_world_on_other_nodes_is_refused_after_a_restart_of_the_coordinator_an
     cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN, nodes=(0, 1)) as first, light_world(cluster, RUN, nodes=(2, 3)) as second:
         first.start_fresh()
-        first.publish(1)
-        wait_protected(cluster, RUN, 1)
+        first.protect(1)
         kept = [cluster.nodes[index].memory_dir / RUN / "decision.json" for index in (2, 3)]
         cluster.wait_until(lambda: all(path.exists() for path in kept), 10.0, "the other nodes keep the decision")
         cluster.kill_coordinator()

@@ -52,10 +52,8 @@ def new_cluster(etcd: Etcd, tmp_path: Path, *, fault: str = "", tls: bool = Fals
 def interrupted_recovery(cluster: LocalCluster, marker: Path) -> Iterator[Ranks]:
     """A world that was protected at step 2, lost a node, and whose successor is just being answered."""
     with light_world(cluster, RUN) as world:
-        assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
-        for step in (1, 2):
-            world.publish(step)
-            wait_protected(cluster, RUN, step)
+        world.start_fresh()
+        world.protect(1, 2)
         world.kill()
     cluster.destroy_node(1)
     cluster.replace_node(1)
@@ -65,19 +63,6 @@ def interrupted_recovery(cluster: LocalCluster, marker: Path) -> Iterator[Ranks]
             rank.send("restore")
         cluster.wait_until(marker.exists, 60, "the leader to reach its fault")
         yield world
-
-
-def receive_step_2(world: Ranks) -> None:
-    """Every rank gets the same answer, once, and the bytes that were written."""
-    for rank in world.ranks:
-        answer = rank.receive()
-        assert answer.get("step") == 2, answer
-        assert answer["shards"][str(rank.rank)]["sha256"] == rank.expected("", 2), answer
-
-
-def goes_on(cluster: LocalCluster, world: Ranks, step: int) -> None:
-    world.publish(step)
-    wait_protected(cluster, RUN, step)
 
 
 def wait_leader(cluster: LocalCluster, index: int) -> None:
@@ -136,8 +121,8 @@ def test_a_leader_that_is_killed_or_frozen_in_a_recovery_is_followed_by_the_stan
     with new_cluster(etcd, tmp_path, fault=fault) as cluster, interrupted_recovery(cluster, marker) as world:
         old, new = cluster.coordinators
         wait_leader(cluster, 1)
-        receive_step_2(world)
-        goes_on(cluster, world, 3)
+        world.check_restored([rank.receive() for rank in world.ranks], 2)
+        world.protect(3)
         if action == "kill":
             cluster.restart_coordinator(index=0)
         else:
@@ -149,7 +134,7 @@ def test_a_leader_that_is_killed_or_frozen_in_a_recovery_is_followed_by_the_stan
         assert new.process.wait(30) == 0
         wait_leader(cluster, 0)
         assert old.status()["leader"]["term"] == 3, "handed over"
-        goes_on(cluster, world, 4)
+        world.protect(4)
 
 
 def test_a_leader_cut_off_from_etcd_or_from_the_nodes_in_a_recovery_is_followed(etcd: Etcd, tmp_path: Path) -> None:
@@ -167,24 +152,23 @@ def test_a_leader_cut_off_from_etcd_or_from_the_nodes_in_a_recovery_is_followed(
         cluster.thaw(old.name)
         wait_leader(cluster, 1)
         assert not old.is_leading(), "it ended before the other began"
-        receive_step_2(world)
-        goes_on(cluster, world, 3)
+        world.check_restored([rank.receive() for rank in world.ranks], 2)
+        world.protect(3)
         to_etcd.mend()
         assert_refused(cluster, old, new)
         # And now the other way round: the leader holds its lease, but no node reaches it.
         cluster.kill_coordinator(1)
         wait_leader(cluster, 0)
-        goes_on(cluster, world, 4)
+        world.protect(4)
         cluster.start_coordinator(index=1)
         cluster.wait_until(new.status, 30, "the standby to answer")
         world.kill()
         to_nodes.cut()
         with light_world(cluster, RUN) as successor:
-            answers = successor.restore()  # asked while nobody but the cut-off leader leads
-            assert {answer.get("step") for answer in answers} == {4}, answers
+            successor.restore_exactly(4)  # asked while nobody but the cut-off leader leads
             assert new.is_leading()
             assert not old.is_leading()
-            goes_on(cluster, successor, 5)
+            successor.protect(5)
 
 
 def test_while_etcd_is_away_nobody_leads_nothing_is_lost_and_then_somebody_leads(tmp_path: Path) -> None:
@@ -195,8 +179,8 @@ def test_while_etcd_is_away_nobody_leads_nothing_is_lost_and_then_somebody_leads
         new_cluster(etcd, tmp_path, tls=True) as cluster,
         light_world(cluster, RUN) as world,
     ):
-        assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
-        goes_on(cluster, world, 1)
+        world.start_fresh()
+        world.protect(1)
         etcd.kill()
         cluster.wait_until(lambda: not any(c.is_leading() for c in cluster.coordinators), 30, "the leader to step down")
         world.publish(2)  # training and its snapshots go on
@@ -209,5 +193,4 @@ def test_while_etcd_is_away_nobody_leads_nothing_is_lost_and_then_somebody_leads
         assert all(any("step-00000001" in name or "step-00000002" in name for name in files) for files in held)
         world.kill()
         with light_world(cluster, RUN) as successor:
-            answers = successor.restore()
-            assert {answer.get("step") for answer in answers} == {2}, answers
+            successor.restore_exactly(2)

@@ -13,22 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
 from backstay.testing.wait import wait_until
 from tests.kit.chromium import Page, browse
 from tests.kit.light_world import light_world, wait_protected
 
+CLUSTER = {"nodes": 6, "lease_s": 2.0}
 RUN = "default/gpt-7b"
 MANY = 120
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(6, lease_s=2.0) as running:
-        yield running
 
 
 @contextlib.contextmanager
@@ -74,8 +67,7 @@ def test_a_lost_node_and_the_return_of_protection_are_seen_without_a_reload(
         page.open(f"http://127.0.0.1:{cluster.coordinator_http_port}/")
         page.evaluate("window.isSamePage = true")
         ranks.start_fresh()
-        ranks.publish(1)
-        wait_protected(cluster, RUN, 1)
+        ranks.protect(1)
         wait_until(
             lambda: "protected survives the loss of any 2 nodes" in headline(page), deadline_s=30, why="protected"
         )

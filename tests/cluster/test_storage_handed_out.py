@@ -11,8 +11,9 @@ import backstay
 from backstay.errors import IntegrityError
 from backstay.restore import load
 from backstay.testing import LocalCluster
-from tests.kit.light_world import light_world, wait_protected
-from tests.kit.storage_world import RUN, cluster_with, dead_daemons, restore_exactly, wait_persisted
+from tests.kit.files import flip_byte
+from tests.kit.light_world import light_world
+from tests.kit.storage_world import RUN, cluster_with, dead_daemons, persist, wait_persisted
 
 
 def shards_in_memory(cluster: LocalCluster) -> list[str]:
@@ -27,8 +28,7 @@ def url(tmp_path: Path) -> str:
     url = f"file://{tmp_path}/storage"
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
         world.start_fresh()
-        world.publish(1)
-        wait_persisted(cluster, 1)
+        persist(world, 1)
     return url
 
 
@@ -39,18 +39,16 @@ def test_nothing_is_copied_and_trainers_that_die_early_restore_from_the_same_fil
     with cluster_with(url, tmp_path) as cluster:
         for _ in range(2):
             with light_world(cluster, RUN) as world:
-                answers = restore_exactly(world, step=1, source="persisted")
+                answers = world.restore_exactly(1, source="persisted")
                 attempts.append({answer["attempt"] for answer in answers})
                 assert shards_in_memory(cluster) == []
                 world.kill()
         with light_world(cluster, RUN) as world:
-            restore_exactly(world, step=1, source="persisted")
-            world.publish(2)
-            wait_protected(cluster, RUN, 2)
-            wait_persisted(cluster, 2)
+            world.restore_exactly(1, source="persisted")
+            persist(world, 2)
             world.kill()
         with light_world(cluster, RUN) as world:
-            restore_exactly(world, step=2, source="local")
+            world.restore_exactly(2, source="local")
     assert [len(of_world) for of_world in attempts] == [1, 1]
     assert max(attempts[0]) < min(attempts[1])
 
@@ -73,7 +71,7 @@ def test_a_daemon_that_recorded_and_restarted_opens_the_files_again_before_it_re
         for index in dead_daemons(cluster):
             cluster.restart_daemon(index)
         cluster.wait_live()
-        answers = restore_exactly(world, step=1, source="persisted")  # the same world
+        answers = world.restore_exactly(1, source="persisted")  # the same world
         assert len({answer["attempt"] for answer in answers}) == 1
 
 
@@ -108,9 +106,7 @@ def test_a_file_that_changes_between_staging_and_load_fails_the_world(
 
     def spoil_and_load(prepared: load.Prepared) -> load.Loaded:
         (path,) = tmp_path.rglob("rank-*.safetensors")
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)  # the same file, as a fault of the disk
+        flip_byte(path)
         return load_prepared(prepared)
 
     monkeypatch.setattr(load.Prepared, "load", spoil_and_load)

@@ -12,9 +12,9 @@ import pytest
 
 from backstay.testing import LocalCluster
 from backstayd import cli
-from tests.kit.light_world import light_world, wait_protected
+from tests.kit.light_world import light_world
 from tests.kit.object_store import BUCKET, object_store
-from tests.kit.storage_world import RUN, cluster_with, records_in, restore_exactly, storage_of, wait_persisted
+from tests.kit.storage_world import RUN, cluster_with, persist, records_in, storage_of, wait_persisted
 
 
 def wait_problem(cluster: LocalCluster, words: str) -> None:
@@ -57,9 +57,7 @@ def test_storage_that_may_not_be_written_is_said_and_copied_to_once_it_may(tmp_p
             world.publish(1)
             wait_problem(cluster, words)
             wait_log(cluster, words)
-            for step in (2, 3):
-                world.publish(step)
-                wait_protected(cluster, RUN, step)
+            world.protect(2, 3)
             assert records_in(directory) == []
             remount(directory, "rw")
             wait_persisted(cluster, 1)
@@ -75,17 +73,14 @@ def test_a_bucket_that_vanishes_is_said_and_copied_to_again_when_it_is_back(tmp_
             light_world(cluster, RUN) as world,
         ):
             world.start_fresh()
-            world.publish(1)
-            wait_persisted(cluster, 1)
+            persist(world, 1)
             store.empty()
             with pytest.raises(urllib.error.HTTPError):
                 store.listing()
             world.publish(2)
             wait_problem(cluster, words)
             wait_log(cluster, words)
-            for step in (3, 4):
-                world.publish(step)
-                wait_protected(cluster, RUN, step)
+            world.protect(3, 4)
             store.make_bucket()
             wait_persisted(cluster, 2)
             wait_persisted(cluster, 4)
@@ -94,7 +89,7 @@ def test_a_bucket_that_vanishes_is_said_and_copied_to_again_when_it_is_back(tmp_
             cluster_with(store.url, tmp_path, env=store.environment) as cluster,
             light_world(cluster, RUN) as world,
         ):
-            restore_exactly(world, step=4, source="persisted")
+            world.restore_exactly(4, source="persisted")
 
 
 def test_a_distrusted_step_gives_way_to_the_older_copy_on_storage(tmp_path: Path) -> None:
@@ -103,10 +98,7 @@ def test_a_distrusted_step_gives_way_to_the_older_copy_on_storage(tmp_path: Path
     with cluster_with(f"file://{directory}", tmp_path) as cluster:
         with light_world(cluster, RUN) as world:
             world.start_fresh()
-            for step in (1, 2):
-                world.publish(step)
-                wait_protected(cluster, RUN, step)
-                wait_persisted(cluster, step)
+            persist(world, 1, 2)
             world.kill()
         cluster.wait_until(
             lambda: [s["step"] for s in cluster.run_status(RUN)["snapshots"]] == [2], 30, "memory to hold step 2 alone"
@@ -114,6 +106,5 @@ def test_a_distrusted_step_gives_way_to_the_older_copy_on_storage(tmp_path: Path
         argv = ["distrust", RUN, "2", "--reason", "loss is NaN", "--coordinator", cluster.coordinator_address]
         assert cli.main(argv) == 0
         with light_world(cluster, RUN) as world:
-            answers = restore_exactly(world, step=1, source="persisted")
-            assert {answer["outcome"] for answer in answers} == {"EXACT_OLDER"}
+            answers = world.restore_exactly(1, outcome="EXACT_OLDER", source="persisted")
             assert "distrusted (loss is NaN)" in answers[0]["message"]

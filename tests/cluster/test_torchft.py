@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,8 @@ from tests.kit.loops import Loop, start_loop
 
 pytest.importorskip("torchft")
 
-LEASE_S = 1.0
+CLUSTER = {"nodes": 2, "parity": 1, "lease_s": 1.0}
 SECONDS = timedelta(seconds=20)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(2, 1, lease_s=LEASE_S) as cluster:
-        yield cluster
 
 
 def transport(cluster: LocalCluster, node: int, replica: str, run_id: str = "run") -> Any:

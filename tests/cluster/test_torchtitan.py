@@ -22,14 +22,8 @@ from tests.kit.loops import start_loop
 
 pytest.importorskip("torchtitan")
 
-LEASE_S = 1.0
+CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 RANKS = 2
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(1, 0, lease_s=LEASE_S) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

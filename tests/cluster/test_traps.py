@@ -9,39 +9,17 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from backstay.testing import LocalCluster
 from backstay.testing.daemons import COORDINATOR
 from backstay.testing.fixtures import LocalClusterFactory
-from tests.kit.light_world import Rank, Ranks, light_world, wait_protected
+from tests.kit.files import flip_byte
+from tests.kit.light_world import Rank, light_world, wait_protected
 
 RUN = "default/trap"
 LEASE_S = 1.0
-
-
-def _check_restored(answers: list[dict[str, Any]], ranks: Ranks, *, step: int, seed: str = "") -> None:
-    """Every rank got the same step, labelled EXACT, with exactly the bytes it once wrote."""
-    for rank, answer in zip(ranks.ranks, answers, strict=True):
-        assert "error" not in answer, answer
-        assert (answer["outcome"], answer["step"]) == ("EXACT", step), answer
-        assert answer["shards"][str(rank.rank)]["sha256"] == rank.expected(seed, step)
-
-
-def _protect_steps(cluster: LocalCluster, ranks: Ranks, steps: range, seed: str = "", run: str = RUN) -> None:
-    for step in steps:
-        ranks.publish(step, seed)
-    wait_protected(cluster, run, steps[-1])
-
-
-def _flip_byte(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0xFF]))
 
 
 def _find(cluster: LocalCluster, index: int, pattern: str) -> Path:
@@ -57,15 +35,15 @@ def test_a_trainer_frozen_replaced_and_thawed_cannot_touch_what_came_after_it(
     cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as old, light_world(cluster, RUN) as new, light_world(cluster, RUN) as last:
         old.start_fresh()
-        _protect_steps(cluster, old, range(1, 3), "old")
+        old.protect(1, 2, seed="old")
         frozen = old.ranks[0]
         frozen.ask("reserve", step=3)
         frozen.ask("fill", step=3, seed="old")
         frozen.freeze()
         old.ranks[1].kill()
 
-        _check_restored(new.restore(), new, step=2, seed="old")
-        _protect_steps(cluster, new, range(3, 5), "new")
+        new.restore_exactly(2, seed="old")
+        new.protect(3, 4, seed="new")
         frozen.thaw()
         frozen.ask("scribble")  # its mapping is still there: whatever it touches must be nobody's
         refused = frozen.ask_refused("commit", step=3)
@@ -74,7 +52,7 @@ def test_a_trainer_frozen_replaced_and_thawed_cannot_touch_what_came_after_it(
         frozen.kill()
         new.kill()
 
-        _check_restored(last.restore(), last, step=4, seed="new")
+        last.restore_exactly(4, seed="new")
 
 
 def test_a_forked_worker_that_outlives_its_trainer_does_not_keep_its_session_alive(
@@ -83,13 +61,13 @@ def test_a_forked_worker_that_outlives_its_trainer_does_not_keep_its_session_ali
     cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
         first.start_fresh()
-        _protect_steps(cluster, first, range(1, 3))
+        first.protect(1, 2)
         child = first.ranks[0].ask("fork")["pid"]
         first.kill()
         assert Path(f"/proc/{child}").exists(), "the worker must outlive the trainer, or this proves nothing"
 
-        _check_restored(second.restore(), second, step=2)
-        _protect_steps(cluster, second, range(3, 5))
+        second.restore_exactly(2)
+        second.protect(3, 4)
         assert Path(f"/proc/{child}").exists()
 
 
@@ -99,7 +77,7 @@ def test_trainers_and_coordinator_restarting_together_never_begin_at_nothing(
     cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
         first.start_fresh()
-        _protect_steps(cluster, first, range(1, 4))
+        first.protect(1, 2, 3)
         cluster.kill_coordinator()
         first.kill()
         second.attach()
@@ -108,7 +86,7 @@ def test_trainers_and_coordinator_restarting_together_never_begin_at_nothing(
         assert not second.ranks[0].has_answered(LEASE_S), "nobody is there to decide, so nothing may be answered"
         cluster.start_coordinator()
 
-        _check_restored([rank.receive() for rank in second.ranks], second, step=3)
+        second.check_restored([rank.receive() for rank in second.ranks], 3)
 
 
 def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(
@@ -117,7 +95,7 @@ def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(
     cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN, nodes=(0, 1, 2, 0)) as second:
         first.start_fresh()
-        _protect_steps(cluster, first, range(1, 3))
+        first.protect(1, 2)
         first.kill()
         second.attach()
         for rank in second.ranks[:3]:
@@ -126,7 +104,7 @@ def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(
         cluster.destroy_node(3)
         second.ranks[3].send("restore")
 
-        _check_restored([rank.receive() for rank in second.ranks], second, step=2)
+        second.check_restored([rank.receive() for rank in second.ranks], 2)
 
 
 def test_two_jobs_at_once_do_not_see_each_other(local_cluster_factory: LocalClusterFactory) -> None:
@@ -135,21 +113,21 @@ def test_two_jobs_at_once_do_not_see_each_other(local_cluster_factory: LocalClus
     with light_world(cluster, one) as first, light_world(cluster, two) as other:
         first.start_fresh()
         other.start_fresh()
-        _protect_steps(cluster, first, range(1, 3), "one", one)
-        _protect_steps(cluster, other, range(1, 6), "two", two)
+        first.protect(1, 2, seed="one")
+        other.protect(1, 2, 3, 4, 5, seed="two")
         first.kill()
         with light_world(cluster, one) as again:
-            _check_restored(again.restore(), again, step=2, seed="one")
+            again.restore_exactly(2, seed="one")
             again.ask_all("finish")
         cluster.wait_until(
             lambda: not any(name.startswith("one/") for index in (0, 1) for name in cluster.files(index)),
             30,
             "the finished job's memory to be freed",
         )
-        _protect_steps(cluster, other, range(6, 8), "two", two)
+        other.protect(6, 7, seed="two")
         other.kill()
         with light_world(cluster, two) as again:
-            _check_restored(again.restore(), again, step=7, seed="two")
+            again.restore_exactly(7, seed="two")
 
 
 @pytest.mark.parametrize("what", ["shard", "manifest", "parity"])
@@ -158,24 +136,24 @@ def test_a_flipped_byte_is_detected_counted_and_survived(local_cluster_factory: 
     cluster = local_cluster_factory(4, 2, lease_s=4 * LEASE_S)
     with light_world(cluster, RUN) as first:
         first.start_fresh()
-        _protect_steps(cluster, first, range(1, 3))
+        first.protect(1, 2)
         first.kill()
         if what == "parity":  # it is read only when a shard is to be rebuilt
             for path in cluster.nodes[1].memory_dir.rglob("parity/plan-*.index-*"):
                 if path.suffix != ".json":
-                    _flip_byte(path, 1000)
+                    flip_byte(path, 1000)
             cluster.destroy_node(0)
             cluster.replace_node(0)
         else:  # it is read when it is adopted
             cluster.kill_daemon(1)
             if what == "shard":
-                _flip_byte(_find(cluster, 1, "rank-00001-of-*.safetensors"), 256 * 1024 + 77)
+                flip_byte(_find(cluster, 1, "rank-00001-of-*.safetensors"), 256 * 1024 + 77)
             else:
                 path = _find(cluster, 1, "rank-00001-of-*.manifest.json")
-                _flip_byte(path, path.read_bytes().index(b'"chunk_crcs":"') + 20)
+                flip_byte(path, path.read_bytes().index(b'"chunk_crcs":"') + 20)
             cluster.restart_daemon(1)
         with light_world(cluster, RUN) as second:
-            _check_restored(second.restore(), second, step=2)
+            second.restore_exactly(2)
         nodes = {node["name"]: node for node in cluster.status()["nodes"]}
         if what != "manifest":  # a manifest that is none is no commit record: the shard was never adopted
             assert nodes["node-1"]["corrupt_count"] >= 1, nodes
@@ -186,13 +164,13 @@ def test_a_late_write_into_a_committed_slot_never_reaches_a_tensor(local_cluster
     cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
         first.start_fresh()
-        _protect_steps(cluster, first, range(1, 3))
+        first.protect(1, 2)
         slot = first.ranks[1].ask("reserve", step=3)["slot_id"]
         committed = next(name for name in first.ranks[1].ask("slots")["slot_ids"] if name != slot)
         first.ranks[1].ask("scribble", slot_id=committed)
         first.kill()
 
-        _check_restored(second.restore(), second, step=2)
+        second.restore_exactly(2)
 
 
 def test_a_name_that_is_no_run_and_a_protocol_from_before_are_refused_by_name(
@@ -213,7 +191,7 @@ def test_more_losses_than_parity_are_refused_with_what_is_missing_and_never_gues
     cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first:
         first.start_fresh()
-        _protect_steps(cluster, first, range(1, 4))
+        first.protect(1, 2, 3)
         first.kill()
     cluster.destroy_nodes([1, 2])
     cluster.replace_node(1)
@@ -236,17 +214,13 @@ def test_a_daemon_that_is_killed_and_restarted_adopts_what_is_in_memory(
     cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
         first.start_fresh()
-        _protect_steps(cluster, first, range(1, 4))
+        first.protect(1, 2, 3)
         first.kill()
         for index in range(3):
             cluster.kill_daemon(index)
         for index in range(3):
             cluster.restart_daemon(index)
-        answers = second.restore()
-
-        _check_restored(answers, second, step=3)
-        for rank, answer in enumerate(answers):
-            assert answer["shards"][str(rank)]["source"] == "local", answer
+        second.restore_exactly(3, source="local")
 
 
 def test_a_coordinator_that_was_frozen_itself_takes_no_node_for_lost(
@@ -255,12 +229,12 @@ def test_a_coordinator_that_was_frozen_itself_takes_no_node_for_lost(
     cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as ranks:
         ranks.start_fresh()
-        _protect_steps(cluster, ranks, range(1, 3))
+        ranks.protect(1, 2)
         for step in (3, 4):
             cluster.freeze(COORDINATOR)
             time.sleep(3 * LEASE_S)
             cluster.thaw(COORDINATOR)
-            _protect_steps(cluster, ranks, range(step, step + 1))
+            ranks.protect(step)
             time.sleep(LEASE_S)
         kinds = [event["kind"] for event in cluster.status()["timeline"]]
         assert not {"node_lost", "session_lost", "repairing", "rebuilding"} & set(kinds), cluster.evidence()
@@ -280,18 +254,18 @@ def test_a_node_of_an_old_history_that_comes_back_cannot_bring_its_steps_along(
     cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN, nodes=(0, 1, 2)) as old, light_world(cluster, RUN, nodes=(0, 3, 2)) as new:
         old.start_fresh()
-        _protect_steps(cluster, old, range(1, 4), "old")
+        old.protect(1, 2, 3, seed="old")
         for rank in old.ranks[:2]:
             assert "digest" in rank.ask("publish", step=4, seed="old")
         old.kill()
         cluster.kill_daemon(1)
-        _check_restored(new.restore(), new, step=3, seed="old")
-        _protect_steps(cluster, new, range(4, 6), "new")
+        new.restore_exactly(3, seed="old")
+        new.protect(4, 5, seed="new")
         cluster.restart_daemon(1)
         cluster.wait_live()
         new.kill()
         with light_world(cluster, RUN, nodes=(0, 1, 2)) as last:
-            _check_restored(last.restore(), last, step=5, seed="new")
+            last.restore_exactly(5, seed="new")
 
 
 def test_ranks_whose_slots_come_free_with_jitter_still_complete_snapshots(

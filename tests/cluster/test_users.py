@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from backstay.testing import LocalCluster
-from tests.kit.light_world import Ranks, light_world, wait_protected
+from tests.kit.light_world import Ranks, light_world
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="processes of several users are started; that takes root")
 ALICE, BOB = 61001, 61002
@@ -48,13 +48,11 @@ def test_a_run_is_one_users_on_nodes_that_never_heard_of_it_too(cluster: LocalCl
     run = "default/alices"
     with light_world(cluster, run, nodes=(0, 1), uid=ALICE) as alice:
         alice.start_fresh()
-        alice.publish(1)
-        wait_protected(cluster, run, 1)
+        alice.protect(1)
         for node in (1, 3):  # where it trains, and where nothing of it is
             with light_world(cluster, run, nodes=(node,), uid=BOB) as bob:
                 assert f"run {run} belongs to user {ALICE}, not to user {BOB}; choose another run_id" in refusal(bob)
-        alice.publish(2)  # no world of somebody else fenced it
-        wait_protected(cluster, run, 2)
+        alice.protect(2)  # no world of somebody else fenced it
         assert [s["rank"] for s in cluster.run_status(run)["sessions"]] == [0, 1]
 
 
@@ -62,8 +60,7 @@ def test_a_new_coordinator_and_restarted_daemons_know_whose_run_it_is(cluster: L
     run = "default/kept"
     with light_world(cluster, run, nodes=(0, 1), uid=ALICE) as alice:
         alice.start_fresh()
-        alice.publish(1)
-        wait_protected(cluster, run, 1)
+        alice.protect(1)
         cluster.kill_coordinator()
         with light_world(cluster, run, nodes=(2, 3), uid=BOB) as bob:
             for rank in bob.ranks:  # recorders know it without a coordinator
@@ -78,8 +75,7 @@ def test_a_new_coordinator_and_restarted_daemons_know_whose_run_it_is(cluster: L
     with light_world(cluster, run, nodes=(2,), uid=BOB) as bob:
         assert f"belongs to user {ALICE}" in refusal(bob)
     with light_world(cluster, run, nodes=(2, 3), uid=ALICE) as alice:
-        for answer in alice.restore():
-            assert (answer.get("outcome"), answer.get("step")) == ("EXACT", 1), answer
+        alice.restore_exactly(1)
 
 
 def test_users_with_runs_of_their_own_do_not_meet(cluster: LocalCluster) -> None:
@@ -90,9 +86,7 @@ def test_users_with_runs_of_their_own_do_not_meet(cluster: LocalCluster) -> None
         alice.start_fresh()
         bob.start_fresh()
         for world in (alice, bob):
-            world.publish(1)
-        wait_protected(cluster, "default/one", 1)
-        wait_protected(cluster, "default/two", 1)
+            world.protect(1)
 
 
 def test_of_two_users_who_begin_at_once_one_gets_the_name_and_the_other_is_told(cluster: LocalCluster) -> None:

@@ -9,7 +9,7 @@ import pytest
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
 from backstay.testing.rolling import drain
-from tests.kit.light_world import Ranks, light_world, wait_protected
+from tests.kit.light_world import light_world
 from tests.kit.older_release import check_out, environment_of
 
 RUN = "default/skewed"
@@ -25,18 +25,6 @@ def _is_older(cluster: LocalCluster, index: int) -> bool:
     return "is_draining" not in cluster.node_status(index)
 
 
-def _check_restored(world: Ranks, expected: list[str], step: int) -> None:
-    for rank, answer in enumerate(world.restore()):
-        assert (answer.get("outcome"), answer.get("step")) == ("EXACT", step), answer
-        assert answer["shards"][str(rank)]["sha256"] == expected[rank]
-
-
-def _publish(cluster: LocalCluster, world: Ranks, step: int) -> list[str]:
-    world.publish(step)
-    wait_protected(cluster, RUN, step)
-    return [rank.expected("", step) for rank in world.ranks]
-
-
 def test_a_job_lives_through_an_upgrade_in_either_order_and_survives_losses_between_releases(
     local_cluster_factory: LocalClusterFactory, older: Path
 ) -> None:
@@ -49,15 +37,15 @@ def test_a_job_lives_through_an_upgrade_in_either_order_and_survives_losses_betw
 
     # This release's coordinator, nodes and trainers of both.
     with light_world(cluster, RUN, older={1: older, 3: older}) as world:
-        assert {answer.get("outcome") for answer in world.restore()} == {"NONE"}
-        _publish(cluster, world, 1)
+        world.start_fresh()
+        world.protect(1)
         assert "drained" in drain(cluster, 0), "to the other node of this release: the older ones cannot take copies"
-        expected = _publish(cluster, world, 2)
+        world.protect(2)
         drain(cluster, 0, undo=True)
         world.kill()
     with light_world(cluster, RUN) as world:
-        _check_restored(world, expected, 2)
-        expected = _publish(cluster, world, 3)
+        world.restore_exactly(2)
+        world.protect(3)
         world.kill()
 
     cluster.stop_coordinator()
@@ -65,14 +53,14 @@ def test_a_job_lives_through_an_upgrade_in_either_order_and_survives_losses_betw
     cluster.wait_live()
     assert "draining" not in cluster.status()["nodes"][0]
     with light_world(cluster, RUN) as world:
-        _check_restored(world, expected, 3)
-        expected = _publish(cluster, world, 4)
+        world.restore_exactly(3)
+        world.protect(4)
         world.kill()
     cluster.destroy_node(3)
     cluster.replace_node(3)  # what the older node held is rebuilt by nodes of both releases
     with light_world(cluster, RUN) as world:
-        _check_restored(world, expected, 4)
-        expected = _publish(cluster, world, 5)
+        world.restore_exactly(4)
+        world.protect(5)
         world.kill()
 
     cluster.stop_coordinator()
@@ -81,4 +69,4 @@ def test_a_job_lives_through_an_upgrade_in_either_order_and_survives_losses_betw
     cluster.wait_live()
     assert not any(_is_older(cluster, index) for index in range(4))
     with light_world(cluster, RUN) as world:
-        _check_restored(world, expected, 5)
+        world.restore_exactly(5)

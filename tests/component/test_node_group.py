@@ -18,7 +18,7 @@ from backstayd.config.schema import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
 from backstayd.store.paths import RunPaths
 from tests.component.coder_nodes import spoil_parity
-from tests.kit.listing import files_in
+from tests.kit.files import files_in
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN, MadeShard
 from tests.kit.trainer import PlainTrainer, wait_until

@@ -86,7 +86,8 @@ class Rank(CommandProcess):
 class Ranks:
     """The light ranks of one world."""
 
-    def __init__(self, ranks: Sequence[Rank], world_id: str) -> None:
+    def __init__(self, cluster: LocalCluster, run: str, ranks: Sequence[Rank], world_id: str) -> None:
+        self.cluster, self.run = cluster, run
         self.ranks = list(ranks)
         self.world_id = world_id
 
@@ -114,6 +115,31 @@ class Ranks:
         for answer in self.ask_all("publish", step=step, seed=seed):
             assert "digest" in answer, f"step {step} was not committed: {answer}"
 
+    def protect(self, *steps: int, seed: str = "") -> None:
+        """Publish these steps, each when the one before is protected, and wait for the last."""
+        for step in steps:
+            self.publish(step, seed)
+            wait_protected(self.cluster, self.run, step)
+
+    def restore_exactly(self, step: int, **expected: str) -> list[dict[str, Any]]:
+        """Attach and restore; see :meth:`check_restored`."""
+        return self.check_restored(self.restore(), step, **expected)
+
+    def check_restored(
+        self, answers: list[dict[str, Any]], step: int, *, outcome: str = "EXACT", seed: str = "", source: str = ""
+    ) -> list[dict[str, Any]]:
+        """Every rank got ``step`` with the very bytes that a rank of its number wrote; the answers.
+
+        ``outcome``, ``source``: of all ranks; "": any.
+        """
+        for rank, answer in zip(self.ranks, answers, strict=True):
+            assert answer.get("step") == step, answer
+            assert outcome in ("", answer["outcome"]), answer
+            shard = answer["shards"][str(rank.rank)]
+            assert shard["sha256"] == rank.expected(seed, step), answer
+            assert source in ("", shard["source"]), answer
+        return answers
+
     def kill(self) -> None:
         for rank in self.ranks:
             rank.kill()
@@ -140,6 +166,8 @@ def light_world(
     """
     places = list(range(len(cluster.nodes))) if nodes is None else list(nodes)
     ranks = Ranks(
+        cluster,
+        run,
         [
             Rank(
                 cluster,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from backstay.testing import LocalCluster
+from tests.kit.files import files_in
 from tests.kit.light_world import Ranks
-from tests.kit.listing import files_in
 
 RUN = "default/durable"
 LEASE_S = 1.0
@@ -49,15 +49,11 @@ def wait_persisted(cluster: LocalCluster, step: int) -> None:
     cluster.wait_until(lambda: storage_of(cluster)["step"] >= step, 60, f"step {step} to be on durable storage")
 
 
-def restore_exactly(world: Ranks, *, step: int, source: str = "") -> list[dict[str, Any]]:
-    """Restore; every rank must get exactly the bytes it wrote at ``step``."""
-    answers = world.restore()
-    for rank, answer in zip(world.ranks, answers, strict=True):
-        assert answer.get("step") == step, answers
-        shard = answer["shards"][str(rank.rank)]
-        assert shard["sha256"] == rank.expected("", step)
-        assert not source or shard["source"] == source, answers
-    return answers
+def persist(world: Ranks, *steps: int) -> None:
+    """Publish these steps, each when the one before is on durable storage, and wait for the last."""
+    for step in steps:
+        world.publish(step)
+        wait_persisted(world.cluster, step)
 
 
 def dead_daemons(cluster: LocalCluster) -> list[int]:

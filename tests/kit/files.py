@@ -1,4 +1,4 @@
-"""Listing files while a daemon renames and removes them. Must not fail because something went in the middle of it."""
+"""Files that daemons own: listed while they are renamed and removed, and damaged in place."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ def files_in(directory: Path, pattern: str = "*") -> dict[Path, os.stat_result]:
             except FileNotFoundError:  # renamed or removed since it was listed
                 continue
     return dict(sorted(found.items()))
+
+
+def flip_byte(path: Path, offset: int | None = None) -> None:
+    """Invert every bit of one byte of the same file, as a fault of memory or disk may; by default in its middle."""
+    with path.open("r+b") as file:
+        at = path.stat().st_size // 2 if offset is None else offset
+        (byte,) = os.pread(file.fileno(), 1, at)
+        os.pwrite(file.fileno(), bytes([byte ^ 0xFF]), at)
