@@ -143,14 +143,15 @@ class Store:
     @property
     def line(self) -> Line:
         if self._line is None:
-            raise UsageError("this store has not begun (or was closed): call begin() on all ranks first")
+            raise UsageError("this store has not begun (or was closed): call begin() on all ranks first", reason="not_begun")
         return self._line
 
     @property
     def source(self) -> Source:
         if self._source is None:
             raise SnapshotNotFoundError(
-                f"run {self._run} has nothing to load: begin() returned None, or was not called; start from scratch"
+                f"run {self._run} has nothing to load: begin() returned None, or was not called; start from scratch",
+                reason="nothing_to_load",
             )
         return self._source
 
@@ -240,7 +241,8 @@ class BackstayWriter(StorageWriter):
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(
-            "a backstay writer cannot go to another process: use async_checkpointer_type=AsyncCheckpointerType.THREAD"
+            "a backstay writer cannot go to another process: use async_checkpointer_type=AsyncCheckpointerType.THREAD",
+            reason="other_process",
         )
 
 

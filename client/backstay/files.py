@@ -311,7 +311,7 @@ def _split(url: Any) -> tuple[str, str]:
     text = url.removeprefix(f"{SCHEME}://").strip("/") if isinstance(url, str) else ""
     run, name = split_path(text)
     if not run or "://" in text:
-        raise UsageError(f"{url!r} names no run: write {SCHEME}://<job>/<run_id>/<folder>")
+        raise UsageError(f"{url!r} names no run: write {SCHEME}://<job>/<run_id>/<folder>", reason="bad_url")
     return run, name
 
 

@@ -119,7 +119,8 @@ class BackstayCheckpointManager(BaseCheckpointManager):
         """The Snapshotter, for ``stats()`` and ``fence()``; raises UsageError if memory is not used."""
         if getattr(self, "_keeper", None) is None:
             raise UsageError(
-                "this checkpoint manager does not use memory (enable, load_only or create_seed_checkpoint)"
+                "this checkpoint manager does not use memory (enable, load_only or create_seed_checkpoint)",
+                reason="memory_unused",
             )
         assert self._keeper is not None
         return self._keeper
@@ -225,7 +226,7 @@ def _check(config: BackstayCheckpointManager.Config) -> None:
             reason="bad_name",
         )
     if config.snapshot_every < 1:
-        raise UsageError(f"checkpoint.snapshot_every is {config.snapshot_every}; at least 1")
+        raise UsageError(f"checkpoint.snapshot_every is {config.snapshot_every}; at least 1", reason="bad_value")
     refused = sorted(set(config.exclude_from_loading) - MAY_BE_EXCLUDED)
     if refused:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -21,10 +22,11 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, _load_state_dict_from_keys
 
 import backstay.dcp
-from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
+from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.testing import LocalCluster
 from backstay.trainer.state.json_codec import is_same
 from tests.kit.files import files_in, flip_byte
+from tests.kit.wording import refuses
 
 CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 MIB = 1 << 20
@@ -45,6 +47,17 @@ def store_of(cluster: LocalCluster, name: str) -> backstay.dcp.Store:
     return backstay.dcp.Store(run_id=run_id, socket=str(cluster.nodes[0].socket), strict=True)
 
 
+@contextlib.contextmanager
+def refuses_the_checkpoint(error_class: type[BackstayError], reason: str, *facts: object) -> Iterator[None]:
+    """DCP's own exception, for an error of ours on the only rank."""
+    with refuses(error_class, reason, *facts):
+        try:
+            yield
+        except CheckpointException as error:
+            ((ours, _),) = error.failures.values()
+            raise ours from None
+
+
 def again(cluster: LocalCluster, store: backstay.dcp.Store, name: str) -> backstay.dcp.Store:
     """The next life of the run."""
     store.close()
@@ -61,7 +74,7 @@ def state(value: float, count: int = 1000) -> dict[str, Any]:
 
 
 def test_a_new_run_has_nothing_to_load_and_says_so(store: backstay.dcp.Store) -> None:
-    with pytest.raises(SnapshotNotFoundError, match="nothing to load"):
+    with refuses(SnapshotNotFoundError, "nothing_to_load"):
         store.reader().read_metadata()
     with pytest.raises(CheckpointException):
         dcp.load(state(0), storage_reader=store.reader())
@@ -135,21 +148,21 @@ class Own:
 
 
 def test_what_could_only_be_unpickled_is_refused_when_it_is_saved(store: backstay.dcp.Store) -> None:
-    with pytest.raises(CheckpointException, match=r"nested\.thing cannot be saved"):
+    with refuses_the_checkpoint(UsageError, "unsafe_object", "nested.thing"):
         dcp.save({"nested": {"thing": Own()}}, storage_writer=store.writer(1))
     dcp.save(state(2), storage_writer=store.writer(2))
     assert store.wait_complete(2)
 
 
 def test_what_is_refused_is_named_with_its_type_and_what_to_do(store: backstay.dcp.Store) -> None:
-    cases: list[tuple[Any, str]] = [
-        (np.float32(2), r"it is a numpy\.float32, .*\.item\(\)"),
-        (np.ones(3), r"it is a numpy\.ndarray, .*from_numpy"),
-        (io.BytesIO(b"x"), r"it is a _io\.BytesIO, .*getvalue"),
-        (Own(), r"it is a tests\.cluster\.\S+\.Own, .*add_safe_globals"),
+    cases: list[tuple[Any, str, str]] = [
+        (np.float32(2), "numpy.float32", ".item()"),
+        (np.ones(3), "numpy.ndarray", "from_numpy"),
+        (io.BytesIO(b"x"), "_io.BytesIO", "getvalue"),
+        (Own(), ".Own", "add_safe_globals"),
     ]
-    for step, (value, message) in enumerate(cases, start=1):
-        with pytest.raises(CheckpointException, match=rf"a\.list\.1 cannot be saved: {message}"):
+    for step, (value, kind, call) in enumerate(cases, start=1):
+        with refuses_the_checkpoint(UsageError, "unsafe_object", "a.list.1", kind, call):
             dcp.save({"a": {"list": [1, value], "b": 2}}, storage_writer=store.writer(step))
 
 
@@ -187,7 +200,7 @@ def test_a_missing_tensor_and_one_of_another_dtype_are_named(
     assert second.begin() == 1
     with pytest.raises(CheckpointException, match="other"):
         dcp.load({"other": torch.ones(8)}, storage_reader=second.reader())
-    with pytest.raises(CheckpointException, match=r"torch\.float32 in the snapshot, torch\.float64 here"):
+    with refuses_the_checkpoint(IntegrityError, "layout_mismatch", "torch.float32", "torch.float64"):
         dcp.load({"w": torch.ones(8, dtype=torch.float64)}, storage_reader=second.reader())
     second.close()
 
@@ -213,18 +226,18 @@ def test_a_state_that_changes_its_shape_between_async_saves_is_saved_whole(
 
 def test_steps_must_increase_and_a_writer_is_for_one_save(store: backstay.dcp.Store) -> None:
     dcp.save(state(5), storage_writer=store.writer(5))
-    with pytest.raises(CheckpointException, match="not after step 5"):
+    with refuses_the_checkpoint(UsageError, "step_not_increasing", 5):
         dcp.save(state(5), storage_writer=store.writer(5))
-    with pytest.raises(UsageError, match="make a writer for each save"):
+    with refuses(UsageError, "no_writer"):
         store.stager().stage(state(6))
-    with pytest.raises(UsageError, match="THREAD"):
+    with refuses(UsageError, "other_process", "THREAD"):
         store.writer(7).__reduce__()
 
 
 def test_before_begin_everything_says_what_to_do(cluster: LocalCluster) -> None:
     idle = store_of(cluster, "test_idle")
-    with pytest.raises(UsageError, match=r"begin\(\)"):
+    with refuses(UsageError, "not_begun", "begin()"):
         idle.writer(1)
     nowhere = backstay.dcp.Store(run_id="x", socket="/nonexistent/backstay.sock")
-    with pytest.raises(UnavailableError, match="no daemon listens"):
+    with refuses(UnavailableError, "no_daemon"):
         nowhere.begin(deadline_s=0.5)

@@ -15,6 +15,7 @@ from backstay.errors import SnapshotNotFoundError, UsageError
 from backstay.testing import LocalCluster
 from tests.kit.documented import write_example
 from tests.kit.loops import start_loop
+from tests.kit.wording import refuses
 
 CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 pytestmark = [pytest.mark.usefixtures("deepspeed_compiled"), pytest.mark.timeout(1200)]
@@ -84,7 +85,7 @@ def test_one_checkpoint_is_kept_and_the_folder_shows_that_one(cluster: LocalClus
     assert again.tag == "global_step3"
     loaded = again.load(newest, map_location="cpu")
     assert torch.equal(loaded["weight"], torch.full((3,), 3.0))
-    with pytest.raises(SnapshotNotFoundError, match=r"global_step2.* is not in memory, which holds global_step3"):
+    with refuses(SnapshotNotFoundError, "no_checkpoint", "global_step2", "global_step3"):
         again.load(str(tmp_path / "global_step2" / "mp_rank_00_model_states.pt"))
     again.finish()
     assert not (tmp_path / "global_step3").exists()
@@ -115,7 +116,7 @@ def test_deepspeeds_own_objects_come_back_and_others_are_refused_by_path(cluster
     assert found["zero_stage"] is ZeroStageEnum.gradients
     assert found["mappings"] == state["mappings"]
     assert found["shapes"] == state["shapes"]
-    with pytest.raises(UsageError, match=r"state\.client\.thing is a .*Info, which can only be stored by pickle"):
+    with refuses(UsageError, "unsupported_state", "state.client.thing", "Info"):
         save(again, tmp_path, 2, {"client": {"thing": Info("x", tmp_path)}})
     save(again, tmp_path, 3, {"fine": 1})
     again.close()
@@ -123,17 +124,17 @@ def test_deepspeeds_own_objects_come_back_and_others_are_refused_by_path(cluster
 
 def test_misuse_is_refused_by_name(cluster: LocalCluster, tmp_path: Path) -> None:
     engine = attach(cluster, tmp_path, "misuse")
-    with pytest.raises(UsageError, match=r"tag 'best' does not end with a number"):
+    with refuses(UsageError, "bad_tag", "best"):
         engine.create(Info("best", tmp_path))
-    with pytest.raises(UsageError, match="one engine has one save_dir"):
+    with refuses(UsageError, "wrong_folder", tmp_path / "other"):
         engine.create(Info("global_step1", tmp_path / "other"))
     engine.create(Info("global_step4", tmp_path))
-    with pytest.raises(UsageError, match="save_16bit_model"):
+    with refuses(UsageError, "unsupported_call", "save_16bit_model"):
         engine.save({}, str(tmp_path / "pytorch_model.bin"))
     save(engine, tmp_path, 5, {"a": 1})
-    with pytest.raises(UsageError, match="numbers of tags must increase"):
+    with refuses(UsageError, "step_not_increasing", "global_step5"):
         engine.create(Info("global_step5", tmp_path))
-    with pytest.raises(UsageError, match="is not in"):
+    with refuses(UsageError, "wrong_folder", "/elsewhere/global_step5"):
         engine.load("/elsewhere/global_step5/mp_rank_00_model_states.pt")
     engine.close()
 
@@ -141,4 +142,4 @@ def test_misuse_is_refused_by_name(cluster: LocalCluster, tmp_path: Path) -> Non
 def test_without_deepspeed_the_error_says_what_to_install() -> None:
     code = "import sys; sys.modules['deepspeed'] = None; import backstay.deepspeed"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert "pip install 'backstay[deepspeed]'" in result.stderr.splitlines()[-1]
+    assert "'backstay[deepspeed]'" in result.stderr.splitlines()[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from backstay.testing.fixtures import LocalClusterFactory
 from backstay.testing.rolling import drain
 from tests.kit.light_world import light_world
+from tests.kit.wording import says
 
 RUN = "default/tight"
 SIZE_BYTES = 6 << 20
@@ -24,7 +25,7 @@ def test_who_is_told_that_a_node_is_safe_loses_nothing_below_what_made_it_so(
 
         def is_taken_back() -> bool:
             node = next(node for node in cluster.status()["nodes"] if node["name"] == "node-1")
-            return node["draining"] == "draining" and "no other node can take" in node["drain_reason"]
+            return node["draining"] == "draining" and says("no_room_to_drain", node["drain_reason"])
 
         cluster.wait_until(is_taken_back, 20, "the coordinator to find no room for step 3")
         assert [entry["step"] for entry in cluster.run_status(RUN)["snapshots"] if entry["spares"] >= 0] == [3, 2]

@@ -22,6 +22,7 @@ from tests.kit.storage_world import (
     storage_of,
     wait_persisted,
 )
+from tests.kit.wording import says
 
 MIB = 1 << 20
 
@@ -160,9 +161,7 @@ def test_a_full_disk_is_said_and_survived_and_the_copy_is_made_when_there_is_roo
     ):
         world.start_fresh()
         world.publish(1)
-        cluster.wait_until(
-            lambda: "No space left on device; free room there" in storage_of(cluster)["problem"], 30, "the reason"
-        )
+        cluster.wait_until(lambda: says("storage_full", storage_of(cluster)["problem"]), 30, "the reason")
         world.protect(2)
         assert records_in(disk) == []
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
@@ -178,7 +177,7 @@ def test_a_directory_that_is_not_mounted_is_refused_for_a_new_run_with_the_next_
             rank.send("restore")
         (answer, *_) = [rank.receive() for rank in world.ranks]
         assert answer["error"] == "UnrecoverableError"
-        assert "mount or create it" in answer["message"]
+        assert says("storage_absent", answer["message"], directory=missing / RUN)
         missing.mkdir()
     with cluster_with(f"file://{missing}", tmp_path) as cluster, light_world(cluster, RUN) as world:
         world.start_fresh()
@@ -208,13 +207,12 @@ def test_an_operator_sees_how_far_the_copy_is(directory: Path, tmp_path: Path) -
     ):
         world.start_fresh()
         world.publish(1)
-        shown = cluster.wait_until(
-            lambda: [line for line in describe_storage(storage_of(cluster)) if "is copied to" in line], 30, "progress"
+        url = f"file://{directory}/{RUN}"
+        cluster.wait_until(
+            lambda: says("copy_under_way", describe_storage(storage_of(cluster)), step=1, url=url), 30, "progress"
         )
-        assert f"step 1 is copied to file://{directory}/{RUN}: " in shown[0]
         wait_persisted(cluster, 1)
-        text = describe(cluster.run_status(RUN))
-        assert f"on durable storage in file://{directory}/{RUN}" in text
+        assert says("durable_copies", describe(cluster.run_status(RUN)), url=url)
 
 
 def test_what_is_written_is_private_to_the_daemons_user(directory: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from backstay.testing.fixtures import LocalClusterFactory
 from tests.kit.light_world import light_world
+from tests.kit.wording import says
 
 RUN = "default/over"
 LEASE_S = 1.0
@@ -31,14 +32,12 @@ def test_a_finished_run_says_so_after_restarts_of_all_daemons_and_its_name_can_b
     with light_world(cluster, RUN) as again:
         for answer in again.restore():
             assert answer.get("error") == "UnrecoverableError", answer
-            assert f"{RUN} finished at step 3 on " in answer["message"]
-            assert (
-                "choose a new run_id, or start over under this one with restore(allow_fresh=True)" in answer["message"]
-            )
+            assert says("run_finished", answer["message"], run=RUN, step=3)
+            assert says("start_over", answer["message"])
     with light_world(cluster, RUN) as later:
         for answer in later.restore(allow_fresh=True):
             assert (answer.get("outcome"), answer.get("attempt")) == ("NONE", 2), answer
         later.protect(1)
     with light_world(cluster, f"{RUN}s") as other:
         for answer in other.restore():
-            assert f"runs with a name like it: {RUN} (step 1)" in answer["message"]
+            assert says("similar_names", answer["message"], name=RUN)

@@ -3,7 +3,6 @@ bit for bit."""
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from backstay.testing import LocalCluster
 from tests.kit import accelerate_training, lightning_training, transformers_training
 from tests.kit.adapter_tests import QUIET, check_goes_on, check_unchanged, run_script
 from tests.kit.documented import write_example
+from tests.kit.wording import facts_of
 
 CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 KITS: dict[str, Any] = {
@@ -65,9 +65,8 @@ def _example(cluster: LocalCluster, directory: Path, page: str) -> tuple[int, st
     def wait(process: subprocess.Popen[bytes], part: str) -> tuple[int, str]:
         cluster.wait_until(lambda: process.poll() is not None, 120, f"the example of {page} to end")
         text = (cluster.keeper.log_dir / f"{page}-{part}.log").read_text()
-        found = re.search(r"went on after step (\d+) and ended with (\w+)", text)
-        assert found, text[-4000:]
-        return int(found[1]), found[2]
+        found = facts_of("example_ended", text)
+        return int(found["step"]), found["end"]
 
     first = start("first", page)
     control = start("control", f"{page}-control")

@@ -12,6 +12,7 @@ from backstay.testing.cluster import process_environment
 from backstay.testing.fixtures import LocalClusterFactory
 from backstay.testing.light_rank import layout_of
 from tests.kit.light_world import SIZE_BYTES, light_world, wait_protected
+from tests.kit.wording import says
 
 RUN = "default/gate"
 LEASE_S = 1.5
@@ -47,7 +48,7 @@ def test_two_ranks_that_go_on_with_one_random_stream_are_both_refused(
             rank.send("gate", entries=[*SAID, ["rng: stream 0", [rank.rank], ""]])
         answers = [rank.receive() for rank in ranks.ranks]
         assert [answer["state"] for answer in answers] == ["failed"] * 2
-        assert "rng: stream 0 is owned by ranks 0 and 1, expected one owner" in answers[0]["message"]
+        assert says("gate_two_owners", answers[0]["message"], what="rng: stream 0", ranks="ranks 0 and 1")
     cluster.wait_until(
         lambda: [item["step"] for item in cluster.run_status(RUN)["distrusted"]] == [1],
         deadline_s=10,
@@ -66,7 +67,7 @@ def test_a_rank_that_dies_before_it_has_spoken_does_not_leave_the_others_waiting
         ranks.ranks[1].kill()
         answer = ranks.ranks[0].receive(deadline_s=60)
         assert answer["state"] == "failed"
-        assert "rank 1 died after loading step 1" in answer["message"]
+        assert says("gate_rank_died", answer["message"], ranks="rank 1", step=1)
     assert cluster.run_status(RUN)["distrusted"] == [], "that says nothing of the snapshot"
 
 
@@ -107,7 +108,8 @@ def test_distrust_survives_every_daemon_and_the_coordinator_until_an_operator_ta
         ranks.ranks[1].ask("distrust", step=4)
     files = [cluster.nodes[index].memory_dir / RUN / "distrusted.json" for index in range(2)]
     cluster.wait_until(lambda: all(file.exists() for file in files), 30, "every host to remember it")
-    assert json.loads(files[0].read_text())["snapshots"][0]["reason"] == "rank 1 at step 4: nan"
+    (noted,) = json.loads(files[0].read_text())["snapshots"]
+    assert all(fact in noted["reason"] for fact in ("rank 1", "step 4", "nan"))
     cluster.kill_coordinator()
     for index in range(2):
         cluster.restart_daemon(index, is_waiting=False)
@@ -115,8 +117,8 @@ def test_distrust_survives_every_daemon_and_the_coordinator_until_an_operator_ta
     cluster.wait_live()
     with light_world(cluster, RUN) as ranks:
         answers = ranks.restore_exactly(2, outcome="EXACT_OLDER")
-        assert "it is distrusted (rank 1 at step 4: nan)" in answers[0]["message"]
-        assert "1 snapshot trusted again" in _backstay(cluster, "trust", RUN)
+        assert says("distrusted", answers[0]["message"], reason=noted["reason"])
+        assert says("trusted", _backstay(cluster, "trust", RUN), run=RUN, count=1)
         cluster.wait_until(lambda: cluster.run_status(RUN)["distrusted"] == [], 30, "nobody to distrust anything")
 
 
@@ -125,9 +127,10 @@ def test_an_operator_has_an_older_step_restored_and_a_deleted_note_is_written_ag
 ) -> None:
     cluster = _cluster(local_cluster_factory, keep=2)
     _train(cluster, 3)
-    said = _backstay(cluster, "distrust", RUN, "3", "--reason", "the loss jumped")
-    assert "step 3 of default/gate, and what was trained from it, is not restored again" in said
-    assert "restoring step 2, not 3: it is distrusted (the loss jumped)" in said
+    said = _backstay(cluster, "distrust", RUN, "3", "--reason", "jumped")
+    assert says("distrusted_by_operator", said, step=3, run=RUN)
+    assert says("older_step", said, step=2, newest=3)
+    assert says("distrusted", said, reason="jumped")
     file = cluster.nodes[0].memory_dir / RUN / "distrusted.json"
     cluster.wait_until(file.exists, 30, "the host to remember it")
     file.unlink()

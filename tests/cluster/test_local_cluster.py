@@ -11,6 +11,7 @@ from backstay.errors import ConfigError, UnavailableError, UsageError
 from backstay.testing import DeadlineError, LocalCluster
 from backstay.testing.daemons import DAEMON_ROLE
 from backstay.testing.fixtures import LocalClusterFactory
+from tests.kit.wording import refuses
 
 CLUSTER = {"nodes": 3, "parity": 1, "lease_s": 1.0}
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(300)"]
@@ -76,17 +77,18 @@ def test_a_restarted_coordinator_hears_of_every_node_again(cluster: LocalCluster
 
 def test_a_condition_that_never_comes_true_fails_with_the_status_and_the_logs(cluster: LocalCluster) -> None:
     with pytest.raises(DeadlineError) as caught:
-        cluster.wait_until(lambda: False, 0.2, "the impossible")
+        cluster.wait_until(lambda: False, 0.2, "the-impossible")
     text = str(caught.value)
-    assert text.startswith("waited 0.2 s for the impossible, in vain")
+    assert "0.2 s" in text
+    assert "the-impossible" in text
     assert '"nodes"' in text
     assert "coordinator.log" in text
 
 
 def test_parts_that_are_not_there_are_refused_by_name(cluster: LocalCluster) -> None:
-    with pytest.raises(UsageError, match="still exists"):
+    with refuses(UsageError, "node_exists", "node-1"):
         cluster.replace_node(1)
-    with pytest.raises(UsageError, match="name a node by its index"):
+    with refuses(UsageError, "unknown_part", "node-1"):
         cluster.freeze("node-1")
 
 
@@ -102,6 +104,6 @@ def test_nothing_is_left_of_a_closed_cluster(local_cluster_factory: LocalCluster
 
 def test_a_cluster_whose_start_fails_leaves_nothing_behind_without_being_closed() -> None:
     cluster = LocalCluster(1, parity=0, settings={"nosuch": 3})
-    with pytest.raises(ConfigError, match="BACKSTAYD_COORDINATOR_NOSUCH is not a setting"):
+    with pytest.raises(ConfigError, match="BACKSTAYD_COORDINATOR_NOSUCH"):
         cluster.start()
     cluster.assert_nothing_left()

@@ -13,6 +13,7 @@ from backstay.errors import UnavailableError
 from backstay.protocol import messages
 from tests.cluster.test_operator_command import Trainer
 from tests.kit.daemon_process import RunningDaemon, running_daemon
+from tests.kit.wording import says
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -34,10 +35,10 @@ def memory(tmpfs_dir: Path) -> Iterator[Path]:
 @pytest.fixture
 def daemons(tmpfs_dir: Path, memory: Path) -> Iterator[tuple[RunningDaemon, RunningDaemon]]:
     with running_daemon("coordinator", "--parity", "0", directory=tmpfs_dir) as coordinator:
-        address = "127.0.0.1:" + coordinator.wait_for_line(r"listens at 127.0.0.1:(\d+),").group(1)
+        address = coordinator.wait_for_line("coordinator_listens")["address"]
         place = ("--memory-dir", str(memory), "--socket", str(tmpfs_dir / "socket"), "--coordinator", address)
         with running_daemon("node", "--name", "n0", *place, directory=tmpfs_dir) as node:
-            node.wait_for_line("serves trainers at")
+            node.wait_for_line("node_serves")
             yield coordinator, node
 
 
@@ -55,7 +56,7 @@ def test_a_daemon_whose_memory_is_unmounted_ends_in_one_line_and_its_trainer_is_
         trainer.connection.settimeout(ENDED_S)
         assert trainer.connection.recv(1 << 16) == b"", "the line is cut, which a trainer takes for what it is"
     lines = node.log.read_text().splitlines()[written:]
-    assert [line for line in lines if f"memory directory {memory} was unmounted" in line] == [lines[-1]]
+    assert [line for line in lines if says("memory_unmounted", line, directory=memory)] == [lines[-1]]
     assert "Traceback" not in "\n".join(lines)
     assert len([line for line in lines if " ERROR " in line or " WARNING " in line]) <= 2, lines
     assert list(memory.iterdir()) == [], "nothing is written into what lies below"

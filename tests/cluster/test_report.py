@@ -13,6 +13,7 @@ import pytest
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
 from tests.kit.training import Training
+from tests.kit.wording import says
 
 RUN_ID = "reported"
 RUN = f"default/{RUN_ID}"
@@ -81,7 +82,7 @@ def test_the_ledger_of_a_real_run_tells_what_happened_to_it(
     assert "trainer_died" in text
     assert "node_lost" in text
     assert "goodput 0." in text
-    assert "Restored from durable storage alone" in text
+    assert says("without_memory", text)
     job.kill()
 
 

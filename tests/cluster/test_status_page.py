@@ -18,6 +18,7 @@ from backstay.testing.cluster import process_environment
 from backstay.testing.wait import wait_until
 from tests.kit.chromium import Page, browse
 from tests.kit.light_world import light_world, wait_protected
+from tests.kit.wording import says
 
 CLUSTER = {"nodes": 6, "lease_s": 2.0}
 RUN = "default/gpt-7b"
@@ -68,9 +69,7 @@ def test_a_lost_node_and_the_return_of_protection_are_seen_without_a_reload(
         page.evaluate("window.isSamePage = true")
         ranks.start_fresh()
         ranks.protect(1)
-        wait_until(
-            lambda: "protected survives the loss of any 2 nodes" in headline(page), deadline_s=30, why="protected"
-        )
+        wait_until(lambda: says("page_protected", headline(page), count=2), deadline_s=30, why="protected")
         page.evaluate(
             "window.words = []; new MutationObserver(() => words.push(document.querySelector('.job')?.innerText ?? ''))"
             ".observe(document.getElementById('jobs'), {childList: true, subtree: true})"
@@ -84,14 +83,12 @@ def test_a_lost_node_and_the_return_of_protection_are_seen_without_a_reload(
 
         wait_until(was_degraded, deadline_s=30, why="the page to say what is degraded and why")
         wait_until(lambda: page.text("#nodes li").split() == ["node-2", "lost"], deadline_s=30, why="the lost node")
-        assert "node-2 did not report for 2 s" in page.text("#events")
-        wait_until(
-            lambda: "protected survives the loss of any 2 nodes" in headline(page), deadline_s=60, why="repaired"
-        )
+        assert says("node_silent", page.text("#events"), node="node-2")
+        wait_until(lambda: says("page_protected", headline(page), count=2), deadline_s=60, why="repaired")
         assert page.text("#events").count("rebuilt") >= 1
         assert page.evaluate("window.isSamePage") is True
         assert page.complaints == []
-        wait_until(lambda: "protected, survives 2 losses" in read_so_far(read_end, lines), deadline_s=20, why="a line")
+        wait_until(lambda: says("watch_protected", read_so_far(read_end, lines), count=2), deadline_s=20, why="a line")
         text = read_so_far(read_end, lines)
         assert "node-2: lost" in text
         assert "\x1b" not in text
@@ -111,9 +108,11 @@ def test_both_watches_outlive_a_coordinator_and_say_that_it_is_away(cluster: Loc
         wait_until(lambda: "NODES  6 nodes" in read_so_far(main, seen), deadline_s=30, why="the first picture")
         cluster.kill_coordinator()
         wait_until(lambda: page.text("#freshness").startswith("stale"), deadline_s=30, why="the page to be stale")
-        wait_until(lambda: "NO ANSWER" in read_so_far(main, seen), deadline_s=30, why="the terminal to say so")
+        wait_until(
+            lambda: says("watch_no_answer", read_so_far(main, seen)), deadline_s=30, why="the terminal to say so"
+        )
         assert "node-0" in page.text("#nodes")
-        assert "was true at" in page.text("#notice")
+        assert says("page_is_stale", page.text("#notice"))
         seen.clear()
         cluster.start_coordinator()
         wait_until(lambda: page.text("#freshness") == "live", deadline_s=30, why="the page to be live again")
@@ -165,14 +164,14 @@ def test_many_nodes_are_protected_seen_and_lost_over_real_lines() -> None:
             )
             verdict = cluster.run_status("many/run-1")["verdict"]
             assert verdict["survives"] == 1
-            assert "node-0007 is lost" in verdict["reason"]
+            assert "node-0007" in verdict["reason"]
             answer = subprocess.run(
                 [sys.executable, "-m", "backstayd.cli", "status", "--coordinator", cluster.coordinator_address],
                 env=process_environment() | {"BACKSTAY_INSECURE": "true"}, capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert answer.returncode == 0, answer.stderr
             assert f"{MANY} live, 1 lost" in answer.stdout
-            assert f"{MANY} healthy nodes are not listed" in answer.stdout
-            assert "GROUPS weaker than planned: 1" in answer.stdout
+            assert says("nodes_not_listed", answer.stdout, count=MANY)
+            assert says("weaker_groups", answer.stdout, count=1)
         finally:
             fleet.close()

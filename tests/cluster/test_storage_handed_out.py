@@ -14,6 +14,7 @@ from backstay.testing import LocalCluster
 from tests.kit.files import flip_byte
 from tests.kit.light_world import light_world
 from tests.kit.storage_world import RUN, cluster_with, dead_daemons, persist, wait_persisted
+from tests.kit.wording import refuses
 
 
 def shards_in_memory(cluster: LocalCluster) -> list[str]:
@@ -82,7 +83,7 @@ def test_a_file_that_becomes_a_link_is_not_opened(url: str, tmp_path: Path) -> N
     with cluster_with(url, tmp_path) as cluster, light_world(cluster, RUN) as world:
         answers = world.restore()
         assert {answer["error"] for answer in answers} == {"UnrecoverableError"}
-        assert "symbolic link" in answers[0]["message"]
+        assert "/rank-00001-of-" in answers[0]["message"]
 
 
 def test_a_file_that_changes_between_staging_and_load_fails_the_world(
@@ -113,7 +114,7 @@ def test_a_file_that_changes_between_staging_and_load_fails_the_world(
     with cluster_with(f"file://{tmp_path}/storage", tmp_path, **chosen) as cluster:  # type: ignore[arg-type]
         keeper = backstay.Snapshotter(model, optimizer, run_id="durable", socket=str(cluster.nodes[0].socket))
         try:
-            with pytest.raises(IntegrityError, match="has crc32c"):
+            with refuses((IntegrityError,), "corrupt_chunk"):
                 keeper.restore()
         finally:
             keeper.close()

@@ -15,19 +15,17 @@ from backstayd import cli
 from tests.kit.light_world import light_world
 from tests.kit.object_store import BUCKET, object_store
 from tests.kit.storage_world import RUN, cluster_with, persist, records_in, storage_of, wait_persisted
+from tests.kit.wording import says
 
 
-def wait_problem(cluster: LocalCluster, words: str) -> None:
-    cluster.wait_until(lambda: words in storage_of(cluster)["problem"], 60, f"the status to say: {words}")
-
-
-def wait_log(cluster: LocalCluster, words: str) -> None:
-    """The node that could not, or the coordinator, says it in its log."""
+def wait_problem(cluster: LocalCluster, key: str, **facts: object) -> None:
+    """The status says it, and the log of the node that could not or of the coordinator."""
+    cluster.wait_until(lambda: says(key, storage_of(cluster)["problem"], **facts), 60, f"{key} in the status")
+    logs = cluster.keeper.log_dir
     cluster.wait_until(
-        lambda: any(words in path.read_text(errors="replace") for path in cluster.keeper.log_dir.rglob("*.log")),
-        30,
-        f"a log to say: {words}",
-    )
+        lambda: any(says(key, path.read_text(errors="replace"), **facts) for path in logs.rglob("*.log")),
+        30, f"{key} in a log",
+    )  # fmt: skip
 
 
 @contextmanager
@@ -49,14 +47,12 @@ def remount(path: Path, mode: str) -> None:
 
 
 def test_storage_that_may_not_be_written_is_said_and_copied_to_once_it_may(tmp_path: Path) -> None:
-    words = "let the user that runs backstayd read and write there"
     with mounted(tmp_path / "storage") as directory:
         remount(directory, "ro")
         with cluster_with(f"file://{directory}", tmp_path) as cluster, light_world(cluster, RUN) as world:
             world.start_fresh()
             world.publish(1)
-            wait_problem(cluster, words)
-            wait_log(cluster, words)
+            wait_problem(cluster, "storage_forbidden")
             world.protect(2, 3)
             assert records_in(directory) == []
             remount(directory, "rw")
@@ -66,7 +62,6 @@ def test_storage_that_may_not_be_written_is_said_and_copied_to_once_it_may(tmp_p
 
 def test_a_bucket_that_vanishes_is_said_and_copied_to_again_when_it_is_back(tmp_path: Path) -> None:
     pytest.importorskip("s3fs")
-    words = f"the bucket {BUCKET} does not exist; create it or correct persist_url"
     with object_store() as store:
         with (
             cluster_with(store.url, tmp_path, env=store.environment) as cluster,
@@ -78,8 +73,7 @@ def test_a_bucket_that_vanishes_is_said_and_copied_to_again_when_it_is_back(tmp_
             with pytest.raises(urllib.error.HTTPError):
                 store.listing()
             world.publish(2)
-            wait_problem(cluster, words)
-            wait_log(cluster, words)
+            wait_problem(cluster, "no_bucket", bucket=BUCKET)
             world.protect(3, 4)
             store.make_bucket()
             wait_persisted(cluster, 2)
@@ -103,8 +97,8 @@ def test_a_distrusted_step_gives_way_to_the_older_copy_on_storage(tmp_path: Path
         cluster.wait_until(
             lambda: [s["step"] for s in cluster.run_status(RUN)["snapshots"]] == [2], 30, "memory to hold step 2 alone"
         )
-        argv = ["distrust", RUN, "2", "--reason", "loss is NaN", "--coordinator", cluster.coordinator_address]
+        argv = ["distrust", RUN, "2", "--reason", "nan", "--coordinator", cluster.coordinator_address]
         assert cli.main(argv) == 0
         with light_world(cluster, RUN) as world:
             answers = world.restore_exactly(1, outcome="EXACT_OLDER", source="persisted")
-            assert "distrusted (loss is NaN)" in answers[0]["message"]
+            assert says("distrusted", answers[0]["message"], reason="nan")

@@ -10,6 +10,7 @@ import pytest
 
 from backstay.testing import LocalCluster
 from tests.kit.light_world import light_world, wait_protected
+from tests.kit.wording import says
 
 pytest.importorskip("cryptography")
 
@@ -44,12 +45,12 @@ def test_certificates_are_renewed_while_bytes_move_and_a_lost_node_is_rebuilt_bi
         assert before.keys() == after.keys()
         assert not set(before.values()) & set(after.values())
         cluster.wait_until(
-            lambda: all("was read again" in log_of(cluster, node.name) for node in cluster.nodes),
+            lambda: all(says("certificate_renewed", log_of(cluster, node.name)) for node in cluster.nodes),
             deadline_s=20,
             why="every node to take up its new certificate",
         )
         world.kill()
-    assert "ended with status" not in "".join(log_of(cluster, node.name) for node in cluster.nodes), "no coder died"
+    assert not says("coder_ended", [log_of(cluster, node.name) for node in cluster.nodes])
     cluster.destroy_node(3)
     cluster.replace_node(3)  # it gets a certificate of its own
     with light_world(cluster, run, size_bytes=BIG) as again:
@@ -74,8 +75,7 @@ def test_plaintext_to_a_coordinator_of_tls_is_told_what_is_missing(cluster: Loca
     plain = {"BACKSTAY_INSECURE": "true", "BACKSTAY_TLS_CERT": "", "BACKSTAY_TLS_KEY": "", "BACKSTAY_TLS_CA": ""}
     refused = backstay(cluster, "status", **plain)
     assert refused.returncode == 78
-    assert "TLS is spoken there" in refused.stderr
-    assert "set tls_cert, tls_key and tls_ca" in refused.stderr
+    assert all(name in refused.stderr for name in ("TLS", "tls_cert", "tls_key", "tls_ca"))
 
 
 def test_a_nodes_certificate_is_no_operators(cluster: LocalCluster) -> None:
@@ -84,8 +84,7 @@ def test_a_nodes_certificate_is_no_operators(cluster: LocalCluster) -> None:
     stolen = {name.replace("BACKSTAYD_NODE_", "BACKSTAY_"): value for name, value in node.items()}
     refused = backstay(cluster, "forget", "default/renewed", **stolen)
     assert refused.returncode == 78
-    assert f"spiffe://backstay/backstay/node/{cluster.nodes[0].name} may not be" in refused.stderr
-    assert "its role is node" in refused.stderr
+    assert f"spiffe://backstay/backstay/node/{cluster.nodes[0].name}" in refused.stderr
 
 
 def test_an_expired_certificate_of_an_operator_is_named_before_anybody_is_called(cluster: LocalCluster) -> None:
@@ -98,8 +97,9 @@ def test_an_expired_certificate_of_an_operator_is_named_before_anybody_is_called
             lambda: backstay(cluster, "status").returncode == 78, deadline_s=20, why="a second of validity to pass"
         )
         refused = backstay(cluster, "status")
-        assert f"certificate {directory}/tls.crt of spiffe://backstay/backstay/operator expired at" in refused.stderr
-        assert "backstay certs --ca-dir DIR --operator" in refused.stderr
+        identity = "spiffe://backstay/backstay/operator"
+        assert says("certificate_expired", refused.stderr, file=directory / "tls.crt", identity=identity)
+        assert "--ca-dir" in refused.stderr
     finally:
         cluster.certificates.make(has_others=True)
     assert os.path.exists(directory)

@@ -57,7 +57,7 @@ def test_a_user_can_neither_read_nor_list_nor_evict_nor_starve_what_is_anothers(
     os.chown(report, NEIGHBOUR_ID, NEIGHBOUR_ID)
     quota = {"BACKSTAYD_NODE_USER_QUOTA_BYTES": str(USER_QUOTA_BYTES)}
     with running_daemon("coordinator", "--parity", "1", directory=base) as coordinator:
-        address = "127.0.0.1:" + coordinator.wait_for_line(r"listens at 127.0.0.1:(\d+),").group(1)
+        address = coordinator.wait_for_line("coordinator_listens")["address"]
         with (
             sandboxed_node(base, "n0", address, env=quota) as first,
             sandboxed_node(base, "n1", address, env=quota) as second,

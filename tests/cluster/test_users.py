@@ -51,7 +51,7 @@ def test_a_run_is_one_users_on_nodes_that_never_heard_of_it_too(cluster: LocalCl
         alice.protect(1)
         for node in (1, 3):  # where it trains, and where nothing of it is
             with light_world(cluster, run, nodes=(node,), uid=BOB) as bob:
-                assert f"run {run} belongs to user {ALICE}, not to user {BOB}; choose another run_id" in refusal(bob)
+                assert all(fact in refusal(bob) for fact in (run, str(ALICE), str(BOB)))
         alice.protect(2)  # no world of somebody else fenced it
         assert [s["rank"] for s in cluster.run_status(run)["sessions"]] == [0, 1]
 
@@ -66,14 +66,14 @@ def test_a_new_coordinator_and_restarted_daemons_know_whose_run_it_is(cluster: L
             for rank in bob.ranks:  # recorders know it without a coordinator
                 assert rank.ask_refused("attach", world_id=bob.world_id)["reason"] == "not_owner"
             cluster.start_coordinator()
-            assert f"belongs to user {ALICE}" in refusal(bob)
+            assert str(ALICE) in refusal(bob)
         alice.kill()
     cluster.restart_daemon(2)
     cluster.restart_coordinator()
     cluster.wait_live()
     open_sockets(cluster)
     with light_world(cluster, run, nodes=(2,), uid=BOB) as bob:
-        assert f"belongs to user {ALICE}" in refusal(bob)
+        assert str(ALICE) in refusal(bob)
     with light_world(cluster, run, nodes=(2, 3), uid=ALICE) as alice:
         alice.restore_exactly(1)
 

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
+from backstayd.core.status.verdict import Word
 from tests.kit.light_world import Ranks, light_world, wait_protected
 from tests.kit.onlooker import Look, Onlooker, onlooker
+from tests.kit.wording import says
 
 RUN = "default/shown"
 LEASE_S = 1.5
 USUAL = 3  # intervals that protection may trail training by
-ALARMING = re.compile(r"UNPROTECTED|AT_RISK|DEGRADED|unrecoverable|never became complete|weaker|gone")
+ALARMING = re.compile(r"UNPROTECTED|AT_RISK|DEGRADED|unrecoverable|weaker|gone")
 RED = {"session_lost", "node_lost", "abandoned", "refused", "quarantined", "distrusted", "behind", "gate_failed"}
 
 
@@ -47,7 +49,8 @@ def assert_calm(looks: list[Look], *, began_s: float) -> None:
     for look in looks:
         assert look.word in ("starting", "protected"), look.run["verdict"]
         assert not ALARMING.search(look.texts), look.texts
-        assert look.run["complete_step"] == 0 or "from scratch" not in look.texts, look.texts
+        assert not says("never_complete", look.texts), look.texts
+        assert look.run["complete_step"] == 0 or not says("from_scratch", look.texts), look.texts
         assert not red_since(look, began_s)
         assert not look.run["ledger"] or look.run["ledger"]["interruption_count"] == 0
         assert look.run["protected_step"] >= protected, "protected goes back"
@@ -65,15 +68,15 @@ def assert_behind(seen: Onlooker, *, held: int, dead_s: float) -> None:
     assert late, "654 steps were green once"
     first = looks.index(late[0])
     for look in looks[first:]:
-        assert look.word in ("behind", "at risk"), look.run["verdict"]
-        assert f"no step after {held} is protected" in look.run["verdict"]["reason"]
-        assert "a restart now would repeat" in look.texts
+        assert look.word in ("behind", Word.AT_RISK), look.run["verdict"]
+        assert says("none_protected_since", look.run["verdict"]["reason"], step=held)
+        assert says("restart_would_repeat", look.texts)
         assert look.run["behind"]["steps"] <= seen.trained - held
     for look in looks:
         assert not look.run["ledger"]["is_interrupted"], "training goes on without its daemon"
         assert look.run["ledger"]["down_s"] == 0
         assert look.run["explain"]["step"] == held
-        assert "from scratch" not in look.texts
+        assert not says("from_scratch", look.texts)
     assert looks[-1].run["behind"]["seconds"] > dead_s - 3 * LEASE_S
 
 

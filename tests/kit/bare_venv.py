@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def readme_extras() -> set[str]:
     """The extras of the install line in README.md."""
-    (found,) = re.findall(r"^    pip install '\.\[([a-z,]+)\]'$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (found,) = re.findall(r"^    pip\s+install '\.\[([a-z,]+)\]'$", (ROOT / "README.md").read_text(), re.MULTILINE)
     return set(found.split(","))
 
 

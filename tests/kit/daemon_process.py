@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from backstay.testing.cluster import process_environment
 from backstay.testing.wait import wait_until
+from tests.kit.wording import facts_of, says
 
 DEADLINE_S = 60.0
 # A test of one mistake must not make others: ports are free ones, and nobody else's coordinator is called.
@@ -28,23 +28,21 @@ class RunningDaemon:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def wait_for_line(self, pattern: str, *, deadline_s: float = DEADLINE_S) -> re.Match[str]:
-        """The first place in the log that matches."""
+    def wait_for_line(self, key: str, *, deadline_s: float = DEADLINE_S, **facts: object) -> dict[str, str]:
+        """Wait for the sentence of ``key`` in the log, with these facts; the other facts that stand in it."""
 
-        def found() -> re.Match[str] | None:
-            status = self.process.poll()
-            match = re.search(pattern, self.log.read_text(encoding="utf-8"))
-            assert match or status is None, f"ended with {status}: {self.log.read_text()}"
-            return match
+        def is_there() -> bool:
+            status, log = self.process.poll(), self.log.read_text(encoding="utf-8")
+            assert says(key, log, **facts) or status is None, f"ended with {status}: {log}"
+            return says(key, log, **facts)
 
-        match = wait_until(found, deadline_s=deadline_s, why=f"a line like {pattern!r}", evidence=self.log.read_text)
-        assert match is not None
-        return match
+        wait_until(is_there, deadline_s=deadline_s, why=f"{key} {facts or ''}", evidence=self.log.read_text)
+        return facts_of(key, self.log.read_text(encoding="utf-8"), **facts)
 
     @property
     def http(self) -> str:
         """``host:port`` of its HTTP server, once it serves."""
-        return self.wait_for_line(r"http at (\S+)").group(1)
+        return self.wait_for_line("http_served")["http"]
 
 
 def environment_of(role: str, extra: Mapping[str, str]) -> dict[str, str]:

@@ -153,7 +153,8 @@ class Rank:
         try:
             dcp.save(self.state, storage_writer=self.store.writer(step))
         except (Exception, CheckpointException) as error:  # noqa: BLE001 - the test reads it
-            self.say("refused", step=step, error=str(error))
+            ours = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            self.say("refused", step=step, error=str(error), reason=getattr(ours, "reason", ""))
         else:
             self.say("saved", step=step)
 

@@ -40,7 +40,7 @@ class Saboteur:
         elif self.fault == "moments":
             del self.optimizer.state[parameter]["exp_avg"]
         elif self.fault == "load":
-            raise RuntimeError("the loader's file is gone")
+            raise RuntimeError("no-file-of-the-loader")
 
 
 class Trial:

@@ -16,7 +16,7 @@ from typing import Final
 
 THREADS: Final = 32
 TIMEOUT_S: Final = 20.0
-KINDS: Final = ("valid", "closed at once", "valid", "plaintext", "no certificate", "valid", "cut in the middle")
+KINDS: Final = ("valid", "closed-at-once", "valid", "plaintext", "no certificate", "valid", "cut-short")
 
 
 def client_context(directory: Path | None, ca: Path) -> ssl.SSLContext:
@@ -34,9 +34,9 @@ def connect(address: tuple[str, int], kind: str, directory: Path) -> str:
     """One connection of a kind; what came of it."""
     ca = directory / "ca.crt"
     with socket.create_connection(address, timeout=TIMEOUT_S) as sock:
-        if kind == "closed at once":
+        if kind == "closed-at-once":
             return "closed"
-        if kind in ("plaintext", "cut in the middle"):
+        if kind in ("plaintext", "cut-short"):
             hello = (
                 b"GET / HTTP/1.1\r\n\r\n" if kind == "plaintext" else b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
             )

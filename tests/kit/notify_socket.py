@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from backstay.testing.wait import wait_until
+from tests.kit.wording import says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +50,14 @@ class NotifySocket:
         """What one process said, in order."""
         return [message for message in self.messages if message.pid == pid]
 
-    def wait_for(self, pid: int, name: str, value: str = "", *, after: int = 0) -> Message:
-        """The first message of ``pid``, from its ``after``-th on, whose field ``name`` contains ``value``."""
+    def wait_for(self, pid: int, name: str, value: str = "", *, key: str = "", after: int = 0) -> Message:
+        """The first message of ``pid``, from its ``after``-th on, whose field ``name`` has ``value``, or says ``key``."""
 
         def found() -> Message | None:
-            said = self.of(pid)[after:]
-            return next((m for m in said if name in m.fields and value in m.fields[name]), None)
+            sent = [m for m in self.of(pid)[after:] if name in m.fields]
+            return next((m for m in sent if value in m.fields[name] and (not key or says(key, m.fields[name]))), None)
 
-        message = wait_until(found, deadline_s=60, why=f"{name}={value}", evidence=lambda: str(self.of(pid)))
+        message = wait_until(found, deadline_s=60, why=f"{name}={value or key}", evidence=lambda: str(self.of(pid)))
         assert message is not None
         return message
 

@@ -54,6 +54,10 @@ class Candidate:
         return (local_s - self.offset_s) / self.rate
 
 
+class TwoLeadersError(AssertionError):
+    """Two candidates may act at one moment."""
+
+
 class Simulation:
     """Invariant, checked at every event: at most one candidate may act, by true time; terms of reigns grow."""
 
@@ -94,7 +98,8 @@ class Simulation:
 
     def check(self) -> None:
         acting = self.acting()
-        assert len(acting) <= 1, f"at {self.now_s}: {[c.name for c in acting]} act at once; reigns {self.reigns[-4:]}"
+        if len(acting) > 1:
+            raise TwoLeadersError(f"at {self.now_s}: {[c.name for c in acting]}; reigns {self.reigns[-4:]}")
 
     def heal(self) -> None:
         self.is_faulty, self.outage_until_s = False, 0.0

@@ -176,8 +176,8 @@ class Lifetimes:
         def is_well() -> bool:
             return cluster.is_training(job) and cluster.is_protected(RUN)
 
-        def fail(what: str) -> None:
-            raise BrokenPromiseError(f"seed {self.seed}: {what} ({self.ended}, {job.refusals})")
+        def fail(problem: str) -> None:
+            raise BrokenPromiseError(f"seed {self.seed}: {problem} ({self.ended}, {job.refusals})")
 
         if not engine.run_until(is_well, limit_s=60.0):
             fail("not training and protected")

@@ -6,6 +6,7 @@ import pytest
 
 from backstay.ids import SnapshotKey
 from backstayd.core.policy import CorePolicy
+from tests.kit.wording import says
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.scenario import Scenario
@@ -60,8 +61,8 @@ def test_with_nothing_older_the_run_is_refused_until_an_operator_trusts_it() -> 
     spread(cluster, engine, job)
     cluster.kill_trainer(job.trainers[0])
     assert engine.run_until(lambda: bool(job.refusals), limit_s=20)
-    for words in ("distrusted (nan)", "keep = 2", "persist_url", f"backstay trust {RUN}"):
-        assert words in job.refusals[0]
+    assert says("distrusted", job.refusals[0], reason="nan")
+    assert says("keep_an_older_one", job.refusals[0], run=RUN)
     cluster.trust()
     assert engine.run_until(lambda: cluster.is_training(job), limit_s=30), job.refusals
     assert engine.run_until(lambda: nodes_that_know(cluster) == 0, limit_s=10)
@@ -92,7 +93,7 @@ def test_identical_restores_are_counted_across_coordinators_and_end_with_a_refus
     assert restarted(cluster, engine, job) == base
     cluster.kill_trainer(job.trainers[0])
     assert engine.run_until(lambda: bool(job.refusals), limit_s=20)
-    assert "4 times in a row" in job.refusals[0]
+    assert says("restore_loop", job.refusals[0], step=base.step, tries=4)
     cluster.trust()
     assert engine.run_until(lambda: cluster.is_training(job), limit_s=30), job.refusals
     assert job.decision is not None

@@ -10,6 +10,7 @@ from backstayd.core.messages.report import SessionPhase
 from backstayd.core.messages.tombstone import Cause, Tombstone
 from backstayd.core.policy import CorePolicy
 from backstayd.core.status.document import status_document
+from tests.kit.wording import refuses, says
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.node import Node
@@ -72,8 +73,8 @@ def test_a_restart_of_a_finished_run_is_told_so_and_starts_over_only_if_it_may()
     cluster.crash_coordinator(0.2)  # the next one knows it from the nodes
     engine.run_for(4)
     refusal = asks(engine, cluster, Job(RUN, {0: "n2"}))
-    assert refusal.startswith(f"{RUN} finished at step {job.step} on 1970-01-01"), refusal
-    assert "choose a new run_id" in refusal
+    assert says("run_finished", refusal, run=RUN, step=job.step, day="1970-01-01"), refusal
+    assert says("start_over", refusal)
     assert asks(engine, cluster, Job(RUN, {0: "n2"}, allow_fresh=True)) == ""
 
 
@@ -94,8 +95,7 @@ def test_a_run_that_nobody_comes_back_to_is_forgotten_and_not_before() -> None:
     assert engine.run_until(lambda: not cluster.kept_keys(RUN), limit_s=15)
     engine.run_for(2)
     refusal = asks(engine, cluster, Job(RUN, {0: "n1"}))
-    assert "was freed at step " in refusal
-    assert "after 20 s without a trainer" in refusal
+    assert says("run_freed", refusal, run=RUN, idle="20 s")
 
 
 def test_a_node_that_was_away_when_its_run_was_forgotten_forgets_it_when_it_comes_back() -> None:
@@ -152,7 +152,7 @@ def test_a_start_that_came_to_nothing_does_not_blot_out_what_was_finished_under_
     engine.run_for(2)
     cluster.nodes["n4"].is_cut = False
     assert engine.run_until(lambda: not held(cluster), limit_s=10), "what it brought went"
-    assert "finished at step" in asks(engine, cluster, Job(RUN, {0: "n4", 1: "n2"}))
+    assert says("run_finished", asks(engine, cluster, Job(RUN, {0: "n4", 1: "n2"})))
 
 
 def test_a_job_that_asks_while_a_node_brings_back_a_forgotten_run_is_not_given_it() -> None:
@@ -165,7 +165,7 @@ def test_a_job_that_asks_while_a_node_brings_back_a_forgotten_run_is_not_given_i
     assert held(cluster) == {"n1"}, "prove that a whole snapshot is still there"
     cluster.nodes["n1"].is_cut = False
     refusal = asks(engine, cluster, Job(RUN, {0: "n2"}))
-    assert "finished at step" in refusal
+    assert says("run_finished", refusal)
     assert engine.run_until(lambda: not held(cluster), limit_s=10)
 
 
@@ -252,7 +252,7 @@ def test_an_operator_frees_the_name_of_a_finished_run() -> None:
     later = Job(RUN, {0: "n1", 1: "n2"})
     assert asks(engine, cluster, later) == ""
     assert cluster.outcome(later) is Outcome.NONE
-    with pytest.raises(UsageError, match="trainers of it are connected"):
+    with refuses(UsageError, "run_is_active"):
         cluster.core().forget(RUN)
 
 
@@ -272,7 +272,7 @@ def test_a_run_whose_nodes_are_all_gone_does_not_stay_for_ever(node_count: int) 
     assert RUN in cluster.core().runs
     assert engine.run_until(lambda: RUN not in cluster.core().runs and not held(cluster), limit_s=30)
     refusal = asks(engine, cluster, Job(RUN, {0: "n9"}))
-    assert "was freed at step" in refusal
+    assert says("run_freed", refusal)
 
 
 def test_a_new_run_is_told_which_names_like_its_own_exist() -> None:
@@ -281,9 +281,9 @@ def test_a_new_run_is_told_which_names_like_its_own_exist() -> None:
     typo = Job("default/llama-7B", {0: "n1", 1: "n2"})
     assert asks(engine, cluster, typo) == ""
     assert typo.decision is not None
-    assert "it starts from scratch; runs with a name like it: default/llama-7b (step " in typo.decision.message
+    assert says("similar_names", typo.decision.message, name="default/llama-7b")
     other = Job("default/vision", {0: "n1"})
     assert asks(engine, cluster, other) == ""
     assert other.decision is not None
-    assert "like it" not in other.decision.message
+    assert not says("similar_names", other.decision.message)
     assert job.decision is not None

@@ -8,6 +8,7 @@ from backstayd.core.messages.decisions import Outcome
 from backstayd.core.orders import RECORDERS
 from backstayd.core.policy import CorePolicy
 from backstayd.core.recover.recovery import LEAP_ATTEMPTS
+from tests.kit.wording import says
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.test_forgetting import finished
@@ -93,7 +94,7 @@ def test_a_world_that_comes_up_where_nobody_knows_the_run_does_not_start_from_sc
     cut_off(engine, cluster, OLD, 15.0)
     later = moved(engine, cluster, job, allow_fresh=False)
     assert engine.run_until(lambda: later.refusals != [], limit_s=12)
-    assert "it last ran on n1, n2, n3 and n4, which are away" in later.refusals[0]
+    assert says("last_ran_on", later.refusals, nodes="n1, n2, n3 and n4")
     assert engine.run_until(lambda: cluster.is_training(later), limit_s=30), later.refusals
     assert later.decision is not None
     assert later.decision.outcome is Outcome.EXACT

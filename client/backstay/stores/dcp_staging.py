@@ -108,7 +108,7 @@ class Save:
             UsageError: no writer was made for it, or it holds what cannot be staged.
         """
         if self._step == _NONE or self._staged is not None:
-            raise UsageError("make a writer for each save: storage_writer=store.writer(step)")
+            raise UsageError("make a writer for each save: storage_writer=store.writer(step)", reason="no_writer")
         signature: list[tuple[Path, str]] = []
         _walk(state, (), lambda path, leaf: signature.append((path, _describe(path, leaf))))
         staged = Staged(step=self._step, signature=tuple(signature))

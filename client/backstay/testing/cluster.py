@@ -293,7 +293,7 @@ class LocalCluster:
         """Put an empty node, with another name unless given, in the place of a destroyed one, and start its daemon."""
         old = self.nodes[index]
         if not old.is_destroyed:
-            raise UsageError(f"{old.name} still exists; destroy_node({index}) first")
+            raise UsageError(f"{old.name} still exists; destroy_node({index}) first", reason="node_exists")
         self._replacement_count[index] += 1
         node = self._new_node(index, name or f"node-{index}-r{self._replacement_count[index]}", old.domain)
         self.nodes[index] = node
@@ -312,7 +312,7 @@ class LocalCluster:
 
     def _signal_part(self, part: int | str, number: signal.Signals, is_whole_node: bool) -> list[int]:
         if isinstance(part, str) and part not in [coordinator.name for coordinator in self.coordinators]:
-            raise UsageError(f"cannot freeze or thaw {part!r}; name a node by its index, or {COORDINATOR!r}")
+            raise UsageError(f"cannot freeze or thaw {part!r}; name a node by its index, or {COORDINATOR!r}", reason="unknown_part")
         name = part if isinstance(part, str) else self.nodes[part].name
         pids = self.keeper.pids(node=name, role=None if is_whole_node else DAEMON_ROLE)
         signal_processes(pids, number)

@@ -80,11 +80,11 @@ def extra_of(given: Any) -> dict[str, Any]:
 
 def seconds_of(name: str, given: Any) -> float:
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
-        raise UsageError(f"{name} is {_kind(given)}: give seconds, as a number")
+        raise UsageError(f"{name} is {_kind(given)}: give seconds, as a number", reason="bad_argument")
     value = float(given)
     if not 0 <= value <= threading.TIMEOUT_MAX:  # false for NaN, too
         often = "; every wait has an end: give one that is long enough" if value == math.inf else ""
-        raise UsageError(f"{name} is {value:g}: give seconds, 0 or more{often}")
+        raise UsageError(f"{name} is {value:g}: give seconds, 0 or more{often}", reason="bad_argument")
     return value
 
 
