@@ -143,7 +143,9 @@ class Store:
     @property
     def line(self) -> Line:
         if self._line is None:
-            raise UsageError("this store has not begun (or was closed): call begin() on all ranks first", reason="not_begun")
+            raise UsageError(
+                "this store has not begun (or was closed): call begin() on all ranks first", reason="not_begun"
+            )
         return self._line
 
     @property

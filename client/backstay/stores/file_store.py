@@ -275,7 +275,10 @@ class FileStore:
                 return
             with self._state:
                 if not self._state.wait_for(lambda: self._busy == 0, DEFAULT_COMPLETE_S):
-                    raise UsageError(f"step {step} of {self.run} was sealed while {self._busy} of its files are open", reason="files_open")
+                    raise UsageError(
+                        f"step {step} of {self.run} was sealed while {self._busy} of its files are open",
+                        reason="files_open",
+                    )
                 if self.open_step is not None and self.open_step < step:
                     self._give_up(line, step)
                 files = dict(self._files) if self.open_step == step else {}
@@ -327,7 +330,9 @@ class FileStore:
                 "this file store belongs to another process; a forked child must not use it", reason="forked"
             )
         if self._line is None:
-            raise UsageError("this file store has not begun (or was closed): call begin() on all ranks first", reason="not_begun")
+            raise UsageError(
+                "this file store has not begun (or was closed): call begin() on all ranks first", reason="not_begun"
+            )
         return self._line
 
     def _carried_before(self, place: World) -> dict[str, Any]:

@@ -312,7 +312,9 @@ class LocalCluster:
 
     def _signal_part(self, part: int | str, number: signal.Signals, is_whole_node: bool) -> list[int]:
         if isinstance(part, str) and part not in [coordinator.name for coordinator in self.coordinators]:
-            raise UsageError(f"cannot freeze or thaw {part!r}; name a node by its index, or {COORDINATOR!r}", reason="unknown_part")
+            raise UsageError(
+                f"cannot freeze or thaw {part!r}; name a node by its index, or {COORDINATOR!r}", reason="unknown_part"
+            )
         name = part if isinstance(part, str) else self.nodes[part].name
         pids = self.keeper.pids(node=name, role=None if is_whole_node else DAEMON_ROLE)
         signal_processes(pids, number)
