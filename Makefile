@@ -10,13 +10,17 @@ PYTEST := $(BIN)/python -m pytest
 MANY   := $(PYTEST) -n $(JOBS) --dist loadfile
 ARGS   ?=
 SEED   ?=
+PROTOS := $(wildcard proto/backstayd/v1/*.proto)
+# Types of the wire messages: for mypy and editors, made when proto/ is newer, not checked in.
+STUBS  := daemon/backstayd/v1/coordinator_pb2.pyi
+PROTOC  = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
 .PHONY: help setup demo bench fmt lint type test test-quick test-cluster simulate proto sample manifests checkov check clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## make .venv with everything in it
+setup: $(STAMP) $(STUBS)  ## make .venv with everything in it
 
 # torch goes first and alone, so that nothing else chooses another version of it.
 $(STAMP): pyproject.toml
@@ -45,7 +49,7 @@ lint: $(STAMP)  ## ruff and the layers
 	$(BIN)/ruff check client daemon bench tests
 	$(BIN)/lint-imports --no-cache
 
-type: $(STAMP)  ## mypy, strict
+type: $(STAMP) $(STUBS)  ## mypy, strict
 	$(BIN)/mypy
 
 test: $(STAMP)  ## all tests (ARGS="-k name"; JOBS=1 one file at a time)
@@ -60,9 +64,11 @@ test-cluster: $(STAMP)  ## real daemons and trainers as processes
 simulate: $(STAMP)  ## the cores of many nodes under a seeded fake network (SEED=7)
 	BACKSTAY_SEED=$(SEED) $(PYTEST) tests/simulation $(ARGS)
 
-proto: $(STAMP)  ## generate daemon/backstayd/v1 from proto/
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto --python_out=daemon --grpc_python_out=daemon \
-		--mypy_out=daemon --mypy_grpc_out=daemon $$(find proto -name '*.proto')
+proto: $(STAMP) $(STUBS)  ## generate daemon/backstayd/v1 from proto/
+	$(PROTOC) --python_out=daemon --grpc_python_out=daemon $(PROTOS)
+
+$(STUBS): $(PROTOS) pyproject.toml | $(STAMP)
+	@$(PROTOC) --mypy_out=quiet:daemon --mypy_grpc_out=quiet:daemon $(PROTOS)
 
 sample: $(STAMP)  ## write deploy/config and docs/configuration.md from the code
 	$(BIN)/python -m backstayd.config.reference --sample > deploy/config/backstayd.toml
