@@ -164,6 +164,7 @@ def context_of(nodes: dict[str, NodeState]) -> RunContext:
         now_s=0.0,
         lease_s=1.0,
         nodes=nodes,
+        reports={name: node.runs["j/r"] for name, node in nodes.items() if "j/r" in node.runs},
         inventory=inventory,
         shapes=ShapeCache(),
         views=views,

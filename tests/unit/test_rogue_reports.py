@@ -12,6 +12,7 @@ import pytest
 from backstay.errors import IntegrityError
 from backstay.ids import MAX_COUNT, MAX_GENERATION, Generation
 from backstayd.core.coordinator import Coordinator
+from backstayd.core.inventory.catalog import InventoryCache
 from backstayd.core.messages.decisions import Decision, Outcome, Placement
 from backstayd.core.messages.plans import FragmentRecord, Member, Plan, ShardRecord, VolumeShard
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
@@ -181,7 +182,7 @@ def test_an_exception_in_one_run_leaves_the_others_evaluated_and_names_the_node(
     spoilt = core.nodes.nodes["n2"].runs[ROGUE_RUN]
     object.__setattr__(spoilt, "shards", None)  # whatever no door has thought of
     core.observe(report("n1", RunReport(run=RUN, sessions=(session(),), shards=(shard(3),)), sequence=2), 1.1)
-    core.runs[ROGUE_RUN].seen = None
+    core.runs[ROGUE_RUN].cache = InventoryCache()
     core.evaluate()
     assert is_served(core)
     (event,) = [event for event in core.timeline.all() if event.kind == "evaluation_failed"]

@@ -8,10 +8,12 @@ from typing import Final
 
 from backstayd.coordinator.recoveries import RecoveryWatch
 from backstayd.core.coordinator import Coordinator
+from backstayd.core.evaluation import Evaluation
 from backstayd.core.inventory.nodes import Liveness, NodeTable
 from backstayd.core.messages.report import NodeReport
 from backstayd.core.policy import CorePolicy
-from backstayd.core.run_state import Evaluation, RunState
+from backstayd.core.protect.retention import ABANDONED
+from backstayd.core.run_state import RunState
 from backstayd.core.timeline import Event
 from backstayd.telemetry.heartbeat_margin import LeastMargin
 from backstayd.telemetry.metrics import CoordinatorMetrics
@@ -81,7 +83,7 @@ class Gauges:
         }
         if event.kind in counters:
             counters[event.kind].of(event.run).inc()
-        elif event.kind == "released_snapshot" and "without a snapshot" in event.message:
+        elif event.cause == ABANDONED:
             metrics.snapshots_abandoned.of(event.run).inc()
 
     def update(self, core: Coordinator, *, now_s: float, unix_s: float) -> None:

@@ -5,6 +5,7 @@ Decides nothing before each node that reports name has reported, or a lease ran 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -414,8 +415,8 @@ class Coordinator:
             own = [n.generation.number for n in self.nodes.present() if n.generation.incarnation == self.incarnation]
             assert self.generation.number >= max(own, default=0), "no node can know a generation not made yet"
 
-    def _say(self, run: str, kind: str, message: str) -> None:
-        self.timeline.add(self._now_s, run, kind, message)
+    def _say(self, run: str, kind: str, message: str, *, cause: str = "") -> None:
+        self.timeline.add(self._now_s, run, kind, message, cause=cause)
 
     def _new_run(self, run: str) -> RunState:
         return RunState(
@@ -424,9 +425,9 @@ class Coordinator:
             shapes=self._shapes,
             tombstones=self.tombstones,
             raise_generation=self._raise_generation,
-            say=lambda kind, message: self._say(run, kind, message),
+            say=functools.partial(self._say, run),
             others=self._runs_of,
-            again=lambda kind: self.timeline.allow_again(run, kind),
+            again=functools.partial(self.timeline.allow_again, run),
             unix_offset_s=self.unix_offset_s,
         )
 

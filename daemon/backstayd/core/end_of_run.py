@@ -116,8 +116,7 @@ def tombstone_of(
 
 def made_unix_s(context: RunContext, *, now_unix_s: float) -> float:
     """The time that a tombstone made now carries: of no decision that it names may a node's clock say that it came later."""
-    reports = [node.runs[context.run] for node in context.nodes.values() if context.run in node.runs]
-    newest = max((report.recorded_unix_s for report in reports), default=0.0)
+    newest = max((report.recorded_unix_s for report in context.reports.values()), default=0.0)
     return max(now_unix_s, min(newest, now_unix_s + MAX_SKEW_S))
 
 

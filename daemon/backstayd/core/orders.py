@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from backstay.ids import SnapshotKey
+from backstayd.core.evaluation import Evaluation
 from backstayd.core.inventory.catalog import SnapshotView, suspects_of
 from backstayd.core.inventory.nodes import Liveness, NodeState
 from backstayd.core.inventory.run_context import RunContext
@@ -21,8 +22,7 @@ from backstayd.core.messages.durable import StorageDesired
 from backstayd.core.messages.plans import Plan, Quarantined, Rebuild, ShardCopy
 from backstayd.core.protect.groups import parity_fraction
 from backstayd.core.recover.probation import has_both
-from backstayd.core.recover.recovery import Stage
-from backstayd.core.run_state import Evaluation, RunState
+from backstayd.core.run_state import RunState
 
 RECORDERS = 8  # enough to outlive the nodes of one job, and few enough that no message grows with the cluster
 
@@ -74,7 +74,7 @@ def desired_of(state: RunState, orders: Orders | None, node: str) -> RunDesired 
         return None
     if node in state.strangers:
         return RunDesired(run=state.run, owner=state.owner)
-    has_report = node in context.nodes and state.run in context.nodes[node].runs
+    has_report = node in context.reports
     if state.forgetting.is_under_way:
         is_told = node not in context.nodes or context.nodes[node].report.takes_tombstones
         return RunDesired(run=state.run, forget=True) if has_report and not is_told else None
@@ -200,7 +200,7 @@ def _suspects(context: RunContext) -> dict[str, tuple[Quarantined, ...]]:
 
 def _peers(state: RunState, context: RunContext) -> dict[str, Peer]:
     """Everyone who has a part in the run and is there, by name."""
-    names = {name for name, node in context.nodes.items() if context.run in node.runs}
+    names = set(context.reports)
     names.update(m.node for plan_set in state.protection.sets.values() for p in plan_set.plans for m in p.members)
     names.update(target.node for rebuild in state.rebuilds.under_way.values() for target in rebuild.targets)
     if state.recovery.decision is not None:
@@ -219,8 +219,8 @@ def _parity_fraction(state: RunState, evaluation: Evaluation) -> float:
 
 def _is_release_possible(state: RunState, context: RunContext) -> bool:
     """Whether slots come free as soon as encoding gets there: every host is heard from, every rank trains and offers steps."""
-    decision = state.recovery.decision
-    if state.recovery.stage is not Stage.RELEASED or decision is None or state.missing.sentence:
+    decision = state.recovery.released
+    if decision is None or state.missing.sentence:
         return False
     is_heard = {name: node.liveness is Liveness.LIVE for name, node in context.nodes.items()}
     is_whole = len(state.world(context)) == decision.world_size
@@ -232,7 +232,7 @@ def choose_recorders(context: RunContext, decision: Decision) -> frozenset[str]:
 
     None that will be stopped, and none where somebody else's run has the name.
     """
-    hosts = {place.node for place in decision.placements}
+    hosts = decision.hosts
     others = [node for node in context.nodes.values() if node.name not in hosts and not node.is_draining]
     keepers = [node.name for node in others if _keeps(node, decision)]
     if len(keepers) >= RECORDERS:

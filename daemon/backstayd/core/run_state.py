@@ -8,17 +8,18 @@ from typing import Any
 
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.end_of_run import Forgetting, lift_if_wrong, made_unix_s, tombstone_of
+from backstayd.core.evaluation import Evaluation, redundancy
 from backstayd.core.inventory.absent_ranks import Missing
-from backstayd.core.inventory.catalog import Inventory, ShapeCache, SnapshotView, build_views, take_inventory
+from backstayd.core.inventory.catalog import InventoryCache, ShapeCache, SnapshotView
 from backstayd.core.inventory.distrust import tainted_views
 from backstayd.core.inventory.lineage import is_live, live_lineage, newest_decision
 from backstayd.core.inventory.nodes import NodeState
 from backstayd.core.inventory.ownership import owner_of, strangers, without
-from backstayd.core.inventory.run_context import RunContext, World, find_worlds
+from backstayd.core.inventory.run_context import RunContext, World, find_worlds, phases_of
 from backstayd.core.inventory.survey import live_records, stored_views, with_urls
 from backstayd.core.inventory.tombstones import Tombstones
 from backstayd.core.messages.decisions import Decision, Outcome
-from backstayd.core.messages.report import RunReport, SessionPhase, SessionRecord
+from backstayd.core.messages.report import SessionPhase
 from backstayd.core.messages.tombstone import Cause
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.draining import Draining
@@ -26,45 +27,14 @@ from backstayd.core.protect.durable_uploads import Persisting
 from backstayd.core.protect.interval import Pace
 from backstayd.core.protect.lag import Lag, Training, behind_sentence
 from backstayd.core.protect.protection import Protection
-from backstayd.core.protect.retention import abandoned_keys, has_returned, releasable
+from backstayd.core.protect.retention import ABANDONED, abandoned_keys, has_returned, releasable
 from backstayd.core.recover.choice import Memory, choose, near_sentence
 from backstayd.core.recover.ledger import Accounts
 from backstayd.core.recover.probation import Probation
 from backstayd.core.recover.rebuilds import Rebuilds
-from backstayd.core.recover.recovery import Recovery, Stage
+from backstayd.core.recover.recovery import Recovery
 from backstayd.core.sentences import any_nodes, counted, listed
 from backstayd.core.timeline import Say
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What the last evaluation found, for ``desired`` and the status document."""
-
-    context: RunContext
-    target: int  # spares that can be reached now
-    wanted: int  # spares that the policy asks for
-    release: Mapping[SnapshotKey, str]
-    redundancy: str
-    spares: int
-    reason: str
-    complete_step: int
-    protected_step: int
-    drain_lacks: str  # what is missing before the nodes that drain may be stopped; "" if nothing is
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What follows from the reports of one moment alone."""
-
-    reports: Mapping[str, RunReport]
-    inventory: Inventory
-    views: tuple[SnapshotView, ...]
-
-    def is_of(self, reports: Mapping[str, RunReport]) -> bool:
-        """Whether these are the very same reports: a node that reports no change leaves its record as it is."""
-        return len(reports) == len(self.reports) and all(
-            self.reports.get(name) is report for name, report in reports.items()
-        )
 
 
 @dataclass(slots=True)
@@ -98,7 +68,7 @@ class RunState:
     strangers: Mapping[str, str] = field(default_factory=dict)  # nodes where another user attached, and who
     evaluation: Evaluation | None = None
     context: RunContext | None = None
-    seen: Seen | None = None
+    cache: InventoryCache = field(default_factory=InventoryCache)
     sealed: tuple[str, int] = ("", 0)  # world, and the newest step that one of its ranks declared whole
     known_sessions: dict[int, str] = field(default_factory=dict)
     known_marks: set[tuple[str, str, int, int]] = field(default_factory=set)
@@ -118,35 +88,14 @@ class RunState:
             self.bury(cause)
         if self.forgetting.is_under_way:
             return
-        self._watch(context)
-        before = self.recovery.world_id
-        self.accounts.watch(context, self.recovery, self.forgetting.ended)
-        self.recovery.update(context, self.memory)
-        self.accounts.follow(context, self.recovery)
-        if self.recovery.world_id != before:
-            self.pace.restart()
-        self._look_for_missing(context)
-        self._note_seals(context)
-        if self.recovery.stage is Stage.RELEASED and self.recovery.decision is not None:
-            self.probation.judge(self.recovery.decision, self.world(context), context, self.say)
-        host_count = self._host_count(context)
-        wanted = self.policy.wanted_parity(host_count)
-        target = self.protection.target(host_count=host_count, present_count=len(nodes))
-        self.draining.update(context, wanted=wanted, target=target, is_busy=self.recovery.is_active)
-        if self.evaluation is None:  # a coordinator before this one may have called the leaving nodes safe
-            self.draining.promise(context)
-        self._protect(context, target)
+        self._note_snapshots(context)
+        self._note_corruption(context)
+        self._note_losses(context)
+        self._recover(context)
+        target, wanted = self._protect(context)
         self.rebuilds.update(context, self.recovery, self.persisting, hosts=self.hosts(context))
-        self.persisting.update(
-            context,
-            self.world(context),
-            target=target,
-            fence=self.recovery.fence,
-            is_busy=self.recovery.is_active,
-            is_proving=bool(self.held(context)),
-        )
-        release = self._release(context, target)
-        self._describe(context, target=target, wanted=wanted, release=release)
+        self._persist(context, target)
+        self._rate(context, target=target, wanted=wanted, release=self._release(context, target))
         self._judge_lag(context)
         self._adjust_pace(context, target)
 
@@ -194,7 +143,7 @@ class RunState:
 
     def _own(self, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
         """Find whose run it is, and leave out what others report under its name."""
-        self.owner = self.persisting.owner = owner_of(self.run, nodes, known=self.owner)
+        self.owner = owner_of(self.run, nodes, known=self.owner)
         before, self.strangers = self.strangers, strangers(self.run, nodes, self.owner)
         for node, user in self.strangers.items():
             if node not in before:
@@ -203,18 +152,10 @@ class RunState:
                 )
         return without(self.run, nodes, self.strangers)
 
-    def _look(self, nodes: Mapping[str, NodeState]) -> tuple[Inventory, tuple[SnapshotView, ...]]:
-        """What is where; not worked out again while every node says what it said."""
-        reports = {name: node.runs[self.run] for name, node in nodes.items() if self.run in node.runs}
-        if self.seen is None or not self.seen.is_of(reports):
-            inventory = take_inventory(self.run, nodes.values())
-            self.seen = Seen(reports, inventory, tuple(build_views(inventory, self.shapes)))
-        return self.seen.inventory, self.seen.views
-
     def _take_context(
         self, nodes: Mapping[str, NodeState], generation: Generation, has_long_memory: bool, now_s: float
     ) -> RunContext:
-        inventory, views = self._look(nodes)
+        reports, inventory, views = self.cache.look(self.run, nodes, self.shapes)
         known = [decision for decision, _ in inventory.decisions.values()]
         followed = [decision for decision in known if not self.recovery.is_unreleased(decision, generation)]
         followed += [one for one in (self.head, self.recovery.released) if one is not None]
@@ -233,6 +174,7 @@ class RunState:
             now_s=now_s,
             lease_s=self.policy.lease_s,
             nodes=nodes,
+            reports=reports,
             inventory=inventory,
             shapes=self.shapes,
             views=views,
@@ -250,6 +192,7 @@ class RunState:
             tombstone=self.tombstones.as_told(self.run, self.owner),
             trust=self.probation.trust,
             restore_loop_limit=self.policy.restore_loop_limit,
+            owner=self.owner,
         )
 
     def adopt(self, policy: CorePolicy) -> None:
@@ -284,7 +227,7 @@ class RunState:
         self._set_out()
         self.forgetting.is_under_way = True
         self.pace, self.memory, self.lag, self.missing, self.known_sessions = Pace(), Memory(), Lag(), Missing(), {}
-        self.head, self.evaluation, self.owner, self.seen = None, None, "", None
+        self.head, self.evaluation, self.owner, self.cache = None, None, "", InventoryCache()
 
     def _look_past(self, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
         """``nodes`` without what is forgotten of the run; what says so is lifted if it names what lives."""
@@ -314,8 +257,8 @@ class RunState:
         newest = self.memory.newest_complete
         return f"step {newest.step}" if newest is not None else "no snapshot yet"
 
-    def _watch(self, context: RunContext) -> None:
-        """Note what is new in the reports: snapshots, sessions, corruption."""
+    def _note_snapshots(self, context: RunContext) -> None:
+        """Remember what reports may not show any more: that the run exists, and who held what is complete."""
         if not context.inventory.is_empty:
             self.memory.is_known = True
         self.memory.note_head(context)
@@ -325,20 +268,37 @@ class RunState:
                     self.accounts.count("complete")
                     self.say("complete", f"step {view.key.step} of attempt {view.key.attempt} is complete")
                 self.memory.note(view)
+
+    def _note_corruption(self, context: RunContext) -> None:
         marks = {(holder, mark.what, mark.attempt, mark.step): mark.reason for holder, mark in context.quarantined()}
         for place, reason in marks.items():
             if place not in self.known_marks:
                 self.say("quarantined", f"{place[1]} on {place[0]} is corrupt and set aside: {reason}")
         self.known_marks = set(marks)
-        world = context.worlds.get(self.recovery.world_id, {})
-        now = {rank: session.node for rank, session in world.items()}
+
+    def _note_losses(self, context: RunContext) -> None:
+        """Ranks of the current world that no daemon reports any more, though they did not finish."""
+        now = {rank: session.node for rank, session in self.world(context).items()}
         gone = sorted(rank for rank in self.known_sessions if rank not in now)
         if gone and self.recovery.world_id not in self.forgetting.ended:
-            where = listed(sorted({self.known_sessions[rank] for rank in gone}))
-            self.probation.trust.note_end(f"{counted(gone, 'rank')} on {where} died")
+            died = f"{counted(gone, 'rank')} on {listed(sorted({self.known_sessions[rank] for rank in gone}))} died"
+            self.probation.trust.note_end(died)
             self.again("session_lost")
-            self.say("session_lost", f"{counted(gone, 'rank')} on {where} died")
+            self.say("session_lost", died)
         self.known_sessions = now
+
+    def _recover(self, context: RunContext) -> None:
+        """Take the decision of the world that waits further, and look after the world that was released."""
+        before = self.recovery.world_id
+        self.accounts.watch(context, self.recovery, self.forgetting.ended)
+        self.recovery.update(context, self.memory)
+        self.accounts.follow(context, self.recovery)
+        if self.recovery.world_id != before:
+            self.pace.restart()
+        self._look_for_missing(context)
+        self._note_seals(context)
+        if self.recovery.released is not None:
+            self.probation.judge(self.recovery.released, self.world(context), context, self.say)
 
     def _note_seals(self, context: RunContext) -> None:
         """What one rank declared whole stays so when that rank is gone: others may have heard of it."""
@@ -348,8 +308,7 @@ class RunState:
 
     def held(self, context: RunContext) -> set[SnapshotKey]:
         """What is on probation."""
-        is_released = self.recovery.stage is Stage.RELEASED
-        return self.probation.held(self.recovery.decision, self.world(context)) if is_released else set()
+        return self.probation.held(self.recovery.released, self.world(context))
 
     def world(self, context: RunContext) -> World:
         """The sessions of the current world."""
@@ -357,11 +316,9 @@ class RunState:
 
     def hosts(self, context: RunContext) -> set[str]:
         """Nodes the job is meant to run on."""
-        placements = self.recovery.placements()
-        if not placements and self.head is not None:
-            placements = {place.rank: place.node for place in self.head.placements}
-        if placements:
-            return set(placements.values())
+        decision = self.recovery.decision or self.head
+        if decision is not None:
+            return set(decision.hosts)
         return {node for view in context.live_views[:1] for nodes in view.holders.values() for node in nodes}
 
     def _host_count(self, context: RunContext) -> int:
@@ -370,29 +327,22 @@ class RunState:
         was_protected = any(view.is_restorable and view.spares > 0 for view in context.live_views)
         return 2 if count == 1 and was_protected and len(context.nodes) > 1 else count
 
-    def _protect(self, context: RunContext, target: int) -> None:
-        wanted = [view for view in context.live_views if view.snapshot_id]
-        if self.recovery.is_active:  # nothing new is begun while a world decides
-            wanted, goal = [view for view in wanted if view.snapshot_id in self.protection.sets], 0
-        else:
-            good = [
-                index for index, view in enumerate(wanted)
-                if view.is_restorable and self.draining.is_enough(view) and view.key not in context.tainted
-            ]  # fmt: skip
-            last = [index for index, view in enumerate(wanted) if view.key in self.held(context)]
-            enough = max([good[: self.policy.keep][-1], *last]) + 1 if len(good) >= self.policy.keep else None
-            wanted, goal = wanted[:enough], target
-        self.draining.place(context, wanted)
+    def _protect(self, context: RunContext) -> tuple[int, int]:
+        """Encode what is not protected yet; returns the spares that can be reached now, and those that are wanted."""
+        host_count = self._host_count(context)
+        wanted = self.policy.wanted_parity(host_count)
+        target = self.protection.target(host_count=host_count, present_count=len(context.nodes))
+        self.draining.update(context, wanted=wanted, target=target, is_busy=self.recovery.is_active)
+        if self.evaluation is None:  # a coordinator before this one may have called the leaving nodes safe
+            self.draining.promise(context)
+        views = self._views_to_protect(context)
+        self.draining.place(context, views)
         notes = self.protection.update(
-            wanted,
-            target=goal,
+            context,
+            views,
+            target=0 if self.recovery.is_active else target,
             placements_of=self.recovery.placements_of,
-            nodes=context.nodes,
-            inventory=context.inventory,
-            shapes=self.shapes,
             draining=self.draining,
-            run=self.run,
-            now_s=context.now_s,
         )
         for note in notes:
             self.say("abandoned", note)
@@ -402,6 +352,33 @@ class RunState:
                 self.memory.protected[view.snapshot_id] = None
                 self.accounts.count("protected")
                 self.say("protected", f"step {view.key.step} is protected: {any_nodes(view.spares)} may go")
+        return target, wanted
+
+    def _views_to_protect(self, context: RunContext) -> list[SnapshotView]:
+        """Live snapshots worth encoding, newest first: none that is older than enough good ones."""
+        views = [view for view in context.live_views if view.snapshot_id]
+        if self.recovery.is_active:  # nothing new is begun while a world decides
+            return [view for view in views if view.snapshot_id in self.protection.sets]
+        good = [
+            index
+            for index, view in enumerate(views)
+            if view.is_restorable and self.draining.is_enough(view) and view.key not in context.tainted
+        ]
+        if len(good) < self.policy.keep:
+            return views
+        held = self.held(context)
+        last = [index for index, view in enumerate(views) if view.key in held]
+        return views[: max([good[self.policy.keep - 1], *last]) + 1]
+
+    def _persist(self, context: RunContext, target: int) -> None:
+        self.persisting.update(
+            context,
+            self.world(context),
+            target=target,
+            fence=self.recovery.fence,
+            is_busy=self.recovery.is_active,
+            is_proving=bool(self.held(context)),
+        )
 
     def _release(self, context: RunContext, target: int) -> dict[SnapshotKey, str]:
         """Snapshots to delete, with reasons.
@@ -409,20 +386,21 @@ class RunState:
         Nothing goes while a world decides, for inventories must hold still, nor before each of its ranks has loaded.
         """
         world = self.world(context)
-        is_loading = any(session.record.phase is SessionPhase.RESTORING for session in world.values())
-        if self.recovery.is_active or is_loading:
+        if self.recovery.is_active or SessionPhase.RESTORING in phases_of(world):
             return {}
-        sessions = {rank: session.record for rank, session in world.items()}
-        attempt = self.recovery.decision.attempt if self.recovery.decision is not None else 0
+        abandoned = abandoned_keys(
+            context.live_views,
+            attempt=self.recovery.decision.attempt if self.recovery.decision is not None else 0,
+            sessions={rank: session.record for rank, session in world.items()},
+            present=context.nodes.keys(),
+        )
         chosen = releasable(
             context.views,
             live=context.live,
             dead=self._dead(context),
             keep=self.policy.keep,
             target=target,
-            abandoned=abandoned_keys(
-                context.live_views, attempt=attempt, sessions=sessions, present=context.nodes.keys()
-            ),
+            abandoned=abandoned,
             tainted=context.tainted,
             held=self.held(context) | self.persisting.pinned,
             left=self.draining.spares_left if self.draining.is_holding or not self.draining.homeless else None,
@@ -430,9 +408,9 @@ class RunState:
         kept = {view.key for index, view in enumerate(context.views) if index not in chosen}
         release = {context.views[i].key: reason for i, reason in chosen.items() if context.views[i].key not in kept}
         previous = self.evaluation.release if self.evaluation is not None else {}
-        for key, reason in release.items():
-            if key not in previous:
-                self.say("released_snapshot", f"step {key.step} of attempt {key.attempt} is released: {reason}")
+        for key in (key for key in release if key not in previous):
+            what = f"step {key.step} of attempt {key.attempt} is released: {release[key]}"
+            self.say("released_snapshot", what, cause=ABANDONED if key in abandoned else "")
         return release
 
     def _dead(self, context: RunContext) -> set[int]:
@@ -448,11 +426,11 @@ class RunState:
         self.returned_id = head.decision_id
         return set(range(len(context.views))) - context.live
 
-    def _describe(self, context: RunContext, *, target: int, wanted: int, release: Mapping[SnapshotKey, str]) -> None:
+    def _rate(self, context: RunContext, *, target: int, wanted: int, release: Mapping[SnapshotKey, str]) -> None:
         live = [view for view in context.sound_views if view.is_restorable]
         spares = max((view.spares for view in live), default=-1)
         protected = next((view for view in live if view.spares >= target), None)
-        redundancy, reason = self._redundancy(context, spares=spares, wanted=wanted)
+        word, reason = redundancy(context, self.memory, self.rebuilds.under_way, spares=spares, wanted=wanted)
         kept = [view for view in live if view.key not in release]
         broken = [view for view in context.sound_views if view.snapshot_id and not view.is_available]
         drain_lacks = "a world restores" if self.recovery.is_active else self.draining.missing(kept, broken)
@@ -463,7 +441,7 @@ class RunState:
             target=target,
             wanted=wanted,
             release=release,
-            redundancy=redundancy,
+            redundancy=word,
             spares=spares,
             reason=reason,
             complete_step=next((view.key.step for view in live), 0),
@@ -471,43 +449,14 @@ class RunState:
             drain_lacks=drain_lacks,
         )
 
-    def _redundancy(self, context: RunContext, *, spares: int, wanted: int) -> tuple[str, str]:
-        total = sum(n.runs[self.run].rebuild_total_bytes for n in context.nodes.values() if self.run in n.runs)
-        if self.rebuilds.under_way:
-            done = sum(n.runs[self.run].rebuilt_bytes for n in context.nodes.values() if self.run in n.runs)
-            percent = min(99, 100 * done // total) if total else 0
-            ranks = sorted(t.rank for rebuild in self.rebuilds.under_way.values() for t in rebuild.targets)
-            return f"REBUILDING {percent} %", f"the shards of {counted(ranks, 'rank')} are being rebuilt"
-        is_new = not self.memory.protected and not context.tainted
-        if is_new and spares <= 0 and wanted > 0 and self.memory.newest_complete is None:
-            return "STARTING", "no snapshot is complete yet"
-        if spares < 0:
-            return "UNPROTECTED", f"no {'other ' if context.tainted else ''}snapshot is restorable" + (
-                f"; step {max(context.tainted).step}: {context.tainted[max(context.tainted)]}"
-                if context.tainted
-                else ""
-            )
-        if spares >= wanted:
-            return f"PROTECTED({spares})", f"{any_nodes(spares)} may be lost" if spares else "parity is off"
-        if spares > 0:
-            return (
-                f"DEGRADED({spares})",
-                f"the loss of {any_nodes(spares)} is survived, not of {wanted}; repair brings it back",
-            )
-        if not self.memory.protected:
-            return "STARTING", "the first snapshots are still being encoded"
-        return "AT_RISK(0)", "the next loss of a node loses the newest snapshot; repair is under way"
-
     def _look_for_missing(self, context: RunContext) -> None:
         """Which ranks keep the others waiting."""
-        recovery, before = self.recovery, self.missing.found
-        is_training = recovery.stage is Stage.RELEASED and recovery.decision is not None
-        decision = recovery.decision if is_training else None
+        released, before = self.recovery.released, self.missing.found
         self.missing.look(
             context.worlds,
-            training=recovery.world_id if decision is not None else "",
-            size=decision.world_size if decision is not None else 0,
-            base_step=decision.base.step if decision is not None and decision.base is not None else 0,
+            training=released.world_id if released is not None else "",
+            size=released.world_size if released is not None else 0,
+            base_step=released.base_step if released is not None else 0,
             lease_s=self.policy.lease_s,
             now_s=context.now_s,
         )
@@ -518,26 +467,24 @@ class RunState:
 
     def _judge_lag(self, context: RunContext) -> None:
         """How far the steps that are trained are ahead of what is safe."""
-        decision, accounts = self.accounts.current, self.accounts
-        phases = {session.record.phase for session in self.world(context).values()}
-        is_training = phases - {SessionPhase.ENDED} or accounts.silent
+        decision, accounts, world = self.accounts.current, self.accounts, self.world(context)
+        is_training = phases_of(world) - {SessionPhase.ENDED} or accounts.silent
         if self.recovery.is_active or decision is None or accounts.is_interrupted or not is_training:
             self.lag.stop()
             return
         assert self.evaluation is not None
         stored = context.live_records[0].step if context.live_records else 0
-        base = decision.base.step if decision.base is not None else 0  # it was whole when it was restored
-        skips = [session.record for session in self.world(context).values() if session.record.skip_reason]
+        skips = [session.record for session in world.values() if session.record.skip_reason]
         newest = max(skips, key=lambda record: record.skipped_step, default=None)
         training = Training(
             trained_step=accounts.progress.newest_step,
-            protected_step=max(self.evaluation.protected_step, stored, base),
+            protected_step=max(self.evaluation.protected_step, stored, decision.base_step),
             restorable_step=self.evaluation.complete_step,
             interval_steps=self.pace.schedule.interval_steps,
             step_s=accounts.step_s,
             silent_ranks=[place.rank for place in accounts.silent],
             silent_nodes={place.node for place in accounts.silent},
-            is_heard=bool(self.world(context)),
+            is_heard=bool(world),
             skip_reason=newest.skip_reason if newest is not None else "",
             missing=self.missing.sentence,
         )
@@ -551,15 +498,12 @@ class RunState:
             self.say("caught_up", f"step {training.protected_step} is protected: within the usual interval again")
 
     def _adjust_pace(self, context: RunContext, target: int) -> None:
-        if self.recovery.stage is not Stage.RELEASED or self.recovery.decision is None:
-            return
-        world = self.world(context)
-        sessions: list[SessionRecord] = [session.record for session in world.values()]
-        if len(sessions) < self.recovery.decision.world_size:
+        released = self.recovery.released
+        sessions = [session.record for session in self.world(context).values()]
+        if released is None or len(sessions) < released.world_size:
             return  # a broken world skips because it is broken
-        attempt = self.recovery.decision.attempt
         is_protected = any(
-            v.key.attempt == attempt and v.spares >= target for v in context.live_views if v.is_restorable
+            v.key.attempt == released.attempt and v.spares >= target for v in context.live_views if v.is_restorable
         )
         note = self.pace.update(sessions, is_protected=is_protected, lease_s=self.policy.lease_s, now_s=context.now_s)
         if note:

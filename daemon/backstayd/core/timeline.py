@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-
-Say = Callable[[str, str], None]  # kind, message
+from typing import Protocol
 
 KEPT_EVENTS = 500
 FREQUENT_KINDS = frozenset({"complete", "protected", "released_snapshot"})  # one each per snapshot: kept apart
+
+
+class Say(Protocol):
+    """Adds an event of one run; ``cause`` is for code, where the kind does not say all that it decides on."""
+
+    def __call__(self, kind: str, message: str, *, cause: str = "") -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +24,7 @@ class Event:
     run: str
     kind: str
     message: str
+    cause: str = ""
 
 
 class Timeline:
@@ -31,12 +36,12 @@ class Timeline:
         self._fresh: deque[Event] = deque(maxlen=2 * KEPT_EVENTS)
         self._last: dict[tuple[str, str], str] = {}
 
-    def add(self, at_s: float, run: str, kind: str, message: str) -> None:
+    def add(self, at_s: float, run: str, kind: str, message: str, *, cause: str = "") -> None:
         """Remember an event, unless the last one of this run and kind said the same."""
         if self._last.get((run, kind)) == message:
             return
         self._last[run, kind] = message
-        event = Event(at_s=at_s, run=run, kind=kind, message=message)
+        event = Event(at_s=at_s, run=run, kind=kind, message=message, cause=cause)
         (self._frequent if kind in FREQUENT_KINDS else self._rare).append(event)
         self._fresh.append(event)
 

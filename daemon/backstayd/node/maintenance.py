@@ -113,9 +113,9 @@ def _look_for_files(node: NodeState) -> None:
     except (BackstayError, OSError) as error:
         logger.error("cannot look for what should lie in %s: %s", directory, error)
         return
-    for sentence in node.store.slots.cut_back():
+    for who, sentence in node.store.slots.cut_back():
         node.timeline.add("grown", "", sentence)
-        _grown.note(sentence, cause=sentence.partition(" added ")[0], level=logging.ERROR)
+        _grown.note(sentence, cause=who, level=logging.ERROR)
     if vanished:
         logger.error("%d files were deleted from %s by others: %s", len(vanished), directory, ", ".join(vanished[:5]))
         node.changed()

@@ -295,10 +295,10 @@ class Slots:
                     freed += slot.size_bytes
         return freed
 
-    def cut_back(self) -> list[str]:
+    def cut_back(self) -> list[tuple[str, str]]:
         """Take back what trainers added to their files past the size they were granted: their descriptors cannot be sealed.
 
-        Returns what was done, with the culprits, for the log.
+        Returns for each file who did it, and a sentence for the log.
         """
         found = []
         for index in self._directory.runs.values():
@@ -314,11 +314,13 @@ class Slots:
                 excess = _cut_back(path, size_bytes)
                 if excess > 0:
                     holder = index.holders.get(slot_id)
-                    who = f"process {holder.pid}" if holder is not None else "a process that is not known"
-                    found.append(
-                        f"{who} of user {index.owner_uid} added {excess} bytes to {path.name} of run {index.run} past the "
-                        f"{size_bytes} bytes that were granted; they were taken back"
+                    process = f"process {holder.pid}" if holder is not None else "a process that is not known"
+                    who = f"{process} of user {index.owner_uid}"
+                    sentence = (
+                        f"{who} added {excess} bytes to {path.name} of run {index.run} past the {size_bytes} bytes that were "
+                        "granted; they were taken back"
                     )
+                    found.append((who, sentence))
         return found
 
     def end_run(self, run: str) -> None:

@@ -16,6 +16,7 @@ from backstayd.core.inventory import geometry
 from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.messages.decisions import Decision
 from backstayd.core.messages.plans import Plan, Quarantined, ShardRecord, VolumeShard
+from backstayd.core.messages.report import RunReport
 
 NOT_RECOVERABLE = -1
 MAX_LISTED_RANKS = 1 << 16  # of those that lack something: what one shard claims of its world must not cost more
@@ -223,6 +224,27 @@ def build_views(inventory: Inventory, shapes: ShapeCache) -> list[SnapshotView]:
         for table in _tables(key, by_key[key], plans[key]):
             views.append(_view(key, table, inventory, shapes))
     return views
+
+
+class InventoryCache:
+    """Inventory and snapshots of one run, not worked out again while every node reports the very same record."""
+
+    def __init__(self) -> None:
+        self._reports: Mapping[str, RunReport] = {}
+        self._inventory = Inventory()
+        self._views: tuple[SnapshotView, ...] = ()
+
+    def look(
+        self, run: str, nodes: Mapping[str, NodeState], shapes: ShapeCache
+    ) -> tuple[Mapping[str, RunReport], Inventory, tuple[SnapshotView, ...]]:
+        """The reports of ``run`` by node, and what follows from them."""
+        reports = {name: node.runs[run] for name, node in nodes.items() if run in node.runs}
+        known = self._reports
+        if reports.keys() != known.keys() or any(known[name] is not report for name, report in reports.items()):
+            inventory = take_inventory(run, nodes.values())
+            views = tuple(build_views(inventory, shapes))  # may raise: nothing is kept then
+            self._reports, self._inventory, self._views = reports, inventory, views
+        return reports, self._inventory, self._views
 
 
 @dataclass(slots=True)

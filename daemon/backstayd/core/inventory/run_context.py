@@ -13,7 +13,7 @@ from backstayd.core.inventory.survey import StorageState
 from backstayd.core.messages.decisions import Decision, Distrusted, Lineage
 from backstayd.core.messages.durable import PersistedSnapshot
 from backstayd.core.messages.plans import Quarantined
-from backstayd.core.messages.report import SessionPhase, SessionRecord
+from backstayd.core.messages.report import RunReport, SessionPhase, SessionRecord
 from backstayd.core.messages.tombstone import Tombstone
 
 
@@ -36,6 +36,7 @@ class RunContext:
     now_s: float
     lease_s: float
     nodes: Mapping[str, NodeState]
+    reports: Mapping[str, RunReport]  # of this run, by node
     inventory: Inventory
     shapes: ShapeCache
     views: tuple[SnapshotView, ...]
@@ -53,6 +54,7 @@ class RunContext:
     stored: tuple[SnapshotView, ...] = ()  # of the live history, on durable storage and not in memory; newest first
     live_records: tuple[PersistedSnapshot, ...] = ()  # of the live history; newest first
     tombstone: Tombstone | None = None  # of the histories of this name that are forgotten
+    owner: str = ""  # the user whose run it is; "" until a node names one
 
     @property
     def live_views(self) -> list[SnapshotView]:
@@ -74,12 +76,8 @@ class RunContext:
 
     def quarantined(self) -> list[tuple[str, Quarantined]]:
         """All that failed verification, each with the node that holds it."""
-        return [
-            (mark.node or name, mark)
-            for name, node in sorted(self.nodes.items())
-            if self.run in node.runs
-            for mark in node.runs[self.run].quarantined
-        ]
+        reports = sorted(self.reports.items())
+        return [(mark.node or name, mark) for name, report in reports for mark in report.quarantined]
 
     def is_fenced(self, number: int) -> bool:
         """Whether every present node reports at generation ``number`` or above, of this coordinator."""
@@ -99,11 +97,11 @@ def find_worlds(run: str, nodes: Mapping[str, NodeState]) -> dict[str, dict[int,
     return worlds
 
 
+def phases_of(world: World) -> set[SessionPhase]:
+    return {session.record.phase for session in world.values()}
+
+
 def is_waiting(world: World) -> bool:
     """Whether all ranks of the world are there and blocked in restore()."""
     sizes = {session.record.world_size for session in world.values()}
-    return (
-        sizes == {len(world)}
-        and max(world) < len(world)
-        and all(session.record.phase is SessionPhase.RESTORING for session in world.values())
-    )
+    return sizes == {len(world)} and max(world) < len(world) and phases_of(world) == {SessionPhase.RESTORING}

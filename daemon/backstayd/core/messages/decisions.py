@@ -160,6 +160,20 @@ class Decision:
     tries: int = 0  # decisions before this one that restored the same snapshot, with nothing protected since
     ledger: Ledger | None = None  # the run's interruptions up to the one that this decision ends
 
+    @property
+    def hosts(self) -> frozenset[str]:
+        """Nodes on which the world runs."""
+        return frozenset(place.node for place in self.placements)
+
+    @property
+    def node_of_rank(self) -> dict[int, str]:
+        return {place.rank: place.node for place in self.placements}
+
+    @property
+    def base_step(self) -> int:
+        """The step that is restored; 0 from scratch."""
+        return self.base.step if self.base is not None else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staging:
@@ -181,7 +195,7 @@ def readers_of(decision: Decision) -> dict[int, str]:
     """The node that reads each shard of the base, if its own rank does; none: any host may read of any."""
     if base_size(decision) != decision.world_size:
         return {}
-    return {place.rank: place.node for place in decision.placements}
+    return decision.node_of_rank
 
 
 def takes_whole(decision: Decision, *, rank: int, layout: str) -> bool:

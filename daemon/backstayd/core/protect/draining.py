@@ -54,7 +54,7 @@ class Draining:
             return
         self.leaving = frozenset(leaving)
         self.goal = max(0, min(wanted, len(staying) - 1))
-        kept = sorted(leaving, key=lambda name: (context.run not in context.nodes[name].runs, natural(name)))
+        kept = sorted(leaving, key=lambda name: (name not in context.reports, natural(name)))
         self.keepers = staying | {name: context.nodes[name] for name in kept[: target - self.goal]}
         inventory = take_inventory(context.run, staying.values(), readers=context.nodes.values())
         views = build_views(inventory, context.shapes)
@@ -201,7 +201,7 @@ class Draining:
             name
             for name, node in self.keepers.items()
             if node.report.takes_copies
-            and (context.run not in node.runs or digest not in node.runs[context.run].failed_copies)
+            and (name not in context.reports or digest not in context.reports[name].failed_copies)
         ]
 
 

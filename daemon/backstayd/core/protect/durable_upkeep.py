@@ -39,7 +39,7 @@ class Upkeep:
 
     def take(self, context: RunContext) -> None:
         """Note what the node says is done."""
-        report = context.nodes[self.node].runs.get(self.run) if self.node in context.nodes else None
+        report = context.reports.get(self.node)
         if report is None:
             return
         for item in self.prunes:
@@ -71,9 +71,8 @@ class Upkeep:
         if not is_waiting:
             self._choose_prunes(context, live, kept)
         self._choose_marks(context)
-        if self.node not in context.nodes or self.run not in context.nodes[self.node].runs:
-            names = [name for name, node in context.nodes.items() if self.run in node.runs]
-            self.node = min(names, key=natural, default="")
+        if self.node not in context.reports:
+            self.node = min(context.reports, key=natural, default="")
 
     def ordered(self, desired: StorageDesired) -> StorageDesired:
         """``desired`` of :attr:`node` with what it does for all."""

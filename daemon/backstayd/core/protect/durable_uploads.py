@@ -15,7 +15,7 @@ from backstay.ids import SnapshotKey
 from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.durable_names import run_url
 from backstayd.core.inventory.nodes import natural
-from backstayd.core.inventory.run_context import RunContext, World
+from backstayd.core.inventory.run_context import RunContext, World, phases_of
 from backstayd.core.inventory.survey import Surveying
 from backstayd.core.messages.decisions import Lineage
 from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, Upload, UploadState, UploadTask
@@ -58,7 +58,6 @@ class Persisting:
     run: str
     policy: CorePolicy
     say: Say
-    owner: str = ""  # the user whose run it is
     surveying: Surveying = field(init=False)
     transfer: Transfer | None = None
     problem: str = ""  # why the newest snapshot is not persisted yet; "" when nothing is wrong
@@ -248,7 +247,7 @@ class Persisting:
             shards=tuple(view.row(rank) for rank in range(view.world_size)),
             lineage=_lineage_of(context, view),
             serial=serial,
-            owner=self.owner,
+            owner=context.owner,
             generation=context.head.generation.number if context.head is not None else context.generation.number,
         )
         self.transfer = Transfer(
@@ -268,9 +267,8 @@ class Persisting:
 
     def _resumable(self, context: RunContext) -> SnapshotView | None:
         """A snapshot that nodes are uploading already, for a coordinator before this one."""
-        for node in context.nodes.values():
-            report = node.runs.get(self.run)
-            for upload in report.uploads if report is not None else ():
+        for report in context.reports.values():
+            for upload in report.uploads:
                 view = context.view_of(upload.snapshot_id)
                 if view is not None and self._is_candidate(context, view):
                     return view
@@ -280,14 +278,14 @@ class Persisting:
         """The snapshot to copy now, if any is due."""
         sound = [view for view in context.sound_views if view.is_restorable]
         protected = [view for view in sound if view.spares >= target]
-        is_idle = not any(phase is not SessionPhase.ENDED for w in context.worlds.values() for phase in _phases(w))
+        is_idle = not any(phases_of(world) - {SessionPhase.ENDED} for world in context.worlds.values())
         view = next(iter(protected or (sound if is_idle else [])), None)
         if view is None or not self._is_candidate(context, view):
             return None
         if is_idle or _wishes(context) - self.served:
             return view
         policy, newest = self.policy, self._newest_live(context)
-        base = context.head.base.step if context.head is not None and context.head.base is not None else 0
+        base = context.head.base_step if context.head is not None else 0
         last_step = newest.step if newest is not None else base
         if policy.persist_every_steps and view.key.step - last_step >= policy.persist_every_steps:
             return view
@@ -367,11 +365,10 @@ class Persisting:
     def _take_uploads(self, context: RunContext, transfer: Transfer) -> None:
         name, sizes = transfer.snapshot.snapshot_id, {s.rank: s.size_bytes for s in transfer.snapshot.shards}
         progress = dict.fromkeys(sizes, 0)
-        for node in context.nodes.values():
-            report = node.runs.get(self.run)
-            for upload in report.uploads if report is not None else ():
+        for node, report in context.reports.items():
+            for upload in report.uploads:
                 if upload.snapshot_id == name:
-                    self._take_upload(node.name, upload, transfer)
+                    self._take_upload(node, upload, transfer)
                     if upload.rank in progress:
                         progress[upload.rank] = max(progress[upload.rank], upload.done_bytes)
         self.done_bytes = sum(sizes[rank] if rank in transfer.done else done for rank, done in progress.items())
@@ -412,7 +409,7 @@ class Persisting:
         """All shards are there: one node writes the record; another when that one is gone."""
         if transfer.writer in context.nodes and (RECORD_RANK, transfer.writer) not in transfer.failed:
             return
-        names = sorted((n for n in context.nodes if self.run in context.nodes[n].runs), key=natural)
+        names = sorted(context.reports, key=natural)
         able = [name for name in names if (RECORD_RANK, name) not in transfer.failed]
         if names and not able:
             reason = next(iter(transfer.failed.values()))
@@ -475,10 +472,6 @@ def _wishes(context: RunContext) -> set[tuple[str, int]]:
         for rank, session in world.items()
         if session.record.wants_persist
     }
-
-
-def _phases(world: World) -> list[SessionPhase]:
-    return [session.record.phase for session in world.values()]
 
 
 def _lineage_of(context: RunContext, view: SnapshotView) -> tuple[Lineage, ...]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backstay.format.manifest import CHUNK_BYTES
-from backstayd.core.inventory.catalog import Inventory, PlanState, ShapeCache, SnapshotView, plan_state
+from backstayd.core.inventory.catalog import PlanState, SnapshotView, plan_state
 from backstayd.core.inventory.nodes import NodeState, natural
+from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.messages.plans import Member, Plan
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.draining import Draining
@@ -51,29 +52,26 @@ class Protection:
 
     def update(
         self,
+        context: RunContext,
         views: Sequence[SnapshotView],
         *,
         target: int,
         placements_of: Callable[[int], Mapping[int, str]],
-        nodes: Mapping[str, NodeState],
-        inventory: Inventory,
-        shapes: ShapeCache,
         draining: Draining,
-        run: str,
-        now_s: float,
     ) -> list[str]:
         """Drop sets that cannot finish, adopt those that a former coordinator began, begin new ones.
 
         Args:
-            views: live snapshots that are wanted, newest first.
+            views: live snapshots that are wanted and whose digests are all known, newest first.
             placements_of: where the ranks of a snapshot of so many ranks run now.
 
         Returns:
             One sentence per set that was dropped.
         """
-        by_id = {view.snapshot_id: view for view in views if view.snapshot_id}
+        nodes, now_s = context.nodes, context.now_s
+        by_id = {view.snapshot_id: view for view in views}
         reasons = {
-            snapshot_id: self._why_drop(by_id[snapshot_id], nodes, inventory, shapes, target=target, now_s=now_s)
+            snapshot_id: self._why_drop(context, by_id[snapshot_id], target)
             for snapshot_id in self.sets
             if snapshot_id in by_id
         }
@@ -82,7 +80,7 @@ class Protection:
             if plan_set.was_intact and draining.replaces(plan_set.plans, by_id[snapshot_id]):
                 del self.sets[snapshot_id]  # what it wrote stays until another set protects as well
         for view in views:
-            if view.snapshot_id and view.snapshot_id not in self.sets:
+            if view.snapshot_id not in self.sets:
                 adopted = self._adoptable(view, nodes, target, draining)
                 if adopted:
                     self._begin(view, adopted, now_s)
@@ -97,7 +95,7 @@ class Protection:
             encoders = draining.encoders(view, nodes)
             if self.failures.get(view.snapshot_id, 0) >= MOVES_TRIED and view.spares < target:
                 encoders = nodes
-            plans = self._plan(view, target, placements_of(view.world_size), encoders, run)
+            plans = self._plan(context.run, view, target, placements_of(view.world_size), encoders)
             if plans:
                 self._begin(view, plans, now_s)
                 under_way += 1
@@ -139,18 +137,10 @@ class Protection:
                 assert len({member.node for member in plan.members}) == len(plan.members)
                 assert 0 < plan.m < len(plan.members)
 
-    def _why_drop(
-        self,
-        view: SnapshotView,
-        nodes: Mapping[str, NodeState],
-        inventory: Inventory,
-        shapes: ShapeCache,
-        *,
-        target: int,
-        now_s: float,
-    ) -> str:
-        plan_set = self.sets[view.snapshot_id]
-        states = [plan_state(plan, inventory, shapes) for plan in plan_set.plans]
+    def _why_drop(self, context: RunContext, view: SnapshotView, target: int) -> str:
+        """Why the set of ``view`` is given up; "" if it is not."""
+        plan_set, now_s = self.sets[view.snapshot_id], context.now_s
+        states = [plan_state(plan, context.inventory, context.shapes) for plan in plan_set.plans]
         is_intact = all(state.is_intact for state in states)
         if is_intact:
             plan_set.was_intact = True
@@ -162,7 +152,7 @@ class Protection:
         if plan_set.was_intact:
             return "it protects less than it did"
         for plan in plan_set.plans:
-            reason = _why_impossible(plan, nodes)
+            reason = _why_impossible(plan, context.nodes)
             if reason:
                 return reason
         progress = (sum(s.fragment_count for s in states), sum(s.holder_count for s in states))
@@ -217,11 +207,11 @@ class Protection:
 
     def _plan(
         self,
+        run: str,
         view: SnapshotView,
         target: int,
         placements: Mapping[int, str],
         nodes: Mapping[str, NodeState],
-        run: str,
     ) -> tuple[Plan, ...]:
         owner = _owners(view, placements, nodes)
         if len(owner) < view.world_size:

@@ -7,12 +7,15 @@ deleted before a trainer has returned with that decision.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final
 
 from backstay.ids import SnapshotKey
 from backstayd.core.inventory.catalog import SnapshotView
-from backstayd.core.inventory.run_context import RunContext
+from backstayd.core.inventory.run_context import RunContext, phases_of
 from backstayd.core.messages.decisions import Decision
 from backstayd.core.messages.report import SessionPhase, SessionRecord
+
+ABANDONED: Final = "abandoned"  # the cause of an event: a step that can never become complete was given up
 
 
 def releasable(
@@ -128,8 +131,7 @@ def abandoned_keys(
 
 def has_returned(context: RunContext, decision: Decision) -> bool:
     """Whether a trainer is known to have returned with ``decision``: one trains, has finished, or has written a shard."""
-    world = context.worlds.get(decision.world_id, {})
-    phases = {session.record.phase for session in world.values()}
+    phases = phases_of(context.worlds.get(decision.world_id, {}))
     own = ("", decision.world_id)
     is_written = any(view.key.attempt == decision.attempt and view.world_id in own for view in context.views)
     is_stored = any(record.attempt == decision.attempt for record in context.live_records)

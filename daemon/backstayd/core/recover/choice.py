@@ -45,7 +45,7 @@ class Memory:
     def note_head(self, context: RunContext) -> None:
         """Remember that all hosts of the newest decision are here at once."""
         head = context.head
-        if head is not None and all(place.node in context.nodes for place in head.placements):
+        if head is not None and head.hosts <= context.nodes.keys():
             self.whole_head_id = head.decision_id
 
     def note(self, view: SnapshotView) -> None:
@@ -161,9 +161,8 @@ def _is_proved_empty(context: RunContext, memory: Memory) -> bool:
     if head is None or head.outcome is not Outcome.NONE:
         return False
     _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
-    hosts = {place.node for place in head.placements}
-    is_untouched = not context.views and bool(hosts & recorded) and hosts <= context.nodes.keys()
-    return hosts <= recorded or is_untouched
+    is_untouched = not context.views and bool(head.hosts & recorded) and head.hosts <= context.nodes.keys()
+    return head.hosts <= recorded or is_untouched
 
 
 def is_never_used(context: RunContext, memory: Memory) -> bool:
@@ -208,7 +207,7 @@ def _refuse_all(context: RunContext, memory: Memory, passed: list[SnapshotView])
 
 def _hosts_away(context: RunContext) -> list[str]:
     """Hosts of the newest known decision that are not here."""
-    hosts = {place.node for place in context.head.placements} if context.head is not None else set()
+    hosts = context.head.hosts if context.head is not None else frozenset()
     return sorted(hosts - context.nodes.keys(), key=natural)
 
 
@@ -288,8 +287,7 @@ def _spoilt_parity(context: RunContext, view: SnapshotView) -> set[str]:
 
 
 def _keys_on(context: RunContext, node: str) -> set[SnapshotKey]:
-    state = context.nodes.get(node)
-    report = state.runs.get(context.run) if state is not None else None
+    report = context.reports.get(node)
     return {shard.key for shard in report.shards} if report is not None else set()
 
 

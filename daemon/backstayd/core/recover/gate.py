@@ -89,7 +89,7 @@ class Gate:
     def _judge(
         self, decision: Decision, world: World, reports: Mapping[int, GateReport], *, now_s: float, lease_s: float
     ) -> GateVerdict:
-        step = decision.base.step if decision.base is not None else 0
+        step = decision.base_step
         if any(is_passed_mark(report) for report in reports.values()):
             return self._verdict(decision, GateState.PASSED)
         for rank, report in sorted(reports.items()):

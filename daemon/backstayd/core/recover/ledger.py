@@ -26,7 +26,7 @@ from backstay.ids import SnapshotKey
 from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import RunContext, World
 from backstayd.core.messages.decisions import Decision, Interruption, Ledger, Outcome, Placement, SourceKind
-from backstayd.core.recover.recovery import Recovery, Stage
+from backstayd.core.recover.recovery import Recovery
 from backstayd.core.sentences import amount, counted, listed
 
 MAX_ENTRIES = 64  # interruptions kept one by one
@@ -106,7 +106,8 @@ class Accounts:
         if current is not None and self.open is None and recovery.is_active and recovery.world_id != current.world_id:
             self.open = self._restarted(recovery.opened_s)
         self.is_interrupted = self.open is not None and (self.is_interrupted or self._is_replaced(recovery))
-        if recovery.stage is not Stage.RELEASED or decision is None or decision.decision_id == _id(self.current):
+        decision = recovery.released
+        if decision is None or decision.decision_id == _id(self.current):
             return
         self.ledger = decision.ledger or self.ledger or Ledger(began_unix_s=self._unix(context.now_s))
         self._begin(decision, context)
@@ -128,7 +129,7 @@ class Accounts:
             new_attempt=decision.attempt,
             outcome=decision.outcome.value,
             source=_source(decision),
-            base_step=decision.base.step if decision.base is not None else 0,
+            base_step=decision.base_step,
             has_storage=context.storage.url != "",
             persisted_step=stored,
         )
@@ -164,7 +165,7 @@ class Accounts:
 
     def _begin(self, decision: Decision, context: RunContext) -> None:
         self.current, self.open, self.is_interrupted, self.silent = decision, None, False, ()
-        base = decision.base.step if decision.base is not None else 0
+        base = decision.base_step
         self.progress = Progress(newest_step=base)
         for place in decision.placements:
             self.progress.heard_s[place.node] = context.now_s
@@ -174,10 +175,9 @@ class Accounts:
         decision, entry = self.current, self._last()
         if entry is None or decision is None or entry.new_attempt != decision.attempt or entry.released_unix_s:
             return
-        if recovery.stage is Stage.RELEASED and recovery.decision is not None:
-            hosts = {place.node for place in decision.placements}
-            reports = [context.nodes[host].runs.get(context.run) for host in hosts if host in context.nodes]
-            times = [r.recorded_unix_s for r in reports if r is not None and _id(r.decision) == decision.decision_id]
+        if recovery.released is not None:
+            reports = [context.reports[host] for host in decision.hosts & context.reports.keys()]
+            times = [r.recorded_unix_s for r in reports if _id(r.decision) == decision.decision_id]
             self._change_last(decision, released_unix_s=max(times, default=0.0))
 
     # -- watching -----------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class Accounts:
         sessions = [session.record for session in world.values()]
         mine = ("", decision.world_id)
         steps = [v.key.step for v in context.views if v.key.attempt == decision.attempt and v.world_id in mine]
-        base = decision.base.step if decision.base is not None else 0
+        base = decision.base_step
         newest = max([base, *steps, *(s.last_step for s in sessions), *(s.skipped_step for s in sessions)])
         if newest > base:
             self.progress.note(newest, context.now_s)
@@ -208,7 +208,7 @@ class Accounts:
         world = context.worlds.get(decision.world_id, {})
         over = ended.get(decision.world_id, ())
         missing = [p for p in decision.placements if p.rank not in world and p.rank not in over]
-        for host in {place.node for place in decision.placements} & set(context.nodes):
+        for host in decision.hosts & context.nodes.keys():
             self.progress.heard_s[host] = context.nodes[host].seen_s
         for rank, session in world.items():
             self.progress.seen_by[rank] = context.nodes[session.node].identity.incarnation
@@ -234,7 +234,7 @@ class Accounts:
         """Why the world broke, as far as can be seen from here."""
         decision = self.current
         assert decision is not None
-        hosts = {place.node for place in decision.placements}
+        hosts = decision.hosts
         gone = sorted((host for host in hosts if not self._remembers(context, host)), key=natural)
         if gone:
             cause = "all_nodes_lost" if len(gone) == len(hosts) and len(hosts) > 1 else "node_lost"
@@ -251,7 +251,7 @@ class Accounts:
     def _remembers(self, context: RunContext, host: str) -> bool:
         """Whether the host is there and still has the decision it recorded: else its memory is gone."""
         assert self.current is not None
-        report = context.nodes[host].runs.get(context.run) if host in context.nodes else None
+        report = context.reports.get(host)
         return report is not None and report.decision is not None and report.decision.attempt >= self.current.attempt
 
     def _is_dead(self, place: Placement, context: RunContext) -> bool:

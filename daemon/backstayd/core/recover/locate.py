@@ -32,7 +32,6 @@ def locate(context: RunContext, step: int) -> Located:
     """
     view = _choose(context, step)
     names = sorted({name for holders in view.holders.values() for name in holders})
-    reports = [node.runs[context.run] for node in context.nodes.values() if context.run in node.runs]
     return Located(
         run=context.run,
         base=Base(
@@ -40,7 +39,7 @@ def locate(context: RunContext, step: int) -> Located:
         ),
         sources=sources_of(view, readers={}, targets={}),
         peers=tuple(Peer(name=n, bulk_address=context.nodes[n].identity.bulk_address) for n in names),
-        owners=tuple(sorted({report.owner for report in reports if report.owner})),
+        owners=tuple(sorted({report.owner for report in context.reports.values() if report.owner})),
     )
 
 

@@ -5,7 +5,7 @@ Says what must not be released or restored; must neither choose nor release.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
@@ -17,6 +17,7 @@ from backstayd.core.messages.decisions import Base, Decision, Distrusted
 from backstayd.core.messages.gate import GateState
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.recover.gate import Gate
+from backstayd.core.timeline import Say
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class Probation:
         self.distrusted = self.trust.unite(run, nodes.values(), surveying.marks, survey_id=survey_id)
         return self.distrusted
 
-    def judge(self, decision: Decision, world: World, context: RunContext, say: Callable[[str, str], None]) -> None:
+    def judge(self, decision: Decision, world: World, context: RunContext, say: Say) -> None:
         """Compare what the ranks loaded; a snapshot whose bytes do not pass is not restored again."""
         base = decision.base
         if base is None:

@@ -17,7 +17,7 @@ from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.distrust import count_tries, loop_message
 from backstayd.core.inventory.lineage import extend, trimmed
 from backstayd.core.inventory.nodes import natural
-from backstayd.core.inventory.run_context import RunContext, World, is_waiting
+from backstayd.core.inventory.run_context import RunContext, World, is_waiting, phases_of
 from backstayd.core.messages.decisions import (
     Base,
     Decision,
@@ -31,7 +31,7 @@ from backstayd.core.messages.decisions import (
     base_size,
     readers_of,
 )
-from backstayd.core.messages.report import RunReport, SessionPhase
+from backstayd.core.messages.report import SessionPhase
 from backstayd.core.recover.choice import Choice, Memory, choose, sources_of
 from backstayd.core.recover.rebuild_plan import choose_targets
 from backstayd.core.sentences import amount, counted, listed
@@ -110,8 +110,7 @@ class Recovery:
         """
         if self.stage is not Stage.RELEASED or self.decision is None:
             return self.stage in (Stage.PREPARE, Stage.RECORD)
-        world = context.worlds.get(self.world_id, {})
-        is_training = any(session.record.phase is SessionPhase.TRAINING for session in world.values())
+        is_training = SessionPhase.TRAINING in phases_of(context.worlds.get(self.world_id, {}))
         return is_training or self.decision.generation.incarnation == own.incarnation
 
     @property
@@ -120,7 +119,7 @@ class Recovery:
 
     def placements(self) -> dict[int, str]:
         """Rank to node of the current decision."""
-        return {place.rank: place.node for place in self.decision.placements} if self.decision else {}
+        return self.decision.node_of_rank if self.decision is not None else {}
 
     def placements_of(self, world_size: int) -> dict[int, str]:
         """Where the ranks of a snapshot run now: nowhere, if it was written by another number of ranks."""
@@ -206,11 +205,9 @@ class Recovery:
         self.adopted_id = head.decision_id
         self.world_id = head.world_id
         self.stage, self.decision = Stage.IDLE, None
-        world = context.worlds.get(head.world_id, {})
-        phases = {session.record.phase for session in world.values()}
-        hosts = {place.node for place in head.placements}
+        phases = phases_of(context.worlds.get(head.world_id, {}))
         _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
-        if phases & {SessionPhase.TRAINING, SessionPhase.ENDED} or hosts <= recorded:
+        if phases & {SessionPhase.TRAINING, SessionPhase.ENDED} or head.hosts <= recorded:
             self.stage, self.decision = Stage.RELEASED, head
             self.say("settled", f"kept the decision that {listed(sorted(recorded))} recorded: {_history(head)}")
         # a world that still waits is opened next, and goes on with this decision
@@ -441,13 +438,9 @@ class Recovery:
             return f"{listed(source.holders) or 'nobody'} is left to own the rebuilt shard of rank {source.rank}"
         return ""
 
-    def _report(self, context: RunContext, host: str) -> RunReport | None:
-        node = context.nodes.get(host)
-        return node.runs.get(context.run) if node is not None else None
-
     def _staging(self, context: RunContext, host: str) -> Staging | None:
         """The host's answer to the current decision, if it gave one."""
-        report = self._report(context, host)
+        report = context.reports.get(host)
         if report is None or report.staging is None or self.decision is None:
             return None
         return report.staging if report.staging.decision_id == self.decision.decision_id else None
@@ -458,7 +451,7 @@ class Recovery:
         return is_staged or self._is_recorded(context, host)
 
     def _is_recorded(self, context: RunContext, host: str) -> bool:
-        report = self._report(context, host)
+        report = context.reports.get(host)
         if report is None or self.decision is None:
             return False
         staging = self._staging(context, host)
@@ -468,7 +461,7 @@ class Recovery:
 
 def _runs_where_decided(world: World, decision: Decision) -> bool:
     """Whether each rank of the world is on the node that the decision names."""
-    return {rank: s.node for rank, s in world.items()} == {place.rank: place.node for place in decision.placements}
+    return {rank: s.node for rank, s in world.items()} == decision.node_of_rank
 
 
 def _may_be_behind(context: RunContext, memory: Memory) -> bool:

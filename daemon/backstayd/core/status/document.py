@@ -298,9 +298,7 @@ def _explain(state: RunState, context: RunContext, *, is_brief: bool) -> dict[st
     """What a world that asked now would be told."""
     choice = choose(context, state.memory, is_fresh_allowed=False)
     view = choice.view
-    placements = state.recovery.placements() or (
-        {place.rank: place.node for place in state.head.placements} if state.head is not None else {}
-    )
+    placements = state.recovery.placements() or (state.head.node_of_rank if state.head is not None else {})
     is_same = view is not None and view.world_size == len(placements)
     readers = {rank: node for rank, node in placements.items() if is_same and node in context.nodes}
     return {

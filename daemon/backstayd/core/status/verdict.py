@@ -9,13 +9,14 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from backstayd.core.evaluation import Evaluation
 from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.messages.decisions import DecisionPhase
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.protect.lag import behind_sentence
-from backstayd.core.run_state import Evaluation, RunState
+from backstayd.core.run_state import RunState
 from backstayd.core.sentences import amount, listed
 
 NAMED = 3  # nodes named in a sentence
