@@ -14,7 +14,6 @@ import pytest
 
 pytest.importorskip("cryptography")
 
-from backstayd.security import credentials
 from backstayd.security import credentials as credentials_module
 from backstayd.security.authority import Authority
 from backstayd.security.credentials import Credentials, ExpiryWatch, TlsFiles
@@ -127,7 +126,7 @@ def test_the_end_is_warned_of_from_a_week_before_and_an_error_once_it_came(
     watch.look()
     assert [record.levelno for record in caplog.records] == [logging.WARNING], "said once an hour"
     assert "of spiffe://backstay/backstay/node/n1 the certificate ends at 20" in caplog.text
-    monkeypatch.setattr(credentials, "AGAIN_S", 0.0)
+    monkeypatch.setattr(credentials_module, "AGAIN_S", 0.0)
     watch.look()
     assert len(caplog.records) == 2
     caplog.clear()
