@@ -1,6 +1,6 @@
 """The command ``backstayd``: reads the configuration, sets up logging, hands over to node daemon or coordinator.
 
-An operator's mistake ends in one line on stderr and the error's exit code, never in a stack trace.
+An operator's mistake prints one line on stderr and ends with the error's exit code, never with a stack trace.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"backstayd {__version__}")
     roles = parser.add_subparsers(dest="role", required=True, parser_class=CommandParser)
-    descriptions = {"node": "hold the snapshots of this machine's trainers", "coordinator": "decide, for all nodes"}
+    descriptions = {
+        "node": "hold the snapshots of this machine's trainers",
+        "coordinator": "coordinate all nodes: protection, recovery and durable copies",
+    }
     for cls in SECTIONS:
         role = roles.add_parser(cls.section, help=descriptions[cls.section], allow_abbrev=False)
         role.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with a table [{cls.section}]")

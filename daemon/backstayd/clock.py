@@ -1,4 +1,4 @@
-"""Time as the daemon sees it, as a value that is passed in: code that decides gets a number, not a clock."""
+"""Time as the daemon sees it, passed in as a value: code that decides gets a number, not a clock."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 
 def boot_s() -> float:
-    """Seconds since this machine started, those it slept included; never set by anybody."""
+    """Seconds since this machine booted, including time asleep; cannot be set."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """``monotonic_s`` for waits and deadlines, ``unix_s`` for people, ``boot_s`` for what must not outlast a suspension."""
+    """``monotonic_s`` for waits and deadlines, ``unix_s`` for people, ``boot_s`` for what must expire while the machine sleeps."""
 
     monotonic_s: Callable[[], float] = time.monotonic
     unix_s: Callable[[], float] = time.time

@@ -1,6 +1,6 @@
-"""Whether the Kubernetes node that a daemon runs on is cordoned: asked for in a thread of its own, told to the daemon's loop.
+"""Watches whether the Kubernetes node that a daemon runs on is cordoned, polling the API server from a thread of its own.
 
-Reads one Node object (RBAC: get on nodes); changes nothing there. While nobody answers, what was last heard holds.
+Reads one Node object (RBAC: get on nodes) and changes nothing there. While the API server is silent, the last answer holds.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ logger = logging.getLogger(__name__)
 POLL_S: Final = 3.0
 CALL_S: Final = 5.0
 NEXT_STEPS: Final = {
-    401: "the API server does not accept our credentials",
+    401: "the API server does not accept the service account's credentials",
     403: "a ClusterRole must allow get on nodes, bound to this service account",
-    404: "there is no such Node; [node] kubernetes_node is spec.nodeName of the pod",
+    404: "no such Node; set [node] kubernetes_node to the pod's spec.nodeName",
 }
 
 
 class CordonWatch:
-    """Looks at the Node ``name`` until it is closed.
+    """Polls the Node ``name`` until it is closed.
 
     Args:
         on_answer: Called in the thread with each answer, True when the node is cordoned; must be quick.
 
     Raises:
-        ConfigError: neither a pod's service account nor a KUBECONFIG is there.
+        ConfigError: there is neither a pod's service account nor a KUBECONFIG.
     """
 
     def __init__(self, name: str, *, on_answer: Callable[[bool], None], poll_s: float | None = None) -> None:
@@ -44,15 +44,15 @@ class CordonWatch:
         self._client = kubernetes.client.ApiClient(api_configuration())
         self._api = kubernetes.client.CoreV1Api(self._client)
         self._is_closed = threading.Event()
-        self._said = ""
+        self._logged = ""
         self._thread = threading.Thread(target=self._watch, name="cordon-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to ask."""
+        """Start polling."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop asking; waits for a call under way, which has a deadline. Not to be called in the daemon's loop."""
+        """Stop polling; waits for a call in progress, which has a deadline. Must not be called in the daemon's loop."""
         self._is_closed.set()
         self._thread.join(2 * CALL_S)
         self._client.close()
@@ -62,19 +62,19 @@ class CordonWatch:
             try:
                 node = self._api.read_node(self._name, _request_timeout=(CALL_S / 2, CALL_S))
                 self._on_answer(bool(node.spec is not None and node.spec.unschedulable))
-                self._say("")
+                self._log_problem("")
             except ApiException as error:
-                step = NEXT_STEPS.get(error.status, "it is asked again")
-                self._say(f"the API server answers {error.status} {error.reason}: {step}")
+                step = NEXT_STEPS.get(error.status, "retrying")
+                self._log_problem(f"the API server answers {error.status} {error.reason}: {step}")
             except (urllib3.exceptions.HTTPError, ValueError) as error:
-                self._say(f"the API server does not answer: {' '.join(str(error).split())[:300]}")
-            except Exception:  # the boundary of a thread: the daemon goes on, and the node is asked again
-                logger.exception("a mistake in looking at Kubernetes node %s", self._name)
+                self._log_problem(f"the API server does not answer: {' '.join(str(error).split())[:300]}")
+            except Exception:  # the boundary of a thread: the daemon keeps running, and the next poll tries again
+                logger.exception("unexpected error while polling Kubernetes node %s", self._name)
             self._is_closed.wait(self._poll_s)
 
-    def _say(self, problem: str) -> None:
-        if problem and problem != self._said:
-            logger.warning("Kubernetes node %s: %s; whether it is cordoned is not known", self._name, problem)
-        elif self._said and not problem:
+    def _log_problem(self, problem: str) -> None:
+        if problem and problem != self._logged:
+            logger.warning("Kubernetes node %s: %s; unknown whether it is cordoned", self._name, problem)
+        elif self._logged and not problem:
             logger.info("Kubernetes node %s: the API server answers again", self._name)
-        self._said = problem
+        self._logged = problem

@@ -1,6 +1,6 @@
-"""Words of others, such as the reason a trainer gives, on their way to a terminal or a text log: they stay words.
+"""Escapes untrusted text, such as a reason that a trainer sends, before it reaches a terminal or a text log.
 
-Everything the commands print passes here. Standard library alone; must not know where words come from.
+Everything that the commands print passes here. Standard library only; must not know where the text comes from.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from typing import Any, TextIO
 
 
 def printable(text: str) -> str:
-    r"""``text`` on one line: what is not printable, line ends and terminal sequences too, as its escape (``\x1b``)."""
+    r"""``text`` on one line: unprintable characters, also line ends and terminal sequences, as escapes (``\x1b``)."""
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def printable_lines(text: str) -> str:
-    """The same for text whose line ends are our own."""
+    """The same for text whose line ends were added by us."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable_values(document: Any) -> Any:
-    """Plain JSON values with every text in them made :func:`printable`."""
+    """Plain JSON values with every string made :func:`printable`."""
     if isinstance(document, str):
         return printable(document)
     if isinstance(document, list):
@@ -32,5 +32,5 @@ def printable_values(document: Any) -> Any:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print :func:`printable_lines`, on standard output unless told otherwise."""
+    """Print :func:`printable_lines`, by default on standard output."""
     print(printable_lines(text), file=stream)

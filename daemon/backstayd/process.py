@@ -1,4 +1,4 @@
-"""A daemon as a process of its machine: signals, the service manager, the watchdog, reading the settings again.
+"""A daemon as a process of its machine: signals, the service manager, the watchdog, reloading settings.
 
 Knows nothing of what the daemon does. SIGTERM and SIGINT end it, SIGHUP reloads it.
 """
@@ -29,7 +29,7 @@ MCL_ONFAULT: Final = 4
 
 
 class DaemonProcess:
-    """Made first thing in the daemon's loop: from then on signals are taken, however long the start takes."""
+    """Create it first in the daemon's loop: from then on signals are handled, however long the start takes."""
 
     def __init__(self) -> None:
         self._manager = ServiceManager(os.environ)
@@ -44,7 +44,7 @@ class DaemonProcess:
 
     @contextlib.asynccontextmanager
     async def starting(self, status: str) -> AsyncIterator[None]:
-        """As long as this lasts, the service manager is told to go on waiting."""
+        """While this is open, the service manager keeps extending the start timeout."""
         extending = asyncio.create_task(self._extend(status))
         try:
             yield
@@ -53,17 +53,17 @@ class DaemonProcess:
             await asyncio.gather(extending, return_exceptions=True)
 
     def give_up(self, error: BackstayError) -> None:
-        """End as at SIGTERM, with ``error`` as the reason: this daemon cannot be of use any more."""
+        """Stop as at SIGTERM, with ``error`` as the reason: this daemon can no longer do its work."""
         self._failure = self._failure or error
         self._stop.set()
 
     async def serve(self, health: Health, *, status: Callable[[], str], reload: Callable[[], str]) -> None:
-        """Say that everything is served and feed the watchdog until SIGTERM or SIGINT.
+        """Report readiness and feed the watchdog until SIGTERM or SIGINT.
 
         Args:
-            health: What the watchdog is fed from.
-            status: How it stands, in one sentence.
-            reload: Called at SIGHUP; returns a sentence on what was done, raises BackstayError if nothing was.
+            health: While it is alive, the watchdog is fed.
+            status: The daemon's state in one sentence.
+            reload: Called at SIGHUP; returns the outcome in one sentence, raises BackstayError if nothing changed.
 
         Raises:
             BackstayError: the one that :meth:`give_up` was called with.
@@ -80,7 +80,7 @@ class DaemonProcess:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            why = f"ending: {self._failure}" if self._failure is not None else "ending; what is held stays in memory"
+            why = f"stopping: {self._failure}" if self._failure is not None else "stopping; snapshots stay in memory"
             health.set_unready(why)
             self._manager.stopping(why)
         if self._failure is not None:
@@ -101,9 +101,9 @@ class DaemonProcess:
             try:
                 logger.info("SIGHUP: %s", reload())
             except BackstayError as error:
-                logger.error("SIGHUP: nothing was changed: %s", error)
-            except Exception:  # the boundary of a reload: the daemon goes on as it was
-                logger.exception("SIGHUP: nothing was changed")
+                logger.error("SIGHUP: settings not reloaded: %s", error)
+            except Exception:  # the boundary of a reload: the daemon keeps running with the settings it has
+                logger.exception("SIGHUP: settings not reloaded")
             self._manager.ready(status())
 
     async def _extend(self, status: str) -> None:
@@ -119,4 +119,7 @@ def _stay_in_memory() -> None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) != 0:
-        logger.warning("cannot lock the daemon in memory: %s", os.strerror(ctypes.get_errno()))
+        logger.warning(
+            "cannot lock the daemon's memory: %s; under memory pressure heartbeats may be late",
+            os.strerror(ctypes.get_errno()),
+        )

@@ -1,6 +1,6 @@
-"""What a start would refuse on this machine, looked at without starting: memory directory, quota, socket, addresses.
+"""Checks what a start on this machine would reject, without starting: memory directory, quota, socket, addresses.
 
-Takes and changes nothing, so it may run beside a daemon that serves: a port or directory in use is no mistake here.
+Claims and changes nothing, so it may run beside a running daemon: a port or directory in use is no error here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from backstayd.store import limits
 
 
 def check_node(config: NodeConfig) -> None:
-    """Raise ConfigError for what a node with these settings would end with at its start."""
+    """Raise the ConfigError that a node with these settings would fail with at its start."""
     place = limits.existing_parent(config.memory_dir)
     limits.require_tmpfs(config.memory_dir, place)
     limits.require_usable(config.memory_dir, place)
@@ -30,7 +30,7 @@ def check_node(config: NodeConfig) -> None:
 
 
 def check_coordinator(config: CoordinatorConfig) -> None:
-    """Raise ConfigError for what a coordinator with these settings would end with at its start."""
+    """Raise the ConfigError that a coordinator with these settings would fail with at its start."""
     _check_address(config.listen, "--listen")
     _check_address(config.http, "--http")
 
@@ -39,14 +39,14 @@ def _check_socket(path: Path) -> None:
     place = limits.existing_parent(path.parent)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"cannot listen on the socket {path} as user {os.geteuid()}: {place} is not a directory that this user may "
+            f"cannot listen on the socket {path} as user {os.geteuid()}: this user cannot write "
             "write to; choose another --socket or give that user its directory",
             reason="bad_socket",
         )
 
 
 def _check_address(address: str, flag: str) -> None:
-    """Whether the host is one of this machine's; any free port of it does."""
+    """Whether the host is an address of this machine, tried with any free port."""
     if not address:
         return
     host, _ = split_address(address)

@@ -91,4 +91,4 @@ def test_a_node_that_kubernetes_does_not_know_is_said_with_the_setting(
         wait_until(lambda: len(api.asked) > 2, deadline_s=10, why="the API server to be asked")
     finally:
         watch.close()
-    assert "there is no such Node; [node] kubernetes_node is spec.nodeName" in caplog.text
+    assert "no such Node; set [node] kubernetes_node" in caplog.text

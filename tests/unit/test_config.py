@@ -101,11 +101,11 @@ def test_variables_that_kubernetes_writes_for_a_service_are_not_taken_for_settin
         ({"socket": "/" + "x" * 120}, r"is longer than the 107 bytes"),
         ({"coordinator": "node-1"}, r"--coordinator = 'node-1' is not HOST:PORT"),
         ({"coordinator": "node-1:99999"}, r"port from 0 to 65535"),
-        ({"bulk": "0.0.0.0:7071"}, r"is a wildcard: peers are told this address"),
-        ({"bulk": "0:7071"}, r"is a wildcard: peers are told this address"),
-        ({"bulk": "[0::0]:7071"}, r"is a wildcard: peers are told this address"),
-        ({"bulk": "[::ffff:0.0.0.0]:7071"}, r"is a wildcard: peers are told this address"),
-        ({"log_format": "xml"}, r"is none of text, json"),
+        ({"bulk": "0.0.0.0:7071"}, r"is a wildcard; this address is announced to peers"),
+        ({"bulk": "0:7071"}, r"is a wildcard; this address is announced to peers"),
+        ({"bulk": "[0::0]:7071"}, r"is a wildcard; this address is announced to peers"),
+        ({"bulk": "[::ffff:0.0.0.0]:7071"}, r"is a wildcard; this address is announced to peers"),
+        ({"log_format": "xml"}, r"is not one of text, json"),
     ],
 )
 def test_a_bad_value_names_its_flag_and_what_would_do(flags: dict[str, str], message: str) -> None:

@@ -89,11 +89,11 @@ def _read_environment(environ: Mapping[str, str], cls: type[DaemonConfig]) -> di
 
 
 def _misplaced(where: str, key: str) -> ConfigError | None:
-    """The mistake of a setting that stands in a section that is not its own, or in none."""
+    """The error for a setting that stands in a section of another role, or in none; None if no role has it."""
     owners = [f"[{cls.section}]" for cls in SECTIONS if key in {setting.name for setting in settings(cls)}]
     if not owners:
         return None
-    return ConfigError(f"{where} is a setting of {' and '.join(owners)}: write it there", reason="wrong_section")
+    return ConfigError(f"{where} is a setting of {' and '.join(owners)}; move it there", reason="wrong_section")
 
 
 def _unknown(where: str, key: str, known: list[str], prefix: str = "") -> ConfigError:

@@ -9,18 +9,18 @@ from backstayd.config.schema import SECTIONS, DaemonConfig, settings
 
 HEAD = """# Configuration
 
-Made from the code by `make sample`; do not edit. Settings come from a TOML file (`--config FILE`, one may hold both tables),
-the environment and flags; the later wins. A key that is not known is refused, and the nearest known one is named.
-`--check-config` shows what holds and refuses what a start on this machine would refuse (memory directory, quota, socket,
-addresses, certificates), without starting anything; `--print-default-config` prints a file with all defaults.
+Generated from the code by `make sample`; do not edit. Settings come from a TOML file (`--config FILE`, one may hold both tables),
+the environment and flags; the later wins. An unknown key is an error that names the nearest known one. `--check-config`
+prints the resulting settings and reports what a start on this machine would reject (memory directory, quota, socket, addresses,
+certificates) without starting anything; `--print-default-config` prints a file with all defaults.
 Sizes are written `8GiB` or `500MB`, durations in seconds.
 """
 TITLES = {"node": "Node daemons: `backstayd node`", "coordinator": "The coordinator: `backstayd coordinator`"}
 
 
 def sample(*classes: type[DaemonConfig]) -> str:
-    """A TOML file with every setting at its default, each explained; computed ones stand commented out."""
-    lines = ["# backstayd configuration. Environment (BACKSTAYD_<SECTION>_<NAME>) and flags win over this file."]
+    """A TOML file with every setting at its default, each explained; computed ones are commented out."""
+    lines = ["# backstayd configuration. Environment (BACKSTAYD_<SECTION>_<NAME>) and flags override this file."]
     for cls in classes:
         lines += ["", f"[{cls.section}]"]
         for setting in settings(cls):

@@ -1,4 +1,4 @@
-"""Reading the settings again while a daemon runs: what may change is taken over, of the rest it is said that it waits.
+"""Reloads the settings of a running daemon: applies those that may change live and names those that need a restart.
 
 All or nothing: settings that cannot be read change nothing.
 """
@@ -13,11 +13,11 @@ from backstayd.config.schema import Config
 
 
 class Reloader(Generic[Config]):
-    """Holds the settings in force.
+    """Holds the current settings.
 
     Args:
         load: Reads the settings as at the start; raises ConfigError.
-        apply: Brings settings into force of which only those in ``live`` differ from the ones before.
+        apply: Applies settings of which only those in ``live`` differ from the previous ones.
     """
 
     def __init__(self, settings: Config, *, load: Callable[[], Config], apply: Callable[[Config], None]) -> None:
@@ -26,7 +26,7 @@ class Reloader(Generic[Config]):
         self._apply: Callable[[Config], None] = apply
 
     def __call__(self) -> str:
-        """Read again; returns what came of it as a sentence for the log. Raises ConfigError, then nothing is changed."""
+        """Reload; returns the outcome as a sentence for the log. On ConfigError nothing has changed."""
         found = self._load()
         changed = [
             field.name
@@ -40,6 +40,6 @@ class Reloader(Generic[Config]):
             self._apply(settings)
             self.settings = settings
         taken = ", ".join(f"{name} = {value!r}" for name, value in live.items())
-        parts = [f"took over {taken}"] if live else []
+        parts = [f"applied {taken}"] if live else []
         parts += [f"needs a restart: {', '.join(waiting)}"] if waiting else []
         return "; ".join(parts) or "no setting has changed"

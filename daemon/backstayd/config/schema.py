@@ -58,47 +58,54 @@ def _computed(make: Callable[[], Any], parse: Parser) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonConfig:
-    """What both roles are set with."""
+    """Settings that both roles have."""
 
     section: ClassVar[str]
-    live: ClassVar[frozenset[str]] = frozenset({"log_format", "log_level"})  # taken over at SIGHUP
+    live: ClassVar[frozenset[str]] = frozenset({"log_format", "log_level"})  # reloaded at SIGHUP
 
     lease_s: float = _setting(
         3.0,
         parse_seconds,
-        "Seconds without a word after which a peer counts as lost; a heartbeat is sent every sixth of it.",
+        "Seconds without a heartbeat after which a peer counts as lost; six heartbeats are sent per lease.",
     )
     tls_cert: Path | None = _setting(
         "",
         parse_optional_path,
-        "This daemon's certificate (PEM, with its chain); read again when the file changes. All three tls_ paths, or none.",
+        "This daemon's certificate (PEM, with its chain); reloaded when the file changes. Set all three tls_ paths or none.",
         metavar="FILE",
     )
     tls_key: Path | None = _setting(
-        "", parse_optional_path, "Private key of tls_cert (PEM), readable by this daemon alone.", metavar="FILE"
+        "",
+        parse_optional_path,
+        "Private key of tls_cert (PEM); only this daemon should be able to read it.",
+        metavar="FILE",
     )
     tls_ca: Path | None = _setting(
         "",
         parse_optional_path,
-        "Certificate authorities whose certificates are accepted from others (PEM).",
+        "Certificate authorities whose certificates are accepted from peers (PEM).",
         metavar="FILE",
     )
     trust_domain: str = _setting(
         "backstay",
         parse_trust_domain,
-        "Trust domain of identities: certificates say spiffe://TRUST_DOMAIN/backstay/node/NAME and the like.",
+        "Trust domain of identities: certificates carry a URI such as spiffe://TRUST_DOMAIN/backstay/node/NAME.",
         metavar="NAME",
     )
     insecure: bool = _setting(
         False,
         parse_switch,
-        "Speak plaintext with everybody who reaches the ports: only on a network that nobody else can reach.",
+        "Speak plaintext with everyone who can reach the ports: only for a network that nobody else can reach.",
     )
     http_tls: bool = _setting(
-        False, parse_switch, "Serve http over TLS, with tls_cert; watchers need no certificate of their own."
+        False, parse_switch, "Serve http over TLS with tls_cert; HTTP clients need no certificate of their own."
     )
-    log_format: str = _setting("text", one_of("text", "json"), "Form of the log on stderr: text or json.")
-    log_level: str = _setting("info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error.")
+    log_format: str = _setting("text", one_of("text", "json"), "Format of the log on stderr: text or json.")
+    log_level: str = _setting(
+        "info",
+        one_of("debug", "info", "warning", "error"),
+        "Lowest level that is logged: debug, info, warning or error.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,27 +121,25 @@ class NodeConfig(DaemonConfig):
     memory_dir: Path = _setting(
         "/run/backstay/memory",
         parse_path,
-        "Directory on a tmpfs of its own that holds the snapshots; one daemon per directory.",
+        "Directory on its own tmpfs that holds the snapshots; one daemon per directory.",
     )
-    socket: Path = _setting(
-        DEFAULT_SOCKET, parse_socket_path, "Unix socket on which trainers of this machine are served."
-    )
+    socket: Path = _setting(DEFAULT_SOCKET, parse_socket_path, "Unix socket that serves the trainers of this machine.")
     socket_group: str = _setting(
         "",
         parse_label,
-        "Group whose members may use the socket (default: the daemon's own). Give trainers one that cannot read keys.",
+        "Group whose members may use the socket (default: the daemon's own). Give trainers a group that cannot read keys.",
         metavar="NAME",
     )
     coordinator: str = _setting(
         "127.0.0.1:7070",
         parse_addresses,
-        "The coordinator; with standbys all of them, separated by commas, or a name that resolves to all.",
+        "The coordinator; with standbys, all of them separated by commas, or one name that resolves to all.",
         metavar="HOST:PORT[,...]",
     )
     bulk: str = _setting(
         "127.0.0.1:7071",
         parse_reachable_address,
-        "Address that other nodes read and write shards at; they are told it, so they must reach it. Port 0: any.",
+        "Address at which other nodes read and write shards; announced to them, so they must reach it. Port 0: any free port.",
         metavar="HOST:PORT",
     )
     http: str = _setting(
@@ -143,24 +148,24 @@ class NodeConfig(DaemonConfig):
         "Where /metrics, /livez, /readyz and /status.json are served.",
         metavar="HOST:PORT",
     )
-    domain: str = _setting("", parse_label, "Failure domain, such as a rack: groups are spread over domains.")
+    domain: str = _setting("", parse_label, "Failure domain, such as a rack; groups are spread over domains.")
     kubernetes_node: str = _setting(
         "",
         parse_label,
-        "Name of the Kubernetes node this daemon runs on (spec.nodeName): it drains while that is cordoned.",
+        "Name of the Kubernetes node this daemon runs on (spec.nodeName); the daemon drains while that node is cordoned.",
         metavar="NAME",
     )
     quota_bytes: int = _setting(
         0,
         parse_size,
-        "Most memory to hold, such as '8GiB'; 0 is what tmpfs and cgroup allow.",
+        "Most memory to hold, such as '8GiB'; 0: as much as tmpfs and cgroup allow.",
         flag="--quota",
         metavar="SIZE",
     )
     user_quota_bytes: int = _setting(
-        0, parse_size, "Most of it that the runs of one user may hold; 0 is no limit of its own.", metavar="SIZE"
+        0, parse_size, "Most of that memory that the runs of one user may hold; 0: no separate limit.", metavar="SIZE"
     )
-    coders: int = _setting(1, count_between(1, 64), "Processes that encode, rebuild, verify and move bytes.")
+    coders: int = _setting(1, count_between(1, 64), "Processes that encode, rebuild, verify and transfer shards.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +186,7 @@ class CoordinatorConfig(DaemonConfig):
     }
 
     listen: str = _setting(
-        "127.0.0.1:7070", parse_address, "Where nodes and operators are served.", metavar="HOST:PORT"
+        "127.0.0.1:7070", parse_address, "Address that serves nodes and operators.", metavar="HOST:PORT"
     )
     http: str = _setting(
         "127.0.0.1:7073",
@@ -192,46 +197,48 @@ class CoordinatorConfig(DaemonConfig):
     advertise: str = _setting(
         "",
         parse_optional_address,
-        "With an election: where nodes and operators reach this coordinator (default: what it listens at).",
+        "With an election: address at which nodes and operators reach this coordinator (default: the listen address).",
         metavar="HOST:PORT",
     )
     election: str = _setting(
         "",
         parse_election_url,
-        "Where coordinators agree which one leads: 'etcd://HOST:PORT[,HOST:PORT]/PREFIX' or 'kubernetes://NAMESPACE/NAME'; "
-        "empty: this is the only one.",
+        "Store through which coordinators elect a leader: 'etcd://HOST:PORT[,HOST:PORT]/PREFIX' or 'kubernetes://NAMESPACE/NAME'; "
+        "empty: this is the only coordinator.",
         metavar="URL",
     )
     election_lease_s: float = _setting(
         9.0,
         parse_seconds,
-        "Seconds without a renewal after which another coordinator takes over; if they differ the longest counts.",
+        "Seconds without a renewal after which another coordinator takes over; if coordinators differ, the longest applies.",
     )
     parity: int | None = _setting(
         "auto",
         parse_parity,
-        "Node losses each group survives (m), 0 to 4; auto: 2 from six nodes on, else 1.",
+        "Node losses each group survives (m), 0 to 4; auto: 2 with six or more nodes, else 1.",
         metavar="auto|0..4",
     )
-    group_size: int = _setting(8, count_between(1, MAX_GROUP_NODES), "Nodes per erasure-coding group, about.")
+    group_size: int = _setting(
+        8, count_between(1, MAX_GROUP_NODES), "Approximate number of nodes per erasure-coding group."
+    )
     keep: int = _setting(1, count_between(1, 100), "Protected snapshots kept per run.")
     job_ttl_s: float = _setting(
-        86400.0, parse_ttl, "Seconds after its last trainer left until a run's memory is freed everywhere; 0: never."
+        86400.0, parse_ttl, "Seconds after a run's last trainer left until its memory is freed on every node; 0: never."
     )
     probation_steps: int = _setting(
         3,
         count_between(0, 10_000),
-        "Steps after a restore in which NaN or infinity distrusts what was restored; 0: none.",
+        "Steps after a restore during which NaN or infinity makes the restored snapshot distrusted; 0: none.",
     )
     restore_loop_limit: int = _setting(
         10,
         count_between(0, 10_000),
-        "Restores of the same snapshot without progress after which a run stops; 0: no limit.",
+        "Restores of the same snapshot without progress after which the run is stopped; 0: no limit.",
     )
     persist_url: str = _setting(
         "",
         parse_url,
-        "Durable storage that nodes copy protected snapshots to and restore from: an fsspec URL such as "
+        "Durable storage to which nodes copy protected snapshots and from which they restore: an fsspec URL such as "
         "'file:///mnt/ckpt' or 's3://bucket/prefix'; empty: none. Credentials come from the nodes' environment.",
         metavar="URL",
     )
@@ -241,14 +248,16 @@ class CoordinatorConfig(DaemonConfig):
     persist_every_steps: int = _setting(
         0, count_between(0, 1_000_000_000), "Steps between persisted snapshots of a run; 0: not by steps."
     )
-    persist_keep_last: int = _setting(3, count_between(1, 1_000_000), "Newest persisted snapshots kept per run.")
+    persist_keep_last: int = _setting(
+        3, count_between(1, 1_000_000), "How many of the newest persisted snapshots are kept per run."
+    )
     persist_keep_every: int = _setting(
-        0, count_between(0, 1_000_000), "Besides, every n-th persisted snapshot is kept for good; 0: none."
+        0, count_between(0, 1_000_000), "In addition, every n-th persisted snapshot is kept forever; 0: none."
     )
     persist_bandwidth_bytes_per_s: int = _setting(
         0,
         parse_size,
-        "Most bytes a second that a node sends to durable storage, such as '200MB'; 0: no cap.",
+        "Most bytes per second that a node sends to durable storage, such as '200MB'; 0: no limit.",
         flag="--persist-bandwidth",
         metavar="SIZE",
     )
@@ -260,7 +269,7 @@ SECTIONS: Final[tuple[type[DaemonConfig], ...]] = (NodeConfig, CoordinatorConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One field as the operator meets it. ``default`` is as written in TOML."""
+    """One field as the operator sees it. ``default`` is as written in TOML."""
 
     name: str
     flag: str
@@ -288,19 +297,19 @@ def settings(cls: type[DaemonConfig]) -> Iterator[Setting]:
 
 
 def check_security(config: DaemonConfig) -> None:
-    """Raise ConfigError unless either all of TLS is set or ``insecure`` says that plaintext is meant."""
+    """Raise ConfigError unless either all of TLS is set, or ``insecure`` allows plaintext."""
     paths = {"tls_cert": config.tls_cert, "tls_key": config.tls_key, "tls_ca": config.tls_ca}
     missing = [name for name, path in paths.items() if path is None]
     if len(missing) == len(paths) and not config.insecure:
         role = f"--node {config.name}" if isinstance(config, NodeConfig) else "--coordinator"
         raise ConfigError(
             f"neither TLS nor insecure is set in [{config.section}]: make certificates with `backstay certs --ca-dir DIR "
-            f"{role}` and set tls_cert, tls_key and tls_ca, or say --insecure to speak plaintext",
+            f"{role}` and set tls_cert, tls_key and tls_ca, or set --insecure to speak plaintext",
             reason="no_security",
         )
     if len(missing) < len(paths) and config.insecure:
         raise ConfigError(
-            f"both TLS and insecure are set in [{config.section}]: take one of them away", reason="two_securities"
+            f"both TLS and insecure are set in [{config.section}]; remove one of them", reason="two_securities"
         )
     if 0 < len(missing) < len(paths):
         raise ConfigError(
@@ -309,6 +318,6 @@ def check_security(config: DaemonConfig) -> None:
         )
     if config.http_tls and missing:
         raise ConfigError(
-            f"http_tls in [{config.section}] needs tls_cert, tls_key and tls_ca; set them, or take http_tls away",
+            f"http_tls in [{config.section}] needs tls_cert, tls_key and tls_ca; set them or remove http_tls",
             reason="half_security",
         )

@@ -1,4 +1,4 @@
-"""Parsers of single settings: each takes what TOML, the environment or a flag holds, and raises ValueError with a predicate.
+"""Parsers of single settings: each takes a value of TOML, the environment or a flag, and raises ValueError with a predicate.
 
 The caller puts the place and the value in front of the predicate ("is not a number"). Must not know which setting it parses.
 """
@@ -27,7 +27,7 @@ Parser = Callable[[Any], Any]
 
 def _parse_text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError("is not a text")
+        raise ValueError("is not a string")
     return value
 
 
@@ -46,7 +46,7 @@ def parse_label(value: Any) -> str:
 
 
 def parse_trust_domain(value: Any) -> str:
-    """``value`` if it can be a trust domain; raises ValueError."""
+    """``value`` if it is a valid trust domain; raises ValueError."""
     if not isinstance(value, str) or not _TRUST_DOMAIN_NAME.match(value):
         raise ValueError("is not 1 to 255 lower-case letters, digits, '.', '_' or '-', starting with a letter or digit")
     return value
@@ -77,7 +77,7 @@ def parse_addresses(value: Any) -> str:
 def parse_reachable_address(value: Any) -> str:
     host, _ = addresses.split_address(_parse_text(value))
     if addresses.is_wildcard(host):
-        raise ValueError("is a wildcard: peers are told this address, so name one they can reach")
+        raise ValueError("is a wildcard; this address is announced to peers, so use one that they can reach")
     return parse_address(value)
 
 
@@ -87,7 +87,7 @@ def parse_optional_address(value: Any) -> str:
 
 def parse_election_url(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("is not a text")
+        raise ValueError("is not a string")
     if value:
         parse_election(value)
     return value
@@ -148,7 +148,7 @@ def parse_optional_path(value: Any) -> Path | None:
 def one_of(*names: str) -> Parser:
     def parse(value: Any) -> str:
         if value not in names:
-            raise ValueError(f"is none of {', '.join(names)}")
+            raise ValueError(f"is not one of {', '.join(names)}")
         return str(value)
 
     return parse
