@@ -14,7 +14,7 @@ def boot_s() -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """``monotonic_s`` for waits and deadlines, ``unix_s`` for people, ``boot_s`` for what must expire while the machine sleeps."""
+    """``monotonic_s`` for waits and deadlines, ``unix_s`` for people, ``boot_s`` for what expires while the machine sleeps."""
 
     monotonic_s: Callable[[], float] = time.monotonic
     unix_s: Callable[[], float] = time.time

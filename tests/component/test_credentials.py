@@ -204,7 +204,7 @@ def test_the_command_makes_certificates_that_daemons_take(tmp_path: Path, capsys
     argv = ["certs", "--ca-dir", str(directory), "--node", "n1", "n2", "--coordinator", "--operator"]
     assert cli.main(argv) == 0
     shown = capsys.readouterr().out
-    assert "made the authority" in shown
+    assert "created the authority" in shown
     assert node_uri("n2") in shown
     for role, name in ((Role.NODE, "n1"), (Role.NODE, "n2"), (Role.COORDINATOR, ""), (Role.OPERATOR, "")):
         place = directory / role.value / name

@@ -244,7 +244,7 @@ def test_a_run_id_of_two_jobs_must_be_said_in_full(document: dict[str, Any]) -> 
 
 
 def test_an_unknown_run_names_the_known_ones(document: dict[str, Any]) -> None:
-    with pytest.raises(SnapshotNotFoundError, match=r"no node knows a run gtp; known: default/gpt, vision/resnet$"):
+    with pytest.raises(SnapshotNotFoundError, match=r"unknown run gtp; known: default/gpt, vision/resnet$"):
         find_run(document, "gtp")
 
 
@@ -295,4 +295,4 @@ def test_a_call_with_neither_certificates_nor_insecure_says_how_to_have_either(
     assert "backstay certs --ca-dir DIR --operator" in message
     assert "--insecure" in message
     assert cli.main(["status", "--tls-cert", "/c.pem"]) == 78
-    assert "not given: --tls-key, --tls-ca" in capsys.readouterr().err
+    assert "missing: --tls-key, --tls-ca" in capsys.readouterr().err

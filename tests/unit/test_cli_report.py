@@ -50,9 +50,9 @@ def test_a_run_is_described_with_what_it_lost() -> None:
     text = report.describe(found)
     assert "goodput 0.9876" in text
     assert "70.0 s  without training, in 1 interruption" in text
-    assert "16.0 s  to compute 2 lost steps again" in text
+    assert "16.0 s  recomputing 2 lost steps" in text
     assert "EXACT; node-3 lost what was held there" in text
-    assert "from its first step" in text
+    assert "since its first step" in text
     assert "durable storage" not in text, "nothing is known of it, so nothing is said"
 
 
@@ -68,12 +68,12 @@ def test_a_run_that_is_over_is_found_where_the_coordinator_saw_its_end() -> None
     found = document(other=None) | {"finished": [{"run": "default/gpt", "ledger": ledger()}]}
     assert [entry["run"] for entry in report._runs(found, None)] == ["default/other", "default/gpt"]
     (over,) = report._runs(found, "gpt")
-    assert "is over" in report.describe(over)
+    assert "finished" in report.describe(over)
     assert "no world of it has trained yet" in report.describe(report._runs(found, "other")[0])
 
 
 def test_an_unknown_run_says_where_ledgers_of_old_ones_are() -> None:
-    with pytest.raises(SnapshotNotFoundError, match=r"known: default/gpt.*its log keeps one line of it"):
+    with pytest.raises(SnapshotNotFoundError, match=r"known: default/gpt.*its log keeps one line about it"):
         report._runs(document(gpt=ledger()), "llama")
 
 

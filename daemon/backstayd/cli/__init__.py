@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"backstay: {error}", sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe left, as `| head` does
+        sys.stderr.close()  # the reader of the pipe exited, as `| head` does
         return 0
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,4 @@
-"""The command line of `backstay`: subcommands, their arguments, and which module does each. No logic of its own."""
+"""The command line of `backstay`: subcommands, their arguments, and the module that runs each. No logic of its own."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _run_demo(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="backstay", description="Look at and steer training state held in memory.", allow_abbrev=False
+        prog="backstay", description="Inspect and manage in-memory training snapshots.", allow_abbrev=False
     )
     parser.add_argument(
         "--version", action="version", version=f"backstay {__version__}, Python {sys.version.split()[0]}"
@@ -71,18 +71,18 @@ def _parser() -> argparse.ArgumentParser:
             "--coordinator",
             metavar="HOST:PORT[,...]",
             default=os.environ.get("BACKSTAY_COORDINATOR", DEFAULT_COORDINATOR),
-            help=f"the coordinator, or all of several (default: BACKSTAY_COORDINATOR or {DEFAULT_COORDINATOR})",
+            help=f"the coordinator, or all of an election (default: BACKSTAY_COORDINATOR or {DEFAULT_COORDINATOR})",
         )
-        added.add_argument("--json", action="store_true", help="print JSON for programs")
+        added.add_argument("--json", action="store_true", help="print JSON")
         added.add_argument(
             "--timeout-s", type=_positive, default=timeout_s, metavar="S", help=f"longest wait ({timeout_s:g})"
         )
         _add_security(added)
         return added
 
-    status = command("status", "could each job survive the next failure? nodes, redundancy, what happened last")
+    status = command("status", "whether each job would survive the next failure; nodes, redundancy, recent events")
     status.add_argument(
-        "--watch", action="store_true", help="go on showing it until Ctrl-C; without a terminal: changes"
+        "--watch", action="store_true", help="keep showing it until Ctrl-C; without a terminal, print changes"
     )
     status.add_argument("--nodes", action="store_true", help="list every node, even if there are many")
     status.add_argument(
@@ -90,35 +90,37 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=10,
         metavar="N",
-        help="events shown (default 10), without those of every snapshot; --json has them",
+        help="how many events to show (default 10), without those of every snapshot; --json has all",
     )
-    snapshots = command("snapshots", "each snapshot in memory, its state, and where its shards are")
-    snapshots.add_argument("run", nargs="?", metavar="RUN", help="job/run_id; all runs when left out")
-    explain = command("explain", "what a restart of RUN would restore now, and from where")
+    snapshots = command("snapshots", "list the snapshots in memory, their state, and where their shards are")
+    snapshots.add_argument("run", nargs="?", metavar="RUN", help="job/run_id (default: all runs)")
+    explain = command("explain", "show what a restart of RUN would restore now, and from where")
     explain.add_argument("run", metavar="RUN", help=RUN_HELP)
-    report = command("report", "what interruptions cost RUN: goodput, and what was lost when and why")
-    report.add_argument("run", nargs="?", metavar="RUN", help="job/run_id or run_id; all runs when left out")
-    forget = command("forget", "free the memory of RUN on every node; its state is gone then")
+    report = command("report", "show what interruptions cost RUN: goodput, and what was lost when and why")
+    report.add_argument("run", nargs="?", metavar="RUN", help="job/run_id or run_id (default: all runs)")
+    forget = command("forget", "delete RUN from the memory of every node; its state is lost")
     forget.add_argument("run", metavar="RUN", help=RUN_HELP)
-    distrust = command("distrust", "never restore STEP of RUN again, nor what was trained from it")
+    distrust = command("distrust", "never again restore STEP of RUN, nor any snapshot trained from it")
     distrust.add_argument("run", metavar="RUN", help=RUN_HELP)
     distrust.add_argument("step", type=int, metavar="STEP", help="the step of the snapshot")
-    distrust.add_argument("--reason", required=True, metavar="TEXT", help="why, for those who read it later")
-    trust = command("trust", "take back every distrust of RUN and count its restores anew")
+    distrust.add_argument("--reason", required=True, metavar="TEXT", help="why, for whoever reads it later")
+    trust = command("trust", "undo every distrust of RUN and reset its count of restores")
     trust.add_argument("run", metavar="RUN", help=RUN_HELP)
-    drain = command("drain", "move protection away from NODE and say when it may be stopped", timeout_s=600.0)
-    drain.add_argument("node", metavar="NODE", help="its name in `backstay status`")
-    drain.add_argument("--undo", action="store_true", help="it stays: use it again")
-    drain.add_argument("--wait", action="store_true", help="until it may be stopped, at most --timeout-s (600)")
-    _add_export(command("export", "write the model of a snapshot of RUN as Hugging Face safetensors"))
-    _add_import(command("import", "make a checkpoint of others the first snapshot of RUN, on durable storage"))
-    _add_doctor(command("doctor", "check this machine and its daemon; exit status 1 when something is wrong"))
-    sizing = "which parity, memory and interval a cluster needs, from numbers alone"
+    drain = command("drain", "move protection away from NODE and report when it may be stopped", timeout_s=600.0)
+    drain.add_argument("node", metavar="NODE", help="the node's name in `backstay status`")
+    drain.add_argument("--undo", action="store_true", help="cancel the drain: use the node again")
+    drain.add_argument(
+        "--wait", action="store_true", help="wait until the node may be stopped, at most --timeout-s (600)"
+    )
+    _add_export(command("export", "write the model in a snapshot of RUN as Hugging Face safetensors"))
+    _add_import(command("import", "turn a foreign checkpoint into the first snapshot of RUN, on durable storage"))
+    _add_doctor(command("doctor", "check this machine and its daemon; exit status 1 if a check fails"))
+    sizing = "compute which parity, memory and interval a cluster needs"
     add_plan_arguments(commands.add_parser("plan", help=sizing, description=sizing, allow_abbrev=False))
-    certs = "make a small certificate authority, and certificates for daemons and operators"
+    certs = "create a small certificate authority, and certificates for daemons and operators"
     _add_certs(commands.add_parser("certs", help=certs, description=certs, allow_abbrev=False))
     # Listed for --help; dispatch() hands it on before this parser sees it.
-    commands.add_parser("demo", help="break a real training run and watch it recover", add_help=False)
+    commands.add_parser("demo", help="inject faults into a real training run and watch it recover", add_help=False)
     return parser
 
 
@@ -126,7 +128,7 @@ def _add_security(command: argparse.ArgumentParser) -> None:
     for name, what in (
         ("cert", "the operator's certificate"),
         ("key", "its private key"),
-        ("ca", "who signed others'"),
+        ("ca", "the authorities that peers' certificates must be signed by"),
     ):
         variable = f"BACKSTAY_TLS_{name.upper()}"
         path = os.environ.get(variable)
@@ -135,29 +137,39 @@ def _add_security(command: argparse.ArgumentParser) -> None:
             help=f"{what}, PEM (default: {variable})",
         )  # fmt: skip
     domain = os.environ.get("BACKSTAY_TRUST_DOMAIN") or "backstay"
-    command.add_argument("--trust-domain", default=domain, metavar="NAME", help=f"of all identities ({domain})")
+    command.add_argument(
+        "--trust-domain", default=domain, metavar="NAME", help=f"trust domain of all identities ({domain})"
+    )
     command.add_argument(
         "--insecure",
         action=argparse.BooleanOptionalAction,
         default=os.environ.get("BACKSTAY_INSECURE", "").lower() in ("true", "1", "yes"),
-        help="speak plaintext with the coordinator (default: BACKSTAY_INSECURE)",
+        help="connect to the coordinator in plaintext (default: BACKSTAY_INSECURE)",
     )
 
 
 def _add_certs(certs: argparse.ArgumentParser) -> None:
     certs.add_argument(
-        "--ca-dir", type=Path, required=True, metavar="DIR", help="the authority's directory; made if it is not there"
+        "--ca-dir", type=Path, required=True, metavar="DIR", help="directory of the authority; created if missing"
     )
-    certs.add_argument("--node", action="extend", nargs="+", default=[], metavar="NAME", help="for these nodes")
-    certs.add_argument("--coordinator", action="store_true", help="for coordinators")
-    certs.add_argument("--operator", action="store_true", help="for people and programs that steer")
-    certs.add_argument("--days", type=_days, default=365.0, metavar="N", help="how long they are valid (365)")
+    certs.add_argument(
+        "--node", action="extend", nargs="+", default=[], metavar="NAME", help="make certificates for these nodes"
+    )
+    certs.add_argument("--coordinator", action="store_true", help="make one for coordinators")
+    certs.add_argument("--operator", action="store_true", help="make one for operators (people and programs)")
+    certs.add_argument("--days", type=_days, default=365.0, metavar="N", help="days the certificates are valid (365)")
     certs.add_argument(
         "--host", action="append", default=[], metavar="NAME",
-        help="DNS name or IP address they are valid for besides, which http_tls needs; repeatable",
+        help="DNS name or IP address to include in the certificates, which http_tls needs; repeatable",
     )  # fmt: skip
-    certs.add_argument("--trust-domain", type=_trust_domain, default="backstay", metavar="NAME", help="(backstay)")
-    certs.add_argument("--json", action="store_true", help="print JSON for programs")
+    certs.add_argument(
+        "--trust-domain",
+        type=_trust_domain,
+        default="backstay",
+        metavar="NAME",
+        help="trust domain of the identities (backstay)",
+    )
+    certs.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _days(text: str) -> float:
@@ -181,15 +193,17 @@ def _add_export(export: argparse.ArgumentParser) -> None:
     socket = os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
     export.add_argument(
-        "--to", type=Path, required=True, metavar="DIR", help="where the model is written; no model may be there"
+        "--to", type=Path, required=True, metavar="DIR", help="directory for the model; must not contain one"
+    )
+    export.add_argument("--step", type=_step, default=0, metavar="N", help="step of the snapshot (default: the newest)")
+    export.add_argument(
+        "--from", dest="source", default="", metavar="URL", help="read from this persist_url instead of memory"
     )
     export.add_argument(
-        "--step", type=_step, default=0, metavar="N", help="the snapshot of this step (default: the newest)"
+        "--prefix",
+        default="model.",
+        help="write the tensors with this prefix, which is stripped from their names (model.)",
     )
-    export.add_argument(
-        "--from", dest="source", default="", metavar="URL", help="read from below this persist_url instead of memory"
-    )
-    export.add_argument("--prefix", default="model.", help="tensors to write, without this in their names (model.)")
     export.add_argument(
         "--file-size", type=_size, default=5_000_000_000, metavar="SIZE", help="most bytes per file (5GB)"
     )
@@ -197,22 +211,24 @@ def _add_export(export: argparse.ArgumentParser) -> None:
 
 
 def _add_import(importing: argparse.ArgumentParser) -> None:
-    importing.add_argument("run", metavar="RUN", help="job/run_id, in full; one that has no snapshot yet")
+    importing.add_argument("run", metavar="RUN", help="full job/run_id of a run without snapshots")
     importing.add_argument(
-        "--from", dest="source", type=Path, required=True, metavar="DIR", help="the checkpoint's directory"
+        "--from", dest="source", type=Path, required=True, metavar="DIR", help="directory of the checkpoint"
     )
     importing.add_argument("--to", required=True, metavar="URL", help="the coordinator's persist_url")
     importing.add_argument(
         "--format", default="", choices=("", "huggingface", "dcp", "universal"), metavar="KIND",
-        help="huggingface, dcp or universal (DeepSpeed's); found out when left out",
+        help="huggingface, dcp or universal (DeepSpeed) (default: detected)",
     )  # fmt: skip
-    importing.add_argument("--step", type=_step, default=-1, metavar="N", help="its step, if its name does not say")
-    importing.add_argument("--dtype", default="", help="convert the model's floating-point tensors, such as bfloat16")
     importing.add_argument(
-        "--model-prefix", metavar="TEXT", help="what names of the model begin with in a DCP checkpoint"
+        "--step", type=_step, default=-1, metavar="N", help="step of the checkpoint, if its name does not contain it"
     )
     importing.add_argument(
-        "--work-dir", type=Path, metavar="DIR", help="room for the converted shards (default: TMPDIR)"
+        "--dtype", default="", help="convert the model's floating-point tensors to this type, such as bfloat16"
+    )
+    importing.add_argument("--model-prefix", metavar="TEXT", help="prefix of the model's names in a DCP checkpoint")
+    importing.add_argument(
+        "--work-dir", type=Path, metavar="DIR", help="directory for the converted shards (default: TMPDIR)"
     )
 
 
@@ -234,13 +250,21 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("--memory-dir", type=Path, metavar="DIR", help="the daemon's memory directory")
     doctor.add_argument("--socket", type=Path, default=Path(socket), help=f"the daemon's socket (default {socket})")
     doctor.add_argument(
-        "--address", action="append", default=[], metavar="HOST:PORT", help="address the daemon will bind; repeatable"
+        "--address",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="address that the daemon will bind; repeatable",
     )
     doctor.add_argument(
-        "--collective-timeout-s", type=_positive, metavar="S", help="the trainer's timeout of torch.distributed"
+        "--collective-timeout-s", type=_positive, metavar="S", help="the trainer's torch.distributed timeout"
     )
     doctor.add_argument(
-        "--restore-deadline-s", type=_positive, default=600.0, metavar="S", help="deadline of restore()"
+        "--restore-deadline-s",
+        type=_positive,
+        default=600.0,
+        metavar="S",
+        help="the trainer's deadline of restore() (600)",
     )
 
 

@@ -1,4 +1,4 @@
-"""`backstay certs`: a small authority and certificates of nodes, coordinators and operators. Touches only --ca-dir."""
+"""`backstay certs`: a small authority, and certificates for nodes, coordinators and operators. Writes only to --ca-dir."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say(as_json({"ca": str(authority.directory / "ca.crt"), "issued": [_row(one) for one in issued]}))
         return 0
-    made = "made" if authority.is_new else "used"
-    say(f"{made} the authority in {authority.directory}; keep ca.key there, and nowhere else\n")
+    made = "created" if authority.is_new else "used"
+    say(f"{made} the authority in {authority.directory}; ca.key must not leave that directory\n")
     rows = [(one.identity.uri, f"{one.not_after:%Y-%m-%d}", f"{one.directory}/") for one in issued]
     say(table(("IDENTITY", "VALID UNTIL", "tls.crt, tls.key AND ca.crt IN"), rows))
     return 0
@@ -39,7 +39,7 @@ def _identities(arguments: argparse.Namespace) -> list[Identity]:
     if arguments.operator:
         found.append(Identity(trust_domain=domain, role=Role.OPERATOR))
     if not found:
-        raise UsageError("say for whom: --node NAME, --coordinator or --operator", reason="bad_arguments")
+        raise UsageError("nothing to make: give --node NAME, --coordinator or --operator", reason="bad_arguments")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The coordinator as the subcommands reach it: connection and certificates, its status document, one run of it.
+"""How subcommands reach the coordinator: connection and certificates, its status document, one run of it.
 
 Everything about the wire is in ``backstayd.transport``.
 """
@@ -23,11 +23,11 @@ Document = dict[str, Any]
 
 @contextlib.contextmanager
 def connect(arguments: argparse.Namespace) -> Iterator[OperatorClient]:
-    """A client of the coordinator that ``arguments`` name, with what they say about TLS.
+    """A client of the coordinator that ``arguments`` name, with their TLS settings.
 
     Raises:
-        ConfigError: neither certificates nor --insecure were given. UsageError: the address is none. UnavailableError: a call
-            got no answer; says what the operator can do.
+        ConfigError: neither certificates nor --insecure were given. UsageError: invalid address. UnavailableError: a call got
+            no answer; the message says what the operator can do.
     """
     from backstayd.transport.operator import OperatorClient
 
@@ -55,7 +55,9 @@ def _credentials(arguments: argparse.Namespace) -> Credentials | None:
     credentials = Credentials(files, trust_domain=arguments.trust_domain, role=Role.OPERATOR)
     problem = credentials.validity_problem()
     if problem:
-        raise ConfigError(f"{problem}; make another with `backstay certs --ca-dir DIR --operator`", reason="we_expired")
+        raise ConfigError(
+            f"{problem}; make a new one with `backstay certs --ca-dir DIR --operator`", reason="we_expired"
+        )
     return credentials
 
 
@@ -64,13 +66,13 @@ def _check_security(arguments: argparse.Namespace) -> None:
     missing = [flag for flag, path in files.items() if not path]
     if arguments.insecure:
         if len(missing) < len(files):
-            raise ConfigError("both TLS and --insecure were given; take one away", reason="two_securities")
+            raise ConfigError("both TLS and --insecure were given; remove one of them", reason="two_securities")
         return
     if missing:
         raise ConfigError(
-            f"calls are made over TLS; not given: {', '.join(missing)} (or BACKSTAY_TLS_CERT, BACKSTAY_TLS_KEY, "
-            "BACKSTAY_TLS_CA). `backstay certs --ca-dir DIR --operator` makes them; for a coordinator that speaks "
-            "plaintext say --insecure (BACKSTAY_INSECURE=true)",
+            f"TLS is required; missing: {', '.join(missing)} (or BACKSTAY_TLS_CERT, BACKSTAY_TLS_KEY, "
+            "BACKSTAY_TLS_CA). Make certificates with `backstay certs --ca-dir DIR --operator`; for a coordinator that speaks "
+            "plaintext give --insecure (BACKSTAY_INSECURE=true)",
             reason="no_security",
         )
 
@@ -85,13 +87,13 @@ def _unreachable(error: UnavailableError) -> UnavailableError:
     """The same error with what the operator can do about it."""
     if error.reason == "not_leader":
         return UnavailableError(
-            f"{error}\nAn election takes up to election_lease_s (9 s unless set): try again, or wait for it with "
-            f"--timeout-s. Longer: does etcd or the Kubernetes API answer the coordinators? Training goes on without.",
+            f"{error}\nAn election takes up to election_lease_s (default 9 s): try again, or wait longer with "
+            f"--timeout-s. If none leads then, check that coordinators reach etcd or the Kubernetes API. Training continues.",
             reason=error.reason,
         )
     return UnavailableError(
-        f"{error}\nStart one with `backstayd coordinator`, or name another with --coordinator HOST:PORT or "
-        f"BACKSTAY_COORDINATOR (several with commas between). Training goes on without it; a restore waits for it.",
+        f"{error}\nStart one with `backstayd coordinator`, or give its address with --coordinator HOST:PORT or "
+        f"BACKSTAY_COORDINATOR (several separated by commas). Training continues without it; a restore waits for it.",
         reason=error.reason,
     )
 
@@ -107,20 +109,20 @@ def find_run(document: Document, name: str) -> dict[str, Any]:
     """The run called ``name`` (``job/run_id``, or a run_id that only one job has).
 
     Raises:
-        SnapshotNotFoundError: no such run; names those that are known.
+        SnapshotNotFoundError: no such run; the message lists the known ones.
         UsageError: several jobs have a run of that name.
     """
     runs: list[dict[str, Any]] = document["runs"]
     exact = [run for run in runs if run["run"] == name]
     found = exact or [run for run in runs if run["run"].partition("/")[2] == name]
     if len(found) > 1:
-        raise UsageError(f"{name} is a run of several jobs; say which: {', '.join(run['run'] for run in found)}")
+        raise UsageError(f"several jobs have a run {name}; give one of: {', '.join(run['run'] for run in found)}")
     if not found:
-        known = ", ".join(sorted(run["run"] for run in runs)) or "none at all"
+        known = ", ".join(sorted(run["run"] for run in runs)) or "none"
         settled = (
             ""
             if document.get("is_settled", True)
-            else "; the coordinator has just started and nodes may be missing yet"
+            else "; the coordinator has just started and some nodes have not reported yet"
         )
-        raise SnapshotNotFoundError(f"no node knows a run {name}; known: {known}{settled}", reason="unknown_run")
+        raise SnapshotNotFoundError(f"unknown run {name}; known: {known}{settled}", reason="unknown_run")
     return found[0]

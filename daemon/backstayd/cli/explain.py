@@ -1,4 +1,4 @@
-"""`backstay explain RUN`: what a restart would restore now and from where, and the decision in force. Reads only."""
+"""`backstay explain RUN`: what a restart would restore now and from where, and the current decision. Reads only."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         say(describe(found))
         if not document["is_settled"]:
-            say("\nThe coordinator has just started: nodes that have not reported yet may change this.")
+            say("\nThe coordinator has just started: reports of further nodes may change this.")
     return 0
 
 
 def describe(run_: dict[str, Any]) -> str:
-    """The plan of a recovery that would begin now, then the decision in force."""
+    """The plan of a recovery that would begin now, then the current decision."""
     run_ = printable_values(run_)
     plan = run_["explain"]
     lines = [f"{run_['run']}  {run_['redundancy']}", "", "IF IT RESTARTED NOW"]
     if plan is None:
-        lines.append("nothing can be said yet: the coordinator has no inventory of this run")
+        lines.append("unknown: the coordinator has no inventory of this run yet")
     else:
         lines.append(
             f"{plan['outcome']}{_base(plan)}: {plan['message']}" if plan["message"] else plan["outcome"] + _base(plan)
@@ -40,7 +40,7 @@ def describe(run_: dict[str, Any]) -> str:
     decision = run_["decision"]
     if decision is not None:
         base = decision["base"]
-        lines += ["", "DECISION IN FORCE"]
+        lines += ["", "CURRENT DECISION"]
         lines.append(
             f"{decision['outcome']}{_base(base) if base else ''}, phase {decision['phase']}, "
             f"this history is attempt {decision['attempt']} (world {run_['world_id'] or '-'})"

@@ -1,6 +1,6 @@
-"""What an operator orders: `backstay forget`, `distrust`, `trust` and `drain`. One function each, in the table at the end.
+"""The operator's orders: `backstay forget`, `distrust`, `trust` and `drain`. One function each, in the table at the end.
 
-Each returns what it did as JSON for programs and as text for people. Must not decide anything: the coordinator does.
+Each returns its result as JSON and as text. Must not decide anything: the coordinator does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _forget(arguments: argparse.Namespace) -> Done:
-    """Free the memory of a run on every node. What was not saved elsewhere is gone then."""
+    """Delete a run from the memory of every node. State that is not stored elsewhere is lost."""
     with connect(arguments) as client:
         run_ = full_name(client, arguments.run)
         client.forget(run_)
@@ -37,33 +37,33 @@ def _forget(arguments: argparse.Namespace) -> Done:
 
 
 def _distrust(arguments: argparse.Namespace) -> Done:
-    """Have a snapshot never restored again. Deletes nothing."""
+    """Exclude a snapshot from all future restores. Deletes nothing."""
     with connect(arguments) as client:
         run_ = full_name(client, arguments.run)
         outlook = client.distrust(run_, arguments.step, arguments.reason)
     document = {"run": run_, "step": arguments.step, "reason": arguments.reason, "outlook": outlook}
-    text = f"step {arguments.step} of {run_}, and what was trained from it, is not restored again"
+    text = f"step {arguments.step} of {run_} and every snapshot trained from it will not be restored again"
     return document, f"{text}\na restart now: {printable(outlook)}"
 
 
 def _trust(arguments: argparse.Namespace) -> Done:
-    """Take back every distrust of a run and count its restores anew."""
+    """Undo every distrust of a run and reset its count of restores."""
     with connect(arguments) as client:
         run_ = full_name(client, arguments.run)
         count = client.trust(run_)
-    text = f"{run_}: {count} snapshot{'' if count == 1 else 's'} trusted again; its restores are counted anew"
+    text = f"{run_}: {count} snapshot{'' if count == 1 else 's'} trusted again; its count of restores was reset"
     return {"run": run_, "trusted": count}, text
 
 
 def _drain(arguments: argparse.Namespace) -> Done:
-    """Have protection moved away from a node, and with --wait wait until it may be stopped."""
+    """Move protection away from a node, and with --wait wait until it may be stopped."""
     name = arguments.node
     state, reason = _wait_for_drain(arguments) if arguments.wait else _order_drain(arguments)
     if arguments.undo:
-        text = "drains no more" if not state else "is told; it drains no more in a moment"
+        text = "no longer draining" if not state else "asked to stop draining; it will in a moment"
     else:
         shown = printable(reason)
-        text = {"safe": f"drained: {shown}", "draining": f"drains: {shown}"}.get(state, "is told to drain")
+        text = {"safe": f"drained: {shown}", "draining": f"draining: {shown}"}.get(state, "asked to drain")
     return {"node": name, "draining": state, "reason": reason}, f"{name}: {text}"
 
 
@@ -74,9 +74,9 @@ def _order_drain(arguments: argparse.Namespace) -> tuple[str, str]:
 
 
 def _wait_for_drain(arguments: argparse.Namespace) -> tuple[str, str]:
-    """Order until it has come true; raises UnavailableError when that takes too long.
+    """Repeat the order until it is carried out; raises UnavailableError when that takes too long.
 
-    The order is repeated, so that a coordinator that takes over meanwhile knows of it.
+    It is repeated so that a coordinator that takes over meanwhile knows of it.
     """
     deadline_s = time.monotonic() + arguments.timeout_s
     wanted, shown, problem = "" if arguments.undo else "safe", "", ""
@@ -89,12 +89,12 @@ def _wait_for_drain(arguments: argparse.Namespace) -> tuple[str, str]:
         if state == wanted:
             return state, reason
         if problem != shown and not arguments.json:
-            say(f"{arguments.node}: {printable(problem) or 'waits for the node to obey'}", sys.stderr)
+            say(f"{arguments.node}: {printable(problem) or 'waiting for the node'}", sys.stderr)
             shown = problem
         if time.monotonic() >= deadline_s:
-            what = "still drains" if arguments.undo else "is not drained"
+            what = "is still draining" if arguments.undo else "is not drained"
             raise UnavailableError(
-                f"{arguments.node} {what} after {arguments.timeout_s:g} s: {problem or 'it does not obey yet'}",
+                f"{arguments.node} {what} after {arguments.timeout_s:g} s: {problem or 'the node has not reacted yet'}",
                 reason="not_drained",
             )
         time.sleep(min(POLL_S, max(0.0, deadline_s - time.monotonic())))

@@ -12,9 +12,9 @@ from backstayd.printable import printable_values, say
 
 PHASES = (("DETECT", "detect_s"), ("RESTART", "restart_s"), ("DECIDE", "decide_s"), ("LOAD", "release_s"))
 LEGEND = (
-    "DETECT: until a rank was missed · RESTART: until every rank of the next world waited, the launcher's part · DECIDE: until "
-    "it was\nclear what is restored · LOAD: until every host had verified it · DOWN: all of these · LOST: completed steps "
-    "behind the restored one"
+    "DETECT: until a missing rank was noticed · RESTART: until every rank of the next world waited (the launcher's part) · "
+    "DECIDE:\nuntil the snapshot was chosen · LOAD: until every host had verified it · DOWN: the sum of these · LOST: "
+    "completed steps\nafter the restored one"
 )
 
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _runs(document: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
-    """Runs that train or trained lately, with their ledgers; SnapshotNotFoundError for a name that is none."""
+    """Runs that are training or trained recently, with their ledgers; SnapshotNotFoundError for an unknown name."""
     current = [_entry(found, is_over=False) for found in document["runs"]]
     known = {found["run"] for found in current if found["ledger"]}
     over = [_entry(found, is_over=True) for found in document.get("finished", []) if found["run"] not in known]
@@ -41,8 +41,8 @@ def _runs(document: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
         return [find_run({"runs": found, "is_settled": document["is_settled"]}, name)]
     except SnapshotNotFoundError as error:
         raise SnapshotNotFoundError(
-            f"{error}. A run that is over is remembered by the coordinator that saw its end, until that one ends; its log "
-            "keeps one line of it",
+            f"{error}. A finished run is kept by the coordinator that saw its end, until that coordinator stops; its log "
+            "keeps one line about it",
             reason=error.reason,
         ) from error
 
@@ -52,11 +52,11 @@ def _entry(found: dict[str, Any], *, is_over: bool) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """One run's ledger as text for people."""
+    """One run's ledger as text."""
     found = printable_values(found)
     ledger = found["ledger"]
     if not ledger:
-        return f"{found['run']}: no world of it has trained yet, as far as this coordinator knows"
+        return f"{found['run']}: as far as this coordinator knows, no world of it has trained yet"
     lines = [f"{found['run']}  {_state(found)}", _kept(ledger), "", _goodput(ledger), *_losses(ledger)]
     if ledger["interruptions"]:
         lines += ["", "INTERRUPTIONS", _table(ledger["interruptions"]), LEGEND]
@@ -67,22 +67,22 @@ def describe(found: dict[str, Any]) -> str:
 def _state(found: dict[str, Any]) -> str:
     ledger = found["ledger"]
     if found["is_over"]:
-        return "is over"
-    state = "is interrupted" if ledger["is_interrupted"] else "trains"
+        return "finished"
+    state = "interrupted" if ledger["is_interrupted"] else "training"
     return f"{state}: attempt {ledger['attempt']}, step {ledger['newest_step']}"
 
 
 def _kept(ledger: dict[str, Any]) -> str:
     began = date_time(ledger["began_unix_s"])
     if ledger["is_whole"]:
-        return f"from its first step, {began}, on"
-    return f"from {began} on; what was before is not known: its witnesses are gone, or it was kept by an older version"
+        return f"complete since its first step, {began}"
+    return f"since {began}; earlier history is unknown: no surviving node recorded it, or an older version did"
 
 
 def _goodput(ledger: dict[str, Any]) -> str:
     share, elapsed = ledger["goodput"], ledger["elapsed_s"]
     if share is None:
-        return "nothing can be said yet"
+        return "goodput not known yet"
     return f"goodput {share:.4f}: {duration(ledger['productive_s'])} of {duration(elapsed)} were productive"
 
 
@@ -90,11 +90,11 @@ def _losses(ledger: dict[str, Any]) -> list[str]:
     count, steps = ledger["interruption_count"], ledger["steps_lost"]
     lines = [
         f"  {duration(ledger['down_s']):>10}  without training, in {count} interruption{'' if count == 1 else 's'}",
-        f"  {duration(ledger['recompute_s']):>10}  to compute {steps} lost step{'' if steps == 1 else 's'} again",
-        f"  {duration(ledger['blocked_s']):>10}  held up by snapshots",
+        f"  {duration(ledger['recompute_s']):>10}  recomputing {steps} lost step{'' if steps == 1 else 's'}",
+        f"  {duration(ledger['blocked_s']):>10}  blocked by snapshots",
     ]
     if ledger["earlier_count"]:
-        lines.append(f"  the first {ledger['earlier_count']} interruptions are in these sums only")
+        lines.append(f"  the first {ledger['earlier_count']} interruptions are counted in these sums but not listed")
     return lines
 
 
@@ -108,7 +108,7 @@ def _table(entries: list[dict[str, Any]]) -> str:
             entry["newest_step"],
             entry["base_step"] if entry["is_over"] else "",
             entry["steps_lost"] if entry["is_over"] else "",
-            entry["source"] or "under way",
+            entry["source"] or "in progress",
             f"{entry['outcome'] or '-'}; {entry['detail']}",
         )
         for entry in entries
@@ -122,7 +122,7 @@ def _seconds(value: float | None) -> str:
 
 
 def _without(ledger: dict[str, Any]) -> list[str]:
-    """What durable storage alone would have lost: shown only where each interruption knows what was on it."""
+    """What restoring from durable storage alone would have lost; only if that is known for every interruption."""
     over = [entry for entry in ledger["interruptions"] if entry["is_over"]]
     known = [entry for entry in over if entry["steps_lost_from_storage"] is not None]
     if not over or len(known) < len(over) or ledger["earlier_count"]:
@@ -130,7 +130,7 @@ def _without(ledger: dict[str, Any]) -> list[str]:
     steps = sum(entry["steps_lost_from_storage"] for entry in known)
     seconds = sum(entry["steps_lost_from_storage"] * entry["step_s"] for entry in known)
     sentence = (
-        f"Restored from durable storage alone, as it was filled then, these interruptions would have lost {steps} steps "
+        f"Restored from durable storage alone, with what it held then, these interruptions would have lost {steps} steps "
         f"({duration(seconds)}) instead of {ledger['steps_lost']} ({duration(ledger['recompute_s'])})"
     )
     return ["", sentence]

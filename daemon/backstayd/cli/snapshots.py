@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def describe(run_: dict[str, Any]) -> str:
-    """The snapshots of one run as a table, newest first, with a sentence for each that cannot be restored as it is."""
+    """The snapshots of one run as a table, newest first, with a sentence for each that cannot be restored."""
     run_ = printable_values(run_)
     snapshots = sorted(run_["snapshots"], key=lambda item: (item["attempt"], item["step"]), reverse=True)
     rows = [
@@ -46,14 +46,14 @@ def describe(run_: dict[str, Any]) -> str:
 
 
 def _persisted(storage: dict[str, Any] | None) -> list[str]:
-    """What lies on durable storage, newest first."""
+    """The snapshots on durable storage, newest first."""
     if storage is None:
         return []
     rows = [
         (
             item["step"],
             item["attempt"],
-            "spoilt" if item["problem"] else "persisted",
+            "damaged" if item["problem"] else "persisted",
             item["world_size"],
             format_size(item["size_bytes"]),
             item["snapshot_id"][:12],

@@ -12,7 +12,7 @@ from backstayd.core.timeline import FREQUENT_KINDS
 from backstayd.printable import printable_values, say
 from backstayd.units import format_size
 
-MANY_NODES: Final = 20  # above that only those are listed that are not well
+MANY_NODES: Final = 20  # with more, only unhealthy nodes are listed
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,15 +28,17 @@ def _text(document: dict[str, Any], arguments: argparse.Namespace) -> str:
 
 
 def describe(document: dict[str, Any], *, events: int, has_all_nodes: bool = False) -> str:
-    """The status document as text for people: could each job survive the next failure, and then the rest.
+    """The status document as text: whether each job would survive the next failure, then the rest.
 
     Args:
-        events: So many of the newest of its timeline, without what happens at every snapshot.
-        has_all_nodes: List every node even if there are many; else only those that are not well.
+        events: How many of the newest events to show, without those of every snapshot.
+        has_all_nodes: List every node even if there are many; else only unhealthy ones.
     """
     document = printable_values(document)
     generation = document["generation"]["number"]
-    settled = "settled" if document["is_settled"] else "settling: it decides nothing until the known nodes reported"
+    settled = (
+        "settled" if document["is_settled"] else "settling: it makes no decisions until the known nodes have reported"
+    )
     leader = document.get("leader") or {}
     who = f"coordinator {leader['address']} leads, term {leader['term']}," if leader.get("election") else "coordinator"
     parts = [f"{who} generation {generation}, {settled}", "", "RUNS", _runs(document["runs"])]
@@ -48,8 +50,8 @@ def describe(document: dict[str, Any], *, events: int, has_all_nodes: bool = Fal
     if weak:
         shown_groups = table(("RUN", "STEP", "SURVIVES", "MISSING", "MEMBERS"), weak[:MANY_NODES])
         parts += ["", f"GROUPS weaker than planned: {len(weak)}", shown_groups]
-    told = [event for event in document["timeline"] if event["kind"] not in FREQUENT_KINDS]
-    shown = told[-events:] if events > 0 else []
+    rare = [event for event in document["timeline"] if event["kind"] not in FREQUENT_KINDS]
+    shown = rare[-events:] if events > 0 else []
     if shown:
         rows = [(clock_time(event["time_unix_s"]), event["run"], event["kind"], event["message"]) for event in shown]
         parts += ["", "EVENTS", table(("TIME", "RUN", "KIND", "WHAT"), rows)]
@@ -76,7 +78,7 @@ def _nodes(nodes: list[dict[str, Any]], *, has_all: bool) -> list[str]:
         [table(("NODE", "STATE", "DOMAIN", "BULK", "MEMORY", "CORRUPT", "VERSION"), rows)] if rows or not nodes else []
     )
     left = len(nodes) - len(shown)
-    return [*lines, f"{left} healthy nodes are not listed; --nodes lists them"] if left else lines
+    return [*lines, f"{left} healthy nodes are not listed; use --nodes to list them"] if left else lines
 
 
 def _runs(runs: list[dict[str, Any]]) -> str:
@@ -132,19 +134,19 @@ def _weak_groups(run_: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def describe_storage(storage: dict[str, Any] | None) -> list[str]:
-    """What is on durable storage and on its way there, in sentences."""
+    """What is on durable storage and what is being copied there, in sentences."""
     if storage is None:
         return []
     lines = [
         f"step {storage['step']} of attempt {storage['attempt']} is on durable storage"
         if storage["step"]
-        else "nothing is on durable storage yet"
+        else "durable storage is empty"
     ]
     upload = storage["upload"]
     if upload:
         done, total = upload["done_bytes"], upload["total_bytes"]
         lines.append(
-            f"step {upload['step']} is copied to {storage['url']}: {format_size(done)} of {format_size(total)} "
+            f"step {upload['step']} is being copied to {storage['url']}: {format_size(done)} of {format_size(total)} "
             f"({100 * done // max(1, total)} %), {upload['shards_done']} of {upload['shards']} shards"
         )
     if storage["problem"]:
@@ -153,12 +155,12 @@ def describe_storage(storage: dict[str, Any] | None) -> list[str]:
 
 
 def describe_lag(run_: dict[str, Any]) -> list[str]:
-    """What a restart would cost now, for a run that trains ahead of what is protected; nothing for one that is not."""
+    """What a restart would cost now, for a run that trains ahead of its protected snapshots."""
     behind = run_.get("behind")
     if not behind:
         return []
     steps = f"{behind['steps']} steps" if behind["steps"] else "all steps"
-    return [f"a restart now would repeat {steps} of the last {behind['seconds']:.0f} s"]
+    return [f"a restart now would repeat {steps} from the last {behind['seconds']:.0f} s"]
 
 
 def _notes(run_: dict[str, Any]) -> list[str]:
@@ -169,7 +171,7 @@ def _notes(run_: dict[str, Any]) -> list[str]:
     notes += [f"{run_['run']}: {line}" for line in describe_lag(run_)]
     ttl_s = run_.get("forgotten_in_s")
     if ttl_s is not None:
-        notes.append(f"{run_['run']}: no trainer is connected; its memory is freed in {ttl_s / 3600:.1f} h")
+        notes.append(f"{run_['run']}: no trainer is connected; its memory will be freed in {ttl_s / 3600:.1f} h")
     notes += [f"{run_['run']}: {line}" for line in describe_storage(run_.get("storage"))]
     decision = run_["decision"]
     if decision and decision["phase"] != "release" and decision["message"]:

@@ -1,6 +1,6 @@
-"""`backstay status --watch`: the status again and again, redrawn in place on a terminal, as lines of changes elsewhere.
+"""`backstay status --watch`: the live status, redrawn in place on a terminal, and printed as lines of changes elsewhere.
 
-Goes on while the coordinator is away and says so; what is old is never shown as new. Reads only.
+Keeps going while the coordinator is unreachable and says so; stale information is always marked as such. Reads only.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from backstayd.core.timeline import FREQUENT_KINDS
 from backstayd.printable import printable, printable_lines
 
 PERIOD_S: Final = 1.0
-ENTER: Final = "\x1b[?1049h\x1b[?25l"  # a screen of its own, without a cursor
+ENTER: Final = "\x1b[?1049h\x1b[?25l"  # the terminal's alternate screen, without a cursor
 LEAVE: Final = "\x1b[?25h\x1b[?1049l"
 
 Document = dict[str, Any]
 
 
 class Watch:
-    """Shows what ``ask`` returns until interrupted. ``describe`` makes the text of a terminal."""
+    """Shows what ``ask`` returns until interrupted. ``describe`` renders the text for a terminal."""
 
     def __init__(self, ask: Callable[[], Document], describe: Callable[[Document], str], out: TextIO) -> None:
         self._ask = ask
@@ -35,7 +35,7 @@ class Watch:
         self._problem = ""
 
     def run(self) -> int:
-        """Never returns but by KeyboardInterrupt, which leaves the terminal as it was."""
+        """Runs until KeyboardInterrupt, which restores the terminal."""
         if not self._out.isatty():
             self._run_lines()
         self._out.write(ENTER)
@@ -58,11 +58,11 @@ class Watch:
             self._problem = str(error).partition("\n")[0]
 
     def _text(self) -> str:
-        """What is shown, and how old that is."""
-        heading = f"{clock_time(self._confirmed_unix_s)[:8]}  every {PERIOD_S:g} s, Ctrl-C ends"
+        """The text to show, and how old it is."""
+        heading = f"{clock_time(self._confirmed_unix_s)[:8]}  every {PERIOD_S:g} s, Ctrl-C to quit"
         if self._problem:
-            since = f"what is below was true at {clock_time(self._confirmed_unix_s)[:8]}" if self._document else ""
-            heading = f"NO ANSWER: {self._problem}\ntrying again; {since or 'nothing is known yet'}"
+            since = f"status as of {clock_time(self._confirmed_unix_s)[:8]}" if self._document else ""
+            heading = f"NO ANSWER: {self._problem}\nretrying; {since or 'no status received yet'}"
         text = f"{heading}\n\n{self._describe(self._document)}" if self._document is not None else heading
         return printable_lines(text)
 
@@ -82,9 +82,9 @@ class Watch:
         while True:
             self._look()
             if self._problem and not was_gone:
-                self._say(f"no answer: {self._problem}; trying again")
+                self._say(f"no answer: {self._problem}; retrying")
             elif not self._problem and was_gone:
-                self._say("the coordinator answers again")
+                self._say("the coordinator is reachable again")
             was_gone = bool(self._problem)
             if not self._problem and self._document is not None:
                 for line in seen.take(self._document):
@@ -97,16 +97,18 @@ class Watch:
 
 
 class Changes:
-    """What is new in a status document since the one before, as sentences. The first says how everything stands."""
+    """The differences between consecutive status documents, as sentences. The first one describes the whole state."""
 
     def __init__(self) -> None:
         self._verdicts: dict[str, str] = {}
         self._nodes: dict[str, str] = {}
-        self._events: set[tuple[Any, ...]] = set()  # of the document before; no clock is compared with another
+        self._events: set[tuple[Any, ...]] = (
+            set()
+        )  # of the previous document; clocks of different machines are never compared
         self._is_first = True
 
     def take(self, document: Document) -> list[str]:
-        """Sentences, and remember them as told."""
+        """The changes since the previous document."""
         lines = [*self._take_nodes(document["nodes"]), *self._take_events(document["timeline"])]
         lines += self._take_runs(document["runs"])
         self._is_first = False
@@ -115,7 +117,7 @@ class Changes:
     def _take_runs(self, runs: list[Document]) -> list[str]:
         now = {run["run"]: verdict_sentence(run) for run in runs}
         lines = [f"{run}: {text}" for run, text in now.items() if self._verdicts.get(run) != text]
-        lines += [f"{run}: gone" for run in self._verdicts if run not in now]
+        lines += [f"{run}: no longer known" for run in self._verdicts if run not in now]
         self._verdicts = now
         return lines
 
@@ -142,7 +144,7 @@ class Changes:
 
 
 def verdict_sentence(run: Document) -> str:
-    """Whether the job survives the next failure, and why."""
+    """Whether the job would survive the next failure, and why."""
     verdict = run.get("verdict") or {"word": run["redundancy"], "survives": run["spares"], "reason": run["reason"]}
     return f"{verdict['word']}, survives {max(0, verdict['survives'])} losses: {verdict['reason']}"
 

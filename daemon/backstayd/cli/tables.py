@@ -1,4 +1,4 @@
-"""Aligned columns of text for people, and JSON for programs."""
+"""Aligned columns of text, times and durations for people, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backstayd.printable import printable
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows under headers, columns two blanks apart; columns of numbers to the right. No rows: ``(none)``."""
+    """Rows under headers, columns two blanks apart, numbers right-aligned. No rows: ``(none)``."""
     if not rows:
         return "(none)"
     cells = [[_cell(value) for value in row] for row in rows]
@@ -32,7 +32,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def as_json(value: Any) -> str:
-    """Indented JSON in the order given; in ASCII, so that a terminal takes nothing in it for a command."""
+    """Indented JSON in the order given; in ASCII, so that a terminal interprets nothing in it as a control sequence."""
     return json.dumps(value, indent=2)
 
 

@@ -9,10 +9,10 @@ from backstayd.config.schema import SECTIONS, DaemonConfig, settings
 
 HEAD = """# Configuration
 
-Generated from the code by `make sample`; do not edit. Settings come from a TOML file (`--config FILE`, one may hold both tables),
-the environment and flags; the later wins. An unknown key is an error that names the nearest known one. `--check-config`
-prints the resulting settings and reports what a start on this machine would reject (memory directory, quota, socket, addresses,
-certificates) without starting anything; `--print-default-config` prints a file with all defaults.
+Generated from the code by `make sample`; do not edit. Settings come from a TOML file (`--config FILE`, which may hold both
+tables), the environment and flags; the later wins. An unknown key is an error that names the nearest known one.
+`--check-config` prints the resulting settings and reports what a start on this machine would reject (memory directory,
+quota, socket, addresses, certificates) without starting anything; `--print-default-config` prints a file with all defaults.
 Sizes are written `8GiB` or `500MB`, durations in seconds.
 """
 TITLES = {"node": "Node daemons: `backstayd node`", "coordinator": "The coordinator: `backstayd coordinator`"}

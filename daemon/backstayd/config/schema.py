@@ -203,7 +203,7 @@ class CoordinatorConfig(DaemonConfig):
     election: str = _setting(
         "",
         parse_election_url,
-        "Store through which coordinators elect a leader: 'etcd://HOST:PORT[,HOST:PORT]/PREFIX' or 'kubernetes://NAMESPACE/NAME'; "
+        "Where coordinators elect their leader: 'etcd://HOST:PORT[,HOST:PORT]/PREFIX' or 'kubernetes://NAMESPACE/NAME'; "
         "empty: this is the only coordinator.",
         metavar="URL",
     )

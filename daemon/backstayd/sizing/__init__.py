@@ -1,4 +1,4 @@
-"""How much memory and network a protection costs, what it survives, and how often to snapshot: arithmetic only.
+"""Computes how much memory and network a protection needs, what it survives, and how often to snapshot.
 
-Pure: no clock, no I/O. Must not know how the numbers are asked for or shown.
+Pure: no clock, no I/O. Must not know how the numbers are entered or displayed.
 """

@@ -38,7 +38,7 @@ def best_interval_s(*, save_s: float, mean_between_failures_s: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """Shares of the time, each of them small: what saving costs, what is computed again, and waiting for the restart."""
+    """Shares of the time, each of them small: saving, recomputing lost steps, and waiting for the restart."""
 
     saving: float
     recompute: float
@@ -53,7 +53,7 @@ class Losses:
 def losses(*, save_s: float, interval_s: float, failures_per_s: float, restart_s: float) -> Losses:
     """With a save every ``interval_s`` that stops training for ``save_s``, and ``restart_s`` from a failure to training.
 
-    A failure finds half an interval undone on average, and the save in progress with it.
+    On average a failure loses half an interval, and the save in progress.
     """
     return Losses(
         saving=save_s / interval_s,
@@ -74,9 +74,9 @@ def snapshot_losses(
 ) -> Losses:
     """The same for snapshots in memory.
 
-    ``blocked_s`` is what a snapshot costs the trainer. ``lag_s``: until it is protected; a node that goes before that takes
-    the newest with it, so half an interval and the lag are computed again (a dead trainer loses half an interval). A lost
-    node costs ``rebuild_s`` besides.
+    ``blocked_s`` is how long a snapshot blocks the trainer, ``lag_s`` how long until it is protected: a node lost before that
+    takes the newest snapshot with it, so half an interval and the lag are recomputed (a dead trainer loses half an interval).
+    A lost node also costs ``rebuild_s``.
     """
     return Losses(
         saving=blocked_s / interval_s,

@@ -1,4 +1,4 @@
-"""The choices of protection for one cluster and one job, each with what it survives and what it costs; and one of them chosen.
+"""The possible protections of one cluster and job, each with what it survives and what it costs, and a recommendation.
 
 Pure. Bytes, seconds and rates per second; probabilities from ``survival``, goodput from ``intervals``, groups and memory from
 the core's own rules.
@@ -23,30 +23,30 @@ SIMULTANEOUS = (1, 2, 3, 4, 8)  # losses at once that are shown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is known of the cluster and the job; 0 means not known, or none."""
+    """Facts about the cluster and the job; 0 means unknown or none."""
 
     nodes: int
     state_bytes: int  # of the whole job: parameters, optimizer state, buffers, each once
     ranks: int = 0
-    memory_bytes: int = 0  # that a node can give
+    memory_bytes: int = 0  # that a node can provide
     bandwidth_bytes_per_s: float = 0.0  # of a node, in each direction
     step_s: float = 0.0
     interval_steps: int = 0  # 0: the best one
     survive: int | None = (
-        None  # losses at once that must be survived for certain; None: as the coordinator chooses parity
+        None  # simultaneous losses that must always be survived; None: as the coordinator chooses parity
     )
     group_size: int = 8
     keep: int = 1
     node_losses_per_day: float = NODE_LOSSES_PER_NODE_DAY  # of one node
-    trainer_failures_per_day: float = TRAINER_FAILURES_PER_NODE_DAY  # per node, with its memory left
+    trainer_failures_per_day: float = TRAINER_FAILURES_PER_NODE_DAY  # per node, memory intact
     domain_failures_per_day: float = 0.0  # of one domain
     nodes_per_domain: int = 0
-    repair_s: float = 600.0  # from a loss until redundancy is back
-    restart_s: float = 60.0  # from a failure until the trainers ask to restore
-    blocked_s: float = 0.01  # what a snapshot costs the trainer
-    checkpoint_s: float = 0.0  # what a checkpoint to durable storage stops training for
+    repair_s: float = 600.0  # from a loss until redundancy is restored
+    restart_s: float = 60.0  # from a failure until the trainers call restore()
+    blocked_s: float = 0.01  # how long a snapshot blocks the trainer
+    checkpoint_s: float = 0.0  # how long a checkpoint to durable storage stops training
     durable_every_s: float = 3600.0  # between durable copies
-    target: float = 0.9999  # wanted probability that memory survives from one durable copy to the next
+    target: float = 0.9999  # required probability that memory survives from one durable copy to the next
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.state_bytes < 1:
@@ -72,7 +72,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One protection. ``admission_bytes``: what a node needs; ``peak_bytes``: and with another shard staged beside them."""
+    """One protection. ``admission_bytes``: memory a node needs; ``peak_bytes``: with one more shard staged."""
 
     name: str
     group_size: int
@@ -85,28 +85,28 @@ class Choice:
     admission_bytes: int
     peak_bytes: int
     network_bytes: int  # per snapshot and node, sent and received each
-    protect_s: float  # 0: bandwidth not known
-    least_interval_steps: int  # that the network keeps up with; 0: the time of a step is not known
-    interval_steps: int  # the best one, or what was asked for if the network keeps up with it; 0: not known
+    protect_s: float  # 0: bandwidth unknown
+    least_interval_steps: int  # that the network keeps up with; 0: step time unknown
+    interval_steps: int  # the best one, or the requested one if the network keeps up; 0: unknown
     goodput: float | None  # with that interval
     fits: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """All choices, which one to take, and why; the checkpoint baseline where its cost is known."""
+    """All choices, the recommended one and why; the checkpoint baseline if its cost is known."""
 
     question: Question
     choices: tuple[Choice, ...]
     chosen: Choice
     reason: str
-    least_goodput: float | None = None  # of the chosen, as often as the network allows
+    least_goodput: float | None = None  # of the recommended choice, snapshotting as often as the network allows
     checkpoint_interval_s: float | None = None
     checkpoint_goodput: float | None = None
 
 
 def answer(question: Question) -> Answer:
-    """Work out every choice and recommend one; CapacityError if none fits into the memory there is."""
+    """Evaluate every choice and recommend one; CapacityError if none fits into memory."""
     choices = tuple(_choice(question, name, size, m) for name, size, m in _candidates(question))
     chosen, reason = _recommend(question, choices)
     least = _goodput(
@@ -137,7 +137,7 @@ def answer(question: Question) -> Answer:
 
 
 def _candidates(question: Question) -> list[tuple[str, int, int]]:
-    """Name, wanted group size and m of every protection that this many nodes allow."""
+    """Name, target group size and m of every protection possible with this many nodes."""
     found = [("local memory only", question.group_size, 0)]
     if question.nodes >= 2:
         found.append(("pair copies", 2, 1))
@@ -182,9 +182,9 @@ def _choice(question: Question, name: str, group_size: int, m: int) -> Choice:
 
 
 def _survive(question: Question, sizes: tuple[int, ...], *, m: int, fatal: int) -> float:
-    """That no group loses more than m in the window, and no domain fails that takes more than m of one.
+    """Probability that in the window no group loses more than m nodes, and no domain with more than m of a group fails.
 
-    Domains that a group bears are left out beside node losses: a first-order figure, near 1 a little too good.
+    Failures of domains that a group tolerates are not combined with node losses: a first-order figure, slightly optimistic.
     """
     rate, window_s = question.node_losses_per_day / DAY_S, question.durable_every_s
     survived = survival.survive_window(sizes, m, rate_per_s=rate, repair_s=question.repair_s, window_s=window_s)
@@ -193,7 +193,7 @@ def _survive(question: Question, sizes: tuple[int, ...], *, m: int, fatal: int) 
 
 
 def _intervals(question: Question, protect_s: float) -> tuple[int, int]:
-    """The least interval in steps that the network keeps up with, and the one to take."""
+    """The shortest interval in steps that the network keeps up with, and the recommended one."""
     if question.step_s <= 0:
         return 0, 0
     least = max(1, math.ceil(protect_s / question.step_s))
@@ -205,7 +205,7 @@ def _intervals(question: Question, protect_s: float) -> tuple[int, int]:
 
 
 def _goodput(question: Question, *, interval_steps: int, protect_s: float, survive_window: float) -> float | None:
-    """Expected share of productive time; None without the time of a step."""
+    """Expected share of productive time; None if the step time is unknown."""
     if interval_steps == 0:
         return None
     bandwidth = question.bandwidth_bytes_per_s
@@ -219,7 +219,7 @@ def _goodput(question: Question, *, interval_steps: int, protect_s: float, survi
         rebuild_s=rebuild_s,
         node_failures_per_s=question.node_losses_per_s,
     )
-    # memory that is lost after all: half a durable interval is computed again
+    # if memory is lost after all, half a durable interval is recomputed
     return max(0.0, found.goodput - (1.0 - survive_window) / 2.0)
 
 
@@ -239,33 +239,33 @@ def _recommend(question: Question, choices: tuple[Choice, ...]) -> tuple[Choice,
 def _reason(question: Question, chosen: Choice, *, is_good: bool) -> str:
     lost = 1.0 - chosen.survive_window
     window = question.durable_every_s / 3600.0
-    often = f"memory is lost in {lost:.0e} of the spans of {window:g} h between durable copies" if lost > 1e-12 else ""
-    survives = f"{any_nodes(chosen.m)} may go" if chosen.m else "no node may go"
-    said = f"{survives}; {often or 'memory is as good as never lost between durable copies'}"
+    often = f"memory is lost in {lost:.0e} of the {window:g} h periods between durable copies" if lost > 1e-12 else ""
+    survives = f"tolerates the loss of {any_nodes(chosen.m)}" if chosen.m else "tolerates no loss of a node"
+    facts = f"{survives}; {often or 'memory is practically never lost between durable copies'}"
     count = question.certain_losses
     wanted = f"{count} loss{'' if count == 1 else 'es'} at once and reach {question.target:g}"
     if is_good:
-        return f"{said}; it takes the least memory of those that survive {wanted}"
+        return f"{facts}; needs the least memory of the choices that survive {wanted}"
     return (
-        f"{said}. No choice that fits would survive {wanted}: save to durable storage more often, repair faster than in "
+        f"{facts}. No choice that fits survives {wanted}: write durable copies more often, repair faster than in "
         f"{question.repair_s:g} s, or give nodes more memory"
     )
 
 
 def _too_small(question: Question, choices: tuple[Choice, ...]) -> CapacityError:
-    """What does not fit, and what would."""
+    """The error that says what does not fit, and what would."""
     least = min(choices, key=lambda choice: choice.peak_bytes)
     per_byte = least.peak_bytes / question.node_state_bytes
     nodes = math.ceil(per_byte * question.state_bytes / question.memory_bytes)
     return CapacityError(
-        f"the state does not fit: each of {question.nodes} nodes holds {format_size(question.node_state_bytes)} of it, and "
-        f"even with {least.name} needs {format_size(least.peak_bytes)} ({slots(question.keep)} and one staged); it can give "
-        f"{format_size(question.memory_bytes)}. What would: {format_size(least.peak_bytes)} per node, or about {nodes} nodes "
-        "of this size",
+        f"the state does not fit: each of {question.nodes} nodes holds {format_size(question.node_state_bytes)} of it and "
+        f"needs at least {format_size(least.peak_bytes)} ({least.name}, {slots(question.keep)} and one staged shard), but can "
+        f"provide {format_size(question.memory_bytes)}; provide {format_size(least.peak_bytes)} per node, or use about {nodes} "
+        "nodes",
         reason="state_does_not_fit",
     )
 
 
 def slots(keep: int) -> str:
-    """How many copies of its own state a node has room for."""
+    """The number of copies of its own state that a node has room for, as text."""
     return f"{groups.slots_of(keep)} slots"

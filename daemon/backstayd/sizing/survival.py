@@ -1,4 +1,4 @@
-"""What losses a protection survives. Nodes stand in groups; a group that loses more than ``m`` nodes at once loses state.
+"""Which losses a protection survives. Nodes form groups; a group that loses more than ``m`` nodes at once loses state.
 
 Pair copies (GEMINI's group placement with two replicas, lm-resiliency) are groups of two with m = 1; XOR parity (RAIM5, SCR)
 is m = 1 over more nodes. Pure.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from backstayd.core.protect.groups import form_groups, widest_domain
 
-UNIFORM_TERMS = 200_000  # of the series of :func:`survive_window`; windows of years stay below it
+UNIFORM_TERMS = 200_000  # of the series of :func:`survive_window`; windows of years need fewer
 
 
 def group_sizes(node_count: int, *, group_size: int, m: int) -> tuple[int, ...]:
@@ -21,7 +21,7 @@ def group_sizes(node_count: int, *, group_size: int, m: int) -> tuple[int, ...]:
 
 
 def survive_losses(sizes: Sequence[int], m: int, losses: int) -> float:
-    """Probability that ``losses`` nodes, any set of them equally likely, go at once and nothing is lost.
+    """Probability that ``losses`` nodes, any set of them equally likely, fail at once and no state is lost.
 
     With n_g nodes in group g and N in all: the coefficient of x^f in prod_g sum_{j<=m} C(n_g, j) x^j, over C(N, f). For
     pairs it is GEMINI's formula (its check: N = 16, two replicas, two losses: 0.9333).
@@ -41,10 +41,10 @@ def survive_losses(sizes: Sequence[int], m: int, losses: int) -> float:
 
 
 def survive_window(sizes: Sequence[int], m: int, *, rate_per_s: float, repair_s: float, window_s: float) -> float:
-    """Probability that no group of these sizes ever has more than ``m`` nodes away at once in ``window_s``.
+    """Probability that no group of these sizes ever misses more than ``m`` nodes at once in ``window_s``.
 
-    Each node that is there goes at ``rate_per_s``; each that is away is made up for after an exponential time of mean
-    ``repair_s``, all at once.
+    Each present node fails at ``rate_per_s``; each missing one is replaced after an exponential time of mean ``repair_s``,
+    all in parallel.
     """
     log_survived = 0.0
     for size in set(sizes):
@@ -54,10 +54,10 @@ def survive_window(sizes: Sequence[int], m: int, *, rate_per_s: float, repair_s:
 
 
 def _lose_window(size: int, m: int, *, rate_per_s: float, repair_s: float, window_s: float) -> float:
-    """Probability that one group has more than ``m`` away at once, however small: only positive terms are added up.
+    """Probability that one group misses more than ``m`` nodes at once, however small: only positive terms are summed.
 
-    The birth-death chain over 0..m nodes away, m + 1 absorbing, by uniformization: loss = sum_k Poisson(k; LT) * A_k,
-    where A_k is the chance of having been absorbed after k jumps of the chain at rate L.
+    The birth-death chain over 0..m missing nodes, m + 1 absorbing, by uniformization: loss = sum_k Poisson(k; LT) * A_k,
+    where A_k is the probability of absorption after k jumps of the chain at rate L.
     """
     if rate_per_s <= 0 or window_s <= 0 or m >= size:
         return 0.0
@@ -66,7 +66,7 @@ def _lose_window(size: int, m: int, *, rate_per_s: float, repair_s: float, windo
     down = [away * repair for away in range(m + 1)]
     fastest = max(first + second for first, second in zip(up, down, strict=True))
     jumps = fastest * window_s
-    if jumps > UNIFORM_TERMS:  # the chain is in its steady state long before: one absorption rate holds
+    if jumps > UNIFORM_TERMS:  # the chain reaches its steady state much earlier: one absorption rate holds
         part_s = UNIFORM_TERMS / 2 / fastest
         part = _lose_window(size, m, rate_per_s=rate_per_s, repair_s=repair_s, window_s=part_s)
         return -math.expm1(window_s / part_s * _log_survived(part))
@@ -96,9 +96,9 @@ def _jump(state: list[float], up: list[float], down: list[float], fastest: float
 
 
 def fatal_domains(node_count: int, *, nodes_per_domain: int, group_size: int, m: int) -> int:
-    """How many failure domains (racks, power feeds) take more than ``m`` nodes of some group with them when they fail.
+    """How many failure domains (racks, power feeds) hold more than ``m`` nodes of some group.
 
-    Nodes are dealt out over groups by domain, as the coordinator does.
+    Nodes are assigned to groups by domain, as the coordinator does.
     """
     if nodes_per_domain <= 0:
         return 0

@@ -1,1 +1,1 @@
-"""`backstay export` and `backstay import`: a snapshot out as a model, a checkpoint of others in as a snapshot."""
+"""`backstay export` and `backstay import`: a snapshot becomes a model, a foreign checkpoint becomes a snapshot."""

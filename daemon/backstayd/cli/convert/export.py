@@ -1,4 +1,4 @@
-"""`backstay export RUN --to DIR`: one Hugging Face model out of a snapshot in memory or on durable storage. Changes nothing."""
+"""`backstay export RUN --to DIR`: a Hugging Face model from a snapshot in memory or on durable storage. Changes nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, target in aliases.items():
         say(f"tied, written once: {name} is {target}")
     for name, ranks in differing.items():
-        say(f"kept by ranks {', '.join(map(str, ranks))} with bytes of their own: {name} is that of rank {ranks[0]}")
+        say(f"ranks {', '.join(map(str, ranks))} hold different copies of {name}; wrote that of rank {ranks[0]}")
     return 0
 
 

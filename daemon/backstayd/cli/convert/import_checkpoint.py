@@ -1,6 +1,6 @@
-"""`backstay import RUN --from DIR --to URL`: a checkpoint of others becomes a persisted snapshot that a run starts from.
+"""`backstay import RUN --from DIR --to URL`: a foreign checkpoint becomes a persisted snapshot that a run starts from.
 
-Converts in a process of its own (it needs torch, this command never imports it), then publishes: the completion record last.
+Converts in a separate process (it needs torch, which this command never imports), then publishes; the completion record last.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     taken = next(persisted_keys(root), None)
     if taken is not None:
         raise UsageError(
-            f"{root} holds snapshots already (step {taken.step} of attempt {taken.attempt}); import into a new run_id",
+            f"{root} already holds snapshots (step {taken.step} of attempt {taken.attempt}); import into a new run_id",
             reason="run_exists",
         )
     with tempfile.TemporaryDirectory(prefix="backstay-import-", dir=arguments.work_dir) as directory:
@@ -66,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if summary["left_out"]:
         shown = ", ".join(summary["left_out"][:5])
-        say(f"not taken over, the script's own are used: {shown}{', ...' if len(summary['left_out']) > 5 else ''}")
+        say(
+            f"not imported, the training script's values are used: {shown}{', ...' if len(summary['left_out']) > 5 else ''}"
+        )
     job, _, run_id = found.run.partition("/")
     named = f"run_id={run_id!r}" + (f", job={job!r}" if job != "default" else "")
     say(f"Start the run with {named} under a coordinator with persist_url = {arguments.to!r}.")
@@ -87,7 +89,7 @@ def _convert(arguments: argparse.Namespace, run_: str, directory: Path) -> dict[
     try:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        raise BackstayError(f"the conversion ended with status {done.returncode}; its message is above") from None
+        raise BackstayError(f"the conversion failed with status {done.returncode}; see its message above") from None
     if "error_class" in answer:
         raise ERROR_CLASSES.get(answer["error_class"], BackstayError)(answer["message"], reason=answer["reason"])
     return answer
@@ -114,7 +116,7 @@ def _record(run_: str, manifests: list[Manifest]) -> PersistedSnapshot:
 
 
 def _publish(directory: Path, url: str, found: PersistedSnapshot) -> None:
-    """Copy the shards, then write the completion record: only then is there a snapshot."""
+    """Copy the shards, then write the completion record, which makes the snapshot exist."""
     place = open_place(url)
     for path in sorted(directory.glob("*.safetensors")):
         manifest = path.with_name(path.name.replace(".safetensors", ".manifest.json"))
@@ -125,11 +127,11 @@ def _publish(directory: Path, url: str, found: PersistedSnapshot) -> None:
             source = _ConvertedShard(file.fileno(), chunks)
             publish_shard(place, rank=chunks.rank, source=source, manifest=raw, mark="import", check=lambda: None)
     if not place.create(RECORD_NAME, json_records.dumps(found)):
-        raise UsageError(f"{url} has a completion record already; import into a new run_id", reason="run_exists")
+        raise UsageError(f"{url} already has a completion record; import into a new run_id", reason="run_exists")
 
 
 class _ConvertedShard:
-    """A shard file as an upload reads it: every chunk is checked in the buffer it is sent from."""
+    """A shard file as an upload reads it: every chunk is verified in the buffer it is sent from."""
 
     def __init__(self, fd: int, chunks: ShardChunks) -> None:
         self._fd = fd
@@ -145,7 +147,7 @@ class _ConvertedShard:
                 )
 
     def spend(self, size_bytes: int) -> None:
-        """No cap: the operator waits for it."""
+        """No bandwidth limit: the operator is waiting."""
 
     def note_done(self, size_bytes: int) -> None:
-        """Nobody watches."""
+        """Progress is not shown."""

@@ -1,6 +1,6 @@
-"""The shards of one snapshot for a command that reads them: through this node's daemon, or from durable storage.
+"""The shards of one snapshot, opened through this node's daemon or from durable storage.
 
-Gives bytes unverified, as :class:`backstay.convert.consolidate.ShardBytes`; their reader checks every chunk.
+Returns unverified bytes, as :class:`backstay.convert.consolidate.ShardBytes`; the reader verifies every chunk.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FileBytes:
         while done < len(view):
             count = os.preadv(self.fd, [view[done:]], offset + done)
             if count == 0:
-                raise IntegrityError(f"a shard ends at byte {offset + done}; not used", reason="truncated")
+                raise IntegrityError(f"a shard is truncated at byte {offset + done}; not used", reason="truncated")
             done += count
 
 
@@ -46,7 +46,7 @@ def open_in_memory(socket: str, run: str, *, step: int, prefix: str) -> Iterator
     """The newest readable snapshot of ``run`` (or that of ``step``), its chunks of tensors under ``prefix`` on this node.
 
     Raises:
-        SnapshotNotFoundError: no complete snapshot is in memory. UnavailableError: no daemon, or a shard cannot be had.
+        SnapshotNotFoundError: no complete snapshot is in memory. UnavailableError: no daemon, or a shard cannot be fetched.
     """
     connection = DaemonConnection(socket, timeout_s=5.0)
     fds: dict[int, int] = {}
@@ -98,7 +98,7 @@ def open_persisted(persist_url: str, run: str, *, step: int) -> Iterator[list[Sh
 
 
 def _full_name(persist_url: str, name: str) -> str:
-    """``name`` as job/run_id; a run_id alone is looked for in every job's directory."""
+    """``name`` as job/run_id; a run_id alone is looked up in every job's directory."""
     from backstayd.durable.open import open_place
 
     if "/" in name:
@@ -108,7 +108,7 @@ def _full_name(persist_url: str, name: str) -> str:
     jobs = sorted(job.name for job in place.list() if job.is_directory)
     found = [f"{job}/{name}" for job in jobs if any(run.name == name for run in place.list(job))]
     if len(found) > 1:
-        raise UsageError(f"{name} is a run of several jobs; say which: {', '.join(found)}", reason="bad_arguments")
+        raise UsageError(f"several jobs have a run {name}; give one of: {', '.join(found)}", reason="bad_arguments")
     if not found:
         raise SnapshotNotFoundError(f"no job in {persist_url} has a run {name}", reason="unknown_run")
     return found[0]
@@ -126,7 +126,7 @@ def newest_persisted(root: str, run: str, *, step: int) -> PersistedSnapshot:
 
 
 def persisted_keys(root: str) -> Iterator[SnapshotKey]:
-    """Every directory of a snapshot below ``root``, whole or not."""
+    """The snapshot directories below ``root``, complete or not."""
     from backstayd.durable.open import open_place
 
     place = open_place(root)
@@ -149,7 +149,7 @@ def _read_record(url: str, run: str) -> PersistedSnapshot | None:
 
 
 def _chunks_of(manifest: Manifest, prefix: str) -> messages.ChunkRanges | None:
-    """The chunks in which tensors under ``prefix`` lie; None if there are none."""
+    """The chunks that hold tensors under ``prefix``; None if there are none."""
     size = manifest.chunk_bytes
     chunks = sorted(
         {
@@ -171,7 +171,7 @@ def _chunks_of(manifest: Manifest, prefix: str) -> messages.ChunkRanges | None:
 
 
 def _grouped(ranges: Iterable[messages.ChunkRanges | None]) -> Iterator[list[messages.ChunkRanges]]:
-    """As many shards as fit into one answer."""
+    """Groups of as many shards as fit into one answer."""
     group: list[messages.ChunkRanges] = []
     for wanted in ranges:
         if wanted is not None:

@@ -1,6 +1,6 @@
-"""`backstay doctor`: looks at this machine, its software, its daemon and the coordinator, and says what would go wrong.
+"""`backstay doctor`: checks this machine, its software, its daemon and the coordinator, and reports what would go wrong.
 
-Changes nothing. Exit status 1 when something will not work as promised.
+Changes nothing. Exit status 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine(arguments: argparse.Namespace) -> list[Finding]:
-    """Every finding, in the order in which a new user would look: software, machine, daemon, coordinator, trainer."""
+    """All findings, in the order in which a new user would look: software, machine, daemon, coordinator, trainer."""
     answer = daemon_checks.ask_daemon(arguments.socket, timeout_s=arguments.timeout_s)
     memory_dir = _memory_dir(arguments.memory_dir, answer.document)
     findings = [*software_checks.check_versions(), software_checks.check_codec()]
@@ -76,7 +76,7 @@ def _check_timeouts(arguments: argparse.Namespace, document: dict[str, Any] | No
     elif declared:
         timeout_s, source = min(declared), "attached trainers"
     else:
-        text = "not known: no attached trainer declared one; give --collective-timeout-s to have it compared"
+        text = "unknown: no attached trainer declared one; give --collective-timeout-s to check it"
         return [ok("collective timeout", text)]
     deadline_s, lease_s = arguments.restore_deadline_s, _lease_s(document or {})
     return [
@@ -89,8 +89,8 @@ def _lease_s(document: dict[str, Any]) -> float:
 
 
 def _memory_dir(given: Path | None, document: dict[str, Any] | None) -> Path:
-    told = (document or {}).get("memory", {}).get("directory")
-    return given or (Path(told) if told else NodeConfig().memory_dir)
+    reported = (document or {}).get("memory", {}).get("directory")
+    return given or (Path(reported) if reported else NodeConfig().memory_dir)
 
 
 def _default_addresses(document: dict[str, Any] | None) -> list[str]:

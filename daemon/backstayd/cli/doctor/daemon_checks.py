@@ -1,4 +1,4 @@
-"""What `backstay doctor` asks of the running daemons: socket, coordinator, clocks and timeouts. Reads only."""
+"""Checks of the running daemons for `backstay doctor`: socket, coordinator, clocks and timeouts. Reads only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the daemon behind the socket said. ``document`` and ``pid`` are None when nobody answered."""
+    """The daemon's answer on the socket. ``document`` and ``pid`` are None when there was none."""
 
     finding: Finding
     document: dict[str, Any] | None = None
@@ -37,18 +37,18 @@ def ask_daemon(path: Path, *, timeout_s: float) -> Answer:
             framing.send_frame(connection, messages.Status(), message_id=1)
             reply, _, _ = framing.receive_frame(connection)
     except FileNotFoundError:
-        return Answer(finding=fail(subject, f"{path} is not there: is `backstayd node` running, with this --socket?"))
+        return Answer(finding=fail(subject, f"{path} does not exist; is `backstayd node` running with this --socket?"))
     except PermissionError:
-        return Answer(
-            finding=fail(subject, f"{path} may not be opened by this user; trainers of this user may not either")
-        )
+        return Answer(finding=fail(subject, f"this user may not open {path}, and neither may trainers of this user"))
     except ConnectionRefusedError:
         return Answer(
-            finding=fail(subject, f"{path} is a left-over of a daemon that died: nobody listens; start it again")
+            finding=fail(subject, f"nobody listens on {path}, a leftover of a dead daemon; start the daemon again")
         )
     except TimeoutError:
         return Answer(
-            finding=fail(subject, f"{path}: connected, but no answer within {timeout_s:g} s; it hangs or is stopped")
+            finding=fail(
+                subject, f"{path}: connected, but no answer within {timeout_s:g} s; the daemon hangs or is stopped"
+            )
         )
     except (OSError, BackstayError) as error:
         return Answer(finding=fail(subject, f"{path}: {error}"))
@@ -67,33 +67,33 @@ def check_link(document: dict[str, Any]) -> Finding:
         return ok("daemon's coordinator", f"connected to {link.get('address')}")
     return fail(
         "daemon's coordinator",
-        f"not connected to {link.get('addresses')}: nothing becomes protected, no restore is decided"
+        f"not connected to {link.get('addresses')}: nothing is protected and no restore is decided"
         + (f" ({link['error']})" if link.get("error") else ""),
     )
 
 
 def check_clock(document: dict[str, Any], *, asked_unix_s: float, lease_s: float) -> Finding:
-    """The coordinator's clock against this machine's; nothing is ordered by clocks, but people read timelines."""
+    """The coordinator's clock compared with this machine's; nothing is ordered by clocks, but people read timelines."""
     now = time.time()
     offset = document["time_unix_s"] - (asked_unix_s + now) / 2
-    text = f"{offset:+.3f} s from the coordinator's (asking took {now - asked_unix_s:.3f} s)"
+    text = f"{offset:+.3f} s from the coordinator's (the call took {now - asked_unix_s:.3f} s)"
     if abs(offset) - (now - asked_unix_s) / 2 > lease_s:
-        return warn("clock", f"{text}: timelines of nodes will not line up; nothing else depends on it")
+        return warn("clock", f"{text}: timelines of different nodes will not line up; nothing else depends on clocks")
     return ok("clock", text)
 
 
 def check_collective_timeout(timeout_s: float, *, lease_s: float, restore_deadline_s: float, source: str) -> Finding:
     """The trainer's collective timeout against the lease and the deadline of restore().
 
-    A rank that is still restoring makes the others wait in their first collective: that wait must be allowed to be as
-    long as a restore may take. A lost node is known after a lease; a timeout below two restarts a run for a pause.
+    A rank that is still restoring makes the others wait in their first collective, so that wait must be allowed to be as
+    long as a restore may take. A lost node is noticed after a lease; with a timeout below two, a pause restarts a run.
     """
     subject = "collective timeout"
     text = f"{timeout_s:g} s ({source}); lease {lease_s:g} s, restore deadline {restore_deadline_s:g} s"
     if timeout_s < 2 * lease_s:
-        return fail(subject, f"{text}: below two leases, a short pause restarts the run before backstay knows of it")
+        return fail(subject, f"{text}: below two leases, so a short pause restarts the run before backstay notices it")
     if timeout_s < restore_deadline_s:
-        return warn(subject, f"{text}: ranks that restored first do not wait longer than that for the last")
+        return warn(subject, f"{text}: ranks that restore first give up waiting for a slower one after that time")
     return ok(subject, text)
 
 

@@ -1,4 +1,4 @@
-"""One finding of `backstay doctor`: how bad, about what, and the numbers."""
+"""One finding of `backstay doctor`: level, subject and details."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 class Level(enum.StrEnum):
     OK = "OK"
-    WARN = "WARN"  # works, but worse than it could
+    WARN = "WARN"  # works, but not as well as it could
     FAIL = "FAIL"  # will not work as promised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """``detail`` says what was found, with numbers, and for WARN and FAIL what follows or what to do."""
+    """``detail`` says what was found, with numbers, and for WARN and FAIL the consequence or what to do."""
 
     level: Level
     subject: str

@@ -1,6 +1,6 @@
-"""What `backstay doctor` asks of the machine: tmpfs, cgroup, limits, swap and ports. Reads only; changes nothing.
+"""Checks of the machine for `backstay doctor`: tmpfs, cgroup, limits, swap and ports. Changes nothing.
 
-Limits are those of the daemon's process when its pid is known, else of this shell.
+Limits are those of the daemon's process if its pid is known, else of this shell.
 """
 
 from __future__ import annotations
@@ -56,19 +56,24 @@ def check_memory_dir(memory_dir: Path, *, pid: int | None, mountinfo: Path = Pat
     mount = find_mount(existing.resolve(), mountinfo.read_text(encoding="utf-8"))
     if mount.kind != "tmpfs":
         advice = f"mount -t tmpfs -o size=...,mode=0700 backstay {memory_dir}"
-        return fail(subject, f"{memory_dir} is on {mount.kind} (mount {mount.point}), not on tmpfs: {advice}")
+        return fail(
+            subject, f"{memory_dir} is on {mount.kind} (mount {mount.point}), not on a tmpfs; mount one: {advice}"
+        )
     figures = os.statvfs(existing)
     total, free = figures.f_blocks * figures.f_frsize, figures.f_bavail * figures.f_frsize
     sizes = f"{memory_dir} on tmpfs {mount.point}: {format_size(free)} free of {format_size(total)}"
     if total == 0:
-        return warn(subject, f"{sizes}: without size= the kernel kills instead of refusing; remount it with a size")
+        return warn(
+            subject,
+            f"{sizes}: without size= the kernel kills processes instead of refusing writes; remount it with a size",
+        )
     if not memory_dir.exists():
-        return warn(subject, f"{sizes}, but the directory is not there; the daemon makes it")
+        return warn(subject, f"{sizes}, but the directory does not exist yet; the daemon creates it")
     if pid is None and memory_dir.stat().st_uid == os.getuid() and not os.access(memory_dir, os.W_OK | os.X_OK):
-        return fail(subject, f"{sizes}, but it cannot be written by uid {os.getuid()}")
+        return fail(subject, f"{sizes}, but uid {os.getuid()} cannot write to it")
     if mount.point == Path("/dev/shm"):  # noqa: S108 - named, not used
         return warn(
-            subject, f"{sizes}; /dev/shm is shared with others and cleared at logout (RemoveIPC): mount one of its own"
+            subject, f"{sizes}; /dev/shm is shared and is cleared at logout (RemoveIPC): mount a tmpfs of its own"
         )
     return ok(subject, sizes)
 
@@ -76,7 +81,7 @@ def check_memory_dir(memory_dir: Path, *, pid: int | None, mountinfo: Path = Pat
 def cgroup_limit(
     pid: int | None, *, root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")
 ) -> tuple[int, Path] | None:
-    """The lowest memory limit over the process's cgroup and its ancestors (bytes, file that says so), or None."""
+    """The lowest memory limit over the process's cgroup and its ancestors (bytes, the file it is set in), or None."""
     lines = (proc / str(pid or "self") / "cgroup").read_text(encoding="utf-8").splitlines()
     found: list[tuple[int, Path]] = []
     for line in lines:
@@ -103,15 +108,13 @@ def check_cgroup(memory_dir: Path, *, pid: int | None) -> Finding:
         limit = cgroup_limit(pid)
         figures = os.statvfs(memory_dir)
     except OSError as error:
-        return warn(subject, f"cannot read it for {whose}: {error.strerror}")
+        return warn(subject, f"cannot be read for {whose}: {error.strerror}")
     total = figures.f_blocks * figures.f_frsize
     if limit is None:
         return ok(subject, f"none for {whose}")
     text = f"{format_size(limit[0])} for {whose} ({limit[1]})"
     if limit[0] < total:
-        return warn(
-            subject, f"{text}, less than the {format_size(total)} of tmpfs: the daemon refuses beyond the limit"
-        )
+        return warn(subject, f"{text}, less than the {format_size(total)} of the tmpfs: the daemon stops at the limit")
     return ok(subject, text)
 
 
@@ -124,7 +127,8 @@ def check_locked_memory(pid: int | None) -> Finding:
     text = f"{format_size(soft)} for {_whose(pid)}"
     if soft < 1 << 30:
         return warn(
-            subject, f"{text}: registering slots with a GPU may be refused, and capture is slower then (LimitMEMLOCK=)"
+            subject,
+            f"{text}: registering slots with a GPU may fail, which makes capture slower; raise it (LimitMEMLOCK=)",
         )
     return ok(subject, text)
 
@@ -135,12 +139,12 @@ def check_files(pid: int | None) -> Finding:
     soft = _limit(pid, "Max open files", resource.RLIMIT_NOFILE)
     if soft is None or soft >= MIN_FILES:
         return ok(subject, f"{'unlimited' if soft is None else soft} for {_whose(pid)}")
-    text = f"{soft} for {_whose(pid)}; {MIN_FILES} are sensible (LimitNOFILE=)"
+    text = f"{soft} for {_whose(pid)}; raise it to {MIN_FILES} or more (LimitNOFILE=)"
     return fail(subject, text) if soft < 256 else warn(subject, text)
 
 
 def check_swap() -> Finding:
-    """tmpfs pages can be swapped out: a snapshot on a disk is neither quick nor private."""
+    """tmpfs pages can be swapped out; a snapshot in swap is neither fast nor private."""
     swap = psutil.swap_memory()
     if swap.total == 0:
         return ok("swap", "off")
@@ -148,12 +152,12 @@ def check_swap() -> Finding:
     return warn(
         "swap",
         f"{format_size(swap.used)} used of {format_size(swap.total)}, swappiness {swappiness}: "
-        "tmpfs pages may go to disk; swapoff -a",
+        "tmpfs pages may be written to disk; run swapoff -a",
     )
 
 
 def check_address(address: str, *, daemon_pid: int | None) -> Finding:
-    """Whether ``address`` can be bound, or who uses it."""
+    """Whether ``address`` can be bound, or which process uses it."""
     subject = f"port {address}"
     try:
         host, port = split_address(address)
@@ -169,7 +173,7 @@ def check_address(address: str, *, daemon_pid: int | None) -> Finding:
             return fail(subject, f"cannot be bound: {error.strerror or error}")
         user = _listener(port)
         if user is None:
-            return warn(subject, "in use by a process that is not visible to this user")
+            return warn(subject, "in use by a process that this user cannot see")
         name = user.name()
         is_ours = user.pid == daemon_pid or "backstayd" in " ".join(user.cmdline())
         return (ok if is_ours else fail)(subject, f"in use by {name} (pid {user.pid})")

@@ -1,4 +1,4 @@
-"""What `backstay doctor` asks of the installed software: versions, and whether the codec decodes what it encoded.
+"""Checks of the installed software for `backstay doctor`: versions, and whether the codec decodes what it encoded.
 
 Versions come from package metadata: torch is never imported.
 """
@@ -32,21 +32,21 @@ def check_versions() -> list[Finding]:
     text = ".".join(map(str, python))
     findings = [ok("backstay", f"{__version__} on Python {text}")]
     if python < (3, 11):
-        findings = [fail("backstay", f"{__version__} on Python {text}; it needs 3.11")]
+        findings = [fail("backstay", f"{__version__} on Python {text}; 3.11 or newer is required")]
     for package, minimum in _MINIMUM.items():
         version = _version(package)
         wanted = ".".join(map(str, minimum))
         if version is None:
-            findings.append(fail(package, f"is not installed; {wanted} or newer is needed"))
+            findings.append(fail(package, f"is not installed; {wanted} or newer is required"))
         elif _numbers(version) < minimum:
-            findings.append(fail(package, f"{version} is older than {wanted}"))
+            findings.append(fail(package, f"{version} is older than the required {wanted}"))
         else:
             findings.append(ok(package, version))
     torch = _version("torch")
     if torch is None:
         findings.append(ok("torch", "not installed here; only trainers need it"))
     elif _numbers(torch) < _MINIMUM_TORCH:
-        findings.append(fail("torch", f"{torch} is older than {'.'.join(map(str, _MINIMUM_TORCH))}"))
+        findings.append(fail("torch", f"{torch} is older than the required {'.'.join(map(str, _MINIMUM_TORCH))}"))
     else:
         findings.append(ok("torch", torch))
     return findings
@@ -67,20 +67,18 @@ def check_codec() -> Finding:
                 available = {index: piece for index, piece in enumerate(fragments) if index not in lost}
                 rebuilt = [bytes(piece) for piece in codec.reconstruct(available, lost)]
                 if rebuilt != [fragments[index] for index in lost]:
-                    return fail(
-                        "codec", f"{k}+{m} rebuilt other bytes than were lost (fragments {lost}): do not use this build"
-                    )
+                    return fail("codec", f"{k}+{m} rebuilt wrong bytes (fragments {lost}); do not use this build")
     except Exception as error:  # noqa: BLE001 - the boundary to a native library: whatever it raises is the finding
         return fail("codec", f"does not work here: {type(error).__name__}: {error}")
     shapes = ", ".join(f"{k}+{m}" for k, m in _SHAPES)
-    return ok("codec", f"isa_l_rs_cauchy rebuilt every loss tried ({shapes})")
+    return ok("codec", f"isa_l_rs_cauchy rebuilt every tested loss ({shapes})")
 
 
 def check_versions_agree(document_versions: dict[str, str]) -> Finding:
     """Whether the nodes (name to version) run this version."""
     others = sorted({version for version in document_versions.values() if version != __version__})
     if others:
-        return warn("versions of the nodes", f"{', '.join(others)} beside {__version__} here: finish the upgrade")
+        return warn("versions of the nodes", f"{', '.join(others)}, but {__version__} here; finish the upgrade")
     return ok("versions of the nodes", f"{len(document_versions)} nodes, all {__version__}")
 
 

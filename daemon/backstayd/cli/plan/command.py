@@ -1,6 +1,6 @@
-"""`backstay plan`: which protection a cluster and a job need, from numbers alone. Talks to no daemon.
+"""`backstay plan`: computes which protection a cluster and a job need. Talks to no daemon.
 
-A model is measured in a process of its own, because nothing here imports torch.
+A model is measured in a separate process, because nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from backstayd.units import format_size
 
 MEASURE_TIMEOUT_S: Final = 600.0
 LEGEND: Final = (
-    "k+m: of the smallest group · P(f): memory survives f nodes lost at once, any of them · P(T): from one durable copy to the "
-    "next\nMEMORY: per node before training starts · PEAK: and one more shard staged beside it · SENT: per node and snapshot,\n"
-    "taking the time IN · EVERY: the interval that GOODPUT is for · *: recommended"
+    "k+m: of the smallest group · P(f): memory survives the loss of any f nodes at once · P(T): from one durable copy to the "
+    "next\nMEMORY: per node before training starts · PEAK: with one more shard staged · SENT: per node and snapshot,\n"
+    "within the time IN · EVERY: the interval that GOODPUT assumes · *: recommended"
 )
 
 
@@ -74,7 +74,7 @@ def _question(arguments: argparse.Namespace) -> Question:
 
 
 def measure(function: str) -> int:
-    """Bytes of state of what ``MODULE:FUNCTION`` makes; UsageError with what that process said if it cannot be."""
+    """Bytes of state of what ``MODULE:FUNCTION`` returns; UsageError with that process's message if it fails."""
     paths = [os.getcwd(), *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "backstay.testing.measure_state", function]
@@ -87,7 +87,7 @@ def measure(function: str) -> int:
             f"{function} was not measured within {MEASURE_TIMEOUT_S:g} s; give --state instead", reason="not_measured"
         ) from None
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        lines = done.stderr.strip().splitlines() or ["no output"]
         raise UsageError(f"{function} could not be measured: {lines[-1]}", reason="not_measured")
     return int(json.loads(done.stdout.splitlines()[-1])["state_bytes"])
 
@@ -106,7 +106,7 @@ def document(found: Answer) -> dict[str, Any]:
 
 
 def describe(found: Answer) -> str:
-    """The table of choices and the recommendation, for people."""
+    """The table of choices and the recommendation as text."""
     lines = [_head(found.question), "", _table(found), "", LEGEND, "", *_recommendation(found)]
     return "\n".join(lines)
 
@@ -161,34 +161,34 @@ def _probability(value: float) -> str:
 def _recommendation(found: Answer) -> list[str]:
     chosen, question = found.chosen, found.question
     lines = [
-        f"Take {chosen.name}{f' of {chosen.group_size}' if chosen.m else ''}: {found.reason}",
+        f"Recommended: {chosen.name}{f' of {chosen.group_size}' if chosen.m else ''}: {found.reason}",
         f"  [coordinator] parity = {chosen.m}, group_size = {chosen.group_size}, keep = {question.keep}",
         f"  memory_dir of at least {format_size(chosen.peak_bytes)} on each node",
     ]
     if chosen.fatal_domains:
         lines.append(
             f"  {chosen.fatal_domains} of the domains of {question.nodes_per_domain} nodes hold more than "
-            f"{amount(chosen.m, 'node')} of a group: the failure of one of them loses memory. More parity, or fewer nodes to "
-            "a group, would bear it"
+            f"{amount(chosen.m, 'node')} of a group: if one of these domains fails, memory is lost. Use more "
+            "parity or fewer nodes per group to survive that"
         )
     lines += _pace(found)
     if found.checkpoint_goodput is not None and found.checkpoint_interval_s is not None:
         lines.append(
-            f"  checkpoints alone: best every {duration(found.checkpoint_interval_s)} (Young), goodput "
+            f"  checkpoints alone: best interval {duration(found.checkpoint_interval_s)} (Young), goodput "
             f"{found.checkpoint_goodput:.4f}"
         )
     return lines
 
 
 def _pace(found: Answer) -> list[str]:
-    """What is to be said of the interval."""
+    """Sentences about the interval."""
     chosen, question = found.chosen, found.question
     if not chosen.interval_steps or chosen.goodput is None:
         return []
     steps = f"every {chosen.interval_steps} steps" if chosen.interval_steps > 1 else "every step"
     lines = [f"  a snapshot {steps}: goodput {chosen.goodput:.4f}"]
     if chosen.interval_steps > 1 and chosen.interval_steps == chosen.least_interval_steps:
-        lines[0] += f"; the network needs {chosen.protect_s:.2f} s for one and a step takes {question.step_s:g} s"
+        lines[0] += f"; the network needs {chosen.protect_s:.2f} s per snapshot and a step takes {question.step_s:g} s"
     elif found.least_goodput is not None and chosen.interval_steps != chosen.least_interval_steps:
         least = chosen.least_interval_steps
         often = f"every {least} steps" if least > 1 else "every step"

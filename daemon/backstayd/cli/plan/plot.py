@@ -1,4 +1,4 @@
-"""Draws the choices of `backstay plan`. The only place that knows matplotlib, which is optional."""
+"""Plots the choices of `backstay plan`. The only module that imports matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def draw(found: Answer, path: Path) -> None:
         from matplotlib import pyplot as plt
     except ImportError:
         raise ConfigError(
-            "--plot needs matplotlib, which is not installed here: `pip install matplotlib`, or leave --plot out",
+            "--plot needs matplotlib, which is not installed: run `pip install matplotlib`, or omit --plot",
             reason="no_matplotlib",
         ) from None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
@@ -29,7 +29,7 @@ def draw(found: Answer, path: Path) -> None:
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--plot {path} cannot be written: {error}", reason="bad_arguments") from None
+        raise UsageError(f"cannot write --plot {path}: {error}", reason="bad_arguments") from None
     finally:
         plt.close(figure)
 
@@ -44,7 +44,7 @@ def _survival(axes: Any, found: Answer) -> None:
             width = 2.6 if choice is found.chosen else 1.2
             lost, shares = zip(*choice.survive, strict=True)
             axes.plot(lost, shares, marker="o", linewidth=width, label=_name(choice))
-    axes.set_xlabel("nodes lost at once, any of them")
+    axes.set_xlabel("nodes lost at once")
     axes.set_ylabel("probability that memory survives")
     axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.3)
