@@ -37,11 +37,11 @@ from backstay.ids import DEFAULT_JOB, RunKey
 from backstay.protocol.connection import find_socket
 from backstay.restore.read_plan import true_shape
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
-from backstay.session.session import Line, Slot
+from backstay.session.session import Slot
 from backstay.stores import dcp_items, dcp_staging
-from backstay.stores.begin import enter
 from backstay.stores.fill_bytes import fill, hash_in_place, put
-from backstay.stores.snapshot_reader import Source
+from backstay.stores.snapshot_reader import SnapshotReader
+from backstay.stores.store_session import StoreSession, begin
 from backstay.trainer import checked_arguments, torch_world
 
 _log = logging.getLogger("backstay")
@@ -81,8 +81,8 @@ class Store:
         self.max_wait_s = checked_arguments.seconds_of("max_wait_s", max_wait_s)
         self.last_problem = ""
         self.step: int | None = None  # what this world began from; None: nothing
-        self._line: Line | None = None
-        self._source: Source | None = None
+        self._session: StoreSession | None = None
+        self._source: SnapshotReader | None = None
         self.save = dcp_staging.Save()
 
     def begin(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> int | None:
@@ -98,12 +98,12 @@ class Store:
         """
         self.close()
         place = torch_world.current()
-        entered = enter(
+        begun = begin(
             str(self._run), place, torch_world.agree_on_id(place, deadline_s=deadline_s), socket_path=self._socket_path,
             allow_fresh=allow_fresh, deadline_s=deadline_s,
         )  # fmt: skip
-        self._line, self._source = entered.line, entered.source
-        self.step = entered.source.step if entered.source is not None else None
+        self._session, self._source = begun.session, begun.source
+        self.step = begun.source.step if begun.source is not None else None
         return self.step
 
     def reader(self) -> BackstayReader:
@@ -113,7 +113,7 @@ class Store:
     def writer(self, step: int) -> BackstayWriter:
         """For one ``dcp.save`` or ``dcp.async_save``: all ranks give the same step, higher than the one before."""
         step = checked_arguments.step_of("writer", step)
-        self.save.aim(step, self.line)
+        self.save.aim(step, self.session)
         return BackstayWriter(self, step)
 
     def stager(self) -> BackstayStager:
@@ -122,34 +122,34 @@ class Store:
 
     def wait_complete(self, step: int, timeout_s: float = 60.0) -> bool:
         """Wait until every rank's shard of ``step`` is held; False at the end of the time."""
-        return self.line.wait_complete(step, timeout_s)
+        return self.session.wait_complete(step, timeout_s)
 
     def finish(self, *, keep: bool = False) -> None:
         """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and detach."""
-        if self._line is not None:
-            self._line.finish(keep=keep)
+        if self._session is not None:
+            self._session.finish(keep=keep)
         self.close()
 
     def close(self) -> None:
         """Detach; what is committed stays in memory. Idempotent."""
-        line, self._line = self._line, None
+        session, self._session = self._session, None
         source, self._source = self._source, None
-        if line is not None:
-            line.close()
+        if session is not None:
+            session.close()
         if source is not None:
             source.close()
         self.save = dcp_staging.Save()
 
     @property
-    def line(self) -> Line:
-        if self._line is None:
+    def session(self) -> StoreSession:
+        if self._session is None:
             raise UsageError(
                 "this store has not begun (or was closed): call begin() on all ranks first", reason="not_begun"
             )
-        return self._line
+        return self._session
 
     @property
-    def source(self) -> Source:
+    def source(self) -> SnapshotReader:
         if self._source is None:
             raise SnapshotNotFoundError(
                 f"run {self._run} has nothing to load: begin() returned None, or was not called; start from scratch",
@@ -159,8 +159,8 @@ class Store:
 
     def refuse(self, step: int, error: Exception) -> None:
         """A step cannot be kept: say so once per reason, or raise."""
-        if self._line is not None:
-            self._line.abandon(step, str(error))
+        if self._session is not None:
+            self._session.abandon(step, str(error))
         if self.is_strict or not isinstance(error, (BackstayError, OSError)) or isinstance(error, UsageError):
             raise error
         if str(error) != self.last_problem:
@@ -194,7 +194,7 @@ class BackstayWriter(StorageWriter):
         staged = save.take(self.step)
         slot: Slot | None = staged.slot if staged is not None else None
         try:
-            found = dcp_items.resolve(plan, planner, rank=store.line.place.rank, capacities=save.byte_capacities)
+            found = dcp_items.resolve(plan, planner, rank=store.session.place.rank, capacities=save.byte_capacities)
             if staged is not None and staged.problem is not None:
                 raise staged.problem
             if staged is not None and staged.layout is not None and slot is not None:
@@ -204,9 +204,9 @@ class BackstayWriter(StorageWriter):
                 layout, digests = staged.layout, hash_in_place(slot.mapping, staged.layout)
             else:
                 layout = dcp_items.layout_of(found)
-                slot = store.line.reserve(self.step, layout.size_bytes, wait_s=store.max_wait_s)
-                digests = fill(store.line.filler, slot.mapping, layout, found.sources, step=self.step)
-            store.line.commit(slot, layout, digests, kind=KIND)
+                slot = store.session.grant(self.step, layout.size_bytes, wait_s=store.max_wait_s)
+                digests = fill(store.session.filler, slot.mapping, layout, found.sources, step=self.step)
+            store.session.commit(slot, layout, digests, layout_signature=KIND)
             self.is_committed = True
             save.remember(found, layout, staged)
         except Exception as error:  # noqa: BLE001 - whatever it is, the step is given up, and the store decides who hears
@@ -217,7 +217,7 @@ class BackstayWriter(StorageWriter):
         future: Future[list[WriteResult]] = Future()
         future.set_result(
             [
-                WriteResult(index=item.index, size_in_bytes=found.size_of(item), storage_data=store.line.place.rank)
+                WriteResult(index=item.index, size_in_bytes=found.size_of(item), storage_data=store.session.place.rank)
                 for item in plan.items
             ]
             if self.is_committed
@@ -281,7 +281,7 @@ class BackstayReader(StorageReader):
         found: dict[str, Any] = {}
         holders: dict[str, set[int]] = {}
         self._places = {}
-        own = self._store.line.place.rank
+        own = self._store.session.place.rank
         nested = {rank for rank in opened.manifests if opened.entries(dcp_items.nesting_name(rank))}
         for name in [*opened.names(), *opened.aliases()]:
             if dcp_items.is_nesting_name(name):
@@ -370,13 +370,13 @@ class BackstayStager(AsyncStager):
     def stage(self, state_dict: Any) -> Any:
         """A copy of the state that later changes of the original do not reach; returns when it is made."""
         store = self._store
-        return store.save.stage(state_dict, store.line, wait_s=store.max_wait_s)
+        return store.save.stage(state_dict, store.session, wait_s=store.max_wait_s)
 
     def synchronize_staging(self) -> None:
         """Staging is done when :meth:`stage` returns."""
 
     def close(self) -> None:
         """Give back what was staged and not written."""
-        line, staged = self._store._line, self._store.save.drop()
-        if line is not None and staged is not None and staged.slot is not None:
-            line.abandon(staged.slot.step, "staged and never written", slot=staged.slot)
+        session, staged = self._store._session, self._store.save.drop()
+        if session is not None and staged is not None and staged.slot is not None:
+            session.abandon(staged.slot.step, "staged and never written", slot=staged.slot)

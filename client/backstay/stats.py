@@ -27,21 +27,21 @@ class Stats:
     snapshots: above 0.05 on any rank, all ranks take fewer.
     ``copied_bytes`` went into slots, ``hashed_bytes`` were digested, ``kept_bytes`` were neither: their slot held them."""
 
-    blocked_s: float
-    fence_s: float
-    waited_s: float
-    wait_share: float
-    started: int
-    committed: int
-    skipped: int
-    abandoned: int
-    refused: int
-    last_committed_step: int
-    copied_bytes: int
-    hashed_bytes: int
-    kept_bytes: int
-    protected_step: int
-    redundancy: str
-    last_problem: str
-    is_attached: bool
-    is_synchronous: bool
+    blocked_s: float = 0.0
+    fence_s: float = 0.0
+    waited_s: float = 0.0
+    wait_share: float = 0.0
+    started: int = 0
+    committed: int = 0
+    skipped: int = 0
+    abandoned: int = 0
+    refused: int = 0
+    last_committed_step: int = -1
+    copied_bytes: int = 0
+    hashed_bytes: int = 0
+    kept_bytes: int = 0
+    protected_step: int = 0
+    redundancy: str = ""
+    last_problem: str = ""
+    is_attached: bool = False
+    is_synchronous: bool = False

@@ -30,12 +30,10 @@ from backstay.errors import (
     UsageError,
 )
 from backstay.ids import DEFAULT_JOB, RunKey
-from backstay.protocol import framing, messages
 from backstay.protocol.connection import DaemonConnection, find_socket
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
-from backstay.session.session import Line
-from backstay.stores.begin import enter
-from backstay.stores.fill_bytes import fill
+from backstay.session.attach import ignore, retry
+from backstay.stores.store_session import StoreSession, begin
 from backstay.trainer.state import packing
 from backstay.trainer.torch_world import World
 
@@ -92,7 +90,7 @@ class BackstayTransport(CheckpointTransport[T]):
         rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self.run = RunKey(job, f"{run_id}-{replica}-{rank}")
         self._socket_path = find_socket(socket)
-        self._line: Line | None = None
+        self._session: StoreSession | None = None
         self._sent = -1
         self._lock = threading.Lock()
 
@@ -113,14 +111,12 @@ class BackstayTransport(CheckpointTransport[T]):
         with self._lock:
             if step == self._sent:
                 return  # the same step is the same state: a second replica asks for it, or asks again
-            line = self._line_for(step, deadline)
+            session = self._session_for(step, deadline)
             layout = found.layout()
             try:
-                slot = line.reserve(step, layout.size_bytes, wait_s=_left_s(deadline))
-                digests = fill(line.filler, slot.mapping, layout, found.tensors, step=step)
-                line.commit(slot, layout, digests, kind=KIND)
+                session.write(step, layout, found.tensors, kind=KIND, wait_s=_left_s(deadline))
             except BaseException as error:
-                line.abandon(step, str(error))
+                session.abandon(step, str(error))
                 raise
             self._sent = step
 
@@ -130,21 +126,21 @@ class BackstayTransport(CheckpointTransport[T]):
         Raises:
             UnavailableError: it did not come in time. IntegrityError: a byte is wrong.
         """
-        begin = time.monotonic()
-        deadline = begin + timeout.total_seconds()
+        begin_s = time.monotonic()
+        deadline = begin_s + timeout.total_seconds()
         run = _run_of(metadata)
-        problem: Exception | None = None
-        while problem is None or time.monotonic() < deadline:
-            try:
-                return self._receive(run, step, deadline)
-            except _NOT_YET as error:
-                problem = error
-            threading.Event().wait(max(0.0, min(PAUSE_S, deadline - time.monotonic())))
-        raise UnavailableError(
-            f"timed out after {time.monotonic() - begin:.2f} s waiting for step {step} of replica rank {src_rank} ({run}): "
-            f"{problem}",
-            reason="deadline",
-        ) from problem
+        try:
+            found: T = retry(
+                lambda _: self._receive(run, step, deadline), deadline=deadline, pause_s=PAUSE_S,
+                is_passing=lambda error: isinstance(error, _NOT_YET),
+            )  # fmt: skip
+        except _NOT_YET as error:
+            raise UnavailableError(
+                f"timed out after {time.monotonic() - begin_s:.2f} s waiting for step {step} of replica rank {src_rank} "
+                f"({run}): {error}",
+                reason="deadline",
+            ) from error
+        return found
 
     def disallow_checkpoint(self) -> None:
         """Nothing to do: what was sent is a copy, and a committed one never changes."""
@@ -152,60 +148,55 @@ class BackstayTransport(CheckpointTransport[T]):
     def shutdown(self, wait: bool = True) -> None:
         """Free what this rank sent, and detach. ``wait=False``: detach only; memory is freed by ``job_ttl_s``."""
         with self._lock:
-            line, self._line, self._sent = self._line, None, -1
-        if line is None:
+            session, self._session, self._sent = self._session, None, -1
+        if session is None:
             return
         if wait:
-            _end(line, FINISH_S)
+            _end(session, FINISH_S)
         else:
-            line.close()
+            session.close()
 
-    def _line_for(self, step: int, deadline: float) -> Line:
-        """The line of this world. A step at or before what memory holds is of another history, which ends here."""
+    def _session_for(self, step: int, deadline: float) -> StoreSession:
+        """The session of this world. A step at or before what memory holds is of another history, which ends here."""
         held = self._sent
-        while self._line is None or held >= step:
-            line, self._line = self._line, None
-            if line is not None:
-                _end(line, _left_s(deadline))
-            entered = enter(
+        while self._session is None or held >= step:
+            session, self._session = self._session, None
+            if session is not None:
+                _end(session, _left_s(deadline))
+            begun = begin(
                 str(self.run), _ALONE, ids.new_incarnation(), socket_path=self._socket_path, allow_fresh=True,
                 deadline_s=_left_s(deadline),
             )  # fmt: skip
-            if entered.source is not None:
-                entered.source.close()
-            self._line, self._sent = entered.line, -1
-            held = entered.restored.step if entered.restored.outcome != "NONE" else -1
+            if begun.source is not None:
+                begun.source.close()
+            self._session, self._sent = begun.session, -1
+            held = begun.restored.step if begun.restored.outcome != "NONE" else -1
             if held >= step and time.monotonic() >= deadline:
                 raise UnavailableError(
                     f"timed out: {self.run} still holds step {held}, step {step} cannot be sent", reason="deadline"
                 )
-        return self._line
+        return self._session
 
     def _receive(self, run: str, step: int, deadline: float) -> Any:
         connection = DaemonConnection(self._socket_path, timeout_s=_left_s(deadline))
         try:
-            offer, fds = connection.call(messages.Open(run=run, step=step), deadline_s=_left_s(deadline))
-            framing.close_fds(fds)
-            if not isinstance(offer, messages.Offer) or offer.step != step:
-                raise IntegrityError(
-                    f"asked for step {step} of {run}, the daemon answered {type(offer).__name__}", reason="bad_reply"
-                )
-            with OpenedSnapshot.from_offer(
-                connection, offer, run=run, deadline=deadline, on_progress=lambda _: None
-            ) as opened:
+            offer = connection.open(run, step, deadline_s=_left_s(deadline))
+            if offer.step != step:  # step 0 too means that very step
+                raise IntegrityError(f"asked for step {step} of {run}, offered step {offer.step}", reason="bad_reply")
+            with OpenedSnapshot.from_offer(connection, offer, run=run, deadline=deadline, on_progress=ignore) as opened:
                 return packing.unpack(_read_all(opened), _give)
         finally:
             connection.close()
 
 
-def _end(line: Line, timeout_s: float) -> None:
+def _end(session: StoreSession, timeout_s: float) -> None:
     """Free what was sent, and detach; a daemon that is gone frees it by itself, by ``job_ttl_s``."""
     try:
-        line.finish(keep=False, timeout_s=timeout_s)
+        session.finish(keep=False, timeout_s=timeout_s)
     except BackstayError as error:
-        _log.warning("backstay: %s could not be freed: %s", line.attach.run, error)
+        _log.warning("backstay: %s could not be freed: %s", session.identity.run, error)
     finally:
-        line.close()
+        session.close()
 
 
 def _read_all(opened: OpenedSnapshot) -> dict[str, torch.Tensor]:

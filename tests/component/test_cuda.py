@@ -101,8 +101,8 @@ def test_slots_are_registered_and_copied_without_a_host_wait(daemon: LocalDaemon
         keeper.fence()
         assert keeper.wait_committed()
         assert keeper.stats().committed == 6
-        assert keeper._filler is not None
-        (copier,) = keeper._filler.copiers.values()
+        assert keeper._capturer is not None
+        (copier,) = keeper._capturer._filler.copiers.values()
         assert copier._registered
         assert all(copier._registered.values())
 
@@ -113,7 +113,8 @@ def test_a_gpu_update_past_the_fence_is_discarded(daemon: LocalDaemon) -> None:
         keeper.restore()
         train(model, optimizer)
         keeper.snapshot(1)
-        capture = keeper._capture
+        assert keeper._capturer is not None
+        capture = keeper._capturer.capture
         assert capture is not None
         assert capture.settled.wait(20)
         model[0].weight.data.mul_(2)

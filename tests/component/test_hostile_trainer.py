@@ -106,7 +106,8 @@ def test_an_interrupted_fence_commits_nothing_torn(daemon: LocalDaemon) -> None:
     daemon.is_frozen = True  # the reservation hangs, the fence waits
     training.step()
     training.keeper.snapshot(5)  # not the step that was reserved ahead
-    capture = training.keeper._capture
+    assert training.keeper._capturer is not None
+    capture = training.keeper._capturer.capture
     assert capture is not None
     assert not capture.is_checked
     began = capture.began.wait
@@ -131,7 +132,8 @@ def test_a_fence_whose_check_fails_neither_raises_nor_blocks_later_snapshots(
     training = Training(daemon)
     training.keeper.restore()
     training.run(0, 1)
-    capture = training.keeper._capture
+    assert training.keeper._capturer is not None
+    capture = training.keeper._capturer.capture
     assert capture is not None
     assert capture.settled.wait(10)
     capture.slot = None  # the check cannot be made
@@ -312,9 +314,9 @@ def test_a_forked_child_cannot_restore_and_does_not_wait(daemon: LocalDaemon) ->
     training.keeper.restore()
     training.run(0, 2)
     training.settle()
-    assert training.keeper._session is not None
+    assert training.keeper._capturer is not None
     read_end, write_end = os.pipe()
-    with training.keeper._session._wake:  # the fork comes while the session's thread may hold it
+    with training.keeper._capturer.background._wake:  # the fork comes while the session's thread may hold it
         pid = os.fork()
         if pid == 0:
             found: list[object] = []

@@ -13,12 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from backstay.capture import extras as captured_extras
-from backstay.capture import shard_plan
+from backstay.capture import rank_state, shard_plan
 from backstay.errors import IntegrityError
 from backstay.format.shard import IMPORTED_KEY
 from backstay.restore import load
-from backstay.restore.private_state import derived_streams
+from backstay.restore.rank_state import derived_streams
 from backstay.restore.result import Loaded
 from backstay.restore.snapshot import OpenedSnapshot
 from backstay.trainer import held_tensors, optimizer_state
@@ -48,7 +47,7 @@ def snapshot_of(
     headers = []
     for rank, (model, optimizer) in enumerate(ranks):
         holdings = held_tensors.collect(model, [optimizer], rank=rank)
-        found = captured_extras.read([optimizer], extras[rank] if extras else {}, holdings, rank=rank)
+        found = rank_state.read([optimizer], extras[rank] if extras else {}, holdings, rank=rank)
         tensors = {
             t.name: (box, offsets, t.global_shape)
             for t, box, offsets in shard_plan.own_boxes(holdings.tensors, rank=rank)

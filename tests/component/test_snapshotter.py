@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import backstay
-from backstay.capture.wait_share import LIMIT
+from backstay.capture.overhead import LIMIT
 from backstay.errors import UsageError
 from backstay.protocol import messages
 from tests.kit.local_daemon import LocalDaemon
@@ -75,14 +75,14 @@ def test_waiting_for_a_commit_does_not_wait_for_the_slot_of_the_next_one(daemon:
     training.keeper.restore()
     training.run(0, 3)
     training.keeper.fence()
-    session = training.keeper._session
-    assert session is not None
-    assert session.drain(20)  # the slot of step 4 is reserved
+    assert training.keeper._capturer is not None
+    background = training.keeper._capturer.background
+    assert background.drain(20)  # the slot of step 4 is reserved
     daemon.unanswered = (messages.Reserve,)
     training.run(3, 4)
     assert training.keeper.wait_committed(20)
     assert daemon.committed_steps("default/r") == [4]
-    poll(lambda: not session.drain(0), "the slot of step 5 is asked for, and not given")
+    poll(lambda: not background.drain(0), "the slot of step 5 is asked for, and not given")
     daemon.unanswered = ()
     training.keeper.close()
 
@@ -169,7 +169,8 @@ def test_a_torn_capture_under_a_fused_optimizer_is_discarded_and_named(
     training = Training(daemon.socket_path, fused=True)
     training.keeper.restore()
     training.run(0, 1)
-    capture = training.keeper._capture
+    assert training.keeper._capturer is not None
+    capture = training.keeper._capturer.capture
     assert capture is not None
     assert capture.settled.wait(10)
     with caplog.at_level(logging.WARNING, logger="backstay"):

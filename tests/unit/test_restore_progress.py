@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from backstay.protocol import messages
-from backstay.session import join
+from backstay.session.progress import Progress
 
 
 class Seconds:
@@ -29,10 +29,10 @@ def test_a_cause_is_written_once_a_minute_and_moving_numbers_every_ten_seconds(
 ) -> None:
     caplog.set_level(logging.INFO, logger="backstay")
     seconds = Seconds()
-    progress = join.Progress(rank=3, clock=seconds.monotonic)
+    progress = Progress(rank=3, clock=seconds.monotonic)
     for _ in range(120):
         seconds.now += 1.0
-        progress.say("daemon at /s is not available (refused); trying again until the deadline")
+        progress.report("daemon at /s is not available (refused); trying again until the deadline")
     assert len(lines_of(caplog)) == 2
     caplog.clear()
     for done in range(30):

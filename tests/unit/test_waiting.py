@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backstay.capture.wait_share import Waits
+from backstay.capture.overhead import Waits
 
 
 def _waits(count: int, *, slot_s: float = 0.0, copy_s: float = 0.0, step_s: float = 0.3) -> Waits:

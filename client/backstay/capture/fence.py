@@ -17,8 +17,11 @@ _log = logging.getLogger("backstay")
 
 
 class Fence:
-    """The hooks of one keeper. ``unhooked`` are the optimizers that have no step hooks; :meth:`is_doubtful` looks for a
-    ``step`` that was replaced by something that is not known to run them."""
+    """The hooks of one Snapshotter.
+
+    ``unhooked`` are the optimizers that have no step hooks. ``is_synchronous``: the hooks cannot be relied on (any more), so
+    snapshots must be copied before snapshot() returns.
+    """
 
     def __init__(self, optimizers: Sequence[Any], wait: Callable[[], None]) -> None:
         self.unhooked: list[Any] = []
@@ -39,6 +42,7 @@ class Fence:
                 hooks.move_to_end(handle.id, last=False)
             self._handles.append(handle)
             self._hooked.append(optimizer)
+        self.is_synchronous = bool(self.unhooked)
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -40,6 +40,11 @@ class Filler:
             self.copiers[device] = cuda_copy.DeviceCopier(device)
         return self.copiers[device]
 
+    def forget(self, slot: raw_memory.Mapping) -> None:
+        """The slot is about to be unmapped."""
+        for copier in self.copiers.values():
+            copier.forget(slot)
+
     def fill(self, capture: Capture, slot: raw_memory.Mapping) -> Digests:
         """Copy into ``slot`` what it does not hold already, and hash that; marks the capture copied as soon as no source is
         read any more."""

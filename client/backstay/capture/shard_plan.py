@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from backstay.capture.extras import Place
+from backstay.capture.rank_state import Place
 from backstay.format import shard
 from backstay.trainer import raw_memory
 from backstay.trainer.held_tensors import Holdings, LocalTensor, layout_signature, model_signature

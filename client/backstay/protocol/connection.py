@@ -122,6 +122,20 @@ class DaemonConnection:
         self._check_descriptors(message, reply, fds, messages.Restored)
         return reply, fds
 
+    def open(self, run: str, step: int, *, deadline_s: float) -> messages.Offer:
+        """Visit a complete snapshot of ``run``, without a world; ``step`` 0 is the newest that can be read.
+
+        Raises:
+            SnapshotNotFoundError: there is none. IntegrityError: another step was offered; or as :meth:`call`.
+        """
+        offer: messages.Offer = self._expect(messages.Open(run=run, step=step), messages.Offer, deadline_s)
+        if step not in (0, offer.step):
+            raise IntegrityError(
+                f"daemon at {self.socket_path} offered step {offer.step} of {run}, not step {step}; not used",
+                reason="bad_reply",
+            )
+        return offer
+
     def fetch(
         self,
         message: messages.Fetch,

@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from backstay.errors import IntegrityError
 from backstay.format.shard import IMPORTED_KEY
-from backstay.restore import imported_state, optimizers, private_state
+from backstay.restore import imported_state, optimizers, rank_state
 from backstay.restore.imported_state import ImportedPlan
 from backstay.restore.optimizers import Origin
-from backstay.restore.private_state import StateReader
+from backstay.restore.rank_state import StateReader
 from backstay.restore.read_plan import Reading
 from backstay.restore.result import Loaded
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
@@ -331,7 +331,7 @@ def _prepare_rng(
         words = f"stream of rank {target.rank} of {opened.world_size} goes on"
     else:
         has_cuda = "cuda" in reader.generators(0)
-        plain, generators = private_state.derived_streams(opened.snapshot_id, target.rank, has_cuda=has_cuda)
+        plain, generators = rank_state.derived_streams(opened.snapshot_id, target.rank, has_cuda=has_cuda)
         words = f"new stream, derived from the snapshot and rank {target.rank}: the snapshot has {opened.world_size} streams"
     if "numpy" in plain and importlib.util.find_spec("numpy") is None:
         raise IntegrityError(

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from backstay.errors import IntegrityError
-from backstay.restore.private_state import StateReader
+from backstay.restore.rank_state import StateReader
 from backstay.restore.snapshot import OpenedSnapshot
 from backstay.restore.stored_names import Naming
 from backstay.trainer import nested_optimizers, optimizer_state

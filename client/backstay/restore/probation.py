@@ -18,17 +18,17 @@ _log = logging.getLogger("backstay")
 
 MAX_NAMED: Final = 3
 
-Tell = Callable[[int, str], bool]  # step, reason: whether the daemon knows it now
+Report = Callable[[int, str], bool]  # step, reason: whether the daemon knows it now
 
 
 class Probation:
     """From one restore until ``steps`` optimizer steps later. ``is_over``: nothing is looked at any more."""
 
     def __init__(
-        self, optimizers: Sequence[Any], names: Mapping[int, str], *, base_step: int, steps: int, tell: Tell
+        self, optimizers: Sequence[Any], names: Mapping[int, str], *, base_step: int, steps: int, report: Report
     ) -> None:
         self.is_over = steps <= 0
-        self._base_step, self._steps, self._tell = base_step, steps, tell
+        self._base_step, self._steps, self._report = base_step, steps, report
         self._names = names  # id of a parameter -> its name
         self._counts: dict[int, int] = defaultdict(int)  # id of an optimizer -> steps since the restore
         self._handles: list[Any] = []
@@ -109,9 +109,11 @@ class Probation:
 
     def _found(self, what: str) -> None:
         step, self.is_over = self._step, True
-        is_told = self._tell(step, what)
+        is_known = self._report(step, what)
         known = (
-            "it is passed over by the next restore()" if is_told else "the daemon does not answer and could not be told"
+            "it is passed over by the next restore()"
+            if is_known
+            else "the daemon does not answer and could not be told"
         )
         _log.warning(
             "backstay: step %d, %d after restoring step %d: %s. The snapshot of step %d is distrusted, with all that is "

@@ -1,1 +1,1 @@
-"""One session of one rank with its daemon, joined and attached again in one place for every client."""
+"""One rank's session with its node's daemon: attaching, trying again, slots and commits. The same for every client."""

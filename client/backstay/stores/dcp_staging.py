@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from backstay.errors import BackstayError, UnavailableError, UsageError
 from backstay.format import shard
-from backstay.session.session import Line, Slot
+from backstay.session.session import Slot
 from backstay.stores.dcp_items import Found
 from backstay.stores.fill_bytes import put
+from backstay.stores.store_session import StoreSession
 from backstay.trainer import raw_memory
 
 _log = logging.getLogger("backstay")
@@ -85,13 +86,13 @@ class Save:
         self._writing = _NONE
         self._dropped = _NONE
 
-    def aim(self, step: int, line: Line) -> None:
+    def aim(self, step: int, session: StoreSession) -> None:
         """The next save is of ``step``; one that was staged and never written is given up."""
         if self._writing != _NONE:
             raise UsageError(f"step {self._writing} is still being written: wait for its future before step {step}")
         staged = self.drop()
         if staged is not None:
-            line.abandon(staged.step, "a later save began before this one was written", slot=staged.slot)
+            session.abandon(staged.step, "a later save began before this one was written", slot=staged.slot)
         self._step = step
 
     def drop(self) -> Staged | None:
@@ -101,7 +102,7 @@ class Save:
             self._dropped = staged.step
         return staged
 
-    def stage(self, state: Any, line: Line, *, wait_s: float) -> Any:
+    def stage(self, state: Any, session: StoreSession, *, wait_s: float) -> Any:
         """A copy of ``state`` that later changes do not reach.
 
         Raises:
@@ -115,7 +116,7 @@ class Save:
         known = self._known if self._known is not None and self._known.signature == staged.signature else None
         if known is not None:
             try:
-                staged.slot = line.reserve(staged.step, known.layout.size_bytes, wait_s=wait_s)
+                staged.slot = session.grant(staged.step, known.layout.size_bytes, wait_s=wait_s)
             except (BackstayError, OSError) as error:
                 staged.problem = error
                 self._staged = staged

@@ -26,10 +26,8 @@ from backstay.format import shard
 from backstay.ids import DEFAULT_JOB, RunKey
 from backstay.protocol.connection import find_socket
 from backstay.restore.snapshot import OpenedSnapshot
-from backstay.session.session import POLL_S, Line
-from backstay.stores.begin import enter
-from backstay.stores.fill_bytes import fill
-from backstay.stores.snapshot_reader import Source
+from backstay.stores.snapshot_reader import SnapshotReader
+from backstay.stores.store_session import POLL_S, StoreSession, begin
 from backstay.trainer import checked_arguments, torch_world
 from backstay.trainer.torch_world import World
 
@@ -83,10 +81,10 @@ class FileStore:
         self._committed = 0  # newest step that this rank committed or gave up
         self._committing = 0  # a step whose files this rank is committing
         self._sealed: dict[str, int] = {}  # name -> size of what this rank committed last
-        self._line: Line | None = None
+        self._session: StoreSession | None = None
         self._complete = 0  # newest complete step, as far as this rank heard
         self._awaited = 0  # newest step that a look waited for, whether or not it became complete
-        self._source: Source | None = None
+        self._source: SnapshotReader | None = None
         self._index: Index | None = None  # what is in ``_source``
         self._pid = os.getpid()
         self._state = threading.Condition()
@@ -109,7 +107,7 @@ class FileStore:
         """
         self.close()
         place = place or torch_world.current()
-        entered = enter(
+        begun = begin(
             str(self.run),
             place,
             world_id or torch_world.agree_on_id(place, deadline_s=deadline_s),
@@ -117,13 +115,13 @@ class FileStore:
             allow_fresh=allow_fresh,
             deadline_s=deadline_s,
         )
-        self._line, self._source, self._index = entered.line, entered.source, None
-        self.step = entered.source.step if entered.source is not None else None
+        self._session, self._source, self._index = begun.session, begun.source, None
+        self.step = begun.source.step if begun.source is not None else None
         self._committed = self._committing = self._complete = self._awaited = self.step or 0
         self._sealed = {}
         self._carried = self._carried_before(place)
         self._stop.clear()
-        self._thread = threading.Thread(target=self._watch, args=(entered.line,), name="backstay-files", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(begun.session,), name="backstay-files", daemon=True)
         self._thread.start()
         return self.step
 
@@ -243,8 +241,8 @@ class FileStore:
             UnavailableError: not complete within ``timeout_s``: the step counts as not written, the one before stays.
         """
         timeout_s = checked_arguments.seconds_of("timeout_s", timeout_s)
-        line = self._current()
-        is_alone = line.place.size == 1  # else other ranks may have written some
+        session = self._current()
+        is_alone = session.place.size == 1  # else other ranks may have written some
         if is_alone and step > self._committed and not self._carried and self.open_step != step:
             found = "no files" if self.open_step is None else f"the files of step {self.open_step}"
             raise UsageError(
@@ -252,12 +250,12 @@ class FileStore:
                 reason="empty_step",
             )
         self.commit(step, is_sealing=True)
-        if line.wait_complete(step, timeout_s):
+        if session.wait_complete(step, timeout_s):
             self._complete = max(self._complete, step)
         else:
             raise UnavailableError(
                 f"{self.run}: step {step} is not complete after {timeout_s:g} s: a rank did not commit its files (its log says "
-                f"why); the step counts as not written, the newest complete one is {line.complete_step()}",
+                f"why); the step counts as not written, the newest complete one is {session.complete_step()}",
                 reason="incomplete",
             )
 
@@ -267,11 +265,11 @@ class FileStore:
         Raises:
             BackstayError: they cannot be kept; the step is given up, here and so everywhere.
         """
-        line = self._current()
+        session = self._current()
         with self._commit:
             if step <= self._committed:
                 if is_sealing:
-                    line.seal(step)
+                    session.seal(step)
                 return
             with self._state:
                 if not self._state.wait_for(lambda: self._busy == 0, DEFAULT_COMPLETE_S):
@@ -280,32 +278,32 @@ class FileStore:
                         reason="files_open",
                     )
                 if self.open_step is not None and self.open_step < step:
-                    self._give_up(line, step)
+                    self._give_up(session, step)
                 files = dict(self._files) if self.open_step == step else {}
             if is_sealing:
-                line.seal(step)
-            self._commit_files(line, step, files)
+                session.seal(step)
+            self._commit_files(session, step, files)
 
     def abandon(self, step: int, reason: str) -> None:
         """Drop the files of ``step`` that are not committed: this rank will have none of it, so it will not be complete."""
-        line = self._current()
+        session = self._current()
         with self._commit:
             if self.open_step == step:
-                line.abandon(step, reason)
+                session.abandon(step, reason)
                 self._close_step(step, dict(self._files), self._sealed)
 
     def linger(self, timeout_s: float = LINGER_S) -> None:
         """Before leaving: wait a little for what another rank seals as it leaves, and commit this rank's part of it."""
-        line = self._current()
-        if line.place.size > 1:
+        session = self._current()
+        if session.place.size > 1:
             before, deadline = self._committed, time.monotonic() + timeout_s
             while self._committed == before and time.monotonic() < deadline and not self._stop.is_set():
                 self._stop.wait(POLL_S)
 
     def finish(self, *, keep: bool = False) -> None:
         """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and detach."""
-        if self._line is not None:
-            self._line.finish(keep=keep)
+        if self._session is not None:
+            self._session.finish(keep=keep)
         self.close()
 
     def close(self) -> None:
@@ -314,26 +312,26 @@ class FileStore:
         thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread() and os.getpid() == self._pid:
             thread.join(30.0)
-        line, self._line = self._line, None
+        session, self._session = self._session, None
         source, self._source = self._source, None
-        if line is not None:
-            line.close()
+        if session is not None:
+            session.close()
         if source is not None:
             source.close()
         self._files, self.open_step, self._busy = {}, None, 0
 
     # ---- inside
 
-    def _current(self) -> Line:
+    def _current(self) -> StoreSession:
         if os.getpid() != self._pid:
             raise UsageError(
                 "this file store belongs to another process; a forked child must not use it", reason="forked"
             )
-        if self._line is None:
+        if self._session is None:
             raise UsageError(
                 "this file store has not begun (or was closed): call begin() on all ranks first", reason="not_begun"
             )
-        return self._line
+        return self._session
 
     def _carried_before(self, place: World) -> dict[str, Any]:
         """The carried files of the snapshot begun from: its own, and for rank 0 those of ranks that are no more."""
@@ -347,18 +345,18 @@ class FileStore:
                     found.setdefault(named.group(3), source.read_bytes(stored))
         return found
 
-    def _newest(self) -> tuple[Source | None, Index]:
+    def _newest(self) -> tuple[SnapshotReader | None, Index]:
         """The newest complete snapshot, opened when it is first looked at."""
-        line = self._current()
+        session = self._current()
         with self._reading:
             source = self._source
             if self._complete > (source.step if source is not None else 0):
                 if source is not None:
                     source.close()
-                source = Source(run=str(self.run), step=self._complete, socket_path=self._socket_path)
+                source = SnapshotReader(run=str(self.run), step=self._complete, socket_path=self._socket_path)
                 self._source, self._index = source, None
             if source is not None and self._index is None:
-                self._index = source.read(lambda opened: _index(opened, line.place.rank))
+                self._index = source.read(lambda opened: _index(opened, session.place.rank))
             return source, self._index or {}
 
     def _check_open(self, step: int, name: str) -> None:
@@ -381,28 +379,26 @@ class FileStore:
             )
         self.open_step = step
 
-    def _commit_files(self, line: Line, step: int, files: Mapping[str, Any]) -> None:
+    def _commit_files(self, session: StoreSession, step: int, files: Mapping[str, Any]) -> None:
         try:
             self._committing = step
             carried = dict(self._carried)
-            start = f"rank-{line.place.rank:05d}."
+            start = f"rank-{session.place.rank:05d}."
             sources = {f"{start}{FILE}.{name}": _as_tensor(data) for name, data in files.items()}
             sources |= {f"{start}{CARRIED}.{name}": _as_tensor(data) for name, data in carried.items()}
             sizes = {name: sources[f"{start}{FILE}.{name}"].numel() for name in files}
             layout = _layout(sources, f"{start}{PADDING}")
-            slot = line.reserve(step, layout.size_bytes, wait_s=self._max_wait_s)
-            digests = fill(line.filler, slot.mapping, layout, sources, step=step)
-            line.commit(slot, layout, digests, kind=KIND)
+            session.write(step, layout, sources, kind=KIND, wait_s=self._max_wait_s)
         except BaseException as error:
-            line.abandon(step, str(error))
+            session.abandon(step, str(error))
             self._close_step(step, files, self._sealed)
             raise
         self._close_step(step, files, sizes)
 
-    def _give_up(self, line: Line, step: int) -> None:
+    def _give_up(self, session: StoreSession, step: int) -> None:
         stale = self.open_step
         reason = f"step {step} of {self.run} was sealed while files of step {stale} are open: both are given up"
-        line.abandon(step, reason)
+        session.abandon(step, reason)
         self._committed, self._files, self.open_step = step, {}, None
         raise UsageError(reason, reason="two_steps_open")
 
@@ -415,11 +411,11 @@ class FileStore:
             if self.open_step == step:
                 self.open_step = None
 
-    def _watch(self, line: Line) -> None:
+    def _watch(self, session: StoreSession) -> None:
         """Commit what this rank wrote, or nothing, of every step that another rank sealed."""
         while not self._stop.is_set():
             try:
-                sealed = line.await_seal(self._committed, wait_s=POLL_S)
+                sealed = session.await_seal(self._committed, wait_s=POLL_S)
                 self._complete = max(self._complete, sealed.complete_step)
                 if sealed.step > self._committed:
                     self.commit(sealed.step)

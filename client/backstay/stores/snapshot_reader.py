@@ -13,9 +13,9 @@ from typing import Final, TypeVar
 import torch
 
 from backstay.errors import IntegrityError, UnavailableError
-from backstay.protocol import framing, messages
 from backstay.protocol.connection import DaemonConnection
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
+from backstay.session.attach import ignore, retry
 
 T = TypeVar("T")
 OPEN_DEADLINE_S: Final = 120.0
@@ -24,7 +24,7 @@ RETRY_S: Final = 0.3
 READ_DEADLINE_S: Final = 1e6  # each fetch is bounded by the daemon, and by its silence
 
 
-class Source:
+class SnapshotReader:
     """One snapshot of a run; thread-safe.
 
     Args:
@@ -72,34 +72,30 @@ class Source:
 
     def _open(self) -> OpenedSnapshot:
         """Open it, and wait a while for shards that are being rebuilt."""
-        deadline = time.monotonic() + OPEN_DEADLINE_S
-        while self._opened is None:
-            connection = DaemonConnection(self._socket_path, timeout_s=ASK_DEADLINE_S)
-            try:
-                self._opened = self._visit(connection)
-                self._connection = connection
-            except UnavailableError:
-                connection.close()
-                if time.monotonic() + RETRY_S > deadline:
-                    raise
-                threading.Event().wait(RETRY_S)
-            except BaseException:
-                connection.close()
-                raise
+        if self._opened is None:
+            deadline = time.monotonic() + OPEN_DEADLINE_S
+            self._connection, self._opened = retry(
+                lambda _: self._visit(), deadline=deadline, pause_s=RETRY_S, is_passing=_is_passing
+            )
         return self._opened
 
-    def _visit(self, connection: DaemonConnection) -> OpenedSnapshot:
-        offer, fds = connection.call(messages.Open(run=self.run, step=self.step), deadline_s=ASK_DEADLINE_S)
-        framing.close_fds(fds)
-        if not isinstance(offer, messages.Offer) or (offer.step != self.step and self.step):
-            raise IntegrityError(
-                f"{self.run}: step {self.step} was asked for, the daemon answered {type(offer).__name__}; not used",
-                reason="bad_reply",
-            )
-        if self._snapshot_id not in ("", offer.snapshot_id):
-            raise IntegrityError(
-                f"{self.run}: step {self.step} in memory is not the snapshot that was decided; nothing was loaded",
-                reason="wrong_identity",
-            )
-        deadline = time.monotonic() + READ_DEADLINE_S
-        return OpenedSnapshot.from_offer(connection, offer, run=self.run, deadline=deadline, on_progress=lambda _: None)
+    def _visit(self) -> tuple[DaemonConnection, OpenedSnapshot]:
+        connection = DaemonConnection(self._socket_path, timeout_s=ASK_DEADLINE_S)
+        try:
+            offer = connection.open(self.run, self.step, deadline_s=ASK_DEADLINE_S)
+            if self._snapshot_id not in ("", offer.snapshot_id):
+                raise IntegrityError(
+                    f"{self.run}: step {self.step} in memory is not the snapshot that was decided; nothing was loaded",
+                    reason="wrong_identity",
+                )
+            deadline = time.monotonic() + READ_DEADLINE_S
+            opened = OpenedSnapshot.from_offer(connection, offer, run=self.run, deadline=deadline, on_progress=ignore)
+        except BaseException:
+            connection.close()
+            raise
+        return connection, opened
+
+
+def _is_passing(error: Exception) -> bool:
+    """A snapshot that cannot be read yet; where no daemon listens, the caller is not kept waiting."""
+    return isinstance(error, UnavailableError) and error.reason != "no_daemon"

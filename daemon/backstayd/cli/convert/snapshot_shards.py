@@ -51,23 +51,13 @@ def open_in_memory(socket: str, run: str, *, step: int, prefix: str) -> Iterator
     connection = DaemonConnection(socket, timeout_s=5.0)
     fds: dict[int, int] = {}
     try:
-        offer, unexpected = connection.call(messages.Open(run=run, step=step), deadline_s=DEADLINE_S)
-        framing.close_fds(unexpected)
-        if not isinstance(offer, messages.Offer):
-            raise IntegrityError(
-                f"the daemon at {socket} answered Open with {type(offer).__name__}", reason="bad_reply"
-            )
+        offer = connection.open(run, step, deadline_s=DEADLINE_S)
         manifests = [json_records.from_json(Manifest, body) for body in offer.manifests]
         for group in _grouped([_chunks_of(m, prefix) for m in manifests]):
-            reply, received = connection.call(
+            reply, received = connection.fetch(
                 messages.Fetch(decision_id=offer.decision_id, shards=tuple(group), deadline_s=DEADLINE_S),
-                deadline_s=DEADLINE_S,
+                on_progress=lambda _: None,
             )
-            if not isinstance(reply, messages.Fetched) or any(s.fd_index >= len(received) for s in reply.shards):
-                framing.close_fds(received)
-                raise IntegrityError(
-                    f"the daemon at {socket} answered Fetch with {type(reply).__name__}", reason="bad_reply"
-                )
             fds |= {shard.rank: received[shard.fd_index] for shard in reply.shards}
         yield [Shard(manifest=m, bytes=FileBytes(fds.get(m.rank, -1))) for m in manifests]
     finally:

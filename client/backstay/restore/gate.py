@@ -1,4 +1,4 @@
-"""The layout gate: no rank goes on before all agree on what they loaded. Sends digests to the daemon; no collective.
+"""The layout gate: no rank trains before all agree on what they loaded. Sends digests to the daemon; no collective.
 
 Must end by its deadline, with the same reason on every rank.
 """
@@ -15,46 +15,43 @@ from backstay.errors import BackstayError, IntegrityError, UnavailableError
 from backstay.protocol import messages
 from backstay.protocol.connection import DaemonConnection
 from backstay.restore.gate_statements import MAX_DETAIL_NAMES, Statement
+from backstay.session.attach import attach, ignore, is_unavailable, retry
 
 _log = logging.getLogger("backstay")
 
 LEAST_DEADLINE_S: Final = 10.0  # for comparing, when loading took nearly all of restore()'s time
 FAILURE_DEADLINE_S: Final = 10.0
+ATTACH_S: Final = 5.0
 MAX_ROUNDS: Final = 4
-PAUSE_S: Final = 0.2
 
 OnProgress = Callable[[messages.Progress], None]
 
 
-class Gate:
+class LayoutGate:
     """One rank's part of one decision's gate.
 
     ``connection`` may be another one afterwards: a daemon that is restarted meanwhile is attached to again.
     """
 
     def __init__(
-        self, connection: DaemonConnection, attach: messages.Attach, restored: messages.Restored, *, deadline_s: float
+        self, connection: DaemonConnection, identity: messages.Attach, decision_id: str, *, deadline_s: float
     ) -> None:
+        """``identity``: with the attempt that this world writes."""
         self.connection = connection
-        self._attach = dataclasses.replace(attach, attempt=restored.attempt)
-        self._restored = restored
+        self._identity, self._decision_id = identity, decision_id
         self._deadline = time.monotonic() + max(LEAST_DEADLINE_S, deadline_s)
 
     def pass_with(self, statements: Sequence[Statement], on_progress: OnProgress) -> None:
-        """Return when every rank has said the same; a daemon of a version without a gate lets everybody pass.
+        """Return when every rank has stated the same.
 
         Raises:
             IntegrityError: they differ, or a rank could not load (``gate_failed``). UnavailableError: no verdict in time.
         """
-        if not self._restored.decision_id:
-            return
         entries = tuple(statement.entry() for statement in statements)
         by_name = {statement.name: statement for statement in statements}
         details: dict[str, messages.GateDetail] = {}
         for _ in range(MAX_ROUNDS):
-            message = messages.Gate(
-                decision_id=self._restored.decision_id, entries=entries, details=tuple(details.values())
-            )
+            message = messages.Gate(decision_id=self._decision_id, entries=entries, details=tuple(details.values()))
             answer = self._ask(message, on_progress)
             if answer.state == "passed":
                 return
@@ -68,47 +65,37 @@ class Gate:
         )
 
     def report_failure(self, error: BaseException) -> None:
-        """Tell the other ranks that this one could not load, so that all raise now; never raises itself."""
-        is_told = isinstance(error, BackstayError) and error.reason == "gate_failed"
-        if is_told or not isinstance(error, Exception) or not self._restored.decision_id:
+        """Report to the other ranks that this one could not load, so that all raise now; never raises itself."""
+        is_known = isinstance(error, BackstayError) and error.reason == "gate_failed"
+        if is_known or not isinstance(error, Exception):
             return
         self._deadline = min(self._deadline, time.monotonic() + FAILURE_DEADLINE_S)
         failure = str(error) if isinstance(error, BackstayError) else f"{type(error).__name__}: {error}"
         try:
-            self._ask(messages.Gate(decision_id=self._restored.decision_id, failure=failure[:500] or "?"), _ignore)
+            self._ask(messages.Gate(decision_id=self._decision_id, failure=failure[:500] or "?"), ignore)
         except (BackstayError, OSError) as problem:
             _log.warning("backstay: the other ranks could not be told that this one did not load: %s", problem)
 
     def _ask(self, message: messages.Gate, on_progress: OnProgress) -> messages.GateAnswer:
         """One answer, from the next daemon if this one goes."""
-        while True:
-            left = max(0.1, self._deadline - time.monotonic())
-            try:
-                return self.connection.gate(dataclasses.replace(message, deadline_s=left), on_progress)
-            except (UnavailableError, OSError) as error:
-                is_final = isinstance(error, BackstayError) and error.reason == "deadline"
-                if is_final or time.monotonic() + PAUSE_S >= self._deadline:
-                    raise
-            time.sleep(PAUSE_S)
-            self._attach_again()
+        failures: list[Exception] = []
 
-    def _attach_again(self) -> None:
+        def attempt(left_s: float) -> messages.GateAnswer:
+            if failures:
+                self._attach_again(min(ATTACH_S, left_s))
+            return self.connection.gate(dataclasses.replace(message, deadline_s=left_s), on_progress)
+
+        return retry(attempt, deadline=self._deadline, is_passing=_is_passing, on_failure=failures.append)
+
+    def _attach_again(self, timeout_s: float) -> None:
         self.connection.close()
-        left = max(0.1, min(5.0, self._deadline - time.monotonic()))
-        connection = None
         try:
-            connection = DaemonConnection(self.connection.socket_path, timeout_s=left)
-            connection.attach(self._attach, deadline_s=left)
+            self.connection, _ = attach(
+                self.connection.socket_path, self._identity, connect_s=timeout_s, attach_s=timeout_s
+            )
         except (UnavailableError, OSError):
-            if connection is not None:
-                connection.close()
-            return
-        except BaseException:
-            if connection is not None:
-                connection.close()
-            raise
-        self.connection = connection
+            return  # the connection is still closed, as the request will find
 
 
-def _ignore(_: messages.Progress) -> None:
-    """Nobody waits for this."""
+def _is_passing(error: Exception) -> bool:
+    return is_unavailable(error) and getattr(error, "reason", "") != "deadline"

@@ -22,7 +22,7 @@ Place = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, shape of the whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dynamic:
+class RankState:
     """JSON bytes, and tensors by stored name; ``places``: where those that are parts lie in their whole.
 
     ``parts``: what the JSON is made of, by the name of the extra that gave it.
@@ -46,7 +46,7 @@ def read(
     *,
     rank: int,
     values: Mapping[str, Any] | None = None,
-) -> Dynamic:
+) -> RankState:
     """Read what lies around the tensors now; the tensors are the living ones, not copies."""
     found: dict[str, torch.Tensor] = {}
     encoded = optimizer_state.read_values(optimizers, holdings, found)
@@ -78,4 +78,4 @@ def read(
         VALUES_PATH: kept,
         "optimizer state": encoded,
     }
-    return Dynamic(document=json_codec.dumps(document), tensors=tensors, places=places, parts=parts)
+    return RankState(document=json_codec.dumps(document), tensors=tensors, places=places, parts=parts)

@@ -1,18 +1,47 @@
-"""How much of its time training waits for snapshots: for a slot, and for the copy of what the optimizer is about to change.
+"""What snapshots cost training: sums for the daemon's metrics, and the share of its time that training waits.
 
-Only measures and words it; how often snapshots are taken is the coordinator's to change, for all ranks at once.
+Training waits for a slot, and for the copy of what the optimizer is about to change. How often snapshots are taken is the
+coordinator's to change, for all ranks at once.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
+
+from backstay.protocol import messages
 
 LIMIT: Final = 0.05  # of its time; above it the interval is raised
 NOISE_S: Final = 0.005  # a shorter mean wait is a thread that wakes late
 SNAPSHOTS: Final = 8  # the share is that of so many
 LEAST_SNAPSHOTS: Final = 4  # and of so many at least
+
+
+class Costs:
+    """Sums since the daemon was last sent them; any thread adds. Nothing is lost with a message: sums can be added again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sum = messages.TrainerCost()
+
+    def add(self, cost: messages.TrainerCost) -> None:
+        with self._lock:
+            self._sum = messages.TrainerCost(
+                snapshot_s=self._sum.snapshot_s + cost.snapshot_s,
+                fence_s=self._sum.fence_s + cost.fence_s,
+                capture_s=self._sum.capture_s + cost.capture_s,
+                copied_bytes=self._sum.copied_bytes + cost.copied_bytes,
+                kept_bytes=self._sum.kept_bytes + cost.kept_bytes,
+                waited_s=self._sum.waited_s + cost.waited_s,
+            )
+
+    def take(self) -> messages.TrainerCost:
+        """The sums, which begin anew."""
+        with self._lock:
+            taken, self._sum = self._sum, messages.TrainerCost()
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
