@@ -42,7 +42,8 @@ from backstay.stores import dcp_items, dcp_staging
 from backstay.stores.fill_bytes import fill, hash_in_place, put
 from backstay.stores.snapshot_reader import SnapshotReader
 from backstay.stores.store_session import StoreSession, begin
-from backstay.trainer import checked_arguments, torch_world
+from backstay.trainer import argument_checks
+from backstay.trainer.process_group import agree_on_id, current_world
 
 _log = logging.getLogger("backstay")
 
@@ -78,7 +79,7 @@ class Store:
         self._run = RunKey(job, run_id)
         self._socket_path = find_socket(socket)
         self.is_strict = strict
-        self.max_wait_s = checked_arguments.seconds_of("max_wait_s", max_wait_s)
+        self.max_wait_s = argument_checks.seconds_of("max_wait_s", max_wait_s)
         self.last_problem = ""
         self.step: int | None = None  # what this world began from; None: nothing
         self._session: StoreSession | None = None
@@ -97,9 +98,9 @@ class Store:
             UnavailableError: no daemon, or no decision in time. UnrecoverableError: a known run without a restorable snapshot.
         """
         self.close()
-        place = torch_world.current()
+        place = current_world()
         begun = begin(
-            str(self._run), place, torch_world.agree_on_id(place, deadline_s=deadline_s), socket_path=self._socket_path,
+            str(self._run), place, agree_on_id(place, deadline_s=deadline_s), socket_path=self._socket_path,
             allow_fresh=allow_fresh, deadline_s=deadline_s,
         )  # fmt: skip
         self._session, self._source = begun.session, begun.source
@@ -112,7 +113,7 @@ class Store:
 
     def writer(self, step: int) -> BackstayWriter:
         """For one ``dcp.save`` or ``dcp.async_save``: all ranks give the same step, higher than the one before."""
-        step = checked_arguments.step_of("writer", step)
+        step = argument_checks.step_of("writer", step)
         self.save.aim(step, self.session)
         return BackstayWriter(self, step)
 

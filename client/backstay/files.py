@@ -27,8 +27,7 @@ from backstay.errors import BackstayError, UsageError
 from backstay.stores.file_store import DEFAULT_COMPLETE_S, FileStore
 from backstay.stores.folder_urls import SCHEME, enter_step, folder_of, move, split_path, step_of
 from backstay.stores.open_files import ReadFile, WriteFile
-from backstay.trainer import torch_world
-from backstay.trainer.torch_world import World
+from backstay.trainer.process_group import World, current_world
 
 _log = logging.getLogger("backstay")
 
@@ -57,7 +56,7 @@ def begin(url: str, *, socket: str | None = None, allow_fresh: bool = False, dea
             known.close()
         job, _, run_id = run.partition("/")
         store = FileStore(run_id=run_id, job=job, socket=socket)
-        place = torch_world.current()
+        place = current_world()
         step = store.begin(
             place=place, world_id=_agree_on_id(run, place), allow_fresh=allow_fresh, deadline_s=deadline_s
         )

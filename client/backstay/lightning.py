@@ -15,17 +15,16 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from backstay.adapters import lightning_state
+from backstay.adapters.run_keeper import RunKeeper
 from backstay.errors import UsageError
-from backstay.snapshotter import RestoreResult, Snapshotter
-from backstay.trainer import checked_arguments, lightning_state
-from backstay.trainer.data import followed_loaders
-from backstay.trainer.data.data_position import Place, Position, follow, place_of
+from backstay.trainer.data.data_position import Place, follow, place_of
 from backstay.trainer.state import state_file
 
 _log = logging.getLogger("backstay")
@@ -68,7 +67,7 @@ _UNSUPPORTED_CALLBACKS = {  # by class, subclasses too: what each does that a re
 }
 
 
-class BackstayCallback(Callback):
+class BackstayCallback(RunKeeper, Callback):
     """Restores when fit() begins, captures after each optimizer step, frees the run's memory when fit() ends well.
 
     A step is captured right before the batch after it is fetched: validation, schedulers and all hooks of the step are behind
@@ -76,35 +75,14 @@ class BackstayCallback(Callback):
 
     Args:
         run_id: The training run whose state this is; a new one for a run that starts from scratch.
-        allow_fresh: Start over if the run is known but nothing of it can be restored.
-        missing_ok: As of :meth:`backstay.Snapshotter.restore`: names in ``extra`` that the snapshot may lack.
-        deadline_s: How long restoring may take.
-        keep: Keep the run's memory (until ``job_ttl_s``) when fit() ends well.
-        **options: As of :class:`backstay.Snapshotter`: ``job``, ``extra``, ``socket``, ``max_wait_s``, ``strict``...
+        **options: ``allow_fresh``, ``deadline_s``, ``missing_ok`` and ``keep`` as of
+            :class:`~backstay.adapters.run_keeper.RunKeeper`, and those of :class:`backstay.Snapshotter`.
     """
 
-    def __init__(
-        self,
-        *,
-        run_id: str,
-        allow_fresh: bool = False,
-        deadline_s: float = 600.0,
-        missing_ok: Iterable[str] = (),
-        keep: bool = False,
-        **options: Any,
-    ) -> None:
-        self.keeper: Snapshotter | None = None
-        self.restored: RestoreResult | None = None
-        self._run_id, self._options = run_id, options
-        self._extra: Mapping[str, Any] = options.pop("extra", None) or {}
-        followed_loaders.refuse(self._extra, "BackstayCallback")
-        self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
-        self._missing_ok = checked_arguments.names_of("missing_ok", missing_ok)
-        self._trainer: Any = None
-        self._position = Position(self._places)
+    def __init__(self, *, run_id: str, **options: Any) -> None:
+        super().__init__(run_id=run_id, **options)
         self._parts: lightning_state.LightningState | None = None
-        self._last_step = 0
-        self._goes_on = False
+        self._is_resuming = False
         self._undo: Callable[[], None] | None = None
 
     # ---- hooks of Lightning, in their order
@@ -134,32 +112,18 @@ class BackstayCallback(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         parts = self._parts = lightning_state.LightningState(trainer, self._position, _batches_ahead)
-        self.keeper = Snapshotter(
-            trainer.strategy.model,
-            trainer.optimizers,
-            run_id=self._run_id,
-            extra={"lightning": parts, **self._extra},
-            **self._options,
-        )
-        self.restored = self.keeper.restore(
-            allow_fresh=self._allow_fresh, deadline_s=self._deadline_s, missing_ok=self._missing_ok
-        )
-        if self.restored.outcome == "NONE":
-            return
-        lightning_state.pass_over_checkpoint(trainer, self.restored.step)
-        self._position.arm()
-        self._last_step, self._goes_on = self.restored.step, True
-        _log.info(
-            "backstay: run %s goes on after step %d (%s)", self._run_id, self.restored.step, self.restored.outcome
-        )
+        restored = self._restore(trainer.strategy.model, trainer.optimizers, {"lightning": parts})
+        if restored.outcome != "NONE":
+            lightning_state.pass_over_checkpoint(trainer, restored.step)
+            self._last_step, self._is_resuming = restored.step, True
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._goes_on:
+        if self._is_resuming:
             lightning_state.begin_pass(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._goes_on:
-            self._goes_on = False
+        if self._is_resuming:
+            self._is_resuming = False
             assert self._parts is not None
             self._parts.end_restart()
 

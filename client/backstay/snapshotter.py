@@ -30,8 +30,9 @@ from backstay.restore.restore import Restoration, restore
 from backstay.restore.result import RestoreResult, make_result
 from backstay.session.progress import announce
 from backstay.stats import REFUSED, SnapshotStatus, Stats
-from backstay.trainer import checked_arguments, fsdp2, held_tensors, left_out_state, optimizer_state, torch_world
+from backstay.trainer import argument_checks, distributed_tensors, local_tensors, optimizer_state, uncaptured_state
 from backstay.trainer.data import followed_loaders
+from backstay.trainer.process_group import agree_on_id, current_world
 
 _log = logging.getLogger("backstay")
 
@@ -82,16 +83,16 @@ class Snapshotter:
         persist_on_sigterm: bool = False,
         process_group: Any = None,
     ) -> None:
-        self._model = checked_arguments.model_of(model)
-        self._optimizers = checked_arguments.optimizers_of(optimizer)
+        self._model = argument_checks.model_of(model)
+        self._optimizers = argument_checks.optimizers_of(optimizer)
         self._run = RunKey(job, run_id)
-        self._extra = followed_loaders.follow_all(checked_arguments.extra_of(extra))
+        self._extra = followed_loaders.follow_all(argument_checks.extra_of(extra))
         self._values: dict[str, Any] = {}
         self._socket_path = find_socket(socket)
-        self._group = checked_arguments.process_group_of(process_group)
+        self._group = argument_checks.process_group_of(process_group)
         self._settings = Settings(
-            max_wait_s=checked_arguments.seconds_of("max_wait_s", max_wait_s),
-            check_every=checked_arguments.count_of("check_every", check_every),
+            max_wait_s=argument_checks.seconds_of("max_wait_s", max_wait_s),
+            check_every=argument_checks.count_of("check_every", check_every),
             strict=strict,
         )
         self._warnings = Warnings(strict=strict)
@@ -131,8 +132,8 @@ class Snapshotter:
         """
         self._refuse_closed("restore()")
         begin_s = time.monotonic()
-        deadline = begin_s + checked_arguments.seconds_of("deadline_s", deadline_s)
-        missing_ok = checked_arguments.names_of("missing_ok", missing_ok)
+        deadline = begin_s + argument_checks.seconds_of("deadline_s", deadline_s)
+        missing_ok = argument_checks.names_of("missing_ok", missing_ok)
         self._end_captures()
         target, identity = self._describe(missing_ok, deadline_s=deadline - begin_s)
         restoration = restore(self._socket_path, identity, target, allow_fresh=allow_fresh, deadline=deadline)
@@ -156,7 +157,7 @@ class Snapshotter:
 
     @values.setter
     def values(self, values: dict[str, Any]) -> None:
-        self._values = checked_arguments.values_of(values)
+        self._values = argument_checks.values_of(values)
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """Have the loss of the step under way looked at, for the first steps after a restore; free afterwards.
@@ -183,7 +184,7 @@ class Snapshotter:
             raise UsageError(
                 "snapshot() before restore(): call restore() first, also for a new run", reason="not_restored"
             )
-        step = checked_arguments.step_of("snapshot", step)
+        step = argument_checks.step_of("snapshot", step)
         if self._probation is not None:
             self._probation.note_step(step)
         return self._capturer.snapshot(step)
@@ -210,7 +211,7 @@ class Snapshotter:
         """The run ended well: free its memory everywhere (``keep=True``: it stays until ``job_ttl_s``), and close."""
         if os.getpid() != self._pid or self._is_closed:
             return
-        timeout_s = checked_arguments.seconds_of("timeout_s", timeout_s)
+        timeout_s = argument_checks.seconds_of("timeout_s", timeout_s)
         try:
             self.fence()
             if self._capturer is not None and not self._capturer.background.finish(keep=keep, timeout_s=timeout_s):
@@ -247,34 +248,34 @@ class Snapshotter:
 
     def wait_committed(self, timeout_s: float = 60.0) -> bool:
         """Wait until no capture is under way (a checked one ends with the next fence); False if the time is over."""
-        timeout_s = checked_arguments.seconds_of("timeout_s", timeout_s)
+        timeout_s = argument_checks.seconds_of("timeout_s", timeout_s)
         return self._capturer is None or self._capturer.background.wait_captures(timeout_s)
 
     # ---- inside
 
     def _describe(self, missing_ok: frozenset[str], *, deadline_s: float) -> tuple[Target, messages.Attach]:
         """What is to be restored, and what this rank attaches with; a collective: rank 0 draws the world's id."""
-        place = torch_world.current(self._group)
-        left_out_state.warn(self._model)
-        fsdp2.reshard(self._model)
-        holdings = held_tensors.collect(self._model, self._optimizers, rank=place.rank, members=place.members)
+        place = current_world(self._group)
+        uncaptured_state.warn(self._model)
+        distributed_tensors.reshard(self._model)
+        holdings = local_tensors.collect(self._model, self._optimizers, rank=place.rank, members=place.members)
         optimizer_state.read_values(self._optimizers, holdings, {})  # raises here, not at the first snapshot
         target = Target(
             model=self._model, optimizers=self._optimizers, extra=self._extra, rank=place.rank, world_size=place.size,
-            run=str(self._run), signature=held_tensors.model_signature(holdings), members=place.members, values=self.values,
+            run=str(self._run), signature=local_tensors.model_signature(holdings), members=place.members, values=self.values,
             missing_ok=missing_ok,
         )  # fmt: skip
         identity = messages.Attach(
-            run=str(self._run), world_id=torch_world.agree_on_id(place, deadline_s=deadline_s),
+            run=str(self._run), world_id=agree_on_id(place, deadline_s=deadline_s),
             rank=place.rank, world_size=place.size, needs=holdings.needs, model_signature=target.signature,
             collective_timeout_s=place.collective_timeout_s,
-            client_version=__version__, layout=held_tensors.layout_signature(holdings),
+            client_version=__version__, layout=local_tensors.layout_signature(holdings),
         )  # fmt: skip
         return target, identity
 
     def _begin_probation(self, target: Target, capturer: Capturer, restoration: Restoration) -> Probation:
         restored = restoration.restored
-        holdings = held_tensors.collect(target.model, self._optimizers, rank=target.rank, members=target.members)
+        holdings = local_tensors.collect(target.model, self._optimizers, rank=target.rank, members=target.members)
         return Probation(
             self._optimizers, holdings.names, base_step=restored.step, steps=restored.probation_steps,
             report=capturer.background.distrust,

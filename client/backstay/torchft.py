@@ -34,8 +34,8 @@ from backstay.protocol.connection import DaemonConnection, find_socket
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
 from backstay.session.attach import ignore, retry
 from backstay.stores.store_session import StoreSession, begin
+from backstay.trainer.process_group import World
 from backstay.trainer.state import packing
-from backstay.trainer.torch_world import World
 
 try:
     from torchft.checkpointing.transport import CheckpointTransport

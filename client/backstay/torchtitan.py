@@ -15,12 +15,12 @@ from typing import Any, Final
 
 from torch import nn
 
+from backstay.adapters.pipeline_parts import merge_parts
 from backstay.errors import IntegrityError, UsageError
 from backstay.ids import DEFAULT_JOB
 from backstay.snapshotter import DEFAULT_MAX_WAIT_S, Snapshotter
 from backstay.stats import STARTED
 from backstay.trainer import rng
-from backstay.trainer.pipeline_parts import merge_parts
 
 try:
     from torchdata.stateful_dataloader import StatefulDataLoader

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 
+from backstay.adapters.run_keeper import RunKeeper
 from backstay.errors import ConfigError, UsageError
-from backstay.snapshotter import RestoreResult, Snapshotter
-from backstay.trainer import checked_arguments
-from backstay.trainer.data import followed_loaders
-from backstay.trainer.data.data_position import Place, Position, place_of
+from backstay.snapshotter import RestoreResult
+from backstay.trainer.data.data_position import Place, place_of
 
 try:
     import transformers
@@ -64,7 +63,7 @@ def attach(trainer: transformers.Trainer, *, run_id: str, **options: Any) -> Bac
     return callback
 
 
-class BackstayCallback(TrainerCallback):
+class BackstayCallback(RunKeeper, TrainerCallback):
     """Restores when train() has built model, optimizer and scheduler, captures after each optimizer step.
 
     A step is captured right before the batches after it are fetched: logging, evaluation and all callbacks of the step are
@@ -72,37 +71,17 @@ class BackstayCallback(TrainerCallback):
 
     Args:
         run_id: The training run whose state this is.
-        allow_fresh: Start over if the run is known but nothing of it can be restored.
-        missing_ok: As of :meth:`backstay.Snapshotter.restore`: names in ``extra`` that the snapshot may lack.
-        deadline_s: How long restoring may take.
-        keep: Keep the run's memory (until ``job_ttl_s``) when train() ends well.
-        **options: As of :class:`backstay.Snapshotter`: ``job``, ``extra``, ``socket``, ``max_wait_s``, ``strict``...
+        **options: ``allow_fresh``, ``deadline_s``, ``missing_ok`` and ``keep`` as of
+            :class:`~backstay.adapters.run_keeper.RunKeeper`, and those of :class:`backstay.Snapshotter`.
     """
 
-    def __init__(
-        self,
-        *,
-        run_id: str,
-        allow_fresh: bool = False,
-        deadline_s: float = 600.0,
-        missing_ok: Iterable[str] = (),
-        keep: bool = False,
-        **options: Any,
-    ) -> None:
-        self.keeper: Snapshotter | None = None
-        self.restored: RestoreResult | None = None
-        self._run_id, self._options = run_id, options
-        self._extra: Mapping[str, Any] = options.pop("extra", None) or {}
-        followed_loaders.refuse(self._extra, "BackstayCallback")
-        self._allow_fresh, self._deadline_s, self._keep = allow_fresh, deadline_s, keep
-        self._missing_ok = checked_arguments.names_of("missing_ok", missing_ok)
-        self._trainer: Any = None
+    def __init__(self, *, run_id: str, **options: Any) -> None:
+        super().__init__(run_id=run_id, **options)
         self._original: dict[str, Callable[..., Any]] = {}
-        self._position = Position(self._places)
         self._loader: Any = None
         self._prepared: tuple[Any, Any] | None = None
-        self._rest: Any = None  # what is left of an epoch that is gone on with in its middle
-        self._epoch = self._windows = self._last_step = 0
+        self._rest: Any = None  # what is left of an epoch that is resumed in its middle
+        self._epoch = self._windows = 0
         self._left_out = 0  # batches of the epoch that were used before a checkpoint folder, from which the run began
 
     def serve(self, trainer: Any) -> None:
@@ -158,12 +137,11 @@ class BackstayCallback(TrainerCallback):
         arguments = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
         begin: tuple[int, int] = self._original["_init_training_state"](*arguments)
         self._prepared = self._original["_prepare_for_training"](max_steps, self._loader, resume_from_checkpoint)
-        restored = self._restore(self._prepared[0])
+        restored = self._restore_into(self._prepared[0])
         self._last_step = trainer.state.global_step
         if restored.outcome == "NONE":
             return begin
         trainer.state.init_training_references(trainer, max_steps, num_train_epochs, trial)
-        _log.info("backstay: run %s goes on after step %d (%s)", self._run_id, restored.step, restored.outcome)
         return self._epoch, self._windows * trainer.args.gradient_accumulation_steps
 
     def _wrapped_prepare_for_training(self, max_steps: int, loader: Any, resume_from_checkpoint: str | None) -> Any:
@@ -215,7 +193,7 @@ class BackstayCallback(TrainerCallback):
 
     # ---- restoring
 
-    def _restore(self, model: Any) -> RestoreResult:
+    def _restore_into(self, model: Any) -> RestoreResult:
         trainer = self._trainer
         if self.keeper is not None:
             raise UsageError(
@@ -224,17 +202,10 @@ class BackstayCallback(TrainerCallback):
                 reason="used_twice",
             )
         self._progress = _Progress(self)
-        extra: dict[str, Any] = {"trainer": self._progress, "scheduler": trainer.lr_scheduler, **self._extra}
+        extra: dict[str, Any] = {"trainer": self._progress, "scheduler": trainer.lr_scheduler}
         if trainer.accelerator.scaler is not None:
             extra["scaler"] = trainer.accelerator.scaler
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        self.keeper = Snapshotter(model, optimizer, run_id=self._run_id, extra=extra, **self._options)
-        self.restored = self.keeper.restore(
-            allow_fresh=self._allow_fresh, deadline_s=self._deadline_s, missing_ok=self._missing_ok
-        )
-        if self.restored.outcome != "NONE":
-            self._position.arm()
-        return self.restored
+        return self._restore(model, getattr(trainer.optimizer, "optimizer", trainer.optimizer), extra)
 
     def _is_restored(self) -> bool:
         return self.restored is not None and self.restored.outcome != "NONE"

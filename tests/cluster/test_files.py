@@ -22,7 +22,7 @@ from backstay.errors import UnavailableError, UsageError
 from backstay.stores.file_store import FileStore
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
-from backstay.trainer.torch_world import World as Place
+from backstay.trainer.process_group import World as Place
 from tests.kit.dcp_world import World
 from tests.kit.wording import refuses, says
 

@@ -20,7 +20,7 @@ from backstay.capture.fill import Filler
 from backstay.errors import UsageError
 from backstay.format import shard
 from backstay.format.digest import verify_chunks
-from backstay.trainer import held_tensors
+from backstay.trainer import local_tensors
 from backstay.trainer.raw_memory import Mapping
 from backstay.trainer.state import json_codec
 
@@ -38,7 +38,7 @@ def directory() -> Iterator[Path]:
 
 
 def make_plan(model: nn.Module, *optimizers: torch.optim.Optimizer, rank: int = 0) -> shard_plan.Plan:
-    holdings = held_tensors.collect(model, optimizers, rank=rank)
+    holdings = local_tensors.collect(model, optimizers, rank=rank)
     return shard_plan.build(holdings, rank=rank, dynamic={}, state=b"{}", metadata={})
 
 
@@ -121,14 +121,14 @@ def test_tied_weights_are_stored_once_and_named_as_alias() -> None:
 def test_state_that_an_optimizer_shares_between_parameters_makes_no_other_layout() -> None:
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters())
-    fresh = held_tensors.collect(model, [optimizer], rank=0)
+    fresh = local_tensors.collect(model, [optimizer], rank=0)
     shared = torch.zeros(256)
     for parameter in model.parameters():
         optimizer.state[parameter]["map"] = shared
-    trained = held_tensors.collect(model, [optimizer], rank=0)
+    trained = local_tensors.collect(model, [optimizer], rank=0)
     assert trained.aliases == {"optimizer.state.bias.map": "optimizer.state.weight.map"}
-    assert held_tensors.layout_signature(trained) == held_tensors.layout_signature(fresh)
-    assert held_tensors.model_signature(trained) == held_tensors.model_signature(fresh)
+    assert local_tensors.layout_signature(trained) == local_tensors.layout_signature(fresh)
+    assert local_tensors.model_signature(trained) == local_tensors.model_signature(fresh)
 
 
 def test_an_update_that_nothing_announced_is_seen_by_its_bytes(directory: Path) -> None:
@@ -153,7 +153,7 @@ def test_replicas_divide_what_they_share_into_boxes_without_gap_or_overlap() -> 
     ]
     for count in (2, 3, 5):
         held = [
-            held_tensors.LocalTensor(
+            local_tensors.LocalTensor(
                 name=f"model.{i}", living=t, local=t, offsets=(0,) * t.ndim, global_shape=tuple(t.shape),
                 replicas=tuple(range(10, 10 + count)), is_eager=False, owner={}, key=0,
             )
@@ -179,7 +179,7 @@ def test_replicas_divide_what_they_share_into_boxes_without_gap_or_overlap() -> 
 def test_the_plan_notices_what_moved_appeared_or_was_replaced() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    holdings = held_tensors.collect(model, [optimizer], rank=0)
+    holdings = local_tensors.collect(model, [optimizer], rank=0)
     assert holdings.is_current()
     model(torch.rand(3, 4)).sum().backward()
     assert holdings.is_current()
@@ -187,7 +187,7 @@ def test_the_plan_notices_what_moved_appeared_or_was_replaced() -> None:
     assert not holdings.is_current(), "momentum buffers appeared"
     for change in ("data", "replace", "state", "strides", "order", "number", "dtype"):
         optimizer.state[model[0].bias]["average"] = 0.5
-        holdings = held_tensors.collect(model, [optimizer], rank=0)
+        holdings = local_tensors.collect(model, [optimizer], rank=0)
         assert holdings.is_current()
         if change == "data":
             model[0].weight.data = model[0].weight.data.clone()
@@ -219,12 +219,12 @@ def test_collecting_neither_steps_the_optimizer_nor_draws_random_numbers() -> No
 
 def test_wrappers_leave_no_trace_in_names() -> None:
     inner = nn.Sequential(nn.Linear(2, 2))
-    names = {t.name for t in held_tensors.collect(torch.compile(inner), [], rank=0).tensors}
+    names = {t.name for t in local_tensors.collect(torch.compile(inner), [], rank=0).tensors}
     assert names == {"model.0.weight", "model.0.bias"}
 
 
 def test_things_that_are_private_to_a_rank_carry_its_number() -> None:
-    names = {t.name for t in held_tensors.collect(nn.BatchNorm1d(2), [], rank=3).tensors}
+    names = {t.name for t in local_tensors.collect(nn.BatchNorm1d(2), [], rank=3).tensors}
     assert "rank-00003.model.running_mean" in names
 
 

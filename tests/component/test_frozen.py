@@ -25,7 +25,7 @@ from backstay.capture.unchanged import RESTLESS, STEADY, Tracker
 from backstay.format import json_records
 from backstay.format.digest import read_tensor, verify_chunks
 from backstay.format.manifest import Manifest
-from backstay.trainer import held_tensors
+from backstay.trainer import local_tensors
 from tests.kit.local_daemon import LocalDaemon
 
 WIDE = 700_001  # float32 elements: ten whole chunks, and no multiple of anything
@@ -323,7 +323,7 @@ def test_a_tensor_that_always_changes_is_watched_no_longer(daemon: LocalDaemon, 
 
 
 def test_what_ddp_does_not_keep_the_same_and_changes_is_said(model: Model, caplog: pytest.LogCaptureFixture) -> None:
-    found = held_tensors.collect(model, [], rank=0)
+    found = local_tensors.collect(model, [], rank=0)
     shared = tuple(dataclasses.replace(tensor, replicas=(0, 1)) for tensor in found.tensors)  # as under DDP
     holdings = dataclasses.replace(found, tensors=shared)
     made = shard_plan.build(holdings, rank=0, dynamic={}, state=b"{}", metadata={})

@@ -410,14 +410,14 @@ def test_an_optimizer_whose_replicas_are_none_is_refused_by_name(daemon: LocalDa
 
 
 def test_a_model_on_several_gpus_of_one_process_is_refused() -> None:
-    from backstay.trainer import held_tensors
+    from backstay.trainer import local_tensors
 
-    tensors = held_tensors.collect(nn.Linear(2, 2), [], rank=0).tensors
+    tensors = local_tensors.collect(nn.Linear(2, 2), [], rank=0).tensors
     gpus: list[Any] = [SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1)]
     spread = [dataclasses.replace(tensor, local=gpu) for tensor, gpu in zip(tensors, gpus, strict=True)]
     with pytest.raises(UsageError, match=r"model\.weight on cuda:0, model\.bias on cuda:1"):
-        held_tensors._refuse_several_gpus(spread)
-    held_tensors._refuse_several_gpus(spread[:1])
+        local_tensors._refuse_several_gpus(spread)
+    local_tensors._refuse_several_gpus(spread[:1])
 
 
 class Generous(LocalDaemon):

@@ -15,7 +15,7 @@ from backstay.format.shard import IMPORTED_KEY
 from backstay.restore import load
 from backstay.restore.result import Loaded
 from backstay.restore.snapshot import OpenedSnapshot
-from backstay.trainer import held_tensors
+from backstay.trainer import local_tensors
 from backstay.trainer.optimizer_state import METADATA_KEY
 from tests.kit.stored import open_stored, whole
 
@@ -47,10 +47,10 @@ def imported(
 
 
 def restore(opened: OpenedSnapshot, here: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Loaded:
-    holdings = held_tensors.collect(here, optimizers, rank=0)
+    holdings = local_tensors.collect(here, optimizers, rank=0)
     target = load.Target(
         model=here, optimizers=optimizers, extra={}, rank=0, world_size=1, run="default/r",
-        signature=held_tensors.model_signature(holdings),
+        signature=local_tensors.model_signature(holdings),
     )  # fmt: skip
     with opened:
         return load.prepare(target, opened).load()

@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 import backstay
-from backstay.trainer import left_out_state
+from backstay.trainer import uncaptured_state
 from backstay.trainer.state import packing, state_file
 from tests.kit.local_daemon import LocalDaemon
 
@@ -139,11 +139,11 @@ def alone() -> Iterator[None]:
 def test_a_communication_hook_with_state_is_named_and_one_without_is_not(caplog: pytest.LogCaptureFixture) -> None:
     model = DistributedDataParallel(nn.Linear(2, 2))
     model.register_comm_hook(None, fp16_compress_hook)
-    left_out_state.warn(model)
+    uncaptured_state.warn(model)
     assert not caplog.records
     model = DistributedDataParallel(nn.Linear(2, 2))
     model.register_comm_hook(PowerSGDState(process_group=None), powerSGD_hook)
-    left_out_state.warn(model)
+    uncaptured_state.warn(model)
     assert "(root) has the hook powerSGD_hook with a PowerSGDState" in caplog.text
 
 
@@ -156,7 +156,7 @@ def test_what_torch_itself_adds_to_modules_is_not_named(caplog: pytest.LogCaptur
         checkpoint_wrapper(nn.Linear(2, 2)), weight_norm(nn.Linear(2, 2)), nn.utils.spectral_norm(nn.Linear(2, 2)),
         nn.LazyLinear(2), nn.BatchNorm1d(2), nn.MultiheadAttention(2, 1), torch.compile(nn.Linear(2, 2), backend="eager"),
     )  # fmt: skip
-    left_out_state.warn(model)
+    uncaptured_state.warn(model)
     assert not caplog.records, caplog.text
 
 

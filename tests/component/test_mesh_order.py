@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from backstay.errors import UsageError
-from backstay.trainer import held_tensors
+from backstay.trainer import local_tensors
 
 
 def look(rank: int, directory: str, order: list[int]) -> None:
@@ -22,7 +22,7 @@ def look(rank: int, directory: str, order: list[int]) -> None:
     model.weight.data = torch.arange(4.0).view(4, 1)
     fully_shard(model, mesh=DeviceMesh("cpu", torch.tensor(order)))
     try:
-        (tensor,) = held_tensors.collect(model, [], rank=rank).tensors
+        (tensor,) = local_tensors.collect(model, [], rank=rank).tensors
         answer = f"{tensor.offsets[0]}: {tensor.local.flatten().tolist()}"
     except UsageError as error:
         answer = str(error)

@@ -20,7 +20,7 @@ from backstay.restore import load
 from backstay.restore.rank_state import derived_streams
 from backstay.restore.result import Loaded
 from backstay.restore.snapshot import OpenedSnapshot
-from backstay.trainer import held_tensors, optimizer_state
+from backstay.trainer import local_tensors, optimizer_state
 from backstay.trainer.data import followed_loaders
 from tests.kit.stored import Stored, open_stored, whole
 
@@ -46,7 +46,7 @@ def snapshot_of(
     stored: list[dict[str, Stored]] = []
     headers = []
     for rank, (model, optimizer) in enumerate(ranks):
-        holdings = held_tensors.collect(model, [optimizer], rank=rank)
+        holdings = local_tensors.collect(model, [optimizer], rank=rank)
         found = rank_state.read([optimizer], extras[rank] if extras else {}, holdings, rank=rank)
         tensors = {
             t.name: (box, offsets, t.global_shape)
@@ -63,10 +63,10 @@ def restore(
     opened: OpenedSnapshot, here: Rank, *, rank: int = 0, world_size: int = 1, extra: Mapping[str, Any] | None = None
 ) -> Loaded:
     """Load into one rank of a world."""
-    holdings = held_tensors.collect(here[0], [here[1]], rank=rank)
+    holdings = local_tensors.collect(here[0], [here[1]], rank=rank)
     target = load.Target(
         model=here[0], optimizers=[here[1]], extra=extra or {}, rank=rank, world_size=world_size, run="default/r",
-        signature=held_tensors.model_signature(holdings),
+        signature=local_tensors.model_signature(holdings),
     )  # fmt: skip
     with opened:
         return load.prepare(target, opened).load()

@@ -12,7 +12,7 @@ from torch import nn
 
 import backstay
 from backstay.errors import IntegrityError, UnavailableError, UsageError
-from backstay.trainer import held_tensors
+from backstay.trainer import local_tensors
 from tests.kit.local_daemon import LocalDaemon
 
 
@@ -196,7 +196,7 @@ def test_a_number_that_becomes_a_tensor_between_two_snapshots_comes_back(daemon:
 def test_state_that_its_description_does_not_know_is_refused(
     daemon: LocalDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_tensors.Holdings, "is_current", lambda _: True)  # as if the change above was not noticed
+    monkeypatch.setattr(local_tensors.Holdings, "is_current", lambda _: True)  # as if the change above was not noticed
     model = nn.Linear(20, 2)
     optimizer = Averaging(model.parameters(), lr=0.1)
     with keep(daemon, model, optimizer) as keeper:

@@ -27,7 +27,8 @@ import backstay
 from backstay.format import json_records
 from backstay.protocol import messages
 from backstay.restore import gate_statements, load
-from backstay.trainer import held_tensors, optimizer_state, torch_world
+from backstay.trainer import local_tensors, optimizer_state
+from backstay.trainer.process_group import current_world
 
 KINDS = ("ddp", "fsdp2", "hsdp", "fsdp2_tp")
 VARIANTS = ("clean", "bit", "steps", "moments", "model", "statistic")
@@ -97,7 +98,7 @@ def state(kind: str, socket: str) -> dict[str, Any]:
         assert keeper.wait_committed()
     dist.barrier()
     found: dict[str, Any] = {}
-    place = torch_world.current()
+    place = current_world()
     for variant in VARIANTS:
         model, optimizer = make(kind)
         with backstay.Snapshotter(model, optimizer, run_id=kind, socket=socket) as keeper:
@@ -107,7 +108,7 @@ def state(kind: str, socket: str) -> dict[str, Any]:
             if variant == "statistic":  # of this rank's part alone, as some optimizers keep
                 for parameter in model.parameters():
                     optimizer.state[parameter]["rms"] = torch.tensor(0.5 + place.rank)
-            holdings = held_tensors.collect(model, [optimizer], rank=place.rank)
+            holdings = local_tensors.collect(model, [optimizer], rank=place.rank)
             target = load.Target(
                 model=model,
                 optimizers=[optimizer],

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from backstay.adapters.pipeline_parts import merge_parts
 from backstay.errors import UsageError
-from backstay.trainer.pipeline_parts import merge_parts
 
 
 def whole(*layers: str) -> nn.Module:

@@ -26,7 +26,7 @@ from backstay.restore.load import Target
 from backstay.restore.restore import Restoration
 from backstay.session.session import Session
 from backstay.stats import NOT_SCHEDULED, REFUSED, SKIPPED, STARTED, SnapshotStatus, Stats
-from backstay.trainer import held_tensors, optimizer_state
+from backstay.trainer import local_tensors, optimizer_state
 
 _log = logging.getLogger("backstay")
 
@@ -240,7 +240,7 @@ class Capturer:
         holdings = (
             plan.holdings
             if plan is not None and is_current
-            else held_tensors.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
+            else local_tensors.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
         )
         found = rank_state.read(target.optimizers, target.extra, holdings, rank=target.rank, values=self._values())
         if len(found.document) > rank_state.HEAVY_JSON_BYTES and self._warnings.is_new("heavy"):

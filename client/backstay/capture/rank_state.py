@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch.distributed.tensor import DTensor
 
-from backstay.trainer import held_tensors, optimizer_state, rng
+from backstay.trainer import distributed_tensors, local_tensors, optimizer_state, rng
 from backstay.trainer.state import json_codec
 
 HEAVY_JSON_BYTES: Final = 1 << 20  # about 0.1 s of the training thread
@@ -42,7 +42,7 @@ class RankState:
 def read(
     optimizers: Sequence[torch.optim.Optimizer],
     extra: Mapping[str, Any],
-    holdings: held_tensors.Holdings,
+    holdings: local_tensors.Holdings,
     *,
     rank: int,
     values: Mapping[str, Any] | None = None,
@@ -67,8 +67,8 @@ def read(
     places: dict[str, Place] = {}
     for path, tensor in found.items():
         if isinstance(tensor, DTensor):
-            local, offsets, whole, _, home = held_tensors.place_distributed(path, tensor, holdings.members)
-            name = held_tensors.private_name(f"extra.{path}", home)
+            local, offsets, whole, _, home = distributed_tensors.place_distributed(path, tensor, holdings.members)
+            name = local_tensors.private_name(f"extra.{path}", home)
             tensors[name], places[name] = local, (offsets, whole)
         else:
             tensors[f"{prefix}extra.{path}"] = tensor

@@ -14,7 +14,7 @@ import torch
 from backstay.capture.rank_state import Place
 from backstay.format import shard
 from backstay.trainer import raw_memory
-from backstay.trainer.held_tensors import Holdings, LocalTensor, layout_signature, model_signature
+from backstay.trainer.local_tensors import Holdings, LocalTensor, layout_signature, model_signature
 
 SPLIT_BYTES: Final = 64 * 1024  # a replicated tensor below this is written whole by one replica
 JSON_GRAIN_BYTES: Final = 4096

@@ -20,7 +20,7 @@ from backstay.format.digest import Digester
 from backstay.format.manifest import CHUNK_BYTES, UnchangedRange
 from backstay.format.shard import Layout
 from backstay.trainer import raw_memory
-from backstay.trainer.held_tensors import Holdings
+from backstay.trainer.local_tensors import Holdings
 from backstay.trainer.page_tracking import PAGE_BYTES, PageWatch, Range, inner_pages
 
 _log = logging.getLogger("backstay")

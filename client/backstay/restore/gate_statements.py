@@ -23,8 +23,8 @@ from backstay.errors import IntegrityError
 from backstay.protocol import messages
 from backstay.restore.load import Target
 from backstay.restore.result import Loaded
-from backstay.trainer import held_tensors, raw_memory, rng
-from backstay.trainer.held_tensors import Holdings, LocalTensor, bare_name, optimizer_prefix
+from backstay.trainer import distributed_tensors, local_tensors, raw_memory, rng
+from backstay.trainer.local_tensors import Holdings, LocalTensor, bare_name, optimizer_prefix
 
 WINDOW_BYTES: Final = 16 * 1024 * 1024
 MAX_SCOPE_NAMED: Final = 8
@@ -62,7 +62,7 @@ def make(target: Target, restored: messages.Restored, loaded: Loaded) -> list[St
         IntegrityError: what this rank holds contradicts itself or the snapshot: optimizer state that is missing or does not
             fit, a generator that is not as it was restored. UsageError: a local part that its mesh does not allow.
     """
-    holdings = held_tensors.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
+    holdings = local_tensors.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
     if loaded.description:
         check_optimizers(target, holdings, loaded.description)
     check_generators(loaded)
@@ -187,7 +187,7 @@ def _structure(target: Target, holdings: Holdings) -> tuple[dict[Scope, dict[str
 def _scope_of(tensor: LocalTensor, target: Target) -> Scope:
     """The ranks that hold parts or copies of the same tensor."""
     if isinstance(tensor.living, DTensor):
-        return held_tensors.mesh_ranks(tensor.living, target.members)
+        return distributed_tensors.mesh_ranks(tensor.living, target.members)
     return tensor.replicas
 
 

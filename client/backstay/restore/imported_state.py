@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from backstay.errors import IntegrityError
 from backstay.restore.optimizers import make_distributed
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
-from backstay.trainer import held_tensors, optimizer_state
-from backstay.trainer.held_tensors import Holdings
+from backstay.trainer import distributed_tensors, optimizer_state
+from backstay.trainer.local_tensors import Holdings
 
 _ADAM: Final = frozenset({"step", "exp_avg", "exp_avg_sq"})
 _KEYS: Final[Mapping[type, frozenset[str]]] = {  # what each keeps for a parameter, without what options add
@@ -131,7 +131,7 @@ def _make(key: Sequence[Any], parameter: torch.Tensor, group: Mapping[str, Any])
 def _target(name: str, key: str, value: torch.Tensor) -> ReadTarget:
     stored = f"optimizer.state.{name}.{key}"
     if isinstance(value, DTensor):
-        local, offsets, *_ = held_tensors.place_distributed(stored, value)
+        local, offsets, *_ = distributed_tensors.place_distributed(stored, value)
         return ReadTarget(name=stored, tensor=local, offsets=offsets)
     return ReadTarget(name=stored, tensor=value, offsets=(0,) * value.ndim)
 

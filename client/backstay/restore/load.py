@@ -25,7 +25,7 @@ from backstay.restore.read_plan import Reading
 from backstay.restore.result import Loaded
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
 from backstay.restore.stored_names import Naming
-from backstay.trainer import held_tensors, optimizer_state, rng
+from backstay.trainer import local_tensors, optimizer_state, rng
 from backstay.trainer.data.followed_loaders import FollowedLoader
 from backstay.trainer.state import json_codec
 
@@ -67,7 +67,7 @@ class Prepared:
     target: Target
     opened: OpenedSnapshot
     reading: Reading
-    holdings: held_tensors.Holdings
+    holdings: local_tensors.Holdings
     optimizers: optimizers.OptimizerPlan | None
     private: _Private | None
     notes: tuple[str, ...]
@@ -118,7 +118,7 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
     Raises:
         IntegrityError: naming what does not fit, is missing, cannot be mapped or is corrupt; nothing was loaded.
     """
-    holdings = held_tensors.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
+    holdings = local_tensors.collect(target.model, target.optimizers, rank=target.rank, members=target.members)
     naming = Naming(opened, rank=target.rank, world_size=target.world_size)
     is_complete = not opened.is_offered or holds_whole_model(holdings, target.world_size)
     own_rank = target.rank % opened.world_size
@@ -140,7 +140,7 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
     )
     private = _prepare_private(target, opened, reader, holdings)
     planned = optimizers.plan(target.optimizers, holdings, origin)
-    wanted = held_tensors.collect(
+    wanted = local_tensors.collect(
         target.model, target.optimizers, rank=target.rank, members=target.members, states=planned.states
     )
     reading = opened.plan(_targets(opened, naming, wanted, wanted.tensors))
@@ -157,7 +157,7 @@ def prepare(target: Target, opened: OpenedSnapshot) -> Prepared:
 
 
 def _prepare_import(
-    target: Target, opened: OpenedSnapshot, naming: Naming, holdings: held_tensors.Holdings
+    target: Target, opened: OpenedSnapshot, naming: Naming, holdings: local_tensors.Holdings
 ) -> Prepared:
     """Model and, where the snapshot has some, tensors of the optimizers; everything else stays the script's."""
     found = imported_state.plan(target.optimizers, holdings, opened, target.rank % opened.world_size)
@@ -169,26 +169,26 @@ def _prepare_import(
     )  # fmt: skip
 
 
-def holds_whole_model(holdings: held_tensors.Holdings, world_size: int) -> bool:
+def holds_whole_model(holdings: local_tensors.Holdings, world_size: int) -> bool:
     """Whether each parameter is spread over all ranks, so that each rank knows the whole model (no pipeline stages)."""
     parameters = [t for t in holdings.tensors if holdings.is_parameter(t)]
     return world_size == 1 or (bool(parameters) and all(_rank_count(t) == world_size for t in parameters))
 
 
-def _rank_count(tensor: held_tensors.LocalTensor) -> int:
+def _rank_count(tensor: local_tensors.LocalTensor) -> int:
     living = tensor.living
     return int(living.device_mesh.mesh.numel()) if isinstance(living, DTensor) else len(tensor.replicas)
 
 
 def check_model(
-    target: Target, opened: OpenedSnapshot, naming: Naming, holdings: held_tensors.Holdings, *, is_complete: bool
+    target: Target, opened: OpenedSnapshot, naming: Naming, holdings: local_tensors.Holdings, *, is_complete: bool
 ) -> None:
     """Raise IntegrityError unless the snapshot has this very model: names, shapes, dtypes, what is tied to what."""
     missing: list[str] = []
     differing: list[str] = []
     unclear: list[str] = []
     for tensor in holdings.model_tensors:
-        bare = held_tensors.split_name(tensor.name)[1]
+        bare = local_tensors.split_name(tensor.name)[1]
         stored = naming.find(tensor.name, is_own=not holdings.is_parameter(tensor))
         if stored is None and not opened.is_whole and not tensor.local.numel():
             continue  # nothing of it lies here, so this rank's shard does not name it
@@ -204,8 +204,8 @@ def check_model(
             differing.append(f"{alias} and {name} are one tensor here, two in the snapshot")
     lost: set[str] = set()
     if is_complete and {m.model_signature for m in opened.manifests.values()} != {target.signature}:
-        known = {held_tensors.split_name(t.name)[1] for t in holdings.tensors}
-        known |= {held_tensors.split_name(alias)[1] for alias in holdings.aliases}
+        known = {local_tensors.split_name(t.name)[1] for t in holdings.tensors}
+        known |= {local_tensors.split_name(alias)[1] for alias in holdings.aliases}
         lost = {name for name in naming.bare_names() if name.startswith("model.")} - known
     if missing or differing or lost:
         raise IntegrityError(
@@ -223,7 +223,10 @@ def check_model(
 
 
 def _targets(
-    opened: OpenedSnapshot, naming: Naming, holdings: held_tensors.Holdings, tensors: Sequence[held_tensors.LocalTensor]
+    opened: OpenedSnapshot,
+    naming: Naming,
+    holdings: local_tensors.Holdings,
+    tensors: Sequence[local_tensors.LocalTensor],
 ) -> list[ReadTarget]:
     targets, unclear = [], []
     own = {id(t.living) for t in holdings.model_tensors if not holdings.is_parameter(t)}
@@ -243,7 +246,7 @@ def _targets(
 
 
 def _holders(
-    opened: OpenedSnapshot, naming: Naming, target: Target, holdings: held_tensors.Holdings
+    opened: OpenedSnapshot, naming: Naming, target: Target, holdings: local_tensors.Holdings
 ) -> dict[str, frozenset[int]]:
     """By name of an optimizer's parameter: the ranks of the snapshot that hold parts of what is read of it here."""
     trained = {id(p) for o in target.optimizers for group in o.param_groups for p in group["params"]}
@@ -256,7 +259,7 @@ def _holders(
     return found
 
 
-def _buffer_notes(naming: Naming, holdings: held_tensors.Holdings, is_other_size: bool) -> tuple[str, ...]:
+def _buffer_notes(naming: Naming, holdings: local_tensors.Holdings, is_other_size: bool) -> tuple[str, ...]:
     if not is_other_size:
         return ()
     buffers = [t for t in holdings.model_tensors if not holdings.is_parameter(t)]
@@ -270,7 +273,7 @@ def _buffer_notes(naming: Naming, holdings: held_tensors.Holdings, is_other_size
 
 
 def _prepare_private(
-    target: Target, opened: OpenedSnapshot, reader: StateReader, holdings: held_tensors.Holdings
+    target: Target, opened: OpenedSnapshot, reader: StateReader, holdings: local_tensors.Holdings
 ) -> _Private:
     own_rank = target.rank % opened.world_size
     document = reader.document(own_rank)
@@ -311,7 +314,7 @@ def _prepare_private(
 
 
 def _templates(
-    name: str, stateful: Any, encoded: Any, holdings: held_tensors.Holdings, *, is_cut_there: bool
+    name: str, stateful: Any, encoded: Any, holdings: local_tensors.Holdings, *, is_cut_there: bool
 ) -> dict[str, torch.Tensor]:
     """Tensors that the extra has now, by path: DTensors among them say how to cut. Not asked for where there can be none."""
     templates: dict[str, torch.Tensor] = {}

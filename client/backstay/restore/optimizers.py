@@ -19,7 +19,7 @@ from backstay.restore.rank_state import StateReader
 from backstay.restore.snapshot import OpenedSnapshot
 from backstay.restore.stored_names import Naming
 from backstay.trainer import nested_optimizers, optimizer_state
-from backstay.trainer.held_tensors import Holdings, States, bare_name, optimizer_prefix
+from backstay.trainer.local_tensors import Holdings, States, bare_name, optimizer_prefix
 from backstay.trainer.optimizer_state import METADATA_KEY, KeySchema, Values
 from backstay.trainer.restore_in_place import is_like
 from backstay.trainer.state import json_codec

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from backstay.errors import IntegrityError
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
 from backstay.restore.stored_names import Naming
-from backstay.trainer import held_tensors
+from backstay.trainer import distributed_tensors, local_tensors
 from backstay.trainer.state import json_codec
 
 
@@ -91,7 +91,7 @@ class StateReader:
     ) -> torch.Tensor:
         """Memory for one tensor; what to read into it is added to ``targets``."""
         if isinstance(template, DTensor):
-            local, offsets, _, _, home = held_tensors.place_distributed(path, template, self._members)
+            local, offsets, _, _, home = distributed_tensors.place_distributed(path, template, self._members)
             name = self._stored_name(rank, path, home if is_distributed else None)
             made = local.detach()  # if nothing of it lies here, this rank's shard does not name it
             if local.numel() or self._opened.entries(name):
@@ -122,7 +122,7 @@ class StateReader:
 
     def _stored_name(self, rank: int, path: str, home: int | None) -> str:
         found = (
-            None if home is None else self._naming.find(held_tensors.private_name(f"extra.{path}", home), is_own=True)
+            None if home is None else self._naming.find(local_tensors.private_name(f"extra.{path}", home), is_own=True)
         )
         return found or f"rank-{rank:05d}.extra.{path}"
 

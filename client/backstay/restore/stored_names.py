@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping
 from backstay.format.digest import combine
 from backstay.format.manifest import TensorEntry
 from backstay.restore.snapshot import OpenedSnapshot
-from backstay.trainer.held_tensors import split_name
+from backstay.trainer.local_tensors import split_name
 
 
 class Naming:

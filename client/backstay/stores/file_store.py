@@ -28,8 +28,8 @@ from backstay.protocol.connection import find_socket
 from backstay.restore.snapshot import OpenedSnapshot
 from backstay.stores.snapshot_reader import SnapshotReader
 from backstay.stores.store_session import POLL_S, StoreSession, begin
-from backstay.trainer import checked_arguments, torch_world
-from backstay.trainer.torch_world import World
+from backstay.trainer import argument_checks
+from backstay.trainer.process_group import World, agree_on_id, current_world
 
 _log = logging.getLogger("backstay")
 
@@ -70,7 +70,7 @@ class FileStore:
     ) -> None:
         self.run = RunKey(job, run_id)
         self._socket_path = find_socket(socket)
-        self._max_wait_s = checked_arguments.seconds_of("max_wait_s", max_wait_s)
+        self._max_wait_s = argument_checks.seconds_of("max_wait_s", max_wait_s)
         self.step: int | None = None  # what this world began from; None: nothing
         self.last_problem = ""
         self.open_step: int | None = None
@@ -106,11 +106,11 @@ class FileStore:
             UnavailableError: no daemon, or no decision in time. UnrecoverableError: a known run without a restorable snapshot.
         """
         self.close()
-        place = place or torch_world.current()
+        place = place or current_world()
         begun = begin(
             str(self.run),
             place,
-            world_id or torch_world.agree_on_id(place, deadline_s=deadline_s),
+            world_id or agree_on_id(place, deadline_s=deadline_s),
             socket_path=self._socket_path,
             allow_fresh=allow_fresh,
             deadline_s=deadline_s,
@@ -240,7 +240,7 @@ class FileStore:
             UsageError: nothing was written for it; an empty step would take the place of the one before.
             UnavailableError: not complete within ``timeout_s``: the step counts as not written, the one before stays.
         """
-        timeout_s = checked_arguments.seconds_of("timeout_s", timeout_s)
+        timeout_s = argument_checks.seconds_of("timeout_s", timeout_s)
         session = self._current()
         is_alone = session.place.size == 1  # else other ranks may have written some
         if is_alone and step > self._committed and not self._carried and self.open_step != step:

@@ -20,7 +20,7 @@ from backstay.format import shard
 from backstay.format.digest import Digester, Digests
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.trainer import raw_memory
-from backstay.trainer.held_tensors import Holdings
+from backstay.trainer.local_tensors import Holdings
 
 _NOTHING: Final = Holdings(tensors=(), aliases={}, names={}, parameters={}, sizes=(), links=(), lists=())
 

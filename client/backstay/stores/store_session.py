@@ -28,8 +28,8 @@ from backstay.session.progress import announce
 from backstay.session.session import ATTACH_S, MAX_REASON, Session, Slot
 from backstay.stores.fill_bytes import fill
 from backstay.stores.snapshot_reader import SnapshotReader
-from backstay.trainer import checked_arguments
-from backstay.trainer.torch_world import World
+from backstay.trainer import argument_checks
+from backstay.trainer.process_group import World
 
 POLL_S: Final = 0.2  # one request at a time: a longer one would hold up the others of this process
 BY_CHUNKS: Final = "by-chunks"  # the layout of no shard: this reader is always offered chunks, never given whole shards
@@ -129,7 +129,7 @@ class StoreSession(Session):
 
     def wait_complete(self, step: int, timeout_s: float) -> bool:
         """Wait until every rank's shard of ``step`` (or of a later one) is held; False at the end of the time."""
-        deadline = time.monotonic() + checked_arguments.seconds_of("timeout_s", timeout_s)
+        deadline = time.monotonic() + argument_checks.seconds_of("timeout_s", timeout_s)
         while True:
             left_s = deadline - time.monotonic()
             try:
@@ -170,7 +170,7 @@ def begin(run: str, place: World, world_id: str, *, socket_path: str, allow_fres
         run=run, world_id=world_id, rank=place.rank, world_size=place.size, layout=BY_CHUNKS,
         collective_timeout_s=place.collective_timeout_s, client_version=__version__,
     )  # fmt: skip
-    deadline_s = checked_arguments.seconds_of("deadline_s", deadline_s)
+    deadline_s = argument_checks.seconds_of("deadline_s", deadline_s)
     decision = await_decision(socket_path, identity, None, allow_fresh=allow_fresh, deadline_s=deadline_s)
     restored = decision.restored
     session = StoreSession(

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from backstay.errors import IntegrityError
 from backstay.trainer import nested_optimizers, raw_memory
-from backstay.trainer.held_tensors import Holdings, States, optimizer_prefix
+from backstay.trainer.local_tensors import Holdings, States, optimizer_prefix
 from backstay.trainer.restore_in_place import settle
 from backstay.trainer.state import json_codec
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
 from backstay.errors import UsageError
-from backstay.trainer import fsdp2, nested_optimizers, raw_memory
-from backstay.trainer.torch_world import within
+from backstay.trainer import distributed_tensors, nested_optimizers
+from backstay.trainer.process_group import within
 
-_STRIDED = "_StridedShard"
 _IN_SUBCLASSES = (
     "which (torchao) keeps its state in tensor subclasses without memory of their own; unsupported: use one of torch.optim, or "
     "bitsandbytes' 8-bit optimizers, whose state is plain tensors"
@@ -140,7 +139,7 @@ class _Collector:
     rank: int
     members: tuple[int, ...]  # by rank what torch.distributed calls it; (): the same
     trained: frozenset[int] = frozenset()  # ids of the parameters that optimizers have
-    sharded: dict[int, fsdp2.Place] = field(default_factory=dict)
+    sharded: dict[int, distributed_tensors.Place] = field(default_factory=dict)
     tensors: list[LocalTensor] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
@@ -197,7 +196,7 @@ def collect(
         UsageError: for FSDP1, lazy or sparse tensors, partial DTensors, naming the tensor.
     """
     trained = frozenset(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    collector = _Collector(rank, members, trained, fsdp2.sharded_places(model))
+    collector = _Collector(rank, members, trained, distributed_tensors.sharded_places(model))
     with torch.no_grad():
         for clean, module, replicas, ignored in _walk(model, "", (rank,), frozenset(), members):
             _add_module(collector, clean, module, replicas=replicas, ignored=ignored)
@@ -395,9 +394,9 @@ def _place(
 ) -> LocalTensor:
     home = min(replicas)
     if isinstance(living, DTensor):
-        local, offsets, global_shape, replicas, home = place_distributed(name, living, members)
+        local, offsets, global_shape, replicas, home = distributed_tensors.place_distributed(name, living, members)
     else:
-        _refuse_unsupported(name, living)
+        distributed_tensors.refuse_unsupported(name, living)
         local = living.detach()
         offsets, global_shape = (0,) * local.ndim, tuple(local.shape)
     return LocalTensor(
@@ -426,84 +425,3 @@ def _refuse_several_gpus(tensors: Sequence[LocalTensor]) -> None:
             "process per GPU",
             reason="unsupported_module",
         )
-
-
-def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
-    is_lazy = isinstance(tensor, (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer))
-    problem = "is not initialised yet: run a forward pass first" if is_lazy else ""
-    problem = problem or raw_memory.why_not_stored(tensor)
-    if problem:
-        raise UsageError(f"{name} {problem}", reason="unsupported_tensor")
-
-
-def place_distributed(
-    name: str, tensor: DTensor, members: tuple[int, ...] = ()
-) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    """Local part, offsets, global shape, replica ranks and lowest rank of a DTensor, by DCP's own arithmetic."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _refuse_placements(name, tensor)
-    mesh, placements = tensor.device_mesh, tensor.placements
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise UsageError(f"{name} is a DTensor on a mesh that does not contain this rank", reason="unsupported_tensor")
-    _refuse_disorder(name, tensor, coordinate)
-    _refuse_unsupported(name, tensor._local_tensor)
-    local = tensor._local_tensor.detach()
-    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    if tuple(local.shape) != tuple(shape):
-        raise UsageError(
-            f"{name}: the local part has shape {tuple(local.shape)}, its placements {placements} say {tuple(shape)}",
-            reason="unsupported_tensor",
-        )
-    index = tuple(
-        slice(None) if isinstance(placement, Replicate) else coordinate[dim] for dim, placement in enumerate(placements)
-    )
-    replicas = tuple(sorted(within(members, map(int, mesh.mesh[index].flatten().tolist()), what=name)))
-    if 0 in shape and 0 not in tensor.shape:
-        offsets = tuple(min(o, g - s) for o, g, s in zip(offsets, tensor.shape, shape, strict=True))
-    return local, tuple(offsets), tuple(tensor.shape), replicas, mesh_ranks(tensor, members)[0]
-
-
-def mesh_ranks(tensor: DTensor, members: tuple[int, ...]) -> tuple[int, ...]:
-    """The ranks of the world that hold parts or copies of ``tensor``, ascending."""
-    ranks = map(int, tensor.device_mesh.mesh.flatten().tolist())
-    return tuple(sorted(within(members, ranks, what="a DTensor")))
-
-
-def _refuse_disorder(name: str, tensor: DTensor, coordinate: Sequence[int]) -> None:
-    """Process groups sort their ranks: FSDP2 cuts by the place in the group, DTensor's arithmetic by that in the mesh."""
-    ranks = tensor.device_mesh.mesh
-    for dim, placement in enumerate(tensor.placements):
-        line = ranks[tuple(slice(None) if d == dim else at for d, at in enumerate(coordinate))].tolist()
-        if not isinstance(placement, Replicate) and line != sorted(line):
-            raise UsageError(
-                f"{name} is sharded over the ranks {line[:8]} of a mesh, in this order; torch's process group has them sorted, "
-                "so that it is not certain which part this rank holds; build the mesh with ascending ranks in each dimension",
-                reason="unsupported_tensor",
-            )
-
-
-def _refuse_placements(name: str, tensor: DTensor) -> None:
-    """Only placements whose local part is one box of the whole."""
-    sizes = tensor.device_mesh.shape
-    for dim, placement in enumerate(tensor.placements):
-        if isinstance(placement, Partial):
-            raise UsageError(
-                f"{name} is a DTensor with a partial placement; it has no state of its own", reason="unsupported_tensor"
-            )
-        if type(placement).__name__ == _STRIDED:
-            shard_dim = placement.dim  # type: ignore[attr-defined]
-            same = [d for d, p in enumerate(tensor.placements) if getattr(p, "dim", None) == shard_dim]
-            parts = 1
-            for d in same:
-                parts *= sizes[d]
-            later = 1
-            for d in same:
-                later *= sizes[d] if d > dim else 1
-            if tensor.shape[shard_dim] % parts or placement.split_factor != later:  # type: ignore[attr-defined]
-                raise UsageError(
-                    f"{name} is sharded by {tensor.placements}: dimension {shard_dim} of {tensor.shape[shard_dim]} does not "
-                    f"divide into {parts} equal parts, so a rank's part is not one block; pad it to a multiple of {parts}",
-                    reason="unsupported_tensor",
-                )

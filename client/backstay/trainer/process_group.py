@@ -34,7 +34,7 @@ class World:
     members: tuple[int, ...] = ()
 
 
-def current(group: Any = None) -> World:
+def current_world(group: Any = None) -> World:
     """This process's place in ``group``, or in torch.distributed; a world of one without it.
 
     Raises:
