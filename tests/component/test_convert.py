@@ -25,8 +25,14 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load  # n
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save  # noqa: E402
 
 from backstay.convert import foreign_checkpoints, huggingface, import_checkpoint, snapshot_writer  # noqa: E402
-from backstay.convert.assemble import choose_cover, place  # noqa: E402
-from backstay.convert.consolidate import Shard, aliases_of, differing_copies, whole_tensors  # noqa: E402
+from backstay.convert.consolidate import (  # noqa: E402
+    Shard,
+    aliases_of,
+    choose_cover,
+    differing_copies,
+    place,
+    whole_tensors,
+)
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UsageError  # noqa: E402
 from backstay.format import json_records, shard  # noqa: E402
 from backstay.format.digest import Digester  # noqa: E402

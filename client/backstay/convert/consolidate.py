@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from backstay.convert.assemble import choose_cover, item_bytes, place, stored_box, whole_shape
 from backstay.errors import IntegrityError, SnapshotNotFoundError
+from backstay.format import boxes
 from backstay.format.boxes import Box
 from backstay.format.digest import verify_chunks
 from backstay.format.manifest import Manifest, TensorEntry
@@ -60,7 +60,7 @@ class WholeTensor:
                 continue
             part = memoryview(bytearray(entry.end - entry.begin))
             read_entry(shard, entry, part)
-            place(part, box, memoryview(whole), self.shape, item=item_bytes(entry))
+            place(part, box, memoryview(whole), self.shape, item=_item_bytes(entry))
         return whole
 
 
@@ -130,15 +130,15 @@ def _copies(shards: Sequence[Shard], prefix: str) -> dict[str, dict[int, list[tu
 
 
 def _whole(name: str, found: Sequence[tuple[Shard, TensorEntry]]) -> WholeTensor:
-    kinds = {(entry.dtype, entry.torch_dtype, whole_shape(entry)) for _, entry in found}
+    kinds = {(entry.dtype, entry.torch_dtype, _whole_shape(entry)) for _, entry in found}
     if len(kinds) > 1:
         raise IntegrityError(
             f"{name} is stored in different forms: {sorted(map(str, kinds))}", reason="layout_mismatch"
         )
     dtype, torch_dtype, shape = next(iter(kinds))
-    boxes = [stored_box(entry) for _, entry in found]
-    parts = tuple((*found[index], boxes[index]) for index in choose_cover(name, boxes, shape))
-    item = max((item_bytes(entry) for _, entry, _ in parts), default=0)
+    stored = [_stored_box(entry) for _, entry in found]
+    parts = tuple((*found[index], stored[index]) for index in choose_cover(name, stored, shape))
+    item = max((_item_bytes(entry) for _, entry, _ in parts), default=0)
     return WholeTensor(
         name=name, dtype=dtype, torch_dtype=torch_dtype, shape=shape, size_bytes=math.prod(shape) * item, parts=parts
     )
@@ -153,3 +153,59 @@ def check_manifests(manifests: Mapping[int, Manifest]) -> None:
             f"shards of ranks {sorted(manifests)} are of {len(kinds)} snapshots: {sorted(map(str, kinds))[:3]}; not used",
             reason="mixed_snapshots",
         )
+
+
+def _stored_box(entry: TensorEntry) -> Box:
+    """The box of an entry in its stored form: stored dtypes may have dimensions after the tensor's own."""
+    return (*entry.offsets, *(0 for _ in _trailing(entry))), entry.shape
+
+
+def _whole_shape(entry: TensorEntry) -> tuple[int, ...]:
+    """Shape of the whole tensor in its stored form."""
+    return (*entry.global_shape, *_trailing(entry))
+
+
+def _item_bytes(entry: TensorEntry) -> int:
+    """Bytes of one stored element; 0 for an empty entry."""
+    count = math.prod(entry.shape)
+    return (entry.end - entry.begin) // count if count else 0
+
+
+def place(part: memoryview, box: Box, whole: memoryview, shape: Sequence[int], *, item: int) -> None:
+    """Copy the row-major bytes of ``box`` to their places in those of a tensor of ``shape``: one slice for each run."""
+    if boxes.count(box[1]) == 0:
+        return
+    position = 0
+    for begin, end in boxes.byte_runs(box, shape, item, gap_bytes=1):
+        whole[begin:end] = part[position : position + end - begin]
+        position += end - begin
+
+
+def choose_cover(name: str, parts: Iterable[Box], shape: Sequence[int]) -> list[int]:
+    """Indexes of boxes that make up the whole tensor, each element once.
+
+    Raises:
+        IntegrityError: elements are missing, or two boxes that differ overlap.
+    """
+    chosen: list[tuple[int, Box]] = []
+    for index, box in enumerate(parts):
+        if any(box == other for _, other in chosen) or boxes.count(box[1]) == 0:
+            continue
+        clash = next((other for _, other in chosen if boxes.intersect(box, other)), None)
+        if clash is not None:
+            raise IntegrityError(
+                f"{name}: the parts at {box[0]} {box[1]} and at {clash[0]} {clash[1]} overlap; not used",
+                reason="layout_mismatch",
+            )
+        chosen.append((index, box))
+    count = sum(boxes.count(box[1]) for _, box in chosen)
+    if count != math.prod(shape):
+        raise IntegrityError(
+            f"{name}: the snapshot has {count} of {math.prod(shape)} elements; not used", reason="layout_mismatch"
+        )
+    return [index for index, _ in chosen]
+
+
+def _trailing(entry: TensorEntry) -> tuple[int, ...]:
+    """Dimensions of the stored form that the tensor itself lacks (a complex number as two floats)."""
+    return entry.shape[len(entry.offsets) :]
