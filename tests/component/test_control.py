@@ -299,9 +299,10 @@ class TestRestore:
 
     def test_silence_ends_the_wait_long_before_the_deadline(self, server: Server) -> None:
         with connected(server, stay_silent) as connection:
+            connection.silence_s = 0.3
             started = time.monotonic()
             with pytest.raises(UnavailableError, match="silent"):
-                connection.restore(messages.Restore(deadline_s=600), lambda _: None, silence_s=0.3)
+                connection.restore(messages.Restore(deadline_s=600), lambda _: None)
             assert time.monotonic() - started < PATIENCE_S
 
     def test_signs_of_life_prolong_the_wait_but_not_beyond_the_deadline(self, server: Server) -> None:
@@ -313,9 +314,10 @@ class TestRestore:
 
         heard: list[messages.Progress] = []
         with connected(server, chatter) as connection:
+            connection.silence_s = 0.6
             started = time.monotonic()
             with pytest.raises(UnavailableError):
-                connection.restore(messages.Restore(deadline_s=-1.0), heard.append, silence_s=0.6)
+                connection.restore(messages.Restore(deadline_s=-1.0), heard.append)
             assert 0.9 <= time.monotonic() - started < PATIENCE_S, (
                 "longer than one silence; 2 s of grace after the deadline"
             )

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from backstay._version import __version__
 from backstay.errors import (
@@ -28,6 +28,9 @@ from backstay.errors import (
 )
 from backstay.format import versions
 from backstay.protocol import framing, messages
+
+T = TypeVar("T")
+OnProgress = Callable[[messages.Progress], None]
 
 DEFAULT_SILENCE_S: Final = 30.0  # longest pause between two messages while a decision is made
 RESTORE_GRACE_S: Final = 2.0  # the daemon's own message about the deadline is better than ours
@@ -50,6 +53,7 @@ class DaemonConnection:
             UnavailableError: nobody listens there, or nobody accepts in time. ConfigError: the path is not usable.
         """
         self.socket_path = socket_path
+        self.silence_s = DEFAULT_SILENCE_S
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._message_id = 0
@@ -96,31 +100,7 @@ class DaemonConnection:
             BackstayError: the class that an Error reply names. UnavailableError: no reply within ``deadline_s``, or the
                 daemon is gone. IntegrityError: the reply is not one of the local protocol.
         """
-        return self._exchange(message, time.monotonic() + deadline_s, silence_s=None, on_progress=None)
-
-    def restore(
-        self,
-        message: messages.Restore,
-        on_progress: Callable[[messages.Progress], None],
-        *,
-        silence_s: float = DEFAULT_SILENCE_S,
-    ) -> tuple[messages.Restored | messages.Offer, list[int]]:
-        """Wait for the world's decision, up to ``message.deadline_s`` and no longer than ``silence_s`` without a sign of life.
-
-        Returns:
-            The decision and the shards' descriptors (``RestoredShard.fd_index`` counts in them), which the caller closes; or,
-            without any, an Offer of a snapshot in another layout.
-
-        Raises:
-            As :meth:`call`. What ``on_progress`` raises ends the session.
-        """
-        deadline = time.monotonic() + message.deadline_s + RESTORE_GRACE_S
-        reply, fds = self._exchange(message, deadline, silence_s=silence_s, on_progress=on_progress)
-        if isinstance(reply, messages.Offer):
-            framing.close_fds(fds)
-            return reply, fds
-        self._check_descriptors(message, reply, fds, messages.Restored)
-        return reply, fds
+        return self._exchange(message, time.monotonic() + deadline_s)
 
     def open(self, run: str, step: int, *, deadline_s: float) -> messages.Offer:
         """Visit a complete snapshot of ``run``, without a world; ``step`` 0 is the newest that can be read.
@@ -136,30 +116,35 @@ class DaemonConnection:
             )
         return offer
 
-    def fetch(
-        self,
-        message: messages.Fetch,
-        on_progress: Callable[[messages.Progress], None],
-        *,
-        silence_s: float = DEFAULT_SILENCE_S,
-    ) -> tuple[messages.Fetched, list[int]]:
+    def restore(
+        self, message: messages.Restore, on_progress: OnProgress
+    ) -> tuple[messages.Restored | messages.Offer, list[int]]:
+        """Wait for the world's decision, up to ``message.deadline_s`` and no longer than ``silence_s`` without any message.
+
+        Returns:
+            The decision and the shards' descriptors (``RestoredShard.fd_index`` counts in them), which the caller closes; or,
+            without any, an Offer of a snapshot in another layout.
+
+        Raises:
+            As :meth:`call`. What ``on_progress`` raises ends the session.
+        """
+        reply, fds = self._await(message, on_progress)
+        if isinstance(reply, messages.Offer):
+            framing.close_fds(fds)
+            return reply, fds
+        self._check_descriptors(message, reply, fds, messages.Restored)
+        return reply, fds
+
+    def fetch(self, message: messages.Fetch, on_progress: OnProgress) -> tuple[messages.Fetched, list[int]]:
         """Have chunks of an offered snapshot brought here; returns and raises as :meth:`restore`."""
-        deadline = time.monotonic() + message.deadline_s + RESTORE_GRACE_S
-        reply, fds = self._exchange(message, deadline, silence_s=silence_s, on_progress=on_progress)
+        reply, fds = self._await(message, on_progress)
         self._check_descriptors(message, reply, fds, messages.Fetched)
         return reply, fds
 
-    def _check_descriptors(self, message: Any, reply: Any, fds: list[int], kind: type[Any]) -> None:
-        fd_count = len(fds)
-        if isinstance(reply, kind) and all(0 <= s.fd_index < fd_count for s in reply.shards):
-            return
-        framing.close_fds(fds)
-        self.close()
-        raise IntegrityError(
-            f"daemon at {self.socket_path} answered {type(message).__name__} with {type(reply).__name__} and {fd_count} "
-            "descriptors, not with one for each shard; not used",
-            reason="bad_reply",
-        )
+    def gate(self, message: messages.Gate, on_progress: OnProgress) -> messages.GateAnswer:
+        """Wait until what all ranks loaded was compared; deadlines and errors as :meth:`restore`."""
+        reply, fds = self._await(message, on_progress)
+        return self._checked(message, reply, fds, messages.GateAnswer)
 
     def close(self) -> None:
         """End the session; a call that waits in another thread gets UnavailableError. Idempotent."""
@@ -173,32 +158,18 @@ class DaemonConnection:
             self._socket.close()
             self._lock.release()
 
-    def gate(
-        self,
-        message: messages.Gate,
-        on_progress: Callable[[messages.Progress], None],
-        *,
-        silence_s: float = DEFAULT_SILENCE_S,
-    ) -> messages.GateAnswer:
-        """Wait until what all ranks loaded was compared; deadlines and errors as :meth:`restore`."""
-        deadline = time.monotonic() + message.deadline_s + RESTORE_GRACE_S
-        reply, fds = self._exchange(message, deadline, silence_s=silence_s, on_progress=on_progress)
-        framing.close_fds(fds)
-        if not isinstance(reply, messages.GateAnswer):
-            self.close()
-            raise IntegrityError(
-                f"daemon at {self.socket_path} answered Gate with {type(reply).__name__}", reason="bad_reply"
-            )
-        return reply
-
     def close_in_child(self) -> None:
         """Drop a forked child's copy of the socket; the parent's session goes on. Takes no lock: it may be held for ever."""
         self._is_closed = True
         with contextlib.suppress(OSError):
             self._socket.close()
 
-    def _expect(self, message: Any, kind: type[Any], deadline_s: float) -> Any:
+    def _expect(self, message: Any, kind: type[T], deadline_s: float) -> T:
         reply, fds = self.call(message, deadline_s=deadline_s)
+        return self._checked(message, reply, fds, kind)
+
+    def _checked(self, message: Any, reply: Any, fds: list[int], kind: type[T]) -> T:
+        """``reply``, if it is of ``kind``; it has no use for descriptors."""
         framing.close_fds(fds)
         if not isinstance(reply, kind):
             self.close()
@@ -209,14 +180,22 @@ class DaemonConnection:
             )
         return reply
 
-    def _exchange(
-        self,
-        message: Any,
-        deadline: float,
-        *,
-        silence_s: float | None,
-        on_progress: Callable[[messages.Progress], None] | None,
-    ) -> tuple[Any, list[int]]:
+    def _check_descriptors(self, message: Any, reply: Any, fds: list[int], kind: type[Any]) -> None:
+        fd_count = len(fds)
+        if isinstance(reply, kind) and all(0 <= s.fd_index < fd_count for s in reply.shards):
+            return
+        framing.close_fds(fds)
+        self.close()
+        raise IntegrityError(
+            f"daemon at {self.socket_path} answered {type(message).__name__} with {type(reply).__name__} and {fd_count} "
+            "descriptors, not with one for each shard; not used",
+            reason="bad_reply",
+        )
+
+    def _await(self, message: Any, on_progress: OnProgress) -> tuple[Any, list[int]]:
+        return self._exchange(message, time.monotonic() + message.deadline_s + RESTORE_GRACE_S, on_progress)
+
+    def _exchange(self, message: Any, deadline: float, on_progress: OnProgress | None = None) -> tuple[Any, list[int]]:
         started = time.monotonic()
         self._check_usable()
         if not self._lock.acquire(timeout=max(0.0, deadline - started)):
@@ -227,7 +206,7 @@ class DaemonConnection:
             )
         try:
             self._check_usable()
-            reply, fds = self._converse(message, deadline, silence_s, on_progress)
+            reply, fds = self._converse(message, deadline, on_progress)
         except BaseException as error:
             self._is_closed = True
             self._socket.close()
@@ -243,15 +222,9 @@ class DaemonConnection:
             raise ERROR_CLASSES.get(reply.error_class, BackstayError)(reply.message, reason=reply.reason)
         return reply, fds
 
-    def _converse(
-        self,
-        message: Any,
-        deadline: float,
-        silence_s: float | None,
-        on_progress: Callable[[messages.Progress], None] | None,
-    ) -> tuple[Any, list[int]]:
+    def _converse(self, message: Any, deadline: float, on_progress: OnProgress | None) -> tuple[Any, list[int]]:
         self._message_id += 1
-        until = deadline if silence_s is None else min(deadline, time.monotonic() + silence_s)
+        until = deadline if on_progress is None else min(deadline, time.monotonic() + self.silence_s)
         slot_bytes = message.manifest.get("size_bytes", 0) if isinstance(message, messages.Commit) else 0
         limit_bytes = messages.request_limit(slot_bytes)
         framing.send_frame(self._socket, message, message_id=self._message_id, deadline=until, limit_bytes=limit_bytes)
@@ -261,8 +234,8 @@ class DaemonConnection:
             if is_ours and not isinstance(reply, messages.Progress):
                 return reply, fds
             framing.close_fds(fds)
-            if is_ours and on_progress is not None and silence_s is not None:
-                until = min(deadline, time.monotonic() + silence_s)
+            if is_ours and on_progress is not None:
+                until = min(deadline, time.monotonic() + self.silence_s)
                 on_progress(reply)
             if time.monotonic() >= deadline:  # a daemon that only chatters does not answer
                 raise TimeoutError

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from backstay.errors import BackstayError, IntegrityError, UnavailableError
 from backstay.protocol import messages
-from backstay.protocol.connection import DaemonConnection
+from backstay.protocol.connection import DaemonConnection, OnProgress
 from backstay.restore.gate_statements import MAX_DETAIL_NAMES, Statement
 from backstay.session.attach import attach, ignore, is_unavailable, retry
 
@@ -23,8 +23,6 @@ LEAST_DEADLINE_S: Final = 10.0  # for comparing, when loading took nearly all of
 FAILURE_DEADLINE_S: Final = 10.0
 ATTACH_S: Final = 5.0
 MAX_ROUNDS: Final = 4
-
-OnProgress = Callable[[messages.Progress], None]
 
 
 class LayoutGate:

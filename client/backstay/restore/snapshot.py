@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
@@ -23,14 +23,12 @@ from backstay.format.boxes import Box, Range
 from backstay.format.digest import verify_chunks
 from backstay.format.manifest import CHUNK_BYTES, Manifest, TensorEntry
 from backstay.protocol import framing, messages
-from backstay.protocol.connection import DaemonConnection
+from backstay.protocol.connection import DaemonConnection, OnProgress
 from backstay.restore.read_plan import Part, Reading, chunk_ranges, true_dtype, true_shape
 from backstay.trainer import raw_memory
 
 MAX_SHARDS_PER_FETCH: Final = 64  # descriptors that one frame may carry, with room
 SOURCE_ORDER: Final = ("local", "peer", "persisted", "rebuild")  # cheapest first
-
-OnProgress = Callable[[messages.Progress], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
