@@ -305,11 +305,11 @@ def test_every_named_port_exists() -> None:
 
 
 def test_probes_ask_what_the_daemons_answer_and_are_slow_to_kill() -> None:
-    sources = "".join((ROOT / "daemon" / "backstayd" / role / "app.py").read_text() for role in ("node", "coordinator"))
+    source = (ROOT / "daemon" / "backstayd" / "telemetry" / "routes.py").read_text()
     for kind in ("DaemonSet", "Deployment"):
         container = pod(one(rendered(), kind))["containers"][0]
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            assert f'"{container[probe]["httpGet"]["path"]}"' in sources
+            assert f'"{container[probe]["httpGet"]["path"]}"' in source
         liveness = container["livenessProbe"]
         assert liveness["httpGet"]["path"] == "/livez"
         assert liveness["failureThreshold"] * liveness["periodSeconds"] >= 60

@@ -15,13 +15,14 @@ from http.client import HTTPConnection
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from backstay.errors import ConfigError, UnavailableError
 from backstayd.telemetry import http, logs
 from backstayd.telemetry.health import Health
 from backstayd.telemetry.metrics import NodeMetrics
-from backstayd.telemetry.routes import Reply, Route, document_route, in_turns, metrics_route, probe_route
+from backstayd.telemetry.routes import Reply, Route, daemon_routes, in_turns
 
 
 def _get(address: str, path: str) -> tuple[int, bytes]:
@@ -34,8 +35,7 @@ def _get(address: str, path: str) -> tuple[int, bytes]:
 
 def _routes(metrics: NodeMetrics) -> dict[str, Route]:
     return {
-        "/metrics": metrics_route(metrics.registry),
-        "/status.json": document_route(lambda: {"format": 1, "role": "node"}),
+        **daemon_routes(Health(lease_s=10), metrics.registry, lambda: {"format": 1, "role": "node"}),
         "/page": lambda query: Reply(body=b"<p>", content_type="text/html", headers={"Content-Security-Policy": query}),
     }
 
@@ -57,7 +57,9 @@ def test_each_path_of_the_table_answers_and_others_name_what_there_is(server: ht
     status, body = _get(server.address, "/status.json?pretty")
     assert (status, json.loads(body)) == (200, {"format": 1, "role": "node"})
     assert _get(server.address, "/metrics")[0] == 200
-    assert _get(server.address, "/") == (404, b"there is /healthz, /metrics, /page, /status.json\n")
+    status, body = _get(server.address, "/")
+    assert status == 404
+    assert all(path in body for path in (b"/healthz", b"/livez", b"/metrics", b"/page", b"/readyz", b"/status.json"))
 
 
 def test_a_route_may_send_headers_and_is_told_the_query(server: http.HttpServer) -> None:
@@ -77,10 +79,7 @@ def test_a_probe_says_what_is_wrong_and_that_it_is_over() -> None:
     health = Health(lease_s=3.0, monotonic_s=lambda: now[0])
     server = http.start_http(
         "127.0.0.1:0",
-        {
-            "/livez": probe_route(health.not_alive, well=health.alive),
-            "/readyz": probe_route(health.not_ready, well=health.ready),
-        },
+        daemon_routes(health, CollectorRegistry(), dict),
     )
     try:
         assert _get(server.address, "/readyz") == (503, b"starting\n")
@@ -150,7 +149,7 @@ def test_a_document_that_fails_is_an_error_and_the_server_goes_on() -> None:
             raise answer
         return answer
 
-    server = http.start_http("127.0.0.1:0", {"/status.json": document_route(document)})
+    server = http.start_http("127.0.0.1:0", daemon_routes(Health(lease_s=10), CollectorRegistry(), document))
     try:
         assert _get(server.address, "/status.json") == (500, b"ValueError\n")
         assert _get(server.address, "/status.json") == (503, b"busy\n")

@@ -14,13 +14,15 @@ import pytest
 
 pytest.importorskip("cryptography")
 
+from prometheus_client.exposition import generate_latest
+
 from backstayd.security import credentials as credentials_module
 from backstayd.security.authority import Authority
 from backstayd.security.credentials import Credentials, ExpiryWatch, TlsFiles
 from backstayd.security.identity import Identity, Role
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import NodeMetrics
-from backstayd.telemetry.routes import metrics_route, text_reply
+from backstayd.telemetry.routes import text_reply
 from tests.kit.certificates import TestAuthority, node_uri
 
 NODE = Identity(trust_domain="backstay", role=Role.NODE, name="n1")
@@ -104,7 +106,7 @@ def test_the_end_of_a_certificate_is_exported_and_follows_a_renewal(tmp_path: Pa
     authority.make([node_uri("n1")], ends=dt.timedelta(days=9), into=held.files)
     watch.look()
     assert end("own") == held.current().not_after_unix_s != first
-    assert b"backstay_certificate_expiry_timestamp_seconds" in metrics_route(metrics.registry)("").body
+    assert b"backstay_certificate_expiry_timestamp_seconds" in generate_latest(metrics.registry)
 
 
 def test_without_tls_no_end_is_exported() -> None:

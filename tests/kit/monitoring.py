@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from backstayd.telemetry.metrics import CoordinatorMetrics, NodeMetrics
-from backstayd.telemetry.metrics.registry import series_names
+from backstayd.telemetry.metrics.registry import Declared
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -56,6 +56,16 @@ def panel_expressions() -> Iterator[Expression]:
                 text = re.sub(r"\$(training_job|instance)\b", ".*", text)
                 assert "$" not in text, f"{dashboard.stem} / {panel['title']}: {text}"
                 yield Expression(f"{dashboard.stem} / {panel['title']} / {target['legendFormat']}", text)
+
+
+def series_names(declared: Declared) -> Iterator[str]:
+    """The names of the series that queries may use."""
+    yield declared.name
+    if declared.kind in ("histogram", "summary"):
+        yield f"{declared.name}_sum"
+        yield f"{declared.name}_count"
+    if declared.kind == "histogram":
+        yield f"{declared.name}_bucket"
 
 
 def exported() -> set[str]:

@@ -10,11 +10,9 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Final
 
 from backstay import __version__, faults
-from backstay.errors import UnavailableError
 from backstay.ids import new_incarnation
 from backstayd.clock import Clock
 from backstayd.config.reload import Reloader
@@ -36,7 +34,7 @@ from backstayd.telemetry import logs
 from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import CoordinatorMetrics
-from backstayd.telemetry.routes import Route, document_route, in_turns, metrics_route, probe_route
+from backstayd.telemetry.routes import Route, daemon_routes, in_turns, made_in_loop
 from backstayd.telemetry.status_page import page_routes
 from backstayd.transport.coordinator_service import CoordinatorServer
 
@@ -46,7 +44,6 @@ MAX_NAMED_RUNS: Final = 3  # in the sentence for systemctl status
 COALESCE_S: Final = 0.003  # reports that arrive together are evaluated once
 REST_FACTOR: Final = 3  # after an evaluation, so many times as long is left to other things, up to a third of a lease
 IDLE_FACTOR: Final = 20  # and so many times as long when nothing but time has passed, up to a lease
-DOCUMENT_TIMEOUT_S: Final = 2.0
 ELECTED_SETTLE_LEASES: Final = 2.0  # nodes notice the loss, go round the addresses and may meet a dead one on the way
 SILENT_LEASES: Final = 2.0  # all nodes at once are silent for so long: it is this coordinator that is cut off
 WARNING_KINDS: Final = frozenset(
@@ -256,7 +253,7 @@ class CoordinatorProcess:
         return self.core.desired(node)
 
     def status(self, *, is_brief: bool = False) -> dict[str, Any]:
-        return self._document(self.core, is_brief=is_brief)
+        return self._document_of(self.core, is_brief=is_brief)
 
     def forget(self, run: str) -> None:
         self.core.forget(run)
@@ -353,34 +350,17 @@ class CoordinatorProcess:
                 faults.reach("recorded_on_some", run=run)
 
     def _routes(self, loop: asyncio.AbstractEventLoop) -> dict[str, Route]:
-        return {
-            "/livez": probe_route(self.health.not_alive, well=self.health.alive),
-            "/metrics": metrics_route(self.metrics.registry),
-            "/readyz": probe_route(self.health.not_ready, well=self.health.ready),
-            "/status.json": document_route(in_turns(lambda: self._from_thread(loop, is_brief=False))),
-            **page_routes(lambda: self._from_thread(loop, is_brief=True)),
-        }
+        whole = in_turns(made_in_loop(loop, lambda: self._document(is_brief=False)))
+        brief = made_in_loop(loop, lambda: self._document(is_brief=True))
+        return daemon_routes(self.health, self.metrics.registry, whole) | page_routes(brief)
 
-    def _document(self, core: Coordinator, *, is_brief: bool) -> dict[str, Any]:
+    def _document(self, *, is_brief: bool) -> dict[str, Any]:
+        """As of now; a standby, which knows no nodes and runs, has all fields too."""
+        now_s, offset_s = self._clock.monotonic_s(), self._offset_s
+        nothing = Coordinator(self._policy, self.incarnation, now_s=now_s, unix_offset_s=offset_s)
+        core = self._core if self._seat.may_act() else None
+        return self._document_of(core or nothing, is_brief=is_brief)
+
+    def _document_of(self, core: Coordinator, *, is_brief: bool) -> dict[str, Any]:
         document = status_document(core, self._clock.monotonic_s(), is_brief=is_brief)
         return document | {"leader": self._seat.document()}
-
-    def _nothing(self) -> Coordinator:
-        """What a standby knows of nodes and runs; it makes its document, so that all fields are there."""
-        now_s, offset_s = self._clock.monotonic_s(), self._offset_s
-        return Coordinator(self._policy, self.incarnation, now_s=now_s, unix_offset_s=offset_s)
-
-    def _from_thread(self, loop: asyncio.AbstractEventLoop, *, is_brief: bool) -> dict[str, Any]:
-        """The status document, made in the loop, for a thread of the HTTP server."""
-
-        async def make() -> dict[str, Any]:
-            core = self._core if self._seat.may_act() else None
-            return self._document(core or self._nothing(), is_brief=is_brief)
-
-        future = asyncio.run_coroutine_threadsafe(make(), loop)
-        try:
-            return future.result(DOCUMENT_TIMEOUT_S)
-        except FutureTimeoutError as error:
-            future.cancel()
-            message = f"the coordinator's loop did not answer within {DOCUMENT_TIMEOUT_S:g} s"
-            raise UnavailableError(message) from error

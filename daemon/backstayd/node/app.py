@@ -13,12 +13,11 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from backstay import __version__
-from backstay.errors import BackstayError, ConfigError, UnavailableError
+from backstay.errors import BackstayError, ConfigError
 from backstay.ids import new_incarnation
 from backstayd.addresses import join_address, split_address
 from backstayd.change_signal import Signal
@@ -51,12 +50,10 @@ from backstayd.telemetry import logs
 from backstayd.telemetry.health import Health
 from backstayd.telemetry.http import start_http
 from backstayd.telemetry.metrics import NodeMetrics
-from backstayd.telemetry.routes import Route, document_route, metrics_route, probe_route
+from backstayd.telemetry.routes import daemon_routes, made_in_loop
 from backstayd.transport.link import CoordinatorLink
 
 logger = logging.getLogger(__name__)
-
-DOCUMENT_TIMEOUT_S: Final = 2.0
 
 
 def run(config: NodeConfig, load: Callable[[], NodeConfig]) -> int:
@@ -119,7 +116,7 @@ async def start_node(
         state, health = node.state, node.health
         http = start_http(
             config.http,
-            _routes(state, health, document=lambda: _from_thread(loop, node.reporter)),
+            daemon_routes(health, state.metrics.registry, made_in_loop(loop, node.reporter.document)),
             credentials=credentials if config.http_tls else None,
         )
         stack.push_async_callback(asyncio.to_thread, http.close)
@@ -299,33 +296,10 @@ def _watch_cordon(name: str, drain: Drain, loop: asyncio.AbstractEventLoop) -> C
     return watch.close
 
 
-def _routes(state: NodeState, health: Health, *, document: Callable[[], dict[str, Any]]) -> dict[str, Route]:
-    return {
-        "/livez": probe_route(health.not_alive, well=health.alive),
-        "/metrics": metrics_route(state.metrics.registry),
-        "/readyz": probe_route(health.not_ready, well=health.ready),
-        "/status.json": document_route(document),
-    }
-
-
 async def _end(task: asyncio.Task[Any]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-
-
-def _from_thread(loop: asyncio.AbstractEventLoop, reporter: Reporter) -> dict[str, Any]:
-    """The status document, made in the loop, for a thread of the HTTP server."""
-
-    async def make() -> dict[str, Any]:
-        return reporter.document()
-
-    future = asyncio.run_coroutine_threadsafe(make(), loop)
-    try:
-        return future.result(DOCUMENT_TIMEOUT_S)
-    except FutureTimeoutError as error:
-        future.cancel()
-        raise UnavailableError(f"the daemon's loop did not answer within {DOCUMENT_TIMEOUT_S:g} s") from error
 
 
 def _bulk_socket(address: str) -> socket.socket:

@@ -157,7 +157,7 @@ class _Request(BaseHTTPRequestHandler):
     def _reply(self, path: str, query: str) -> Reply:
         route = self.server.routes.get(path)
         if route is None:
-            return text_reply(f"there is {', '.join(sorted(self.server.routes))}", status=HTTPStatus.NOT_FOUND)
+            return text_reply(f"unknown path; try {', '.join(sorted(self.server.routes))}", status=HTTPStatus.NOT_FOUND)
         try:
             return route(query)
         except BackstayError as error:

@@ -5,20 +5,26 @@ A route is called in a thread of the server, never in the daemon's loop, and mus
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from backstay.errors import UnavailableError
+from backstayd.telemetry.health import Health
 
 TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
 LONGEST_PAUSE_S: Final = 1.0
+LOOP_TIMEOUT_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +45,36 @@ def text_reply(sentence: str, *, status: int = HTTPStatus.OK) -> Reply:
     return Reply(status=status, body=f"{sentence}\n".encode())
 
 
-def metrics_route(registry: CollectorRegistry) -> Route:
-    """``/metrics``: what ``registry`` holds, in Prometheus' text form."""
-    from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+def daemon_routes(
+    health: Health, registry: CollectorRegistry, document: Callable[[], dict[str, Any]]
+) -> dict[str, Route]:
+    """What every daemon serves. ``document`` makes the status document, anew for each request."""
+    return {
+        "/livez": probe_route(health.not_alive, well=health.alive),
+        "/metrics": lambda query: Reply(content_type=CONTENT_TYPE_LATEST, body=generate_latest(registry)),
+        "/readyz": probe_route(health.not_ready, well=health.ready),
+        "/status.json": lambda query: Reply(content_type=JSON, body=json.dumps(document()).encode() + b"\n"),
+    }
 
-    return lambda query: Reply(content_type=CONTENT_TYPE_LATEST, body=generate_latest(registry))
 
+def made_in_loop(loop: asyncio.AbstractEventLoop, make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """A document that only the daemon's event loop can make, for the threads of the server.
 
-def document_route(document: Callable[[], dict[str, Any]]) -> Route:
-    """A JSON document, made anew for each request."""
-    return lambda query: Reply(content_type=JSON, body=json.dumps(document()).encode() + b"\n")
+    Raises UnavailableError where the loop does not answer soon.
+    """
+
+    async def call() -> dict[str, Any]:
+        return make()
+
+    def from_thread() -> dict[str, Any]:
+        future = asyncio.run_coroutine_threadsafe(call(), loop)
+        try:
+            return future.result(LOOP_TIMEOUT_S)
+        except FutureTimeoutError as error:
+            future.cancel()
+            raise UnavailableError(f"the daemon's event loop did not answer within {LOOP_TIMEOUT_S:g} s") from error
+
+    return from_thread
 
 
 def in_turns(document: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

@@ -5,7 +5,6 @@ Only the coordinator that leads has series of runs; one that stands by has none,
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Final
 
 from backstayd.telemetry.metrics.daemon import DaemonMetrics
@@ -28,14 +27,6 @@ class CoordinatorMetrics(DaemonMetrics):
         self._add_snapshots()
         self._add_storage()
         self._add_recoveries()
-
-    def admit(self, run: str) -> bool:
-        """Whether ``run`` has series: not while there are as many others as the limit allows."""
-        return self._registry.admit(run)
-
-    def keep_runs(self, runs: Collection[str]) -> None:
-        """Drop the series of every run but ``runs``; of all of them, when another coordinator leads."""
-        self._registry.keep_runs(runs)
 
     def _add_cluster(self) -> None:
         registry = self._registry

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
@@ -68,6 +68,14 @@ class DaemonMetrics:
     def declared(self) -> list[Declared]:
         """Every metric of this role, for the reference."""
         return self._registry.declared
+
+    def admit(self, run: str) -> bool:
+        """Whether ``run`` has series: not while there are as many others as the limit allows."""
+        return self._registry.admit(run)
+
+    def keep_runs(self, runs: Collection[str]) -> None:
+        """Drop the series of every run but ``runs``."""
+        self._registry.keep_runs(runs)
 
     def watch_certificates(self, ends_unix_s: Callable[[], Mapping[str, float]]) -> None:
         """Export when the certificates in use end, by which one it is; asked at every scrape, in its thread."""

@@ -5,7 +5,6 @@ Series of runs are of what happened on this node; what holds for a whole run is 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Final
 
 from backstayd.telemetry.metrics.daemon import DaemonMetrics
@@ -27,10 +26,6 @@ class NodeMetrics(DaemonMetrics):
         self._add_sources()
         self._add_storage()
         self._add_links()
-
-    def keep_runs(self, runs: Collection[str]) -> None:
-        """Drop the series of every run but ``runs``."""
-        self._registry.keep_runs(runs)
 
     def _add_memory(self) -> None:
         registry = self._registry

@@ -7,7 +7,7 @@ made from it. Must not know what any metric is about.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
@@ -169,16 +169,6 @@ class Registry:
         self.declared.append(
             Declared(name=full, kind=kind.__name__.lower(), documentation=documentation, labels=labels)
         )
-
-
-def series_names(declared: Declared) -> Iterator[str]:
-    """The names of the series that queries may use."""
-    yield declared.name
-    if declared.kind in ("histogram", "summary"):
-        yield f"{declared.name}_sum"
-        yield f"{declared.name}_count"
-    if declared.kind == "histogram":
-        yield f"{declared.name}_bucket"
 
 
 def _preset(metric: Kind, labels: dict[str, Sequence[str]]) -> Kind:
