@@ -23,7 +23,7 @@ from backstay.format.manifest import CHUNK_BYTES, MAX_LABEL
 from backstay.ids import MAX_COUNT, Generation
 from backstay.protocol import framing, messages
 from backstay.protocol.connection import DaemonConnection
-from backstayd.node.session import MAX_SAID_BYTES
+from backstayd.node.session import MAX_REPORTED_BYTES
 from backstayd.node.trainers import users
 from backstayd.node.trainers.users import visible_to
 from backstayd.store.adopt import GENERATION_NAME
@@ -33,6 +33,7 @@ from backstayd.v1 import coordinator_pb2
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import MadeShard
 from tests.kit.trainer import PlainTrainer, trainer_of, wait_until
+from tests.kit.wording import refuses
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_who_attaches_again_is_held_to_the_rank_and_world_size_that_were_decided
     trainer.snapshot(1)
     for rank, world_size in ((5, 1 << 20), (0, 2), (1, 1 << 20)):
         stranger = PlainTrainer(node.socket, rank=rank, world_size=world_size)
-        with pytest.raises(StaleGenerationError, match=f"rank {rank} of {world_size}"):
+        with refuses(StaleGenerationError, "stale_world", rank, world_size):
             stranger.attach(attempt=1)
         stranger.close()
     trainer.snapshot(2)
@@ -71,7 +72,7 @@ def test_a_step_that_nobody_could_count_on_from_is_refused_wherever_a_trainer_na
             messages.Distrust(step=step, reason="x"),
             messages.Commit(step=step, slot_id="s", manifest={}),
         ):
-            with pytest.raises(UsageError, match="out of range"):
+            with refuses(UsageError, "bad_step", step):
                 trainer.call(message)
     trainer.snapshot(1)
     (session,) = node.report().runs[0].sessions
@@ -99,7 +100,7 @@ def test_what_a_trainer_states_is_bounded_before_it_travels(node: NodeThread) ->
     ranks = tuple(range(400))
     many = tuple(messages.GateEntry(name=name, ranks=ranks, digest="d" * 32) for name in names)
     for gate in (
-        messages.Gate(decision_id="d" * (MAX_SAID_BYTES // 2), entries=()),
+        messages.Gate(decision_id="d" * (MAX_REPORTED_BYTES // 2), entries=()),
         messages.Gate(decision_id="d", entries=many),
     ):
         framing.send_frame(trainer.socket, gate, message_id=99)
@@ -241,7 +242,7 @@ def test_one_user_has_so_many_trainers_and_names_and_unused_names_go(node: NodeT
         others.append(PlainTrainer(node.socket, run=f"job/r{index}"))
         others[-1].attach()
     last = PlainTrainer(node.socket, run="job/one-too-many")
-    with pytest.raises(CapacityError, match=f"{users.MAX_TRAINERS} trainers"):
+    with refuses(CapacityError, "too_many_trainers", users.MAX_TRAINERS):
         last.attach()
     others.pop().close()
     wait_until(lambda: len(list(node.node.sessions)) < users.MAX_TRAINERS, why="one has left")
@@ -262,7 +263,7 @@ def test_names_are_limited_by_user_even_without_trainers(tmpfs_dir: Path) -> Non
     try:
         for index in range(users.MAX_RUNS):
             store.open_run(f"job/r{index}", uid=1000)
-        with pytest.raises(CapacityError, match=f"user 1000 has {users.MAX_RUNS} runs"):
+        with refuses(CapacityError, "too_many_runs", 1000, users.MAX_RUNS):
             users.check_names(store, "job/new", 1000)
         users.check_names(store, "job/r3", 1000)
         users.check_names(store, "job/new", 1001)

@@ -150,7 +150,7 @@ class LocalDaemon:
                         assert attach is not None
                         reply, fds = self._answer(attach, message)
                 except BackstayError as error:
-                    reply = messages.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
+                    reply = messages.Error.of(error)
                 try:
                     framing.send_frame(connection, reply, message_id=number, fds=fds)
                 finally:  # the trainer may have gone meanwhile
@@ -328,7 +328,7 @@ class LocalDaemon:
         return messages.Reserved(slot_id=path.name, size_bytes=message.size_bytes, schedule=schedule), fds
 
     def _commit(self, run: Run, attach: messages.Attach, message: messages.Commit) -> messages.Committed:
-        run.waited_s += message.cost.waited_s if message.cost is not None else 0.0
+        run.waited_s += message.cost.waited_s
         path = self.directory / message.slot_id
         manifest = json_records.from_json(Manifest, message.manifest)
         if (manifest.attempt, manifest.step, manifest.rank) != (run.attempt, message.step, attach.rank):

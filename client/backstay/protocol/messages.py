@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from backstay.errors import BackstayError
 from backstay.format import versions
 
 PROTOCOL_VERSION: Final = versions.LOCAL_PROTOCOL
@@ -312,7 +313,7 @@ class Commit:
     step: int
     slot_id: str
     manifest: dict[str, Any]
-    cost: TrainerCost | None = None
+    cost: TrainerCost = field(default_factory=TrainerCost)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,7 +337,7 @@ class Abandon:
     slot_id: str = ""
     reason: str = ""
     is_short_of_slots: bool = False
-    cost: TrainerCost | None = None
+    cost: TrainerCost = field(default_factory=TrainerCost)
     is_unused: bool = False
 
 
@@ -369,6 +370,10 @@ class Error:
     error_class: str
     reason: str
     message: str
+
+    @classmethod
+    def of(cls, error: BackstayError) -> Error:
+        return cls(error_class=type(error).__name__, reason=error.reason, message=str(error))
 
 
 MESSAGES: Final[dict[str, type[Any]]] = {

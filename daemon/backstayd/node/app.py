@@ -1,4 +1,4 @@
-"""The node daemon as a process: puts its parts together, runs them in one loop, ends them in order.
+"""The node daemon as a process: makes its parts, runs them in one event loop, ends them in reverse order.
 
 On SIGTERM everything in memory stays where it is; the next daemon adopts it.
 """
@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from backstay import __version__
@@ -69,30 +68,68 @@ def run(config: NodeConfig, load: Callable[[], NodeConfig]) -> int:
 async def _main(config: NodeConfig, load: Callable[[], NodeConfig]) -> int:
     process = DaemonProcess()
     async with contextlib.AsyncExitStack() as stack:
-        async with process.starting(f"adopting what lies in {config.memory_dir}"):
+        async with process.starting(f"adopting the contents of {config.memory_dir}"):
             node = await stack.enter_async_context(start_node(config, on_lost=process.give_up))
         reload = Reloader(config, load=load, apply=lambda settings: _adopt(settings, node))
-        await process.serve(node.health, status=lambda: status_sentence(node.state, config.coordinator), reload=reload)
-        logger.info("node %s ends; what it holds stays in %s", config.name, config.memory_dir)
+        await process.serve(node.health, status=lambda: status_sentence(node.state), reload=reload)
+        logger.info("node %s stops; its snapshots stay in %s", config.name, config.memory_dir)
     return 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """The parts of a node, made in the order in which they need each other; what runs is started by :func:`start_node`."""
+    """The parts of a node, made in the order in which they need each other; :func:`start_node` starts those that run."""
 
-    state: NodeState
-    coders: Coders
-    sessions: Sessions
-    reconciler: Reconciler
-    reporter: Reporter
-    server: TrainerServer
-    gauges: NodeGauges
-    health: Health
+    def __init__(self, config: NodeConfig, store: Store, bulk: socket.socket, credentials: Credentials | None) -> None:
+        self.state = state = _make_state(config, store, bulk, credentials)
+        self.health = Health(lease_s=config.lease_s)
+        self.gauges = NodeGauges(state)
+        self.sessions = Sessions(state)
+        durable, bad_sources = DurableRecords(state), BadSources(state)
+        self.coders = Coders(
+            config,
+            incarnation=store.incarnation,
+            bulk=bulk,
+            on_event=functools.partial(_on_coder_event, state, durable),
+            on_result=functools.partial(job_metrics.note_job, state.metrics),
+            credentials=credentials,
+        )
+        chunks = Chunks(state, self.coders, bad_sources.quarantine)
+        self.reconciler = Reconciler(state, self.sessions, self.coders, chunks, bad_sources, durable)
+        self.reporter = Reporter(state, self.sessions, self.reconciler)
+        self.server = TrainerServer(
+            state,
+            self.sessions,
+            requests=Requests(state, self.sessions, chunks, self.reconciler.staging),
+            visits=Visits(state, chunks),
+            document=self.reporter.document,
+        )
+        self.link = CoordinatorLink(
+            config.coordinator,
+            report=self.reporter.report,
+            on_desired=self._on_desired,
+            lease_s=config.lease_s,
+            on_state=self._on_link,
+            credentials=credentials,
+            state=state.link,
+            changed=state.report_due,
+        )
+
+    def _on_desired(self, desired: NodeDesired) -> None:
+        self.gauges.note_answer()
+        if desired.has_storage:
+            self.coders.warm_up_storage()
+        self.reconciler.on_desired(desired, self.link.answered_s)
+
+    def _on_link(self, is_connected: bool) -> None:
+        if not is_connected:
+            self.gauges.note_lost()
+        verb = "connected to" if is_connected else "lost"
+        self.state.timeline.add("coordinator", "", f"{verb} the coordinator at {self.state.link.address}")
+        self.state.waiters.notify()
 
 
 def _adopt(settings: NodeConfig, node: Node) -> None:
-    """Bring settings into force that may change while it runs."""
+    """Apply the settings that may change while the daemon runs."""
     node.state.store.set_quota(settings.quota_bytes)
     node.state.store.user_quota_bytes = settings.user_quota_bytes
     logs.configure(level=settings.log_level, form=settings.log_format, component=f"node {settings.name}")
@@ -104,15 +141,23 @@ def _adopt(settings: NodeConfig, node: Node) -> None:
 async def start_node(
     config: NodeConfig, *, on_lost: Callable[[BackstayError], None] = lambda error: None
 ) -> AsyncIterator[Node]:
-    """All parts of a node, running; they are ended in reverse order. ``on_lost`` is called when its memory was taken away."""
+    """A running node; its parts are ended in reverse order. ``on_lost`` is called when its memory was taken away."""
     loop, credentials = asyncio.get_running_loop(), load_credentials(config)
     async with contextlib.AsyncExitStack() as stack:
-        store = await _open_store(config)
+        store = await asyncio.to_thread(
+            Store,
+            config.memory_dir,
+            incarnation=new_incarnation(),
+            quota_bytes=config.quota_bytes,
+            user_quota_bytes=config.user_quota_bytes,
+            must_be_tmpfs=True,
+            reader_wait_s=config.lease_s,
+        )
         stack.callback(store.close)
         bulk = stack.enter_context(_bulk_socket(config.bulk))
         listener = stack.enter_context(listen(config.socket, group=config.socket_group))
         stack.callback(config.socket.unlink, missing_ok=True)
-        node = _make_node(config, store, bulk, credentials)
+        node = Node(config, store, bulk, credentials)
         state, health = node.state, node.health
         http = start_http(
             config.http,
@@ -129,10 +174,9 @@ async def start_node(
             unwatch = _watch_cordon(config.kubernetes_node, state.drain, loop)
             stack.push_async_callback(asyncio.to_thread, unwatch)
         else:
-            state.drain.set_cordoned(False)  # remembered of a time when somebody looked
-        link = _make_link(config, node, credentials)
-        link.start()
-        stack.push_async_callback(link.close)
+            state.drain.set_cordoned(False)  # kept from a time when the cordon was watched
+        node.link.start()
+        stack.push_async_callback(node.link.close)
         serving = asyncio.create_task(node.server.serve(listener))
         stack.push_async_callback(_end, serving)
         expiry = ExpiryWatch(credentials, state.metrics.set_expiry)
@@ -142,8 +186,8 @@ async def start_node(
         stack.push_async_callback(_end, asyncio.create_task(maintaining))
         stack.callback(health.set_unready, "ending")
         watch(health, node.reconciler, node.coders, serving)
-        health.watch("the line to the coordinator", link.failure)
-        health.set_ready(lambda: ready_sentence(state, config.coordinator))
+        health.watch("the connection to the coordinator", node.link.failure)
+        health.set_ready(lambda: ready_sentence(state))
         logger.info(
             "node %s (%s) holds %s, serves trainers at %s, peers at %s, http at %s",
             config.name, store.incarnation, config.memory_dir, config.socket, state.identity.bulk_address, http.address,
@@ -151,23 +195,13 @@ async def start_node(
         yield node
 
 
-async def _open_store(config: NodeConfig) -> Store:
-    return await asyncio.to_thread(
-        Store,
-        config.memory_dir,
-        incarnation=new_incarnation(),
-        quota_bytes=config.quota_bytes,
-        user_quota_bytes=config.user_quota_bytes,
-        must_be_tmpfs=True,
-        reader_wait_s=config.lease_s,
-    )
-
-
-def _make_state(config: NodeConfig, store: Store, bulk: socket.socket) -> NodeState:
+def _make_state(config: NodeConfig, store: Store, bulk: socket.socket, credentials: Credentials | None) -> NodeState:
     clock = Clock()
     timeline, report_due = Timeline(clock), Signal()
     metrics = NodeMetrics(version=__version__)
     metrics.set_config(config)
+    if credentials is not None:
+        metrics.watch_certificates(credentials.ends_unix_s)
 
     def on_drain(sentence: str) -> None:
         logger.warning("%s", sentence)
@@ -183,59 +217,14 @@ def _make_state(config: NodeConfig, store: Store, bulk: socket.socket) -> NodeSt
             version=__version__,
         ),
         lease_s=config.lease_s,
+        coordinator=config.coordinator,
+        credentials=credentials,
         store=store,
         timeline=timeline,
         metrics=metrics,
         clock=clock,
         drain=Drain(config.memory_dir, incarnation=store.incarnation, on_change=on_drain),
         report_due=report_due,
-    )
-
-
-def _make_node(config: NodeConfig, store: Store, bulk: socket.socket, credentials: Credentials | None) -> Node:
-    state = _make_state(config, store, bulk)
-    if credentials is not None:
-        state.metrics.watch_certificates(credentials.ends_unix_s)
-    durable = DurableRecords(state)
-    coders = Coders(
-        config,
-        incarnation=store.incarnation,
-        bulk=bulk,
-        on_event=functools.partial(_on_coder_event, state, durable),
-        on_result=functools.partial(job_metrics.note_job, state.metrics),
-        credentials=credentials,
-    )
-    sessions = Sessions(state)
-    bad_sources = BadSources(state)
-    chunks = Chunks(state, coders, bad_sources.quarantine)
-    reconciler = Reconciler(
-        state, sessions=sessions, coders=coders, chunks=chunks, bad_sources=bad_sources, durable=durable
-    )
-    reporter = Reporter(
-        state,
-        coordinator=config.coordinator,
-        sessions=sessions,
-        reconciler=reconciler,
-        chunks=chunks,
-        bad_sources=bad_sources,
-        durable=durable,
-    )
-    server = TrainerServer(
-        store,
-        sessions,
-        requests=Requests(state, sessions, chunks, reconciler.staging),
-        visits=Visits(state, chunks, coordinator=config.coordinator, credentials=credentials),
-        document=reporter.document,
-    )
-    return Node(
-        state=state,
-        coders=coders,
-        sessions=sessions,
-        reconciler=reconciler,
-        reporter=reporter,
-        server=server,
-        gauges=NodeGauges(state),
-        health=Health(lease_s=config.lease_s),
     )
 
 
@@ -248,37 +237,8 @@ def _on_coder_event(state: NodeState, durable: DurableRecords, event: CoderEvent
         note_stored(state, event)
 
 
-def _make_link(config: NodeConfig, node: Node, credentials: Credentials | None) -> CoordinatorLink:
-    state = node.state
-
-    def on_desired(desired: NodeDesired) -> None:
-        node.gauges.note_answer()
-        if desired.has_storage:
-            node.coders.warm_up_storage()
-        node.reconciler.on_desired(desired, link.answered_s)
-
-    def on_state(is_connected: bool) -> None:
-        if not is_connected:
-            node.gauges.note_lost()
-        verb = "connected to" if is_connected else "lost"
-        state.timeline.add("coordinator", "", f"{verb} the coordinator at {state.link.address}")
-        state.waiters.notify()
-
-    link = CoordinatorLink(
-        config.coordinator,
-        report=node.reporter.report,
-        on_desired=on_desired,
-        lease_s=config.lease_s,
-        on_state=on_state,
-        credentials=credentials,
-        state=state.link,
-        changed=state.report_due,
-    )
-    return link
-
-
 def _watch_cordon(name: str, drain: Drain, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-    """The node drains while its Kubernetes node is cordoned; returns what ends that."""
+    """Drain the node while its Kubernetes node is cordoned; returns a function that stops watching."""
     try:
         from backstayd.kubernetes_cordon import CordonWatch
     except ImportError as error:

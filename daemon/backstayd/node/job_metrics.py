@@ -78,13 +78,11 @@ def note_traffic(metrics: NodeMetrics, event: CoderEvent) -> None:
     metrics.peer_bytes.labels(direction="received").inc(event.received_bytes)
 
 
-def note_cost(metrics: NodeMetrics, run: str, cost: messages.TrainerCost | None) -> tuple[float, float]:
-    """What snapshots cost a trainer since its last message with a cost; older releases report none.
+def note_cost(metrics: NodeMetrics, run: str, cost: messages.TrainerCost) -> tuple[float, float]:
+    """What snapshots cost a trainer since its last message with a cost.
 
     Returns how long it was held up, and how much of that it waited for slots and for copying.
     """
-    if cost is None:
-        return 0.0, 0.0
     blocked = metrics.trainer_blocked_seconds
     snapshot_s, fence_s = _within(cost.snapshot_s, MAX_COST_S), _within(cost.fence_s, MAX_COST_S)
     blocked.of(run, where="snapshot").inc(snapshot_s)

@@ -13,6 +13,7 @@ from backstayd.core.messages.decisions import Decision
 from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.report import NodeIdentity
 from backstayd.node.drain_state import Drain
+from backstayd.security.credentials import Credentials
 from backstayd.store.store import Store
 from backstayd.telemetry.metrics import NodeMetrics
 from backstayd.transport.link import LinkState
@@ -44,6 +45,8 @@ class NodeState:
 
     identity: NodeIdentity
     lease_s: float
+    coordinator: str  # its configured address, or several separated by commas
+    credentials: Credentials | None
     store: Store
     timeline: Timeline
     metrics: NodeMetrics

@@ -9,11 +9,8 @@ from typing import Any, Final
 from backstay.format import json_records
 from backstayd.core.messages.report import NodeReport, RunReport
 from backstayd.node.node_state import NodeState
-from backstayd.node.reconcile.durable_jobs import DurableRecords
-from backstayd.node.reconcile.quarantine import BadSources
 from backstayd.node.reconcile.reconciler import Reconciler
 from backstayd.node.reconcile.staging import rebuilt_bytes, staging_of
-from backstayd.node.restores.chunks import Chunks
 from backstayd.node.trainers.sessions import Sessions
 from backstayd.store.index import UNKNOWN_UID, RunIndex
 from backstayd.units import format_size
@@ -24,24 +21,10 @@ MAX_NAMED_RUNS: Final = 3
 class Reporter:
     """Makes reports from store, sessions and tasks; each has the next sequence number."""
 
-    def __init__(
-        self,
-        node: NodeState,
-        *,
-        coordinator: str,
-        sessions: Sessions,
-        reconciler: Reconciler,
-        chunks: Chunks,
-        bad_sources: BadSources,
-        durable: DurableRecords,
-    ) -> None:
+    def __init__(self, node: NodeState, sessions: Sessions, reconciler: Reconciler) -> None:
         self._node = node
-        self._coordinator = coordinator
         self._sessions = sessions
         self._reconciler = reconciler
-        self._chunks = chunks
-        self._bad_sources = bad_sources
-        self._durable = durable
         self._sequence = itertools.count(1)
 
     def report(self) -> NodeReport:
@@ -73,7 +56,7 @@ class Reporter:
             "time_unix_s": node.clock.unix_s(),
             "generation": json_records.to_json(store.generation),
             "coordinator": {
-                "addresses": self._coordinator,
+                "addresses": node.coordinator,
                 **dataclasses.asdict(node.link),
             },
             "memory": {
@@ -94,7 +77,7 @@ class Reporter:
         index = self._node.store.runs.get(run) or RunIndex(run=run)
         view = self._reconciler.view(run)
         done, total = rebuilt_bytes(view)
-        durable, jobs = self._durable.of(run), self._reconciler.memory_jobs
+        durable, jobs = self._reconciler.durable.of(run), self._reconciler.memory_jobs
         storage = self._node.run_desired(run).storage
         persisted_step = storage.persisted_step if storage is not None else 0
         return RunReport(
@@ -109,7 +92,7 @@ class Reporter:
             fragments=tuple(sorted(index.fragments, key=lambda f: (f.plan_id, f.stripe, f.index))),
             decision=index.decision,
             staging=staging_of(view),
-            quarantined=(*index.quarantined.values(), *self._bad_sources.marks(run)),
+            quarantined=(*index.quarantined.values(), *self._reconciler.bad_sources.marks(run)),
             failed_plans=tuple(jobs.failed_plans.get(run, ())),
             survey=durable.survey,
             uploads=tuple(upload for _, upload in sorted(durable.uploads.items())),
@@ -151,8 +134,10 @@ class Reporter:
             "shards": [json_records.to_json(held.record) for _, held in sorted(index.shards.items())],
             "fragments": [json_records.to_json(f) | {"size_bytes": size} for f, size in sorted_fragments(index)],
             "plans": sorted(index.plans),
-            "reshard": json_records.to_json(self._chunks.totals(run)),
-            "uploads": [json_records.to_json(upload) for _, upload in sorted(self._durable.of(run).uploads.items())],
+            "reshard": json_records.to_json(self._reconciler.chunks.totals(run)),
+            "uploads": [
+                json_records.to_json(upload) for _, upload in sorted(self._reconciler.durable.of(run).uploads.items())
+            ],
             "slots": [
                 {
                     "rank": slot.rank,
@@ -163,7 +148,8 @@ class Reporter:
                 for _, slot in sorted(index.slots.items())
             ],
             "quarantined": [
-                json_records.to_json(entry) for entry in (*index.quarantined.values(), *self._bad_sources.marks(run))
+                json_records.to_json(entry)
+                for entry in (*index.quarantined.values(), *self._reconciler.bad_sources.marks(run))
             ],
         }
 
@@ -172,19 +158,19 @@ def sorted_fragments(index: RunIndex) -> list[tuple[Any, int]]:
     return sorted(index.fragments.items(), key=lambda item: (item[0].plan_id, item[0].stripe, item[0].index))
 
 
-def link_sentence(node: NodeState, coordinator: str) -> str:
-    """Whether the coordinator is there; ``coordinator`` is its configured address."""
+def link_sentence(node: NodeState) -> str:
+    """Whether the coordinator is there."""
     if node.link.is_connected:
         return f"connected to the coordinator at {node.link.address}"
-    return f"not connected to the coordinator at {coordinator}"
+    return f"not connected to the coordinator at {node.coordinator}"
 
 
-def ready_sentence(node: NodeState, coordinator: str) -> str:
+def ready_sentence(node: NodeState) -> str:
     """What ``/readyz`` says of a node that serves."""
-    return f"ready: memory adopted, trainers are served; {link_sentence(node, coordinator)}"
+    return f"ready: memory adopted, trainers are served; {link_sentence(node)}"
 
 
-def status_sentence(node: NodeState, coordinator: str) -> str:
+def status_sentence(node: NodeState) -> str:
     """How it stands, for ``systemctl status``: memory, runs, link."""
     held = f"{format_size(node.store.used_bytes)} of {format_size(node.store.capacity_bytes)} held"
     runs = [
@@ -192,4 +178,4 @@ def status_sentence(node: NodeState, coordinator: str) -> str:
         for _, run in sorted(node.desired.items())
     ]
     more = [f"{len(runs) - MAX_NAMED_RUNS} more runs"] if len(runs) > MAX_NAMED_RUNS else []
-    return "; ".join([held, *runs[:MAX_NAMED_RUNS], *more, link_sentence(node, coordinator)])
+    return "; ".join([held, *runs[:MAX_NAMED_RUNS], *more, link_sentence(node)])

@@ -19,12 +19,12 @@ from backstayd.core.messages.report import SessionPhase, SessionRecord, SkipCaus
 from backstayd.store.slot_holder import Holder
 from backstayd.store.slots import Grant
 
-MAX_SAID_BYTES: Final = 3 << 20  # of all that one trainer has its daemon report of it; a report carries them all
+MAX_REPORTED_BYTES: Final = 3 << 20  # of one trainer in its node's report, which carries those of all trainers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offered:
-    """A snapshot that trainers here read chunks of. ``addresses``: for a visit; those of a decision are the node's peers."""
+    """A snapshot whose chunks trainers here read: by a decision, from the node's peers, or in a visit, from ``addresses``."""
 
     offer_id: str
     run: str
@@ -39,7 +39,7 @@ class Offered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreAnswer:
-    """What a waiting restore() gets: a Restored or Error message, and descriptors that the answerer closes."""
+    """The answer to a waiting restore(): a Restored or Error message, and descriptors that whoever sends them closes."""
 
     message: Any
     fds: tuple[int, ...] = ()
@@ -57,7 +57,7 @@ class Session:
     rank: int
     world_size: int
     needs: tuple[int, ...]
-    layout: str  # which boxes of which tensors it holds; "": it takes whole shards
+    layout: str  # digest of the tensor boxes it holds; "": it takes whole shards
     collective_timeout_s: float  # of its torch.distributed, for the operator; 0: not known
     uid: int
     holder: Holder
@@ -65,22 +65,22 @@ class Session:
     attempt: int = 0
     base_step: int = 0
     allow_fresh: bool = False
-    last_step: int = 0  # the newest that it is known to have completed
-    reserved_step: int = 0  # the newest that it asked a slot for, maybe ahead of the step
+    last_step: int = 0  # the newest that it has completed, as far as is known
+    reserved_step: int = 0  # the newest for which it asked a slot, perhaps ahead of the step
     skipped_step: int = 0
     skip_reason: str = ""
     is_short_of_slots: bool = False
     skip_cause: SkipCause = SkipCause.NONE
-    wish_step: int = 0  # the trainer asked for this step, or a newer one, on durable storage; 0: it did not
+    wish_step: int = 0  # it asked for a durable copy of this step or a newer one; 0: it did not
     sealed_step: int = 0  # file store: the newest step this rank declared whole
-    blocked_s: float = 0.0  # what snapshots have cost it, as it says
+    blocked_s: float = 0.0  # what snapshots have cost it, by its own account
     waited_s: float = 0.0  # of that, for slots and for copying
-    gate: GateReport | None = None  # what it says it loaded
+    gate: GateReport | None = None  # its statements of what it loaded
     grants: dict[str, Grant] = field(default_factory=dict)  # by slot id
     answer: asyncio.Future[RestoreAnswer] | None = None
-    offered: Offered | None = None  # the snapshot of another layout that it was offered last
-    staged: str = ""  # the decision of which it has fetched all that it needs
-    lost_at_s: float = 0.0  # monotonic time at which the connection was lost; 0 while it stands
+    offered: Offered | None = None  # the snapshot of another layout that was last offered to it
+    staged: str = ""  # the decision of which it has fetched everything it needs
+    lost_at_s: float = 0.0  # monotonic time at which its connection was lost; 0: it has one
 
     @property
     def needed_ranks(self) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ class Session:
         )
 
     def note_cost(self, blocked_s: float, waited_s: float) -> None:
-        """What snapshots have cost it since it said so last."""
+        """Add what snapshots have cost it since the last call."""
         self.blocked_s += blocked_s
         self.waited_s += waited_s
 
@@ -120,7 +120,7 @@ class Session:
     ) -> bool:
         """Note that ``step`` will not be committed by this rank; ``is_short_of_slots``: snapshots come too fast.
 
-        Returns whether that is news.
+        Returns False if this step, or a later one, was skipped before.
         """
         if step <= self.skipped_step:
             return False
@@ -129,12 +129,12 @@ class Session:
         return True
 
 
-def check_said(session: Session, *, gate: GateReport | None = None) -> None:
-    """Raise IntegrityError if what the session is reported with, and ``gate`` beside it, is more than a report should carry."""
-    said_bytes = len(json_records.dumps(session.record())) + (len(json_records.dumps(gate)) if gate is not None else 0)
-    if said_bytes > MAX_SAID_BYTES:
+def check_reported_size(session: Session, *, gate: GateReport | None = None) -> None:
+    """Raise IntegrityError if the record of the session, and ``gate`` beside it, is larger than a report should carry."""
+    size_bytes = len(json_records.dumps(session.record())) + (len(json_records.dumps(gate)) if gate is not None else 0)
+    if size_bytes > MAX_REPORTED_BYTES:
         raise IntegrityError(
-            f"rank {session.rank} of run {session.run} states {said_bytes} bytes for the coordinator, more than "
-            f"{MAX_SAID_BYTES}; they are not passed on",
+            f"rank {session.rank} of run {session.run} reports {size_bytes} bytes, more than {MAX_REPORTED_BYTES}; "
+            "they are not sent to the coordinator",
             reason="too_large",
         )

@@ -47,7 +47,6 @@ class Reconciler:
     def __init__(
         self,
         node: NodeState,
-        *,
         sessions: Sessions,
         coders: Coders,
         chunks: Chunks,
@@ -57,9 +56,9 @@ class Reconciler:
         self._node = node
         self._store = node.store
         self._sessions = sessions
-        self._chunks = chunks
-        self._bad_sources = bad_sources
-        self._durable = durable
+        self.chunks = chunks
+        self.bad_sources = bad_sources
+        self.durable = durable
         self.tasks = Tasks(
             node.clock,
             node.pass_due.notify,
@@ -114,7 +113,7 @@ class Reconciler:
             self._store.parity_fraction[run] = wanted.parity_fraction
             self._remember(run, wanted)
         self._burying.on_desired(desired)
-        self._durable.confirm(desired, answered_s)
+        self.durable.confirm(desired, answered_s)
         if is_new:
             self._node.waiters.notify()
         self._node.pass_due.notify()
@@ -172,7 +171,7 @@ class Reconciler:
             settled=self.tasks.settled(run),
             verified=self.memory_jobs.verified(run),
             failed=self._node.failed_decisions,
-            durable=self._durable.view(run, free_uploads=PARALLEL_UPLOADS - self.tasks.count(TaskKind.UPLOAD)),
+            durable=self.durable.view(run, free_uploads=PARALLEL_UPLOADS - self.tasks.count(TaskKind.UPLOAD)),
         )
 
     def staging(self, run: str) -> Staging | None:
@@ -205,7 +204,7 @@ class Reconciler:
         has_acted = False
         handed_out, before = set(), self._staging
         self._staging = {}
-        for run in self._durable.trim(self._node.desired):
+        for run in self.durable.trim(self._node.desired):
             for key in self.tasks.running(run):
                 if key.kind in DURABLE_KINDS:
                     self.tasks.cancel(key)
@@ -223,7 +222,7 @@ class Reconciler:
                 except (BackstayError, OSError) as error:
                     logger.error("run %s: %s failed: %s", run, type(action).__name__, error)
         self.memory_jobs.keep_open(handed_out)
-        self._chunks.tidy(self._restored_digests())
+        self.chunks.tidy(self._restored_digests())
         if has_acted:
             self._node.report_due.notify()
 
@@ -256,7 +255,7 @@ class Reconciler:
         elif isinstance(action, actions.DiscardStaged):
             self._discard(run, action)
         elif isinstance(action, actions.QuarantineParity):
-            self._bad_sources.quarantine_parity(run, action.fragment, action.reason)
+            self.bad_sources.quarantine_parity(run, action.fragment, action.reason)
         elif isinstance(action, actions.RecordDecision):
             self._record(run, action.decision)
         elif isinstance(action, actions.ReleaseWorld):
@@ -299,6 +298,6 @@ class Reconciler:
         self._node.waiters.notify()
 
     def _note_forgotten(self, run: str) -> None:
-        self._bad_sources.forget_run(run)
+        self.bad_sources.forget_run(run)
         self.memory_jobs.failed_plans.pop(run, None)
         self._node.log_event("forgotten", run, "everything of the run was deleted here")

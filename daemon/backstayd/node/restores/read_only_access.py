@@ -19,7 +19,6 @@ from backstayd.core.recover.locate import Located
 from backstayd.node.node_state import NodeState
 from backstayd.node.restores.chunks import Chunks
 from backstayd.node.session import Offered
-from backstayd.security.credentials import Credentials
 from backstayd.transport.operator import OperatorClient
 
 audit = logging.getLogger("backstayd.audit")
@@ -32,11 +31,9 @@ ASK_S: Final = 5.0
 class Visits:
     """Those under way. Invariant: each is of the user who owns the run."""
 
-    def __init__(self, node: NodeState, chunks: Chunks, *, coordinator: str, credentials: Credentials | None) -> None:
+    def __init__(self, node: NodeState, chunks: Chunks) -> None:
         self._node = node
         self._chunks = chunks
-        self._coordinator = coordinator
-        self._credentials = credentials
         self._counts: Counter[int] = Counter()  # by user
 
     async def open(self, message: messages.Open, *, uid: int) -> tuple[Offered, messages.Offer]:
@@ -87,7 +84,7 @@ class Visits:
             self._node.pass_due.notify()
 
     def _locate(self, message: messages.Open) -> Located:
-        with OperatorClient(self._coordinator, timeout_s=ASK_S, credentials=self._credentials) as client:
+        with OperatorClient(self._node.coordinator, timeout_s=ASK_S, credentials=self._node.credentials) as client:
             return client.locate(message.run, message.step)
 
 

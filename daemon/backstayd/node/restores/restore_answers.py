@@ -62,14 +62,16 @@ def release(node: NodeState, open_files: OpenFiles, decision: Decision, waiting:
             session.answer.set_result(_restored(node, open_files, session, decision))
         except (BackstayError, OSError) as error:
             sentence = f"rank {session.rank}: {error}; the world must restart"
-            session.answer.set_result(_error(UnavailableError(sentence, reason="gone")))
+            gone = UnavailableError(sentence, reason="gone")
+            session.answer.set_result(RestoreAnswer(message=messages.Error.of(gone)))
 
 
 def refuse(decision: Decision, waiting: Iterable[Session]) -> None:
     """Tell each waiting trainer why nothing is restored."""
+    error = UnrecoverableError(decision.message, reason="unrecoverable")
     for session in waiting:
         assert session.answer is not None
-        session.answer.set_result(_error(UnrecoverableError(decision.message, reason="unrecoverable")))
+        session.answer.set_result(RestoreAnswer(message=messages.Error.of(error)))
 
 
 def _restored(node: NodeState, open_files: OpenFiles, session: Session, decision: Decision) -> RestoreAnswer:
@@ -89,8 +91,3 @@ def _restored(node: NodeState, open_files: OpenFiles, session: Session, decision
         interval_steps=desired.schedule.interval_steps,
     )
     return RestoreAnswer(message=message, fds=fds, attempt=decision.attempt, base_step=base.step if base else 0)
-
-
-def _error(error: BackstayError) -> RestoreAnswer:
-    message = messages.Error(error_class=type(error).__name__, reason=error.reason, message=str(error))
-    return RestoreAnswer(message=message)

@@ -1,4 +1,4 @@
-"""One trainer's connection: frames of the local protocol on a non-blocking Unix socket, descriptors out, none in.
+"""One trainer's connection: frames of the local protocol on a non-blocking Unix socket; descriptors only go out.
 
 Must not know what the messages mean.
 """
@@ -24,14 +24,14 @@ from backstayd.store.slot_holder import peer_credentials
 _refusals = Refusals(logging.getLogger(__name__))
 
 READ_AHEAD_FRAMES: Final = 4
-FIRST_FRAME_BYTES: Final = 1024 * 1024  # enough to attach; more only for those who did
+FIRST_FRAME_BYTES: Final = 1024 * 1024  # enough to attach; raised for those who did
 PROGRESS_S: Final = 1.0  # a trainer that waits gets a message at least this often
 MAX_WAIT_S: Final = 600.0  # of one request that waits for a slot or a seal
-SEND_TIMEOUT_S: Final = 10.0  # a trainer that does not read its answers is frozen: it attaches again when it thaws
+SEND_TIMEOUT_S: Final = 10.0  # a trainer that does not read its answers is frozen: it attaches again later
 
 
 class Connection:
-    """Reads ahead a few frames, so that the end of file is seen while a request is being answered."""
+    """Reads a few frames ahead, so that end of file is noticed while a request is being answered."""
 
     def __init__(self, sock: socket.socket, on_lost: Any) -> None:
         sock.setblocking(False)
@@ -91,13 +91,13 @@ class Connection:
             while True:
                 (length,) = struct.unpack(">I", await self._read_exactly(4))
                 if length > self.max_frame_bytes:
-                    raise IntegrityError(f"frame of {length} bytes is over the limit", reason="bad_frame")
+                    raise IntegrityError(f"frame of {length} bytes exceeds the limit", reason="bad_frame")
                 await self._frames.put(framing.decode_payload(await self._read_exactly(length)))
         except (ConnectionError, OSError):
             pass
         except IntegrityError as error:
             _refusals.note(
-                f"user {self._uid} sent something that is not a frame: {error}; the connection is closed",
+                f"user {self._uid} sent a malformed frame: {error}; closing the connection",
                 cause=f"frame {self._uid}",
             )
         finally:
@@ -122,12 +122,14 @@ class Connection:
             self._on_lost()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """One request of a trainer, to be answered on its connection under the id of the request."""
 
     connection: Connection
     message_id: int
+    _progress: messages.Progress | None = None  # the last that was sent, and when
+    _progress_s: float = 0.0
 
     @property
     def is_lost(self) -> bool:
@@ -144,6 +146,13 @@ class Call:
 
     async def send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
         await self.connection.send(message, message_id=self.message_id, fds=fds)
+
+    async def send_progress(self, progress: messages.Progress) -> None:
+        """Send ``progress`` if it changed, and now and then if it did not."""
+        now_s = asyncio.get_running_loop().time()
+        if progress != self._progress or now_s - self._progress_s >= PROGRESS_S:
+            await self.send(progress)
+            self._progress, self._progress_s = progress, now_s
 
     async def while_working(self, task: asyncio.Task[Any], progress: Callable[[], messages.Progress]) -> None:
         """Until ``task`` is done, send its progress now and then; cancels it when the trainer has gone."""

@@ -1,6 +1,6 @@
-"""The gate and distrust on a node: passing on what trainers say, telling them what the coordinator answers.
+"""The layout gate and distrust on a node: takes statements of trainers for the next report, and returns the verdict.
 
-Decides nothing: comparing and choosing are the coordinator's. What is distrusted is on tmpfs before anybody is told.
+Decides nothing: the coordinator compares and chooses. What is distrusted is on tmpfs before it is reported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from backstayd.core.messages.decisions import Distrusted
 from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.gate import GateReport, GateState
 from backstayd.node.node_state import NodeState
-from backstayd.node.session import Session, check_said
+from backstayd.node.session import Session, check_reported_size
 from backstayd.node.trainers.connection import PROGRESS_S, Call
 from backstayd.node.trainers.sessions import Sessions
 
@@ -32,17 +32,15 @@ async def compare(node: NodeState, sessions: Sessions, call: Call, session: Sess
     loop = asyncio.get_running_loop()
     take_gate(session, message)
     node.changed()
-    deadline, told_at = loop.time() + min(message.deadline_s, MAX_GATE_S), 0.0
+    deadline = loop.time() + min(message.deadline_s, MAX_GATE_S)
     while (answer := answer_gate(session, node.run_desired(session.run))) is None:
         if loop.time() > deadline:
             raise UnavailableError(
-                f"run {session.run}: not all ranks said within {message.deadline_s:g} s what they loaded",
+                f"run {session.run}: not all ranks stated what they loaded within {message.deadline_s:g} s",
                 reason="deadline",
             )
         call.check()
-        if loop.time() - told_at >= PROGRESS_S:
-            await call.send(messages.Progress(phase="comparing", detail="what all ranks loaded"))
-            told_at = loop.time()
+        await call.send_progress(messages.Progress(phase="comparing", detail="what all ranks loaded"))
         await node.waiters.wait(min(PROGRESS_S, max(0.0, deadline - loop.time())))
         sessions.check_current(session)
     node.changed()
@@ -50,7 +48,7 @@ async def compare(node: NodeState, sessions: Sessions, call: Call, session: Sess
 
 
 def take_gate(session: Session, message: messages.Gate) -> None:
-    """Note what the rank says it loaded, for the next report.
+    """Keep the statements of the rank for the next report.
 
     Raises:
         IntegrityError: more than a report should carry.
@@ -59,8 +57,8 @@ def take_gate(session: Session, message: messages.Gate) -> None:
     longest = max([len(message.decision_id), *(len(entry.name) + len(entry.digest) for entry in message.entries)])
     if len(message.entries) > MAX_ENTRIES or names > MAX_NAMES or longest > 2 * MAX_NAME:
         raise IntegrityError(
-            f"rank {session.rank} makes {len(message.entries)} statements with {names} tensors, more than "
-            f"{MAX_ENTRIES} and {MAX_NAMES}; it was not compared",
+            f"rank {session.rank} sent {len(message.entries)} statements about {names} tensors, more than {MAX_ENTRIES} "
+            f"and {MAX_NAMES}, or a name over {MAX_NAME} characters; nothing was compared",
             reason="gate_too_large",
         )
     gate = GateReport(
@@ -70,40 +68,39 @@ def take_gate(session: Session, message: messages.Gate) -> None:
         failure=message.failure[:MAX_REASON],
     )
     session.gate = None
-    check_said(session, gate=gate)
+    check_reported_size(session, gate=gate)
     session.gate = gate
 
 
 def answer_gate(session: Session, desired: RunDesired) -> messages.GateAnswer | None:
-    """What the rank is told now; None: wait. Drops its statements when all agree: every report would carry them."""
-    verdict, said = desired.gate, session.gate
-    if said is None or verdict is None or verdict.decision_id != said.decision_id:
+    """The answer to the rank; None: wait. Drops its statements when all agree: every report would carry them."""
+    verdict, stated = desired.gate, session.gate
+    if stated is None or verdict is None or verdict.decision_id != stated.decision_id:
         return None
     if verdict.state is GateState.PASSED:
-        session.gate = GateReport(decision_id=said.decision_id)
+        session.gate = GateReport(decision_id=stated.decision_id)
         return messages.GateAnswer(state=verdict.state.value)
     if verdict.state is GateState.FAILED:
         return messages.GateAnswer(state=verdict.state.value, message=verdict.message)
-    detailed = {detail.entry for detail in said.details}
-    asked = tuple(e.name for e in said.entries if e.name in verdict.entries and e.name not in detailed)
+    detailed = {detail.entry for detail in stated.details}
+    asked = tuple(e.name for e in stated.entries if e.name in verdict.entries and e.name not in detailed)
     return messages.GateAnswer(state=GateState.DETAIL.value, entries=asked) if asked else None
 
 
-def take_distrust(node: NodeState, session: Session, message: messages.Distrust) -> bool:
-    """Keep that what ``session`` restored led to NaN; False if it restored nothing."""
+def take_distrust(node: NodeState, session: Session, message: messages.Distrust) -> None:
+    """Record that what ``session`` restored led to NaN; nothing if it restored nothing."""
     decision = node.decision_of(session.run)
     if decision is None or decision.world_id != session.world_id or decision.base is None:
-        return False
+        return
     base = decision.base
     reason = f"rank {session.rank} at step {message.step}: {message.reason}"[:MAX_REASON]
     item = Distrusted(snapshot_id=base.snapshot_id, attempt=base.attempt, step=base.step, reason=reason)
     if remember(node, session.run, (item,), ()):
         node.timeline.add("distrusted", session.run, f"step {base.step} is not restored again: {reason}")
-    return True
 
 
 def remember(node: NodeState, run: str, more: Sequence[Distrusted], trusted: Sequence[str]) -> bool:
-    """Unite what is distrusted here with ``more``, without ``trusted``; True if that changed anything."""
+    """Add ``more`` to what is distrusted here and remove ``trusted``; True if that changed anything."""
     index = node.store.runs.get(run)
     if index is None and not more:
         return False

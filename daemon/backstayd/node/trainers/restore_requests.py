@@ -1,4 +1,4 @@
-"""Requests of a trainer that restores: wait for its world's decision, be offered chunks, fetch them."""
+"""Requests of a trainer that restores: wait for the decision of its world, choose chunks of an offer, fetch them."""
 
 from __future__ import annotations
 
@@ -42,23 +42,19 @@ class RestoreRequests:
         node.changed()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + message.deadline_s
-        told_at = 0.0
-        told = messages.Progress(phase="")
         while not answer.done():
+            progress = restore_answers.progress(node, session, self._staging)
             if loop.time() > deadline:
                 session.phase, session.answer = SessionPhase.ATTACHED, None
                 node.changed()
                 raise UnavailableError(
                     f"run {session.run}: rank {session.rank} got no decision within {message.deadline_s:g} s "
-                    f"({told.phase}: {told.detail})",
+                    f"({progress.phase}: {progress.detail})",
                     reason="deadline",
                 )
             call.check()
             check_owner(node, session.run, session.uid)
-            progress = restore_answers.progress(node, session, self._staging)
-            if progress != told or loop.time() - told_at >= PROGRESS_S:
-                await call.send(progress)
-                told, told_at = progress, loop.time()
+            await call.send_progress(progress)
             offer = await self._try_offer(call, session)
             if offer is not None and not answer.done():
                 session.answer = None
@@ -67,9 +63,7 @@ class RestoreRequests:
             await node.waiters.wait(min(PROGRESS_S, deadline - loop.time()))
         session.answer = None
         if answer.cancelled():
-            raise UnavailableError(
-                f"the session of rank {session.rank} ended while it was waiting", reason="session_ended"
-            )
+            raise UnavailableError(f"the session of rank {session.rank} ended while it waited", reason="session_ended")
         result = answer.result()
         try:
             if isinstance(result.message, messages.Restored):
@@ -83,7 +77,7 @@ class RestoreRequests:
             framing.close_fds(list(result.fds))
 
     async def _try_offer(self, call: Call, session: Session) -> messages.Offer | None:
-        """The offer that a trainer of another layout must be made now; None without one, or while it cannot be made yet."""
+        """The offer due now to a trainer of another layout; None if none is due, or while it cannot be made yet."""
         node = self._node
         decision = restore_answers.offer_due(node, session)
         if decision is None:
@@ -111,11 +105,11 @@ class RestoreRequests:
         await self.answer_fetch(call, offered, message)
 
     async def answer_fetch(self, call: Call, offered: Offered, message: messages.Fetch) -> None:
-        """Have the chunks here, saying how far that is, and send their descriptors."""
-        offers, work = self._chunks, Work()
+        """Bring the chunks here, sending progress, and send their descriptors."""
+        chunks, work = self._chunks, Work()
 
         def progress() -> messages.Progress:
-            offers.check(offered)  # a peer that does not answer is not waited for once something else is decided
+            chunks.check(offered)  # once something else is decided, nobody waits for a peer that does not answer
             return messages.Progress(
                 phase="staging",
                 detail=f"chunks of step {offered.base.step}",
@@ -123,7 +117,7 @@ class RestoreRequests:
                 total_bytes=work.total_bytes,
             )
 
-        fetching = asyncio.create_task(offers.fetch(offered, message, work))
+        fetching = asyncio.create_task(chunks.fetch(offered, message, work))
         await call.while_working(fetching, progress)
         answer, fds = fetching.result()
         try:

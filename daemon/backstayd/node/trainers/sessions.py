@@ -19,7 +19,7 @@ from backstay.ids import MAX_WORLD_SIZE, RunKey
 from backstay.protocol import messages
 from backstayd.core.messages.report import SessionPhase
 from backstayd.node.node_state import NodeState
-from backstayd.node.session import Session, check_said
+from backstayd.node.session import Session, check_reported_size
 from backstayd.node.trainers.users import check_names, check_owner, check_trainers
 from backstayd.store.slot_holder import Holder, peer_credentials, peer_holder
 
@@ -51,7 +51,7 @@ class Sessions:
         ]
 
     def close(self) -> None:
-        """Drop all sessions; trainers go on and attach to the next daemon."""
+        """Drop all sessions; their trainers continue, and attach to the next daemon."""
         for session in self:
             self.drop(session)
 
@@ -65,28 +65,28 @@ class Sessions:
             raise UsageError(f"rank {session.rank} must restore() first", reason="not_restored")
         if current not in ("", session.world_id):
             raise StaleGenerationError(
-                f"rank {session.rank} belongs to world {session.world_id}; run {session.run} is world {current} now: "
-                "this trainer must stop",
+                f"rank {session.rank} belongs to world {session.world_id}, but the current world of run {session.run} is "
+                f"{current}; stop this trainer",
                 reason="stale_world",
             )
 
     def fence(self, run: str, world_id: str) -> None:
-        """Only ``world_id`` may write from now on: take back what other worlds were granted."""
+        """Let only ``world_id`` write from now on: take back the slots of other worlds."""
         for session in self.of_run(run):
             if session.world_id != world_id and session.grants:
-                logger.warning("run %s: rank %d of world %s is fenced off", run, session.rank, session.world_id)
+                logger.warning("run %s: fenced off rank %d of the older world %s", run, session.rank, session.world_id)
                 self.put_back(session)
 
     def put_back(self, session: Session) -> None:
         """End every grant of a session without a commit."""
         for grant in session.grants.values():
-            session.skip(grant.step, "the capture did not end")
+            session.skip(grant.step, "the capture was not finished")
             self._node.metrics.shards.of(session.run, result="lost").inc()
             self._node.store.slots.put_back(grant)
         session.grants.clear()
 
     def end_lost(self) -> None:
-        """Drop sessions that have been without a connection for a lease though their process lives; called now and then."""
+        """Drop sessions without a connection for a lease, though their process lives; called periodically."""
         now = self._node.clock.monotonic_s()
         for session in self:
             if session.phase is SessionPhase.ENDED:
@@ -94,30 +94,47 @@ class Sessions:
             if session.lost_at_s and now - session.lost_at_s > self._node.lease_s:
                 self._end(session, "it closed its connection")
 
-    def attach(self, sock: socket.socket, message: messages.Attach) -> tuple[Session, messages.Attached]:
-        """Make a session of the process at the other end of ``sock``; raises BackstayError if it may have none."""
-        node = self._node
+    def attach(self, sock: socket.socket, message: messages.Attach) -> Session:
+        """A new session for the process at the other end of ``sock``; raises BackstayError if it may have none."""
         _check_attach(message)
         credentials = peer_credentials(sock)
         holder = peer_holder(sock)
         if holder is None:
             raise UsageError(
-                f"the process {credentials.pid} that attaches is not visible to the daemon; run both in one pid namespace",
+                f"the daemon cannot see process {credentials.pid}, which attaches; run both in one pid namespace",
                 reason="no_process",
             )
         try:
-            check_owner(node, message.run, credentials.uid)
+            check_owner(self._node, message.run, credentials.uid)
             former = self._former(message, holder)
             check_trainers(self, credentials.uid, former=former)
-            check_names(node.store, message.run, credentials.uid)
+            check_names(self._node.store, message.run, credentials.uid)
             if message.attempt:
                 self._check_reattach(message)
-            index = node.store.open_run(message.run, uid=credentials.uid)
+            session = self._make(message, holder, uid=credentials.uid)
+            check_reported_size(session)
         except BaseException:
             holder.close()
             if not self.of_run(message.run):
-                node.store.drop_unused(message.run)
+                self._node.store.drop_unused(message.run)
             raise
+        if former is not None:
+            session.skipped_step, session.skip_reason = former.skipped_step, former.skip_reason
+            session.skip_cause = former.skip_cause
+            session.gate = former.gate
+        self._add(session)
+        if former is not None:  # only now: the run's name is dropped with its last session
+            self.drop(former)
+        logger.info(
+            "run %s: rank %d of %d attached (world %s, pid %d%s)",
+            session.run, session.rank, session.world_size, session.world_id, holder.record.pid,
+            f", attempt {message.attempt}" if message.attempt else "",
+        )  # fmt: skip
+        return session
+
+    def _make(self, message: messages.Attach, holder: Holder, *, uid: int) -> Session:
+        """The session of a trainer that starts, or of one that trains on after its daemon was replaced."""
+        index = self._node.store.open_run(message.run, uid=uid)
         session = Session(
             session_id=secrets.token_hex(8),
             run=message.run,
@@ -127,40 +144,15 @@ class Sessions:
             needs=message.needs,
             layout=message.layout,
             collective_timeout_s=message.collective_timeout_s,
-            uid=credentials.uid,
+            uid=uid,
             holder=holder,
         )
         if message.attempt:
-            decision = node.decision_of(message.run) or node.run_desired(message.run).decision
+            decision = self._node.decision_of(message.run) or self._node.run_desired(message.run).decision
             session.phase, session.attempt = SessionPhase.TRAINING, message.attempt
             session.base_step = decision.base.step if decision is not None and decision.base is not None else 0
             session.last_step = max(session.base_step, index.last_step(message.attempt, message.rank))
-        try:
-            check_said(session)
-        except BaseException:
-            holder.close()
-            raise
-        if former is not None:
-            session.skipped_step, session.skip_reason = former.skipped_step, former.skip_reason
-            session.skip_cause = former.skip_cause
-            session.gate = former.gate
-        self._add(session)
-        if former is not None:  # now: the name goes with its last session
-            self.drop(former)
-        logger.info(
-            "run %s: rank %d of %d attached (world %s, pid %d%s)",
-            session.run, session.rank, session.world_size, session.world_id, holder.record.pid,
-            f", attempt {message.attempt}" if message.attempt else "",
-        )  # fmt: skip
-        attached = messages.Attached(
-            session_id=session.session_id,
-            incarnation=node.identity.incarnation,
-            lease_s=node.lease_s,
-            protocol=min(message.protocol, messages.PROTOCOL_VERSION),
-            daemon_version=node.identity.version,
-            node=node.identity.name,
-        )
-        return session, attached
+        return session
 
     def _check_reattach(self, message: messages.Attach) -> None:
         node = self._node
@@ -175,19 +167,20 @@ class Sessions:
         )
         if current not in ("", message.world_id) or not is_known:
             raise StaleGenerationError(
-                f"rank {message.rank} of {message.world_size} of run {message.run} writes attempt {message.attempt} of world "
-                f"{message.world_id}, "
-                f"which is not the current one here ({current or 'none'}); this trainer must restart and restore",
+                f"rank {message.rank} of {message.world_size} of run {message.run} trains attempt {message.attempt} of world "
+                f"{message.world_id}, but the current world here is {current or 'unknown'}; restart this trainer so that it "
+                "restores",
                 reason="stale_world",
             )
 
     def _former(self, message: messages.Attach, holder: Holder) -> Session | None:
-        """The session this one replaces; raises UsageError if another living process is that rank of that world."""
+        """The session that this one replaces; raises UsageError if another living process is that rank of that world."""
         for session in self.of_run(message.run):
             if (session.world_id, session.rank) == (message.world_id, message.rank):
                 if session.holder.record != holder.record and session.holder.is_alive:
                     raise UsageError(
-                        f"rank {message.rank} of world {message.world_id} is process {session.holder.record.pid} already",
+                        f"rank {message.rank} of world {message.world_id} is already attached, as process "
+                        f"{session.holder.record.pid}; end that one first",
                         reason="rank_taken",
                     )
                 return session
@@ -206,14 +199,13 @@ class Sessions:
             return
         self._end(session, f"its process {session.holder.record.pid} is dead")
 
-    def lost(self, bound: list[Session]) -> None:
-        """The connection of these sessions is gone; one that trains has a lease to come back."""
-        for session in bound:
-            if not self.is_attached(session) or session.phase is SessionPhase.ENDED:
-                continue
-            session.lost_at_s = self._node.clock.monotonic_s()
-            if session.phase is not SessionPhase.TRAINING:
-                self._end(session, "it closed its connection")
+    def lost(self, session: Session) -> None:
+        """Its connection is gone; a trainer that trains has a lease to reconnect."""
+        if not self.is_attached(session) or session.phase is SessionPhase.ENDED:
+            return
+        session.lost_at_s = self._node.clock.monotonic_s()
+        if session.phase is not SessionPhase.TRAINING:
+            self._end(session, "it closed its connection")
 
     def _end(self, session: Session, why: str) -> None:
         sentence = f"run {session.run}: rank {session.rank} ({session.phase}) left: {why}"
@@ -232,7 +224,7 @@ class Sessions:
         self._end(session, "it finished and keeps its memory")
 
     def drop(self, session: Session) -> None:
-        """The session is no more; a name under which nothing lies goes with the last one."""
+        """Remove the session, and with the last one of a run its name if no data is stored under it."""
         if self._sessions.pop(session.session_id, None) is None:
             return
         self._unwatch(session)

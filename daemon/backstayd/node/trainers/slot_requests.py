@@ -1,6 +1,6 @@
 """Requests of a trainer that captures: reserve a slot, commit what it filled, or abandon it.
 
-A step that fails here costs the trainer nothing but that step.
+A failure here costs the trainer only that one snapshot.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SlotRequests:
         self._sessions = sessions
 
     def _take_back(self, session: Session, step: int) -> None:
-        """Nothing was captured into what was reserved ahead for ``step``, which may be reserved again, or one before it."""
+        """Undo a reservation for ``step`` that was not used: that step, or one before it, may be reserved again."""
         for grant in [grant for grant in session.grants.values() if grant.step == step]:
             del session.grants[grant.slot_id]
             self._node.store.slots.put_back(grant)
@@ -41,14 +41,10 @@ class SlotRequests:
 
     async def reserve(self, call: Call, session: Session, message: messages.Reserve) -> None:
         self._sessions.check_current(session)
-        desired = self._node.run_desired(session.run)
-        self._take_back(session, message.step)  # one reserved ahead that turned out to be of the wrong size
+        self._take_back(session, message.step)  # a slot reserved ahead turned out to be of the wrong size
         newest = max(session.last_step, session.reserved_step, session.skipped_step)
         if message.step <= newest:
-            raise UsageError(
-                f"step {message.step} is not after step {newest}",
-                reason="step_not_increasing",
-            )
+            raise UsageError(f"step {message.step} is not after step {newest}", reason="step_not_increasing")
         if message.size_bytes <= 0:
             raise UsageError(f"invalid shard size: {message.size_bytes} bytes", reason="bad_size")
         try:
@@ -58,8 +54,6 @@ class SlotRequests:
             self._skip(session, message.step, str(error))
             raise
         desired = self._node.run_desired(session.run)
-        words: dict[str, Any] = {"redundancy": desired.redundancy, "protected_step": desired.protected_step}
-        words["notice"] = _notice(session, desired)
         if grant is None:
             reason = "no slot came free"
             can_come = desired.is_release_possible and self._node.link.is_connected
@@ -69,18 +63,15 @@ class SlotRequests:
                 reason = "no slot is free, and none can be released now"
             # where a slot is held back, for probation or an upload, a skip says nothing of how fast snapshots come
             self._skip(session, message.step, reason, is_short_of_slots=can_come and desired.extra_slots == 0)
-            await call.send(messages.Skipped(reason=reason, schedule=desired.schedule, **words))
+            await call.send(messages.Skipped(reason=reason, **_standing(session, desired)))
             return
         session.grants[grant.slot_id] = grant
-        limit = messages.request_limit(grant.size_bytes)
-        call.allow_frames(limit)
+        call.allow_frames(messages.request_limit(grant.size_bytes))
         session.reserved_step = message.step
         if not message.is_ahead:
             session.last_step = message.step
         fds = () if grant.slot_id in message.known_slots else (grant.fd,)
-        reply = messages.Reserved(
-            slot_id=grant.slot_id, size_bytes=grant.size_bytes, schedule=desired.schedule, **words
-        )
+        reply = messages.Reserved(slot_id=grant.slot_id, size_bytes=grant.size_bytes, **_standing(session, desired))
         await call.send(reply, fds)
 
     def _skip(
@@ -92,7 +83,7 @@ class SlotRequests:
         cause: SkipCause = SkipCause.NO_SLOT,
         is_short_of_slots: bool = False,
     ) -> None:
-        """The rank goes past ``step`` without a slot."""
+        """The rank skips ``step`` because it has no slot."""
         if session.skip(step, reason, cause=cause, is_short_of_slots=is_short_of_slots):
             self._node.metrics.shards.of(session.run, result="skipped").inc()
         self._node.changed()
@@ -117,7 +108,7 @@ class SlotRequests:
     def _take(
         self, session: Session, message: messages.Reserve, index: RunIndex, desired: RunDesired
     ) -> Grant | Allocation | None:
-        """A slot, or one to make; of the extra ones only if there is room."""
+        """A free slot, or one to allocate; an extra one only if there is room."""
 
         def take(limit: int) -> Grant | Allocation | None:
             return self._node.store.slots.take(
@@ -144,7 +135,7 @@ class SlotRequests:
             await asyncio.to_thread(allocate, allocation)
             self._sessions.check_current(session)
             if session.run not in self._node.store.runs or session not in list(self._sessions):
-                raise UnavailableError("the session ended while its slot was being made", reason="session_ended")
+                raise UnavailableError("the session ended while its slot was being allocated", reason="session_ended")
         except BaseException:
             slots.give_up(allocation)
             raise
@@ -157,7 +148,7 @@ class SlotRequests:
         grant = session.grants.get(message.slot_id)
         if grant is None or grant.step != message.step:
             raise UnavailableError(
-                f"slot {message.slot_id} is not granted to rank {session.rank} for step {message.step} (any more)",
+                f"slot {message.slot_id} is no longer granted to rank {session.rank} for step {message.step}",
                 reason="no_grant",
             )
         try:
@@ -175,13 +166,7 @@ class SlotRequests:
         metrics.committed_timestamp_seconds.of(session.run).set(self._node.clock.unix_s())
         self._node.changed()
         desired = self._node.run_desired(session.run)
-        return messages.Committed(
-            digest=shard.digest,
-            schedule=desired.schedule,
-            redundancy=desired.redundancy,
-            protected_step=desired.protected_step,
-            notice=_notice(session, desired),
-        )
+        return messages.Committed(digest=shard.digest, **_standing(session, desired))
 
     def abandon(self, session: Session, message: messages.Abandon) -> None:
         reason = message.reason[:MAX_REASON] or "abandoned"
@@ -209,35 +194,31 @@ class SlotRequests:
         self._node.changed()
 
 
-def _notice(session: Session, desired: RunDesired) -> str:
-    """What keeps the snapshots of this world from becoming complete; "" if nothing does."""
+def _standing(session: Session, desired: RunDesired) -> dict[str, Any]:
+    """What every answer to a capturing trainer says of its run; ``notice``: why its snapshots do not become complete."""
     missing = desired.missing
     is_ours = missing is not None and missing.is_training and missing.world_id == session.world_id
-    return missing.sentence if missing is not None and is_ours else ""
+    return {
+        "schedule": desired.schedule,
+        "redundancy": desired.redundancy,
+        "protected_step": desired.protected_step,
+        "notice": missing.sentence if missing is not None and is_ours else "",
+    }
 
 
 def _check_identity(session: Session, grant: Grant, manifest: Manifest) -> None:
-    found = {
-        "run": manifest.run,
-        "attempt": manifest.attempt,
-        "step": manifest.step,
-        "rank": manifest.rank,
-        "world size": manifest.world_size,
-        "world": manifest.world_id,
-        "size": manifest.size_bytes,
+    fields = {
+        "run": (manifest.run, session.run),
+        "attempt": (manifest.attempt, session.attempt),
+        "step": (manifest.step, grant.step),
+        "rank": (manifest.rank, session.rank),
+        "world size": (manifest.world_size, session.world_size),
+        "world": (manifest.world_id, session.world_id),
+        "size": (manifest.size_bytes, grant.size_bytes),
     }
-    expected = {
-        "run": session.run,
-        "attempt": session.attempt,
-        "step": grant.step,
-        "rank": session.rank,
-        "world size": session.world_size,
-        "world": session.world_id,
-        "size": grant.size_bytes,
-    }
-    for name, value in expected.items():
-        if found[name] != value:
+    for name, (found, expected) in fields.items():
+        if found != expected:
             raise IntegrityError(
-                f"the manifest says {name} {found[name]}, this session's is {value}; nothing was published",
+                f"the manifest has {name} {found}, this session has {expected}; nothing was published",
                 reason="wrong_identity",
             )
