@@ -1,4 +1,4 @@
-"""That this node will be stopped: kept in a file beside what it holds.
+"""That this node will be stopped: recorded in a file in its memory directory.
 
 Decides nothing: the coordinator says when the node may be stopped.
 """
@@ -27,7 +27,7 @@ class DrainRecord:
 
 
 class Drain:
-    """Invariant: what :attr:`is_draining` says, the next daemon over this memory says, too."""
+    """Invariant: the next daemon on this memory directory starts with the same :attr:`is_draining`."""
 
     def __init__(self, memory_dir: Path, *, incarnation: str, on_change: Callable[[str], None]) -> None:
         self._path = memory_dir / DRAINING_NAME
@@ -38,7 +38,7 @@ class Drain:
             self._record = json_records.loads(DrainRecord, read_small(self._path))
         except (BackstayError, OSError) as error:
             if self._path.exists():
-                logger.error("%s cannot be read, the node counts as not draining: %s", self._path, error)
+                logger.error("cannot read %s, so this node counts as not draining: %s", self._path, error)
 
     @property
     def is_draining(self) -> bool:
@@ -49,7 +49,7 @@ class Drain:
         return self._record.by_cordon
 
     def obey(self, drain: bool | None) -> None:
-        """Do what the operator ordered; None: no order."""
+        """Carry out an order of the operator; None: no order."""
         if drain is not None:
             self._keep(replace(self._record, by_operator=drain))
 
@@ -66,8 +66,8 @@ class Drain:
             else:
                 write_atomically(self._path, json_records.dumps(wanted), incarnation=self._incarnation)
         except OSError as error:
-            logger.error("cannot keep in %s that this node drains: %s; it is tried again", self._path, error)
+            logger.error("cannot record in %s whether this node drains: %s; trying again", self._path, error)
             return
         self._record = wanted
         who = "an operator's order" if wanted.by_operator else "the cordon of its Kubernetes node"
-        self._on_change(f"this node drains by {who}" if self.is_draining else "this node does not drain any more")
+        self._on_change(f"this node drains: {who}" if self.is_draining else "this node no longer drains")

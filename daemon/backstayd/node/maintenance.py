@@ -1,6 +1,6 @@
-"""What no event says, looked at now and then: lost sessions, files that others deleted, gauges, what the probes ask.
+"""Periodic work of a node: sessions without a connection, files that others deleted, gauges; and its health checks.
 
-A coordinator or a peer that is away is no failure of this daemon: restarting it would not bring them back.
+The loss of a coordinator or a peer is not a failure of this daemon: a restart would not bring them back.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _grown = Refusals(logger)
 
 
 def watch(health: Health, reconciler: Reconciler, coders: Coders, serving: asyncio.Task[None]) -> None:
-    """Count a daemon dead that cannot reconcile, start coders or accept trainers any more."""
+    """Report the daemon dead once it can no longer reconcile, start coders or accept trainers."""
 
     def reconciling() -> str:
         owed_since_s = reconciler.owed_since_s
         silent_s = health.monotonic_s() - owed_since_s if owed_since_s else 0.0
-        return f"no pass succeeded for {silent_s:.1f} s" if silent_s > health.bound_s else ""
+        return f"no reconcile pass succeeded for {silent_s:.1f} s" if silent_s > health.bound_s else ""
 
     def accepting() -> str:
-        return "trainers are not accepted any more" if serving.done() else ""
+        return "trainers are no longer accepted" if serving.done() else ""
 
     health.watch("reconcile", reconciling)
     health.watch("coders", lambda: coders.pool.failure)
@@ -63,7 +63,7 @@ class NodeGauges:
         self._answered_s = None
 
     def update(self, sessions: Sessions) -> None:
-        """Read off what is held; series of runs that nobody knows here any more go."""
+        """Set the gauges; drops the series of runs that are gone from this node."""
         node = self._node
         metrics, store = node.metrics, node.store
         for use, size_bytes in store.used_by().items():
@@ -88,7 +88,7 @@ async def maintain(
     expiry: ExpiryWatch,
     on_lost: Callable[[BackstayError], None],
 ) -> None:
-    """Look, several times a lease, until cancelled. ``on_lost`` is called when the memory was taken away."""
+    """Run several times a lease, until cancelled. ``on_lost`` is called when the memory directory was taken away."""
     seen_restarts = 0
     while True:
         health.beat("the maintenance")
@@ -111,11 +111,11 @@ def _look_for_files(node: NodeState) -> None:
         make_directory(directory)
         vanished = remove.drop_vanished(node.store)
     except (BackstayError, OSError) as error:
-        logger.error("cannot look for what should lie in %s: %s", directory, error)
+        logger.error("cannot check the files in %s: %s", directory, error)
         return
     for who, sentence in node.store.slots.cut_back():
         node.timeline.add("grown", "", sentence)
         _grown.note(sentence, cause=who, level=logging.ERROR)
     if vanished:
-        logger.error("%d files were deleted from %s by others: %s", len(vanished), directory, ", ".join(vanished[:5]))
+        logger.error("others deleted %d files from %s: %s", len(vanished), directory, ", ".join(vanished[:5]))
         node.changed()

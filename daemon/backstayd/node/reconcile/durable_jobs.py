@@ -1,4 +1,4 @@
-"""Work of a node on durable storage: what it did and found for each run, and the jobs that do it. Decides nothing.
+"""Work of a node on durable storage: its jobs, and what they did and found for each run. Decides nothing.
 
 The jobs run in a coder of their own, so that a store that hangs holds up nothing else.
 """
@@ -49,7 +49,7 @@ class DurableRun:
     confirmed_s: float = float("-inf")  # when the newest report was sent whose answer names this run
 
     def trim(self, desired: StorageDesired) -> None:
-        """Forget what is not wanted any longer."""
+        """Forget what is no longer wanted."""
         wanted = {task.snapshot.snapshot_id for task in desired.uploads}
         self.uploads = {place: upload for place, upload in self.uploads.items() if place[0] in wanted}
         self.pruned &= set(desired.prunes)
@@ -68,9 +68,9 @@ class DurableRecords:
         return self._runs.get(run) or DurableRun()
 
     def confirm(self, desired: NodeDesired, answered_s: float) -> None:
-        """The coordinator wanted this when a report arrived that was sent at ``answered_s`` (since boot).
+        """The coordinator wanted this when it received a report that was sent at ``answered_s`` (since boot).
 
-        What it does not name is confirmed by nobody, though it stays wanted for a while under a new coordinator.
+        What it does not name is unconfirmed, even where it stays wanted for a while under a new coordinator.
         """
         if desired.generation == self._node.store.generation:  # else it is an older one, which nobody obeys
             named = {run.run for run in desired.runs if run.storage is not None}
@@ -81,7 +81,7 @@ class DurableRecords:
                 state.confirmed_s = max(state.confirmed_s, answered_s)
 
     def trim(self, desired: Mapping[str, RunDesired]) -> list[str]:
-        """Forget what is not wanted any longer; returns the runs for which nothing is."""
+        """Forget what is no longer wanted; returns the runs for which nothing is."""
         for run, wanted in desired.items():
             if wanted.storage is not None:
                 self._runs.setdefault(run, DurableRun()).trim(wanted.storage)
@@ -111,7 +111,7 @@ class DurableRecords:
     def note_upload(
         self, key: TaskKey, state: UploadState, *, total_bytes: int, done_bytes: int = 0, reason: str = ""
     ) -> None:
-        """How far the upload of the snapshot and rank of ``key`` is."""
+        """Record the progress of the upload of the snapshot and rank of ``key``."""
         if key.run in self._runs:
             self._runs[key.run].uploads[key.subject, key.index] = Upload(
                 snapshot_id=key.subject,
@@ -134,7 +134,7 @@ class DurableRecords:
 
 
 class DurableJobs:
-    """Runs jobs and notes what came of them."""
+    """Runs jobs and records their results."""
 
     def __init__(
         self, node: NodeState, coders: Coders, tasks: Tasks, records: DurableRecords, bad_sources: BadSources
@@ -146,7 +146,7 @@ class DurableJobs:
         self._bad_sources = bad_sources
 
     async def run(self, key: TaskKey, job: Job) -> None:
-        """Do ``job``; a completion record is written only once everything is seen to be there."""
+        """Do ``job``; a completion record is written only after a check that all shards are there."""
         if isinstance(job, UploadShard):
             self._records.note_upload(key, UploadState.UPLOADING, total_bytes=job.size_bytes)
         elif isinstance(job, WriteRecord):
@@ -200,7 +200,7 @@ class DurableJobs:
         if isinstance(job, SurveyStorage):
             self._records.of(key.run).survey = Survey(url=job.url, survey_id=job.survey_id, error=result.message)
         elif isinstance(job, (UploadShard, WriteRecord)) and result.reason != FENCED:
-            # one that was not confirmed in time is not the snapshot's fault
+            # a fenced job says nothing about the snapshot
             size = job.size_bytes if isinstance(job, UploadShard) else 0
             self._records.note_upload(key, UploadState.FAILED, total_bytes=size, reason=result.message)
         self._node.changed()

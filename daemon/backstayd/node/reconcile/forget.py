@@ -1,6 +1,6 @@
-"""Forgetting runs on a node: keeps the tombstones that the coordinator names, and deletes what they cover.
+"""Forgetting runs on a node: stores the tombstones that the coordinator names, and deletes what they cover.
 
-Must not delete what no tombstone covers, nor what a trainer here writes; a tombstone lies on tmpfs before anything goes.
+Must not delete what no tombstone covers, nor what a trainer here writes; a tombstone is on tmpfs before anything is deleted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from backstayd.store.index import HeldShard, RunIndex
 logger = logging.getLogger(__name__)
 
 
-class Burying:
+class ForgottenRuns:
     """Args:
     on_forgotten: Called with a run of which nothing is left here.
     """
@@ -31,35 +31,35 @@ class Burying:
         self._store = node.store
         self._sessions = sessions
         self._on_forgotten = on_forgotten
-        self._ordered: tuple[Tombstone, ...] = ()  # what the coordinator named last
+        self._ordered: tuple[Tombstone, ...] = ()  # those of the coordinator's last answer
 
     def on_desired(self, desired: NodeDesired) -> None:
-        """Take over what the coordinator says."""
+        """Store the tombstones of an answer."""
         self._ordered = ()
         lasting = [one for one in desired.tombstones if one.cause is not Cause.UNUSED]
         try:
             is_lifted, is_buried = self._store.lift(desired.lifted), self._store.bury(lasting)
         except OSError as error:
-            logger.error("cannot keep what is forgotten, so nothing of it is deleted: %s", error)
+            logger.error("cannot store tombstones, so nothing is deleted: %s", error)
             return
         self._ordered = desired.tombstones
         if is_lifted or is_buried:
             self._node.changed()
 
     def act(self) -> None:
-        """Delete what is covered."""
+        """Delete what the tombstones cover."""
         for tombstone in self._ordered:
             run = tombstone.run
             if run in self._store.runs or self._sessions.of_run(run):
                 try:
-                    self._bury(run, tombstone)
+                    self._delete(run, tombstone)
                 except OSError as error:
-                    logger.error("run %s: what is forgotten of it cannot be deleted: %s", run, error)
+                    logger.error("run %s: cannot delete what its tombstone covers: %s", run, error)
 
-    def _bury(self, run: str, tombstone: Tombstone) -> None:
+    def _delete(self, run: str, tombstone: Tombstone) -> None:
         sessions = self._sessions.of_run(run)
         if any(_is_spared(session, tombstone) for session in sessions):
-            return  # the coordinator hears of it, and lifts the tombstone
+            return  # the coordinator learns of it from the report, and lifts the tombstone
         index = self._store.runs.get(run) or RunIndex(run=run)
         ended = [one for one in sessions if one.phase is SessionPhase.ENDED and one.attempt <= tombstone.attempt]
         for session in ended:
@@ -72,7 +72,7 @@ class Burying:
             self._node.changed()
 
     def _delete_covered(self, index: RunIndex, tombstone: Tombstone) -> bool:
-        """Somebody uses the name again: only what is covered goes. Whether anything was here."""
+        """Delete only what is covered: the name is in use again. Returns whether there was anything."""
         keys = {key for key, _ in index.shards} | {plan.key for plan in index.plans.values()}
         kept = {held.record.key for held in index.shards.values() if not _covers_shard(tombstone, held)}
         doomed = sorted(key for key in keys - kept if tombstone.covers(key))
@@ -85,7 +85,7 @@ class Burying:
 
 
 def _is_spared(session: Session, tombstone: Tombstone) -> bool:
-    """Whether a trainer's being here forbids to delete anything."""
+    """Whether this session forbids to delete anything."""
     if tombstone.cause is Cause.UNUSED:
         return session.phase is not SessionPhase.ENDED
     return session.phase is SessionPhase.TRAINING and session.attempt <= tombstone.attempt

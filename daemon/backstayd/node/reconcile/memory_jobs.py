@@ -1,6 +1,6 @@
-"""Jobs of the coders on shards and parity in memory: runs them and applies what came of them to the store.
+"""Jobs of the coders on shards and parity in memory: runs them and applies their results to the store.
 
-Whatever ends here only asks for another pass. Decides nothing that the coordinator decides.
+Every result only asks for another pass. Decides nothing that the coordinator decides.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAX_TRIES: Final = 4
 MAX_FAILED_PLANS: Final = 100  # per run
 MAX_VERIFIED: Final = 10_000
 STRIPE_POLL_S: Final = 0.5  # an event of a coder that died may be lost; the markers are the truth
-FAILED_COPY_LEASES: Final = 10  # so long a copy that failed here is not asked for again
+FAILED_COPY_LEASES: Final = 10  # for so long the coordinator does not ask again for a copy that failed here
 FOR_DECISION: Final = (
     TaskKind.VERIFY,
     TaskKind.VERIFY_STORED,
@@ -51,7 +51,7 @@ FOR_DECISION: Final = (
 
 
 def note_stored(node: NodeState, event: CoderEvent) -> None:
-    """Take what a coder stored into the index."""
+    """Add to the index what a coder stored."""
     run, store = event.run, node.store
     if node.is_forgotten(run):
         store.forget(run)
@@ -66,12 +66,12 @@ def note_stored(node: NodeState, event: CoderEvent) -> None:
         elif event.kind in ("stripe_staged", "shard_staged"):
             admit.note_staged(store, run, rank=event.rank, world_size=event.world_size, digest=event.digest)
     except (BackstayError, OSError) as error:
-        logger.error("run %s: what a coder stored is not used: %s", run, error)
+        logger.error("run %s: cannot use what a coder stored: %s", run, error)
     node.changed()
 
 
 class FailedCopies:
-    """Shards that could not be copied here, by run; forgotten after a while, for room may come."""
+    """Shards that could not be copied here, by run; forgotten after a while, because room may become free."""
 
     def __init__(self, lease_s: float, on_change: Callable[[], None]) -> None:
         self._lease_s = lease_s
@@ -82,7 +82,7 @@ class FailedCopies:
         return tuple(sorted(self._digests.get(run, ())))
 
     def add(self, run: str, digest: str) -> None:
-        """Not to be asked for again for a while."""
+        """Report for a while that the shard cannot be copied here."""
         self._digests.setdefault(run, {})[digest] = None
         asyncio.get_running_loop().call_later(FAILED_COPY_LEASES * self._lease_s, self._forget, run, digest)
         self._on_change()
@@ -95,7 +95,7 @@ class FailedCopies:
 
 
 class MemoryJobs:
-    """Owns the marks of what was verified, and what failed for good."""
+    """Owns the marks of what was verified, and what has failed for good."""
 
     def __init__(self, node: NodeState, coders: Coders, tasks: Tasks, bad_sources: BadSources) -> None:
         self._node = node
@@ -144,7 +144,7 @@ class MemoryJobs:
     def _done(self, key: TaskKey, job: Job) -> None:
         run, lease_s = key.run, self._node.lease_s
         if isinstance(job, DecodeStripe):
-            # puts are harmless twice; if the owner lost its staging meanwhile, this is done again
+            # puts are idempotent; if the owner lost its staging meanwhile, this is done again
             self._tasks.settle(key, for_s=2 * lease_s + job.deadline_s / 4)
             return
         if key.kind is TaskKind.CHECK_SUSPECT:
@@ -223,11 +223,11 @@ class MemoryJobs:
         return any(target.digest == digest for rebuild in rebuilds for target in rebuild.targets)
 
     def _refuse_room(self, key: TaskKey, job: FetchShard | FetchPersisted, error: CapacityError) -> None:
-        """There is no room for a whole shard from elsewhere."""
+        """Give up a whole shard from elsewhere for lack of room."""
         if key.kind is not TaskKind.COPY:
             self._fail_decision(key, str(error))
             return
-        logger.warning("run %s: a shard of a node that drains is not taken: %s", key.run, error)
+        logger.warning("run %s: no room for a shard of a node that drains: %s", key.run, error)
         self._tasks.fail(key)
         self.failed_copies.add(key.run, job.digest)
 
@@ -253,7 +253,7 @@ class MemoryJobs:
                 incarnation = self._node.identity.incarnation
                 await asyncio.to_thread(prepare_staging, paths, raw, digest=target.digest, incarnation=incarnation)
             except BackstayError as error:
-                logger.warning("run %s: cannot take rank %d of step %d: %s", run, target.rank, plan.step, error)
+                logger.warning("run %s: cannot rebuild rank %d of step %d here: %s", run, target.rank, plan.step, error)
                 if isinstance(error, SnapshotNotFoundError):
                     index.plans.pop(plan.plan_id, None)
                 self._fail_rebuild(action.key, error)

@@ -41,7 +41,7 @@ from backstayd.node.reconcile.tasks import TaskKey, TaskKind
 
 
 def plan_actions(view: View) -> list[Action]:
-    """The actions that bring this node nearer to what is desired, in the order in which they must happen."""
+    """The actions that bring this node nearer to desired state, in the order in which they must happen."""
     desired = view.desired
     actions: list[Action] = []
     if desired.world_id and any(world != desired.world_id for world in view.granted_worlds):
@@ -62,7 +62,7 @@ def plan_actions(view: View) -> list[Action]:
 
 
 def _startable(view: View, wanted: list[StartJob | PrepareTarget]) -> list[StartJob | PrepareTarget]:
-    """Those neither under way nor settled, and only so many uploads as may run at once."""
+    """Those neither running nor settled, and only so many uploads as may run at once."""
     due = [action for action in wanted if action.key not in view.running | view.settled]
     uploads = [action for action in due if action.key.kind is TaskKind.UPLOAD]
     late = {action.key for action in uploads[view.durable.free_uploads :]}
@@ -70,7 +70,7 @@ def _startable(view: View, wanted: list[StartJob | PrepareTarget]) -> list[Start
 
 
 def _misfits(view: View) -> list[QuarantineParity]:
-    """Parity here of which a reader has proven that it does not fit its stripe: its own digests would say nothing."""
+    """Parity here that a reader has proven not to fit its stripe: its own digests match, so verifying it finds nothing."""
     return [
         QuarantineParity(fragment=fragment, reason=mark.reason)
         for mark in view.desired.suspects
@@ -80,7 +80,7 @@ def _misfits(view: View) -> list[QuarantineParity]:
 
 
 def _suspects(view: View) -> list[StartJob]:
-    """Look at what a reader elsewhere found corrupt here: if it is, it is put aside; if not, the reader's word runs out."""
+    """Verify what a reader elsewhere found corrupt here: it is quarantined, or the reader's mark expires."""
     jobs = []
     for mark in view.desired.suspects:
         if mark.is_misfit:
@@ -139,7 +139,7 @@ def _key(kind: TaskKind, rebuild: Rebuild, index: int) -> TaskKey:
 
 
 def _own_target(view: View, rebuild: Rebuild, target: RebuildTarget) -> StartJob | PrepareTarget:
-    """The next thing to do for a shard that is rebuilt onto this node; waiting for stripes is doing nothing new."""
+    """The next action for a shard that is rebuilt onto this node; nothing new while stripes are missing."""
     plan = rebuild.plan
     if plan.plan_id not in view.plans:
         own = view.peers.get(view.node, "")
@@ -193,7 +193,7 @@ def _stage(view: View) -> list[StartJob]:
 
 
 def _unopened(view: View, decision: Decision) -> list[ShardSource]:
-    """Persisted files that trainers wait for and that a former daemon of this node, which recorded the decision, had open."""
+    """Files of durable storage that trainers wait for, which the earlier daemon that recorded the decision had open."""
     phases = (DecisionPhase.RECORD, DecisionPhase.RELEASE)
     if view.desired.decision_phase not in phases or decision.world_id not in view.waiting_worlds:
         return []
@@ -223,7 +223,7 @@ def _verify(decision: Decision, source: ShardSource) -> StartJob:
 
 
 def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | None:
-    """Copy from the holders; a shard that is being rebuilt elsewhere is asked for until it is there."""
+    """Copy from the holders; a shard that is being rebuilt elsewhere is requested until it is there."""
     assert decision.base is not None
     if source.kind is SourceKind.PERSISTED and decision.base.url:
         return _fetch_persisted(decision, source)
@@ -245,7 +245,7 @@ def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | No
 
 
 def _fetch_persisted(decision: Decision, source: ShardSource) -> StartJob:
-    """Copy from durable storage what is in no memory; a file of this machine is verified where it lies."""
+    """Copy from durable storage what no memory holds; a file on this machine is verified in place."""
     assert decision.base is not None
     is_here = is_local(decision.base.url)
     kind: type[VerifyPersisted | FetchPersisted] = VerifyPersisted if is_here else FetchPersisted
@@ -267,7 +267,7 @@ def _fetch_persisted(decision: Decision, source: ShardSource) -> StartJob:
 
 
 def _copy(view: View) -> list[StartJob]:
-    """Shards of nodes that will be stopped, brought here whole while those nodes live."""
+    """Whole shards of nodes that will be stopped, copied here while those nodes are up."""
     jobs = []
     for copy in view.desired.copies:
         holders = [name for name in copy.holders if name != view.node and name in view.peers]
@@ -289,7 +289,7 @@ def _copy(view: View) -> list[StartJob]:
 
 
 def _discard(view: View) -> list[DiscardStaged]:
-    """Staging that nothing wants any more; only while the run goes on, so that a recovery never loses what it gathered."""
+    """Staging that nothing needs any more; only while the run trains, so that a recovery never loses what it gathered."""
     desired = view.desired
     if not desired.world_id or (desired.decision is not None and _is_open(view)):
         return []
@@ -320,7 +320,7 @@ def _decide(view: View) -> list[Action]:
     is_recorded = staging is not None and staging.state is StagingState.RECORDED
     is_ready = staging is not None and staging.state is StagingState.READY
     may_record = desired.decision_phase is DecisionPhase.RECORD and is_ready
-    may_record |= desired.decision_phase is DecisionPhase.RELEASE  # a host of it, or one of the witnesses
+    may_record |= desired.decision_phase is DecisionPhase.RELEASE  # a host of it, or a recorder
     here = view.decision.generation.number if view.decision is not None else -1
     is_recorded |= view.decision is not None and view.decision.decision_id == decision.decision_id
     is_raised = is_recorded and here < decision.generation.number  # above those that other nodes came back with

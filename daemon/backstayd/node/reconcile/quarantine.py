@@ -1,4 +1,4 @@
-"""Sources that failed verification: a bad one of this node is put aside, one of a peer is named to the coordinator.
+"""Sources that failed verification: one of this node is quarantined, one of a peer is reported to the coordinator.
 
 Chooses no other source: the coordinator does.
 """
@@ -21,14 +21,14 @@ MAX_REMOTE_MARKS: Final = 100  # per run
 
 
 class BadSources:
-    """Owns the marks on sources of peers; each goes once its holder has had time to look itself."""
+    """Owns the marks on sources of peers; each is dropped once its holder has had time to verify the source itself."""
 
     def __init__(self, node: NodeState) -> None:
         self._node = node
         self._remote: dict[str, list[Quarantined]] = {}
 
     def marks(self, run: str) -> tuple[Quarantined, ...]:
-        """What is bad at peers."""
+        """Sources of peers that failed verification here."""
         return tuple(self._remote.get(run, ()))
 
     def forget_run(self, run: str) -> None:
@@ -80,11 +80,11 @@ class BadSources:
             marks.append(entry)
             del marks[:-MAX_REMOTE_MARKS]
             self._node.store.corrupt_count += 1
-            logger.error("%s on %s is corrupt: %s; the next source is used", entry.what, holder, entry.reason)
+            logger.error("%s on %s is corrupt: %s; trying the next source", entry.what, holder, entry.reason)
         return entry
 
     def _forget_mark(self, run: str, entry: Quarantined) -> None:
-        """The holder was told and has looked by now: what it says counts again."""
+        """The holder has verified the source by now: its own report counts again."""
         marks = self._remote.get(run, [])
         if entry in marks:
             marks.remove(entry)

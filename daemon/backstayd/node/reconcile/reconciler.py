@@ -21,7 +21,7 @@ from backstayd.node.reconcile import actions
 from backstayd.node.reconcile.actions import Action, Restoring, StagedState, View
 from backstayd.node.reconcile.durable_jobs import DurableJobs, DurableRecords
 from backstayd.node.reconcile.durable_plan import PARALLEL_UPLOADS
-from backstayd.node.reconcile.forget import Burying
+from backstayd.node.reconcile.forget import ForgottenRuns
 from backstayd.node.reconcile.memory_jobs import MemoryJobs
 from backstayd.node.reconcile.planner import plan_actions, record_key
 from backstayd.node.reconcile.quarantine import BadSources
@@ -67,7 +67,7 @@ class Reconciler:
         )
         self.memory_jobs = MemoryJobs(node, coders, self.tasks, bad_sources)
         self._durable_jobs = DurableJobs(node, coders, self.tasks, durable, bad_sources)
-        self._burying = Burying(node, sessions, self._note_forgotten)
+        self._forgotten = ForgottenRuns(node, sessions, self._note_forgotten)
         self._staging: dict[str, Staging | None] = {}  # as of the pass before, by run
         self._coordinator = ""
         self.owed_since_s = 0.0  # when the pass that is still to succeed was first asked for
@@ -86,7 +86,7 @@ class Reconciler:
         self.memory_jobs.keep_open(())
 
     def on_desired(self, desired: NodeDesired, answered_s: float) -> None:
-        """Take over what the coordinator wants, unless it is an older coordinator or an older answer.
+        """Take over what the coordinator wants, unless the answer is an older one.
 
         ``answered_s`` (since boot): when the newest report that it knew was sent.
         """
@@ -97,12 +97,14 @@ class Reconciler:
                 )
                 return
         except OSError as error:
-            logger.error("cannot store generation %s: %s", desired.generation, error)
+            logger.error(
+                "cannot store generation %s: %s; ignoring the answer of the coordinator", desired.generation, error
+            )
             return
         self._node.drain.obey(desired.drain)
         runs = {run.run: run for run in desired.runs}
         if desired.generation.incarnation != self._coordinator:
-            # a new coordinator has not looked at every run yet: what it does not mention stays as it was
+            # a new coordinator has not evaluated every run yet: what it does not mention stays as it was
             runs = self._node.desired | runs
             if len(runs) == len(desired.runs):
                 self._coordinator = desired.generation.incarnation
@@ -112,23 +114,23 @@ class Reconciler:
         for run, wanted in runs.items():
             self._store.parity_fraction[run] = wanted.parity_fraction
             self._remember(run, wanted)
-        self._burying.on_desired(desired)
+        self._forgotten.on_desired(desired)
         self.durable.confirm(desired, answered_s)
         if is_new:
             self._node.waiters.notify()
         self._node.pass_due.notify()
 
     def _remember(self, run: str, wanted: RunDesired) -> None:
-        """Keep whose run it is and what nobody should restore, as long as anything of the run is here."""
+        """Store the owner and the distrusted snapshots of a run of which anything is here."""
         try:
             if run in self._store.runs:
                 gate_relay.remember(self._node, run, wanted.distrusted, wanted.trusted)
                 adopt_owner(self._node, run, wanted.owner)
         except OSError as error:
-            logger.error("run %s: cannot keep whose it is and which snapshots are distrusted: %s", run, error)
+            logger.error("run %s: cannot store its owner and its distrusted snapshots: %s", run, error)
 
     async def _run(self) -> None:
-        """One pass after another, whenever something changed. A pass that fails is made again with the next change."""
+        """Make a pass whenever something changed; one that fails is repeated with the next change."""
         signal = self._node.pass_due
         while True:
             seen = signal.count
@@ -137,7 +139,7 @@ class Reconciler:
                 self._pass()
                 self.owed_since_s = 0.0
             except Exception:  # the boundary of a pass: the next one starts from what is then
-                logger.exception("comparing what is desired with what is here failed")
+                logger.exception("a reconcile pass failed; the next change starts another")
             await signal.wait(self._node.lease_s, since=seen)
 
     def view(self, run: str) -> View:
@@ -200,7 +202,7 @@ class Reconciler:
         return tuple(found)
 
     def _pass(self) -> None:
-        self._burying.act()
+        self._forgotten.act()
         has_acted = False
         handed_out, before = set(), self._staging
         self._staging = {}
@@ -227,7 +229,7 @@ class Reconciler:
             self._node.report_due.notify()
 
     def _restored_digests(self) -> dict[str, set[str]]:
-        """Per run the shards that some trainer here still restores from: of its offer and of the decision now."""
+        """By run, the digests of shards that trainers here still restore from: of their offers and of the current decision."""
         wanted: dict[str, set[str]] = {}
         for session in self._sessions:
             if session.phase is SessionPhase.RESTORING:
@@ -264,16 +266,16 @@ class Reconciler:
             self._refuse_world(action.decision)
 
     def _record(self, run: str, decision: Decision) -> None:
-        """Keep the decision; where that fails before the release, the coordinator hears of it and decides anew."""
+        """Store the decision; a failure before the release is reported, and the coordinator decides anew."""
         key = record_key(decision)
         try:
             self._store.record_decision(decision)
         except (BackstayError, OSError) as error:
             count = self.tasks.fail(key)
             if self._node.run_desired(run).decision_phase is DecisionPhase.RECORD:
-                self._node.fail_decision(run, decision.decision_id, f"its record cannot be written: {error}")
+                self._node.fail_decision(run, decision.decision_id, f"cannot write its record: {error}")
             elif count == 1:
-                logger.error("run %s: decision %s cannot be kept here: %s", run, decision.decision_id[:8], error)
+                logger.error("run %s: cannot store decision %s: %s", run, decision.decision_id[:8], error)
             return
         self._node.log_event("recorded", run, f"decision {decision.decision_id[:8]}: attempt {decision.attempt}")
         self._node.pass_due.notify()
@@ -289,7 +291,7 @@ class Reconciler:
             if restore_answers.offer_due(self._node, session) is None
         ]
         restore_answers.release(self._node, self.memory_jobs.open_files, decision, waiting)
-        self._node.log_event("released", decision.run, f"{decision.outcome.value}: {len(waiting)} trainers go on")
+        self._node.log_event("released", decision.run, f"{decision.outcome.value}: released {len(waiting)} trainers")
         self._node.waiters.notify()
 
     def _refuse_world(self, decision: Decision) -> None:
@@ -300,4 +302,4 @@ class Reconciler:
     def _note_forgotten(self, run: str) -> None:
         self.bad_sources.forget_run(run)
         self.memory_jobs.failed_plans.pop(run, None)
-        self._node.log_event("forgotten", run, "everything of the run was deleted here")
+        self._node.log_event("forgotten", run, "deleted everything of the run")

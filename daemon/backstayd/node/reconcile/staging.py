@@ -16,7 +16,7 @@ from backstayd.node.reconcile.actions import View
 
 
 def staging_of(view: View) -> Staging | None:
-    """This node's answer to the decision, None when it is no host of it."""
+    """What this node has staged of the decision; None if it is not one of its hosts."""
     decision = view.desired.decision
     if decision is None or view.node not in {place.node for place in decision.placements}:
         return None
@@ -58,7 +58,7 @@ def wanted_ranks(view: View, decision: Decision) -> frozenset[int]:
 
 
 def unstaged_ranks(view: View, decision: Decision) -> frozenset[int]:
-    """Ranks of that world on this node that choose chunks of another layout and have not said that they have them all."""
+    """Ranks of that world on this node that fetch chunks of another layout and do not have them all yet."""
     choosing = _choosing(view, decision)
     ranks = {rank for rank, staged in choosing.items() if staged != decision.decision_id}
     if decision.base is not None and base_size(decision) != decision.world_size:
@@ -67,7 +67,7 @@ def unstaged_ranks(view: View, decision: Decision) -> frozenset[int]:
 
 
 def _choosing(view: View, decision: Decision) -> dict[int, str]:
-    """Ranks here that hold another layout than the base, and the decision each has staged."""
+    """Ranks here with another layout than the base, and the decision that each has staged."""
     return {
         trainer.rank: trainer.staged
         for trainer in view.restoring

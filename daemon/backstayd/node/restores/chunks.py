@@ -1,7 +1,7 @@
-"""Snapshots of another layout: their manifests for the trainers here, and the chunks these ask for, each fetched once.
+"""Snapshots of another layout: offers their manifests to trainers here, and fetches the chunks these ask for, each once.
 
-What was fetched lies in sparse staging, shared by all trainers of the node, until nobody restores from it any more. Decides
-neither what is restored nor which chunks are needed.
+Fetched chunks lie in sparse staging, shared by all trainers of the node, until nobody restores from them. Decides neither what
+is restored nor which chunks are needed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_DEADLINE_S: Final = 3600.0
 
 @dataclass(slots=True)
 class _Part:
-    """Chunks of one shard. ``asked`` and ``verified`` hold a byte per chunk: wanted by somebody; read whole where it lies."""
+    """Chunks of one shard. ``asked`` and ``verified`` hold a byte per chunk: somebody needs it; it was verified in place."""
 
     chunks: ShardChunks
     asked: bytearray
@@ -52,7 +52,7 @@ class _Part:
 
 @dataclass(slots=True)
 class Totals:
-    """Bytes of chunks that trainers of another layout needed on this node, each once, and those that came to it for them."""
+    """Bytes of chunks that trainers of another layout needed on this node, each counted once, and of those it fetched."""
 
     needed_local_bytes: int = 0
     needed_remote_bytes: int = 0
@@ -61,7 +61,7 @@ class Totals:
 
 @dataclass(slots=True)
 class Work:
-    """One Fetch under way: how much it asked for and how much of that was not here."""
+    """Progress of one Fetch: the bytes it asked for, and how many of them are still missing here."""
 
     total_bytes: int = 0
     missing: Callable[[], int] = lambda: 0
@@ -88,11 +88,11 @@ class Chunks:
         self._totals: dict[str, Totals] = {}
 
     def totals(self, run: str) -> Totals:
-        """What was needed and what was moved for one run, since this daemon started."""
+        """What was needed and what was fetched for one run, since this daemon started."""
         return self._totals.setdefault(run, Totals())
 
     def begin_visit(self, offered: Offered) -> None:
-        """Chunks of it may be fetched until :meth:`end_visit`."""
+        """Allow to fetch chunks of it until :meth:`end_visit`."""
         self._visits.add(offered.offer_id)
 
     def end_visit(self, offered: Offered) -> None:
@@ -101,7 +101,7 @@ class Chunks:
     # -- offering ------------------------------------------------------------------------------------------------------
 
     def of_decision(self, decision: Decision) -> Offered:
-        """What a decision offers; its base must be there."""
+        """The offer of a decision that has a base."""
         assert decision.base is not None
         return Offered(
             offer_id=decision.decision_id,
@@ -114,7 +114,7 @@ class Chunks:
         """The message for a trainer, with every manifest checked against its digest.
 
         Raises:
-            UnavailableError: a manifest could not be had yet.
+            UnavailableError: a manifest is not available yet.
         """
         missing = await asyncio.to_thread(self._look_here, offered)
         if missing:
@@ -123,7 +123,7 @@ class Chunks:
             await self._fetch_manifests(offered, stored, url=offered.base.url)
             missing = await asyncio.to_thread(self._look_here, offered)
         if missing:
-            raise UnavailableError(f"{len(missing)} manifests were withdrawn meanwhile", reason="gone")
+            raise UnavailableError(f"{len(missing)} manifests were removed meanwhile", reason="gone")
         here = self._digests_here(offered.run)
         manifests = await asyncio.to_thread(self._parse, offered)
         return messages.Offer(
@@ -146,7 +146,7 @@ class Chunks:
         return tuple(json.loads(self._manifests[offered.run, source.digest]) for source in offered.sources)
 
     def _look_here(self, offered: Offered) -> list[ShardSource]:
-        """Take the manifests that this node has; returns the sources whose manifest is missing."""
+        """Load the manifests that this node has; returns the sources whose manifest is missing."""
         paths, missing = self._node.store.paths(offered.run), []
         for source in offered.sources:
             if (offered.run, source.digest) in self._manifests:
@@ -182,7 +182,7 @@ class Chunks:
         return offered.addresses if offered.offer_id in self._visits else self._node.peers
 
     def _addresses(self, offered: Offered, names: Iterable[str]) -> tuple[str, ...]:
-        """Where these nodes serve their peers now; this one and those that are away are left out."""
+        """Bulk addresses of those nodes that are up, without this one."""
         peers, own = self._peers(offered), self._node.identity.name
         return tuple(peers[name] for name in dict.fromkeys(names) if name != own and name in peers)
 
@@ -191,15 +191,15 @@ class Chunks:
     async def fetch(
         self, offered: Offered, request: messages.Fetch, work: Work
     ) -> tuple[messages.Fetched, tuple[int, ...]]:
-        """Have the chunks of ``request`` here; returns the answer and its descriptors, which the caller closes.
+        """Bring the chunks of ``request`` here; returns the answer and its descriptors, which the caller closes.
 
         Raises:
             UnavailableError: not within the deadline, or (``decision_changed``) the coordinator decides anew.
-            CapacityError: there is no room for them. UsageError: no such chunks.
+            CapacityError: there is no room for them. UsageError: the request is malformed.
         """
         if len(request.shards) > framing.MAX_FDS:
             raise UsageError(
-                f"chunks of {len(request.shards)} shards in one request; {framing.MAX_FDS} at a time",
+                f"a request for chunks of {len(request.shards)} shards; ask for at most {framing.MAX_FDS} at a time",
                 reason="bad_fetch",
             )
         wanted = {ranges.rank: self._runs(offered, ranges) for ranges in request.shards}
@@ -217,7 +217,7 @@ class Chunks:
                     group.create_task(self._bring(offered, offered.sources[rank], runs))
         except TimeoutError:
             raise UnavailableError(
-                f"{work.done_bytes} of {work.total_bytes} bytes of step {offered.base.step} came within {limit_s:g} s",
+                f"fetched only {work.done_bytes} of {work.total_bytes} bytes of step {offered.base.step} in {limit_s:g} s",
                 reason="deadline",
             ) from None
         except BaseExceptionGroup as errors:
@@ -243,14 +243,14 @@ class Chunks:
         place = (offered.run, source.digest)
         if place not in self._parts:
             if place not in self._manifests:
-                raise UnavailableError("the offer is gone; ask again", reason=CHANGED)
+                raise UnavailableError("the offer has expired; restore again", reason=CHANGED)
             chunks = parse_manifest(self._manifests[place], digest=source.digest)
             self._parts[place] = _Part(chunks, bytearray(chunks.chunk_count), bytearray(chunks.chunk_count))
         self._parts[place].offer_ids.add(offered.offer_id)
         return self._parts[place]
 
     def _count(self, offered: Offered, wanted: Mapping[int, Sequence[range]], parts: Mapping[int, _Part]) -> None:
-        """Bytes that trainers here need, each chunk once, by where they are."""
+        """Count the bytes that trainers here need, each chunk once, by where they are."""
         here = self._digests_here(offered.run)
         for rank, runs in wanted.items():
             part = parts[rank]
@@ -264,7 +264,7 @@ class Chunks:
             totals.needed_remote_bytes += size if place == "remote" else 0
 
     async def _bring(self, offered: Offered, source: ShardSource, runs: Sequence[range]) -> None:
-        """Have the chunks of one shard here, verified; a source that fails is asked again for a while."""
+        """Bring the chunks of one shard here, verified; retries a source that fails for a while."""
         part = self._part(offered, source)
         pause_s, failing_since = FIRST_PAUSE_S, 0.0
         clock = self._node.clock
@@ -286,12 +286,10 @@ class Chunks:
                 pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
     def check(self, offered: Offered) -> None:
-        """Raise UnavailableError (``decision_changed``) once it is not what is restored any more."""
+        """Raise UnavailableError (``decision_changed``) once something else is to be restored."""
         is_visit = offered.offer_id in self._visits
         if not is_visit and not self._node.is_current(offered.run, offered.offer_id):
-            raise UnavailableError(
-                f"run {offered.run}: the coordinator decides anew; ask for its decision again", reason=CHANGED
-            )
+            raise UnavailableError(f"run {offered.run}: the coordinator decides anew; restore again", reason=CHANGED)
 
     def _missing(self, run: str, part: _Part, runs: Sequence[range]) -> list[range]:
         if part.chunks.digest in self._digests_here(run):
@@ -355,7 +353,7 @@ class Chunks:
             _raise_failure(result)
 
     def _give_up(self, offered: Offered, source: ShardSource, result: JobResult) -> None:
-        """The shard cannot be had from where it was said to be."""
+        """The sources of the shard have failed."""
         reason = f"rank {source.rank} of step {offered.base.step}: {result.message}"
         if offered.offer_id in self._visits:
             _raise_failure(result)
@@ -379,13 +377,13 @@ class Chunks:
         except (BackstayError, OSError) as error:
             for fd in fds:
                 os.close(fd)
-            raise UnavailableError(f"what was fetched is gone: {error}; ask again", reason=CHANGED) from error
+            raise UnavailableError(f"fetched chunks are gone: {error}; restore again", reason=CHANGED) from error
         return messages.Fetched(shards=tuple(shards)), tuple(fds)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def tidy(self, wanted: Mapping[str, set[str]]) -> None:
-        """Remove chunks and manifests that nobody restores from: ``wanted`` has the digests of each run that are."""
+        """Remove chunks and manifests that nobody restores from; ``wanted``: by run, the digests of shards in use."""
         for run, digest in list(self._parts):
             part = self._parts[run, digest]
             is_visited = bool(part.offer_ids & self._visits)
@@ -398,14 +396,13 @@ class Chunks:
             if (run, digest) not in self._parts and digest not in wanted.get(run, ()) and not self._visits:
                 raw = self._manifests.pop((run, digest))
                 self._remove(run, parse_manifest(raw, digest=digest))
-
         for run in [run for run in self._totals if run not in self._node.store.runs and not self._visits]:
             del self._totals[run]
 
     def _remove(self, run: str, chunks: ShardChunks) -> None:
         store, paths = self._node.store, self._node.store.paths(run)
         remove_sparse(paths, rank=chunks.rank, world_size=chunks.world_size, digest=chunks.digest)
-        if run not in store.runs:  # it was visited only
+        if run not in store.runs:  # it was only read in a visit
             for directory in (paths.staging, paths.root, paths.root.parent):
                 remove_empty(directory)
 
@@ -414,9 +411,9 @@ class Chunks:
             return
         try:
             marks = read_marks(self._node.store.paths(run), part.chunks)
-        except BackstayError:  # withdrawn with its run
+        except BackstayError:  # removed with its run
             marks = b""
-        whole = [range(len(marks))]  # of a shard's last chunk only what there is of it
+        whole = [range(len(marks))]  # run_bytes knows that a shard's last chunk is shorter
         present = run_bytes(part.chunks, whole) - run_bytes(part.chunks, missing_runs(marks, whole))
         self._node.store.fetched_bytes += present - part.present_bytes
         part.present_bytes = present

@@ -1,6 +1,6 @@
-"""Persisted shards that were verified where they lie: descriptors for the trainers of a decision, until these have them.
+"""Shards on durable storage that were verified in place: kept open for the trainers of a decision. Verifies nothing.
 
-Files are opened beside the event loop: a file system that hangs holds up one decision, not the node. Verifies nothing.
+Files are opened in threads: a file system that hangs delays one decision, not the node.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ OPEN_DEADLINE_S: Final = 30.0
 
 
 class OpenFiles:
-    """Invariant: what is held is the file that was verified, for a decision that still stands here."""
+    """Invariant: each open file is the one that was verified, for a decision that is still current here."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, str], LocalShard] = {}  # (decision id, digest)
 
     async def take(self, decision_id: str, job: VerifyPersisted, result: JobResult) -> JobResult:
-        """Open what ``job`` verified; the result says if that failed."""
+        """Open what ``job`` verified; returns a failed result if that fails."""
         try:
             shard = await _open(job)
         except BackstayError as error:
             return replace(result, error_class=UnavailableError.__name__, reason=error.reason, message=str(error))
         if shard.file_id != result.file_id:
             shard.close()
-            message = f"the file of rank {job.rank} in {job.url} was replaced while it was verified"
+            message = f"the file of rank {job.rank} in {job.url} was replaced during verification"
             return replace(result, error_class=UnavailableError.__name__, reason="replaced", message=message)
         self._drop((decision_id, job.digest))
         self._held[decision_id, job.digest] = shard
@@ -50,10 +50,10 @@ class OpenFiles:
     def open_shards(
         self, store: Store, session: Session, decision: Decision
     ) -> tuple[tuple[messages.RestoredShard, ...], tuple[int, ...]]:
-        """The whole shards that this trainer reads, and read-only descriptors of them, which are the caller's to close.
+        """The whole shards that this trainer reads, and read-only descriptors of them, which the caller closes.
 
         Raises:
-            SnapshotNotFoundError: one is neither held nor in this node's memory.
+            SnapshotNotFoundError: one is neither open nor in this node's memory.
         """
         shards: list[messages.RestoredShard] = []
         fds: list[int] = []
@@ -90,11 +90,11 @@ class OpenFiles:
             return None
         manifest: dict[str, Any] = json.loads(shard.manifest_bytes)
         fd = os.dup(shard.fd)
-        os.lseek(fd, 0, os.SEEK_SET)  # shared by all who have it: trainers read at positions
+        os.lseek(fd, 0, os.SEEK_SET)  # all duplicates share the offset: trainers read at explicit positions
         return fd, manifest
 
     def keep(self, decisions: Collection[str]) -> list[tuple[str, str]]:
-        """Close what is of other decisions than these; returns (decision id, digest) of each."""
+        """Close files of all decisions but these; returns (decision id, digest) of each."""
         dropped = [place for place in self._held if place[0] not in decisions]
         for place in dropped:
             self._drop(place)
@@ -114,7 +114,7 @@ async def _open(job: VerifyPersisted) -> LocalShard:
             return await asyncio.shield(asyncio.wrap_future(future))
     except TimeoutError as error:
         future.add_done_callback(_close_late)
-        message = f"{job.url} did not let its file of rank {job.rank} be opened within {OPEN_DEADLINE_S:.0f} s"
+        message = f"opening the file of rank {job.rank} in {job.url} took longer than {OPEN_DEADLINE_S:.0f} s"
         raise UnavailableError(message, reason="unreachable") from error
     except asyncio.CancelledError:
         future.add_done_callback(_close_late)
@@ -124,7 +124,7 @@ async def _open(job: VerifyPersisted) -> LocalShard:
 def _open_into(future: Future[LocalShard], job: VerifyPersisted) -> None:
     try:
         future.set_result(open_local_shard(job.url, rank=job.rank, world_size=job.world_size, digest=job.digest))
-    except (BackstayError, OSError, ValueError) as error:  # whoever waits raises it
+    except (BackstayError, OSError, ValueError) as error:  # raised where the future is awaited
         future.set_exception(error)
 
 

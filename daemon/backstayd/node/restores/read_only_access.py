@@ -1,4 +1,4 @@
-"""Reading a snapshot without taking part in its run: the coordinator says where it is, chunks come as for another layout.
+"""Reading a snapshot without taking part in its run: the coordinator locates it, chunks are fetched as for another layout.
 
 A visit belongs to one connection and ends with it. Changes nothing of the run.
 """
@@ -29,7 +29,7 @@ ASK_S: Final = 5.0
 
 
 class Visits:
-    """Those under way. Invariant: each is of the user who owns the run."""
+    """The visits under way. Invariant: the user of each owns the run."""
 
     def __init__(self, node: NodeState, chunks: Chunks) -> None:
         self._node = node
@@ -37,21 +37,22 @@ class Visits:
         self._counts: Counter[int] = Counter()  # by user
 
     async def open(self, message: messages.Open, *, uid: int) -> tuple[Offered, messages.Offer]:
-        """Find the snapshot and make an offer of it; :meth:`close` it.
+        """Locate the snapshot and offer it; :meth:`close` ends the visit.
 
         Raises:
-            SnapshotNotFoundError, UnavailableError: there is none to read now. UsageError: it is another user's.
+            SnapshotNotFoundError, UnavailableError: none can be read now. UsageError: it belongs to another user.
         """
         if "/" in message.run:
             RunKey.parse(message.run)
-        else:  # the coordinator knows which job has it
+        else:  # the coordinator finds its job
             check_name("run_id", message.run)
         if not 0 <= message.step < MAX_COUNT:
             raise UsageError(f"step {message.step} is out of range", reason="bad_step")
         own, total = self._counts[uid], self._counts.total()
         if own >= MAX_VISITS_OF_ONE or total >= MAX_VISITS:
             raise CapacityError(
-                f"{total} snapshots are being read here already, {own} of them by user {uid}; try later", reason="busy"
+                f"{total} snapshots are already being read here, {own} of them by user {uid}; try again later",
+                reason="busy",
             )
         self._counts[uid] += 1
         offered: Offered | None = None
@@ -77,7 +78,7 @@ class Visits:
             raise
 
     def close(self, offered: Offered | None, *, uid: int) -> None:
-        """The visitor has gone."""
+        """End the visit."""
         self._counts -= Counter({uid: 1})
         if offered is not None:
             self._chunks.end_visit(offered)
@@ -89,7 +90,7 @@ class Visits:
 
 
 def _check_owner(located: Located, uid: int) -> None:
-    """The run's user may read it, and whoever can read the daemons' memory anyway."""
+    """Raise unless ``uid`` owns the run or can read the daemon's memory anyway."""
     if located.owners != (str(uid),) and uid not in (0, os.geteuid()):
-        owners = ", ".join(located.owners) or "nobody known"
+        owners = ", ".join(located.owners) or "unknown"
         raise UsageError(f"run {located.run} belongs to user {owners}, not to user {uid}", reason="not_owner")

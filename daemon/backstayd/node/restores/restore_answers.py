@@ -1,6 +1,6 @@
-"""What trainers that wait in restore() are told: how far it is, then one answer for the whole world.
+"""Answers to trainers that wait in restore(): progress, then one answer for the whole world.
 
-Decides nothing: the coordinator released or refused the world.
+Decides nothing: the coordinator releases or refuses the world.
 """
 
 from __future__ import annotations
@@ -32,20 +32,16 @@ def offer_due(node: NodeState, session: Session) -> Decision | None:
 
 
 def progress(node: NodeState, session: Session, staging_of: Callable[[str], Staging | None]) -> messages.Progress:
-    """How far the restore of ``session`` is; ``staging_of`` a run says what this node staged of it."""
+    """How far the restore of ``session`` is; ``staging_of``: what this node has staged of the decision of a run."""
     desired = node.run_desired(session.run)
     decision = desired.decision
     if not node.link.is_connected:
         return messages.Progress(phase="waiting", detail="for the coordinator")
     if decision is None or decision.world_id != session.world_id:
         missing = desired.missing
-        is_ours = missing is not None and missing.world_id == session.world_id
-        others = (
-            missing.sentence
-            if missing is not None and is_ours
-            else "for the other ranks and the coordinator's decision"
-        )
-        return messages.Progress(phase="waiting", detail=others)
+        if missing is not None and missing.world_id == session.world_id:
+            return messages.Progress(phase="waiting", detail=missing.sentence)
+        return messages.Progress(phase="waiting", detail="for the other ranks and the coordinator's decision")
     staging = staging_of(session.run)
     done, total = (staging.done_bytes, staging.total_bytes) if staging else (0, 0)
     if desired.decision_phase is DecisionPhase.PREPARE:
@@ -67,7 +63,7 @@ def release(node: NodeState, open_files: OpenFiles, decision: Decision, waiting:
 
 
 def refuse(decision: Decision, waiting: Iterable[Session]) -> None:
-    """Tell each waiting trainer why nothing is restored."""
+    """Refuse each waiting trainer, with the reason of the coordinator."""
     error = UnrecoverableError(decision.message, reason="unrecoverable")
     for session in waiting:
         assert session.answer is not None

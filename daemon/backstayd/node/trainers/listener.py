@@ -1,4 +1,4 @@
-"""The Unix socket trainers connect to: made with care, never taken from another running daemon."""
+"""The Unix socket that trainers connect to; never taken from another running daemon."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def listen(path: Path, *, group: str = "") -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.bind(str(path))
-            if group_id is not None:  # a unit of before, whose filter knows no chown, sets no group
+            if group_id is not None:  # only then: the system call filter of an older unit may forbid chown
                 os.chown(path, -1, group_id)
             os.chmod(path, SOCKET_MODE)
             sock.listen(256)
@@ -37,24 +37,24 @@ def listen(path: Path, *, group: str = "") -> socket.socket:
     except OSError as error:
         raise ConfigError(
             f"cannot listen on the socket {path} as user {os.geteuid()}: {error.strerror or error}; choose another --socket "
-            "or give that user its directory",
+            "or give that user write access to its directory",
             reason="bad_socket",
         ) from error
     return sock
 
 
 def find_group(name: str) -> int:
-    """The number of a group, by name or number, that this process may give a file to; raises ConfigError."""
+    """The id of a group, by name or number, that this process may give a file to; raises ConfigError."""
     try:
         found = int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
     except KeyError:
         raise ConfigError(
-            f"socket_group {name!r} is no group of this machine; make it (groupadd --system {name}) or name another",
+            f"socket_group {name!r} does not exist on this machine; create it (groupadd --system {name}) or name another",
             reason="bad_socket_group",
         ) from None
     if os.geteuid() != 0 and found not in (os.getegid(), *os.getgroups()):
         raise ConfigError(
-            f"user {os.geteuid()} is not a member of the socket_group {name!r}, so it cannot give it the socket; make it one "
+            f"user {os.geteuid()} cannot give the socket to socket_group {name!r}: it is not a member; make it one "
             f"(SupplementaryGroups={name} in the unit)",
             reason="bad_socket_group",
         )
@@ -78,5 +78,5 @@ def _remove_stale(path: Path) -> None:
             path.unlink(missing_ok=True)
             return
         except OSError:
-            pass  # it answers slowly, which a stale file does not
+            pass  # it is slow to answer; a stale file refuses at once
     raise ConfigError(f"another daemon listens on {path}; choose another --socket", reason="socket_in_use")

@@ -26,7 +26,7 @@ from backstayd.node.trainers.users import check_owner
 
 
 class Requests:
-    """Answers requests of sessions, each on its connection. ``staging``: as for :class:`RestoreRequests`."""
+    """Answers requests of attached trainers. ``staging``: as for :class:`RestoreRequests`."""
 
     def __init__(
         self, node: NodeState, sessions: Sessions, chunks: Chunks, staging: Callable[[str], Staging | None]
@@ -37,11 +37,11 @@ class Requests:
         self._slots = SlotRequests(node, sessions)
 
     async def answer_fetch(self, call: Call, offered: Offered, message: messages.Fetch) -> None:
-        """A Fetch of somebody who reads ``offered`` without a session."""
+        """A Fetch of a reader of ``offered`` that has no session."""
         await self._restores.answer_fetch(call, offered, message)
 
     async def handle(self, call: Call, session: Session, message: Any) -> None:
-        """Answer ``message``; raises BackstayError for a refusal, ConnectionError when the trainer is gone."""
+        """Answer ``message``; raises BackstayError to refuse it, ConnectionError when the trainer is gone."""
         check_owner(self._node, session.run, session.uid)
         _check_step(message)
         if isinstance(message, messages.Restore):
@@ -61,7 +61,7 @@ class Requests:
             await call.send(messages.Done())
 
     def _obey(self, session: Session, message: Any) -> None:
-        """Do what is answered by Done."""
+        """Carry out a request whose answer is Done."""
         if isinstance(message, messages.Abandon):
             self._slots.abandon(session, message)
         elif isinstance(message, messages.Seal):
@@ -77,7 +77,7 @@ class Requests:
             raise UsageError(f"unexpected message type {type(message).__name__}", reason="bad_request")
 
     def _persist(self, session: Session) -> None:
-        """Say to the coordinator that the newest protected snapshot should be on durable storage now."""
+        """Have the report ask for a durable copy of the newest protected snapshot."""
         self._sessions.check_current(session)
         desired = self._node.run_desired(session.run)
         if desired.storage is None and self._node.link.is_connected:
@@ -88,11 +88,11 @@ class Requests:
         self._node.changed()
 
     def _seal(self, session: Session, message: messages.Seal) -> None:
-        """One rank says that all files of a step are written; every rank of the world hears it through the coordinator."""
+        """A rank declares that all files of a step are written; the coordinator passes it on to every rank of the world."""
         self._sessions.check_current(session)
         if message.step <= session.base_step:
             raise UsageError(
-                f"step {message.step} cannot be sealed: this world began from step {session.base_step}",
+                f"cannot seal step {message.step}: this world began from step {session.base_step}",
                 reason="step_not_increasing",
             )
         session.sealed_step = max(session.sealed_step, message.step)
@@ -132,7 +132,7 @@ class Requests:
 
 
 def _check_step(message: Any) -> None:
-    """Everything is counted on from a step: past MAX_COUNT nobody could."""
+    """Raise UsageError for a step that is out of range: what is counted from it must fit as well."""
     step = getattr(message, "step", 0)
     if not 0 <= step < MAX_COUNT:
         raise UsageError(f"step {step} is out of range: a step is 0 to {MAX_COUNT - 1}", reason="bad_step")

@@ -18,7 +18,7 @@ from backstayd.node.session import Session
 from backstayd.store.index import UNKNOWN_UID
 from backstayd.store.store import Store
 
-MAX_UNATTACHED: Final = 64  # connections of one user that are not known yet
+MAX_UNATTACHED: Final = 64  # connections of one user that have not attached
 MAX_UNATTACHED_IN_ALL: Final = 256
 MAX_CONNECTIONS: Final = 1024  # of one user
 MAX_TRAINERS: Final = 128  # of one user; a machine has a dozen accelerators
@@ -26,15 +26,15 @@ MAX_RUNS: Final = 128  # names of one user
 
 
 class Places:
-    """The connections of the local socket, by user. Invariant: whoever comes gets in unless that user has MAX_CONNECTIONS.
+    """The connections of the local socket, by user. Invariant: a user below MAX_CONNECTIONS can always connect.
 
-    Room is made by closing the connection that has been silent longest, of the same user or of the one who has most: one
-    who attaches at once is never the longest silent for long.
+    Room is made by closing the connection that has been silent longest, of the same user or of the one with most of them:
+    whoever attaches at once never is that one for long.
     """
 
     def __init__(self) -> None:
-        self._all: dict[asyncio.Task[None], int] = {}  # to the user
-        self._unknown: dict[asyncio.Task[None], int] = {}  # those that did not attach, oldest first
+        self._all: dict[asyncio.Task[None], int] = {}  # task -> user
+        self._unknown: dict[asyncio.Task[None], int] = {}  # those that have not attached, oldest first
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
@@ -44,7 +44,7 @@ class Places:
         return sum(1 for user in self._all.values() if user == uid) >= MAX_CONNECTIONS
 
     def enter(self, task: asyncio.Task[None], uid: int) -> None:
-        """A new connection; the oldest silent one goes if there are too many."""
+        """Add a connection; closes the oldest silent one if there are too many."""
         counts = Counter(self._unknown.values())
         crowded = None
         if counts[uid] >= MAX_UNATTACHED:
@@ -59,7 +59,7 @@ class Places:
         task.add_done_callback(self._leave)
 
     def note(self, task: asyncio.Task[None] | None, *, is_known: bool) -> None:
-        """Whether the connection that ``task`` serves belongs to somebody now."""
+        """Note whether the connection that ``task`` serves has attached or reads a snapshot."""
         if task is None or task not in self._all:
             return
         if is_known:
@@ -77,20 +77,20 @@ def check_trainers(sessions: Iterable[Session], uid: int, *, former: Session | N
     count = sum(1 for session in sessions if session.uid == uid and session is not former)
     if count >= MAX_TRAINERS:
         raise CapacityError(
-            f"user {uid} has {count} trainers attached to this daemon, the most that one user may have; end some first",
+            f"user {uid} has {count} trainers attached to this daemon, the most per user; stop some first",
             reason="too_many_trainers",
         )
 
 
 def check_names(store: Store, run: str, uid: int) -> None:
-    """Raise CapacityError if ``run`` would be one name too many for the user."""
+    """Raise CapacityError if ``run`` would be one run too many for the user."""
     if run in store.runs:
         return
     count = sum(1 for index in store.runs.values() if index.owner_uid == uid)
     if count >= MAX_RUNS:
         raise CapacityError(
-            f"user {uid} has {count} runs on this node, the most that one user may have; forget some (`backstay forget`) "
-            f"before {run} can begin",
+            f"user {uid} has {count} runs on this node, the most per user; forget some (`backstay forget`) before {run} can "
+            "begin",
             reason="too_many_runs",
         )
 
@@ -115,9 +115,9 @@ def check_owner(node: NodeState, run: str, uid: int) -> None:
 
 
 def adopt_owner(node: NodeState, run: str, owner: str) -> None:
-    """Keep what the coordinator says beside what lies here of ``run``, so that the next one hears it from this node too.
+    """Store the owner that the coordinator names beside the data of ``run``, so that this node reports it to the next one.
 
-    A claim of somebody whose name alone lies here is struck out; memory of another user's history is left to that user.
+    Replaces the claim of a user without data here; data of another user's history is left to that user.
     """
     index = node.store.runs.get(run)
     if not owner or index is None or index.owner_uid == int(owner):
@@ -130,7 +130,7 @@ def adopt_owner(node: NodeState, run: str, owner: str) -> None:
 
 
 def visible_to(uid: int, document: dict[str, Any], store: Store) -> dict[str, Any]:
-    """The status document without what is other users'; root and the daemon's own user see all."""
+    """The status document without what belongs to other users; root and the daemon's own user see everything."""
     if uid in (0, os.geteuid()):
         return document
     own = {"", *(run for run, index in store.runs.items() if index.owner_uid in (uid, UNKNOWN_UID))}
