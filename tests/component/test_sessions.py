@@ -494,7 +494,9 @@ def test_connections_that_never_attach_are_few_small_and_short(node: NodeThread)
     for one in idle:
         with contextlib.suppress(BrokenPipeError):
             one.socket.sendall(b"\0")
-    served = sum(1 for task in node.node.server.places.tasks if not task.cancelling())  # a list would keep their sockets
+    served = sum(
+        1 for task in node.node.server.places.tasks if not task.cancelling()
+    )  # a list would keep their sockets
     assert served <= users.MAX_UNATTACHED + 1
     trainer.snapshot(1)
     for one in idle:
