@@ -174,7 +174,10 @@ class Session:
             writer=f"backstay {__version__}, pid {os.getpid()}",
         )
         request = messages.Commit(
-            step=slot.step, slot_id=slot.slot_id, manifest=json_records.to_json(manifest), cost=cost
+            step=slot.step,
+            slot_id=slot.slot_id,
+            manifest=json_records.to_json(manifest),
+            cost=cost or messages.TrainerCost(),
         )
         return self.expect(request, messages.Committed, self.lease_s + COMMIT_S)
 
