@@ -18,10 +18,9 @@ from backstay.ids import Generation
 from backstayd.clock import Clock, boot_s
 from backstayd.config.schema import CoordinatorConfig
 from backstayd.coordinator.app import CoordinatorProcess
-from backstayd.core.coordinator import TERM_GENERATIONS
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.report import NodeIdentity, NodeReport
-from backstayd.core.recover.recovery import LEAP_GENERATIONS
+from backstayd.core.recover.numbering import LEAP_GENERATIONS, TERM_GENERATIONS
 from backstayd.transport.link import CoordinatorLink
 from backstayd.transport.operator import OperatorClient
 from tests.kit.lease_server import LeaseServer

@@ -7,7 +7,7 @@ import pytest
 from backstayd.core.messages.decisions import Outcome
 from backstayd.core.orders import RECORDERS
 from backstayd.core.policy import CorePolicy
-from backstayd.core.recover.recovery import LEAP_ATTEMPTS
+from backstayd.core.recover.numbering import LEAP_ATTEMPTS
 from tests.kit.wording import says
 from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine

@@ -12,7 +12,7 @@ from backstayd.core.messages.decisions import Distrusted, Lineage, Outcome, Plac
 from backstayd.core.messages.durable import UploadState
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport
 from backstayd.core.protect.durable_uploads import RECORD_RANK
-from backstayd.core.recover.recovery import LEAP_ATTEMPTS
+from backstayd.core.recover.numbering import LEAP_ATTEMPTS
 from tests.unit.test_persisting import NAMES, RUN, Cluster, persist_all, persisted, shard, training
 
 

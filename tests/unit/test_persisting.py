@@ -28,7 +28,7 @@ from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, 
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.durable_upkeep import prunable
 from backstayd.core.protect.durable_uploads import RECORD_RANK
-from backstayd.core.recover.recovery import LEAP_ATTEMPTS
+from backstayd.core.recover.numbering import LEAP_ATTEMPTS
 
 RUN = "job/run"
 URL = "file:///storage"

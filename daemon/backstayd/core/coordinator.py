@@ -24,6 +24,7 @@ from backstayd.core.orders import Orders, desired_of, make_orders
 from backstayd.core.policy import CorePolicy
 from backstayd.core.recover.ledger import ledger_sentence
 from backstayd.core.recover.locate import Located, locate
+from backstayd.core.recover.numbering import TERM_GENERATIONS
 from backstayd.core.recover.recovery import Stage
 from backstayd.core.report_checks import Seals, admitted, check_node
 from backstayd.core.run_state import RunState
@@ -32,7 +33,6 @@ from backstayd.core.timeline import Event, Timeline
 
 FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease
 MAX_RESETTLE_LEASES = 16
-TERM_GENERATIONS = 1_000_000_000  # of one term of an election: room for 999 leaps after a total loss (LEAP_GENERATIONS)
 KEPT_LEDGERS = 16
 REFUSED_AGAIN_S = 60.0
 

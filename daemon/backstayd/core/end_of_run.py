@@ -1,7 +1,11 @@
-"""When a run is over, and when what says so is wrong. Pure.
+"""When a run is over, and when a tombstone that says so is wrong. Pure.
 
-A run is over when every rank has ended, when nobody came back, when an operator gives it up, or when it never held anything.
-Names what may go (:mod:`tombstone`); must not delete, and a run in which somebody lives is not over.
+A run is over when every rank has finished, when no trainer came back in time, when an operator forgets it, or when it never
+held anything. The coordinator cannot know that for sure: nodes may be away, and with them a trainer that goes on. So two rules
+hold. A tombstone is made of what is known at that moment (:func:`tombstone_of`) and covers nothing newer. And as long as any
+part of what it covers is left somewhere, it is held against the reports again (:func:`why_wrong`): a decision made later, a
+trainer that lives, or steps beyond it show that the run goes on, and the tombstone is lifted before anybody deletes by it.
+Without the second rule, a coordinator that was cut off from half of the nodes would delete a run that trains on the other.
 """
 
 from __future__ import annotations
@@ -23,19 +27,21 @@ from backstayd.core.recover.choice import Memory, is_never_used
 from backstayd.core.recover.recovery import Recovery
 from backstayd.core.timeline import Say
 
-MAX_SKEW_S = 86400.0  # of a node's clock against the coordinator's
-UNUSED_LEASES = 60  # after so many without a trainer a run that never held a snapshot is dropped: three minutes
+MAX_SKEW_S = (
+    86400.0  # by which a node's clock may be ahead: a clock that is a year off must not make tombstones of then
+)
+UNUSED_LEASES = 60  # three minutes at the default lease: enough for a trainer to be started again after it died at once
 
 
 @dataclass(slots=True)
 class Forgetting:
-    """Watches one run. ``is_under_way``: it is over, nobody uses its name, and nodes still hold something of it."""
+    """Watches one run for its end."""
 
     job_ttl_s: float
     say: Say
-    is_under_way: bool = False
-    ended: dict[str, set[int]] = field(default_factory=dict)  # ranks of a world that have finished
-    idle_since_s: float | None = None  # no trainer is connected, as far as this coordinator has seen
+    is_under_way: bool = False  # it is over, nobody uses its name, and nodes still hold something of it
+    ended: dict[str, set[int]] = field(default_factory=dict)  # by world: ranks that have finished
+    idle_since_s: float | None = None  # since when this coordinator has seen no trainer of it
 
     def judge(self, context: RunContext, recovery: Recovery, persisting: Persisting, memory: Memory) -> Cause | None:
         """Why the run is over; None while it is not."""
@@ -52,7 +58,7 @@ class Forgetting:
         return None
 
     def due_in_s(self, now_s: float) -> float | None:
-        """Time until the run's memory is freed because no trainer comes back; None: not as things are."""
+        """Time until the run's memory is freed because no trainer came back; None while there is no such time."""
         if self.idle_since_s is None or self.job_ttl_s == 0:
             return None
         return max(0.0, self.idle_since_s + self.job_ttl_s - now_s)
@@ -62,10 +68,7 @@ class Forgetting:
         return now_s - self.idle_since_s if self.idle_since_s is not None else 0.0
 
     def _is_idle(self, context: RunContext, memory: Memory) -> bool:
-        """Count from when the last trainer left; one that is connected anywhere, or a new coordinator, begins anew.
-
-        Also for a run of which nothing is left to be seen, as long as this coordinator remembers it.
-        """
+        """Whether no trainer is connected to a run that holds something, or of which this coordinator remembers that it did."""
         phases = {session.record.phase for world in context.worlds.values() for session in world.values()}
         if phases - {SessionPhase.ENDED} or (context.inventory.is_empty and not memory.is_known):
             self.idle_since_s = None
@@ -86,10 +89,10 @@ class Forgetting:
 def tombstone_of(
     context: RunContext, cause: Cause, *, memory: Memory, idle_s: float, absent: Collection[str]
 ) -> Tombstone:
-    """What is known of the run now, by name.
+    """The tombstone of all that is known of the run now.
 
     Args:
-        memory: Its newest attempt was given out; a node that is away may have recorded it.
+        memory: Its newest attempt is covered though no present node knows it: a node that is away may have recorded it.
         absent: Nodes that have a part in it and are away. Where only they know what it held, it is not called unused.
     """
     decisions = [decision for decision, _ in context.inventory.decisions.values()]
@@ -115,7 +118,7 @@ def tombstone_of(
 
 
 def made_unix_s(context: RunContext, *, now_unix_s: float) -> float:
-    """The time that a tombstone made now carries: of no decision that it names may a node's clock say that it came later."""
+    """The time of a tombstone made now: no decision that it covers may seem later, whatever a node's clock says."""
     newest = max((report.recorded_unix_s for report in context.reports.values()), default=0.0)
     return max(now_unix_s, min(newest, now_unix_s + MAX_SKEW_S))
 
@@ -138,7 +141,7 @@ def lift_if_wrong(
 def why_wrong(
     tombstone: Tombstone, reports: Mapping[str, RunReport], views: Sequence[SnapshotView], head: Decision | None
 ) -> str:
-    """Why ``tombstone`` must not be followed, because it names what lives; "" if it may be.
+    """Why ``tombstone`` names what lives and must not be followed; "" if it may be.
 
     Args:
         reports: Of all present nodes, with what the tombstone covers.
@@ -165,7 +168,7 @@ def why_wrong(
 
 
 def _living(tombstone: Tombstone, reports: Mapping[str, RunReport]) -> list[tuple[str, SessionRecord]]:
-    """Trainers of what is named; where it was only idle, of whoever asks for it while some of it is left."""
+    """Trainers of what is named; where it was only idle, also whoever asks to restore it while some of it is left."""
     return [
         (name, session)
         for name, report in sorted(reports.items())
@@ -175,9 +178,9 @@ def _living(tombstone: Tombstone, reports: Mapping[str, RunReport]) -> list[tupl
 
 
 def _is_living(tombstone: Tombstone, session: SessionRecord, report: RunReport) -> bool:
-    """A rank of an older world, frozen or never reaped, may still be connected: it is fenced off and can write nothing.
+    """Whether a trainer may still write or restore what ``tombstone`` covers.
 
-    A rank of the world that is named may write, and so may one whose host has recorded the decision of its world.
+    Not a rank of an older world, frozen or never reaped, that is still connected: it is fenced off.
     """
     if session.phase is SessionPhase.TRAINING:
         is_decided = report.decision is not None and report.decision.world_id == session.world_id
@@ -189,7 +192,7 @@ def _is_living(tombstone: Tombstone, session: SessionRecord, report: RunReport) 
 def _is_begun_since(tombstone: Tombstone, report: RunReport) -> bool:
     """Whether another world's decision was recorded after ``tombstone`` was made.
 
-    Where no node that keeps the tombstone was there, the name was used again from attempt 1 on: numbers do not tell it apart.
+    Numbers do not tell: where no node that keeps the tombstone was there, the name was used again from attempt 1 on.
     """
     decision = report.decision
     is_other = decision is not None and decision.world_id != tombstone.world_id
@@ -197,6 +200,6 @@ def _is_begun_since(tombstone: Tombstone, report: RunReport) -> bool:
 
 
 def _is_beyond(tombstone: Tombstone, view: SnapshotView) -> bool:
-    """Whether the newest history that is named has gone on; parts that nobody can restore are no sign of that."""
+    """Whether the newest history that is named went on; parts that nobody can restore are no sign of that."""
     is_named = view.key.attempt == tombstone.attempt and view.world_id in ("", tombstone.world_id)
     return is_named and view.key.step > tombstone.step and (view.is_restorable or tombstone.cause is Cause.IDLE)

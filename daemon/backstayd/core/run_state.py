@@ -189,7 +189,7 @@ class RunState:
             storage=storage,
             stored=stored,
             live_records=records,
-            tombstone=self.tombstones.as_told(self.run, self.owner),
+            tombstone=self.tombstones.as_known_to(self.run, self.owner),
             trust=self.probation.trust,
             restore_loop_limit=self.policy.restore_loop_limit,
             owner=self.owner,

@@ -1,4 +1,15 @@
-"""Which histories of a run are alive: steps above the base in older attempts are dead. Pure."""
+"""Which histories of a run are alive: arithmetic of attempts. Pure.
+
+Each decision begins an *attempt*, a history of its own, from a base (attempt, step) of an older one; snapshots order by
+(attempt, step). Invariant: at most one chain of attempts is live. A snapshot is live if its attempt is in the chain and its
+step is at or below the one where the next attempt left it. What was trained above a base and then left behind is dead for
+good: a world that restored it would mix two histories, of which other ranks know nothing.
+
+Two things keep that true while nodes are away. The chain is that of the decision of the highest *generation*, for each decision
+raises the generation above every one seen before, on all nodes, before it is made. And an attempt is never given twice: a
+coordinator that may not know the newest decisions leaps ahead (``recover/numbering.py``); where even that fails, because
+every node that recorded a decision is gone, the world that wrote an attempt tells the two apart.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +21,7 @@ from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.messages.decisions import Decision, Lineage, Outcome
 from backstayd.core.messages.durable import PersistedSnapshot
 
-KEPT_ATTEMPTS = 32
+KEPT_ATTEMPTS = 32  # of which nothing need be left: nodes that are away may hold parts of them
 
 
 def newest_decision(decisions: Iterable[Decision]) -> Decision | None:
@@ -62,10 +73,9 @@ def is_live_place(key: SnapshotKey, lineage: Sequence[Lineage], *, world_id: str
 
 
 def trimmed(lineage: Sequence[Lineage], *, needed: Collection[int]) -> tuple[Lineage, ...]:
-    """``lineage`` without old attempts of which nothing is left; it travels in every report, and a run restarts for months.
+    """``lineage`` without old attempts of which nothing is left: it travels in every report, and a run restarts for months.
 
-    The newest ``KEPT_ATTEMPTS`` stay whatever is left of them: nodes that are away may hold it. What began from an attempt
-    that goes counts as begun where that one did, so that the same snapshots are live as before.
+    What began from an attempt that goes counts as begun where that one did, so that the same snapshots are live as before.
     """
     kept: list[Lineage] = []
     for place, entry in enumerate(lineage):

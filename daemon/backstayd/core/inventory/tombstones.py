@@ -1,6 +1,9 @@
-"""All tombstones a coordinator knows: gathered from nodes, brought to those that need them, lifted where they are wrong. Pure.
+"""All tombstones that a coordinator knows: gathered from reports, sent to nodes that need them, lifted where wrong. Pure.
 
-Nothing is kept here that nodes do not keep as a file: a new coordinator gathers the same from their reports.
+Invariant: what is not covered by a tombstone is never deleted as a whole, and what is covered is invisible to every decision
+(:meth:`Tombstones.visible`), so that it is neither restored nor counted before each node has deleted it. Nothing is kept here
+that nodes do not keep as a file: a new coordinator gathers the same from their reports. A tombstone that names what lives is
+*lifted*; that one must not come back by the late report of a node that still keeps it, hence ``lifted``.
 """
 
 from __future__ import annotations
@@ -16,12 +19,12 @@ from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.messages.report import NodeReport, RunReport, SessionPhase
 from backstayd.core.messages.tombstone import MAX_TOMBSTONES, Cause, Tombstone, trimmed
 
-KEEPERS = 8  # nodes that keep a tombstone, if so many are there: it outlives the nodes that the run was on
+KEEPERS = 8  # nodes that keep each tombstone, as far as there are any: it outlives the nodes on which the run was
 
 
 @dataclass(frozen=True, slots=True)
 class TombstoneOrders:
-    """What nodes are told, by name; equal ones are the same object."""
+    """Tombstones to keep or to drop, by node; the same object again while nothing changes."""
 
     keep: Mapping[str, tuple[Tombstone, ...]] = field(default_factory=dict)
     lift: Mapping[str, tuple[Tombstone, ...]] = field(default_factory=dict)
@@ -29,16 +32,15 @@ class TombstoneOrders:
 
 @dataclass(slots=True)
 class Tombstones:
-    """Invariant: at most one per run; one that was lifted does not come back by a report."""
+    """At most one tombstone per run."""
 
     known: dict[str, Tombstone] = field(default_factory=dict)
     lifted: dict[str, Tombstone] = field(default_factory=dict)
     orders: TombstoneOrders = field(default_factory=TombstoneOrders)
     _held: dict[str, tuple[Tombstone, ...]] = field(default_factory=dict)  # by node, as it last reported
     _marks: dict[str, dict[str, Tombstone]] = field(default_factory=dict)  # the same, by node and run
-    _left: dict[tuple[str, str], tuple[RunReport, Tombstone, RunReport]] = field(
-        default_factory=dict
-    )  # what is not covered
+    #: By node and run: a report, the tombstone it was held against, and what that does not cover.
+    _left: dict[tuple[str, str], tuple[RunReport, Tombstone, RunReport]] = field(default_factory=dict)
 
     def get(self, run: str) -> Tombstone | None:
         return self.known.get(run)
@@ -52,14 +54,14 @@ class Tombstones:
         self._marks[name] = {one.run: one for one in report.tombstones}
         for one in report.tombstones:
             known, lifted = self.known.get(one.run), self.lifted.get(one.run)
-            is_news = (lifted is None or one.order > lifted.order) and (known is None or one.order > known.order)
-            if is_news and one.is_possible:
+            is_newer = all(other is None or one.order > other.order for other in (known, lifted))
+            if is_newer and one.is_possible:
                 self.known[one.run] = one
 
     def bury(self, tombstone: Tombstone) -> None:
         """Have nodes keep it, and delete what it covers.
 
-        A start under the name that came to nothing is added to what was forgotten before, which is still known by its name.
+        Where a start under the name came to nothing, the tombstone of what was forgotten before covers it, too.
         """
         before = self.known.get(tombstone.run)
         if tombstone.cause is Cause.UNUSED and before is not None and before.cause is not Cause.UNUSED:
@@ -71,15 +73,15 @@ class Tombstones:
         self.lifted.pop(tombstone.run, None)
 
     def lift(self, run: str) -> None:
-        """It names what lives: no node may act on it any more."""
+        """The run's tombstone names what lives: no node may act on it any more."""
         tombstone = self.known.pop(run, None)
         if tombstone is not None:
             self.lifted[run] = tombstone
             while len(self.lifted) > MAX_TOMBSTONES:
                 del self.lifted[next(iter(self.lifted))]
 
-    def as_told(self, run: str, owner: str) -> Tombstone | None:
-        """The run's tombstone as a trainer of user ``owner`` hears of it: that of another user's run tells nothing."""
+    def as_known_to(self, run: str, owner: str) -> Tombstone | None:
+        """The run's tombstone as user ``owner`` may know it: that of another user's run says nothing."""
         found = self.known.get(run)
         if found is not None and found.owner and owner and found.owner != owner:
             return replace(found, cause=Cause.UNUSED)
@@ -114,7 +116,7 @@ class Tombstones:
         return found[2] is not report
 
     def arrange(self, present: Mapping[str, NodeState], unsure: AbstractSet[str], *, now_unix_s: float) -> None:
-        """Work out what each node must be told; nothing of runs that are ``unsure``: they were not looked at yet."""
+        """Work out the orders; none about runs that are ``unsure``, as they were not evaluated yet."""
         for name in self._held.keys() - present.keys():
             self._held.pop(name)
             self._marks.pop(name, None)

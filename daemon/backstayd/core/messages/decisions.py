@@ -41,8 +41,7 @@ class SourceKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distrusted:
-    """A snapshot that verified and yet led to NaN, or did not pass the gate: it, and what was trained from it, is not
-    restored again."""
+    """A snapshot that is not restored again, nor what was trained from it: it verified, and led to NaN or failed the gate."""
 
     snapshot_id: str
     attempt: int
@@ -57,21 +56,18 @@ class Base:
     attempt: int
     step: int
     snapshot_id: str
-    world_size: int = 0  # ranks that wrote it; 0: as many as the world that restores
+    world_size: int = 0  # ranks that wrote it; 0: as many as restore it
     url: str = ""  # its directory on durable storage, where sources of kind PERSISTED are read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """``attempt`` began from (``base_attempt``, ``base_step``); base_attempt 0 means from scratch.
-
-    ``world_id`` is the world that writes it: an attempt number can be given twice when the nodes that recorded it are all away.
-    """
+    """Where one attempt began."""
 
     attempt: int
-    base_attempt: int
+    base_attempt: int  # 0: from scratch
     base_step: int
-    world_id: str = ""
+    world_id: str = ""  # who writes it: a number is given twice if every node that recorded it is away
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,39 +78,35 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSource:
-    """Where a restoring world gets one shard of the base. ``holders`` are node names that hold it or will (rebuild)."""
+    """Where a restoring world gets one shard of the base."""
 
     rank: int
     size_bytes: int
     digest: str
     kind: SourceKind
-    holders: tuple[str, ...] = ()
+    holders: tuple[str, ...] = ()  # nodes that hold it, or will once it is rebuilt
     layout: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interruption:
-    """One end of a world that trained, and how the next world came to train.
-
-    ``cause`` is ``trainer_died``, ``node_lost``, ``all_nodes_lost``, ``distrusted`` or ``world_restarted``. Times ascend as
-    far as they are known: heard, noticed, opened, decided, released.
-    """
+    """The end of a world that trained, and how the next one came to train. Known times ascend in the order below."""
 
     attempt: int  # the history that ended
-    cause: str
+    cause: str  # trainer_died, node_lost, all_nodes_lost, distrusted or world_restarted
     detail: str = ""  # a sentence for people
-    heard_unix_s: float = 0.0  # the last sign of life of what was missing: training stood still from about then
+    heard_unix_s: float = 0.0  # the last report of what went missing: training stood still from about then
     noticed_unix_s: float = 0.0  # a rank was missing from the reports
     opened_unix_s: float = 0.0  # every rank of the next world waited in restore()
     decided_unix_s: float = 0.0
-    released_unix_s: float = 0.0  # every host had recorded the decision: the ranks went on
-    new_attempt: int = 0  # 0: no world goes on yet
+    released_unix_s: float = 0.0  # every host had recorded the decision: restore() returned
+    new_attempt: int = 0  # 0: no world trains yet
     outcome: str = ""  # of the decision: EXACT, EXACT_OLDER, NONE
-    source: str = ""  # the farthest place a shard came from: memory, peer, rebuild, persisted; none: from scratch
+    source: str = ""  # the slowest source of a shard: memory, peer, rebuild, persisted; none: from scratch
     newest_step: int = 0  # the newest step that a rank is known to have completed in the history that ended
     base_step: int = 0  # the step that was restored
     step_s: float = 0.0  # measured seconds per step in the history that ended
-    blocked_s: float = 0.0  # what snapshots cost its slowest rank, as the trainers said
+    blocked_s: float = 0.0  # what snapshots cost its slowest rank, as trainers report it
     first_step: int = 0  # the first step seen of the new history
     first_step_unix_s: float = 0.0
     has_storage: bool = False  # durable storage was configured
@@ -123,14 +115,11 @@ class Interruption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """The interruptions of a run, oldest first, bounded; what was dropped is summed up in ``earlier_...``.
+    """The interruptions of a run; bounded: the oldest are summed up in ``earlier_...``."""
 
-    ``is_whole``: it goes back to the run's first step. ``began_unix_s``: since when it is kept.
-    """
-
-    began_unix_s: float = 0.0
-    is_whole: bool = False
-    entries: tuple[Interruption, ...] = ()
+    began_unix_s: float = 0.0  # since when it is kept
+    is_whole: bool = False  # it goes back to the run's first step
+    entries: tuple[Interruption, ...] = ()  # oldest first
     earlier_count: int = 0
     earlier_steps_lost: int = 0
     earlier_down_s: float = 0.0
@@ -140,24 +129,21 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What one world restores; made once, recorded on every host before any rank returns.
-
-    ``attempt`` is the history this world writes from now on. ``lineage`` lists every live ancestor attempt, newest first.
-    """
+    """What one world restores; made once, recorded on every host before any rank returns."""
 
     decision_id: str
     generation: Generation
     run: str
     world_id: str
     world_size: int
-    attempt: int
+    attempt: int  # the history that this world writes from now on
     outcome: Outcome
     base: Base | None = None
-    lineage: tuple[Lineage, ...] = ()
+    lineage: tuple[Lineage, ...] = ()  # this attempt and every live ancestor, newest first
     placements: tuple[Placement, ...] = ()
     sources: tuple[ShardSource, ...] = ()
     message: str = ""
-    tries: int = 0  # decisions before this one that restored the same snapshot, with nothing protected since
+    tries: int = 0  # decisions in a row before this one that restored the same snapshot, with nothing newer made since
     ledger: Ledger | None = None  # the run's interruptions up to the one that this decision ends
 
     @property

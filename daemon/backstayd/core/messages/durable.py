@@ -12,11 +12,9 @@ from backstayd.core.messages.plans import VolumeShard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PersistedSnapshot:
-    """The completion record of a snapshot on durable storage: written last, atomically, as ``snapshot.json`` beside the
-    shards. Its directory holds a snapshot only if this is there.
+    """The completion record of a snapshot on durable storage: ``snapshot.json`` beside its shards, written last and atomically.
 
-    ``lineage`` is that of the decision it was trained under, and ``generation`` the number of the newest decision then;
-    ``serial`` counts the persisted snapshots of the run.
+    A directory without it holds no snapshot.
     """
 
     run: str
@@ -25,11 +23,11 @@ class PersistedSnapshot:
     world_size: int
     snapshot_id: str
     shards: tuple[VolumeShard, ...]
-    lineage: tuple[Lineage, ...] = ()
-    serial: int = 0
+    lineage: tuple[Lineage, ...] = ()  # of the decision under which it was trained
+    serial: int = 0  # counts the persisted snapshots of the run
     unix_s: float = 0.0
     writer: str = ""
-    generation: int = 0
+    generation: int = 0  # number of the newest decision at that time
     owner: str = ""  # the user whose run it is, a number; "" = anybody's, as an import is
 
     @property
@@ -39,7 +37,7 @@ class PersistedSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreadable:
-    """A directory on durable storage whose completion record is there and cannot be used; ``reason`` says why."""
+    """A directory on durable storage whose completion record exists and cannot be used."""
 
     attempt: int
     step: int
@@ -52,16 +50,15 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What one node found of a run under ``url``. ``is_known``: something lies there, whole or not; ``partial``: directories
-    of snapshots without a completion record; ``unreadable``: with one that cannot be used."""
+    """What one node found of a run below ``url``."""
 
     url: str
     is_done: bool = False
     error: str = ""
-    is_known: bool = False
+    is_known: bool = False  # something of the run lies there, whole or not
     snapshots: tuple[PersistedSnapshot, ...] = ()
     survey_id: str = ""
-    partial: tuple[SnapshotKey, ...] = ()
+    partial: tuple[SnapshotKey, ...] = ()  # directories without a completion record
     unreadable: tuple[Unreadable, ...] = ()
     distrusted: tuple[Distrusted, ...] = ()  # marks that lie there
 
@@ -74,10 +71,10 @@ class UploadState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """How far one shard is on its way from a node to durable storage; ``rank`` -1 is the completion record."""
+    """How far a node is with copying one shard to durable storage."""
 
     snapshot_id: str
-    rank: int
+    rank: int  # -1: the completion record
     state: UploadState
     done_bytes: int = 0
     total_bytes: int = 0
@@ -86,20 +83,20 @@ class Upload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadTask:
-    """Copy the shards of ``ranks`` of ``snapshot`` to storage; ``is_last``: all shards are there, write the record now."""
+    """Copy shards of a snapshot to durable storage."""
 
     snapshot: PersistedSnapshot
-    ranks: tuple[int, ...] = ()
-    is_last: bool = False
+    ranks: tuple[int, ...] = ()  # whose shards
+    is_last: bool = False  # all shards lie there: write the completion record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """A snapshot on durable storage by name; ``snapshot_id`` "": a directory without a completion record."""
+    """A snapshot on durable storage, by name."""
 
     attempt: int
     step: int
-    snapshot_id: str = ""
+    snapshot_id: str = ""  # "" = a directory without a completion record
 
     @property
     def key(self) -> SnapshotKey:
@@ -108,22 +105,21 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageDesired:
-    """What a node does with durable storage for one run. ``url`` is the run's directory; ``survey_id``: list what lies there
-    and answer under this name ("": no need).
+    """What a node does with durable storage for one run.
 
     Records, prunes and marks are acts on storage that others share. They hold only while this is confirmed by the
-    coordinator (``node/reconcile/durable.py``), and only if storage is as it was when they were ordered: ``prunes`` are
+    coordinator (``node/reconcile``), and only if storage is as it was when they were ordered: ``prunes`` are
     deleted, record first, because ``grounds`` lie there and may be restored; nothing is done where attempts above
-    ``newest_attempt`` lie. ``distrust``: marks to write beside the records; ``trust``: marks to strike out.
+    ``newest_attempt`` lie.
     """
 
-    url: str
+    url: str  # the run's directory
     uploads: tuple[UploadTask, ...] = ()
     prunes: tuple[Stored, ...] = ()
     grounds: tuple[Stored, ...] = ()
     newest_attempt: int = 0
-    distrust: tuple[Distrusted, ...] = ()
-    trust: tuple[Distrusted, ...] = ()
+    distrust: tuple[Distrusted, ...] = ()  # marks to write beside the records
+    trust: tuple[Distrusted, ...] = ()  # marks to remove
     bandwidth_bytes_per_s: int = 0  # 0: no cap
-    survey_id: str = ""
+    survey_id: str = ""  # list what lies there and answer under this name; "" = no need
     persisted_step: int = 0  # of the newest persisted snapshot; 0: none

@@ -1,4 +1,4 @@
-"""What ranks say of the state they loaded, and what the coordinator makes of it. Frozen values only, as :mod:`records`."""
+"""What ranks report of the state they loaded, and the coordinator's answer."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from backstay.protocol.messages import GateDetail, GateEntry
 
 
 class GateState(enum.StrEnum):
-    WAITING = "waiting"  # not every rank has said what it loaded
-    DETAIL = "detail"  # some entries differ: their ranks say which tensors
+    WAITING = "waiting"  # not every rank has reported what it loaded
+    DETAIL = "detail"  # some entries differ: their ranks report which tensors
     PASSED = "passed"
     FAILED = "failed"  # ``message`` says what differs; nobody trains
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateReport:
-    """What one rank says of the state it loaded under a decision, before its first step. ``failure``: it could not load.
+    """What one rank reports of the state it loaded under a decision, before its first step.
 
-    A report with neither entries nor failure: the rank was told that the gate is passed.
+    With neither entries nor a failure, the rank has heard that the gate is passed.
     """
 
     decision_id: str
     entries: tuple[GateEntry, ...] = ()
     details: tuple[GateDetail, ...] = ()
-    failure: str = ""
+    failure: str = ""  # why it could not load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateVerdict:
-    """The coordinator's answer to the ranks of one decision; ``entries`` names those whose details it wants."""
+    """The coordinator's answer to the ranks of one decision."""
 
     decision_id: str
     state: GateState
-    entries: tuple[str, ...] = ()
+    entries: tuple[str, ...] = ()  # those whose details are wanted
     message: str = ""

@@ -1,4 +1,4 @@
-"""Shards, parity fragments, protection plans and rebuilds. ``run`` is always ``job/run_id``."""
+"""Shards, parity fragments, protection plans and rebuilds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from backstay.ids import SnapshotKey
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A committed shard on a node. ``digest`` is the SHA-256 of its manifest: the identity of its bytes."""
+    """A committed shard on a node."""
 
     attempt: int
     step: int
     rank: int
     world_size: int
     size_bytes: int
-    digest: str
-    world_id: str = ""  # who wrote it (from the manifest): shards of two worlds are never one snapshot
-    layout: str = ""  # of its manifest: which boxes of which tensors that rank held; "" = not known
+    digest: str  # SHA-256 of its manifest: the identity of its bytes
+    world_id: str = ""  # who wrote it, by the manifest: shards of two worlds are never one snapshot
+    layout: str = ""  # which boxes of which tensors the rank held, by the manifest; "" = not known
 
     @property
     def key(self) -> SnapshotKey:
@@ -29,7 +29,7 @@ class ShardRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeShard:
-    """One row of a plan's volume table, in rank order within its member."""
+    """One shard of a member's volume."""
 
     rank: int
     size_bytes: int
@@ -39,34 +39,32 @@ class VolumeShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One node of a group, at its place. Its volume is its shards one after another (may be empty)."""
+    """One node of a group, at its place in it."""
 
     node: str
     incarnation: str
     bulk_address: str
-    shards: tuple[VolumeShard, ...] = ()
+    shards: tuple[VolumeShard, ...] = ()  # its volume: these one after another, in rank order; may be empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """An immutable geometry for one snapshot and one group; ``k = len(members) - m``.
+    """An immutable geometry for one snapshot and one group: parity of one plan is never taken for that of another."""
 
-    ``plan_id`` is the SHA-256 over everything else (:meth:`sealed`), in every parity name and message.
-    """
-
-    plan_id: str = ""
+    plan_id: str = ""  # SHA-256 over everything else (:meth:`sealed`); part of every name of a parity file
     run: str
     snapshot_id: str
     attempt: int
     step: int
     world_size: int
-    m: int
+    m: int  # parity fragments of each stripe
     chunk_bytes: int
     members: tuple[Member, ...]
     serial: int = 0  # tells apart plans over the same members: a repair, a second try
 
     @property
     def k(self) -> int:
+        """Data fragments of each stripe."""
         return len(self.members) - self.m
 
     @property
@@ -93,7 +91,7 @@ class FragmentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebuildTarget:
-    """The owner-to-be of one lost shard."""
+    """Who shall hold one lost shard."""
 
     member_index: int
     rank: int
@@ -104,20 +102,17 @@ class RebuildTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FragmentSource:
-    """Where fragment ``index`` of ``stripe`` is read: parity from ``node``; data as shards of ``node``.
-
-    Data fragments are numbered 0..k-1 in geometry order, parity k..k+m-1.
-    """
+    """Where one fragment of a stripe is read."""
 
     stripe: int
-    index: int
+    index: int  # data 0..k-1 in geometry order, read as shards; parity k..k+m-1
     node: str
     bulk_address: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebuildTask:
-    """One stripe decoded by one node, all lost data blocks of it from a single read, put to their owners."""
+    """One node decodes one stripe: all lost data blocks of it from a single read, sent to their targets."""
 
     stripe: int
     decoder: str
@@ -126,9 +121,9 @@ class RebuildTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuild:
-    """Recompute lost shards of ``plan``. ``rebuild_id`` = SHA-256 over the rest (:func:`seal_rebuild`)."""
+    """Recompute lost shards of ``plan``."""
 
-    rebuild_id: str
+    rebuild_id: str  # SHA-256 over the rest (:func:`seal_rebuild`)
     plan: Plan
     targets: tuple[RebuildTarget, ...]
     tasks: tuple[RebuildTask, ...]
@@ -142,25 +137,23 @@ def seal_rebuild(rebuild: Rebuild) -> Rebuild:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quarantined:
-    """A source that failed verification; its bytes stay aside and are never used."""
+    """A source that failed verification: its bytes are quarantined and never used."""
 
-    what: str  # "shard rank 3 of step 12", "parity stripe 2 index 0 of plan ab12"
+    what: str  # for people: "shard rank 3 of step 12", "parity stripe 2 index 0 of plan ab12"
     attempt: int
     step: int
     reason: str
-    node: str = ""  # the holder, when the reporting node read it from another; "" = the reporting node
-    rank: int = -1  # a shard, or
-    plan_id: str = ""  # a parity fragment
+    node: str = ""  # who holds it, if the reporting node read it from another; "" = the reporting node
+    rank: int = -1  # of a shard; -1: it is a parity fragment
+    plan_id: str = ""  # of a parity fragment, as are the next two
     stripe: int = -1
     index: int = -1
-    is_misfit: bool = (
-        False  # parity that does not fit its stripe, whatever its digests say: proven by the one who read it
-    )
+    is_misfit: bool = False  # its digests are right and it does not fit its stripe, as its reader proved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardCopy:
-    """Hold a copy of a shard that only nodes hold which will be stopped; ``holders`` are where it is read."""
+    """Copy a shard that only draining nodes hold; it is read from one of ``holders``."""
 
     attempt: int
     step: int

@@ -1,7 +1,8 @@
-"""What was forgotten of a run, by name: the only mark by which anything of a run as a whole is deleted. Pure.
+"""The tombstone of a run that is over: the only thing by which anything of a run as a whole is deleted. Pure.
 
-A tombstone is kept on nodes as a file. It covers the histories that it names and no other, so that the name can be used again
-and what a node brings back of the old histories is still known for what it is.
+Nodes keep it as a file. It names what it covers, as attempts up to one of one world, and never "the run": the name may be used
+again at any time, while a node that was away brings back parts of the old histories. Would it cover the name, such a start
+would be deleted; were nothing kept, the parts that come back would be restored as if nobody had ended the run.
 """
 
 from __future__ import annotations
@@ -15,43 +16,38 @@ from dataclasses import dataclass
 from backstay.errors import UsageError
 from backstay.ids import MAX_COUNT, Generation, RunKey, SnapshotKey
 
-MAX_TOMBSTONES = 256  # on one node, and known to one coordinator
-MAX_AGE_S = 30 * 86400.0  # memory that comes back after so long was never on a tmpfs
-MAX_UNIX_S = 1e11  # a year that calendars can show
-MAX_ABSENT = 64  # named in one: it travels in reports, which must not grow with the cluster
+MAX_TOMBSTONES = 256  # on one node, and known to one coordinator: all travel in each report
+MAX_AGE_S = 30 * 86400.0  # no machine keeps a tmpfs for so long without a reboot, which empties it
+MAX_UNIX_S = 1e11  # the year 5138: what lies beyond breaks calendars
+MAX_ABSENT = 64  # nodes named in one: it travels in reports, which must not grow with the cluster
 MAX_TEXT = 1000  # characters of a name
 
 
 class Cause(enum.StrEnum):
     FINISHED = "finished"  # every rank called finish()
-    FORGOTTEN = "forgotten"  # an operator gave it up: the name is free
+    FORGOTTEN = "forgotten"  # by an operator: the name is free
     IDLE = "idle"  # no trainer was connected for ``idle_s``
-    UNUSED = "unused"  # it never held a snapshot: deleted, and not remembered
+    UNUSED = "unused"  # it never held a snapshot: deleted without being remembered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tombstone:
-    """Every history of ``run`` up to ``attempt`` is forgotten, as it was known at ``generation``.
-
-    ``world_id`` wrote that newest attempt ("": not known). Of a run that was only idle, nothing above ``step`` is covered: a
-    trainer that the coordinator could not see may have written it. ``absent``: nodes that may hold a part and were away, some
-    of them by name: whoever brings back a part is told whether it is named or not.
-    """
+    """Every history of ``run`` up to ``attempt`` is forgotten, as it was known at ``generation``."""
 
     run: str
-    attempt: int
+    attempt: int  # the newest one that is covered
     generation: int
     cause: Cause
-    world_id: str = ""
-    step: int = 0  # the newest known
+    world_id: str = ""  # wrote that newest attempt; "" = not known
+    step: int = 0  # the newest known; of an idle run nothing above is covered: an unseen trainer may have written it
     unix_s: float = 0.0
     idle_s: float = 0.0
     owner: str = ""  # the user whose run it was, a number
-    absent: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()  # nodes that may hold a part and were away, a few of them: the others are served alike
 
     @property
     def order(self) -> tuple[int, int, float]:
-        """Of two of one run the higher counts."""
+        """Of two tombstones of one run the higher counts."""
         return self.generation, self.attempt, self.unix_s
 
     def covers(self, key: SnapshotKey, world_id: str = "") -> bool:
@@ -62,12 +58,12 @@ class Tombstone:
         return is_same and (self.cause is not Cause.IDLE or key.step <= self.step)
 
     def covers_decision(self, attempt: int, generation: Generation) -> bool:
-        """Whether a decision is of a forgotten history; one of a later generation began the run anew."""
+        """Whether a decision belongs to a forgotten history; one of a later generation began the run anew."""
         return attempt <= self.attempt and generation.number <= self.generation
 
     @property
     def is_possible(self) -> bool:
-        """Whether a coordinator can calculate with it; a node may report anything."""
+        """Whether a coordinator can calculate with it: a node may report anything."""
         try:
             RunKey.parse(self.run)
         except UsageError:
@@ -92,7 +88,10 @@ class Tombstone:
 
 
 def trimmed(tombstones: Iterable[Tombstone], *, now_unix_s: float) -> tuple[Tombstone, ...]:
-    """Those that are kept, by run. Too many: the user with most loses the oldest, first those that no node was away for."""
+    """Those that are kept, sorted by run.
+
+    Of too many, the user with most loses the oldest, first those for which no node was away.
+    """
     kept = {one.run: one for one in tombstones if now_unix_s - one.unix_s < MAX_AGE_S}
     while len(kept) > MAX_TOMBSTONES:
         counts = Counter(one.owner for one in kept.values())

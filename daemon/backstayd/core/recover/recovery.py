@@ -1,7 +1,20 @@
-"""One decision per world: fence, choose, let every host stage, record, then release to all ranks or to none. Pure.
+"""One decision per world: fence, choose, let every host stage, then record, then release to all ranks or to none. Pure.
 
-A trainer that dies before the release abandons the decision; a source that fails makes a new one; after a restart of the
-coordinator a decision that some host recorded is finished, because trainers may have returned with it.
+Invariant: all ranks of a world return with the same decision, and every host of it has recorded that decision before the first
+one does. Each stage is there for a reason:
+
+- FENCING: a new generation reaches every present node before anything is chosen. Else a rank of the world before, not yet known
+  to be dead, could still commit a step, or a node still delete one, while it is being chosen.
+- PREPARE: every host brings what its ranks need and verifies it. Only then is it known that the choice can be loaded: a source
+  that turns out to be corrupt or gone costs a new decision, not a world that loaded half of one.
+- RECORD: every host writes the decision to its tmpfs. The coordinator keeps nothing on disk: the next one goes by these files.
+  Would a rank return before that, a crash could leave no trace of the decision, and the next coordinator would choose otherwise
+  for the ranks that still wait: two worlds in one history.
+- RELEASED: ``restore()`` returns. There is no way back but by another world.
+
+So a decision that any host has recorded may be in effect somewhere, and the next coordinator finishes it as long as its world
+waits or trains; one that no host has recorded is in effect nowhere. A rank that dies before the release abandons the decision.
+docs/architecture.md has the diagram.
 """
 
 from __future__ import annotations
@@ -33,25 +46,26 @@ from backstayd.core.messages.decisions import (
 )
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.recover.choice import Choice, Memory, choose, sources_of
+from backstayd.core.recover.numbering import attempts_in_use, generation_floor, next_attempt
 from backstayd.core.recover.rebuild_plan import choose_targets
 from backstayd.core.sentences import amount, counted, listed
 from backstayd.core.timeline import Say
 
-SAME_FAILURES = 3  # so many failed stagings of one snapshot, a lease and then two apart, and it is passed over
-CLOSED_WORLDS = 64
-LEAP_GENERATIONS = 1_000_000  # further than any cluster gets between two durable copies
-LEAP_ATTEMPTS = 1000
+SAME_FAILURES = (
+    3  # failed stagings of one snapshot, a lease and then two apart: what lasts so long is no hiccup of a node
+)
+CLOSED_WORLDS = 64  # more than the restarts during which nodes may still report an old world
 
-Enter = Callable[[Decision, RunContext], Decision]  # a decision before it has an id, with the run's ledger in it
+Enter = Callable[[Decision, RunContext], Decision]  # adds the run's ledger to a decision that has no id yet
 
 
 class Stage(enum.StrEnum):
-    IDLE = "idle"
-    FENCING = "fencing"  # a world waits; its generation travels to every node
-    PREPARE = "prepare"
-    RECORD = "record"
-    RELEASED = "released"
-    REFUSED = "refused"
+    IDLE = "idle"  # no world waits whose ranks are all there
+    FENCING = "fencing"  # its generation travels to every node
+    PREPARE = "prepare"  # hosts stage and verify
+    RECORD = "record"  # hosts write the decision to tmpfs
+    RELEASED = "released"  # the ranks load and train
+    REFUSED = "refused"  # nothing can be restored: restore() raises
 
 
 ACTIVE = frozenset({Stage.FENCING, Stage.PREPARE, Stage.RECORD})
@@ -65,11 +79,11 @@ PHASES = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Stagings of one snapshot, or of a fresh start, that failed with nothing new quarantined since."""
+    """Failed stagings of one snapshot, or of a fresh start, with nothing new quarantined since."""
 
     count: int
     reason: str  # of the last one
-    again_s: float  # what failed a moment ago would fail again
+    again_s: float  # not tried before: what failed a moment ago would fail again
 
 
 @dataclass(slots=True)
@@ -79,17 +93,17 @@ class Recovery:
     Invariant: ``decision`` is of ``world_id``; its stage never goes back from RELEASED but by another world.
     """
 
-    raise_generation: Callable[[int], Generation]  # above this number, too
+    raise_generation: Callable[[int], Generation]  # above every known one, and above this number
     say: Say
     enter: Enter
     stage: Stage = Stage.IDLE
     world_id: str = ""
     decision: Decision | None = None
-    fence: int = 0
+    fence: int = 0  # the generation that the world's decision needs at least
     opened_s: float = 0.0
     adopted_id: str = ""  # the decision of a former coordinator that was taken over
     unreleased_from: int = 0  # decisions made here at this generation and above were not released; 0: the newest was
-    closed: dict[str, None] = field(default_factory=dict)
+    closed: dict[str, None] = field(default_factory=dict)  # worlds in whose place another came
     arrived_s: dict[str, float] = field(default_factory=dict)  # when a rank of each world was first seen
     failures: dict[tuple[str, int], Failure] = field(default_factory=dict)  # by snapshot id and quarantine marks
 
@@ -103,10 +117,10 @@ class Recovery:
         return self.decision if self.stage is Stage.RELEASED else None
 
     def outranks_former(self, context: RunContext, own: Generation) -> bool:
-        """Whether what stands here is later than any decision of a former coordinator that nodes may still bring back.
+        """Whether what was decided here is later than any decision of a former coordinator that nodes may still bring back.
 
-        So it is where this coordinator decided, or is about to, and where a world trains. One that was only taken over, and
-        with which nobody trains, is as old as its generation says.
+        It is where this coordinator decided, or is about to, and where a world trains. A decision that was only taken over,
+        and with which nobody trains, is as old as its generation says.
         """
         if self.stage is not Stage.RELEASED or self.decision is None:
             return self.stage in (Stage.PREPARE, Stage.RECORD)
@@ -127,9 +141,9 @@ class Recovery:
         return placements if len(placements) == world_size else {}
 
     def update(self, context: RunContext, memory: Memory) -> None:
-        """Go as far as the reports allow."""
+        """Go through as many stages as the reports allow."""
         self._note_arrivals(context)
-        if self._is_news(context):
+        if self._has_newer_head(context):
             self._adopt(context)
         if self.is_active:
             self._check_world(context)
@@ -145,15 +159,15 @@ class Recovery:
             memory.is_proved_empty = False
 
     def is_unreleased(self, decision: Decision, own: Generation) -> bool:
-        """Whether ``decision`` was made here and no trainer can have returned with it, even where hosts have recorded it."""
+        """Whether ``decision`` was made here and no trainer can have returned with it, though hosts may have recorded it."""
         made_here = decision.generation.incarnation == own.incarnation
         return made_here and 0 < self.unreleased_from <= decision.generation.number
 
     def raise_above(self, generation: Generation) -> None:
         """Nodes came back with a higher generation of a former coordinator, and maybe with its decisions.
 
-        The decision that trainers may have returned with is the later one all the same: it is raised above theirs, and its
-        hosts record it again. One that was not released is made anew, from what is known now.
+        The decision with which trainers may have returned is later all the same: it is raised above theirs, and its hosts
+        record it again. One that was not released is made anew from what is known now.
         """
         if self.stage is Stage.RELEASED and self.decision is not None:
             self.decision = replace(self.decision, generation=generation)
@@ -184,7 +198,7 @@ class Recovery:
     def _hosts(self) -> list[str]:
         return sorted(set(self.placements().values()), key=natural)
 
-    def _is_news(self, context: RunContext) -> bool:
+    def _has_newer_head(self, context: RunContext) -> bool:
         """Whether the newest recorded decision is one of a former coordinator that this one does not follow yet."""
         head = context.head
         if (
@@ -210,7 +224,7 @@ class Recovery:
         if phases & {SessionPhase.TRAINING, SessionPhase.ENDED} or head.hosts <= recorded:
             self.stage, self.decision = Stage.RELEASED, head
             self.say("settled", f"kept the decision that {listed(sorted(recorded))} recorded: {_history(head)}")
-        # a world that still waits is opened next, and goes on with this decision
+        # A world that still waits is opened next, and goes on with this decision.
 
     def _check_world(self, context: RunContext) -> None:
         """Abandon when a rank of the world is gone or moved before the release."""
@@ -227,7 +241,7 @@ class Recovery:
         self.stage, self.decision = Stage.IDLE, None
 
     def _open(self, context: RunContext) -> None:
-        """Begin with a world whose ranks all wait: fence everything else off. Of several it is the one that came last."""
+        """Serve a world whose ranks all wait, of several the one that came last: a supervisor started it later."""
         waiting = sorted(
             world_id
             for world_id, world in context.worlds.items()
@@ -264,7 +278,7 @@ class Recovery:
             del self.arrived_s[world_id]
 
     def _close(self, world_id: str) -> None:
-        """That world is not served any more: a later one takes its place."""
+        """Serve that world no more: a later one takes its place."""
         self.closed[world_id] = None
         while len(self.closed) > CLOSED_WORLDS:
             del self.closed[next(iter(self.closed))]
@@ -275,7 +289,7 @@ class Recovery:
         self.unreleased_from = self.unreleased_from or self.fence
 
     def _decide(self, context: RunContext, memory: Memory) -> None:
-        floor = _generation_floor(context, memory)
+        floor = generation_floor(context, memory)
         if context.generation.number <= floor:
             self._fence(above=floor)
             return
@@ -310,10 +324,10 @@ class Recovery:
     def _make(self, context: RunContext, memory: Memory, choice: Choice, world: World) -> Decision:
         placements = {rank: session.node for rank, session in sorted(world.items())}
         view = choice.view
-        attempt = self._next_attempt(context, memory)
+        attempt = next_attempt(context, memory)
         base = None if view is None else _base(view)
         lineage = extend(
-            trimmed(context.lineage, needed=_attempts_in_use(context)),
+            trimmed(context.lineage, needed=attempts_in_use(context)),
             attempt=attempt,
             base=(base.attempt, base.step) if base else (0, 0),
             world_id=self.world_id,
@@ -336,18 +350,8 @@ class Recovery:
         entered = self.enter(bare, context)
         return replace(entered, decision_id=hashlib.sha256(json_records.dumps(entered)).hexdigest()[:32])
 
-    def _next_attempt(self, context: RunContext, memory: Memory) -> int:
-        seen = [view.key.attempt for view in context.views]
-        seen.extend(decision.attempt for decision, _ in context.inventory.decisions.values())
-        seen.append(context.storage.newest_attempt)
-        seen.extend(entry.attempt for entry in context.lineage)
-        seen.append(context.tombstone.attempt if context.tombstone is not None else 0)
-        leap = LEAP_ATTEMPTS - 1 if _may_be_behind(context, memory) else 0
-        memory.newest_attempt = max([memory.newest_attempt, *(attempt + leap for attempt in seen)]) + 1
-        return memory.newest_attempt
-
     def _excluded(self, context: RunContext) -> dict[str, str]:
-        """Snapshots that are passed over, and why staging them failed last."""
+        """Snapshots that could not be staged again and again, and why the last time."""
         marks = len(context.quarantined())
         return {
             snapshot_id: failure.reason
@@ -356,41 +360,43 @@ class Recovery:
         }
 
     def _prepare(self, context: RunContext) -> None:
-        assert self.decision is not None
-        stagings = {host: self._staging(context, host) for host in self._hosts()}
-        for host, staging in stagings.items():
-            if staging is not None and staging.state is StagingState.FAILED:
-                self._note_failure(context, f"{host}: {staging.reason or 'no reason given'}")
-                self._decide_anew(f"{host} could not stage: {staging.reason or 'no reason given'}")
-                return
-        ready = [host for host in stagings if self._is_ready(context, host)]
-        if len(ready) == len(stagings):
-            self.say("staged", f"every host has verified what it needs: {listed(ready)}")
+        if self._has_failed(context, "stage"):
+            return
+        hosts = self._hosts()
+        unready = [host for host in hosts if not self._is_ready(context, host)]
+        if not unready:
+            self.say("staged", f"every host has verified what it needs: {listed(hosts)}")
             self.stage = Stage.RECORD
             return
-        problem = self._why_impossible(context, [host for host in stagings if host not in ready])
+        problem = self._why_impossible(context, unready)
         if problem:
             self._decide_anew(problem)
 
     def _record(self, context: RunContext) -> None:
         assert self.decision is not None
         recorded = self.recorded_hosts(context)
-        if len(recorded) == len(self._hosts()):
-            self.say("recorded", f"the decision is recorded on {listed(recorded)}")
-            self.say("released", _describe(self.decision))
-            self.stage = Stage.RELEASED
-            self.unreleased_from = 0
-            context.trust.begin_world()
+        if len(recorded) < len(self._hosts()):
+            self._has_failed(context, "record")
             return
+        self.say("recorded", f"the decision is recorded on {listed(recorded)}")
+        self.say("released", _describe(self.decision))
+        self.stage = Stage.RELEASED
+        self.unreleased_from = 0
+        context.trust.begin_world()
+
+    def _has_failed(self, context: RunContext, what: str) -> bool:
+        """Whether a host could not do its part of the decision; then it is made anew."""
         for host in self._hosts():
             staging = self._staging(context, host)
             if staging is not None and staging.state is StagingState.FAILED:
-                self._note_failure(context, f"{host}: {staging.reason or 'no reason given'}")
-                self._decide_anew(f"{host} could not record: {staging.reason or 'no reason given'}")
-                return
+                reason = staging.reason or "no reason given"
+                self._note_failure(context, f"{host}: {reason}")
+                self._decide_anew(f"{host} could not {what}: {reason}")
+                return True
+        return False
 
     def _note_failure(self, context: RunContext, reason: str) -> None:
-        """A host could not stage the base, or not record its decision. A source that went away is no such failure."""
+        """Count that a host could not stage the base or record the decision. A source that went away is no such failure."""
         assert self.decision is not None
         place = _place(context, self.decision.base)
         count = 1 + (self.failures[place].count if place in self.failures else 0)
@@ -399,7 +405,7 @@ class Recovery:
             del self.failures[next(iter(self.failures))]
 
     def _decide_anew(self, why: str) -> None:
-        """No trainer has returned with this decision: fence again and choose from what is left."""
+        """Fence again and choose from what is left: no trainer has returned with this decision."""
         self.say("abandoned", f"deciding anew: {why}")
         self._fence()
 
@@ -413,22 +419,21 @@ class Recovery:
         if view is None or not view.is_available:
             return f"step {base.step} can no longer be restored"
         for source in self.decision.sources:
-            problem = self._why_unreadable(context, source, set(view.holders.get(source.rank, ())), set(hosts))
             if source.kind is SourceKind.PERSISTED:
                 gone = context.storage.problems.get(base.snapshot_id, f"step {base.step} left durable storage")
                 problem = "" if view.url else gone
+            else:
+                problem = self._why_unreadable(context, source, set(view.holders.get(source.rank, ())), set(hosts))
             if problem:
                 return problem
         return ""
 
     def _why_unreadable(self, context: RunContext, source: ShardSource, holders: set[str], hosts: set[str]) -> str:
-        """Why some of ``hosts`` cannot get what they need of this shard, which ``holders`` have; "" if all can."""
+        """Why some of ``hosts`` cannot get this shard, which ``holders`` have now; "" if all can."""
         assert self.decision is not None
         reader = readers_of(self.decision).get(source.rank)
         readers = hosts & {reader} if reader is not None else hosts
         if readers <= holders or holders & set(source.holders):
-            return ""
-        if source.kind is SourceKind.PERSISTED:
             return ""
         if source.kind is not SourceKind.REBUILD:
             return f"{listed(source.holders)} no longer has the shard of rank {source.rank}"
@@ -464,29 +469,6 @@ def _runs_where_decided(world: World, decision: Decision) -> bool:
     return {rank: s.node for rank, s in world.items()} == decision.node_of_rank
 
 
-def _may_be_behind(context: RunContext, memory: Memory) -> bool:
-    """Whether nodes that are away may know later decisions than any that is known here.
-
-    So it is where durable storage is ahead of what nodes remember, and for a coordinator that has not yet decided anything nor
-    seen all hosts of the newest decision it knows.
-    """
-    if context.storage.is_ahead_of(context.head):
-        return True
-    return context.head is not None and memory.newest_attempt == 0 and context.head.decision_id != memory.whole_head_id
-
-
-def _generation_floor(context: RunContext, memory: Memory) -> int:
-    """What the generation of a decision must be above: that of every decision which a node that is away may bring back."""
-    known = [context.storage.newest_generation, context.head.generation.number if context.head is not None else 0]
-    return max(known) + (LEAP_GENERATIONS if _may_be_behind(context, memory) else 0)
-
-
-def _attempts_in_use(context: RunContext) -> set[int]:
-    """Attempts of which anything is left, in memory or on durable storage, or which are distrusted."""
-    found = {view.key.attempt for view in context.views} | {record.attempt for record in context.storage.records}
-    return found | {distrusted.attempt for distrusted in context.distrusted}
-
-
 def _place(context: RunContext, what: SnapshotView | Base | None) -> tuple[str, int]:
     return (what.snapshot_id if what is not None else "", len(context.quarantined()))
 
@@ -502,7 +484,7 @@ def _base(view: SnapshotView) -> Base:
 
 
 def _sources(context: RunContext, view: SnapshotView, placements: Mapping[int, str]) -> tuple[ShardSource, ...]:
-    """Where the world of ``placements`` reads each shard; the owners of what must be rebuilt are settled with it."""
+    """Where the world of ``placements`` reads each shard; who will hold what must be rebuilt is settled with it."""
     readers = placements if view.world_size == len(placements) else {}
     targets = choose_targets(
         view,
@@ -530,7 +512,7 @@ def _describe(decision: Decision) -> str:
 
 
 def _history(decision: Decision) -> str:
-    """Which history a decision began, for whoever takes it over: what it found then is long past."""
+    """Which history a decision began. Its message would speak of what was found long ago."""
     if decision.base is None:
         return f"attempt {decision.attempt}, which began from scratch, goes on"
     return f"attempt {decision.attempt}, which began from step {decision.base.step}, goes on"
