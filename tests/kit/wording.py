@@ -30,7 +30,7 @@ ERRORS: dict[str, str] = {
 
 # Lines in the logs of daemons and coordinators, and what the library logs or warns in a trainer.
 LOGS: dict[str, str] = {
-    "certificate_renewed": "certificate {file} of {identity} was read again; valid until",
+    "certificate_renewed": "certificate {file} of {identity} was reloaded; valid until",
     "coder_ended": "coder {pid} ended with status {status} and {jobs} jobs; restarting it",
     "coordinator_connected": "connected to the coordinator at {address}",
     "coordinator_listens": "coordinator {incarnation} listens at {address}, http at",
