@@ -81,7 +81,7 @@ EXAMPLES: dict[str, str] = {
 
 # Sentences of the status: of a run, a decision, a node, an event, a health check, the page.
 STATUS: dict[str, str] = {
-    "adopting": "adopting what lies in {directory}",
+    "adopting": "adopting the contents of {directory}",
     "alive": "alive: the decisions {seconds} s ago",
     "cannot_be_staged": "its shards are there, but staging them failed again and again ({reason})",
     "cannot_restore": "cannot restore {run} at step {step}: {why}",
@@ -97,7 +97,7 @@ STATUS: dict[str, str] = {
     "imported_model": "imported: model loaded, optimizer fresh, generators and extras untouched",
     "keep_an_older_one": "(keep = 2 of the coordinator) or a durable copy (persist_url){why}; `backstay trust {run}`",
     "last_ran_on": "it last ran on {nodes}, which are away",
-    "loop_hangs": "{loop} last went round {seconds} s ago, the bound is {bound} s",
+    "loop_hangs": "{loop} has not run for {seconds} s; the limit is {bound} s",
     "never_complete": "it never became complete",
     "no_room_before": "a moment ago the other nodes had no room for a copy of a new snapshot",
     "no_room_to_drain": "no other node can take the shards of {ranks} of step {step}",
@@ -111,7 +111,8 @@ STATUS: dict[str, str] = {
     "nothing_older": "no older step is in memory",
     "older_step": "restoring step {step}, not {newest}: {why}",
     "order_not_answered": "it has not answered the order yet",
-    "page_is_stale": "What is shown was true at {time}",
+    "page_is_collecting": "The coordinator has just started and is collecting reports",
+    "page_is_stale": "This page shows the state of {time}",
     "page_protected": "protected survives the loss of any {count} nodes",
     "parts_not_reported": "parts of step {step} are on nodes that have not reported, and no other snapshot is there",
     "ranks_lost": "{ranks} lost ({why}; {losses} losses, parity covers {parity})",
