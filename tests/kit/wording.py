@@ -53,7 +53,7 @@ LOGS: dict[str, str] = {
 COMMANDS: dict[str, str] = {
     "copy_under_way": "step {step} is being copied to {url}: {done} of {total}",
     "demo_equal": "bitwise equal: {steps} steps",
-    "demo_refused": "Nothing was loaded and no rank went on",
+    "demo_refused": "Nothing was loaded and no rank continued",
     "demo_rolled": "{count} restarts cost no step, protected never went back",
     "distrusted_by_operator": "step {step} of {run} and every snapshot trained from it will not be restored again",
     "drained": "{node}: drained: it may be stopped",
