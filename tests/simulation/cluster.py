@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from backstay.errors import BackstayError
 from backstay.ids import SnapshotKey
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.drain_orders import DrainState
-from backstayd.core.messages.decisions import Decision, Outcome
+from backstayd.core.messages.decisions import Base, Decision, Outcome
 from backstayd.core.messages.desired import NodeDesired
 from backstayd.core.messages.plans import FragmentSource, Plan, ShardRecord
 from backstayd.core.messages.report import NodeReport, SessionPhase
 from backstayd.core.policy import CorePolicy
 from tests.simulation.checker import Checker
-from tests.simulation.distrusting import distrust
 from tests.simulation.engine import Engine, Network
 from tests.simulation.node import Node, RunMemory, Trainer
+from tests.simulation.orders import distrust
 from tests.simulation.storage import Storage
 
 EVALUATE_COALESCE_S = 0.005
@@ -114,6 +115,23 @@ class Job:
     step: int = 0
     decision: Decision | None = None
     lives: list[Life] = field(default_factory=list)  # each world that trained, for those who check the ledger
+
+    @classmethod
+    def on(cls, run: str, node_count: int, **options: Any) -> Self:
+        """One rank on each of the first nodes."""
+        return cls(run, {rank: f"n{rank + 1}" for rank in range(node_count)}, **options)
+
+    @property
+    def decided(self) -> Decision:
+        """With what the world that trains was released."""
+        assert self.decision is not None
+        return self.decision
+
+    @property
+    def base(self) -> Base:
+        """The snapshot that the world that trains began from."""
+        assert self.decided.base is not None
+        return self.decided.base
 
 
 class Cluster:
@@ -258,6 +276,33 @@ class Cluster:
                     node.trainers.remove(trainer)
                 node.changed()
         self.supervise()
+
+    def stop_job(self, job: Job) -> None:
+        """Its processes die, and nobody restarts them."""
+        job.is_stopped = True
+        self.kill_world(job)
+
+    def kill_world(self, job: Job) -> None:
+        for trainer in list(job.trainers.values()):
+            self.kill_trainer(trainer)
+
+    def wait_training(self, job: Job, *, limit_s: float = 20.0, is_protected: bool = False) -> None:
+        """Run until every rank trains, and the run is protected if that is wanted."""
+        assert self.engine.run_until(
+            lambda: self.is_training(job) and (not is_protected or self.is_protected(job.run)), limit_s=limit_s
+        ), job.refusals
+
+    def restart(self, job: Job, rank: int = 0) -> None:
+        """A rank dies, and the next world trains."""
+        world = job.world_id
+        self.kill_trainer(job.trainers[rank])
+        self.wait_restarted(job, world)
+
+    def wait_restarted(self, job: Job, world_id: str) -> None:
+        """Run until the job trains in another world than ``world_id``."""
+        assert self.engine.run_until(lambda: job.world_id != world_id and self.is_training(job), limit_s=30), (
+            job.refusals
+        )
 
     def supervise(self) -> None:
         """Restart the world of each job that has a dead rank."""

@@ -1,6 +1,6 @@
 """A simulated node: tmpfs that survives its daemon, a daemon that does what the coordinator wants, in simulated time.
 
-The model follows the contract of ``core/records.py`` and knows nothing of how the coordinator decides.
+The model follows the contract of ``core/messages`` and knows nothing of how the coordinator decides.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from backstayd.core.messages.durable import Survey, Upload
 from backstayd.core.messages.plans import FragmentRecord, Plan, Quarantined, Rebuild, RebuildTask, ShardRecord
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord, SkipCause
 from backstayd.core.messages.tombstone import Tombstone
-from tests.simulation.burying import bury
-from tests.simulation.distrusting import remember_distrust
-from tests.simulation.draining import copy_shards
+from tests.simulation.orders import apply_tombstones, copy_shards, remember_distrust
 from tests.simulation.recovering import follow
 from tests.simulation.storing import keep_stored
 
@@ -252,7 +250,7 @@ class Node:
         if desired.drain not in (None, self.is_draining):
             self.is_draining = not self.is_draining
             self.changed()
-        bury(self, desired)
+        apply_tombstones(self, desired)
         for name in self.work.keys() - {run.run for run in desired.runs}:
             self.work[name].confirmed_s = -1.0
         for run in desired.runs:

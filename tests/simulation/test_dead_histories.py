@@ -19,7 +19,7 @@ def with_an_older_copy_on_storage(*, seed: int) -> tuple[Engine, Cluster, Job]:
     engine = Engine(seed)
     policy = CorePolicy(lease_s=1.5, persist_url=URL, persist_every_steps=1)
     cluster = Cluster(engine, node_count=4, policy=policy)
-    job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    job = Job.on(RUN, 4)
     cluster.start_job(job)
     assert engine.run_until(lambda: bool(cluster.storage.records(RUN)) and cluster.is_protected(RUN), limit_s=20)
     cluster.disturb_storage(4.0)
@@ -42,9 +42,7 @@ def abandoned_after_it_was_recorded_on_some(engine: Engine, cluster: Cluster, jo
     Returns:
         The newest step that was protected, of which the silent nodes hold a part.
     """
-    job.is_stopped = True
-    for trainer in list(job.trainers.values()):
-        cluster.kill_trainer(trainer)
+    cluster.stop_job(job)
     newest = cluster.checker.protected_step(RUN)
     silence_half(engine, cluster)
     smaller = Job(RUN, {0: "n1", 1: "n2"})
@@ -61,9 +59,7 @@ def abandoned_after_it_was_recorded_on_some(engine: Engine, cluster: Cluster, jo
     assert decision is not None
     assert decision.base is not None
     assert decision.base.step < newest, "prove that the newest is out of reach"
-    smaller.is_stopped = True
-    for trainer in list(smaller.trainers.values()):
-        cluster.kill_trainer(trainer)
+    cluster.stop_job(smaller)
     engine.run_for(20)  # the silent nodes are back
     return newest
 
@@ -73,13 +69,11 @@ def test_what_a_decision_left_behind_is_restored_if_no_trainer_ever_returned_wit
     engine, cluster, job = with_an_older_copy_on_storage(seed=seed)
     newest = abandoned_after_it_was_recorded_on_some(engine, cluster, job)
     assert newest in {key.step for key in cluster.kept_keys(RUN)}, "nothing was deleted"
-    later = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    later = Job.on(RUN, 4)
     cluster.start_job(later)
-    assert engine.run_until(lambda: cluster.is_training(later), limit_s=30), later.refusals
-    assert later.decision is not None
-    assert later.decision.outcome is Outcome.EXACT
-    assert later.decision.base is not None
-    assert later.decision.base.step >= newest
+    cluster.wait_training(later, limit_s=30)
+    assert later.decided.outcome is Outcome.EXACT
+    assert later.base.step >= newest
 
 
 def test_a_new_coordinator_deletes_nothing_for_a_decision_with_which_no_trainer_returned() -> None:
@@ -92,12 +86,10 @@ def test_a_new_coordinator_deletes_nothing_for_a_decision_with_which_no_trainer_
 
 def test_a_dead_history_goes_once_a_trainer_has_returned_with_the_decision_that_ended_it() -> None:
     engine, cluster, job = with_an_older_copy_on_storage(seed=2)
-    job.is_stopped = True
-    for trainer in list(job.trainers.values()):
-        cluster.kill_trainer(trainer)
+    cluster.stop_job(job)
     silence_half(engine, cluster)
     smaller = Job(RUN, {0: "n1", 1: "n2"})
     cluster.start_job(smaller)
-    assert engine.run_until(lambda: cluster.is_training(smaller), limit_s=30), smaller.refusals
+    cluster.wait_training(smaller, limit_s=30)
     assert engine.run_until(lambda: len({k.attempt for k in cluster.kept_keys(RUN)}) == 1, limit_s=30)
     assert engine.run_until(lambda: cluster.is_protected(RUN), limit_s=10)

@@ -11,21 +11,17 @@ from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.scenario import Scenario
 from tests.simulation.storage import URL
-from tests.simulation.test_traps import RUN, again, training
+from tests.simulation.test_traps import RUN, training
 
 
 def restarted(cluster: Cluster, engine: Engine, job: Job) -> SnapshotKey:
     """Kill a rank, wait for the next world to train; what it restored."""
-    world = job.world_id
-    cluster.kill_trainer(job.trainers[0])
-    again(engine, cluster, job, world)
+    cluster.restart(job)
     return restored(job)
 
 
 def restored(job: Job) -> SnapshotKey:
-    assert job.decision is not None
-    assert job.decision.base is not None
-    return SnapshotKey(job.decision.base.attempt, job.decision.base.step)
+    return SnapshotKey(job.base.attempt, job.base.step)
 
 
 def nodes_that_know(cluster: Cluster) -> int:
@@ -46,7 +42,7 @@ def test_the_next_restart_takes_the_next_older_snapshot_whoever_dies_meanwhile(s
     spread(cluster, engine, job)
     if seed % 3 == 2:
         cluster.destroy("n4", replace_after_s=0.5)  # and so the world restarts
-        again(engine, cluster, job, job.world_id)
+        cluster.wait_restarted(job, job.world_id)
         assert restored(job) < base
         return
     if seed % 3 == 1:
@@ -64,11 +60,9 @@ def test_with_nothing_older_the_run_is_refused_until_an_operator_trusts_it() -> 
     assert says("distrusted", job.refusals[0], reason="nan")
     assert says("keep_an_older_one", job.refusals[0], run=RUN)
     cluster.trust()
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=30), job.refusals
+    cluster.wait_training(job, limit_s=30)
     assert engine.run_until(lambda: nodes_that_know(cluster) == 0, limit_s=10)
-    assert job.decision is not None
-    assert job.decision.base is not None
-    assert job.decision.base.step >= base.step
+    assert job.base.step >= base.step
 
 
 def test_what_is_on_probation_is_not_released_and_its_slot_is_given_back_afterwards() -> None:
@@ -95,9 +89,8 @@ def test_identical_restores_are_counted_across_coordinators_and_end_with_a_refus
     assert engine.run_until(lambda: bool(job.refusals), limit_s=20)
     assert says("restore_loop", job.refusals[0], step=base.step, tries=4)
     cluster.trust()
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=30), job.refusals
-    assert job.decision is not None
-    assert job.decision.tries == 0
+    cluster.wait_training(job, limit_s=30)
+    assert job.decided.tries == 0
 
 
 def test_progress_begins_the_count_anew() -> None:
@@ -130,7 +123,7 @@ def trusted(engine: Engine, cluster: Cluster) -> None:
 
 def assert_stays_trusted(engine: Engine, cluster: Cluster, job: Job) -> None:
     """Durable storage answers again: its mark goes, and what trains is protected."""
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=60), job.refusals
+    cluster.wait_training(job, limit_s=60)
     cluster.disturb_storage(0.0)
     assert engine.run_until(lambda: not cluster.storage.marks[RUN], limit_s=30), "the mark is struck out"
     engine.run_for(5.0)

@@ -25,7 +25,7 @@ def training(node_count: int, *, seed: int = 1, parity: int | None = None, keep:
     engine = Engine(seed)
     policy = CorePolicy(lease_s=1.5, parity=parity, keep=keep)
     cluster = Cluster(engine, node_count=node_count, policy=policy)
-    cluster.start_job(Job(RUN, {rank: f"n{rank + 1}" for rank in range(node_count)}))
+    cluster.start_job(Job.on(RUN, node_count))
     assert engine.run_until(lambda: cluster.is_protected(RUN) and cluster.checker.protected_step(RUN) > 2, limit_s=20)
     return cluster
 
@@ -178,8 +178,7 @@ def test_a_stopped_node_that_was_drained_leaves_the_job_protected_at_once() -> N
     assert cluster.stop_drained("n3", replace_after_s=None)
     assert spares_without(cluster) >= 1
     assert cluster.engine.run_until(lambda: cluster.is_training(cluster.jobs[0]), limit_s=30)
-    assert cluster.jobs[0].decision is not None
-    assert cluster.jobs[0].decision.message.startswith("step")
+    assert cluster.jobs[0].decided.message.startswith("step")
 
 
 def test_orders_for_nodes_that_are_unknown_or_lost_are_refused_by_name() -> None:

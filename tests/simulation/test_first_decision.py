@@ -14,7 +14,7 @@ from tests.simulation.test_traps import RUN, cluster_of
 
 def begun(*, policy: CorePolicy | None = None) -> tuple[Engine, Cluster, Job]:
     engine, cluster = cluster_of(4, policy=policy)
-    job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    job = Job.on(RUN, 4)
     cluster.start_job(job)
     return engine, cluster, job
 
@@ -40,7 +40,7 @@ def test_a_run_whose_first_decision_was_recorded_on_some_hosts_alone_begins_all_
         cluster.destroy("n4", replace_after_s=0.05)
     else:
         cluster.kill_trainer(job.trainers[0])
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20), job.refusals
+    cluster.wait_training(job)
     assert cluster.outcome(job) is Outcome.NONE
     assert engine.run_until(lambda: cluster.is_protected(RUN), limit_s=20)
 

@@ -59,11 +59,10 @@ def test_a_finished_run_is_forgotten_everywhere_and_its_name_can_be_used_again()
     engine, cluster, job = training(4)
     finished(engine, cluster, job)
     engine.run_for(2)
-    later = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)}, allow_fresh=True)
+    later = Job.on(RUN, 4, allow_fresh=True)
     assert asks(engine, cluster, later) == ""
     assert cluster.outcome(later) is Outcome.NONE
-    assert later.decision is not None
-    assert later.decision.attempt == 2, "above what is forgotten"
+    assert later.decided.attempt == 2, "above what is forgotten"
 
 
 def test_a_restart_of_a_finished_run_is_told_so_and_starts_over_only_if_it_may() -> None:
@@ -119,8 +118,7 @@ def test_what_a_node_brings_back_of_a_forgotten_run_is_never_restored_under_its_
         job.is_stopped = True
         cluster.nodes["n4"].is_cut = True
         cluster.checker.forget(RUN)
-        for trainer in list(job.trainers.values()):
-            cluster.kill_trainer(trainer)
+        cluster.kill_world(job)
         engine.run_for(3)
         cluster.core().forget(RUN)
     engine.run_for(2)
@@ -175,21 +173,20 @@ def test_a_tombstone_that_names_an_earlier_history_does_not_touch_the_one_that_l
     seed: int, *, is_training: bool
 ) -> None:
     engine, cluster = cluster_of(5, seed=seed)
-    job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    job = Job.on(RUN, 4)
     cluster.start_job(job)
-    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+    cluster.wait_training(job, is_protected=True)
     world, kept = job.world_id, cluster.kept_keys(RUN)
     stale = Tombstone(run=RUN, attempt=3, generation=0, cause=Cause.FORGOTTEN, step=900, world_id="another")
     cluster.nodes["n5"].tombstones[RUN] = stale
     cluster.crash_coordinator(0.2)
     if not is_training:  # nobody is there who could show that it lives
         cluster.restart_s = (4.0, 5.0)
-        for trainer in list(job.trainers.values()):
-            cluster.kill_trainer(trainer)
+        cluster.kill_world(job)
     engine.run_for(3)
     assert cluster.kept_keys(RUN)
     assert max(cluster.kept_keys(RUN)) >= max(kept)
-    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+    cluster.wait_training(job, is_protected=True)
     assert (job.world_id == world) == is_training, "a live world goes on"
     assert cluster.outcome(job) is (Outcome.NONE if is_training else Outcome.EXACT)
     assert engine.run_until(lambda: not cluster.nodes["n5"].tombstones, limit_s=10), "it was lifted"
@@ -207,9 +204,8 @@ def test_a_run_that_only_could_not_be_seen_lives_on_when_its_trainers_are_seen_a
     engine.run_for(8)
     assert {name for name in ("n1", "n2", "n3") if cluster.nodes[name].memory[RUN].shards} == {"n1", "n2", "n3"}
     assert not any(node.tombstones for node in cluster.nodes.values()), "it was lifted everywhere"
-    for trainer in list(job.trainers.values()):
-        cluster.kill_trainer(trainer)
-    later = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    cluster.kill_world(job)
+    later = Job.on(RUN, 4)
     assert asks(engine, cluster, later) == ""
     assert cluster.outcome(later) is Outcome.EXACT
 
@@ -219,11 +215,10 @@ def test_a_run_name_that_never_held_a_snapshot_leaves_every_memory() -> None:
     cluster.nodes["n3"].is_full = True
     job = Job(RUN, {0: "n1", 1: "n2"}, step_s=1000.0)
     cluster.start_job(job)
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20)
+    cluster.wait_training(job)
     job.is_stopped = True
     cluster.checker.forget(RUN)
-    for trainer in list(job.trainers.values()):
-        cluster.kill_trainer(trainer)
+    cluster.kill_world(job)
     engine.run_for(10)
     assert held(cluster) == {"n1", "n2", "n3"}, "who comes back soon finds his name; n3 is a recorder"
     assert engine.run_until(lambda: not held(cluster), limit_s=120)
@@ -259,9 +254,9 @@ def test_an_operator_frees_the_name_of_a_finished_run() -> None:
 @pytest.mark.parametrize("node_count", [4, 6])  # with and without nodes that keep its decision
 def test_a_run_whose_nodes_are_all_gone_does_not_stay_for_ever(node_count: int) -> None:
     engine, cluster = cluster_of(node_count, policy=CorePolicy(lease_s=1.5, job_ttl_s=20.0))
-    job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    job = Job.on(RUN, 4)
     cluster.start_job(job)
-    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+    cluster.wait_training(job, is_protected=True)
     job.is_stopped = True
     cluster.checker.forget(RUN)
     for rank in range(4):
@@ -276,14 +271,11 @@ def test_a_run_whose_nodes_are_all_gone_does_not_stay_for_ever(node_count: int) 
 
 
 def test_a_new_run_is_told_which_names_like_its_own_exist() -> None:
-    engine, cluster, job = training(2, run="default/llama-7b")
+    engine, cluster, _ = training(2, run="default/llama-7b")
     engine.run_for(2)
     typo = Job("default/llama-7B", {0: "n1", 1: "n2"})
     assert asks(engine, cluster, typo) == ""
-    assert typo.decision is not None
-    assert says("similar_names", typo.decision.message, name="default/llama-7b")
+    assert says("similar_names", typo.decided.message, name="default/llama-7b")
     other = Job("default/vision", {0: "n1"})
     assert asks(engine, cluster, other) == ""
-    assert other.decision is not None
-    assert not says("similar_names", other.decision.message)
-    assert job.decision is not None
+    assert not says("similar_names", other.decided.message)

@@ -16,7 +16,7 @@ def began(node_count: int, ranks: int | None = None) -> tuple[Engine, Cluster, J
     cluster = Cluster(engine, node_count=node_count)
     job = Job("default/gpt", {rank: f"n{rank % node_count + 1}" for rank in range(ranks or node_count)})
     cluster.start_job(job)
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20), status_document(cluster.core(), engine.now_s)
+    cluster.wait_training(job), status_document(cluster.core(), engine.now_s)
     return engine, cluster, job
 
 

@@ -11,7 +11,7 @@ from backstayd.core.policy import CorePolicy
 from backstayd.core.status.document import status_document
 from tests.simulation.cluster import Cluster, Job, Life
 from tests.simulation.scenario import Scenario
-from tests.simulation.test_traps import RUN, again, training
+from tests.simulation.test_traps import RUN, training
 
 SLACK_S = 1.0  # of simulated time: what messages, heartbeats and a step take
 
@@ -39,13 +39,11 @@ def compare(entry: dict[str, Any], before: Life, after: Life, lease_s: float) ->
 def test_trainers_and_nodes_that_die_are_written_down_with_what_they_cost() -> None:
     engine, cluster, job = training(6)
     engine.run_for(4)
-    world = job.world_id
-    cluster.kill_trainer(job.trainers[2])
-    again(engine, cluster, job, world)
+    cluster.restart(job, 2)
     engine.run_for(4)
     world = job.world_id
     cluster.destroy("n4", replace_after_s=1.0)
-    again(engine, cluster, job, world)
+    cluster.wait_restarted(job, world)
     engine.run_for(4)
     ledger = ledger_of(cluster)
     assert [entry["cause"] for entry in ledger["interruptions"]] == ["trainer_died", "node_lost"]
@@ -65,9 +63,7 @@ def test_trainers_and_nodes_that_die_are_written_down_with_what_they_cost() -> N
 def test_a_new_coordinator_knows_what_the_one_before_wrote() -> None:
     engine, cluster, job = training(6)
     engine.run_for(3)
-    world = job.world_id
-    cluster.kill_trainer(job.trainers[0])
-    again(engine, cluster, job, world)
+    cluster.restart(job)
     engine.run_for(2)
     before = ledger_of(cluster)
     cluster.crash_coordinator(0.5)
@@ -78,7 +74,7 @@ def test_a_new_coordinator_knows_what_the_one_before_wrote() -> None:
     assert after["down_s"] == pytest.approx(before["down_s"], abs=0.2), "the release was read off the hosts' records"
     world = job.world_id
     cluster.destroy("n2", replace_after_s=0.5)
-    again(engine, cluster, job, world)
+    cluster.wait_restarted(job, world)
     entries = ledger_of(cluster)["interruptions"]
     assert [entry["cause"] for entry in entries] == ["trainer_died", "node_lost"]
     for entry, (life, next_life) in zip(entries, pairwise(job.lives), strict=True):
@@ -100,7 +96,7 @@ def test_a_cluster_that_is_lost_whole_is_written_down_by_a_coordinator_that_live
     newest, world = job.step, job.world_id
     for name in list(cluster.nodes):
         cluster.destroy(name, replace_after_s=0.2, new_name=f"{name}x")
-    again(engine, cluster, job, world)
+    cluster.wait_restarted(job, world)
     (entry,) = ledger_of(cluster)["interruptions"]
     assert (entry["cause"], entry["outcome"], entry["source"]) == ("all_nodes_lost", "NONE", "none")
     assert newest - 1 <= entry["steps_lost"] <= newest
@@ -145,9 +141,7 @@ def check_chain(cluster: Cluster, job: Job, seed: int) -> int:
 def test_a_world_that_ends_because_of_nan_is_told_from_one_that_died() -> None:
     engine, cluster, job = training(4, policy=CorePolicy(lease_s=1.5, keep=2))
     engine.run_for(3)
-    world = job.world_id
-    cluster.kill_trainer(job.trainers[1])
-    again(engine, cluster, job, world)
+    cluster.restart(job, 1)
     engine.run_for(2)
     assert cluster.distrust(job)
     engine.run_for(4)
@@ -183,7 +177,7 @@ def test_a_node_that_takes_its_trainer_along_is_one_interruption_from_its_last_r
     engine.run_for(3)
     world = job.world_id
     cluster.destroy("n2", replace_after_s=4.0)
-    again(engine, cluster, job, world)
+    cluster.wait_restarted(job, world)
     (entry,) = ledger_of(cluster)["interruptions"]
     compare(entry, job.lives[0], job.lives[1], cluster.lease_s)
     assert entry["cause"] == "node_lost"

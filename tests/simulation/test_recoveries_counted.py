@@ -22,7 +22,7 @@ class Watched:
     def __init__(self, seed: int = 1) -> None:
         self.engine = Engine(seed)
         self.cluster = Cluster(self.engine, node_count=NODES)
-        self.job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(NODES)})
+        self.job = Job.on(RUN, NODES)
         self.check = self.engine.after_event
         self.engine.after_event = self._after_event
         self.observe()
@@ -76,8 +76,7 @@ def test_a_trainer_that_dies_is_one_recovery_from_memory() -> None:
     world = watched.job.world_id
     watched.cluster.kill_trainer(watched.job.trainers[0])
     watched.until_training(world)
-    assert watched.job.decision is not None
-    outcome = watched.job.decision.outcome
+    outcome = watched.job.decided.outcome
     assert watched.outcomes() == {("none", "none"): 1, ("local", outcome.value.lower()): 1}
     assert watched.of_run("recovery_shards_total", source="local") == NODES
     assert [watched.phase(name)[0] for name in ("detect", "restart", "decide", "stage", "release")] == [1, 1, 2, 2, 2]
@@ -110,8 +109,7 @@ def test_a_lost_node_is_stated_after_its_lease_and_its_shard_is_rebuilt() -> Non
     world, lease_s = watched.job.world_id, watched.core.policy.lease_s
     watched.cluster.destroy("n2", replace_after_s=1.0)
     watched.until_training(world)
-    assert watched.job.decision is not None
-    assert watched.job.decision.outcome in (Outcome.EXACT, Outcome.EXACT_OLDER)
+    assert watched.job.decided.outcome in (Outcome.EXACT, Outcome.EXACT_OLDER)
     assert watched.of_run("recovery_shards_total", source="rebuild") >= 1
     count, seconds = watched.phase("detect")
     assert count == 1

@@ -36,7 +36,7 @@ def trained(seed: int, *, stale_from: int) -> tuple[Engine, Cluster, Job]:
     for attempt in range(3):
         for name in NEW if attempt == stale_from else ():
             cluster.nodes[name].is_cut = True
-        assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+        cluster.wait_training(job, is_protected=True)
         world = job.world_id
         cluster.kill_trainer(job.trainers[0])
         assert engine.run_until(lambda world=world: job.world_id != world and cluster.is_training(job), limit_s=20)  # type: ignore[misc]
@@ -57,7 +57,7 @@ def test_nodes_that_come_back_with_a_higher_generation_do_not_end_the_world_that
     engine, cluster, job = trained(seed, stale_from=0)
     cut_off(engine, cluster, OLD, 15.0)
     later = moved(engine, cluster, job, allow_fresh=True)
-    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=12)
+    cluster.wait_training(later, limit_s=12, is_protected=True)
     assert cluster.outcome(later) is Outcome.NONE
     world, step = later.world_id, later.step
     old, new = cluster.nodes["n1"].generation, cluster.nodes["n5"].generation
@@ -75,7 +75,7 @@ def test_a_coordinator_that_starts_after_their_return_follows_the_world_that_tra
     engine, cluster, job = trained(seed, stale_from=0)
     cut_off(engine, cluster, OLD, 15.0)
     later = moved(engine, cluster, job, allow_fresh=True)
-    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=12)
+    cluster.wait_training(later, limit_s=12, is_protected=True)
     engine.run_for(15)
     world = later.world_id
     cluster.crash_coordinator(0.1)
@@ -83,8 +83,7 @@ def test_a_coordinator_that_starts_after_their_return_follows_the_world_that_tra
     assert (later.world_id, cluster.is_training(later)) == (world, True)
     cluster.kill_trainer(later.trainers[0])
     assert engine.run_until(lambda: later.world_id != world and cluster.is_training(later), limit_s=20), later.refusals
-    assert later.decision is not None
-    assert {source.digest.split("/")[1] for source in later.decision.sources} == {world}
+    assert {source.digest.split("/")[1] for source in later.decided.sources} == {world}
 
 
 @pytest.mark.parametrize("stale_from", [1, 99])
@@ -95,21 +94,18 @@ def test_a_world_that_comes_up_where_nobody_knows_the_run_does_not_start_from_sc
     later = moved(engine, cluster, job, allow_fresh=False)
     assert engine.run_until(lambda: later.refusals != [], limit_s=12)
     assert says("last_ran_on", later.refusals, nodes="n1, n2, n3 and n4")
-    assert engine.run_until(lambda: cluster.is_training(later), limit_s=30), later.refusals
-    assert later.decision is not None
-    assert later.decision.outcome is Outcome.EXACT
-    assert later.decision.base is not None
-    assert later.decision.base.step >= step
+    cluster.wait_training(later, limit_s=30)
+    assert later.decided.outcome is Outcome.EXACT
+    assert later.base.step >= step
 
 
 def test_who_starts_over_while_the_old_nodes_are_away_writes_above_what_they_may_have_begun() -> None:
     engine, cluster, job = trained(1, stale_from=1)
     cut_off(engine, cluster, OLD, 15.0)
     later = moved(engine, cluster, job, allow_fresh=True)
-    assert engine.run_until(lambda: cluster.is_training(later), limit_s=12)
-    assert later.decision is not None
-    assert (later.decision.outcome, later.decision.attempt > LEAP_ATTEMPTS) == (Outcome.NONE, True)
-    assert all(later.decision.generation.number > cluster.nodes[name].generation.number for name in OLD)
+    cluster.wait_training(later, limit_s=12)
+    assert (later.decided.outcome, later.decided.attempt > LEAP_ATTEMPTS) == (Outcome.NONE, True)
+    assert all(later.decided.generation.number > cluster.nodes[name].generation.number for name in OLD)
 
 
 def test_recorders_of_a_run_are_few_and_others_take_their_place() -> None:
@@ -117,7 +113,7 @@ def test_recorders_of_a_run_are_few_and_others_take_their_place() -> None:
     cluster = Cluster(engine, node_count=14, policy=CorePolicy(lease_s=1.5))
     job = Job(RUN, {0: "n1", 1: "n2"})
     cluster.start_job(job)
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20)
+    cluster.wait_training(job)
 
     def recorders() -> set[str]:
         held = {name for name, node in cluster.nodes.items() if RUN in node.memory and node.memory[RUN].decision}
@@ -140,17 +136,15 @@ def test_an_old_decision_that_was_only_taken_over_does_not_end_a_later_history_t
     cluster = Cluster(engine, node_count=8, policy=CorePolicy(lease_s=1.5))
     job = Job(RUN, dict(enumerate(OLD)))
     cluster.start_job(job)
-    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+    cluster.wait_training(job, is_protected=True)
     for name in OLD:  # they never hear of what follows
         cluster.nodes[name].is_cut = True
         cluster.nodes[name].steady_since_s = engine.now_s + 30
-    job.is_stopped = True
-    for trainer in list(job.trainers.values()):
-        cluster.kill_trainer(trainer)
+    cluster.stop_job(job)
     engine.run_for(4)
     later = Job(RUN, dict(enumerate(NEW)), allow_fresh=True)
     cluster.start_job(later)
-    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=20)
+    cluster.wait_training(later, is_protected=True)
     world = later.world_id
     for name in OLD:
         cluster.nodes[name].is_cut = False
@@ -162,18 +156,15 @@ def test_an_old_decision_that_was_only_taken_over_does_not_end_a_later_history_t
     assert taken_over is not None
     assert taken_over.attempt < later.trainers[0].attempt
     if not is_alive:
-        later.is_stopped = True
-        for trainer in list(later.trainers.values()):
-            cluster.kill_trainer(trainer)
+        cluster.stop_job(later)
     engine.run_for(6)  # the checker holds that what was protected is there
     if is_alive:
         assert (later.world_id, cluster.is_training(later)) == (world, True)
     else:
         later.is_stopped = False
         cluster.start_job(later)
-        assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
-        assert later.decision is not None
-        assert later.decision.sources[0].digest.split("/")[1] == world
+        cluster.wait_training(later)
+        assert later.decided.sources[0].digest.split("/")[1] == world
 
 
 @pytest.mark.parametrize("has_new_coordinator", [False, True])
@@ -187,27 +178,26 @@ def test_a_tombstone_that_comes_back_does_not_count_against_a_run_that_was_begun
     job = Job(RUN, dict(enumerate(OLD)))
     cluster.start_job(job)
     for _ in range(3):
-        assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+        cluster.wait_training(job, is_protected=True)
         cluster.kill_trainer(job.trainers[0])
-    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(RUN), limit_s=20)
+    cluster.wait_training(job, is_protected=True)
     finished(engine, cluster, job)
     engine.run_for(2)
     cut_off(engine, cluster, OLD, 1000.0)
     later = Job(RUN, dict(enumerate(NEW)))
     cluster.start_job(later)
-    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=12)
+    cluster.wait_training(later, limit_s=12, is_protected=True)
     tombstone, decision = cluster.nodes["n1"].tombstones[RUN], later.decision
     assert decision is not None
     assert (decision.attempt < tombstone.attempt, decision.generation.number < tombstone.generation) == (True, True)
     cluster.restart_s = (4.0, 5.0)
-    for trainer in list(later.trainers.values()):  # nobody is there who could show that it lives
-        cluster.kill_trainer(trainer)
+    cluster.kill_world(later)  # nobody is there who could show that it lives
     if has_new_coordinator:
         cluster.crash_coordinator(0.5)
     engine.run_for(0.3)
     for name in OLD:
         cluster.nodes[name].is_cut = False
     engine.run_for(3)  # the checker holds that what was protected is there
-    assert engine.run_until(lambda: cluster.is_training(later) and cluster.is_protected(RUN), limit_s=20)
+    cluster.wait_training(later, is_protected=True)
     assert cluster.outcome(later) is Outcome.EXACT
     assert engine.run_until(lambda: not any(node.tombstones for node in cluster.nodes.values()), limit_s=10)

@@ -12,7 +12,7 @@ from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.scenario import Scenario
 from tests.simulation.storage import URL
-from tests.simulation.test_traps import RUN, again, training
+from tests.simulation.test_traps import RUN, training
 
 POLICY = CorePolicy(lease_s=1.5, persist_url=URL, persist_every_steps=1, persist_keep_last=2)
 
@@ -23,11 +23,8 @@ def stored_step(cluster: Cluster) -> int:
 
 def recover(engine: Engine, cluster: Cluster, job: Job) -> int:
     """Kill a rank; the step that the next world begins from."""
-    world = job.world_id
-    cluster.kill_trainer(job.trainers[0])
-    again(engine, cluster, job, world)
-    assert job.decision is not None
-    return job.decision.base.step if job.decision.base is not None else 0
+    cluster.restart(job)
+    return job.base.step if job.decided.base is not None else 0
 
 
 def spoil(cluster: Cluster, job: Job, step: int) -> None:
@@ -48,17 +45,16 @@ def test_nodes_of_a_lost_cluster_that_return_with_newer_decisions_bring_no_dead_
     cluster.black_out(survivors=1 + seed % 2)
     cluster.disturb_storage(0.0)
     world = job.world_id
-    again(engine, cluster, job, world)
-    assert job.decision is not None
-    assert job.decision.generation.number > lost_generation
-    begun = job.decision
+    cluster.wait_restarted(job, world)
+    assert job.decided.generation.number > lost_generation
+    begun = job.decided
     assert engine.run_until(lambda: cluster.checker.protected_step(RUN) > begun.base.step + 1, limit_s=30)  # type: ignore[union-attr]
     cluster.bring_back()
     engine.run_for(6.0)
     assert job.decision == begun, "the world that trains is left alone"
     newest = cluster.checker.protected_step(RUN)
     assert recover(engine, cluster, job) >= newest - 1
-    assert job.decision.lineage[1].attempt == begun.attempt, "it goes on with the new cluster's history"
+    assert job.decided.lineage[1].attempt == begun.attempt, "it goes on with the new cluster's history"
 
 
 @pytest.mark.parametrize("seed", [500195, 700019])
@@ -95,10 +91,8 @@ def test_a_node_that_is_cut_off_with_an_old_order_removes_no_copy_that_became_th
     engine.run_for(3 * cluster.lease_s)
     assert old.key in cluster.storage.runs[RUN], "the node does not know that the newer ones lead to NaN"
     cluster.black_out(survivors=0)
-    again(engine, cluster, job, job.world_id)
-    assert job.decision is not None
-    assert job.decision.base is not None
-    assert SnapshotKey(job.decision.base.attempt, job.decision.base.step) == old.key
+    cluster.wait_restarted(job, job.world_id)
+    assert SnapshotKey(job.base.attempt, job.base.step) == old.key
 
 
 def test_what_is_distrusted_while_it_is_copied_is_not_restored_after_the_loss_of_everything() -> None:
@@ -121,10 +115,8 @@ def test_what_is_distrusted_while_it_is_copied_is_not_restored_after_the_loss_of
     engine.run_for(4 * cluster.lease_s)
     assert copied not in cluster.storage.records(RUN), "its copy was given up"
     cluster.black_out(survivors=0)
-    again(engine, cluster, job, job.world_id)
-    assert job.decision is not None
-    assert job.decision.base is not None
-    assert job.decision.base.step <= sound
+    cluster.wait_restarted(job, job.world_id)
+    assert job.base.step <= sound
     engine.run_for(2.0)
     cluster.trust()
     assert engine.run_until(lambda: not cluster.storage.marks[RUN], limit_s=20), "trusted again, it is struck out there"

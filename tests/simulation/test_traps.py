@@ -27,15 +27,10 @@ def training(
     node_count: int, *, seed: int = 1, policy: CorePolicy | None = None, run: str = RUN
 ) -> tuple[Engine, Cluster, Job]:
     engine, cluster = cluster_of(node_count, seed=seed, policy=policy)
-    job = Job(run, {rank: f"n{rank + 1}" for rank in range(node_count)})
+    job = Job.on(run, node_count)
     cluster.start_job(job)
-    assert engine.run_until(lambda: cluster.is_training(job) and cluster.is_protected(run), limit_s=20)
+    cluster.wait_training(job, is_protected=True)
     return engine, cluster, job
-
-
-def again(engine: Engine, cluster: Cluster, job: Job, world_id: str) -> None:
-    """The job trains in another world than ``world_id``."""
-    assert engine.run_until(lambda: job.world_id != world_id and cluster.is_training(job), limit_s=30), job.refusals
 
 
 def test_a_node_of_a_dead_history_that_comes_back_is_neither_restored_from_nor_mixed_in() -> None:
@@ -47,15 +42,14 @@ def test_a_node_of_a_dead_history_that_comes_back_is_neither_restored_from_nor_m
     cluster.kill_trainer(job.trainers[0])
     cluster.kill_trainer(job.trainers[5])
     job.placements[5] = "n5"
-    again(engine, cluster, job, world)
-    base = job.decision.base if job.decision is not None else None
-    assert base is not None
+    cluster.wait_restarted(job, world)
+    base = job.base
     assert engine.run_until(lambda: job.step > base.step + 4, limit_s=20)  # the same steps again, with other bytes
     engine.run_for(5)  # n6 is back; the checker compares the writers of whatever is restored
     world = job.world_id
     cluster.kill_trainer(job.trainers[1])
-    again(engine, cluster, job, world)
-    assert {source.digest.split("/")[1] for source in job.decision.sources} == {world}  # type: ignore[union-attr]
+    cluster.wait_restarted(job, world)
+    assert {source.digest.split("/")[1] for source in job.decided.sources} == {world}  # type: ignore[union-attr]
     assert engine.run_until(lambda: len({k.attempt for k in cluster.kept_keys(RUN)}) == 1, limit_s=20), "old bytes went"
 
 
@@ -72,7 +66,7 @@ def test_a_member_that_is_lost_in_the_middle_of_an_encode_makes_a_new_plan() -> 
     world = job.world_id
     cluster.restart_s = (3.0, 4.0)
     cluster.destroy("n3", replace_after_s=1.0)
-    again(engine, cluster, job, world)
+    cluster.wait_restarted(job, world)
     cluster.work_s = (0.01, 0.05)
     assert engine.run_until(lambda: cluster.is_protected(RUN) and job.step > 8, limit_s=30)
     current = {plan.plan_id for s in state.protection.sets.values() for plan in s.plans}
@@ -87,17 +81,17 @@ def test_trainers_and_coordinator_that_restart_together_never_start_from_scratch
         world = job.world_id
         cluster.crash_coordinator(engine.between(0.0, 1.0))
         cluster.kill_trainer(job.trainers[seed % 4])
-        again(engine, cluster, job, world)
+        cluster.wait_restarted(job, world)
         assert cluster.outcome(job) is Outcome.EXACT, f"seed {seed}"
 
 
 def test_a_daemon_that_is_away_while_the_coordinator_starts_is_waited_for() -> None:
-    engine, cluster, job = training(4)
+    _, cluster, job = training(4)
     world = job.world_id
     cluster.crash_coordinator(0.1)
     cluster.cut("n4", 0.8)
     cluster.kill_trainer(job.trainers[0])
-    again(engine, cluster, job, world)
+    cluster.wait_restarted(job, world)
     assert cluster.outcome(job) is Outcome.EXACT
     assert not job.refusals
 
@@ -112,7 +106,7 @@ def test_one_rank_that_asks_late_after_another_loss_gets_the_same_step_as_all() 
     cluster.destroy("n6", replace_after_s=1.0)
     engine.run_for(0.5)
     late.resume()
-    again(engine, cluster, job, job.world_id if cluster.is_training(job) else world)
+    cluster.wait_restarted(job, job.world_id if cluster.is_training(job) else world)
     assert len({t.last_step for t in job.trainers.values()}) <= 2, "released from one base (I2 is checked at release)"
     assert cluster.outcome(job) in (Outcome.EXACT, Outcome.EXACT_OLDER)
 
@@ -125,14 +119,13 @@ def test_a_rank_that_dies_before_the_release_abandons_the_decision() -> None:
     assert engine.run_until(lambda: state.recovery.stage is Stage.PREPARE, limit_s=20)
     abandoned = state.recovery.decision
     cluster.kill_trainer(job.trainers[2])
-    again(engine, cluster, job, world)
+    cluster.wait_restarted(job, world)
     assert abandoned is not None
-    assert job.decision is not None
-    assert job.decision.decision_id != abandoned.decision_id
-    assert job.decision.attempt > abandoned.attempt
+    assert job.decided.decision_id != abandoned.decision_id
+    assert job.decided.attempt > abandoned.attempt
 
 
-def crash_when_recorded_on_some(*, seed: int) -> tuple[Engine, Cluster, Job, str]:
+def crash_when_recorded_on_some(*, seed: int) -> tuple[Cluster, Job, str]:
     engine, cluster, job = training(4, seed=seed)
     state = cluster.core().runs[RUN]
     cluster.kill_trainer(job.trainers[0])
@@ -151,24 +144,20 @@ def crash_when_recorded_on_some(*, seed: int) -> tuple[Engine, Cluster, Job, str
     assert engine.run_until(is_partly_recorded, limit_s=20)
     assert state.recovery.decision is not None
     cluster.crash_coordinator(0.3)
-    return engine, cluster, job, state.recovery.decision.decision_id
+    return cluster, job, state.recovery.decision.decision_id
 
 
 def test_a_decision_recorded_on_some_hosts_is_finished_by_the_next_coordinator() -> None:
-    engine, cluster, job, decision_id = crash_when_recorded_on_some(seed=3)
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20)
-    assert job.decision is not None
-    assert job.decision.decision_id == decision_id
+    cluster, job, decision_id = crash_when_recorded_on_some(seed=3)
+    cluster.wait_training(job)
+    assert job.decided.decision_id == decision_id
 
 
 def test_a_decision_recorded_on_some_hosts_is_abandoned_when_a_rank_dies() -> None:
-    engine, cluster, job, decision_id = crash_when_recorded_on_some(seed=4)
-    world = job.world_id
-    cluster.kill_trainer(job.trainers[3])
-    again(engine, cluster, job, world)
-    assert job.decision is not None
-    assert job.decision.decision_id != decision_id
-    assert job.decision.outcome is Outcome.EXACT
+    cluster, job, decision_id = crash_when_recorded_on_some(seed=4)
+    cluster.restart(job, 3)
+    assert job.decided.decision_id != decision_id
+    assert job.decided.outcome is Outcome.EXACT
 
 
 def test_a_frozen_coordinator_that_thaws_is_not_obeyed() -> None:
@@ -176,9 +165,7 @@ def test_a_frozen_coordinator_that_thaws_is_not_obeyed() -> None:
     old = cluster.control
     assert isinstance(old, Control)
     cluster.second_coordinator(resume_after_s=4.0)
-    world = job.world_id
-    cluster.kill_trainer(job.trainers[1])
-    again(engine, cluster, job, world)
+    cluster.restart(job, 1)
     engine.run_for(6)
     assert {node.generation.incarnation for node in cluster.nodes.values()} == {cluster.core().incarnation}
     assert cluster.is_training(job)
@@ -209,9 +196,8 @@ def test_a_corrupt_local_shard_is_quarantined_and_rebuilt_instead() -> None:
     assert engine.run_until(lambda: bool(node.memory[RUN].shards), limit_s=5)
     for shard in node.memory[RUN].shards.values():
         node.memory[RUN].corrupt.add(shard.digest)
-    again(engine, cluster, job, world)
-    assert job.decision is not None
-    kinds = [source.kind.value for source in job.decision.sources]
+    cluster.wait_restarted(job, world)
+    kinds = [source.kind.value for source in job.decided.sources]
     assert kinds.count("rebuild") == 1 or "local" in kinds
     assert 1 in {mark.rank for mark in node.memory[RUN].quarantined}
     assert not job.refusals
@@ -298,11 +284,11 @@ def test_steps_shorter_than_protection_are_held_up_only_until_the_interval_fits(
 
 def test_ranks_that_never_call_snapshot_are_named_and_nobody_waits_for_slots_meanwhile() -> None:
     engine, cluster = cluster_of(4)
-    job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)}, max_wait_s=3.0)
+    job = Job.on(RUN, 4, max_wait_s=3.0)
     cluster.start_job(job)
     for rank in (1, 3):
         job.trainers[rank].is_mute = True
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20)
+    cluster.wait_training(job)
     missing = cluster.core().runs[RUN].missing
     assert engine.run_until(lambda: missing.found is not None, limit_s=20)
     assert missing.found is not None
@@ -324,14 +310,14 @@ def test_ranks_that_never_call_snapshot_are_named_and_nobody_waits_for_slots_mea
 
 def test_two_jobs_at_once_do_not_see_each_other() -> None:
     engine, cluster = cluster_of(4)
-    jobs = [Job(run, {rank: f"n{rank + 1}" for rank in range(4)}) for run in ("a/x", "b/x")]
+    jobs = [Job.on(run, 4) for run in ("a/x", "b/x")]
     for job in jobs:
         cluster.start_job(job)
     assert engine.run_until(lambda: all(cluster.is_training(job) for job in jobs), limit_s=20)
     engine.run_for(4)
     world_a, world_b = jobs[0].world_id, jobs[1].world_id
     cluster.kill_trainer(jobs[0].trainers[0])
-    again(engine, cluster, jobs[0], world_a)
+    cluster.wait_restarted(jobs[0], world_a)
     assert cluster.outcome(jobs[0]) is Outcome.EXACT
     assert jobs[1].world_id == world_b
     assert cluster.is_training(jobs[1]), "the other job was not disturbed"
@@ -339,9 +325,7 @@ def test_two_jobs_at_once_do_not_see_each_other() -> None:
 
 def resized(cluster: Cluster, job: Job, nodes: list[str]) -> Job:
     """The job ends and comes back with a rank on each of ``nodes``."""
-    job.is_stopped = True
-    for trainer in list(job.trainers.values()):
-        cluster.kill_trainer(trainer)
+    cluster.stop_job(job)
     later = Job(RUN, dict(enumerate(nodes)))
     cluster.start_job(later)
     return later
@@ -351,11 +335,9 @@ def resized(cluster: Cluster, job: Job, nodes: list[str]) -> Job:
 def test_a_world_of_another_size_restores_what_was_protected_and_the_old_layout_goes(nodes: list[str]) -> None:
     engine, cluster, job = training(4)
     later = resized(cluster, job, nodes)
-    assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
+    cluster.wait_training(later)
     assert cluster.outcome(later) is Outcome.EXACT
-    assert later.decision is not None
-    assert later.decision.base is not None
-    assert (later.decision.base.world_size, later.decision.world_size) == (4, len(nodes))
+    assert (later.base.world_size, later.decided.world_size) == (4, len(nodes))
     assert engine.run_until(lambda: len({k.attempt for k in cluster.kept_keys(RUN)}) == 1, limit_s=20), "old bytes went"
     assert cluster.is_protected(RUN)
 
@@ -363,7 +345,7 @@ def test_a_world_of_another_size_restores_what_was_protected_and_the_old_layout_
 def test_a_job_that_shrinks_to_one_node_is_protected_by_the_others_as_long_as_they_are_there() -> None:
     engine, cluster, job = training(4)
     later = resized(cluster, job, ["n2"])
-    assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
+    cluster.wait_training(later)
     assert engine.run_until(lambda: len({k.attempt for k in cluster.kept_keys(RUN)}) == 1, limit_s=20)
     assert cluster.redundancy(RUN) == "PROTECTED(1)"
     later.is_stopped = True
@@ -371,20 +353,17 @@ def test_a_job_that_shrinks_to_one_node_is_protected_by_the_others_as_long_as_th
     cluster.destroy("n2", replace_after_s=None)
     again_elsewhere = Job(RUN, {0: "n1"})
     cluster.start_job(again_elsewhere)
-    assert engine.run_until(lambda: cluster.is_training(again_elsewhere), limit_s=20), again_elsewhere.refusals
-    assert again_elsewhere.decision is not None
-    assert again_elsewhere.decision.base is not None
-    assert again_elsewhere.decision.base.step >= step
+    cluster.wait_training(again_elsewhere)
+    assert again_elsewhere.base.step >= step
 
 
 def test_a_lost_shard_of_a_world_of_another_size_is_rebuilt_where_the_decision_says() -> None:
-    engine, cluster, job = training(4)
+    _, cluster, job = training(4)
     job.is_stopped = True
     cluster.destroy("n4", replace_after_s=None)
     later = resized(cluster, job, ["n1", "n2"])
-    assert engine.run_until(lambda: cluster.is_training(later), limit_s=20), later.refusals
-    assert later.decision is not None
-    (lost,) = [source for source in later.decision.sources if source.kind is SourceKind.REBUILD] or [None]
+    cluster.wait_training(later)
+    (lost,) = [source for source in later.decided.sources if source.kind is SourceKind.REBUILD] or [None]
     if lost is not None:  # else it was rebuilt before the world came
         assert lost.rank == 3
         assert len(lost.holders) == 1
@@ -404,7 +383,7 @@ def test_a_coordinator_that_dies_while_shards_are_rebuilt_for_another_layout_is_
 
     assert engine.run_until(is_rebuilding, limit_s=20)
     cluster.crash_coordinator(0.2)  # the next one names owners of its own
-    assert engine.run_until(lambda: cluster.is_training(later), limit_s=40), later.refusals
+    cluster.wait_training(later, limit_s=40)
 
 
 def test_a_job_that_waits_for_a_replacement_is_repaired_meanwhile() -> None:
@@ -431,11 +410,9 @@ def test_a_snapshot_that_is_there_and_cannot_be_staged_is_refused_by_its_reason_
     assert not says("nothing_older", job.refusals[0])
     engine.run_for(0.1)  # every rank hears it
     cluster.nodes["n2"].staging_trouble = ""
-    again(engine, cluster, job, world)
-    assert job.decision is not None
-    assert (job.decision.outcome, job.decision.base is not None) == (Outcome.EXACT, True)
-    assert job.decision.base is not None
-    assert job.decision.base.step >= step
+    cluster.wait_restarted(job, world)
+    assert (job.decided.outcome, job.decided.base is not None) == (Outcome.EXACT, True)
+    assert job.base.step >= step
 
 
 def test_a_node_that_cannot_stage_for_a_moment_costs_no_snapshot() -> None:
@@ -446,12 +423,10 @@ def test_a_node_that_cannot_stage_for_a_moment_costs_no_snapshot() -> None:
     assert engine.run_until(lambda: "abandoned" in {event.kind for event in cluster.core().timeline.all()}, limit_s=20)
     engine.run_for(cluster.lease_s)
     cluster.nodes["n2"].staging_trouble = ""
-    again(engine, cluster, job, world)
+    cluster.wait_restarted(job, world)
     assert job.refusals == []
-    assert job.decision is not None
-    assert job.decision.outcome is Outcome.EXACT
-    assert job.decision.base is not None
-    assert job.decision.base.step >= step
+    assert job.decided.outcome is Outcome.EXACT
+    assert job.base.step >= step
     assert [event.kind for event in cluster.core().timeline.all()].count("abandoned") <= 2, (
         "not again and again at once"
     )
@@ -464,15 +439,13 @@ def test_of_two_worlds_that_wait_the_one_that_came_last_is_served_and_the_other_
     cluster.kill_trainer(job.trainers[0])
     state = cluster.core().runs[RUN]
     assert engine.run_until(lambda: state.recovery.stage is Stage.PREPARE, limit_s=10)
-    first, last = (Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)}) for _ in range(2))
+    first, last = (Job.on(RUN, 4) for _ in range(2))
     for other in (first, last):
         cluster.start_job(other)
         engine.run_for(1)
-    job.is_stopped = True
-    for trainer in list(job.trainers.values()):
-        cluster.kill_trainer(trainer)
+    cluster.stop_job(job)
     cluster.work_s = (0.01, 0.06)
-    assert engine.run_until(lambda: cluster.is_training(last), limit_s=20), last.refusals
+    cluster.wait_training(last)
     engine.run_for(5)
     assert cluster.is_training(last)
     assert first.lives == []
@@ -487,22 +460,20 @@ def test_a_node_that_cannot_record_what_was_decided_refuses_the_world_by_its_rea
     assert "n2: no-room" in job.refusals[0]
     engine.run_for(0.1)  # every rank hears it
     cluster.nodes["n2"].recording_trouble = ""
-    again(engine, cluster, job, world)
-    assert job.decision is not None
-    assert job.decision.base is not None
-    assert job.decision.base.step >= step
+    cluster.wait_restarted(job, world)
+    assert job.base.step >= step
 
 
 def test_a_fresh_start_that_a_node_cannot_take_is_not_decided_anew_in_a_storm() -> None:
     engine, cluster = cluster_of(4)
-    job = Job(RUN, {rank: f"n{rank + 1}" for rank in range(4)})
+    job = Job.on(RUN, 4)
     cluster.nodes["n2"].staging_trouble = "no space left on device"
     cluster.start_job(job)
     engine.run_for(20 * cluster.lease_s)
     decided = [event.kind for event in cluster.core().timeline.all()].count("decided")
     assert 2 <= decided <= 10, "at last three leases apart"
     cluster.nodes["n2"].staging_trouble = ""
-    assert engine.run_until(lambda: cluster.is_training(job), limit_s=20)
+    cluster.wait_training(job)
 
 
 def test_two_kept_snapshots_that_lost_a_node_do_not_keep_the_slots_of_all_that_come() -> None:
@@ -519,7 +490,7 @@ def test_two_kept_snapshots_that_lost_a_node_do_not_keep_the_slots_of_all_that_c
     world, step = job.world_id, job.step
     job.placements[2] = "n2"
     cluster.destroy("n3", replace_after_s=0.1)
-    again(engine, cluster, job, world)
+    cluster.wait_restarted(job, world)
     cluster.restart_daemon("n6", 3.0)  # no snapshot is whole while the base is on probation and has a slot of its own
     assert engine.run_until(lambda: cluster.checker.protected_step(RUN) > step + 20, limit_s=60), "snapshots go on"
 
