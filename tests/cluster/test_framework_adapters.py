@@ -13,8 +13,9 @@ import pytest
 
 from backstay.testing import LocalCluster
 from tests.kit import accelerate_training, lightning_training, transformers_training
-from tests.kit.adapter_tests import QUIET, check_goes_on, check_unchanged, run_script
+from tests.kit.adapter_runs import PARTS, lines_of, steps_of
 from tests.kit.documented import write_example
+from tests.kit.forked_ranks import QUIET, run_script
 from tests.kit.wording import facts_of
 
 CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
@@ -23,7 +24,9 @@ KITS: dict[str, Any] = {
     "lightning": lightning_training,
     "transformers": transformers_training,
 }
-RUNS = [(name, case, rank) for name, kit in KITS.items() for case, size in kit.CASES.items() for rank in range(size)]
+RUNS = [
+    (name, case, rank) for name, kit in KITS.items() for case, (size, _) in kit.CASES.items() for rank in range(size)
+]
 pytestmark = pytest.mark.cluster
 
 
@@ -36,7 +39,7 @@ def runs(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> dic
         def __missing__(self, name: str) -> Path:
             out = made.setdefault(name, tmp_path_factory.mktemp(name))
             self[name] = out
-            run_script(KITS[name].__file__, cluster, out)
+            run_script(KITS[name].__file__, str(cluster.nodes[0].socket), out)
             return out
 
     return Runs()
@@ -46,12 +49,24 @@ def runs(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> dic
 def test_an_attached_framework_takes_the_same_steps_as_one_alone(
     runs: dict[str, Path], name: str, case: str, rank: int
 ) -> None:
-    check_unchanged(runs[name], case, rank)
+    """Until it is killed."""
+    control, first = (steps_of(runs[name], case, part, rank) for part in ("control", "first"))
+    assert 1 < len(first) < len(control)
+    assert list(first.items()) == list(control.items())[: len(first)]
 
 
 @pytest.mark.parametrize(("name", "case", "rank"), RUNS)
 def test_a_killed_framework_goes_on_bit_for_bit(runs: dict[str, Path], name: str, case: str, rank: int) -> None:
-    check_goes_on(runs[name], case, rank, KITS[name].DIE_AT[case])
+    """The restarted run restored the step it died after and took the rest of the control's, and its evaluations."""
+    lines = lines_of(runs[name], case, "second", rank)
+    assert {"restored": KITS[name].CASES[case][1], "outcome": "EXACT"} in lines
+    control, first, second = (steps_of(runs[name], case, part, rank) for part in PARTS)
+    assert second
+    assert list(second.items()) == list(control.items())[-len(second) :]
+    assert len(first) + len(second) >= len(control)
+    wanted = [line for line in lines_of(runs[name], case, "control", rank) if "evaluated" in line]
+    evaluated = [line for line in lines if "evaluated" in line]
+    assert evaluated == wanted[len(wanted) - len(evaluated) :]
 
 
 def _example(cluster: LocalCluster, directory: Path, page: str) -> tuple[int, str, str]:
@@ -79,20 +94,9 @@ def _example(cluster: LocalCluster, directory: Path, page: str) -> tuple[int, st
     return step, end, wanted
 
 
-def test_the_example_of_the_lightning_page_survives_a_kill(cluster: LocalCluster, tmp_path: Path) -> None:
-    step, end, wanted = _example(cluster, tmp_path, "lightning")
+@pytest.mark.parametrize("page", KITS)
+def test_the_example_of_the_page_survives_a_kill(cluster: LocalCluster, tmp_path: Path, page: str) -> None:
+    step, end, wanted = _example(cluster, tmp_path, page)
     assert step >= 5
     assert end == wanted
-    assert (tmp_path / "second").stat().st_size > 1000
-
-
-def test_the_example_of_the_transformers_page_survives_a_kill(cluster: LocalCluster, tmp_path: Path) -> None:
-    step, end, wanted = _example(cluster, tmp_path, "transformers")
-    assert step >= 5
-    assert end == wanted
-
-
-def test_the_example_of_the_accelerate_page_survives_a_kill(cluster: LocalCluster, tmp_path: Path) -> None:
-    step, end, wanted = _example(cluster, tmp_path, "accelerate")
-    assert step >= 5
-    assert end == wanted
+    assert page != "lightning" or (tmp_path / "second").stat().st_size > 1000

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +13,10 @@ from backstay.protocol.messages import GateEntry
 from backstay.restore.gate_statements import WINDOW_BYTES, crc_of
 from backstayd.core.messages.gate import GateReport
 from backstayd.core.recover.gate import Conflict, conflicts_of
+from tests.kit import statement_ranks
+from tests.kit.forked_ranks import run_script
 from tests.kit.local_daemon import LocalDaemon
 from tests.kit.statement_ranks import KINDS, RANKS
-
-SCRIPT = Path(__file__).parents[1] / "kit" / "statement_ranks.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[d
     """By kind, and by rank, what the script wrote."""
     out = tmp_path_factory.mktemp("statements")
     with LocalDaemon() as daemon:
-        command = [sys.executable, str(SCRIPT), "--out", str(out), "--socket", daemon.socket_path]
-        environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr[-6000:]
+        run_script(statement_ranks.__file__, daemon.socket_path, out)
         yield {kind: [json.loads((out / f"{kind}-{r}.json").read_text()) for r in range(RANKS)] for kind in KINDS}
 
 

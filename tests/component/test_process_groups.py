@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +11,10 @@ import torch
 
 import backstay
 from backstay.errors import UsageError
+from tests.kit import group_ranks
+from tests.kit.forked_ranks import run_script
 from tests.kit.group_ranks import GROUPS, RANKS
 from tests.kit.local_daemon import LocalDaemon
-
-SCRIPT = Path(__file__).parents[1] / "kit" / "group_ranks.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +22,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, A
     """By rank of torch.distributed."""
     out = tmp_path_factory.mktemp("groups")
     with LocalDaemon() as daemon:
-        command = [sys.executable, str(SCRIPT), "--out", str(out), "--socket", daemon.socket_path]
-        environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr[-6000:]
+        run_script(group_ranks.__file__, daemon.socket_path, out)
         yield [json.loads((out / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 

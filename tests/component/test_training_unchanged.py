@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.kit import unchanged_training
+from tests.kit.forked_ranks import run_script
 from tests.kit.local_daemon import LocalDaemon
 from tests.kit.unchanged_training import KINDS, OPTIMIZERS, STEPS
 
-SCRIPT = Path(__file__).parents[1] / "kit" / "unchanged_training.py"
 CASES = [(kind, name, rank) for kind, size in KINDS.items() for name in OPTIMIZERS for rank in range(size)]
 
 
@@ -24,10 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("runs")
     with LocalDaemon() as daemon:
         for part in ("control", "first", "second"):
-            command = [sys.executable, str(SCRIPT), "--part", part, "--out", str(out), "--socket", daemon.socket_path]
-            environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-            assert done.returncode == 0, done.stderr[-6000:]
+            run_script(unchanged_training.__file__, daemon.socket_path, out, "--part", part)
         yield out
 
 

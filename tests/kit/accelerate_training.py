@@ -10,48 +10,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
-from tests.kit.adapter_runs import Run, digest, run_all
+from tests.kit.adapter_runs import Noisy, Run, Stream, digest, run_all
 from tests.kit.fsdp_on_cpu import shard_on_cpu
 
-CASES = {
-    "plain": 1,
-    "epoch_end": 1,
-    "workers": 1,
-    "stateful": 1,
-    "stream": 1,
-    "two_loaders": 1,
-    "ddp": 2,
-    "dispatched": 2,
-}
-DIE_AT = {
-    "plain": 5,
-    "epoch_end": 8,
-    "workers": 5,
-    "stateful": 5,
-    "stream": 5,
-    "two_loaders": 5,
-    "ddp": 6,
-    "dispatched": 6,
-}
+CASES = {  # world size, step to die after
+    "plain": (1, 5), "epoch_end": (1, 8), "workers": (1, 5), "stateful": (1, 5), "stream": (1, 5), "two_loaders": (1, 5),
+    "ddp": (2, 6), "dispatched": (2, 6),
+}  # fmt: skip
 ITEMS, EPOCHS, ACCUMULATE = 30, 3, 2
-
-
-class Noisy(Dataset[torch.Tensor]):
-    """Draws from the generators of its process for each item, as augmentations do."""
-
-    def __len__(self) -> int:
-        return ITEMS
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.full((4,), float(index)) + torch.randn(4) * random.random()
-
-
-class Stream(IterableDataset[torch.Tensor]):
-    def __iter__(self) -> Any:
-        for index in range(ITEMS):
-            yield torch.full((4,), float(index)) + torch.randn(4)
 
 
 class Net(nn.Sequential):
@@ -71,13 +39,13 @@ def train(run: Run) -> None:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
-    data: Any = Stream() if run.case in ("stream", "dispatched") else Noisy()
+    data: Any = Stream(ITEMS) if run.case in ("stream", "dispatched") else Noisy(ITEMS)
     loader: Any = DataLoader(
         data, batch_size=3 // run.world_size + 1, shuffle=None if run.case in ("stream", "dispatched") else True,
         num_workers=2 if run.case == "workers" else 0,
     )  # fmt: skip
-    evaluation: Any = DataLoader(Noisy(), batch_size=10)
-    other: Any = DataLoader(Noisy(), batch_size=4, shuffle=True)
+    evaluation: Any = DataLoader(Noisy(ITEMS), batch_size=10)
+    other: Any = DataLoader(Noisy(ITEMS), batch_size=4, shuffle=True)
     model, optimizer, loader, evaluation, scheduler = accelerator.prepare(
         model, optimizer, loader, evaluation, scheduler
     )
@@ -123,4 +91,4 @@ def train(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_all(train, CASES, DIE_AT))
+    sys.exit(run_all(train, CASES))

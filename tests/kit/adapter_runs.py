@@ -14,8 +14,7 @@ import signal
 import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,9 @@ import torch
 import torch._dynamo  # DDP and Trainers load it; once here is quicker than once a process
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset, IterableDataset
+
+from tests.kit.forked_ranks import fork_ranks
 
 PARTS = ("control", "first", "second")
 CHECKED = 2  # the first snapshots are committed at the next fence only
@@ -37,7 +39,6 @@ class Run:
     part: str
     rank: int
     world_size: int
-    socket: str
     out: Path
     die_at: int
 
@@ -67,6 +68,30 @@ class Run:
             assert time.monotonic() < deadline, "another rank never came to the step at which all are killed"
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Noisy(Dataset[torch.Tensor]):
+    """Draws from the generators of its process for each item, as augmentations do."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((4,), float(index)) + torch.randn(4) * random.random()
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """The same without an index."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for index in range(self._count):
+            yield torch.full((4,), float(index)) + torch.randn(4)
 
 
 def digest(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], *others: Any) -> str:
@@ -109,8 +134,8 @@ def lines_of(out: Path, case: str, part: str, rank: int) -> list[dict[str, Any]]
     return [json.loads(line) for line in text.splitlines()]
 
 
-def run_all(train: Callable[[Run], None], cases: Mapping[str, int], die_at: Mapping[str, int]) -> int:
-    """Run each case (name → world size) with the arguments of the command line; 1 if a part failed."""
+def run_all(train: Callable[[Run], None], cases: Mapping[str, tuple[int, int]]) -> int:
+    """Run each case (name → world size, step to die after) with the arguments of the command line; 1 if a part failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", required=True)
     parser.add_argument("--out", required=True, type=Path)
@@ -120,8 +145,9 @@ def run_all(train: Callable[[Run], None], cases: Mapping[str, int], die_at: Mapp
     failures = 0
     for case in wanted:
         for part in PARTS:
-            dies = die_at[case] if part == "first" else 0
-            statuses = _run_part(train, case, part, cases[case], dies, arguments)
+            world_size, die_at = cases[case]
+            dies = die_at if part == "first" else 0
+            statuses = _run_part(train, case, part, world_size, dies, arguments)
             expected = [-signal.SIGKILL] if dies else [0]
             if any(status not in expected for status in statuses):
                 print(f"{case}, {part}: ended with {statuses}, expected {expected}", file=sys.stderr)
@@ -136,58 +162,19 @@ def _run_part(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(world_size):
-        run = Run(
-            case=case,
-            part=part,
-            rank=rank,
-            world_size=world_size,
-            socket=arguments.socket,
-            out=arguments.out,
-            die_at=dies,
-        )
-        children.append(_fork(train, run, port))
-    return _wait(children)
 
-
-def _wait(children: list[int]) -> list[int]:
-    """Exit codes; when one fails, the others are killed: they would wait for it."""
-    codes: dict[int, int] = {}
-    while len(codes) < len(children):
-        child, status = os.wait()
-        codes[child] = os.waitstatus_to_exitcode(status)
-        if codes[child] > 0:
-            for other in set(children) - set(codes):
-                os.kill(other, signal.SIGKILL)
-    return [codes[child] for child in children]
-
-
-def _fork(train: Callable[[Run], None], run: Run, port: int) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        os.environ["BACKSTAY_SOCKET"] = run.socket
-        if run.world_size > 1:
+    def run_rank(rank: int) -> None:
+        os.environ["BACKSTAY_SOCKET"] = arguments.socket
+        if world_size > 1:
             os.environ |= {
-                "RANK": str(run.rank), "LOCAL_RANK": str(run.rank), "WORLD_SIZE": str(run.world_size),
-                "LOCAL_WORLD_SIZE": str(run.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "GLOO_SOCKET_IFNAME": "lo",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": "lo",
+                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
         torch.set_num_threads(1)
-        train(run)
-        if run.part == "control" and "backstay" in sys.modules:
+        train(Run(case=case, part=part, rank=rank, world_size=world_size, out=arguments.out, die_at=dies))
+        if part == "control" and "backstay" in sys.modules:
             raise AssertionError("the control imported backstay")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        status = 0
-    except BaseException:  # noqa: BLE001 - a forked child must end here, whatever happened
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+
+    return fork_ranks(world_size, run_rank)

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import backstay
 from backstay.errors import UsageError
+from tests.kit.forked_ranks import fork_ranks
 
 GROUPS = {"ddp": (0, 2), "fsdp2": (1, 3)}
 RANKS = 4
@@ -108,18 +108,7 @@ def main() -> int:
     parser.add_argument("--out", required=True)
     parser.add_argument("--socket", required=True)
     arguments = parser.parse_args()
-    children = []
-    for rank in range(RANKS):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                run(rank, arguments)
-            except BaseException:  # noqa: BLE001 - a forked child must end here, whatever happened
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(pid)
-    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
+    return max(fork_ranks(RANKS, lambda rank: run(rank, arguments)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import torch.distributed as dist
 
 import backstay.snapshotter
 from tests.kit import layouts
+from tests.kit.forked_ranks import fork_ranks
 from tests.kit.stored import raw_bytes
 
 
@@ -135,25 +135,20 @@ def run_rank(order: dict[str, Any], rank: int, rendezvous: str) -> dict[str, Any
 def run_world(order: dict[str, Any]) -> list[dict[str, Any]]:
     """Fork the ranks and wait for their results; an error is one with the key ``error``."""
     with tempfile.TemporaryDirectory() as directory:
-        pids = []
-        for rank in range(int(order["world_size"])):
-            pid = os.fork()
-            if pid == 0:
-                path = Path(directory, f"result-{rank}")
-                try:
-                    answer = run_rank(order, rank, str(Path(directory, "rendezvous")))
-                except BaseException as error:  # noqa: BLE001 - the parent tells the test
-                    answer = {
-                        "error": f"{type(error).__name__}: {error}",
-                        "reason": getattr(error, "reason", ""),
-                        "trace": traceback.format_exc(),
-                    }
-                path.write_text(json.dumps(answer))
-                os._exit(0)
-            pids.append(pid)
-        for pid in pids:
-            os.waitpid(pid, 0)
-        paths = [Path(directory, f"result-{rank}") for rank in range(len(pids))]
+
+        def run(rank: int) -> None:
+            try:
+                answer = run_rank(order, rank, str(Path(directory, "rendezvous")))
+            except BaseException as error:  # noqa: BLE001 - the parent tells the test
+                answer = {
+                    "error": f"{type(error).__name__}: {error}",
+                    "reason": getattr(error, "reason", ""),
+                    "trace": traceback.format_exc(),
+                }
+            Path(directory, f"result-{rank}").write_text(json.dumps(answer))
+
+        fork_ranks(int(order["world_size"]), run)
+        paths = [Path(directory, f"result-{rank}") for rank in range(int(order["world_size"]))]
         return [json.loads(p.read_text()) if p.exists() else {"error": "the rank was killed"} for p in paths]
 
 

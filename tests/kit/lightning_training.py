@@ -15,29 +15,15 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
-from tests.kit.adapter_runs import Run, digest, run_all
+from tests.kit.adapter_runs import Noisy, Run, Stream, digest, run_all
 
-CASES = {"plain": 1, "epoch_end": 1, "validated": 1, "stateful": 1, "stream": 1, "manual": 1, "ddp": 2, "fsdp2": 2}
-DIE_AT = {"plain": 5, "epoch_end": 5, "validated": 6, "stateful": 6, "stream": 6, "manual": 8, "ddp": 5, "fsdp2": 6}
+CASES = {  # world size, step to die after
+    "plain": (1, 5), "epoch_end": (1, 5), "validated": (1, 6), "stateful": (1, 6), "stream": (1, 6), "manual": (1, 8),
+    "ddp": (2, 5), "fsdp2": (2, 6),
+}  # fmt: skip
 ITEMS, EPOCHS = 36, 3
-
-
-class Noisy(Dataset[torch.Tensor]):
-    """Draws from the generators of its process for each item, as augmentations do."""
-
-    def __len__(self) -> int:
-        return ITEMS
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.full((4,), float(index)) + torch.randn(4) * random.random()
-
-
-class Stream(IterableDataset[torch.Tensor]):
-    def __iter__(self) -> Any:
-        for index in range(ITEMS):
-            yield torch.full((4,), float(index)) + torch.randn(4)
 
 
 class Net(LightningModule):
@@ -139,11 +125,11 @@ def loader_of(run: Run) -> Any:
     if run.case == "stateful":
         from torchdata.stateful_dataloader import StatefulDataLoader
 
-        return StatefulDataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=0)
+        return StatefulDataLoader(Noisy(ITEMS), batch_size=4, shuffle=True, num_workers=0)
     if run.case == "stream":
-        return DataLoader(Stream(), batch_size=4)
+        return DataLoader(Stream(ITEMS), batch_size=4)
     return DataLoader(
-        Noisy(), batch_size=4 // run.world_size, shuffle=True, num_workers=2 if run.case == "plain" else 0
+        Noisy(ITEMS), batch_size=4 // run.world_size, shuffle=True, num_workers=2 if run.case == "plain" else 0
     )
 
 
@@ -158,7 +144,7 @@ def train(run: Run) -> None:
         options["val_check_interval"] = 3
         options["num_sanity_val_steps"] = 1
         callbacks += [EarlyStopping("val_loss", patience=50)]
-        validation = DataLoader(Noisy(), batch_size=18)
+        validation = DataLoader(Noisy(ITEMS), batch_size=18)
     if run.case in ("validated", "manual"):
         callbacks += [ModelCheckpoint(dirpath=run.out / f"{run.case}-files", every_n_train_steps=4)]
     else:
@@ -182,4 +168,4 @@ def train(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_all(train, CASES, DIE_AT))
+    sys.exit(run_all(train, CASES))

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from backstay.protocol import messages
 from backstay.restore import gate_statements, load
 from backstay.trainer import local_tensors, optimizer_state
 from backstay.trainer.process_group import current_world
+from tests.kit.forked_ranks import fork_ranks
 
 KINDS = ("ddp", "fsdp2", "hsdp", "fsdp2_tp")
 VARIANTS = ("clean", "bit", "steps", "moments", "model", "statistic")
@@ -143,18 +143,7 @@ def main() -> int:
     parser.add_argument("--out", required=True)
     parser.add_argument("--socket", required=True)
     arguments = parser.parse_args()
-    children = []
-    for rank in range(RANKS):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                run(rank, arguments)
-            except BaseException:  # noqa: BLE001 - a forked child must end here, whatever happened
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(pid)
-    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
+    return max(fork_ranks(RANKS, lambda rank: run(rank, arguments)))
 
 
 if __name__ == "__main__":

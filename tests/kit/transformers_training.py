@@ -16,8 +16,10 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from tests.kit.adapter_runs import Run, digest, run_all
 from tests.kit.fsdp_on_cpu import shard_on_cpu
 
-CASES = {"plain": 1, "epoch_end": 1, "workers": 1, "evaluated": 1, "stream": 1, "from_file": 1, "ddp": 2, "fsdp2": 2}
-DIE_AT = {"plain": 6, "epoch_end": 5, "workers": 6, "evaluated": 6, "stream": 6, "from_file": 9, "ddp": 6, "fsdp2": 6}
+CASES = {  # world size, step to die after
+    "plain": (1, 6), "epoch_end": (1, 5), "workers": (1, 6), "evaluated": (1, 6), "stream": (1, 6), "from_file": (1, 9),
+    "ddp": (2, 6), "fsdp2": (2, 6),
+}  # fmt: skip
 ITEMS, EPOCHS = 36, 3
 
 
@@ -125,4 +127,4 @@ def train(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_all(train, CASES, DIE_AT))
+    sys.exit(run_all(train, CASES))

@@ -6,12 +6,10 @@ A script: one process imports torch and forks the ranks. With ``--part control``
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import random
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from tests.kit.adapter_runs import digest
+from tests.kit.forked_ranks import fork_ranks
 
 KINDS = {"plain": 1, "ddp": 2, "fsdp2": 2}
 OPTIMIZERS = ("adamw_foreach", "adamw_fused", "sgd_momentum")
@@ -60,31 +60,6 @@ def make(kind: str, name: str) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
 
 
-def digest(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, loss: torch.Tensor) -> str:
-    total = hashlib.sha256(repr(loss.item()).encode())
-
-    def add(value: Any) -> None:
-        if isinstance(value, DTensor):
-            value = value.to_local()
-        if isinstance(value, torch.Tensor):
-            total.update(value.detach().contiguous().view(torch.uint8 if value.ndim else value.dtype).numpy().tobytes())
-        else:
-            total.update(repr(value).encode())
-
-    for _, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        add(tensor)
-    for group in optimizer.param_groups:
-        add({key: value for key, value in group.items() if key != "params"})
-        for parameter in group["params"]:
-            for key, value in sorted(optimizer.state[parameter].items()):
-                add(key)
-                add(value)
-    add(torch.get_rng_state())
-    add(random.getstate())
-    add(sorted(scheduler.state_dict().items()))
-    return total.hexdigest()
-
-
 def train(kind: str, name: str, part: str, socket: str) -> list[str]:
     model, optimizer, scheduler = make(kind, name)
     first, last = {"control": (0, STEPS), "first": (0, STEPS // 2), "second": (STEPS // 2, STEPS)}[part]
@@ -111,7 +86,7 @@ def train(kind: str, name: str, part: str, socket: str) -> list[str]:
         optimizer.zero_grad()
         if keeper is not None:
             keeper.snapshot(step + 1)
-        digests.append(digest(model, optimizer, scheduler, loss))
+        digests.append(digest(model, [optimizer], scheduler.state_dict(), loss))
     if keeper is not None:
         keeper.fence()
         keeper.wait_committed()
@@ -122,7 +97,7 @@ def train(kind: str, name: str, part: str, socket: str) -> list[str]:
     return digests
 
 
-def run_rank(kind: str, rank: int, arguments: argparse.Namespace) -> None:
+def run_rank(kind: str, arguments: argparse.Namespace, rank: int) -> None:
     torch.set_num_threads(1)
     if KINDS[kind] > 1:
         store = f"file://{arguments.out}/{arguments.part}-{kind}.store"
@@ -141,24 +116,8 @@ def main() -> int:
     parser.add_argument("--socket", default="")
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
-    failures = 0
-    for kind, size in KINDS.items():
-        children = []
-        for rank in range(size):
-            pid = os.fork()
-            if pid == 0:
-                status = 1
-                try:
-                    run_rank(kind, rank, arguments)
-                    status = 0
-                except BaseException:  # noqa: BLE001 - a forked child must end here, whatever happened
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(status)
-            children.append(pid)
-        failures += sum(os.waitpid(pid, 0)[1] != 0 for pid in children)
-    return 1 if failures else 0
+    codes = [code for kind, size in KINDS.items() for code in fork_ranks(size, partial(run_rank, kind, arguments))]
+    return max(map(abs, codes))
 
 
 if __name__ == "__main__":
