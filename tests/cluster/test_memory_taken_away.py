@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from backstay.errors import UnavailableError
-from backstay.protocol import messages
-from tests.cluster.test_operator_command import Trainer
 from tests.kit.daemon_process import RunningDaemon, running_daemon
+from tests.kit.trainer import PlainTrainer
 from tests.kit.wording import says
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -46,15 +45,15 @@ def test_a_daemon_whose_memory_is_unmounted_ends_in_one_line_and_its_trainer_is_
     tmpfs_dir: Path, memory: Path, daemons: tuple[RunningDaemon, RunningDaemon]
 ) -> None:
     _, node = daemons
-    trainer = Trainer(str(tmpfs_dir / "socket"))
-    with trainer.connection:
-        restored, _ = trainer.ask(messages.Restore(deadline_s=30.0, world_size=1), messages.Restored)
-        trainer.snapshot(1, attempt=restored.attempt)
-        written = len(node.log.read_text().splitlines())
-        subprocess.run(["umount", "-l", memory], check=True)
-        assert node.process.wait(ENDED_S) == UnavailableError.exit_code
-        trainer.connection.settimeout(ENDED_S)
-        assert trainer.connection.recv(1 << 16) == b"", "the line is cut, which a trainer takes for what it is"
+    trainer = PlainTrainer(tmpfs_dir / "socket")
+    trainer.attach()
+    trainer.restore()
+    trainer.snapshot(1)
+    written = len(node.log.read_text().splitlines())
+    subprocess.run(["umount", "-l", memory], check=True)
+    assert node.process.wait(ENDED_S) == UnavailableError.exit_code
+    assert trainer.socket.recv(1 << 16) == b"", "the line is cut, which a trainer takes for what it is"
+    trainer.close()
     lines = node.log.read_text().splitlines()[written:]
     assert [line for line in lines if says("memory_unmounted", line, directory=memory)] == [lines[-1]]
     assert "Traceback" not in "\n".join(lines)

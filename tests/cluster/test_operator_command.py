@@ -3,83 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
 from backstay import __version__, ids
-from backstay.format import json_records
-from backstay.format.digest import Digester
-from backstay.format.shard import TensorSpec, build_manifest, plan_layout
-from backstay.protocol import framing, messages
+from backstay.protocol import messages
 from backstay.testing import LocalCluster
 from backstayd import cli
+from tests.kit.trainer import PlainTrainer
 from tests.kit.wording import says
 
 CLUSTER = {"nodes": 2, "parity": 1, "lease_s": 1.0}
 RUN = "default/operated"
 DEADLINE_S = 30.0
-Reply = TypeVar("Reply")
-
-
-class Trainer:
-    """Rank 0 of a world of one, in as few lines as the protocol allows."""
-
-    def __init__(self, path: str) -> None:
-        self.world_id = ids.new_incarnation()
-        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.connection.settimeout(DEADLINE_S)
-        self.connection.connect(path)
-        self._ids = iter(range(1, 1000))
-        attach = messages.Attach(run=RUN, world_id=self.world_id, rank=0, world_size=1, collective_timeout_s=1800.0)
-        self.ask(attach, messages.Attached)
-
-    def ask(self, message: Any, expected: type[Reply]) -> tuple[Reply, list[int]]:
-        framing.send_frame(self.connection, message, message_id=next(self._ids))
-        while True:
-            reply, _, fds = framing.receive_frame(self.connection)
-            if not isinstance(reply, messages.Progress):
-                assert isinstance(reply, expected), reply
-                return reply, fds
-
-    def snapshot(self, step: int, *, attempt: int) -> str:
-        """Write and commit a shard of one tensor; returns its digest."""
-        layout = plan_layout([TensorSpec.whole("model.w", "torch.float32", (64, 64))])
-        data = layout.header + os.urandom(layout.size_bytes - layout.header_bytes)
-        reserved, fds = self.ask(
-            messages.Reserve(step=step, size_bytes=layout.size_bytes, wait_s=5.0), messages.Reserved
-        )
-        try:
-            os.pwrite(fds[0], data, 0)
-        finally:
-            os.close(fds[0])
-        digester = Digester(layout)
-        digester.update_span(data)
-        chunk_crcs, tensor_crcs = digester.finish()
-        manifest = build_manifest(
-            layout,
-            run=RUN,
-            attempt=attempt,
-            step=step,
-            rank=0,
-            world_size=1,
-            world_id=self.world_id,
-            chunk_crcs=chunk_crcs,
-            tensor_crcs=tensor_crcs,
-        )
-        commit = messages.Commit(step=step, slot_id=reserved.slot_id, manifest=json_records.to_json(manifest))
-        return self.ask(commit, messages.Committed)[0].digest
 
 
 @pytest.fixture(scope="module")
-def trainer(cluster: LocalCluster) -> Iterator[Trainer]:
-    found = Trainer(str(cluster.nodes[0].socket))
-    with found.connection:
-        yield found
+def trainer(cluster: LocalCluster) -> Iterator[PlainTrainer]:
+    """The only rank of its run."""
+    found = PlainTrainer(cluster.nodes[0].socket, run=RUN, tensor="model.w")
+    found.attach()
+    yield found
+    found.close()
 
 
 def _json(capsys: pytest.CaptureFixture[str], cluster: LocalCluster, *argv: str) -> Any:
@@ -101,11 +49,11 @@ def test_an_unknown_run_is_exit_66_and_one_line(cluster: LocalCluster, capsys: p
 
 
 def test_a_run_is_seen_from_attach_to_protected_and_until_it_is_forgotten(
-    cluster: LocalCluster, trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: LocalCluster, trainer: PlainTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    restored, _ = trainer.ask(messages.Restore(deadline_s=DEADLINE_S, world_size=1), messages.Restored)
+    restored, _ = trainer.restore(deadline_s=DEADLINE_S)
     assert (restored.outcome, restored.step) == ("NONE", 0)
-    digest = trainer.snapshot(1, attempt=restored.attempt)
+    digest = trainer.snapshot(1).manifest.digest
 
     def protected() -> dict[str, Any] | None:
         (run,) = [run for run in _json(capsys, cluster, "status")["runs"] if run["run"] == RUN]
@@ -126,13 +74,14 @@ def test_a_run_is_seen_from_attach_to_protected_and_until_it_is_forgotten(
 
     for command in (["distrust", "operated", "1", "--reason", "tried"], ["trust", "operated"]):
         assert RUN in _text(capsys, cluster, *command), "a run_id that only one job has will do everywhere"
+    cluster.wait_until(lambda: not cluster.run_status(RUN)["distrusted"], DEADLINE_S, "step 1 to be trusted again")
     directory, at = str(tmp_path / "model"), ["--socket", str(cluster.nodes[0].socket)]
     assert cli.main(["export", "operated", "--to", directory, *at]) == 0
     assert says("exported", capsys.readouterr().out, run=RUN, step=1, count=1)
 
     argv = ["forget", RUN, "--coordinator", cluster.coordinator_address]
     assert cli.main(argv) == 64, "a run with a living trainer is not taken from under it"
-    trainer.ask(messages.Finish(keep=True), messages.Done)
+    trainer.call(messages.Finish(keep=True))
     cluster.wait_until(
         lambda: not _json(capsys, cluster, "status")["runs"][0]["sessions"], DEADLINE_S, "the trainer to be detached"
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from backstay.testing.wait import wait_until
+from tests.kit.kubernetes_api import KubernetesApi
 from tests.kit.node import running_node
-from tests.kit.node_api import NodeApi
 
 kubernetes_node = pytest.importorskip(
     "backstayd.kubernetes_cordon", reason="the package kubernetes is not installed: pip install 'backstay[kubernetes]'"
@@ -19,8 +19,8 @@ NAME = "gpu-17"
 
 
 @pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NodeApi]:
-    with NodeApi() as server:
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
+    with KubernetesApi() as server:
         path = tmp_path / "kubeconfig"
         path.write_text(server.kubeconfig())
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
@@ -28,7 +28,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NodeApi]:
         yield server
 
 
-def test_a_node_drains_while_its_kubernetes_node_is_cordoned(api: NodeApi, tmpfs_dir: Path) -> None:
+def test_a_node_drains_while_its_kubernetes_node_is_cordoned(api: KubernetesApi, tmpfs_dir: Path) -> None:
     api.unschedulable[NAME] = False
     with running_node(tmpfs_dir, kubernetes_node=NAME) as node:
         drain = node.node.state.drain
@@ -58,7 +58,7 @@ def test_a_cordon_is_forgotten_where_nobody_looks_at_kubernetes_any_more(tmpfs_d
 
 
 def test_while_the_api_server_refuses_what_was_heard_last_holds_and_the_missing_right_is_named(
-    api: NodeApi, caplog: pytest.LogCaptureFixture
+    api: KubernetesApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     api.unschedulable[NAME] = True
     heard: list[bool] = []
@@ -67,11 +67,11 @@ def test_while_the_api_server_refuses_what_was_heard_last_holds_and_the_missing_
         watch.start()
         try:
             wait_until(lambda: heard, deadline_s=10, why="the first answer")
-            api.status = 403
+            api.is_forbidden = True
             asked, count = len(api.asked), len(heard)
             wait_until(lambda: len(api.asked) > asked + 5, deadline_s=10, why="more questions")
             assert len(heard) <= count + 1
-            api.status = 0
+            api.is_forbidden = False
             wait_until(lambda: len(heard) > count + 1, deadline_s=10, why="answers again")
         finally:
             watch.close()
@@ -83,7 +83,7 @@ def test_while_the_api_server_refuses_what_was_heard_last_holds_and_the_missing_
 
 
 def test_a_node_that_kubernetes_does_not_know_is_said_with_the_setting(
-    api: NodeApi, caplog: pytest.LogCaptureFixture
+    api: KubernetesApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     watch = kubernetes_node.CordonWatch("nobody", on_answer=lambda _: None, poll_s=0.05)
     watch.start()

@@ -20,7 +20,7 @@ from backstayd.election.lease import LeaseRecord, LeaseStore, Timing
 from backstayd.election.stores import open_store, parse
 from tests.kit.cut_proxy import CutProxy
 from tests.kit.etcd import Etcd, needs_etcd, running_etcd
-from tests.kit.lease_server import LeaseServer
+from tests.kit.kubernetes_api import KubernetesApi
 
 ENGINES = [pytest.param("etcd", marks=needs_etcd), "kubernetes"]
 ONE = LeaseRecord(holder="c-1", address="10.0.0.1:7070", term=1, lease_s=9.0)
@@ -34,8 +34,8 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
 
 
 @pytest.fixture
-def lease_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LeaseServer]:
-    with LeaseServer() as server:
+def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
+    with KubernetesApi() as server:
         path = tmp_path / "kubeconfig"
         path.write_text(server.kubeconfig())
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
@@ -61,7 +61,7 @@ def urls(request: pytest.FixtureRequest) -> Callable[[str], str]:
         if engine == "etcd":
             running: Etcd = request.getfixturevalue("etcd")
             return running.url(name)
-        request.getfixturevalue("lease_server")
+        request.getfixturevalue("kubernetes")
         return f"kubernetes://backstay/{name}"
 
     return make
@@ -212,33 +212,33 @@ def test_a_key_that_is_not_ours_is_an_operators_error(etcd: Etcd) -> None:
             store.read()
 
 
-def test_what_kubernetes_refuses_is_an_operators_error_that_names_the_right(lease_server: LeaseServer) -> None:
+def test_what_kubernetes_refuses_is_an_operators_error_that_names_the_right(kubernetes: KubernetesApi) -> None:
     with opened("kubernetes://backstay/lead") as store:
-        lease_server.is_forbidden = True
+        kubernetes.is_forbidden = True
         with pytest.raises(ConfigError, match=r"403.*get, create and update on leases.*namespace backstay"):
             store.read()
-        lease_server.is_forbidden, lease_server.is_failing = False, True
+        kubernetes.is_forbidden, kubernetes.is_failing = False, True
         with pytest.raises(UnavailableError, match="500"):
             store.compare_and_swap(ONE, None)
 
 
-def test_another_writer_of_the_lease_costs_a_look_and_not_the_reign(lease_server: LeaseServer) -> None:
+def test_another_writer_of_the_lease_costs_a_look_and_not_the_reign(kubernetes: KubernetesApi) -> None:
     async def scenario() -> None:
         told: list[str] = []
         election = elect("kubernetes://backstay/lead", "c-1", Timing(lease_s=2.0), told)
         await election.start()
         await until(election.may_act, "it to lead")
         for _ in range(5):
-            before = lease_server.leases["backstay", "lead"]["metadata"]["resourceVersion"]
-            lease_server.touch("backstay", "lead")
+            before = kubernetes.leases["backstay", "lead"]["metadata"]["resourceVersion"]
+            kubernetes.touch("backstay", "lead")
             await until(
                 lambda before=before: (
-                    int(lease_server.leases["backstay", "lead"]["metadata"]["resourceVersion"]) > int(before) + 7
+                    int(kubernetes.leases["backstay", "lead"]["metadata"]["resourceVersion"]) > int(before) + 7
                 ),
                 "it to renew over that",
             )
         assert told == ["c-1 leads 1"]
-        spec = lease_server.leases["backstay", "lead"]["spec"]
+        spec = kubernetes.leases["backstay", "lead"]["spec"]
         assert spec["holderIdentity"] == "c-1:7070_c-1"
         assert spec["leaseTransitions"] == 1
         await election.close()

@@ -23,14 +23,14 @@ from backstayd.core.messages.report import NodeIdentity, NodeReport
 from backstayd.core.recover.numbering import LEAP_GENERATIONS, TERM_GENERATIONS
 from backstayd.transport.link import CoordinatorLink
 from backstayd.transport.operator import OperatorClient
-from tests.kit.lease_server import LeaseServer
+from tests.kit.kubernetes_api import KubernetesApi
 
 LEASE_S = 0.6
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    with LeaseServer() as running:
+    with KubernetesApi() as running:
         path = tmp_path / "kubeconfig"
         path.write_text(running.kubeconfig())
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
@@ -73,7 +73,7 @@ def leads(process: CoordinatorProcess) -> bool:
 
 
 def test_a_standby_says_who_leads_and_takes_over_with_higher_generations(
-    server: LeaseServer, caplog: pytest.LogCaptureFixture
+    server: KubernetesApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
 
@@ -119,7 +119,7 @@ def look_at_both(first: CoordinatorProcess, second: CoordinatorProcess) -> None:
         assert client.get_status()["leader"]["address"] == first.address
 
 
-def test_a_leader_whose_lease_ran_out_while_it_slept_answers_nothing_before_it_looks(server: LeaseServer) -> None:
+def test_a_leader_whose_lease_ran_out_while_it_slept_answers_nothing_before_it_looks(server: KubernetesApi) -> None:
     async def scenario() -> None:
         slept_s = 0.0
         process = CoordinatorProcess(config(), clock=Clock(boot_s=lambda: boot_s() + slept_s))
@@ -154,7 +154,7 @@ def test_terms_leave_room_for_the_leap_after_a_total_loss() -> None:
     assert (2**31) * TERM_GENERATIONS < 2**63, "leaseTransitions is 32 bits, a generation on the wire 64"
 
 
-def test_a_wildcard_cannot_be_what_others_are_told(server: LeaseServer) -> None:
+def test_a_wildcard_cannot_be_what_others_are_told(server: KubernetesApi) -> None:
     async def scenario() -> None:
         settings = {"listen": "0.0.0.0:0", "http": "127.0.0.1:0", "insecure": True}
         process = CoordinatorProcess(CoordinatorConfig(**settings, election="kubernetes://backstay/lead"))
@@ -164,7 +164,7 @@ def test_a_wildcard_cannot_be_what_others_are_told(server: LeaseServer) -> None:
     asyncio.run(scenario())
 
 
-def test_missing_rights_end_the_start_with_what_to_grant(server: LeaseServer) -> None:
+def test_missing_rights_end_the_start_with_what_to_grant(server: KubernetesApi) -> None:
     async def scenario() -> None:
         server.is_forbidden = True
         with pytest.raises(ConfigError, match="get, create and update on leases"):
@@ -173,7 +173,7 @@ def test_missing_rights_end_the_start_with_what_to_grant(server: LeaseServer) ->
     asyncio.run(scenario())
 
 
-def test_a_store_that_is_away_at_the_start_is_waited_for_as_a_standby(server: LeaseServer) -> None:
+def test_a_store_that_is_away_at_the_start_is_waited_for_as_a_standby(server: KubernetesApi) -> None:
     async def scenario() -> None:
         server.is_failing = True
         process = CoordinatorProcess(config())

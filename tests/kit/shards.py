@@ -35,15 +35,18 @@ def make_shard(
     world_id: str = "world",
     payload_bytes: int = 300_000,
     seed: int = 0,
+    tensor: str = "w",
 ) -> MadeShard:
     """One shard of one uint8 tensor of random bytes."""
     payload = random.Random(f"{seed}-{attempt}-{step}-{rank}").randbytes(payload_bytes)
-    header = json.dumps({"w": {"dtype": "U8", "shape": [payload_bytes], "data_offsets": [0, payload_bytes]}}).encode()
+    header = json.dumps(
+        {tensor: {"dtype": "U8", "shape": [payload_bytes], "data_offsets": [0, payload_bytes]}}
+    ).encode()
     header = header.ljust(4096 - 8)
     data = struct.pack("<Q", len(header)) + header + payload
     crcs = "".join(f"{crc32c(data[i : i + CHUNK_BYTES]):08x}" for i in range(0, len(data), CHUNK_BYTES))
-    tensor = TensorEntry(
-        name="w",
+    entry = TensorEntry(
+        name=tensor,
         dtype="U8",
         shape=(payload_bytes,),
         torch_dtype="torch.uint8",
@@ -63,6 +66,6 @@ def make_shard(
         size_bytes=len(data),
         header_bytes=4096,
         chunk_crcs=crcs,
-        tensors=(tensor,),
+        tensors=(entry,),
     )
     return MadeShard(data=data, manifest=manifest)

@@ -29,9 +29,10 @@ class PlainTrainer:
         world_id: str = "world",
         payload_bytes: int = 300_000,
         needs: tuple[int, ...] = (),
+        tensor: str = "w",
     ) -> None:
         self.run, self.rank, self.world_size, self.world_id = run, rank, world_size, world_id
-        self.payload_bytes, self.needs = payload_bytes, needs
+        self.payload_bytes, self.needs, self.tensor = payload_bytes, needs, tensor
         self.attempt = 0
         self.fds: dict[str, int] = {}  # slot id -> descriptor
         self._ids = itertools.count(1)
@@ -99,6 +100,7 @@ class PlainTrainer:
             world_id=self.world_id,
             payload_bytes=self.payload_bytes,
             seed=seed,
+            tensor=self.tensor,
         )
 
     def reserve(

@@ -1,8 +1,8 @@
-"""The part of a Kubernetes API server that keeps Lease objects, over real HTTP: create, read, replace, and what it refuses.
+"""The two parts of a Kubernetes API server that daemons use, over real HTTP: Lease objects, and whether a node is cordoned.
 
-Written after the API's documentation, because no API server can be installed here: resourceVersion changes with every write,
-a replace with a stale one is 409 Conflict, one without it is unconditional; a second create is 409 AlreadyExists; what is not
-there is 404; no right is 403; a record that does not validate is 422.
+Written after the API's documentation, because no API server can be installed here. Leases: resourceVersion changes with every
+write, a replace with a stale one is 409 Conflict, one without it is unconditional; a second create is 409 AlreadyExists; no
+right is 403; what is not there is 404; a record that does not validate is 422. Nodes: answers of the shape that 1.32 gives.
 """
 
 from __future__ import annotations
@@ -13,36 +13,39 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar, Self
 
-_PATH = re.compile(r"/apis/coordination\.k8s\.io/v1/namespaces/([^/?]+)/leases(?:/([^/?]+))?(?:\?.*)?\Z")
+_LEASE = re.compile(r"/apis/coordination\.k8s\.io/v1/namespaces/([^/?]+)/leases(?:/([^/?]+))?(?:\?.*)?\Z")
+_NODE = re.compile(r"/api/v1/nodes/([^/?]+)\Z")
 # metav1.MicroTime is parsed by this layout and no other: a fraction of six digits.
 _MICRO_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)\Z")
 
 
-class LeaseServer:
-    """Attributes: ``leases`` by (namespace, name); ``is_forbidden`` and ``is_failing`` make it refuse or fail."""
+class KubernetesApi:
+    """Attributes: ``leases`` by (namespace, name); ``unschedulable`` by name of a node; ``asked``: paths, in order.
 
-    def __init__(self, token: str = "let-me-in") -> None:
-        self.token = token
+    ``is_forbidden`` and ``is_failing`` make it refuse or fail.
+    """
+
+    def __init__(self) -> None:
+        self.token = "let-me-in"
         self.leases: dict[tuple[str, str], dict[str, Any]] = {}
+        self.unschedulable: dict[str, bool] = {}
+        self.asked: list[str] = []
         self.is_forbidden = self.is_failing = False
         self.lock = threading.Lock()
         self._version = 100
-        handler = type("Handler", (_Handler,), {"server_of": self})
+        handler = type("Handler", (_Handler,), {"api": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
     def kubeconfig(self) -> str:
         """A KUBECONFIG for it; JSON is YAML."""
+        url = f"http://127.0.0.1:{self._server.server_port}"
         return json.dumps(
             {
                 "apiVersion": "v1",
                 "kind": "Config",
-                "clusters": [{"name": "here", "cluster": {"server": self.url}}],
+                "clusters": [{"name": "here", "cluster": {"server": url}}],
                 "users": [{"name": "test", "user": {"token": self.token}}],
                 "contexts": [{"name": "here", "context": {"cluster": "here", "user": "test"}}],
                 "current-context": "here",
@@ -50,7 +53,7 @@ class LeaseServer:
         )
 
     def touch(self, namespace: str, name: str) -> None:
-        """Somebody else writes to the object: an annotation."""
+        """Somebody else writes to the lease: an annotation."""
         with self.lock:
             self.leases[namespace, name]["metadata"]["resourceVersion"] = self.next_version()
 
@@ -69,34 +72,41 @@ class LeaseServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server_of: ClassVar[LeaseServer]
+    api: ClassVar[KubernetesApi]
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        key = self._admit()
-        if key is not None:
-            with self.server_of.lock:
-                found = self.server_of.leases.get(key)
-            self._answer(200, found) if found is not None else self._refuse(404, "NotFound", f"{key[1]!r} not found")
+        self.api.asked.append(self.path)
+        if not self._is_admitted():
+            return
+        if node := _NODE.match(self.path):
+            is_cordoned = self.api.unschedulable.get(node[1])
+            found = None if is_cordoned is None else _node(node[1], is_cordoned=is_cordoned)
+        else:
+            key = self._lease()
+            with self.api.lock:
+                found = self.api.leases.get(key)
+        self._answer(200, found) if found is not None else self._refuse(404, "NotFound", f"{self.path} not found")
 
     def do_POST(self) -> None:
-        key, body = self._admit(), self._body()
-        if key is None or not self._validate(body):
+        body = self._body()
+        if not self._is_admitted() or not self._validate(body):
             return
-        key = (key[0], body["metadata"]["name"])
-        with self.server_of.lock:
-            if key in self.server_of.leases:
+        key = (self._lease()[0], body["metadata"]["name"])
+        with self.api.lock:
+            if key in self.api.leases:
                 self._refuse(409, "AlreadyExists", f"leases {key[1]!r} already exists")
                 return
             self._store(key, body)
         self._answer(201, body)
 
     def do_PUT(self) -> None:
-        key, body = self._admit(), self._body()
-        if key is None or not self._validate(body):
+        body = self._body()
+        if not self._is_admitted() or not self._validate(body):
             return
-        with self.server_of.lock:
-            found = self.server_of.leases.get(key)
+        key = self._lease()
+        with self.api.lock:
+            found = self.api.leases.get(key)
             if found is None:
                 self._refuse(404, "NotFound", f"leases {key[1]!r} not found")
                 return
@@ -110,22 +120,25 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, body)
 
     def _store(self, key: tuple[str, str], body: dict[str, Any]) -> None:
-        body["metadata"] |= {"namespace": key[0], "name": key[1], "resourceVersion": self.server_of.next_version()}
-        self.server_of.leases[key] = body
+        body["metadata"] |= {"namespace": key[0], "name": key[1], "resourceVersion": self.api.next_version()}
+        self.api.leases[key] = body
 
-    def _admit(self) -> tuple[str, str] | None:
-        server, match = self.server_of, _PATH.match(self.path)
-        if match is None:
+    def _lease(self) -> tuple[str, str]:
+        match = _LEASE.match(self.path)
+        return (match[1], match[2] or "") if match is not None else ("", "")
+
+    def _is_admitted(self) -> bool:
+        if not (_LEASE.match(self.path) or _NODE.match(self.path)):
             self._refuse(404, "NotFound", f"the server could not find the requested resource {self.path}")
-        elif self.headers.get("Authorization") != f"Bearer {server.token}":
+        elif self.headers.get("Authorization") != f"Bearer {self.api.token}":
             self._refuse(401, "Unauthorized", "Unauthorized")
-        elif server.is_forbidden:
-            self._refuse(403, "Forbidden", "User cannot access resource leases in API group coordination.k8s.io")
-        elif server.is_failing:
+        elif self.api.is_forbidden:
+            self._refuse(403, "Forbidden", f"User cannot access resource {self.path}")
+        elif self.api.is_failing:
             self._refuse(500, "InternalError", "etcdserver: request timed out")
         else:
-            return match[1], match[2] or ""
-        return None
+            return True
+        return False
 
     def _body(self) -> dict[str, Any]:
         return dict(json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}"))
@@ -145,8 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: int, reason: str, message: str) -> None:
         self._answer(
-            status, {"kind": "Status", "status": "Failure", "reason": reason, "message": message, "code": status}
-        )
+            status,
+            {
+                "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": reason,
+                "message": message, "code": status,
+            },
+        )  # fmt: skip
 
     def _answer(self, status: int, document: dict[str, Any]) -> None:
         body = json.dumps(document).encode()
@@ -158,3 +175,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def _node(name: str, *, is_cordoned: bool) -> dict[str, Any]:
+    """A node that is not cordoned has no ``unschedulable`` at all."""
+    taint = {"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule", "timeAdded": "2026-01-02T03:04:05Z"}
+    labels = {"kubernetes.io/hostname": name}
+    return {
+        "kind": "Node",
+        "apiVersion": "v1",
+        "metadata": {"name": name, "uid": "6b1c", "resourceVersion": "4711", "labels": labels},
+        "spec": {"podCIDR": "10.244.1.0/24", **({"unschedulable": True, "taints": [taint]} if is_cordoned else {})},
+        "status": {
+            "capacity": {"cpu": "96", "memory": "1056Gi"},
+            "conditions": [{"type": "Ready", "status": "True", "reason": "KubeletReady"}],
+            "addresses": [{"type": "InternalIP", "address": "10.0.0.7"}],
+        },
+    }
