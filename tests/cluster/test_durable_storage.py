@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.kit.files import flip_byte
+from tests.kit.files import flip_byte, mounted_tmpfs, remount
 from tests.kit.light_world import light_world
 from tests.kit.object_store import BUCKET, object_store
 from tests.kit.storage_world import (
@@ -139,23 +136,9 @@ def test_retention_keeps_the_last_and_every_nth(directory: Path, tmp_path: Path)
         assert records_in(directory) == [3, 5, 6]
 
 
-@contextmanager
-def small_disk(path: Path, size_bytes: int) -> Iterator[Path]:
-    """A file system of that size, mounted."""
-    path.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "small-disk", str(path)]
-    mounted = subprocess.run(options, capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 def test_a_full_disk_is_said_and_survived_and_the_copy_is_made_when_there_is_room(tmp_path: Path) -> None:
     with (
-        small_disk(tmp_path / "small", 2 * MIB) as disk,
+        mounted_tmpfs(tmp_path / "small", f"size={2 * MIB}") as disk,
         cluster_with(f"file://{disk}", tmp_path) as cluster,
         light_world(cluster, RUN) as world,
     ):
@@ -164,7 +147,7 @@ def test_a_full_disk_is_said_and_survived_and_the_copy_is_made_when_there_is_roo
         cluster.wait_until(lambda: says("storage_full", storage_of(cluster)["problem"]), 30, "the reason")
         world.protect(2)
         assert records_in(disk) == []
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        remount(disk, "size=64m")
         wait_persisted(cluster, 1)
         cluster.wait_until(lambda: storage_of(cluster)["problem"] == "", 30, "the reason to be gone")
 

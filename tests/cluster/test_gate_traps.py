@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 from backstay.testing import LocalCluster
-from backstay.testing.cluster import process_environment
 from backstay.testing.fixtures import LocalClusterFactory
 from backstay.testing.light_rank import layout_of
+from tests.kit.command import printed
 from tests.kit.light_world import SIZE_BYTES, light_world, wait_protected
 from tests.kit.wording import says
 
@@ -27,14 +25,6 @@ def _train(cluster: LocalCluster, last_step: int) -> None:
     with light_world(cluster, RUN) as ranks:
         ranks.start_fresh()
         ranks.protect(*range(1, last_step + 1))
-
-
-def _backstay(cluster: LocalCluster, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "backstayd.cli", *arguments, "--coordinator", cluster.coordinator_address],
-        env=process_environment(), capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    return done.stdout
 
 
 def test_two_ranks_that_go_on_with_one_random_stream_are_both_refused(
@@ -118,7 +108,7 @@ def test_distrust_survives_every_daemon_and_the_coordinator_until_an_operator_ta
     with light_world(cluster, RUN) as ranks:
         answers = ranks.restore_exactly(2, outcome="EXACT_OLDER")
         assert says("distrusted", answers[0]["message"], reason=noted["reason"])
-        assert says("trusted", _backstay(cluster, "trust", RUN), run=RUN, count=1)
+        assert says("trusted", printed(cluster, "trust", RUN), run=RUN, count=1)
         cluster.wait_until(lambda: cluster.run_status(RUN)["distrusted"] == [], 30, "nobody to distrust anything")
 
 
@@ -127,7 +117,7 @@ def test_an_operator_has_an_older_step_restored_and_a_deleted_note_is_written_ag
 ) -> None:
     cluster = _cluster(local_cluster_factory, keep=2)
     _train(cluster, 3)
-    said = _backstay(cluster, "distrust", RUN, "3", "--reason", "jumped")
+    said = printed(cluster, "distrust", RUN, "3", "--reason", "jumped")
     assert says("distrusted_by_operator", said, step=3, run=RUN)
     assert says("older_step", said, step=2, newest=3)
     assert says("distrusted", said, reason="jumped")

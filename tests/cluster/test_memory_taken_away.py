@@ -11,6 +11,7 @@ import pytest
 
 from backstay.errors import UnavailableError
 from tests.kit.daemon_process import RunningDaemon, running_daemon
+from tests.kit.files import mounted_tmpfs
 from tests.kit.trainer import PlainTrainer
 from tests.kit.wording import says
 
@@ -22,13 +23,8 @@ ENDED_S = 30.0
 @pytest.fixture
 def memory(tmpfs_dir: Path) -> Iterator[Path]:
     """A tmpfs of its own."""
-    place = tmpfs_dir / "memory"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=0700", "backstay-test", place], check=True)
-    try:
+    with mounted_tmpfs(tmpfs_dir / "memory", "size=64m,mode=0700") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "-l", place], check=False, capture_output=True)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from backstay.errors import ConfigError, UsageError
-from backstay.testing.daemons import fetch_json
 from backstay.testing.wait import wait_until
 from backstayd import app
 from backstayd.security.credentials import TlsFiles
@@ -177,12 +176,10 @@ def test_a_memory_dir_on_a_disk_is_refused_with_the_mount_that_helps(tmp_path: P
 def test_a_place_that_is_another_daemons_is_left_to_it(tmpfs_dir: Path, tmp_path: Path) -> None:
     memory, sock = tmpfs_dir / "memory", tmpfs_dir / "sock"
     with running_daemon("node", *paths(tmpfs_dir), directory=tmp_path) as daemon:
-        address = daemon.http
         other = str(tmpfs_dir / "other")
         refuse("node", "--memory-dir", str(memory), "--socket", other, facts=(memory, "another running daemon"))
         refuse("node", "--memory-dir", other, "--socket", str(sock), facts=("another daemon", sock, "--socket"))
-        host, _, port = address.rpartition(":")
-        assert fetch_json(host, int(port), "/status.json")["role"] == "node", "the first goes on"
+        assert daemon.status()["role"] == "node", "the first goes on"
 
 
 def test_a_socket_path_with_something_else_in_it_is_not_deleted(tmpfs_dir: Path) -> None:
@@ -247,9 +244,9 @@ def test_the_second_machine_of_a_name_is_refused_by_name_and_the_first_goes_on(
             assert not says("coordinator_lost", first.log.read_text())
             first.process.terminate()
             second.wait_for_line("coordinator_connected")  # the name is free
-    host, _, port = coordinator.http.rpartition(":")
     wait_until(
-        lambda: [node["name"] for node in fetch_json(host, int(port), "/status.json")["nodes"]] == ["n1"],
-        deadline_s=10, why="one node of that name",
-    )  # fmt: skip
+        lambda: [node["name"] for node in coordinator.status()["nodes"]] == ["n1"],
+        deadline_s=10,
+        why="one node of that name",
+    )
     assert "Traceback" not in coordinator.log.read_text(), sys.version

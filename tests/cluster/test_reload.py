@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from backstay.testing.wait import wait_until
 from tests.kit.daemon_process import running_daemon
 from tests.kit.notify_socket import NotifySocket
-
-
-def status(address: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"http://{address}/status.json", timeout=10) as response:
-        document = json.load(response)
-    assert isinstance(document, dict)
-    return document
 
 
 def command_of_coder(pid: int) -> list[str]:
@@ -41,12 +31,12 @@ def test_a_node_takes_over_quota_and_log_and_says_what_needs_a_restart(tmpfs_dir
             "node", "--config", str(config), *paths, directory=tmp_path, env={"NOTIFY_SOCKET": manager.name}
         ) as daemon,
     ):
-        assert status(daemon.http)["memory"]["quota_bytes"] == 64 << 20
+        assert daemon.status()["memory"]["quota_bytes"] == 64 << 20
         config.write_text('[node]\nquota_bytes = "32MiB"\nlog_level = "debug"\ncoders = 2\n')
         daemon.process.send_signal(signal.SIGHUP)
         taken = daemon.wait_for_line("reloaded", left="coders")["taken"]
         assert set(taken.split(", ")) == {"quota_bytes = 33554432", "log_level = 'debug'"}
-        memory = status(daemon.http)["memory"]
+        memory = daemon.status()["memory"]
         assert (memory["quota_bytes"], memory["capacity_bytes"]) == (32 << 20, 32 << 20)
         daemon.wait_for_line("http_request", path="/status.json")
         for coder in psutil.Process(daemon.process.pid).children():
@@ -65,7 +55,7 @@ def test_a_node_takes_over_quota_and_log_and_says_what_needs_a_restart(tmpfs_dir
         why = daemon.wait_for_line("not_reloaded")["why"]
         assert "[node] log_levle" in why
         assert "log_level" in why
-        assert status(daemon.http)["memory"]["quota_bytes"] == 32 << 20
+        assert daemon.status()["memory"]["quota_bytes"] == 32 << 20
 
 
 def test_a_coordinator_takes_over_policies_and_waits_with_what_the_geometry_rests_on(tmp_path: Path) -> None:

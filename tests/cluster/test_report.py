@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 
 from backstay.testing import LocalCluster
 from backstay.testing.fixtures import LocalClusterFactory
+from tests.kit.command import printed
 from tests.kit.training import Training
 from tests.kit.wording import says
 
@@ -19,18 +18,8 @@ RUN_ID = "reported"
 RUN = f"default/{RUN_ID}"
 
 
-def report(cluster: LocalCluster, *arguments: str) -> str:
-    command = [sys.executable, "-m", "backstayd.cli", "report", "--coordinator", cluster.coordinator_address]
-    environment = cluster.operator_environment
-    done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def ledger(cluster: LocalCluster) -> dict[str, Any]:
-    (found,) = json.loads(report(cluster, RUN_ID, "--json"))["runs"]
+    (found,) = json.loads(printed(cluster, "report", RUN_ID, "--json"))["runs"]
     assert found["run"] == RUN
     return dict(found["ledger"])
 
@@ -78,7 +67,7 @@ def test_the_ledger_of_a_real_run_tells_what_happened_to_it(
     job.wait_protected(job.protected_step() + 5)
 
     compare(ledger(cluster), job)
-    text = report(cluster, RUN)
+    text = printed(cluster, "report", RUN)
     assert "trainer_died" in text
     assert "node_lost" in text
     assert "goodput 0." in text

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from backstay.testing.cluster import process_environment
-from backstay.testing.daemons import fetch_json
 from backstay.testing.ports import free_port
 from backstay.testing.wait import wait_until
 from tests.kit.daemon_process import RunningDaemon, running_daemon
@@ -113,17 +112,12 @@ def start_trainer(base: Path, rank: int, socket: Path, port: int) -> subprocess.
     return subprocess.Popen(argv, env=environment)
 
 
-def status_of(daemon: RunningDaemon) -> dict[str, Any]:
-    host, _, port = daemon.http.rpartition(":")
-    return fetch_json(host, int(port), "/status.json")
-
-
 def test_two_sandboxed_nodes_protect_a_run_of_another_user(base: Path, coordinator: RunningDaemon) -> None:
     address = coordinator.wait_for_line("coordinator_listens")["address"]
     address = address.replace("127.0.0.1", "localhost")  # names are resolved in the sandbox, too
     with sandboxed_node(base, "n0", address) as first, sandboxed_node(base, "n1", address) as second:
         wait_until(
-            lambda: len(status_of(coordinator)["nodes"]) == 2,
+            lambda: len(coordinator.status()["nodes"]) == 2,
             deadline_s=60,
             why="both nodes to report",
             evidence=lambda: first.log.read_text() + coordinator.log.read_text(),
@@ -137,7 +131,7 @@ def test_two_sandboxed_nodes_protect_a_run_of_another_user(base: Path, coordinat
             )  # fmt: skip
             assert [trainer.returncode for trainer in trainers] == [None, None], "a trainer ended early"
             for daemon, trainer in zip((first, second), trainers, strict=True):
-                (session,) = status_of(daemon)["runs"][0]["sessions"]
+                (session,) = daemon.status()["runs"][0]["sessions"]
                 assert session["pid"] == trainer.pid
         finally:
             (base / "stop").touch()
@@ -151,7 +145,7 @@ def test_two_sandboxed_nodes_protect_a_run_of_another_user(base: Path, coordinat
 
 
 def is_protected(coordinator: RunningDaemon) -> bool:
-    return any(run["protected_step"] > 0 for run in status_of(coordinator)["runs"])
+    return any(run["protected_step"] > 0 for run in coordinator.status()["runs"])
 
 
 def check_sandbox(daemon: RunningDaemon) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pty
 import signal
@@ -11,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
+from backstay.testing.command_process import CommandProcess
 from backstay.testing.wait import wait_until
 from tests.kit.chromium import Page, browse
+from tests.kit.command import printed
 from tests.kit.light_world import light_world, wait_protected
 from tests.kit.wording import says
 
@@ -124,33 +124,12 @@ def test_both_watches_outlive_a_coordinator_and_say_that_it_is_away(cluster: Loc
     os.close(main)
 
 
-class Fleet:
-    """Many simulated nodes in a process of their own, reporting to a real coordinator."""
-
-    def __init__(self, cluster: LocalCluster, node_count: int) -> None:
-        arguments = [cluster.coordinator_address, str(node_count), "1", "2.0"]
-        environment = process_environment()
-        environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[2])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kit.many_nodes", *arguments],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=20)
-
-
 def test_many_nodes_are_protected_seen_and_lost_over_real_lines() -> None:
     with LocalCluster(1, lease_s=2.0) as cluster:
-        fleet = Fleet(cluster, MANY)
+        environment = process_environment()
+        environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[2])
+        argv = [sys.executable, "-m", "tests.kit.many_nodes", cluster.coordinator_address, str(MANY), "1", "2.0"]
+        fleet = CommandProcess(argv, name="fleet", environment=environment, log=cluster.keeper.log_dir / "fleet.log")
         try:
             fleet.ask("join")
             fleet.ask("train")
@@ -165,13 +144,9 @@ def test_many_nodes_are_protected_seen_and_lost_over_real_lines() -> None:
             verdict = cluster.run_status("many/run-1")["verdict"]
             assert verdict["survives"] == 1
             assert "node-0007" in verdict["reason"]
-            answer = subprocess.run(
-                [sys.executable, "-m", "backstayd.cli", "status", "--coordinator", cluster.coordinator_address],
-                env=process_environment() | {"BACKSTAY_INSECURE": "true"}, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            assert answer.returncode == 0, answer.stderr
-            assert f"{MANY} live, 1 lost" in answer.stdout
-            assert says("nodes_not_listed", answer.stdout, count=MANY)
-            assert says("weaker_groups", answer.stdout, count=1)
+            status = printed(cluster, "status")
+            assert f"{MANY} live, 1 lost" in status
+            assert says("nodes_not_listed", status, count=MANY)
+            assert says("weaker_groups", status, count=1)
         finally:
             fleet.close()

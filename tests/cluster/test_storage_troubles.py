@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import urllib.error
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from backstay.testing import LocalCluster
 from backstayd import cli
+from tests.kit.files import mounted_tmpfs, remount
 from tests.kit.light_world import light_world
 from tests.kit.object_store import BUCKET, object_store
 from tests.kit.storage_world import RUN, cluster_with, persist, records_in, storage_of, wait_persisted
@@ -28,26 +26,8 @@ def wait_problem(cluster: LocalCluster, key: str, **facts: object) -> None:
     )  # fmt: skip
 
 
-@contextmanager
-def mounted(path: Path) -> Iterator[Path]:
-    """A file system of its own: even root may not write there while it is read-only."""
-    path.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=64m", "storage", str(path)]
-    done = subprocess.run(argv, capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"cannot mount here: {done.stderr.decode().strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def remount(path: Path, mode: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{mode}", str(path)], check=True)
-
-
 def test_storage_that_may_not_be_written_is_said_and_copied_to_once_it_may(tmp_path: Path) -> None:
-    with mounted(tmp_path / "storage") as directory:
+    with mounted_tmpfs(tmp_path / "storage", "size=64m") as directory:
         remount(directory, "ro")
         with cluster_with(f"file://{directory}", tmp_path) as cluster, light_world(cluster, RUN) as world:
             world.start_fresh()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from backstay.testing import LocalCluster
+from tests.kit.command import backstay
 from tests.kit.light_world import light_world, wait_protected
 from tests.kit.wording import says
 
@@ -16,12 +15,6 @@ pytest.importorskip("cryptography")
 
 CLUSTER = {"nodes": 4, "parity": 1, "lease_s": 1.5, "tls": True}
 BIG = 24 * 1024 * 1024
-
-
-def backstay(cluster: LocalCluster, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "backstayd.cli", *argv]
-    env = cluster.operator_environment | environment
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 def serial_numbers(cluster: LocalCluster) -> dict[str, bytes]:

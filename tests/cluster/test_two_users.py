@@ -19,7 +19,6 @@ from tests.cluster.test_sandbox import (
     pytestmark,
     sandboxed_node,
     start_trainer,
-    status_of,
 )
 from tests.kit.daemon_process import RunningDaemon, running_daemon
 from tests.kit.neighbour import SLOT_BYTES
@@ -40,7 +39,7 @@ def start_neighbour(base: Path, options: dict[str, object]) -> subprocess.Popen[
 
 
 def protected_step(coordinator: RunningDaemon) -> int:
-    return max((run["protected_step"] for run in status_of(coordinator)["runs"] if run["run"] == RUN), default=0)
+    return max((run["protected_step"] for run in coordinator.status()["runs"] if run["run"] == RUN), default=0)
 
 
 def test_a_user_can_neither_read_nor_list_nor_evict_nor_starve_what_is_anothers(tmpfs_dir: Path) -> None:
@@ -62,7 +61,7 @@ def test_a_user_can_neither_read_nor_list_nor_evict_nor_starve_what_is_anothers(
             sandboxed_node(base, "n0", address, env=quota) as first,
             sandboxed_node(base, "n1", address, env=quota) as second,
         ):
-            wait_until(lambda: len(status_of(coordinator)["nodes"]) == 2, deadline_s=60, why="both nodes to report")
+            wait_until(lambda: len(coordinator.status()["nodes"]) == 2, deadline_s=60, why="both nodes to report")
             port = free_port()
             trainers = [start_trainer(base, rank, base / f"n{rank}" / "run" / "sock", port) for rank in (0, 1)]
             neighbour = None

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from backstay.testing.cluster import process_environment
+from backstay.testing.daemons import fetch_json
 from backstay.testing.wait import wait_until
 from tests.kit.wording import facts_of, says
 
@@ -43,6 +45,11 @@ class RunningDaemon:
     def http(self) -> str:
         """``host:port`` of its HTTP server, once it serves."""
         return self.wait_for_line("http_served")["http"]
+
+    def status(self) -> dict[str, Any]:
+        """Its status document."""
+        host, _, port = self.http.rpartition(":")
+        return fetch_json(host, int(port), "/status.json")
 
 
 def environment_of(role: str, extra: Mapping[str, str]) -> dict[str, str]:

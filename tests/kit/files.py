@@ -1,9 +1,14 @@
-"""Files that daemons own: listed while they are renamed and removed, and damaged in place."""
+"""Files that daemons own: listed while they are renamed and removed, damaged in place, on file systems of their own."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 
 def files_in(directory: Path, pattern: str = "*") -> dict[Path, os.stat_result]:
@@ -17,6 +22,24 @@ def files_in(directory: Path, pattern: str = "*") -> dict[Path, os.stat_result]:
             except FileNotFoundError:  # renamed or removed since it was listed
                 continue
     return dict(sorted(found.items()))
+
+
+@contextmanager
+def mounted_tmpfs(path: Path, options: str) -> Iterator[Path]:
+    """A file system of its own at ``path``, which is made; the test is skipped where nothing can be mounted."""
+    path.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", options, "backstay-test", str(path)]
+    mounted = subprocess.run(argv, capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=False, capture_output=True)
+
+
+def remount(path: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)
 
 
 def flip_byte(path: Path, offset: int | None = None) -> None:
