@@ -7,7 +7,7 @@ import signal
 import ssl
 import subprocess
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlencode
@@ -21,6 +21,26 @@ from backstay.testing.wait import wait_until
 
 ETCD = shutil.which("etcd")
 needs_etcd = pytest.mark.skipif(ETCD is None, reason="etcd is not installed: apt-get install etcd-server")
+
+
+def etcd_argv(data: Path, address: str, peer: str, files: Mapping[str, str]) -> list[str]:
+    """One member that clients reach at ``address``; both sides show certificates if it is given ``files``."""
+    client = f"{'https' if files else 'http'}://{address}"
+    argv = ["etcd", "--data-dir", str(data), "--log-level", "error"]
+    argv += ["--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer]
+    argv += ["--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"]
+    if files:
+        argv += ["--client-cert-auth", "--trusted-ca-file", files["ca"]]
+        argv += ["--cert-file", files["cert"], "--key-file", files["key"]]
+    return argv
+
+
+def issue(authority: trustme.CA, host: str, files: Mapping[str, str]) -> None:
+    """Write a certificate for ``host``, its key and its authority into ``files``."""
+    certificate = authority.issue_cert(host)
+    authority.cert_pem.write_to_path(files["ca"])
+    certificate.private_key_pem.write_to_path(files["key"])
+    certificate.cert_chain_pems[0].write_to_path(files["cert"])
 
 
 class Etcd:
@@ -42,15 +62,8 @@ class Etcd:
         return {name: str(self._directory / f"{who}.{name}") for name in ("ca", "cert", "key")}
 
     def start(self) -> None:
-        assert ETCD is not None
-        client = f"{'https' if self._is_tls else 'http'}://{self.address}"
-        argv = [ETCD, "--data-dir", str(self._directory / "data"), "--log-level", "error"]
-        argv += ["--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", self._peer]
-        argv += ["--initial-advertise-peer-urls", self._peer, "--initial-cluster", f"default={self._peer}"]
-        if self._is_tls:
-            made = self._make_certificates()
-            argv += ["--client-cert-auth", "--trusted-ca-file", made["ca"]]
-            argv += ["--cert-file", made["cert"], "--key-file", made["key"]]
+        files = self._make_certificates() if self._is_tls else {}
+        argv = etcd_argv(self._directory / "data", self.address, self._peer, files)
         with (self._directory / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
         wait_until(self._is_healthy, deadline_s=60, why="etcd to be healthy")
@@ -58,10 +71,7 @@ class Etcd:
     def _make_certificates(self) -> dict[str, str]:
         authority = trustme.CA()
         for who in ("server", "client"):
-            certificate = authority.issue_cert("127.0.0.1")
-            authority.cert_pem.write_to_path(self.files(who)["ca"])
-            certificate.private_key_pem.write_to_path(self.files(who)["key"])
-            certificate.cert_chain_pems[0].write_to_path(self.files(who)["cert"])
+            issue(authority, "127.0.0.1", self.files(who))
         return self.files("server")
 
     def kill(self) -> None:

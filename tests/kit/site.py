@@ -22,6 +22,7 @@ import trustme
 from backstay.errors import UnavailableError
 from backstay.testing.ports import free_port
 from backstay.testing.wait import wait_until
+from tests.kit.etcd import etcd_argv, issue
 from tests.kit.machines import Machine, Network
 from tests.kit.prometheus import Prometheus, aim_at, install, require
 
@@ -115,17 +116,9 @@ class Site:
         """etcd with certificates of its own; returns the setting ``election``."""
         home, address = self.directory / "etcd", self.watch.address
         home.mkdir()
-        authority = trustme.CA()
         files = {name: str(home / f"{name}.pem") for name in ("ca", "cert", "key")}
-        certificate = authority.issue_cert(address)
-        authority.cert_pem.write_to_path(files["ca"])
-        certificate.cert_chain_pems[0].write_to_path(files["cert"])
-        certificate.private_key_pem.write_to_path(files["key"])
-        client, peer = f"https://{address}:2379", f"http://{address}:2380"
-        argv = ["etcd", "--data-dir", str(home / "data"), "--log-level", "error", "--client-cert-auth"]
-        argv += ["--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer]
-        argv += ["--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"]
-        argv += ["--trusted-ca-file", files["ca"], "--cert-file", files["cert"], "--key-file", files["key"]]
+        issue(trustme.CA(), address, files)
+        argv = etcd_argv(home / "data", f"{address}:2379", f"http://{address}:2380", files)
         self.watch.spawn(argv, name="etcd")
         return f"etcd://{address}:2379/backstay?" + "&".join(f"{name}={path}" for name, path in files.items())
 
