@@ -155,10 +155,7 @@ def test_a_full_disk_is_said_and_survived_and_the_copy_is_made_when_there_is_roo
 def test_a_directory_that_is_not_mounted_is_refused_for_a_new_run_with_the_next_step(tmp_path: Path) -> None:
     missing = tmp_path / "not-mounted"
     with cluster_with(f"file://{missing}", tmp_path) as cluster, light_world(cluster, RUN) as world:
-        world.attach()
-        for rank in world.ranks:
-            rank.send("restore")
-        (answer, *_) = [rank.receive() for rank in world.ranks]
+        answer = world.restore()[0]
         assert answer["error"] == "UnrecoverableError"
         assert says("storage_absent", answer["message"], directory=missing / RUN)
         missing.mkdir()

@@ -36,7 +36,7 @@ def test_two_ranks_that_go_on_with_one_random_stream_are_both_refused(
         ranks.restore_exactly(1)
         for rank in ranks.ranks:
             rank.send("gate", entries=[*SAID, ["rng: stream 0", [rank.rank], ""]])
-        answers = [rank.receive() for rank in ranks.ranks]
+        answers = ranks.answers()
         assert [answer["state"] for answer in answers] == ["failed"] * 2
         assert says("gate_two_owners", answers[0]["message"], what="rng: stream 0", ranks="ranks 0 and 1")
     cluster.wait_until(

@@ -82,9 +82,7 @@ def test_a_kill_while_a_shard_is_fetched_from_storage_does_not_change_what_is_re
     fault = {"BACKSTAY_FAULTS": f"{point},{FETCH_POINTS[point]},once={marker}:killgroup"}
     with cluster_with(url, tmp_path, env=fault) as cluster:
         with light_world(cluster, RUN) as world:
-            world.attach()
-            for rank in world.ranks:
-                rank.send("restore")
+            world.begin_restore()
             cluster.wait_until(marker.exists, 60, f"point {point} to be reached")
             cluster.wait_until(lambda: dead_daemons(cluster), 20, "a daemon to die")
             world.kill()

@@ -22,9 +22,6 @@ def test_a_world_on_other_nodes_is_refused_after_a_restart_of_the_coordinator_an
         cluster.kill_coordinator()
         cluster.destroy_nodes((0, 1))
         cluster.start_coordinator()
-        second.attach()
-        for rank in second.ranks:
-            rank.send("restore")
-        answers = [rank.receive() for rank in second.ranks]
+        answers = second.restore()
         assert {answer["error"] for answer in answers} == {"UnrecoverableError"}, answers
         assert says("last_ran_on", answers[0]["message"]), answers[0]

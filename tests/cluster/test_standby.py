@@ -58,9 +58,7 @@ def interrupted_recovery(cluster: LocalCluster, marker: Path) -> Iterator[Ranks]
     cluster.destroy_node(1)
     cluster.replace_node(1)
     with light_world(cluster, RUN) as world:
-        world.attach()
-        for rank in world.ranks:
-            rank.send("restore")
+        world.begin_restore()
         cluster.wait_until(marker.exists, 60, "the leader to reach its fault")
         yield world
 
@@ -121,7 +119,7 @@ def test_a_leader_that_is_killed_or_frozen_in_a_recovery_is_followed_by_the_stan
     with new_cluster(etcd, tmp_path, fault=fault) as cluster, interrupted_recovery(cluster, marker) as world:
         old, new = cluster.coordinators
         wait_leader(cluster, 1)
-        world.check_restored([rank.receive() for rank in world.ranks], 2)
+        world.check_restored(world.answers(), 2)
         world.protect(3)
         if action == "kill":
             cluster.restart_coordinator(index=0)
@@ -152,7 +150,7 @@ def test_a_leader_cut_off_from_etcd_or_from_the_nodes_in_a_recovery_is_followed(
         cluster.thaw(old.name)
         wait_leader(cluster, 1)
         assert not old.is_leading(), "it ended before the other began"
-        world.check_restored([rank.receive() for rank in world.ranks], 2)
+        world.check_restored(world.answers(), 2)
         world.protect(3)
         to_etcd.mend()
         assert_refused(cluster, old, new)

@@ -60,14 +60,11 @@ def test_a_daemon_that_recorded_and_restarted_opens_the_files_again_before_it_re
     marker = tmp_path / "died"
     fault = {"BACKSTAY_FAULTS": f"recorded_on_some,once={marker}:kill"}
     with cluster_with(url, tmp_path, coordinator_env=fault) as cluster, light_world(cluster, RUN) as world:
-        world.attach()
-        for rank in world.ranks:
-            rank.send("restore")
+        world.begin_restore()
         cluster.wait_until(marker.exists, 60, "some host to have recorded the decision")
         for node in cluster.nodes:
             cluster.kill_daemon(node.index)
-        for rank in world.ranks:
-            rank.receive()  # its daemon is gone
+        world.answers()  # their daemons are gone
         cluster.restart_coordinator()
         for index in dead_daemons(cluster):
             cluster.restart_daemon(index)

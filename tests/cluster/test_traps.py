@@ -80,13 +80,11 @@ def test_trainers_and_coordinator_restarting_together_never_begin_at_nothing(
         first.protect(1, 2, 3)
         cluster.kill_coordinator()
         first.kill()
-        second.attach()
-        for rank in second.ranks:
-            rank.send("restore")
+        second.begin_restore()
         assert not second.ranks[0].has_answered(LEASE_S), "nobody is there to decide, so nothing may be answered"
         cluster.start_coordinator()
 
-        second.check_restored([rank.receive() for rank in second.ranks], 3)
+        second.check_restored(second.answers(), 3)
 
 
 def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(
@@ -104,7 +102,7 @@ def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(
         cluster.destroy_node(3)
         second.ranks[3].send("restore")
 
-        second.check_restored([rank.receive() for rank in second.ranks], 2)
+        second.check_restored(second.answers(), 2)
 
 
 def test_two_jobs_at_once_do_not_see_each_other(local_cluster_factory: LocalClusterFactory) -> None:

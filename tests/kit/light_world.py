@@ -98,12 +98,22 @@ class Ranks:
     def ask_all(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
         for rank in self.ranks:
             rank.send(do, **arguments)
-        return [rank.receive() for rank in self.ranks]
+        return self.answers()
 
     def restore(self, **arguments: Any) -> list[dict[str, Any]]:
         """Attach and restore on all ranks; the answers in rank order, errors included."""
         self.attach()
         return self.ask_all("restore", **arguments)
+
+    def begin_restore(self) -> None:
+        """Attach and ask to restore on all ranks, and wait for no answer; see :meth:`answers`."""
+        self.attach()
+        for rank in self.ranks:
+            rank.send("restore")
+
+    def answers(self) -> list[dict[str, Any]]:
+        """The next answer of each rank, errors included."""
+        return [rank.receive() for rank in self.ranks]
 
     def start_fresh(self, **arguments: Any) -> None:
         """Attach with ``arguments`` and restore where nothing was kept; anything but NONE on every rank fails the test."""

@@ -61,44 +61,38 @@ def _begin(path: Any) -> backstay.dcp.Store:
     return store
 
 
-class DcpWriter(backstay.dcp.BackstayWriter):
-    """As FileSystemWriter is made and used: by a path, for any number of saves."""
+class _ByPath:
+    """What PyTorch's writers and readers of files have in common: they are made with a path, and are not for URLs."""
 
     def __init__(self, path: Any, *_: Any, **__: Any) -> None:
         self._path = path
 
     def reset(self, checkpoint_id: Any = None) -> None:
         self._path = checkpoint_id or self._path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return "://" not in os.fspath(checkpoint_id)
+
+
+class DcpWriter(_ByPath, backstay.dcp.BackstayWriter):
+    """As FileSystemWriter is made and used: by a path, for any number of saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
         store = _begin(self._path)
         step = (store.step or 0) + 1
         store.writer(step)
-        super().__init__(store, step)
+        backstay.dcp.BackstayWriter.__init__(self, store, step)
 
     def finish(self, metadata: Any, results: Any) -> None:
         super().finish(metadata, results)
         assert self.wait_complete(DEADLINE_S)
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
 
-
-class DcpReader(backstay.dcp.BackstayReader):
-    def __init__(self, path: Any, *_: Any, **__: Any) -> None:
-        self._path = path
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        self._path = checkpoint_id or self._path
-
+class DcpReader(_ByPath, backstay.dcp.BackstayReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        super().__init__(_begin(self._path))
+        backstay.dcp.BackstayReader.__init__(self, _begin(self._path))
         return super().read_metadata(*args, **kwargs)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
 
 
 def _url(path: Any) -> str:
@@ -106,28 +100,20 @@ def _url(path: Any) -> str:
     return text if "://" in text else f"backstay://{JOB}/{_run_id(path)}/checkpoint"
 
 
-class FilesWriter(FsspecWriter):  # type: ignore[misc]
+class _ByUrl(_ByPath):
     def __init__(self, path: Any, *args: Any, **options: Any) -> None:
-        super().__init__(_url(path), *args, **options)
+        super(_ByPath, self).__init__(_url(path), *args, **options)
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        super().reset(_url(checkpoint_id) if checkpoint_id else None)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
+        super(_ByPath, self).reset(_url(checkpoint_id) if checkpoint_id else None)  # type: ignore[misc]
 
 
-class FilesReader(FsspecReader):  # type: ignore[misc]
-    def __init__(self, path: Any, *args: Any, **options: Any) -> None:
-        super().__init__(_url(path), *args, **options)
+class FilesWriter(_ByUrl, FsspecWriter):  # type: ignore[misc]
+    """Through ``backstay://``."""
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        super().reset(_url(checkpoint_id) if checkpoint_id else None)
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
+class FilesReader(_ByUrl, FsspecReader):  # type: ignore[misc]
+    """Through ``backstay://``."""
 
 
 def _patch(storage: str) -> None:

@@ -28,10 +28,10 @@ def keep_stored(node: Node, run: str, desired: StorageDesired) -> None:
             node.job(run, ("prune", item), _prune, node, run, item)
     for mark in desired.distrust:
         if mark.snapshot_id not in work.marked:
-            node.job(run, ("distrust", mark.snapshot_id), _mark, node, run, mark)
+            node.job(run, ("distrust", mark.snapshot_id), _mark, node, run, mark, False)
     for mark in desired.trust:
         if mark.snapshot_id not in work.struck:
-            node.job(run, ("trust", mark.snapshot_id), _strike, node, run, mark)
+            node.job(run, ("trust", mark.snapshot_id), _mark, node, run, mark, True)
 
 
 def _survey(node: Node, run: str, survey_id: str) -> bool:
@@ -110,24 +110,14 @@ def _prune(node: Node, run: str, item: Stored) -> bool:
     return True
 
 
-def _mark(node: Node, run: str, item: Distrusted) -> bool:
-    wanted = _wanted(node, run)
-    if wanted is None or item not in wanted.distrust:
+def _mark(node: Node, run: str, item: Distrusted, is_struck: bool) -> bool:
+    """Write the mark of a distrusted snapshot, or strike it out."""
+    wanted, storage, work = _wanted(node, run), node.cluster.storage, node.work[run]
+    if wanted is None or item not in (wanted.trust if is_struck else wanted.distrust):
         return wanted is not None
-    if node.cluster.storage.mark(run, item):
+    if (storage.strike if is_struck else storage.mark)(run, item):
         return False
-    node.work[run].marked.add(item.snapshot_id)
-    node.changed()
-    return True
-
-
-def _strike(node: Node, run: str, item: Distrusted) -> bool:
-    wanted = _wanted(node, run)
-    if wanted is None or item not in wanted.trust:
-        return wanted is not None
-    if node.cluster.storage.strike(run, item):
-        return False
-    node.work[run].struck.add(item.snapshot_id)
+    (work.struck if is_struck else work.marked).add(item.snapshot_id)
     node.changed()
     return True
 
