@@ -157,7 +157,7 @@ def test_a_directory_that_is_not_mounted_is_refused_for_a_new_run_with_the_next_
     with cluster_with(f"file://{missing}", tmp_path) as cluster, light_world(cluster, RUN) as world:
         answer = world.restore()[0]
         assert answer["error"] == "UnrecoverableError"
-        assert says("storage_absent", answer["message"], directory=missing / RUN)
+        assert says("storage_absent", answer["message"], directory=missing)
         missing.mkdir()
     with cluster_with(f"file://{missing}", tmp_path) as cluster, light_world(cluster, RUN) as world:
         world.start_fresh()
