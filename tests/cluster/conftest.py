@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import local_cluster, local_cluster_factory
+from backstay.testing.fixtures import local_cluster_factory as new_cluster
 
-__all__ = ["local_cluster", "local_cluster_factory"]
+__all__ = ["new_cluster"]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from backstay.testing.ports import free_port
 from tests.kit.light_world import light_world
 from tests.kit.wording import says
@@ -42,9 +42,9 @@ def _ended(processes: list[subprocess.Popen[bytes]], out: Path, absent: int) -> 
 
 
 def test_restore_ends_at_its_deadline_and_names_the_rank_that_never_called_it(
-    local_cluster_factory: LocalClusterFactory, tmp_path: Path
+    new_cluster: NewCluster, tmp_path: Path
 ) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=1.0)
+    cluster = new_cluster(2, 1, lease_s=1.0)
     for found in _ended(_world(cluster, tmp_path / "one", absent=1), tmp_path / "one", absent=1):
         assert (found["error"], found["reason"]) == ("UnavailableError", "deadline"), found
         assert f"rank 1 of {RANKS}" in found["message"]
@@ -53,10 +53,8 @@ def test_restore_ends_at_its_deadline_and_names_the_rank_that_never_called_it(
         assert "rank 0" in found["message"]
 
 
-def test_a_rank_that_takes_no_snapshots_is_named_to_the_others_and_in_the_status(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=1.0)
+def test_a_rank_that_takes_no_snapshots_is_named_to_the_others_and_in_the_status(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(2, 1, lease_s=1.0)
     with light_world(cluster, RUN) as world:
         world.start_fresh()
         only, quiet = world.ranks

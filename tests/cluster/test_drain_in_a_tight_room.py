@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from backstay.testing.rolling import drain
 from tests.kit.light_world import light_world
 from tests.kit.wording import says
@@ -12,10 +12,8 @@ SIZE_BYTES = 6 << 20
 QUOTA_BYTES = 33 * SIZE_BYTES // 10  # two slots, parity, and room for one copy of another node's shard
 
 
-def test_who_is_told_that_a_node_is_safe_loses_nothing_below_what_made_it_so(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=2.0, quota=str(QUOTA_BYTES))
+def test_who_is_told_that_a_node_is_safe_loses_nothing_below_what_made_it_so(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=2.0, quota=str(QUOTA_BYTES))
     with light_world(cluster, RUN, size_bytes=SIZE_BYTES) as world:
         world.start_fresh()
         world.publish(1)

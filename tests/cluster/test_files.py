@@ -21,7 +21,7 @@ import backstay.files
 from backstay.errors import UnavailableError, UsageError
 from backstay.stores.file_store import FileStore
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from backstay.trainer.process_group import World as Place
 from tests.kit.dcp_world import World
 from tests.kit.wording import refuses, says
@@ -304,10 +304,8 @@ def test_a_folder_without_a_step_is_saved_again_and_has_nothing_of_what_it_was(u
     assert fs.exists(f"{url}/final/.metadata")
 
 
-def test_a_folder_is_there_for_every_rank_when_the_save_returned(
-    local_cluster_factory: LocalClusterFactory, tmp_path: Path
-) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=1.0)
+def test_a_folder_is_there_for_every_rank_when_the_save_returned(new_cluster: NewCluster, tmp_path: Path) -> None:
+    cluster = new_cluster(2, 1, lease_s=1.0)
     do: list[list[Any]] = [["begin_files"], *(["save_files", step] for step in range(1, 7)), ["load_files", 6]]
     world = World(cluster, tmp_path, do, ranks=2).join()
     assert world.all("saved", "is_seen") == [[True] * 6] * 2
@@ -394,10 +392,10 @@ def test_ranks_with_files_of_another_step_open_do_not_make_a_whole_one(cluster: 
 
 
 def test_a_rank_killed_in_the_middle_of_a_folder_leaves_the_folder_before(
-    local_cluster_factory: LocalClusterFactory, tmp_path: Path
+    new_cluster: NewCluster, tmp_path: Path
 ) -> None:
     """Two ranks, dcp.save and async_save by checkpoint_id alone; then one rank in another life reads what both wrote."""
-    cluster = local_cluster_factory(2, 1, lease_s=1.0)
+    cluster = new_cluster(2, 1, lease_s=1.0)
     never = str(tmp_path / "never")
     do: list[list[Any]] = [["save_files", 1], ["async_save_files", 2], ["write_part", 3], ["await_file", never]]
     world = World(cluster, tmp_path, do, ranks=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.light_world import light_world
 from tests.kit.wording import says
 
@@ -11,9 +11,9 @@ LEASE_S = 1.0
 
 
 def test_a_finished_run_says_so_after_restarts_of_all_daemons_and_its_name_can_be_used_again(
-    local_cluster_factory: LocalClusterFactory,
+    new_cluster: NewCluster,
 ) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
+    cluster = new_cluster(2, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first:
         first.start_fresh()
         first.protect(1, 2, 3)

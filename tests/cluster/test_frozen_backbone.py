@@ -6,7 +6,7 @@ import http.client
 from pathlib import Path
 
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.training import Training
 
 RANKS = 3
@@ -26,9 +26,9 @@ def _kept_bytes(cluster: LocalCluster) -> float:
 
 
 def test_a_node_lost_after_many_snapshots_of_a_frozen_backbone_is_rebuilt_bit_for_bit(
-    local_cluster_factory: LocalClusterFactory, tmp_path: Path
+    new_cluster: NewCluster, tmp_path: Path
 ) -> None:
-    cluster = local_cluster_factory(RANKS, 1, lease_s=1.0)
+    cluster = new_cluster(RANKS, 1, lease_s=1.0)
     training = Training(cluster, tmp_path, ranks=RANKS, pause_s=0.1, frozen=60_000)  # 30 MiB for each rank
     training.start()
     training.wait_protected(12)

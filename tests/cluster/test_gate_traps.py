@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from backstay.testing.light_rank import layout_of
 from tests.kit.command import printed
 from tests.kit.light_world import SIZE_BYTES, light_world, wait_protected
@@ -17,7 +17,7 @@ LEASE_S = 1.5
 SAID = [["identity: x", [], "same"]]
 
 
-def _cluster(factory: LocalClusterFactory, **options: Any) -> LocalCluster:
+def _cluster(factory: NewCluster, **options: Any) -> LocalCluster:
     return factory(2, 1, lease_s=LEASE_S, **options)
 
 
@@ -27,10 +27,8 @@ def _train(cluster: LocalCluster, last_step: int) -> None:
         ranks.protect(*range(1, last_step + 1))
 
 
-def test_two_ranks_that_go_on_with_one_random_stream_are_both_refused(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = _cluster(local_cluster_factory)
+def test_two_ranks_that_go_on_with_one_random_stream_are_both_refused(new_cluster: NewCluster) -> None:
+    cluster = _cluster(new_cluster)
     _train(cluster, 1)
     with light_world(cluster, RUN) as ranks:
         ranks.restore_exactly(1)
@@ -46,10 +44,8 @@ def test_two_ranks_that_go_on_with_one_random_stream_are_both_refused(
     )
 
 
-def test_a_rank_that_dies_before_it_has_spoken_does_not_leave_the_others_waiting(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = _cluster(local_cluster_factory)
+def test_a_rank_that_dies_before_it_has_spoken_does_not_leave_the_others_waiting(new_cluster: NewCluster) -> None:
+    cluster = _cluster(new_cluster)
     _train(cluster, 1)
     with light_world(cluster, RUN) as ranks:
         ranks.restore_exactly(1)
@@ -61,8 +57,8 @@ def test_a_rank_that_dies_before_it_has_spoken_does_not_leave_the_others_waiting
     assert cluster.run_status(RUN)["distrusted"] == [], "that says nothing of the snapshot"
 
 
-def test_a_rank_that_never_asks_and_trains_is_not_waited_for(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = _cluster(local_cluster_factory)
+def test_a_rank_that_never_asks_and_trains_is_not_waited_for(new_cluster: NewCluster) -> None:
+    cluster = _cluster(new_cluster)
     _train(cluster, 1)
     with light_world(cluster, RUN) as ranks:
         ranks.restore_exactly(1)
@@ -72,9 +68,9 @@ def test_a_rank_that_never_asks_and_trains_is_not_waited_for(local_cluster_facto
 
 
 def test_a_coordinator_and_a_daemon_that_die_in_the_middle_of_the_gate_end_with_the_same_verdict(
-    local_cluster_factory: LocalClusterFactory,
+    new_cluster: NewCluster,
 ) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=4.0)
+    cluster = new_cluster(2, 1, lease_s=4.0)
     _train(cluster, 1)
     with light_world(cluster, RUN) as ranks:
         ranks.restore_exactly(1)
@@ -89,9 +85,9 @@ def test_a_coordinator_and_a_daemon_that_die_in_the_middle_of_the_gate_end_with_
 
 
 def test_distrust_survives_every_daemon_and_the_coordinator_until_an_operator_takes_it_back(
-    local_cluster_factory: LocalClusterFactory,
+    new_cluster: NewCluster,
 ) -> None:
-    cluster = _cluster(local_cluster_factory, keep=2)
+    cluster = _cluster(new_cluster, keep=2)
     _train(cluster, 3)
     with light_world(cluster, RUN) as ranks:
         ranks.restore_exactly(3)
@@ -112,10 +108,8 @@ def test_distrust_survives_every_daemon_and_the_coordinator_until_an_operator_ta
         cluster.wait_until(lambda: cluster.run_status(RUN)["distrusted"] == [], 30, "nobody to distrust anything")
 
 
-def test_an_operator_has_an_older_step_restored_and_a_deleted_note_is_written_again(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = _cluster(local_cluster_factory, keep=2)
+def test_an_operator_has_an_older_step_restored_and_a_deleted_note_is_written_again(new_cluster: NewCluster) -> None:
+    cluster = _cluster(new_cluster, keep=2)
     _train(cluster, 3)
     said = printed(cluster, "distrust", RUN, "3", "--reason", "jumped")
     assert says("distrusted_by_operator", said, step=3, run=RUN)
@@ -130,10 +124,10 @@ def test_an_operator_has_an_older_step_restored_and_a_deleted_note_is_written_ag
 
 
 def test_a_base_on_probation_takes_a_slot_more_only_where_there_is_room_and_never_slows_the_snapshots(
-    local_cluster_factory: LocalClusterFactory,
+    new_cluster: NewCluster,
 ) -> None:
     state_bytes = layout_of(0, SIZE_BYTES).size_bytes
-    cluster = _cluster(local_cluster_factory, quota=f"{9 * state_bytes // 2}")  # two slots, two parities, half a slot
+    cluster = _cluster(new_cluster, quota=f"{9 * state_bytes // 2}")  # two slots, two parities, half a slot
     _train(cluster, 3)
     with light_world(cluster, RUN) as ranks:
         ranks.restore_exactly(3)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.handshakes import KINDS, storm
 from tests.kit.light_world import light_world
 from tests.kit.wording import count_of, says
@@ -18,10 +18,8 @@ COUNT = int(os.environ.get("BACKSTAY_HANDSHAKES", "2100"))
 RUN = "default/stormed"
 
 
-def test_a_storm_of_handshakes_neither_kills_the_coordinator_nor_stops_a_job(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=3.0, tls=True)
+def test_a_storm_of_handshakes_neither_kills_the_coordinator_nor_stops_a_job(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(2, 1, lease_s=3.0, tls=True)
     assert cluster.certificates is not None
     assert cluster.coordinator_process is not None
     host, _, port = cluster.coordinator_address.rpartition(":")

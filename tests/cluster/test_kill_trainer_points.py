@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.cluster.test_kill_points import TRAINER_POINTS
 from tests.kit.training import Training
 
 
 def test_a_trainer_killed_at_any_of_its_points_comes_back_to_bytes_that_were_whole(
-    local_cluster_factory: LocalClusterFactory, tmp_path: Path
+    new_cluster: NewCluster, tmp_path: Path
 ) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=1.0)
+    cluster = new_cluster(2, 1, lease_s=1.0)
     training = Training(cluster, tmp_path, pause_s=0.03)
     training.start(_fault(0))
     assert {line["outcome"] for line in training.wait_restored(1)} == {"NONE"}

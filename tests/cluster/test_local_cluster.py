@@ -10,7 +10,7 @@ import pytest
 from backstay.errors import ConfigError, UnavailableError, UsageError
 from backstay.testing import DeadlineError, LocalCluster
 from backstay.testing.daemons import DAEMON_ROLE
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.wording import refuses
 
 CLUSTER = {"nodes": 3, "parity": 1, "lease_s": 1.0}
@@ -92,8 +92,8 @@ def test_parts_that_are_not_there_are_refused_by_name(cluster: LocalCluster) -> 
         cluster.freeze("node-1")
 
 
-def test_nothing_is_left_of_a_closed_cluster(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(1, 0, lease_s=1.0)
+def test_nothing_is_left_of_a_closed_cluster(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(1, 0, lease_s=1.0)
     cluster.run_on_node(0, SLEEPER)
     with pytest.raises(AssertionError, match="left"):
         cluster.assert_nothing_left()

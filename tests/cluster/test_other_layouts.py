@@ -11,7 +11,7 @@ from typing import Any
 
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.light_world import Rank, Ranks, light_world
 from tests.kit.wording import says
 
@@ -57,8 +57,8 @@ def go_on(cluster: LocalCluster, world: Ranks, *, step: int) -> None:
     )
 
 
-def test_four_ranks_come_back_as_three(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+def test_four_ranks_come_back_as_three(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as writers, light_world(cluster, RUN, nodes=(0, 1, 2)) as readers:
         write(cluster, writers)
         offers_to(readers, base_size=4)
@@ -68,8 +68,8 @@ def test_four_ranks_come_back_as_three(local_cluster_factory: LocalClusterFactor
         go_on(cluster, readers, step=2)
 
 
-def test_three_ranks_come_back_as_five_and_then_as_one(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+def test_three_ranks_come_back_as_five_and_then_as_one(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN, nodes=(0, 1, 2)) as three, light_world(cluster, RUN, nodes=(0, 1, 2, 0, 1)) as five:
         write(cluster, three)
         offers_to(five, base_size=3)
@@ -86,8 +86,8 @@ def test_three_ranks_come_back_as_five_and_then_as_one(local_cluster_factory: Lo
             go_on(cluster, one, step=5)
 
 
-def test_the_same_number_of_ranks_in_another_layout_chooses_chunks(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
+def test_the_same_number_of_ranks_in_another_layout_chooses_chunks(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(2, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as writers, light_world(cluster, RUN) as readers:
         write(cluster, writers, layout="rows")
         offers_to(readers, base_size=2, layout="columns")
@@ -102,8 +102,8 @@ def test_the_same_number_of_ranks_in_another_layout_chooses_chunks(local_cluster
             same.check_restored(same.ask_all("restore"), 2)
 
 
-def test_a_node_that_is_lost_takes_no_chunk_along(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+def test_a_node_that_is_lost_takes_no_chunk_along(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as writers, light_world(cluster, RUN, nodes=(0, 1)) as readers:
         write(cluster, writers)
         lost = cluster.nodes[3].name
@@ -116,8 +116,8 @@ def test_a_node_that_is_lost_takes_no_chunk_along(local_cluster_factory: LocalCl
         go_on(cluster, readers, step=2)
 
 
-def test_no_chunk_crosses_the_network_twice_for_one_node(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+def test_no_chunk_crosses_the_network_twice_for_one_node(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as writers, light_world(cluster, RUN, nodes=(0, 0)) as readers:
         write(cluster, writers)
         offers_to(readers, base_size=3)
@@ -146,10 +146,8 @@ def fetch_again_and_again(reader: Rank) -> dict[str, Any]:
     raise AssertionError("decided anew five times")
 
 
-def test_a_corrupt_source_is_put_aside_and_the_shard_comes_from_parity(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+def test_a_corrupt_source_is_put_aside_and_the_shard_comes_from_parity(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as writers, light_world(cluster, RUN, nodes=(0, 1)) as readers:
         write(cluster, writers)
         (path,) = [name for name in cluster.files(3) if "step-00000002" in name and name.endswith(".safetensors")]
@@ -169,10 +167,8 @@ def test_a_corrupt_source_is_put_aside_and_the_shard_comes_from_parity(
             assert (answer.get("outcome"), answer.get("step")) == ("EXACT", 2), answer
 
 
-def test_a_daemon_killed_in_the_middle_of_a_fetch_starts_over(
-    local_cluster_factory: LocalClusterFactory, tmp_path: Path
-) -> None:
-    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+def test_a_daemon_killed_in_the_middle_of_a_fetch_starts_over(new_cluster: NewCluster, tmp_path: Path) -> None:
+    cluster = new_cluster(3, 1, lease_s=LEASE_S)
     once = tmp_path / "killed"
     once.touch()
     with light_world(cluster, RUN) as writers, light_world(cluster, RUN, nodes=(0, 1)) as readers:
@@ -193,8 +189,8 @@ def test_a_daemon_killed_in_the_middle_of_a_fetch_starts_over(
         assert not [name for name in cluster.files(0) if ".sparse" in name], "nothing is left of it"
 
 
-def test_a_node_without_room_for_the_chunks_says_so_with_numbers(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S, quota="4MiB")
+def test_a_node_without_room_for_the_chunks_says_so_with_numbers(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=LEASE_S, quota="4MiB")
     with light_world(cluster, RUN) as writers, light_world(cluster, RUN, nodes=(0,)) as one:
         write(cluster, writers)
         offers_to(one, base_size=4)
@@ -205,10 +201,8 @@ def test_a_node_without_room_for_the_chunks_says_so_with_numbers(local_cluster_f
         check_fetched(writers, one.ranks[0].ask("fetch", wanted=wanted), wanted, step=2)
 
 
-def test_a_snapshot_is_read_from_a_node_that_takes_no_part_and_nothing_is_left_behind(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+def test_a_snapshot_is_read_from_a_node_that_takes_no_part_and_nothing_is_left_behind(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=LEASE_S)
     with (
         light_world(cluster, RUN, nodes=(0, 1, 2)) as writers,
         light_world(cluster, "default/visitor", nodes=(3,)) as visitors,
@@ -231,8 +225,8 @@ def test_a_snapshot_is_read_from_a_node_that_takes_no_part_and_nothing_is_left_b
         )  # fmt: skip
 
 
-def test_a_shard_that_must_be_rebuilt_first_is_said_to_a_visitor(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=3.0)
+def test_a_shard_that_must_be_rebuilt_first_is_said_to_a_visitor(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=3.0)
     with (
         light_world(cluster, RUN, nodes=(0, 1, 2)) as writers,
         light_world(cluster, "default/visitor", nodes=(3,)) as visitors,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.light_world import Rank, Ranks, light_world
 from tests.kit.storage_world import RUN, cluster_with, wait_persisted
 
@@ -60,9 +60,9 @@ def test_fewer_ranks_read_only_the_chunks_they_need_from_durable_storage(tmp_pat
 
 
 def test_ranks_of_another_layout_wait_for_a_lost_shard_and_get_its_chunks_where_it_is_rebuilt(
-    local_cluster_factory: LocalClusterFactory,
+    new_cluster: NewCluster,
 ) -> None:
-    cluster = local_cluster_factory(5, 1, lease_s=2.0)
+    cluster = new_cluster(5, 1, lease_s=2.0)
     with light_world(cluster, RUN) as writers, light_world(cluster, RUN, nodes=(0, 1, 2)) as readers:
         write(writers, cluster, step=1)
         readers.attach()
@@ -76,10 +76,8 @@ def test_ranks_of_another_layout_wait_for_a_lost_shard_and_get_its_chunks_where_
             assert (answer.get("outcome"), answer.get("step")) == ("EXACT", 1), answer
 
 
-def test_a_lost_shard_is_rebuilt_on_an_empty_replacement_and_the_others_find_it_there(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=2.0)
+def test_a_lost_shard_is_rebuilt_on_an_empty_replacement_and_the_others_find_it_there(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=2.0)
     with light_world(cluster, RUN) as writers:
         write(writers, cluster, step=1)
         cluster.destroy_node(3)

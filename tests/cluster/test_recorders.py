@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.light_world import light_world
 from tests.kit.wording import says
 
@@ -11,9 +11,9 @@ LEASE_S = 1.0
 
 
 def test_a_world_on_other_nodes_is_refused_after_a_restart_of_the_coordinator_and_never_starts_from_scratch(
-    local_cluster_factory: LocalClusterFactory,
+    new_cluster: NewCluster,
 ) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+    cluster = new_cluster(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN, nodes=(0, 1)) as first, light_world(cluster, RUN, nodes=(2, 3)) as second:
         first.start_fresh()
         first.protect(1)

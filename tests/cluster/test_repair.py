@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.light_world import light_world
 
 RUN = "default/repaired"
 
 
-def test_a_lost_node_without_replacement_is_repaired_over_those_that_are_left(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=1.0)
+def test_a_lost_node_without_replacement_is_repaired_over_those_that_are_left(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=1.0)
     with light_world(cluster, RUN) as world:
         world.start_fresh()
         world.protect(1, 2)

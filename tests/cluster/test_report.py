@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.command import printed
 from tests.kit.training import Training
 from tests.kit.wording import says
@@ -24,13 +24,11 @@ def ledger(cluster: LocalCluster) -> dict[str, Any]:
     return dict(found["ledger"])
 
 
-def test_the_ledger_of_a_real_run_tells_what_happened_to_it(
-    local_cluster_factory: LocalClusterFactory, tmp_path: Path
-) -> None:
+def test_the_ledger_of_a_real_run_tells_what_happened_to_it(new_cluster: NewCluster, tmp_path: Path) -> None:
     stored = tmp_path / "stored"
     stored.mkdir()
     settings = {"persist_url": stored.as_uri(), "persist_every_steps": 5}
-    cluster = local_cluster_factory(3, 1, lease_s=1.0, settings=settings)
+    cluster = new_cluster(3, 1, lease_s=1.0, settings=settings)
     job = Training(cluster, tmp_path, run_id=RUN_ID)
     job.start()
     job.wait_protected(12)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from backstay.testing.rolling import RedundancyWatch, watched
 from tests.kit.documented import write_script
 from tests.kit.training import Training
@@ -59,11 +59,11 @@ def _check_watch(watch: RedundancyWatch) -> None:
 
 
 def test_a_rolling_restart_of_everything_costs_no_step_no_snapshot_and_no_redundancy(
-    local_cluster_factory: LocalClusterFactory, tmp_path: Path
+    new_cluster: NewCluster, tmp_path: Path
 ) -> None:
     control = Training(None, tmp_path / "control", ranks=NODES, last_step=CONTROL_STEPS, pause_s=0.0)
     control.start()
-    cluster = local_cluster_factory(NODES, 1, lease_s=15.0)  # a daemon starts in less, on a busy machine too
+    cluster = new_cluster(NODES, 1, lease_s=15.0)  # a daemon starts in less, on a busy machine too
     rolled = Training(cluster, tmp_path / "rolled", ranks=NODES, pause_s=0.1)
     rolled.start()
     rolled.wait_protected(3)

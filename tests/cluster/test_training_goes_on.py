@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.training import Training
 
 
 def test_training_survives_its_daemons_and_ends_as_if_nothing_had_happened(
-    local_cluster_factory: LocalClusterFactory, tmp_path: Path
+    new_cluster: NewCluster, tmp_path: Path
 ) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=1.0)
+    cluster = new_cluster(2, 1, lease_s=1.0)
     faulted = Training(cluster, tmp_path / "faulted", pause_s=0.03)
     faulted.start()
     faulted.wait_protected(5)

@@ -14,7 +14,7 @@ import pytest
 
 from backstay.testing import LocalCluster
 from backstay.testing.daemons import COORDINATOR
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from tests.kit.files import flip_byte
 from tests.kit.light_world import Rank, light_world, wait_protected
 
@@ -29,10 +29,8 @@ def _find(cluster: LocalCluster, index: int, pattern: str) -> Path:
     return found[-1]
 
 
-def test_a_trainer_frozen_replaced_and_thawed_cannot_touch_what_came_after_it(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
+def test_a_trainer_frozen_replaced_and_thawed_cannot_touch_what_came_after_it(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(2, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as old, light_world(cluster, RUN) as new, light_world(cluster, RUN) as last:
         old.start_fresh()
         old.protect(1, 2, seed="old")
@@ -55,10 +53,8 @@ def test_a_trainer_frozen_replaced_and_thawed_cannot_touch_what_came_after_it(
         last.restore_exactly(4, seed="new")
 
 
-def test_a_forked_worker_that_outlives_its_trainer_does_not_keep_its_session_alive(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
+def test_a_forked_worker_that_outlives_its_trainer_does_not_keep_its_session_alive(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(2, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
         first.start_fresh()
         first.protect(1, 2)
@@ -71,10 +67,8 @@ def test_a_forked_worker_that_outlives_its_trainer_does_not_keep_its_session_ali
         assert Path(f"/proc/{child}").exists()
 
 
-def test_trainers_and_coordinator_restarting_together_never_begin_at_nothing(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+def test_trainers_and_coordinator_restarting_together_never_begin_at_nothing(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
         first.start_fresh()
         first.protect(1, 2, 3)
@@ -87,10 +81,8 @@ def test_trainers_and_coordinator_restarting_together_never_begin_at_nothing(
         second.check_restored(second.answers(), 3)
 
 
-def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN, nodes=(0, 1, 2, 0)) as second:
         first.start_fresh()
         first.protect(1, 2)
@@ -105,8 +97,8 @@ def test_a_rank_that_asks_late_after_another_loss_gets_the_step_the_others_get(
         second.check_restored(second.answers(), 2)
 
 
-def test_two_jobs_at_once_do_not_see_each_other(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(2, 1, lease_s=LEASE_S)
+def test_two_jobs_at_once_do_not_see_each_other(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(2, 1, lease_s=LEASE_S)
     one, two = "one/same-name", "two/same-name"
     with light_world(cluster, one) as first, light_world(cluster, two) as other:
         first.start_fresh()
@@ -129,9 +121,9 @@ def test_two_jobs_at_once_do_not_see_each_other(local_cluster_factory: LocalClus
 
 
 @pytest.mark.parametrize("what", ["shard", "manifest", "parity"])
-def test_a_flipped_byte_is_detected_counted_and_survived(local_cluster_factory: LocalClusterFactory, what: str) -> None:
+def test_a_flipped_byte_is_detected_counted_and_survived(new_cluster: NewCluster, what: str) -> None:
     # A node that is away for a lease has its shard rebuilt and its plan replaced: what was flipped would be read by nobody.
-    cluster = local_cluster_factory(4, 2, lease_s=4 * LEASE_S)
+    cluster = new_cluster(4, 2, lease_s=4 * LEASE_S)
     with light_world(cluster, RUN) as first:
         first.start_fresh()
         first.protect(1, 2)
@@ -158,8 +150,8 @@ def test_a_flipped_byte_is_detected_counted_and_survived(local_cluster_factory: 
             assert cluster.run_status(RUN)["quarantined"], "the bad source must be named in the status"
 
 
-def test_a_late_write_into_a_committed_slot_never_reaches_a_tensor(local_cluster_factory: LocalClusterFactory) -> None:
-    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+def test_a_late_write_into_a_committed_slot_never_reaches_a_tensor(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
         first.start_fresh()
         first.protect(1, 2)
@@ -171,10 +163,8 @@ def test_a_late_write_into_a_committed_slot_never_reaches_a_tensor(local_cluster
         second.restore_exactly(2)
 
 
-def test_a_name_that_is_no_run_and_a_protocol_from_before_are_refused_by_name(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(1, 0, lease_s=LEASE_S)
+def test_a_name_that_is_no_run_and_a_protocol_from_before_are_refused_by_name(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(1, 0, lease_s=LEASE_S)
     with light_world(cluster, "default/../../etc") as bad, light_world(cluster, RUN) as good:
         refused = bad.ranks[0].ask_refused("attach", world_id=bad.world_id)
         assert refused["error"] == "UsageError", refused
@@ -183,10 +173,8 @@ def test_a_name_that_is_no_run_and_a_protocol_from_before_are_refused_by_name(
         assert "99" in refused["message"], refused
 
 
-def test_more_losses_than_parity_are_refused_with_what_is_missing_and_never_guessed(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+def test_more_losses_than_parity_are_refused_with_what_is_missing_and_never_guessed(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first:
         first.start_fresh()
         first.protect(1, 2, 3)
@@ -206,10 +194,8 @@ def test_more_losses_than_parity_are_refused_with_what_is_missing_and_never_gues
             assert answer["attempt"] >= 2, "a fresh start is another history"
 
 
-def test_a_daemon_that_is_killed_and_restarted_adopts_what_is_in_memory(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+def test_a_daemon_that_is_killed_and_restarted_adopts_what_is_in_memory(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as first, light_world(cluster, RUN) as second:
         first.start_fresh()
         first.protect(1, 2, 3)
@@ -221,10 +207,8 @@ def test_a_daemon_that_is_killed_and_restarted_adopts_what_is_in_memory(
         second.restore_exactly(3, source="local")
 
 
-def test_a_coordinator_that_was_frozen_itself_takes_no_node_for_lost(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+def test_a_coordinator_that_was_frozen_itself_takes_no_node_for_lost(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(3, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN) as ranks:
         ranks.start_fresh()
         ranks.protect(1, 2)
@@ -246,10 +230,8 @@ def _liveness(cluster: LocalCluster, name: str) -> str:
     return str(next(node["state"] for node in cluster.status()["nodes"] if node["name"] == name))
 
 
-def test_a_node_of_an_old_history_that_comes_back_cannot_bring_its_steps_along(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+def test_a_node_of_an_old_history_that_comes_back_cannot_bring_its_steps_along(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=LEASE_S)
     with light_world(cluster, RUN, nodes=(0, 1, 2)) as old, light_world(cluster, RUN, nodes=(0, 3, 2)) as new:
         old.start_fresh()
         old.protect(1, 2, 3, seed="old")
@@ -266,10 +248,8 @@ def test_a_node_of_an_old_history_that_comes_back_cannot_bring_its_steps_along(
             last.restore_exactly(5, seed="new")
 
 
-def test_ranks_whose_slots_come_free_with_jitter_still_complete_snapshots(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(3, 1, lease_s=LEASE_S)
+def test_ranks_whose_slots_come_free_with_jitter_still_complete_snapshots(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(3, 1, lease_s=LEASE_S)
     chance = random.Random(7)
     with light_world(cluster, RUN) as world:
         world.start_fresh()

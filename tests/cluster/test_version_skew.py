@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from backstay.testing.rolling import drain
 from tests.kit.light_world import light_world
 from tests.kit.older_release import check_out, environment_of
@@ -26,9 +26,9 @@ def _is_older(cluster: LocalCluster, index: int) -> bool:
 
 
 def test_a_job_lives_through_an_upgrade_in_either_order_and_survives_losses_between_releases(
-    local_cluster_factory: LocalClusterFactory, older: Path
+    new_cluster: NewCluster, older: Path
 ) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=2.0)
+    cluster = new_cluster(4, 1, lease_s=2.0)
     env = environment_of(older)
     for index in (2, 3):
         cluster.restart_daemon(index, env)

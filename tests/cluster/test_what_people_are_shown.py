@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from backstay.testing import LocalCluster
-from backstay.testing.fixtures import LocalClusterFactory
+from backstay.testing.fixtures import LocalClusterFactory as NewCluster
 from backstayd.core.status.verdict import Word
 from tests.kit.light_world import Ranks, light_world, wait_protected
 from tests.kit.onlooker import Look, Onlooker, onlooker
@@ -86,10 +86,8 @@ def log_lines(cluster: LocalCluster, offset: int) -> tuple[list[str], int]:
     return text[offset:].splitlines(), len(text)
 
 
-def test_what_people_are_shown_is_so_through_the_whole_life_of_a_run(
-    local_cluster_factory: LocalClusterFactory,
-) -> None:
-    cluster = local_cluster_factory(4, 1, lease_s=LEASE_S)
+def test_what_people_are_shown_is_so_through_the_whole_life_of_a_run(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(4, 1, lease_s=LEASE_S)
     with onlooker(cluster, RUN) as seen:
         with light_world(cluster, RUN) as world:
             began_s = time.time()
