@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from backstay.testing import LocalCluster
 from backstay.testing.cluster import process_environment
@@ -124,6 +125,11 @@ def test_both_watches_outlive_a_coordinator_and_say_that_it_is_away(cluster: Loc
     os.close(main)
 
 
+def ask(fleet: CommandProcess, do: str, **arguments: Any) -> dict[str, Any]:
+    fleet.send(do, **arguments)
+    return fleet.receive()
+
+
 def test_many_nodes_are_protected_seen_and_lost_over_real_lines() -> None:
     with LocalCluster(1, lease_s=2.0) as cluster:
         environment = process_environment()
@@ -131,13 +137,13 @@ def test_many_nodes_are_protected_seen_and_lost_over_real_lines() -> None:
         argv = [sys.executable, "-m", "tests.kit.many_nodes", cluster.coordinator_address, str(MANY), "1", "2.0"]
         fleet = CommandProcess(argv, name="fleet", environment=environment, log=cluster.keeper.log_dir / "fleet.log")
         try:
-            fleet.ask("join")
-            fleet.ask("train")
-            cluster.wait_until(lambda: fleet.ask("count")["training"] == MANY, 60, why="every rank to train")
+            ask(fleet, "join")
+            ask(fleet, "train")
+            cluster.wait_until(lambda: ask(fleet, "count")["training"] == MANY, 60, why="every rank to train")
             for step in (1, 2):
-                fleet.ask("snapshot", step=step)
+                ask(fleet, "snapshot", step=step)
                 wait_protected(cluster, "many/run-1", step)
-            fleet.ask("lose", name="node-0007")
+            ask(fleet, "lose", name="node-0007")
             cluster.wait_until(
                 lambda: cluster.run_status("many/run-1")["spares"] == 1, 30, why="the loss to be counted"
             )

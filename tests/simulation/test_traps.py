@@ -11,7 +11,7 @@ from backstayd.core.policy import CorePolicy
 from backstayd.core.recover.recovery import Stage
 from backstayd.core.status.document import status_document
 from tests.kit.wording import refuses, says
-from tests.simulation.cluster import Cluster, Control, Job
+from tests.simulation.cluster import Cluster, Job
 from tests.simulation.engine import Engine
 from tests.simulation.scenario import Scenario
 
@@ -162,8 +162,6 @@ def test_a_decision_recorded_on_some_hosts_is_abandoned_when_a_rank_dies() -> No
 
 def test_a_frozen_coordinator_that_thaws_is_not_obeyed() -> None:
     engine, cluster, job = training(4)
-    old = cluster.control
-    assert isinstance(old, Control)
     cluster.second_coordinator(resume_after_s=4.0)
     cluster.restart(job, 1)
     engine.run_for(6)
