@@ -71,9 +71,9 @@ def test_what_is_on_probation_is_not_released_and_its_slot_is_given_back_afterwa
     assert engine.run_until(lambda: cluster.checker.protected_step(RUN) > base.step + 2, limit_s=20)
     assert job.step <= base.step + 6
     assert base in cluster.kept_keys(RUN), "newer ones are as well protected, and yet it stays"
-    interval = cluster.core().runs[RUN].pace.schedule.interval_steps
+    interval = cluster.core().runs[RUN].interval.schedule.interval_steps
     assert engine.run_until(lambda: base not in cluster.kept_keys(RUN), limit_s=30)
-    assert interval == cluster.core().runs[RUN].pace.schedule.interval_steps == 1
+    assert interval == cluster.core().runs[RUN].interval.schedule.interval_steps == 1
     assert engine.run_until(lambda: len(cluster.kept_keys(RUN)) <= 2, limit_s=10)
 
 

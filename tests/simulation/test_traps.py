@@ -257,7 +257,7 @@ def test_ranks_whose_snapshots_arrive_with_jitter_keep_being_protected() -> None
         cluster.checker.check()
         assert cluster.checker.protected_step(RUN) > start, "some snapshot becomes complete and protected all the time"
         start = cluster.checker.protected_step(RUN)
-    assert cluster.core().runs[RUN].pace.schedule.interval_steps > 1
+    assert cluster.core().runs[RUN].interval.schedule.interval_steps > 1
 
 
 def test_steps_shorter_than_protection_are_held_up_only_until_the_interval_fits() -> None:
@@ -274,9 +274,9 @@ def test_steps_shorter_than_protection_are_held_up_only_until_the_interval_fits(
     engine.run_for(40)
     assert waited_share(60) < 0.05
     cluster.checker.check()
-    assert cluster.core().runs[RUN].pace.schedule.interval_steps > 1
+    assert cluster.core().runs[RUN].interval.schedule.interval_steps > 1
     cluster.work_s = (0.01, 0.06)
-    assert engine.run_until(lambda: cluster.core().runs[RUN].pace.schedule.interval_steps == 1, limit_s=400), "room"
+    assert engine.run_until(lambda: cluster.core().runs[RUN].interval.schedule.interval_steps == 1, limit_s=400), "room"
     assert waited_share(10) < 0.05
 
 

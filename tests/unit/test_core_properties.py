@@ -1,4 +1,4 @@
-"""Properties of the core's arithmetic: groups, spares, rebuild plans, lineages, release, pace."""
+"""Properties of the core's arithmetic: groups, spares, rebuild plans, lineages, release, interval."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backstayd.core.messages.decisions import Lineage
 from backstayd.core.messages.plans import FragmentRecord, Member, Plan, ShardRecord, VolumeShard
 from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport, SessionPhase, SessionRecord
 from backstayd.core.protect.groups import form_groups
-from backstayd.core.protect.interval import Pace
+from backstayd.core.protect.interval import Interval
 from backstayd.core.protect.retention import releasable
 from backstayd.core.recover.rebuild_plan import choose_targets, plan_rebuilds
 
@@ -271,38 +271,38 @@ def sessions_at(last_step: int, skipped_step: int = 0) -> list[SessionRecord]:
 
 
 def test_a_skip_raises_the_interval_once_at_a_step_announced_ahead() -> None:
-    pace = Pace()
-    assert pace.update(sessions_at(10), is_protected=True, lease_s=3, now_s=1) is None
-    note = pace.update(sessions_at(11, skipped_step=11), is_protected=True, lease_s=3, now_s=2)
+    interval = Interval()
+    assert interval.update(sessions_at(10), is_protected=True, lease_s=3, now_s=1) is None
+    note = interval.update(sessions_at(11, skipped_step=11), is_protected=True, lease_s=3, now_s=2)
     assert note is not None
-    assert pace.schedule.interval_steps == 2
-    assert pace.schedule.from_step >= 11 + 2 * 2
-    assert pace.schedule.from_step % 2 == 0
-    assert pace.update(sessions_at(11, skipped_step=11), is_protected=True, lease_s=3, now_s=3) is None
-    assert pace.update(sessions_at(12, skipped_step=12), is_protected=True, lease_s=3, now_s=4) is None, (
+    assert interval.schedule.interval_steps == 2
+    assert interval.schedule.from_step >= 11 + 2 * 2
+    assert interval.schedule.from_step % 2 == 0
+    assert interval.update(sessions_at(11, skipped_step=11), is_protected=True, lease_s=3, now_s=3) is None
+    assert interval.update(sessions_at(12, skipped_step=12), is_protected=True, lease_s=3, now_s=4) is None, (
         "a skip before the change takes effect says nothing of the new interval"
     )
 
 
 def test_skips_while_nothing_of_this_world_is_protected_do_not_raise_the_interval() -> None:
-    pace = Pace()
-    assert pace.update(sessions_at(5, skipped_step=5), is_protected=False, lease_s=3, now_s=1) is None
-    assert pace.schedule.interval_steps == 1
+    interval = Interval()
+    assert interval.update(sessions_at(5, skipped_step=5), is_protected=False, lease_s=3, now_s=1) is None
+    assert interval.schedule.interval_steps == 1
 
 
 def test_after_a_smooth_while_the_interval_is_lowered_again_announced_ahead() -> None:
-    pace = Pace()
-    pace.update(sessions_at(4, skipped_step=4), is_protected=True, lease_s=3, now_s=1)
+    interval = Interval()
+    interval.update(sessions_at(4, skipped_step=4), is_protected=True, lease_s=3, now_s=1)
     step, notes = 4, []
-    while pace.schedule.interval_steps > 1:
+    while interval.schedule.interval_steps > 1:
         step += 1
         assert step < 1000
-        before = pace.schedule
-        note = pace.update(sessions_at(step, skipped_step=4), is_protected=True, lease_s=3, now_s=float(step))
+        before = interval.schedule
+        note = interval.update(sessions_at(step, skipped_step=4), is_protected=True, lease_s=3, now_s=float(step))
         if note:
             notes.append(note)
-            assert pace.schedule.from_step > step
-            assert pace.schedule.previous_interval_steps == before.interval_steps
+            assert interval.schedule.from_step > step
+            assert interval.schedule.previous_interval_steps == before.interval_steps
     assert len(notes) == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backstayd.core.inventory.absent_ranks import Missing
+from backstayd.core.inventory.missing_ranks import Missing
 from backstayd.core.inventory.run_context import LiveSession
 from backstayd.core.messages.report import SessionPhase, SessionRecord
 

@@ -1,12 +1,13 @@
-"""The coordinator as a process: one loop drives the core with reports and time, serves nodes, operators and watchers.
+"""The coordinator as a process: one loop drives the core with reports and time, and serves nodes, operators and watchers.
 
-Keeps nothing on disk: killed and started again it knows everything from reports. Has a core only while it leads; before
-anything leaves it is asked whether it still does. Must not decide anything itself.
+Keeps nothing on disk: started again, it rebuilds everything from reports. Has a core only while it leads, which is asked before
+anything is sent. Must not decide anything itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from backstayd.clock import Clock
 from backstayd.config.reload import Reloader
 from backstayd.config.schema import CoordinatorConfig
 from backstayd.coordinator.gauges import Gauges
-from backstayd.coordinator.seat import Seat
+from backstayd.coordinator.leadership import Leadership
 from backstayd.core.coordinator import Coordinator
 from backstayd.core.drain_orders import DrainVerdict
 from backstayd.core.inventory.nodes import Liveness
@@ -42,22 +43,13 @@ logger = logging.getLogger(__name__)
 
 MAX_NAMED_RUNS: Final = 3  # in the sentence for systemctl status
 COALESCE_S: Final = 0.003  # reports that arrive together are evaluated once
-REST_FACTOR: Final = 3  # after an evaluation, so many times as long is left to other things, up to a third of a lease
-IDLE_FACTOR: Final = 20  # and so many times as long when nothing but time has passed, up to a lease
-ELECTED_SETTLE_LEASES: Final = 2.0  # nodes notice the loss, go round the addresses and may meet a dead one on the way
-SILENT_LEASES: Final = 2.0  # all nodes at once are silent for so long: it is this coordinator that is cut off
+REST_FACTOR: Final = 3  # for so many times the last evaluation the loop serves others, up to a third of a lease
+IDLE_FACTOR: Final = 20  # for so many times, up to a lease, when only time has passed
+ELECTED_SETTLE_LEASES: Final = 2.0  # nodes notice the loss and try the addresses one by one, maybe a dead one first
+SILENT_LEASES: Final = 2.0  # if all nodes are silent for so long, it is this coordinator that is cut off
 WARNING_KINDS: Final = frozenset(
-    {
-        "node_lost",
-        "session_lost",
-        "abandoned",
-        "behind",
-        "quarantined",
-        "interval_raised",
-        "distrusted",
-        "ranks_missing",
-    }
-    | {"report_refused"}
+    {"node_lost", "session_lost", "abandoned", "behind", "quarantined"}
+    | {"interval_raised", "distrusted", "ranks_missing", "report_refused"}
 )
 ERROR_KINDS: Final = frozenset({"refused", "gate_failed", "evaluation_failed"})
 
@@ -87,22 +79,8 @@ async def _main(config: CoordinatorConfig, load: Callable[[], CoordinatorConfig]
 
 
 def policy_of(config: CoordinatorConfig) -> CorePolicy:
-    """The settings as the core sees them."""
-    return CorePolicy(
-        parity=config.parity,
-        group_size=config.group_size,
-        keep=config.keep,
-        lease_s=config.lease_s,
-        job_ttl_s=config.job_ttl_s,
-        probation_steps=config.probation_steps,
-        restore_loop_limit=config.restore_loop_limit,
-        persist_url=config.persist_url,
-        persist_every_s=config.persist_every_s,
-        persist_every_steps=config.persist_every_steps,
-        persist_keep_last=config.persist_keep_last,
-        persist_keep_every=config.persist_keep_every,
-        persist_bandwidth_bytes_per_s=config.persist_bandwidth_bytes_per_s,
-    )
+    """The settings as the core sees them, under the same names."""
+    return CorePolicy(**{field.name: getattr(config, field.name) for field in dataclasses.fields(CorePolicy)})
 
 
 class CoordinatorProcess:
@@ -116,12 +94,14 @@ class CoordinatorProcess:
         self._policy = policy_of(config)
         self.incarnation = new_incarnation()
         self._core: Coordinator | None = None
-        self._heard_s: float | None = None  # when a node reported last in this reign
-        self._seat = Seat(config, self.incarnation, clock=self._clock, on_lead=self._lead, on_step_down=self._step_down)
+        self._heard_s: float | None = None  # when a node reported last in this term
+        self._leadership = Leadership(
+            config, self.incarnation, clock=self._clock, on_lead=self._lead, on_step_down=self._step_down
+        )
         self.metrics = CoordinatorMetrics(version=__version__)
         self.metrics.set_config(config)
-        self.metrics.coordinator_is_leader.set_function(lambda: float(self._seat.is_leading()))
-        self.metrics.coordinator_lease_margin_seconds.set_function(self._seat.margin_s)
+        self.metrics.coordinator_is_leader.set_function(lambda: float(self._leadership.is_leading()))
+        self.metrics.coordinator_lease_margin_seconds.set_function(self._leadership.margin_s)
         if self._credentials is not None:
             self.metrics.watch_certificates(self._credentials.ends_unix_s)
         self._gauges = Gauges(self.metrics, self._policy)
@@ -149,13 +129,13 @@ class CoordinatorProcess:
             raise
         self.http_address = self._http.address
         try:
-            await self._seat.start(self.address)
+            await self._leadership.start(self.address)
         except BaseException:
             await self._server.close()
             await asyncio.to_thread(self._http.close)
             raise
         self._ticker = loop.create_task(self._tick(), name="coordinator-ticks")
-        self.health.watch("election", self._seat.failure)
+        self.health.watch("election", self._leadership.failure)
         self.health.set_ready(self._ready_sentence)
         logger.info("coordinator %s listens at %s, http at %s", self.incarnation, self.address, self.http_address)
 
@@ -166,13 +146,13 @@ class CoordinatorProcess:
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
-        await self._seat.close()
+        await self._leadership.close()
         self._cancel_evaluation()
         await self._server.close()
         await asyncio.to_thread(self._http.close)
 
     def adopt(self, config: CoordinatorConfig) -> None:
-        """Go on under other settings, of those that may change while it runs."""
+        """Use other settings from now on, of those that may change while it runs."""
         logs.configure(level=config.log_level, form=config.log_format, component="coordinator")
         self._config = config
         self.metrics.set_config(config)
@@ -183,7 +163,7 @@ class CoordinatorProcess:
             self._evaluate()
 
     def sentence(self) -> str:
-        """How it stands, for ``systemctl status``."""
+        """The state of the cluster, for ``systemctl status``."""
         core = self._core
         if core is None:
             return self._ready_sentence()
@@ -202,25 +182,28 @@ class CoordinatorProcess:
 
     @property
     def core(self) -> Coordinator:
-        """The core that decides. Raises NotLeaderError where this coordinator does not lead, or not any longer."""
-        if not self._seat.may_act() or self._core is None:
-            raise self._seat.not_leading()
+        """The core that decides. Raises NotLeaderError if this coordinator does not lead (any more)."""
+        if not self._leadership.may_act() or self._core is None:
+            raise self._leadership.not_leading()
         return self._core
 
     def _lead(self, term: int) -> None:
-        """A reign begins: a fresh core, which knows nothing but its term. Its name is new, as no two reigns are one."""
-        now_s, offset_s = self._clock.monotonic_s(), self._offset_s
-        if term == 0:
-            self._core = Coordinator(self._policy, self.incarnation, now_s=now_s, unix_offset_s=offset_s)
-            return
-        incarnation, leases = new_incarnation(), ELECTED_SETTLE_LEASES
+        """A term begins: a fresh core, with an incarnation of its own, as each term counts generations anew."""
+        now_s = self._clock.monotonic_s()
         self._core = Coordinator(
-            self._policy, incarnation, now_s=now_s, term=term, settle_leases=leases, unix_offset_s=offset_s
+            self._policy,
+            new_incarnation() if term else self.incarnation,
+            now_s=now_s,
+            term=term,
+            settle_leases=ELECTED_SETTLE_LEASES if term else 1.0,
+            unix_offset_s=self._offset_s,
         )
-        self._core.timeline.add(now_s, "", "leads", f"the coordinator at {self._seat.address} leads, term {term}")
+        if term:
+            message = f"the coordinator at {self._leadership.address} leads, term {term}"
+            self._core.timeline.add(now_s, "", "leads", message)
 
     def _step_down(self, reason: str) -> None:
-        """A reign is over: nothing more is decided or sent, every stream ends with who leads now."""
+        """A term is over: nothing more is decided or sent, and every stream ends with the address of the new leader."""
         self._core = self._heard_s = None
         self._cancel_evaluation()
         self._half_recorded.clear()
@@ -228,9 +211,9 @@ class CoordinatorProcess:
         self._server.notify()
 
     def _ready_sentence(self) -> str:
-        if self._seat.is_leading():
+        if self._leadership.is_leading():
             return f"ready: coordinates at {self.address}"
-        return f"ready: stands by at {self.address}; {self._seat.leader() or 'nobody known'} leads"
+        return f"ready: stands by at {self.address}; {self._leadership.leader() or 'nobody known'} leads"
 
     # -- what the server serves ---------------------------------------------------------------------------------------
 
@@ -241,7 +224,7 @@ class CoordinatorProcess:
         core.observe(report, now_s)
         if faults.is_set("recorded_on_some"):
             self._reach_partial_records()
-        if core.has_news:
+        if core.has_observed:
             self._evaluate_soon()
 
     def suspect(self, node: str, incarnation: str) -> None:
@@ -294,17 +277,17 @@ class CoordinatorProcess:
                 self._heard_s = min(now_s, self._heard_s + away_s)
             if self._heard_s is not None and now_s - self._heard_s > SILENT_LEASES * self._config.lease_s:
                 self._heard_s = None
-                self._seat.resign("no node has reported any longer; perhaps they reach another coordinator")
-            if self._seat.may_act() and self._core is not None:
+                self._leadership.resign("no node has reported any longer; perhaps they reach another coordinator")
+            if self._leadership.may_act() and self._core is not None:
                 self._core.tick(now_s, away_s=away_s)
                 rest_s = min(self._config.lease_s, IDLE_FACTOR * self._cost_s)
-                if self._core.has_news or now_s >= self._evaluated_s + rest_s:
+                if self._core.has_observed or now_s >= self._evaluated_s + rest_s:
                     self._evaluate_soon()
 
     def _evaluate(self) -> None:
         self._cancel_evaluation()
         begun_s = self._clock.monotonic_s()
-        if self._seat.may_act() and self._core is not None and self._core.evaluate():
+        if self._leadership.may_act() and self._core is not None and self._core.evaluate():
             self._spread(self._core)
         self._evaluated_s = self._clock.monotonic_s()
         self._cost_s = self._evaluated_s - begun_s
@@ -317,14 +300,14 @@ class CoordinatorProcess:
     def _spread(self, core: Coordinator) -> None:
         """Tell people and nodes what the core has decided."""
         for event in core.take_events():
-            self._tell(event)
+            self._log_event(event)
             if event.kind == "evaluation_failed" and event.run in core.faults:
                 logger.error("run %s: where its evaluation failed", event.run, exc_info=core.faults[event.run])
         self._gauges.update(core, now_s=self._clock.monotonic_s(), unix_s=self._clock.unix_s())
         if core.has_changed:
             self._server.notify()
 
-    def _tell(self, event: Event) -> None:
+    def _log_event(self, event: Event) -> None:
         """Log an event once; ``decided`` is where a test may stop the world before anything is sent."""
         level = logging.DEBUG if event.kind in FREQUENT_KINDS else logging.INFO
         if event.kind in WARNING_KINDS:
@@ -358,9 +341,9 @@ class CoordinatorProcess:
         """As of now; a standby, which knows no nodes and runs, has all fields too."""
         now_s, offset_s = self._clock.monotonic_s(), self._offset_s
         nothing = Coordinator(self._policy, self.incarnation, now_s=now_s, unix_offset_s=offset_s)
-        core = self._core if self._seat.may_act() else None
+        core = self._core if self._leadership.may_act() else None
         return self._document_of(core or nothing, is_brief=is_brief)
 
     def _document_of(self, core: Coordinator, *, is_brief: bool) -> dict[str, Any]:
         document = status_document(core, self._clock.monotonic_s(), is_brief=is_brief)
-        return document | {"leader": self._seat.document()}
+        return document | {"leader": self._leadership.document()}

@@ -1,4 +1,4 @@
-"""The coordinator's metrics, kept in step with the core. Must not decide anything."""
+"""The coordinator's metrics, updated from the core. Must not decide anything."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Gauges:
         self._metrics.persist_interval_steps.set(policy.persist_every_steps if has_storage else 0)
 
     def close(self) -> None:
-        """Another coordinator leads: what holds for a run is for it to say."""
+        """Another coordinator leads: drop the series of runs, which that one exports."""
         self._seen.clear()
         self._recoveries.clear()
         self._metrics.keep_runs(())
@@ -61,7 +61,7 @@ class Gauges:
         self._metrics.coordinator_settled.set(0)
 
     def note_report(self, report: NodeReport, nodes: NodeTable, now_s: float) -> None:
-        """A report comes, before the core takes it in: how close was its node to being given up?"""
+        """Note how close a node was to being called lost; before the core takes its report in."""
         known = nodes.nodes.get(report.node.name)
         if known is None or known.identity.incarnation != report.node.incarnation:
             return
@@ -121,8 +121,8 @@ class Gauges:
         behind = state.lag.behind
         since_unix_s = unix_s - (now_s - behind.since_s) if behind is not None else 0.0
         metrics.behind_since_timestamp_seconds.of(run).set(since_unix_s)
-        metrics.snapshot_interval_steps.of(run).set(state.pace.schedule.interval_steps)
-        metrics.snapshot_wait_ratio.of(run).set(state.pace.waits.share)
+        metrics.snapshot_interval_steps.of(run).set(state.interval.schedule.interval_steps)
+        metrics.snapshot_wait_ratio.of(run).set(state.interval.waits.share)
         metrics.distrusted_snapshots.of(run).set(len(state.probation.distrusted))
         self._note_progress(state, unix_s)
         self._note_persisted(state, unix_s)
@@ -164,7 +164,7 @@ class Gauges:
         metrics.persisted_timestamp_seconds.of(run).set(newest.unix_s or unix_s)
 
     def _note_ledger(self, state: RunState, now_s: float) -> None:
-        """The sums of the run's ledger; they outlive coordinators, so what this one exports begins where they are."""
+        """The sums of the run's ledger. They outlive coordinators, so the counters of this one begin where they are."""
         metrics, run, seen = self._metrics, state.run, self._seen[state.run]
         document = state.accounts.document(now_s)
         if document is None:

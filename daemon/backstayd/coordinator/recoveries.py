@@ -1,6 +1,6 @@
-"""Recoveries as they are counted: which began, how each ended, how long its phases took.
+"""Metrics of recoveries: how many began, how each ended, how long its phases took.
 
-Looks at the core after every evaluation and decides nothing. Time is the core's, as an argument.
+Looks at the core after every evaluation and decides nothing. Time is an argument.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PHASE_AFTER: Final = {Stage.FENCING: "decide", Stage.PREPARE: "stage", Stage.REC
 
 
 class RecoveryWatch:
-    """The recoveries of one run. A decision that a former coordinator released is none of them."""
+    """The recoveries of one run; a decision that a former coordinator released does not count."""
 
     def __init__(self, run: str, metrics: CoordinatorMetrics) -> None:
         self._run = run
@@ -30,7 +30,7 @@ class RecoveryWatch:
         self._lost_s: float | None = None
 
     def look(self, state: RunState, nodes: NodeTable, now_s: float) -> None:
-        """Once after every evaluation."""
+        """Call once after every evaluation."""
         recovery = state.recovery
         if (recovery.stage, recovery.world_id) != (self._stage, self._world_id):
             self._follow(recovery, now_s)

@@ -1,6 +1,10 @@
-"""The coordinator's state: reports in, desired state out. Soft: a new one rebuilds everything from reports.
+"""The coordinator's core: reports in, desired state out. Pure: time is an argument.
 
-Decides nothing before each node that reports name has reported, or a lease ran since the start. Pure: time is an argument.
+Nothing is kept on disk: a new coordinator rebuilds everything from reports. So it *settles* first and decides nothing before
+each node named in a report has reported itself, or a lease has passed. Deciding earlier, it would call lost what is only late.
+
+Invariant: its generation is above every one it has seen, or it is not settled and wants nothing. Nodes obey the highest
+generation they have seen; two coordinators that both believe to lead are told apart by it, and the one below steps down.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 
 from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstay.ids import Generation
+from backstayd.bounded import drop_oldest
 from backstayd.core.drain_orders import DrainState, DrainVerdict, order_drain, verdict_of
 from backstayd.core.inventory.catalog import ShapeCache, build_views, take_inventory
 from backstayd.core.inventory.nodes import NodeState, NodeTable
@@ -31,24 +36,21 @@ from backstayd.core.run_state import RunState
 from backstayd.core.sentences import listed
 from backstayd.core.timeline import Event, Timeline
 
-FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease
-MAX_RESETTLE_LEASES = 16
-KEPT_LEDGERS = 16
-REFUSED_AGAIN_S = 60.0
+FORGET_LOST_NODES_LEASES = 1200  # an hour at the default lease, in which `backstay status` still shows them as lost
+MAX_RESETTLE_LEASES = 16  # after stepping down; doubled each time, so that two coordinators do not take turns for ever
+KEPT_LEDGERS = 16  # of runs that are over, for `backstay report`
+REFUSED_AGAIN_S = 60.0  # a rogue node may report something else each time, and events are bounded
 
 
 class Coordinator:
     """Drive with :meth:`observe` and :meth:`tick` and then :meth:`evaluate`; read :meth:`desired`.
 
-    Invariant: while it is not settled it wants nothing; its generation is above every one it has seen, or it is not settled.
-
     Args:
-        term: Of an election, 0 without one. Generations of a term are above all of older terms, also of those that no
-            node reports: TERM_GENERATIONS times the term and up. Those of before an election began, or of one whose record
-            was lost, are told by reports as ever.
-        settle_leases: How many leases nodes that are named but silent are waited for; after an election they have to
-            find this coordinator first.
-        unix_offset_s: From the core's clock to Unix time, for what is kept longer than this coordinator lives.
+        term: Of an election; 0 without one. Its generations, from TERM_GENERATIONS times the term on, are above those of all
+            older terms, also of those that no node reports.
+        settle_leases: For how many leases to wait for nodes that are named and silent. After an election they have to find
+            this coordinator first.
+        unix_offset_s: From the core's clock to Unix time, for what outlives this coordinator.
     """
 
     def __init__(
@@ -63,44 +65,42 @@ class Coordinator:
     ) -> None:
         self.policy = policy
         self.unix_offset_s = unix_offset_s
-        self.finished: dict[str, dict[str, Any]] = {}  # ledgers of runs that are over, newest last
         self.incarnation = incarnation
         self.generation = Generation(0, incarnation)
         self.is_settled = False
         self.nodes = NodeTable(policy.lease_s, incarnation)
         self.runs: dict[str, RunState] = {}
         self.timeline = Timeline()
+        self.tombstones = Tombstones()
+        self.finished: dict[str, dict[str, Any]] = {}  # ledgers of runs that are over, newest last
         self.drains: dict[str, DrainVerdict] = {}  # of the nodes that drain
-        self.faults: dict[
-            str, Exception
-        ] = {}  # runs whose last evaluation failed: a mistake of ours, or a rogue report
+        self.faults: dict[str, Exception] = {}  # by run whose last evaluation failed: our mistake, or a rogue report
         self._admitted: dict[
             str, tuple[NodeReport, NodeReport]
         ] = {}  # by node: its last report, and what is used of it
+        self._refused_s: dict[str, float] = {}  # by node: when part of its report was refused last
         self._seals = Seals()
-        self._refused_s: dict[str, float] = {}  # by node: when something of its report was refused last
-        self.tombstones = Tombstones()  # of the runs that are over
         self._shapes = ShapeCache()
         self._started_s = now_s
         self._now_s = now_s
         self._floor = term * TERM_GENERATIONS
         self._patience_s = settle_leases * policy.lease_s
         self._settle_leases = 1.0
-        self.has_news = True  # since the last evaluation, besides that time has passed
-        self._is_dirty = True
-        self.has_changed = False  # what nodes should do, by the last evaluation
+        self.has_observed = True  # something new since the last evaluation
+        self._is_dirty = True  # the same, or time has passed
+        self.has_changed = False  # the last evaluation changed what nodes should do
         self._wanted_before: tuple[object, ...] = ()
         self._orders: dict[str, Orders] = {}  # by run; the same ones again while nothing of them changes
         self._desired_of: dict[str, NodeDesired] = {}  # while nothing changes
         self._peers_of: dict[tuple[str, ...], tuple[Peer, ...]] = {}
 
     def suspect(self, node: str, incarnation: str) -> None:
-        """The line to ``node`` broke; its lease runs on."""
+        """The connection to ``node`` broke; its lease runs on."""
         if self.nodes.suspect(node, incarnation):
-            self._is_dirty = self.has_news = True
+            self._is_dirty = self.has_observed = True
 
     def adopt(self, policy: CorePolicy) -> None:
-        """Go on under other settings; parity, group size, lease and storage must be the same."""
+        """Use other settings from now on; parity, group size, lease and storage must be the same."""
         self.policy = policy
         for state in self.runs.values():
             state.adopt(policy)
@@ -109,25 +109,25 @@ class Coordinator:
         """Take in a report; nothing is decided before :meth:`evaluate`.
 
         Raises:
-            IntegrityError: it cannot be that of any node. A run in it that cannot be calculated with is passed over.
+            IntegrityError: no node can report that. A run in it that cannot be calculated with is left out.
         """
         self._now_s = max(self._now_s, now_s)
         change = self.nodes.observe(self._admit(report), self._now_s)
         if change is None:
             return
-        self._is_dirty = self.has_news = True
+        self._is_dirty = self.has_observed = True
         self.tombstones.take(report)
         name = report.node.name
         if change:
             words = {"joined": "joined", "restarted": "was started again", "returned": "came back within its old life"}
             self.timeline.allow_again("", "node_joined")
-            self._say("", "node_joined", f"{name} ({report.node.bulk_address}) {words[change]}")
+            self._log_event("", "node_joined", f"{name} ({report.node.bulk_address}) {words[change]}")
         for run in report.runs:
             if run.run not in self.runs:
                 self.runs[run.run] = self._new_run(run.run)
 
     def _admit(self, report: NodeReport) -> NodeReport:
-        """The report as far as it can be calculated with; the very same one again costs nothing."""
+        """The report as far as it can be calculated with; the same record again costs nothing."""
         known = self._admitted.get(report.node.name)
         if known is not None and known[0] is report:
             return known[1]
@@ -136,33 +136,32 @@ class Coordinator:
         found, problems = admitted(report, before.runs if before is not None else {}, self._seals)
         self._admitted[report.node.name] = (report, found)
         if problems:
-            self._say_refused(report.node.name, problems)
+            self._log_refused(report.node.name, problems)
         return found
 
-    def _say_refused(self, node: str, problems: Mapping[str, str]) -> None:
-        """Once a minute and node: a rogue one may report something else each time."""
+    def _log_refused(self, node: str, problems: Mapping[str, str]) -> None:
+        """Log what was refused, at most once a minute for each node."""
         if self._now_s - self._refused_s.get(node, -REFUSED_AGAIN_S) < REFUSED_AGAIN_S:
             return
         self._refused_s[node] = self._now_s
         run, problem = next(iter(problems.items()))
         more = f" (and {len(problems) - 1} more runs)" if len(problems) > 1 else ""
-        self._say("", "report_refused", f"what {node} reports of run {run}{more} is not used: {problem}")
+        self._log_event("", "report_refused", f"what {node} reports of run {run}{more} is not used: {problem}")
 
     def tick(self, now_s: float, *, away_s: float = 0.0) -> None:
         """Let time pass: leases run out.
 
         Args:
-            away_s: For how much of it nobody listened, because this process was frozen or busy: what nodes said meanwhile is
-                yet to be read.
+            away_s: How much of it this process was frozen or busy: reports of that time are yet to be read.
         """
         self._now_s = max(self._now_s, now_s)
         if away_s > 0.0:
             self.nodes.excuse(away_s, self._now_s)
             self._started_s = min(self._now_s, self._started_s + away_s)
         for name in self.nodes.tick(self._now_s):
-            self.has_news = True
+            self.has_observed = True
             self.timeline.allow_again("", "node_lost")
-            self._say(
+            self._log_event(
                 "", "node_lost", f"{name} did not report for {self.policy.lease_s:g} s: what it held counts as gone"
             )
         self.nodes.forget_lost(self._now_s, FORGET_LOST_NODES_LEASES * self.policy.lease_s)
@@ -174,7 +173,7 @@ class Coordinator:
         """Bring desired state in line with what was observed. False if nothing was observed since the last call."""
         if not self._is_dirty:
             return False
-        self._is_dirty = self.has_news = False
+        self._is_dirty = self.has_observed = False
         self._decide()
         before, now = self._wanted_before, self._wanted()  # orders come between evaluations, too
         self._wanted_before = now
@@ -185,7 +184,7 @@ class Coordinator:
         return True
 
     def _wanted(self) -> tuple[object, ...]:
-        """What :meth:`desired` is made from: the very same things while no node need be told anything."""
+        """What :meth:`desired` is made from: the same objects while nothing changes for any node."""
         orders = (self._orders.get(run) or object() for run in self.runs)
         drains = (node.drain_order for node in self.nodes.nodes.values())
         return self.is_settled, self.generation, self.tombstones.orders, *self.runs, *orders, *drains
@@ -201,7 +200,7 @@ class Coordinator:
                 if not self._evaluate_run(name, present):
                     unsure.add(name)
                 self.faults.pop(name, None)
-            except Exception as error:  # noqa: BLE001 - the boundary of one run: the others go on
+            except Exception as error:  # noqa: BLE001 - the boundary of one run: the others are evaluated
                 unsure.add(name)
                 self._set_apart(name, error, present)
         self.tombstones.arrange(present, unsure, now_unix_s=self._now_s + self.unix_offset_s)
@@ -211,7 +210,7 @@ class Coordinator:
         """Bring one run in line; False if too little is known of it."""
         is_sure = self._has_long_memory() or self.runs[name].named_nodes(present) <= set(self.nodes.nodes)
         if not is_sure:
-            return False  # somebody who knows more of this run may still be on its way
+            return False  # a node that knows more of this run may be about to report
         state, before = self.runs[name], self._orders.pop(name, None)
         state.evaluate(present, generation=self.generation, has_long_memory=self._has_long_memory(), now_s=self._now_s)
         if state.evaluation is not None and not state.forgetting.is_under_way:
@@ -224,13 +223,15 @@ class Coordinator:
         return True
 
     def _set_apart(self, name: str, error: Exception, present: Mapping[str, NodeState]) -> None:
-        """The run could not be evaluated: its nodes get no orders, keep what they hold, and it is tried again."""
+        """The run could not be evaluated: its nodes get no orders and keep what they hold until it can be."""
         self.faults[name] = error
         nodes = [node for node in present.values() if name in node.runs]
         guilty = [node.name for node in nodes if not _can_be_read(name, node)] or [node.name for node in nodes]
         why = f"it cannot be evaluated ({error!r:.200}); reported by {listed(guilty[:8])}"
         self.runs[name].set_apart(why)
-        self._say(name, "evaluation_failed", f"{why}; nothing of it is deleted or protected until that has changed")
+        self._log_event(
+            name, "evaluation_failed", f"{why}; nothing of it is deleted or protected until that has changed"
+        )
 
     def desired(self, node: str) -> NodeDesired:
         """Everything ``node`` should do now; before settling nothing, under a generation that no node obeys."""
@@ -256,10 +257,10 @@ class Coordinator:
         )
 
     def forget(self, run: str) -> None:
-        """Delete everything of ``run`` everywhere.
+        """Delete everything of ``run`` on every node.
 
         Raises:
-            SnapshotNotFoundError: if no node knows it. UsageError: if its trainers are still there.
+            SnapshotNotFoundError: no node knows it. UsageError: its trainers are connected.
         """
         state, tombstone = self.runs.get(run), self.tombstones.get(run)
         if state is None or state.context is None or (state.context.inventory.is_empty and not state.context.worlds):
@@ -278,14 +279,14 @@ class Coordinator:
                 f"trainers of it are connected ({listed(alive[:3])}{', ...' if len(alive) > 3 else ''}); stop the job first",
                 reason="run_is_active",
             )
-        self._say(run, "freed", "the operator forgets the run on every node")
+        self._log_event(run, "freed", "the operator forgets the run on every node")
         state.bury(Cause.FORGOTTEN)
         self._orders.pop(run, None)
         self._is_dirty = True
 
     def _free_name(self, tombstone: Tombstone) -> None:
-        """Nothing is left of the run: from now on its name may be used again as if it were new."""
-        self._say(tombstone.run, "freed", f"it {tombstone.sentence()}; the operator frees its name")
+        """Let the name of a run of which nothing is left be used again as if it were new."""
+        self._log_event(tombstone.run, "freed", f"it {tombstone.sentence()}; the operator frees its name")
         again = replace(
             tombstone,
             cause=Cause.FORGOTTEN,
@@ -296,7 +297,7 @@ class Coordinator:
         self._is_dirty = True
 
     def distrust(self, run: str, step: int, reason: str) -> str:
-        """Never restore ``step`` of ``run`` again, nor what was trained from it. Returns what a restart would do now.
+        """Never restore ``step`` of ``run`` again, nor what was trained from it. Returns what a restart would restore now.
 
         Raises:
             SnapshotNotFoundError: no such run, or no whole snapshot of that step is known.
@@ -314,28 +315,28 @@ class Coordinator:
             )
         base = Base(attempt=view.key.attempt, step=step, snapshot_id=view.snapshot_id)
         state.probation.distrust(base, reason or "an operator said so")
-        self._say(run, "distrusted", f"step {step} of attempt {view.key.attempt} is not restored again: {reason}")
+        self._log_event(run, "distrusted", f"step {step} of attempt {view.key.attempt} is not restored again: {reason}")
         self._is_dirty = True
         self.evaluate()
         return state.outlook()
 
     def drain(self, node: str, *, undo: bool) -> DrainVerdict:
-        """Have ``node`` drained, or not any more; what it still holds alone is brought elsewhere.
+        """Drain ``node``, or do so no longer: what only it holds is copied elsewhere.
 
         Raises:
-            UsageError: no such node, or it is lost, or cordoned. UnavailableError: not now.
+            UsageError: no such node, or it is lost, or cordoned. UnavailableError: not settled.
         """
         if not self.is_settled:
             raise UnavailableError("the coordinator has just started and gathers reports; try again", reason="settling")
         order_drain(self.nodes, node, undo=undo)
         self._is_dirty = True
         self.evaluate()
-        if undo and self.nodes.nodes[node].drain_order is not None:  # planned with again, but it has not said so itself
+        if undo and self.nodes.nodes[node].drain_order is not None:  # it has not reported yet that it obeys
             return DrainVerdict(state=DrainState.DRAINING, reason="it has not answered the order yet")
         return self.drains.get(node, DrainVerdict())
 
     def _judge_drains(self) -> None:
-        """See how far the nodes are that drain, and say what changed."""
+        """See how far draining nodes are, and log what changed."""
         before, self.drains = self.drains, {}
         for name, node in self.nodes.nodes.items():
             verdict = verdict_of(node, self.runs, is_settled=self.is_settled)
@@ -345,13 +346,13 @@ class Coordinator:
                 words = {DrainState.NONE: "does not drain any more", DrainState.DRAINING: "drains"}
                 said = words.get(verdict.state, "is drained")
                 self.timeline.allow_again("", "node_drain")
-                self._say("", "node_drain", f"{name} {said}{': ' if verdict.reason else ''}{verdict.reason}")
+                self._log_event("", "node_drain", f"{name} {said}{': ' if verdict.reason else ''}{verdict.reason}")
 
     def locate(self, run: str, step: int) -> Located:
         """Where the shards of a complete snapshot are; ``step`` 0 is the newest.
 
         Raises:
-            SnapshotNotFoundError: there is none. UnavailableError: not now.
+            SnapshotNotFoundError: there is none. UnavailableError: not settled.
         """
         if not self.is_settled:
             raise UnavailableError("the coordinator has just started and gathers reports; try again", reason="settling")
@@ -361,7 +362,7 @@ class Coordinator:
         return locate(state.context, step)
 
     def trust(self, run: str) -> int:
-        """Take back every distrust of ``run`` and count its restores anew; returns how many there were.
+        """Trust every snapshot of ``run`` again and count its restores anew; returns how many were distrusted.
 
         Raises:
             SnapshotNotFoundError: no such run.
@@ -369,7 +370,7 @@ class Coordinator:
         state = self._known(run)
         count = len(state.probation.distrusted)
         state.probation.trust.clear(state.probation.distrusted, survey_id=state.persisting.surveying.survey_id)
-        self._say(run, "trusted", f"the operator trusts {count} snapshots again, and restores are counted anew")
+        self._log_event(run, "trusted", f"the operator trusts {count} snapshots again, and restores are counted anew")
         self._is_dirty = True
         return count
 
@@ -388,7 +389,7 @@ class Coordinator:
         return state
 
     def partly_recorded(self) -> dict[str, str]:
-        """Runs whose decision some hosts have recorded and others not: run to decision id."""
+        """By run, the id of a decision that some hosts have recorded and others not."""
         found = {}
         recording = {name: state for name, state in self.runs.items() if state.recovery.stage is Stage.RECORD}
         present = {node.name: node for node in self.nodes.present()} if recording else {}
@@ -415,7 +416,7 @@ class Coordinator:
             own = [n.generation.number for n in self.nodes.present() if n.generation.incarnation == self.incarnation]
             assert self.generation.number >= max(own, default=0), "no node can know a generation not made yet"
 
-    def _say(self, run: str, kind: str, message: str, *, cause: str = "") -> None:
+    def _log_event(self, run: str, kind: str, message: str, *, cause: str = "") -> None:
         self.timeline.add(self._now_s, run, kind, message, cause=cause)
 
     def _new_run(self, run: str) -> RunState:
@@ -425,9 +426,9 @@ class Coordinator:
             shapes=self._shapes,
             tombstones=self.tombstones,
             raise_generation=self._raise_generation,
-            say=functools.partial(self._say, run),
+            log=functools.partial(self._log_event, run),
             others=self._runs_of,
-            again=functools.partial(self.timeline.allow_again, run),
+            allow_again=functools.partial(self.timeline.allow_again, run),
             unix_offset_s=self.unix_offset_s,
         )
 
@@ -457,13 +458,14 @@ class Coordinator:
             self.generation = Generation(max(highest, self.generation.number, self._floor) + 1, self.incarnation)
             missing = sorted(named - set(self.nodes.nodes))
             rest = f"; without {', '.join(missing)}, named by others but silent" if missing else ""
-            self._say("", "settled", f"{len(self.nodes.nodes)} nodes have reported{rest}; deciding from now on")
+            self._log_event("", "settled", f"{len(self.nodes.nodes)} nodes have reported{rest}; deciding from now on")
 
     def _face_others(self) -> None:
-        """Nodes report a generation of another coordinator that is not below: one that acts now, or one of before this one.
+        """Some nodes report a generation of another coordinator that is not below this one's.
 
-        It acts if a node that obeyed this one obeys it. What was raised before, and comes back with nodes that were away, ends
-        nothing that this coordinator has decided meanwhile: it raises above it.
+        Either that coordinator acts now: a node that obeyed this one obeys it. Then this one steps down. Or it acted before,
+        and nodes that were away bring its generation back. Then it ends nothing that was decided meanwhile: this one raises
+        its generation above.
         """
         mine, ahead = self.incarnation, self.generation.number
         foreign = [n for n in self.nodes.present() if n.generation.incarnation != mine and n.generation.number >= ahead]
@@ -473,18 +475,18 @@ class Coordinator:
         is_acting = any(node.has_obeyed for node in foreign)
         later = [state for state in self.runs.values() if state.outranks_former(self.generation)]
         if self._has_long_memory() and (is_acting or not later):
-            self._step_back(highest)
+            self._step_down(highest)
             return
         self.generation = Generation(highest + 1, mine)
         names = listed(sorted(node.name for node in foreign))
-        self._say(
+        self._log_event(
             "", "settled", f"{names} came back with generation {highest} of a former coordinator: going on above it"
         )
         for state in later:
             state.recovery.raise_above(self.generation)
 
-    def _step_back(self, number: int) -> None:
-        """Another coordinator acts: want nothing for a while that grows each time, then settle again above it."""
+    def _step_down(self, number: int) -> None:
+        """Another coordinator acts: want nothing for a time that grows with each, then settle above it."""
         self.is_settled = False
         self.generation = Generation(0, self.incarnation)
         self._started_s = self._now_s
@@ -492,7 +494,7 @@ class Coordinator:
         for name in self.runs:
             self.runs[name] = self._new_run(name)
         self._orders.clear()
-        self._say("", "settled", f"another coordinator has raised the generation to {number}: standing back")
+        self._log_event("", "settled", f"another coordinator has raised the generation to {number}: standing back")
 
     def _named_nodes(self) -> set[str]:
         """Nodes that reports say have a part in some run."""
@@ -500,7 +502,7 @@ class Coordinator:
         return {name for state in self.runs.values() for name in state.named_nodes(present)}
 
     def _peers(self, runs: tuple[str, ...]) -> tuple[Peer, ...]:
-        """Live nodes of these runs; made once for all nodes that have a part in the same."""
+        """Present nodes of these runs; worked out once for all nodes that have a part in the same."""
         found = self._peers_of.get(runs)
         if found is None:
             peers: dict[str, Peer] = {}
@@ -510,27 +512,26 @@ class Coordinator:
         return found
 
     def _keep_ledger(self, state: RunState) -> None:
-        """A run is over: its ledger stays for a while, and one sentence of it in the log."""
+        """Keep the ledger of a run that is over for a while, and log its sum."""
         ledger, state.closed_ledger = state.closed_ledger, None
         if ledger is None:
             return
         self.finished.pop(state.run, None)
         self.finished[state.run] = ledger
-        while len(self.finished) > KEPT_LEDGERS:
-            del self.finished[next(iter(self.finished))]
-        self._say(state.run, "ledger", ledger_sentence(ledger))
+        drop_oldest(self.finished, KEPT_LEDGERS)
+        self._log_event(state.run, "ledger", ledger_sentence(ledger))
 
     def _is_over(self, run: str, present: Mapping[str, NodeState]) -> bool:
-        """Whether no present node says anything of the run and nothing is remembered that a later world must know."""
+        """Whether no present node reports the run and nothing is remembered that a later world must know."""
         state = self.runs[run]
         is_mentioned = any(run in node.runs for node in present.values())
         return not is_mentioned and not state.memory.is_known and not state.recovery.is_active
 
 
 def _can_be_read(run: str, node: NodeState) -> bool:
-    """Whether what this node alone reports of the run can be calculated with."""
+    """Whether what this node reports of the run can be calculated with."""
     try:
         build_views(take_inventory(run, [node]), ShapeCache())
-    except Exception:  # noqa: BLE001 - whatever it is: this is the node
+    except Exception:  # noqa: BLE001 - whatever is raised: this node's report is the cause
         return False
     return True

@@ -1,6 +1,6 @@
-"""Which nodes drain, and which of them may be stopped: the operator's orders and the verdict over all runs. Pure.
+"""Which nodes drain, and which of them may be stopped: the operator's orders, and the verdict over all runs. Pure.
 
-The node itself remembers that it drains; here is only what it has not reported yet.
+A node itself remembers that it drains; an order is kept here only until the node reports that it obeys.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from backstayd.core.sentences import amount, counted, listed
 
 class DrainState(enum.StrEnum):
     NONE = ""
-    DRAINING = "draining"  # what it holds is being brought elsewhere
-    SAFE = "safe"  # every kept snapshot outlives its stop, with as many spares as the other nodes make possible
+    DRAINING = "draining"  # what it holds is being copied elsewhere
+    SAFE = "safe"  # every kept snapshot outlives its stop, with as many spares as the other nodes allow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +31,10 @@ class DrainVerdict:
 
 
 def order_drain(table: NodeTable, name: str, *, undo: bool) -> None:
-    """Note an operator's order; the node is told until it reports that it obeys.
+    """Note an operator's order, which is sent until the node reports that it obeys.
 
     Raises:
-        UsageError: there is no such node, it is lost, or it drains for another reason.
+        UsageError: there is no such node, it is lost, or it drains because it is cordoned.
     """
     node = table.nodes.get(name)
     if node is None:
@@ -52,8 +52,8 @@ def order_drain(table: NodeTable, name: str, *, undo: bool) -> None:
             reason="node_lost",
         )
     wanted = not undo
-    is_told = node.drain_order is not None  # the opposite, maybe: it may have obeyed and not said so yet
-    node.drain_order = wanted if is_told or node.report.is_draining != wanted else None
+    is_ordered = node.drain_order is not None  # maybe the opposite, which it may have obeyed and not reported yet
+    node.drain_order = wanted if is_ordered or node.report.is_draining != wanted else None
 
 
 def verdict_of(node: NodeState, runs: Mapping[str, RunState], *, is_settled: bool) -> DrainVerdict:
@@ -77,7 +77,7 @@ def verdict_of(node: NodeState, runs: Mapping[str, RunState], *, is_settled: boo
 
 
 def _trainers(node: NodeState) -> str:
-    """Who trains on the node: state that stays is no training that goes on."""
+    """Who trains on the node: that its state is safe does not keep training running."""
     found = [
         f"{counted(ranks, 'rank')} of {name}"
         for name, run in sorted(node.runs.items())

@@ -25,7 +25,7 @@ from backstayd.core.messages.tombstone import MAX_ABSENT, Cause, Tombstone
 from backstayd.core.protect.durable_uploads import Persisting
 from backstayd.core.recover.choice import Memory, is_never_used
 from backstayd.core.recover.recovery import Recovery
-from backstayd.core.timeline import Say
+from backstayd.core.timeline import LogEvent
 
 MAX_SKEW_S = (
     86400.0  # by which a node's clock may be ahead: a clock that is a year off must not make tombstones of then
@@ -38,7 +38,7 @@ class Forgetting:
     """Watches one run for its end."""
 
     job_ttl_s: float
-    say: Say
+    log: LogEvent
     is_under_way: bool = False  # it is over, nobody uses its name, and nodes still hold something of it
     ended: dict[str, set[int]] = field(default_factory=dict)  # by world: ranks that have finished
     idle_since_s: float | None = None  # since when this coordinator has seen no trainer of it
@@ -47,13 +47,13 @@ class Forgetting:
         """Why the run is over; None while it is not."""
         is_idle = self._is_idle(context, memory)
         if self._is_finished(context, recovery, persisting):
-            self.say("finished", "every rank has finished: the run is forgotten on every node")
+            self.log("finished", "every rank has finished: the run is forgotten on every node")
             return Cause.FINISHED
         if is_idle and self.due_in_s(context.now_s) == 0:
-            self.say("freed", f"no trainer was connected for {self.job_ttl_s:g} s: the run is forgotten")
+            self.log("freed", f"no trainer was connected for {self.job_ttl_s:g} s: the run is forgotten")
             return Cause.IDLE
         if is_idle and self.idle_s(context.now_s) >= UNUSED_LEASES * context.lease_s and is_never_used(context, memory):
-            self.say("freed", "it never held a snapshot, and no trainer is connected: its name is dropped")
+            self.log("freed", "it never held a snapshot, and no trainer is connected: its name is dropped")
             return Cause.UNUSED
         return None
 

@@ -1,6 +1,10 @@
-"""What each node should do for one run, worked out once per evaluation for all of them. Pure.
+"""Orders: what each node should do for one run, worked out once per evaluation for all of them. Pure.
 
-Turns the run's state into words for nodes; must neither change that state nor look at more than it was made from.
+Must not change the run's state, nor read anything that is newer than its last evaluation.
+
+A run's decision is recorded not only by its hosts but also by a few other nodes, its *recorders*. They hold nothing else of the
+run and stage nothing. As long as one of them is there, it is known that the run exists, up to which attempt and generation: no
+world of it starts from scratch unnoticed, and no attempt is given twice (docs/decisions/0030-recorders.md).
 """
 
 from __future__ import annotations
@@ -24,17 +28,17 @@ from backstayd.core.protect.groups import parity_fraction
 from backstayd.core.recover.probation import has_both
 from backstayd.core.run_state import RunState
 
-RECORDERS = 8  # enough to outlive the nodes of one job, and few enough that no message grows with the cluster
+RECORDERS = 8  # more nodes than fail together, and few enough that no message grows with the cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orders:
-    """``common`` is what every node is told; the rest is by node."""
+    """For all nodes of one run."""
 
-    common: RunDesired
+    common: RunDesired  # the same for all
     hosts: frozenset[str]
-    recorders: frozenset[str]  # they keep the decision, too
-    plans: Mapping[str, tuple[Plan, ...]]
+    recorders: frozenset[str]
+    plans: Mapping[str, tuple[Plan, ...]]  # by node, as all that follow
     drops: Mapping[str, tuple[str, ...]]
     rebuilds: Mapping[str, tuple[Rebuild, ...]]
     copies: Mapping[str, tuple[ShardCopy, ...]]
@@ -48,7 +52,7 @@ class Orders:
         return node in self.plans or node in self.rebuilds or node in self.copies or node in self.recorders
 
     def of(self, node: str) -> RunDesired:
-        """For one node; the same record again while the orders stand."""
+        """The orders of one node; the same record again while these are in effect."""
         made = self._made.get(node)
         if made is None:
             is_host = node in self.hosts
@@ -110,7 +114,7 @@ def _common(state: RunState, evaluation: Evaluation) -> RunDesired:
         decision=recovery.decision,
         decision_phase=recovery.phase,
         release=tuple(sorted(evaluation.release)),
-        schedule=state.pace.schedule,
+        schedule=state.interval.schedule,
         keep=state.policy.keep,
         extra_slots=int(bool(state.held(context)) or has_both(context) or state.draining.is_holding)
         + int(bool(state.persisting.pinned)),
@@ -147,7 +151,7 @@ def _rebuilds(state: RunState) -> dict[str, tuple[Rebuild, ...]]:
 
 
 def _drops(state: RunState, evaluation: Evaluation) -> dict[str, tuple[str, ...]]:
-    """Plans whose parity goes, by member; nothing while a world decides."""
+    """Plans whose parity is deleted, by member; none while a world decides."""
     if state.recovery.is_active:
         return {}
     views = evaluation.context.live_views
@@ -163,7 +167,7 @@ def _drops(state: RunState, evaluation: Evaluation) -> dict[str, tuple[str, ...]
 
 
 def _releases(state: RunState, evaluation: Evaluation) -> dict[str, tuple[SnapshotKey, ...]]:
-    """Where more goes than is released everywhere: copies that the protecting plans do not use."""
+    """Where more is deleted than is released everywhere: copies that the protecting plans do not use."""
     if state.recovery.is_active:
         return {}
     hosts, found = _busy_hosts(state, evaluation.context), defaultdict(set)
@@ -180,7 +184,7 @@ def _releases(state: RunState, evaluation: Evaluation) -> dict[str, tuple[Snapsh
 
 
 def _busy_hosts(state: RunState, context: RunContext) -> set[str]:
-    """Where ranks run, or wait to restore what was verified for them: a recovery that was abandoned may be taken up again."""
+    """Where ranks run, or wait for what was staged for them: an abandoned recovery may be resumed."""
     sessions = {session.node for world in context.worlds.values() for session in world.values()}
     return sessions | set(state.hosts(context))
 
@@ -199,7 +203,7 @@ def _suspects(context: RunContext) -> dict[str, tuple[Quarantined, ...]]:
 
 
 def _peers(state: RunState, context: RunContext) -> dict[str, Peer]:
-    """Everyone who has a part in the run and is there, by name."""
+    """Present nodes that have a part in the run."""
     names = set(context.reports)
     names.update(m.node for plan_set in state.protection.sets.values() for p in plan_set.plans for m in p.members)
     names.update(target.node for rebuild in state.rebuilds.under_way.values() for target in rebuild.targets)
@@ -212,13 +216,13 @@ def _peers(state: RunState, context: RunContext) -> dict[str, Peer]:
 
 
 def _parity_fraction(state: RunState, evaluation: Evaluation) -> float:
-    """m / k of the smallest group, which pays most per byte of state; 0 while nothing is known of the job."""
+    """m / k of the smallest group, which has most parity per byte of state; 0 while nothing is known of the job."""
     count = len(state.hosts(evaluation.context))
     return parity_fraction(count, group_size=state.policy.group_size, m=evaluation.wanted)
 
 
 def _is_release_possible(state: RunState, context: RunContext) -> bool:
-    """Whether slots come free as soon as encoding gets there: every host is heard from, every rank trains and offers steps."""
+    """Whether slots come free as encoding proceeds: every host reports, every rank trains and takes its snapshots."""
     decision = state.recovery.released
     if decision is None or state.missing.sentence:
         return False
@@ -228,9 +232,9 @@ def _is_release_possible(state: RunState, context: RunContext) -> bool:
 
 
 def choose_recorders(context: RunContext, decision: Decision) -> frozenset[str]:
-    """The nodes that keep ``decision``: those that have it, then any of the others, in other failure domains first.
+    """The nodes that record ``decision`` besides its hosts: those that have it, then others, of other failure domains first.
 
-    None that will be stopped, and none where somebody else's run has the name.
+    None that drains, and none where another user's run has the name.
     """
     hosts = decision.hosts
     others = [node for node in context.nodes.values() if node.name not in hosts and not node.is_draining]
@@ -250,5 +254,5 @@ def _keeps(node: NodeState, decision: Decision) -> bool:
 
 
 def _draw(node: str, run: str) -> int:
-    """Another order of the nodes for each run, and the same one again."""
+    """Orders the nodes differently for each run, and each time alike."""
     return zlib.crc32(f"{run}/{node}".encode())

@@ -1,4 +1,4 @@
-"""What the operator chose, as the core sees it, and the numbers that follow from it. Pure."""
+"""The operator's settings as the core sees them, and the numbers that follow from them. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorePolicy:
-    """``parity`` None means by size of the job: 2 from six nodes on, 1 from two, 0 with one."""
+    """Settings of all runs."""
 
-    parity: int | None = None
+    parity: int | None = None  # None: by size of the job, 2 from six nodes on, 1 from two, 0 with one
     group_size: int = 8
     keep: int = 1
     lease_s: float = 3.0
-    job_ttl_s: float = 86400.0  # a run without trainers is forgotten after so long; 0: never
+    job_ttl_s: float = 86400.0  # after which a run without trainers is forgotten; 0: never
     probation_steps: int = 3
     restore_loop_limit: int = 10  # restores of one snapshot without progress, then the run stops; 0: no limit
     persist_url: str = ""  # "" = no durable storage

@@ -1,7 +1,7 @@
 """What a node reports, checked before anything is calculated from it. Pure.
 
-A node that contradicts itself, through a fault or on purpose, loses what it says of that run, never the other runs, and no
-other node loses anything. Must not judge whether a report is true: only whether it can be calculated with.
+A report that contradicts itself, through a fault or on purpose, costs what that node reports of that run, never another run or
+another node. Must not judge whether a report is true, only whether it can be calculated with.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Final
 from backstay.errors import IntegrityError, UsageError
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import MAX_COUNT, MAX_WORLD_SIZE, RunKey, check_name
+from backstayd.bounded import drop_oldest
 from backstayd.core.inventory.survey import why_no_snapshot
 from backstayd.core.messages.decisions import Decision, Outcome
 from backstayd.core.messages.plans import Plan, ShardRecord, VolumeShard
 from backstayd.core.messages.report import NodeReport, RunReport, SessionRecord
 
 MAX_RUNS: Final = 4096  # of one node
-MAX_ITEMS: Final = 1 << 20  # shards, fragments, ranks: of one kind in one run
-MAX_MEMBERS: Final = 64  # of a group; a configuration allows fewer
+MAX_ITEMS: Final = 1 << 20  # shards, fragments or ranks: of one kind, in one run
+MAX_MEMBERS: Final = 64  # of a group; the configuration allows fewer
+MAX_SEALS: Final = 4096
 MAX_TEXT: Final = 1000  # characters of a name, a digest, an address
 MAX_USER: Final = 1 << 32
 
@@ -50,8 +52,7 @@ def check_node(report: NodeReport) -> None:
 class Seals:
     """Plans whose id was found to be that of their content: every member reports the same record. Bounded."""
 
-    def __init__(self, limit: int = 4096) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._sound: dict[int, Plan] = {}  # by id of the record, which is kept so that the id stays its own
 
     def is_sealed(self, plan: Plan) -> bool:
@@ -59,17 +60,16 @@ class Seals:
             return True
         if not plan.is_sealed():
             return False
-        while len(self._sound) >= self._limit:
-            del self._sound[next(iter(self._sound))]
+        drop_oldest(self._sound, MAX_SEALS - 1)
         self._sound[id(plan)] = plan
         return True
 
 
 def admitted(report: NodeReport, known: Mapping[str, RunReport], seals: Seals) -> tuple[NodeReport, dict[str, str]]:
-    """The report without the runs, and the plans, that cannot be calculated with, and what is wrong with each run.
+    """The report without the runs and plans that cannot be calculated with, and what is wrong with each run.
 
     Args:
-        known: What was admitted of this node before: the very same records are not checked again.
+        known: What was admitted of this node before; the very same records are not checked again.
     """
     problems: dict[str, str] = {}
     runs = []
@@ -80,7 +80,7 @@ def admitted(report: NodeReport, known: Mapping[str, RunReport], seals: Seals) -
             problems[run.run[:MAX_TEXT]] = (
                 problem or f"plan {unsealed[0].plan_id[:8]!r} does not have the id of its content"
             )
-        if unsealed:  # another release may know plans that have more to them: only the plan is not counted
+        if unsealed:  # plans of another release may have more fields: only the plan is left out
             run = replace(run, plans=tuple(plan for plan in run.plans if plan not in unsealed))
         if not problem:
             runs.append(run)

@@ -1,4 +1,11 @@
-"""One run: everything the coordinator knows and wants of it, evaluated as a whole after each change. Pure."""
+"""One run: everything that the coordinator knows and wants of it, evaluated as a whole after each change. Pure.
+
+:meth:`RunState.evaluate` takes each part one step further, in an order in which each builds on those before it: whose run it is
+and what is forgotten of it, what lies where, whether it is over, what is new, what a world restores, what is encoded, rebuilt
+and uploaded, what may be deleted then, and how well all of that protects what is trained.
+
+Nothing here must survive: a new coordinator makes it again from reports.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +16,10 @@ from typing import Any
 from backstay.ids import Generation, SnapshotKey
 from backstayd.core.end_of_run import Forgetting, lift_if_wrong, made_unix_s, tombstone_of
 from backstayd.core.evaluation import Evaluation, redundancy
-from backstayd.core.inventory.absent_ranks import Missing
 from backstayd.core.inventory.catalog import InventoryCache, ShapeCache, SnapshotView
 from backstayd.core.inventory.distrust import tainted_views
 from backstayd.core.inventory.lineage import is_live, live_lineage, newest_decision
+from backstayd.core.inventory.missing_ranks import Missing
 from backstayd.core.inventory.nodes import NodeState
 from backstayd.core.inventory.ownership import owner_of, strangers, without
 from backstayd.core.inventory.run_context import RunContext, World, find_worlds, phases_of
@@ -24,7 +31,7 @@ from backstayd.core.messages.tombstone import Cause
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.draining import Draining
 from backstayd.core.protect.durable_uploads import Persisting
-from backstayd.core.protect.interval import Pace
+from backstayd.core.protect.interval import Interval
 from backstayd.core.protect.lag import Lag, Training, behind_sentence
 from backstayd.core.protect.protection import Protection
 from backstayd.core.protect.retention import ABANDONED, abandoned_keys, has_returned, releasable
@@ -34,21 +41,21 @@ from backstayd.core.recover.probation import Probation
 from backstayd.core.recover.rebuilds import Rebuilds
 from backstayd.core.recover.recovery import Recovery
 from backstayd.core.sentences import any_nodes, counted, listed
-from backstayd.core.timeline import Say
+from backstayd.core.timeline import LogEvent
 
 
 @dataclass(slots=True)
 class RunState:
-    """Invariant: nothing here is needed to survive; a new coordinator makes it again from reports."""
+    """The state of one run, and its parts."""
 
     run: str
     policy: CorePolicy
     shapes: ShapeCache
     tombstones: Tombstones
     raise_generation: Callable[[int], Generation]
-    say: Say
+    log: LogEvent
     others: Callable[[str], Mapping[str, str]]  # runs of that user, and what became of each
-    again: Callable[[str], None]  # the state that the last sentence of this kind described has passed
+    allow_again: Callable[[str], None]  # log the next event of this kind even if it is the same as the last
     unix_offset_s: float = 0.0  # from the core's clock to Unix time, for the ledger
     protection: Protection = field(init=False)
     recovery: Recovery = field(init=False)
@@ -58,7 +65,7 @@ class RunState:
     forgetting: Forgetting = field(init=False)
     draining: Draining = field(init=False)
     accounts: Accounts = field(init=False)
-    pace: Pace = field(default_factory=Pace)
+    interval: Interval = field(default_factory=Interval)
     missing: Missing = field(default_factory=Missing)
     lag: Lag = field(default_factory=Lag)
     memory: Memory = field(default_factory=Memory)
@@ -100,7 +107,7 @@ class RunState:
         self._adjust_pace(context, target)
 
     def set_apart(self, why: str) -> None:
-        """The evaluation failed half way: what the last one found stands, as something that protects nothing now."""
+        """The evaluation failed half way: what the last one found is shown, as protecting nothing now."""
         if self.evaluation is not None:
             self.evaluation = replace(self.evaluation, redundancy="UNPROTECTED", spares=-1, reason=why)
         self.context = self.evaluation.context if self.evaluation is not None else None
@@ -122,7 +129,7 @@ class RunState:
             )
 
     def named_nodes(self, nodes: Mapping[str, NodeState]) -> set[str]:
-        """Nodes that reports say have a part in this run."""
+        """Nodes that have a part in this run, by what ``nodes`` report."""
         named: set[str] = set()
         for node in nodes.values():
             report = node.runs.get(self.run)
@@ -133,7 +140,7 @@ class RunState:
         return named
 
     def outranks_former(self, own: Generation) -> bool:
-        """Whether what this coordinator decided, or what trains, is later than what nodes that were away bring back."""
+        """Whether what was decided here, or trains, is later than what nodes that were away bring back."""
         return self.context is not None and self.recovery.outranks_former(self.context, own)
 
     def fresh_context(self, nodes: Mapping[str, NodeState], *, generation: Generation, now_s: float) -> RunContext:
@@ -142,12 +149,12 @@ class RunState:
         return self._take_context(nodes, generation, has_long_memory=False, now_s=now_s)
 
     def _own(self, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
-        """Find whose run it is, and leave out what others report under its name."""
+        """``nodes`` without what other users report under the run's name."""
         self.owner = owner_of(self.run, nodes, known=self.owner)
         before, self.strangers = self.strangers, strangers(self.run, nodes, self.owner)
         for node, user in self.strangers.items():
             if node not in before:
-                self.say(
+                self.log(
                     "refused", f"a trainer of user {user} on {node} is refused: the run belongs to user {self.owner}"
                 )
         return without(self.run, nodes, self.strangers)
@@ -196,21 +203,21 @@ class RunState:
         )
 
     def adopt(self, policy: CorePolicy) -> None:
-        """Go on under other settings; parity, group size, lease and storage must be the same."""
+        """Use other settings from now on; parity, group size, lease and storage must be the same."""
         self.policy = self.protection.policy = self.persisting.policy = policy
         self.probation.steps, self.forgetting.job_ttl_s = policy.probation_steps, policy.job_ttl_s
 
     def outlook(self) -> str:
-        """What a restart would be told now."""
+        """What a restart would restore now."""
         assert self.context is not None
         return choose(self.context, self.memory, is_fresh_allowed=False).message
 
     def forgotten_in_s(self) -> float | None:
-        """Time until the run's memory is freed because no trainer comes back; None: not as things are."""
+        """Time until the run's memory is freed because no trainer came back; None while there is no such time."""
         return self.forgetting.due_in_s(self.context.now_s) if self.context is not None else None
 
     def bury(self, cause: Cause) -> None:
-        """The run is over: every node deletes what it holds of it, and nothing of it is restored from now on."""
+        """The run is over: every node deletes what it holds of it, and nothing of it is restored any more."""
         context = self.context
         assert context is not None
         tombstone = tombstone_of(
@@ -226,25 +233,31 @@ class RunState:
         self.closed_ledger = self.accounts.document(context.now_s)
         self._set_out()
         self.forgetting.is_under_way = True
-        self.pace, self.memory, self.lag, self.missing, self.known_sessions = Pace(), Memory(), Lag(), Missing(), {}
+        self.interval, self.memory, self.lag, self.missing, self.known_sessions = (
+            Interval(),
+            Memory(),
+            Lag(),
+            Missing(),
+            {},
+        )
         self.head, self.evaluation, self.owner, self.cache = None, None, "", InventoryCache()
 
     def _look_past(self, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
-        """``nodes`` without what is forgotten of the run; what says so is lifted if it names what lives."""
+        """``nodes`` without what is forgotten of the run; a tombstone that names what lives is lifted."""
         why = lift_if_wrong(self.run, nodes, self.tombstones, self.shapes, self.head)
         if why:
-            self.say("abandoned", why)
+            self.log("abandoned", why)
         seen, self.forgetting.is_under_way = self.tombstones.visible(self.run, nodes)
         return seen
 
     def _set_out(self) -> None:
         self.protection = Protection(self.policy)
         self.accounts = Accounts(unix_offset_s=self.unix_offset_s)
-        self.recovery = Recovery(self.raise_generation, self.say, self._enter)
+        self.recovery = Recovery(self.raise_generation, self.log, self._enter)
         self.probation = Probation(steps=self.policy.probation_steps)
-        self.persisting = Persisting(self.run, self.policy, self.say)
-        self.rebuilds = Rebuilds(self.policy.lease_s, self.say, self.again)
-        self.forgetting = Forgetting(self.policy.job_ttl_s, self.say)
+        self.persisting = Persisting(self.run, self.policy, self.log)
+        self.rebuilds = Rebuilds(self.policy.lease_s, self.log, self.allow_again)
+        self.forgetting = Forgetting(self.policy.job_ttl_s, self.log)
         self.draining = Draining()
 
     def _enter(self, decision: Decision, context: RunContext) -> Decision:
@@ -266,14 +279,14 @@ class RunState:
             if view.is_complete:
                 if view.snapshot_id not in self.memory.holders:
                     self.accounts.count("complete")
-                    self.say("complete", f"step {view.key.step} of attempt {view.key.attempt} is complete")
+                    self.log("complete", f"step {view.key.step} of attempt {view.key.attempt} is complete")
                 self.memory.note(view)
 
     def _note_corruption(self, context: RunContext) -> None:
         marks = {(holder, mark.what, mark.attempt, mark.step): mark.reason for holder, mark in context.quarantined()}
         for place, reason in marks.items():
             if place not in self.known_marks:
-                self.say("quarantined", f"{place[1]} on {place[0]} is corrupt and set aside: {reason}")
+                self.log("quarantined", f"{place[1]} on {place[0]} is corrupt and set aside: {reason}")
         self.known_marks = set(marks)
 
     def _note_losses(self, context: RunContext) -> None:
@@ -283,8 +296,8 @@ class RunState:
         if gone and self.recovery.world_id not in self.forgetting.ended:
             died = f"{counted(gone, 'rank')} on {listed(sorted({self.known_sessions[rank] for rank in gone}))} died"
             self.probation.trust.note_end(died)
-            self.again("session_lost")
-            self.say("session_lost", died)
+            self.allow_again("session_lost")
+            self.log("session_lost", died)
         self.known_sessions = now
 
     def _recover(self, context: RunContext) -> None:
@@ -294,14 +307,14 @@ class RunState:
         self.recovery.update(context, self.memory)
         self.accounts.follow(context, self.recovery)
         if self.recovery.world_id != before:
-            self.pace.restart()
+            self.interval.restart()
         self._look_for_missing(context)
         self._note_seals(context)
         if self.recovery.released is not None:
-            self.probation.judge(self.recovery.released, self.world(context), context, self.say)
+            self.probation.judge(self.recovery.released, self.world(context), context, self.log)
 
     def _note_seals(self, context: RunContext) -> None:
-        """What one rank declared whole stays so when that rank is gone: others may have heard of it."""
+        """A step that a rank sealed stays sealed when that rank is gone: others may have heard of it."""
         world_id, step = self.sealed
         steps = [session.record.sealed_step for session in self.world(context).values()]
         self.sealed = (self.recovery.world_id, max([*steps, step if world_id == self.recovery.world_id else 0]))
@@ -322,7 +335,7 @@ class RunState:
         return {node for view in context.live_views[:1] for nodes in view.holders.values() for node in nodes}
 
     def _host_count(self, context: RunContext) -> int:
-        """Nodes to protect the job for. One that shrank to a single node stays protected by those that still are there."""
+        """On how many nodes the job counts as running. One that shrank to a single node stays protected by the others."""
         count = len(self.hosts(context))
         was_protected = any(view.is_restorable and view.spares > 0 for view in context.live_views)
         return 2 if count == 1 and was_protected and len(context.nodes) > 1 else count
@@ -345,13 +358,13 @@ class RunState:
             draining=self.draining,
         )
         for note in notes:
-            self.say("abandoned", note)
+            self.log("abandoned", note)
         for view in context.live_views:
             is_good = view.is_restorable and target > 0 and view.spares >= target
             if is_good and view.snapshot_id not in self.memory.protected:
                 self.memory.protected[view.snapshot_id] = None
                 self.accounts.count("protected")
-                self.say("protected", f"step {view.key.step} is protected: {any_nodes(view.spares)} may go")
+                self.log("protected", f"step {view.key.step} is protected: {any_nodes(view.spares)} may go")
         return target, wanted
 
     def _views_to_protect(self, context: RunContext) -> list[SnapshotView]:
@@ -381,9 +394,9 @@ class RunState:
         )
 
     def _release(self, context: RunContext, target: int) -> dict[SnapshotKey, str]:
-        """Snapshots to delete, with reasons.
+        """Snapshots to delete, and why.
 
-        Nothing goes while a world decides, for inventories must hold still, nor before each of its ranks has loaded.
+        None while a world decides, as inventories must hold still, nor before each of its ranks has loaded.
         """
         world = self.world(context)
         if self.recovery.is_active or SessionPhase.RESTORING in phases_of(world):
@@ -410,11 +423,11 @@ class RunState:
         previous = self.evaluation.release if self.evaluation is not None else {}
         for key in (key for key in release if key not in previous):
             what = f"step {key.step} of attempt {key.attempt} is released: {release[key]}"
-            self.say("released_snapshot", what, cause=ABANDONED if key in abandoned else "")
+            self.log("released_snapshot", what, cause=ABANDONED if key in abandoned else "")
         return release
 
     def _dead(self, context: RunContext) -> set[int]:
-        """Snapshots that a decision left behind and that may be deleted: a trainer has returned with that decision.
+        """Indexes of snapshots that a decision left behind and with which a trainer has returned: they may be deleted.
 
         None while the nodes that recorded the newest decision are all away.
         """
@@ -450,7 +463,7 @@ class RunState:
         )
 
     def _look_for_missing(self, context: RunContext) -> None:
-        """Which ranks keep the others waiting."""
+        """See which ranks keep the others waiting."""
         released, before = self.recovery.released, self.missing.found
         self.missing.look(
             context.worlds,
@@ -462,11 +475,11 @@ class RunState:
         )
         found = self.missing.found
         if found is not None and found != before:
-            self.again("ranks_missing")
-            self.say("ranks_missing", found.sentence)
+            self.allow_again("ranks_missing")
+            self.log("ranks_missing", found.sentence)
 
     def _judge_lag(self, context: RunContext) -> None:
-        """How far the steps that are trained are ahead of what is safe."""
+        """See how far training is ahead of what is protected."""
         decision, accounts, world = self.accounts.current, self.accounts, self.world(context)
         is_training = phases_of(world) - {SessionPhase.ENDED} or accounts.silent
         if self.recovery.is_active or decision is None or accounts.is_interrupted or not is_training:
@@ -480,7 +493,7 @@ class RunState:
             trained_step=accounts.progress.newest_step,
             protected_step=max(self.evaluation.protected_step, stored, decision.base_step),
             restorable_step=self.evaluation.complete_step,
-            interval_steps=self.pace.schedule.interval_steps,
+            interval_steps=self.interval.schedule.interval_steps,
             step_s=accounts.step_s,
             silent_ranks=[place.rank for place in accounts.silent],
             silent_nodes={place.node for place in accounts.silent},
@@ -491,11 +504,11 @@ class RunState:
         was_behind = self.lag.behind is not None
         self.lag.update(training, lease_s=self.policy.lease_s, now_s=context.now_s)
         if self.lag.behind is not None and not was_behind:
-            self.again("behind")
-            self.say("behind", behind_sentence(self.lag.behind))
+            self.allow_again("behind")
+            self.log("behind", behind_sentence(self.lag.behind))
         elif was_behind and self.lag.behind is None:
-            self.again("caught_up")
-            self.say("caught_up", f"step {training.protected_step} is protected: within the usual interval again")
+            self.allow_again("caught_up")
+            self.log("caught_up", f"step {training.protected_step} is protected: within the usual interval again")
 
     def _adjust_pace(self, context: RunContext, target: int) -> None:
         released = self.recovery.released
@@ -505,6 +518,8 @@ class RunState:
         is_protected = any(
             v.key.attempt == released.attempt and v.spares >= target for v in context.live_views if v.is_restorable
         )
-        note = self.pace.update(sessions, is_protected=is_protected, lease_s=self.policy.lease_s, now_s=context.now_s)
+        note = self.interval.update(
+            sessions, is_protected=is_protected, lease_s=self.policy.lease_s, now_s=context.now_s
+        )
         if note:
-            self.say("interval_raised", note)
+            self.log("interval_raised", note)

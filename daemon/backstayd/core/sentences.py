@@ -1,4 +1,4 @@
-"""Small words for decisions' reasons. Pure."""
+"""Lists, counts and amounts in sentences for people. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def amount(count: int, singular: str) -> str:
 
 
 def any_nodes(count: int) -> str:
-    """The nodes of a group that may go, whichever they are."""
+    """So many nodes of a group, whichever they are."""
     return f"any {'node' if count == 1 else amount(count, 'node')} of a group"
 
 

@@ -1,4 +1,4 @@
-"""What happened, for people: bounded, each sentence once until it changes. Pure."""
+"""What happened, for people: bounded, and without repeating a sentence before it changes. Pure."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-KEPT_EVENTS = 500
+KEPT_EVENTS = 500  # a day of a troubled cluster, and no large document
 FREQUENT_KINDS = frozenset({"complete", "protected", "released_snapshot"})  # one each per snapshot: kept apart
 
 
-class Say(Protocol):
-    """Adds an event of one run; ``cause`` is for code, where the kind does not say all that it decides on."""
+class LogEvent(Protocol):
+    """Adds an event of one run; ``cause`` is for code that decides on more than the kind."""
 
     def __call__(self, kind: str, message: str, *, cause: str = "") -> None: ...
 
@@ -37,7 +37,7 @@ class Timeline:
         self._last: dict[tuple[str, str], str] = {}
 
     def add(self, at_s: float, run: str, kind: str, message: str, *, cause: str = "") -> None:
-        """Remember an event, unless the last one of this run and kind said the same."""
+        """Add an event, unless the last one of this run and kind has the same message."""
         if self._last.get((run, kind)) == message:
             return
         self._last[run, kind] = message
@@ -46,7 +46,7 @@ class Timeline:
         self._fresh.append(event)
 
     def allow_again(self, run: str, kind: str) -> None:
-        """The state that the last sentence described has passed: the same sentence is news again."""
+        """The state that the last event described has passed: the same message is a new event."""
         self._last.pop((run, kind), None)
 
     def forget(self, run: str) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from backstayd.bounded import drop_oldest
 from backstayd.change_signal import Signal
 from backstayd.clock import Clock
 from backstayd.core.messages.decisions import Decision
@@ -95,8 +96,7 @@ class NodeState:
     def fail_decision(self, run: str, decision_id: str, reason: str) -> None:
         """That decision cannot be staged here: the coordinator decides anew."""
         logger.error("run %s: decision %s cannot be staged here: %s", run, decision_id[:8], reason)
-        while len(self.failed_decisions) > MAX_FAILED_DECISIONS:
-            del self.failed_decisions[next(iter(self.failed_decisions))]
+        drop_oldest(self.failed_decisions, MAX_FAILED_DECISIONS)
         self.failed_decisions[decision_id] = reason
         self.changed()
 

@@ -1,7 +1,8 @@
-"""What exists where of one run, and what it is worth: per snapshot the shards, the plans, what could be lost now.
+"""What exists where of one run, and what it is worth: per snapshot its shards, its plans, and the losses it survives now. Pure.
 
-Everything is computed from reports of nodes whose lease has not run out. Shards of different writers under the same step
-are never one snapshot: digests come from one plan's tables or from one world. Pure.
+Everything is computed from reports of nodes whose lease has not run out. Invariant: shards of different writers under the same
+step are never one snapshot, for digests come from one plan's table or from one world. A world that was fenced off may have
+written the same step as the one that trains; a mix of both is a state in which no job ever was.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey, snapshot_id
+from backstayd.bounded import drop_oldest
 from backstayd.core.inventory import geometry
 from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.messages.decisions import Decision
@@ -19,30 +21,29 @@ from backstayd.core.messages.plans import Plan, Quarantined, ShardRecord, Volume
 from backstayd.core.messages.report import RunReport
 
 NOT_RECOVERABLE = -1
-MAX_LISTED_RANKS = 1 << 16  # of those that lack something: what one shard claims of its world must not cost more
+MAX_LISTED_RANKS = 1 << 16  # of those that lack something: the world size that one shard claims must not cost more
+MAX_SHAPES = 4096  # three snapshots of ten jobs on a thousand nodes
 
 
 @dataclass(frozen=True, slots=True)
 class StripeShape:
-    """``data[i]``: member and the ranks whose bytes form data fragment i (none: the fragment is all zeros)."""
+    """Who contributes what to a stripe."""
 
     stripe: int
-    data: tuple[tuple[int, tuple[int, ...]], ...]
+    data: tuple[tuple[int, tuple[int, ...]], ...]  # by data fragment: the member, and its ranks in it; none: all zeros
 
 
 class ShapeCache:
     """Geometry of plans by plan id; bounded."""
 
-    def __init__(self, limit: int = 4096) -> None:  # three snapshots of ten jobs on a thousand nodes
-        self._limit = limit
+    def __init__(self) -> None:
         self._shapes: dict[str, tuple[StripeShape, ...]] = {}
 
     def shapes(self, plan: Plan) -> tuple[StripeShape, ...]:
         """The stripes of ``plan`` that hold any bytes."""
         found = self._shapes.get(plan.plan_id)
         if found is None:
-            while len(self._shapes) >= self._limit:
-                del self._shapes[next(iter(self._shapes))]
+            drop_oldest(self._shapes, MAX_SHAPES - 1)
             found = self._shapes[plan.plan_id] = tuple(_shapes(plan))
         return found
 
@@ -63,7 +64,7 @@ def _shapes(plan: Plan) -> Iterable[StripeShape]:
 
 @dataclass(slots=True)
 class Inventory:
-    """Reports of one run, turned inside out: thing to the nodes that hold it."""
+    """Reports of one run, turned round: from each thing to the nodes that hold it."""
 
     shards: dict[tuple[SnapshotKey, int, str], set[str]] = field(default_factory=lambda: defaultdict(set))
     records: dict[tuple[SnapshotKey, int, str], ShardRecord] = field(default_factory=dict)
@@ -87,7 +88,7 @@ Suspect = tuple[str, int, int, int, str, int, int]  # node, attempt, step, rank,
 
 
 def suspects_of(run: str, nodes: Iterable[NodeState]) -> dict[Suspect, Quarantined]:
-    """Sources that some other node read and found corrupt, by holder and identity."""
+    """Sources that another node read and found corrupt, by holder and identity."""
     return {
         (mark.node, mark.attempt, mark.step, mark.rank, mark.plan_id, mark.stripe, mark.index): mark
         for node in nodes
@@ -98,10 +99,10 @@ def suspects_of(run: str, nodes: Iterable[NodeState]) -> dict[Suspect, Quarantin
 
 
 def take_inventory(run: str, nodes: Iterable[NodeState], *, readers: Iterable[NodeState] | None = None) -> Inventory:
-    """What ``nodes`` report of ``run``, without what a reader found corrupt at its holder (until that looked itself).
+    """What ``nodes`` report of ``run``, without what a reader found corrupt, until its holder has verified it itself.
 
     Args:
-        readers: Whose word counts of what is corrupt; those of ``nodes`` themselves if None.
+        readers: Nodes whose reports of corruption count; ``nodes`` if None.
     """
     inventory = Inventory()
     nodes = list(nodes)
@@ -131,7 +132,7 @@ def take_inventory(run: str, nodes: Iterable[NodeState], *, readers: Iterable[No
         if report.decision is not None:
             known, holders = inventory.decisions.get(report.decision.decision_id, (report.decision, set()))
             if report.decision.generation.number > known.generation.number:
-                known = report.decision  # it was raised above others, and not every node has recorded that
+                known = report.decision  # it was raised above others, and not every node has recorded that yet
             whole = known if known.ledger is not None else report.decision  # a node of an older version keeps no ledger
             inventory.decisions[report.decision.decision_id] = (whole, holders | {node.name})
     return inventory
@@ -139,10 +140,10 @@ def take_inventory(run: str, nodes: Iterable[NodeState], *, readers: Iterable[No
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanState:
-    """A plan and what is there of it. ``rank_spares``: losses that each rank's shard survives by this plan; -1: none."""
+    """A plan, and what is there of it."""
 
     plan: Plan
-    rank_spares: Mapping[int, int]
+    rank_spares: Mapping[int, int]  # by rank: node losses that its shard survives by this plan; -1: it is lost now
     fragment_count: int  # parity fragments that are held
     fragment_total: int
     holder_count: int  # members that store the plan
@@ -151,11 +152,11 @@ class PlanState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotView:
-    """One snapshot as it stands now. ``snapshot_id`` is "" until all digests are known."""
+    """One snapshot as it is now."""
 
     key: SnapshotKey
     world_size: int
-    snapshot_id: str
+    snapshot_id: str  # "" until all digests are known
     world_id: str
     digests: Mapping[int, str]
     sizes: Mapping[int, int]
@@ -182,10 +183,8 @@ class SnapshotView:
 
     @property
     def spares(self) -> int:
-        """How many more node losses every shard survives now; -1: some shard is gone."""
-        if (
-            len(self.rank_spares) < self.world_size
-        ):  # nothing is known of some rank, however many a shard claims there are
+        """How many more node losses every shard survives now; -1: some shard is lost."""
+        if len(self.rank_spares) < self.world_size:  # before a walk over all ranks that a shard claims there are
             return NOT_RECOVERABLE
         return min((self.rank_spares.get(rank, NOT_RECOVERABLE) for rank in range(self.world_size)), default=-1)
 
@@ -286,7 +285,7 @@ def _tables(key: SnapshotKey, records: list[ShardRecord], plans: list[Plan]) -> 
 def _loose_table(
     key: SnapshotKey, world_id: str, world_size: int, shards: list[ShardRecord], tables: dict[str, _Table]
 ) -> _Table | None:
-    """The table of one world's shards, unless plans say it already. Two digests for one rank: no table at all."""
+    """The table of one world's shards, unless plans name them already; None where a rank has two digests."""
     for table in tables.values():
         if table.plans and any(table.digests.get(shard.rank) == shard.digest for shard in shards):
             table.world_id = world_id
@@ -306,7 +305,7 @@ def _loose_table(
 
 
 def _complete_from(table: _Table, key: SnapshotKey, shards: list[ShardRecord]) -> None:
-    """Fill in ranks of groups whose plan is not known, if the whole then has the snapshot id that the plans name."""
+    """Fill in the ranks of groups whose plan is not known, if the table then has the snapshot id that the plans name."""
     if len(table.digests) + len(shards) < table.world_size:
         return
     missing = set(range(table.world_size)) - set(table.digests)
@@ -359,7 +358,7 @@ def parity_holder(plan: Plan, stripe: int, index: int, inventory: Inventory) -> 
 
 
 def stripe_holders(plan: Plan, shape: StripeShape, inventory: Inventory) -> list[str | None]:
-    """Per fragment of the stripe the node it is read from; "" = nowhere, None = all zeros, needs no node."""
+    """By fragment of the stripe: the node that it is read from; "" = none, None = all zeros, which need no node."""
     held: list[str | None] = [
         data_holder(plan, member, ranks, inventory) if ranks else None for member, ranks in shape.data
     ]
@@ -368,7 +367,7 @@ def stripe_holders(plan: Plan, shape: StripeShape, inventory: Inventory) -> list
 
 
 def plan_state(plan: Plan, inventory: Inventory, shapes: ShapeCache) -> PlanState:
-    """What of ``plan`` is there now."""
+    """What is there of ``plan`` now."""
     spares = {shard.rank: plan.m for member in plan.members for shard in member.shards}
     stripes = shapes.shapes(plan)
     for shape in stripes:
@@ -393,7 +392,7 @@ def plan_state(plan: Plan, inventory: Inventory, shapes: ShapeCache) -> PlanStat
 
 
 def stripe_spares(holders: list[str | None], k: int) -> int:
-    """Losses of nodes after which the stripe still decodes, if the worst nodes go first; -1: it does not decode now."""
+    """Node losses, the worst first, after which the stripe still decodes; -1: it does not decode now."""
     counts: dict[str, int] = defaultdict(int)
     left = 0
     for holder in holders:

@@ -1,6 +1,6 @@
-"""Which snapshots are not to be restored again although their bytes verify, and how often one was restored in vain. Pure.
+"""Which snapshots must not be restored again although their bytes verify, and how often one was restored in vain. Pure.
 
-A snapshot that led to NaN spoils what was trained from it. Must not delete anything: retention does.
+A snapshot that led to NaN taints what was trained from it. Must not delete anything: retention does.
 """
 
 from __future__ import annotations
@@ -9,25 +9,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backstay.ids import SnapshotKey
+from backstayd.bounded import drop_oldest
 from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.nodes import NodeState
 from backstayd.core.messages.decisions import Decision, Distrusted, Lineage
 
-MAX_DISTRUSTED = 64  # per run; the oldest go
-MAX_REASON = 500  # characters; it travels in every report
+MAX_DISTRUSTED = 64  # per run, the oldest are dropped: they travel in every report, and far fewer are ever kept
+MAX_REASON = 500  # characters, as it travels in every report
 
 
 @dataclass(slots=True)
 class Trust:
-    """What nobody should restore. Invariant: no snapshot is in ``own`` and in ``cleared`` or ``stale_marks`` at once.
+    """What nobody should restore. Invariant: no snapshot is in ``own`` and in ``cleared`` or ``stale_marks`` at once."""
 
-    ``own``: said here (by the gate, by an operator) and not yet by every node. ``cleared``: an operator trusts them again, and
-    nodes may not have heard. ``stale_marks``: those whose marks may still lie on durable storage, each with the newest survey
-    of that moment; it takes a later one to know that there is none, for a mark may have been on its way.
-    """
-
-    own: dict[str, Distrusted] = field(default_factory=dict)
-    cleared: set[str] = field(default_factory=set)
+    own: dict[str, Distrusted] = field(default_factory=dict)  # by the gate or an operator, and not yet by every node
+    cleared: set[str] = field(default_factory=set)  # trusted again by an operator; nodes may not have heard
+    #: Trusted again, and marks may still lie on durable storage. Each with the newest survey of that moment: it takes a later
+    #: one to know that there is no mark, for one may have been on its way.
     stale_marks: dict[str, str] = field(default_factory=dict)
     is_loop_cleared: bool = False  # the next restore counts as the first
     last_reason: str = ""  # why the newest world ended, as far as is known
@@ -42,18 +40,17 @@ class Trust:
         names = {distrusted.snapshot_id for distrusted in known} | set(self.own)
         self.cleared |= names
         self.stale_marks |= dict.fromkeys(sorted(names), survey_id)
-        while len(self.stale_marks) > MAX_DISTRUSTED:
-            del self.stale_marks[next(iter(self.stale_marks))]
+        drop_oldest(self.stale_marks, MAX_DISTRUSTED)
         self.own.clear()
         self.is_loop_cleared = True
         self.last_reason = ""
 
     def begin_world(self) -> None:
-        """A world goes on with a decision: what was said of the one before is over."""
+        """A world trains: what ended the one before no longer matters."""
         self.is_loop_cleared, self.last_reason = False, ""
 
     def note_end(self, reason: str) -> None:
-        """A world is failing; the first thing that is known of it is kept."""
+        """Note why a world ends; the first thing known of it is kept."""
         self.last_reason = self.last_reason or reason[:MAX_REASON]
 
     def unite(
@@ -70,7 +67,7 @@ class Trust:
         for name, item in reported.items():
             if name not in self.cleared:
                 found.setdefault(name, item)
-        self.cleared &= reported.keys()  # every node has heard: said again, it counts again
+        self.cleared &= reported.keys()  # every node has heard: distrusted again, it counts again
         self.stale_marks = {
             name: known_by
             for name, known_by in self.stale_marks.items()
@@ -112,7 +109,7 @@ def why_tainted(
 
 
 def _way_back(key: SnapshotKey, lineage: Sequence[Lineage]) -> dict[int, int]:
-    """Each attempt that ``key`` goes back to, and up to which of its steps."""
+    """Each attempt from which ``key`` descends, and up to which of its steps."""
     entries = {entry.attempt: entry for entry in lineage}
     ways = {key.attempt: key.step}
     entry = entries.get(key.attempt)
@@ -123,7 +120,7 @@ def _way_back(key: SnapshotKey, lineage: Sequence[Lineage]) -> dict[int, int]:
 
 
 def count_tries(head: Decision | None, base_id: str, *, newest: SnapshotKey | None, trust: Trust) -> int:
-    """Decisions in a row that restored ``base_id``, with nothing newer made between them.
+    """Decisions in a row that restored ``base_id``, with nothing newer made in between.
 
     Args:
         head: The newest recorded decision.
@@ -137,7 +134,7 @@ def count_tries(head: Decision | None, base_id: str, *, newest: SnapshotKey | No
 
 
 def loop_message(run: str, step: int, tries: int, last_reason: str) -> str:
-    """Why a run that restores the same step again and again is stopped, and what can be done."""
+    """Why a run that restores the same step again and again is stopped, and what to do."""
     reason = f"; what ended the last one: {last_reason}" if last_reason else ""
     return (
         f"{run} restored step {step} {tries} times in a row without a newer snapshot{reason}. It stops here, because another "

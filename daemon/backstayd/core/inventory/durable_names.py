@@ -1,4 +1,4 @@
-"""How a snapshot is called on durable storage: URLs of runs and snapshots, names of the files in them. Pure.
+"""Names on durable storage: URLs of runs and snapshots, names of the files in them. Pure.
 
 ``<persist_url>/<job>/<run_id>/attempt-0003/step-00001200/rank-00003-of-00008.safetensors`` and ``.manifest.json``, with
 ``snapshot.json`` written last: a directory without it holds no snapshot. ``distrusted/`` beside the attempts holds a mark for
@@ -65,12 +65,12 @@ def manifest_name(rank: int, world_size: int) -> str:
 
 
 def is_markable(snapshot_id: str) -> bool:
-    """Whether a mark can carry it; what nodes report may be anything."""
+    """Whether a mark can carry it: what nodes report may be anything."""
     return _SNAPSHOT_ID.match(snapshot_id) is not None
 
 
 def mark_name(key: SnapshotKey, snapshot_id: str) -> str:
-    """The mark of a distrusted snapshot, below its run's directory; the name says all that acts need to know."""
+    """The mark of a distrusted snapshot, below its run's directory; its name says all that matters."""
     return f"{MARKS_NAME}/attempt-{key.attempt:04d}.step-{key.step:08d}.{snapshot_id}.json"
 
 

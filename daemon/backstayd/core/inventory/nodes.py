@@ -13,7 +13,7 @@ from backstayd.core.messages.report import NodeIdentity, NodeReport, RunReport
 class Liveness(enum.StrEnum):
     LIVE = "live"
     SUSPECT = "suspect"  # no report for half a lease
-    LOST = "lost"  # no report for a lease: what it held counts as gone
+    LOST = "lost"  # no report for a lease: its shards are considered lost
 
 
 class NodeState:
@@ -23,10 +23,10 @@ class NodeState:
         self.report = report
         self.seen_s = seen_s
         self.liveness = Liveness.LIVE
-        self.retired: deque[str] = deque(maxlen=32)  # incarnations before this one: late reports of theirs mean nothing
+        self.retired: deque[str] = deque(maxlen=32)  # incarnations before this one: their late reports are ignored
         self.runs: dict[str, RunReport] = {run.run: run for run in report.runs}
         self.drain_order: bool | None = None  # of an operator, until the node reports that it obeys
-        self.has_obeyed = False  # it was seen at a generation of this coordinator
+        self.has_obeyed = False  # it has reported a generation of this coordinator
 
     @property
     def is_draining(self) -> bool:
@@ -47,14 +47,18 @@ class NodeState:
 
     @property
     def free_bytes(self) -> int:
-        """Room left; a node that does not say its capacity is taken to have plenty."""
+        """Room left; without a known capacity it is taken to be plenty."""
         if self.report.capacity_bytes == 0:
             return 1 << 60
         return max(0, self.report.capacity_bytes - self.report.used_bytes)
 
 
 class NodeTable:
-    """Invariant: a node's report never goes back, neither in sequence nor to an incarnation that was replaced."""
+    """The newest report of each node.
+
+    Invariant: it never goes back, neither in sequence nor to an incarnation that was replaced. A late report would bring
+    back shards that are deleted by now.
+    """
 
     def __init__(self, lease_s: float, coordinator: str = "") -> None:
         self._lease_s = lease_s
@@ -62,9 +66,9 @@ class NodeTable:
         self.nodes: dict[str, NodeState] = {}
 
     def observe(self, report: NodeReport, now_s: float) -> str | None:
-        """Take in a report. Returns what changed of the node's life: "joined", "restarted", "returned", "".
+        """Take in a report. Returns whether the node "joined", "restarted" or "returned" with it, or else "".
 
-        None: nothing to decide anew; it is stale, or a bare heartbeat (the same record again).
+        None: there is nothing to decide anew, as it is stale or a bare heartbeat (the same record again).
         """
         name = report.node.name
         state = self.nodes.get(name)
@@ -96,15 +100,15 @@ class NodeTable:
         return change
 
     def suspect(self, name: str, incarnation: str) -> bool:
-        """The line to a node broke: until it reports again, nobody waits for it. Whether that is news."""
+        """The connection to a node broke: until it reports again, nobody waits for it. Returns whether that is a change."""
         state = self.nodes.get(name)
-        is_news = state is not None and state.identity.incarnation == incarnation and state.liveness is Liveness.LIVE
-        if state is not None and is_news:
-            state.liveness = Liveness.SUSPECT
-        return is_news
+        if state is None or state.identity.incarnation != incarnation or state.liveness is not Liveness.LIVE:
+            return False
+        state.liveness = Liveness.SUSPECT
+        return True
 
     def excuse(self, away_s: float, now_s: float) -> None:
-        """Nobody listened for ``away_s`` until now: that is no node's silence."""
+        """The coordinator did not listen for ``away_s`` until now: no node was silent for that time."""
         for state in self.nodes.values():
             state.seen_s = min(now_s, state.seen_s + away_s)
 
@@ -133,13 +137,9 @@ class NodeTable:
     def live(self) -> list[NodeState]:
         return [node for node in self.present() if node.liveness is Liveness.LIVE]
 
-    def get_present(self, name: str) -> NodeState | None:
-        state = self.nodes.get(name)
-        return None if state is None or state.liveness is Liveness.LOST else state
-
 
 def staying(nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
-    """Those that will not be stopped; all, if all will."""
+    """Those that do not drain; all, if all do."""
     return {name: node for name, node in nodes.items() if not node.is_draining} or nodes
 
 

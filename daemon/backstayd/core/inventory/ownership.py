@@ -1,8 +1,8 @@
 """Whose run it is: one user's, whatever others report under its name. Pure.
 
-The first user that a node reports owns the run; a claim with a recorded decision or a persisted snapshot behind it goes before
-one that has none, so that a new coordinator, or an empty cluster beside full storage, comes to the same answer. Nodes on which
-somebody else attached under the name are strangers to the run: nothing they report of it counts.
+The first user that a node reports owns the run. A claim with a recorded decision or a persisted snapshot behind it precedes one
+without, so that a new coordinator, or an empty cluster beside full storage, comes to the same answer. Nodes on which another
+user attached under the name are *strangers* to the run: nothing that they report of it counts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from backstayd.core.inventory.nodes import NodeState
 
 
 def owner_of(run: str, nodes: Mapping[str, NodeState], *, known: str) -> str:
-    """The user who owns ``run``, a number; ``known``: who was found to last, "" for nobody yet."""
-    claims: dict[str, int] = {}  # user -> number of the newest generation that speaks for them
+    """The user who owns ``run``, a number; ``known``: who did at the last look, "" for nobody."""
+    claims: dict[str, int] = {}  # by user: the newest generation that supports the claim
     for node in nodes.values():
         report = node.runs.get(run)
         if report is None:

@@ -1,4 +1,4 @@
-"""All that one run's decisions are made from, at one moment: taken once per evaluation. Pure."""
+"""All that one run's decisions are made from, at one moment; built once per evaluation. Pure."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ World = Mapping[int, LiveSession]  # rank to session
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """``nodes``: those whose lease has not run out. ``views``: newest first; ``live``: indexes of the live history."""
+    """One run at one moment."""
 
     run: str
     now_s: float
     lease_s: float
-    nodes: Mapping[str, NodeState]
+    nodes: Mapping[str, NodeState]  # whose lease has not run out
     reports: Mapping[str, RunReport]  # of this run, by node
     inventory: Inventory
     shapes: ShapeCache
-    views: tuple[SnapshotView, ...]
-    live: frozenset[int]
-    lineage: tuple[Lineage, ...]
-    head: Decision | None
+    views: tuple[SnapshotView, ...]  # newest first
+    live: frozenset[int]  # indexes of those of the live history
+    lineage: tuple[Lineage, ...]  # the live history, newest attempt first
+    head: Decision | None  # the decision that it follows
     worlds: Mapping[str, World]
     generation: Generation
-    has_long_memory: bool  # this coordinator is up for a lease: every node that lives has had time to report
+    has_long_memory: bool  # this coordinator has run for a lease: every node that lives has had time to report
     distrusted: tuple[Distrusted, ...] = ()  # oldest first
-    tainted: Mapping[SnapshotKey, str] = field(default_factory=dict)  # not to be restored although they verify, and why
+    tainted: Mapping[SnapshotKey, str] = field(default_factory=dict)  # not restored although they verify, and why
     trust: Trust = field(default_factory=Trust)
     restore_loop_limit: int = 0
     storage: StorageState = field(default_factory=StorageState)

@@ -1,7 +1,7 @@
-"""What is known to lie on durable storage for one run: from surveys that nodes make, kept up by what was written since. Pure.
+"""What lies on durable storage for one run: from surveys that nodes make, kept up to date with what was written since. Pure.
 
-Before a world may be told that a run is new, or that nothing newer exists than what is in memory, one node must have
-listed the run's directory for that very decision. Decides nothing about what is copied or pruned.
+Invariant: a run is called new, and what is in memory the newest, only after a node has listed the run's directory for that very
+decision. An older list does not do: another cluster may have written there since. Decides nothing about copies or pruning.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from backstayd.core.messages.decisions import Decision, Distrusted, Lineage
 from backstayd.core.messages.durable import PersistedSnapshot, Survey
 from backstayd.core.messages.report import RunReport
 
-WAIT_LEASES = 10  # for a survey when memory has nothing to restore
-SHORT_WAIT_LEASES = 3  # when it has
-SURVEY_DEADLINE_S = 60.0  # a node gives one up after so long; until then a world without memory waits for it
+WAIT_LEASES = 10  # for a survey where memory has nothing to restore: there is no other source
+SHORT_WAIT_LEASES = 3  # where memory has: an outage of storage must not hold up a restart for long
+SURVEY_DEADLINE_S = 60.0  # after which a node gives one up; until then a world without memory waits for it
 KEPT_PROBLEMS = 64
 MAX_NUMBER = 1 << 62  # of what a record counts: the wire has 64 bits, and decisions count on from there
 MAX_USER = 1 << 32
@@ -29,16 +29,16 @@ MAX_USER = 1 << 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageState:
-    """What a decision may build on. ``error``: why storage could not be listed for it; "" if it was."""
+    """What a decision knows of durable storage."""
 
     url: str = ""  # the run's directory; "" = no durable storage
     is_ready: bool = True  # it was listed, or waiting longer would not help
-    error: str = ""
+    error: str = ""  # why it could not be listed for this decision; "" if it was
     is_known: bool = False  # something of the run lies there, whole or not
     records: tuple[PersistedSnapshot, ...] = ()  # newest first
-    problems: Mapping[str, str] = field(default_factory=dict)  # snapshot id -> why it cannot be read
+    problems: Mapping[str, str] = field(default_factory=dict)  # by snapshot id: why it cannot be read
     newest_attempt: int = 0  # of all that lies there, whole or not
-    unreadable: Mapping[SnapshotKey, str] = field(default_factory=dict)  # its record cannot be used, and why
+    unreadable: Mapping[SnapshotKey, str] = field(default_factory=dict)  # by snapshot: why its record cannot be used
 
     @property
     def newest_generation(self) -> int:
@@ -49,7 +49,7 @@ class StorageState:
         return self.newest_attempt > (head.attempt if head is not None else 0)
 
     def url_of(self, record: PersistedSnapshot) -> str:
-        """Its directory; "" if what lies there is spoilt."""
+        """Its directory; "" if what lies there is corrupt."""
         return "" if record.snapshot_id in self.problems else snapshot_url(self.url, record.key)
 
     def problem_at(self, key: SnapshotKey) -> str:
@@ -61,7 +61,7 @@ class StorageState:
         )
 
     def unreadable_above(self, key: SnapshotKey, lineage: Sequence[Lineage]) -> SnapshotKey | None:
-        """The newest snapshot after ``key`` whose record cannot be used, and which may be of the live history."""
+        """The newest snapshot after ``key`` that may be of the live history and whose record cannot be used."""
         newest = lineage[0].attempt if lineage else 0
         return max(
             (k for k in self.unreadable if k > key and (k.attempt > newest or is_live_place(k, lineage))), default=None
@@ -69,12 +69,12 @@ class StorageState:
 
 
 def why_no_snapshot(record: PersistedSnapshot, *, run: str, key: SnapshotKey) -> str:
-    """What is wrong with a completion record found in the directory ``key``; "" for a sound one."""
+    """What is wrong with a completion record found in the directory of ``key``; "" for a sound one."""
     if record.run != run:
         return f"it is of run {record.run}"
     if record.key != key:
         return f"it is of step {record.step} of attempt {record.attempt}"
-    if not record.shards or len(record.shards) != record.world_size:  # first: nothing is made of a size only claimed
+    if not record.shards or len(record.shards) != record.world_size:  # before anything grows with a claimed size
         return f"it names {len(record.shards)} shards of {record.world_size} ranks"
     if [shard.rank for shard in record.shards] != list(range(len(record.shards))):
         return "its shards are not those of its ranks in order"
@@ -90,7 +90,7 @@ def why_no_snapshot(record: PersistedSnapshot, *, run: str, key: SnapshotKey) ->
 
 
 def _why_no_numbers(record: PersistedSnapshot) -> str:
-    """What would break those who calculate with it: nodes and coordinator alike, for every run."""
+    """Numbers in it that would break whoever calculates with them, nodes and coordinator alike; "" if none would."""
     lineage = (number for one in record.lineage for number in (one.attempt, one.base_attempt, one.base_step))
     sizes = (shard.size_bytes for shard in record.shards)
     numbers = (record.attempt, record.step, record.serial, record.generation, *lineage, *sizes)
@@ -104,7 +104,7 @@ def _why_no_numbers(record: PersistedSnapshot) -> str:
 
 
 def with_urls(views: Sequence[SnapshotView], storage: StorageState) -> tuple[SnapshotView, ...]:
-    """``views`` that also lie on durable storage know where."""
+    """``views``, with the URLs of those that also lie on durable storage."""
     urls = {record.snapshot_id: storage.url_of(record) for record in storage.records}
     return tuple(replace(v, url=urls[v.snapshot_id]) if urls.get(v.snapshot_id) else v for v in views)
 
@@ -117,7 +117,7 @@ def live_records(storage: StorageState, lineage: Sequence[Lineage]) -> tuple[Per
 def stored_views(
     views: Sequence[SnapshotView], records: Sequence[PersistedSnapshot], storage: StorageState, inventory: Inventory
 ) -> tuple[SnapshotView, ...]:
-    """``records`` that are not among ``views``; what nodes still hold of their shards is named."""
+    """``records`` that are not among ``views``, with the nodes that still hold some of their shards."""
     in_memory = {view.snapshot_id for view in views}
     found = []
     for record in records:
@@ -133,7 +133,7 @@ def stored_views(
 
 
 def view_of_record(record: PersistedSnapshot) -> SnapshotView:
-    """The snapshot of a completion record, with nothing known of where it lies."""
+    """The snapshot of a completion record, without where it lies."""
     own = next((entry for entry in record.lineage if entry.attempt == record.attempt), None)
     return SnapshotView(
         key=record.key,
@@ -159,17 +159,17 @@ class Surveying:
     fence: int = -1  # the generation of the decision that the newest survey is for
     serial: int = 0
     asked_s: float = 0.0
-    asked: dict[tuple[str, str], str] = field(default_factory=dict)  # (node, incarnation) -> its error so far
+    asked: dict[tuple[str, str], str] = field(default_factory=dict)  # by node and incarnation: its error so far
     is_answered: bool = False
     is_known: bool = False
     known: dict[str, PersistedSnapshot] = field(default_factory=dict)
     written: dict[str, PersistedSnapshot] = field(default_factory=dict)  # since the newest survey was asked for
-    partial: dict[SnapshotKey, float] = field(default_factory=dict)  # directory without a record -> first seen
-    unreadable: dict[SnapshotKey, str] = field(default_factory=dict)  # with one that cannot be used -> why
-    problems: dict[str, str] = field(default_factory=dict)
-    marks: dict[str, Distrusted] = field(default_factory=dict)  # of distrust that lie there, by snapshot id
+    partial: dict[SnapshotKey, float] = field(default_factory=dict)  # directories without a record: when first seen
+    unreadable: dict[SnapshotKey, str] = field(default_factory=dict)  # those with one that cannot be used: why
+    problems: dict[str, str] = field(default_factory=dict)  # by snapshot id: why it cannot be read
+    marks: dict[str, Distrusted] = field(default_factory=dict)  # of distrust, by snapshot id
     marked: dict[str, Distrusted] = field(default_factory=dict)  # since the newest survey was asked for
-    struck: set[str] = field(default_factory=set)  # since then
+    struck: set[str] = field(default_factory=set)  # removed since then
 
     @property
     def error(self) -> str:
@@ -190,7 +190,7 @@ class Surveying:
         self._choose_surveyors(run, nodes)
 
     def take(self, run: str, nodes: Mapping[str, NodeState], now_s: float) -> None:
-        """Look for the answer and for what readers found spoilt."""
+        """Look for the answer, and for what readers found corrupt."""
         for name, node in sorted(nodes.items()):
             report = node.runs.get(run)
             if report is None:
@@ -228,7 +228,7 @@ class Surveying:
         )
 
     def _limit_s(self, *, has_memory: bool) -> float:
-        """How long a decision waits for the survey: there is no other way to anything while memory has nothing."""
+        """How long a decision waits for the survey."""
         if has_memory:
             return SHORT_WAIT_LEASES * self.lease_s
         is_listing = any(not error for error in self.asked.values())
@@ -238,19 +238,19 @@ class Surveying:
         return [*self.partial, *self.unreadable, *(record.key for record in self.known.values())]
 
     def note_written(self, record: PersistedSnapshot) -> None:
-        """Its completion record is there."""
+        """Its completion record lies there now."""
         self.known[record.snapshot_id] = self.written[record.snapshot_id] = record
         self.partial.pop(record.key, None)
         self.problems.pop(record.snapshot_id, None)
         self.is_known = True
 
     def note_marked(self, mark: Distrusted) -> None:
-        """It lies there that ``mark`` is distrusted."""
+        """The mark lies there now."""
         self.marks[mark.snapshot_id] = self.marked[mark.snapshot_id] = mark
         self.struck.discard(mark.snapshot_id)
 
     def note_struck(self, snapshot_id: str) -> None:
-        """It lies there no more."""
+        """Its mark lies there no more."""
         self.marks.pop(snapshot_id, None)
         self.marked.pop(snapshot_id, None)
         self.struck.add(snapshot_id)
@@ -281,7 +281,7 @@ class Surveying:
                     self.problems[name] = f"the shard of rank {mark.rank} in {mark.node} is spoilt: {mark.reason}"
 
     def _choose_surveyors(self, run: str, nodes: Mapping[str, NodeState]) -> None:
-        """One node first; another when that one cannot, or has gone: with its daemon, what was asked of it went, too."""
+        """Ask one node; another one where it cannot, or where its daemon has ended and with it the order."""
         if not self.survey_id or self.is_answered:
             return
         present = {(name, node.identity.incarnation) for name, node in nodes.items()}

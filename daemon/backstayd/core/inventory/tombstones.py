@@ -15,6 +15,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 from backstay.ids import SnapshotKey
+from backstayd.bounded import drop_oldest
 from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.messages.report import NodeReport, RunReport, SessionPhase
 from backstayd.core.messages.tombstone import MAX_TOMBSTONES, Cause, Tombstone, trimmed
@@ -77,8 +78,7 @@ class Tombstones:
         tombstone = self.known.pop(run, None)
         if tombstone is not None:
             self.lifted[run] = tombstone
-            while len(self.lifted) > MAX_TOMBSTONES:
-                del self.lifted[next(iter(self.lifted))]
+            drop_oldest(self.lifted, MAX_TOMBSTONES)
 
     def as_known_to(self, run: str, owner: str) -> Tombstone | None:
         """The run's tombstone as user ``owner`` may know it: that of another user's run says nothing."""

@@ -1,6 +1,6 @@
-"""Nodes that will be stopped: who takes over what they hold of one run, and what is lost if they stop now. Pure.
+"""Draining nodes, which will be stopped: who takes over what they hold of one run, and what is lost if they stop now. Pure.
 
-Wants copies and says over which nodes to encode; must not give up any snapshot, nor count on a node that leaves.
+Asks for copies of shards and says over which nodes to encode; must not give up any snapshot, nor count on a leaving node.
 """
 
 from __future__ import annotations
@@ -16,38 +16,36 @@ from backstayd.core.inventory.run_context import RunContext
 from backstayd.core.messages.plans import Plan, ShardCopy
 from backstayd.core.sentences import counted, listed
 
-CALM_LEASES: Final = 10  # so long after a shard found no home no node is called safe: the next may not find one either
-PROMISE_LEASES: Final = 10  # so long after "safe" was said last, what made it true is kept: who was told may act on it
+CALM_LEASES: Final = 10  # after a shard found no home no node is called safe: the next shard may not find one either
+PROMISE_LEASES: Final = 10  # after "safe" what made it true is kept: the time that an operator has to act on it
 
 
 @dataclass(slots=True)
 class Draining:
-    """State of one run. Invariant: a shard is copied only to a node that stays, or that new plans still count on.
+    """State of one run. Invariant: a shard is copied only to a node that stays, or that new plans still use.
 
-    ``target`` are the spares wanted now, ``goal`` those that are wanted once every leaving node has stopped. Where so few
-    nodes stay that ``goal`` is less, some leaving ones are kept in the plans: their loss costs what it must, and no more.
+    Where so few nodes stay that ``goal`` is less than ``target``, some leaving ones stay in the plans: their stop costs the
+    spares that it must, and no more.
     """
 
     leaving: frozenset[str] = frozenset()
     keepers: Mapping[str, NodeState] = field(default_factory=dict)  # nodes that new plans and copies use
-    target: int = 0
-    goal: int = NOT_RECOVERABLE
-    left: Mapping[str, int] = field(
-        default_factory=dict
-    )  # snapshot id to its spares once the leaving ones have stopped
-    homes: dict[tuple[str, int], str] = field(default_factory=dict)  # snapshot id and rank to who copies the shard
-    homeless: dict[str, tuple[int, ...]] = field(default_factory=dict)  # snapshot id to ranks that nobody can take
+    target: int = 0  # the spares wanted now
+    goal: int = NOT_RECOVERABLE  # the spares wanted once every leaving node has stopped
+    left: Mapping[str, int] = field(default_factory=dict)  # by snapshot id: its spares once they have stopped
+    homes: dict[tuple[str, int], str] = field(default_factory=dict)  # by snapshot id and rank: who copies the shard
+    homeless: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by snapshot id: ranks that nobody can take
     is_frozen: bool = False  # a world decides: inventories hold still
     now_s: float = 0.0
-    calm_s: float = 0.0  # until then the next snapshot may find no room either, as one did not long ago
-    promise_s: float = 0.0  # until then somebody who was told "safe" may act on it
+    calm_s: float = 0.0  # until then the next snapshot may find no room either
+    promise_s: float = 0.0  # until then an operator may act on "safe"
 
     def update(self, context: RunContext, *, wanted: int, target: int, is_busy: bool) -> None:
         """See who leaves and what is left without them."""
         self.target, self.is_frozen, self.now_s = target, is_busy, context.now_s
         leaving = sorted((name for name, node in context.nodes.items() if node.is_draining), key=natural)
         staying = {name: node for name, node in context.nodes.items() if name not in leaving}
-        if not leaving or not staying:  # with nobody to go to, everything stays where it is
+        if not leaving or not staying:  # where no node stays, everything stays where it is
             self.leaving, self.keepers, self.left = frozenset(leaving), context.nodes, {}
             self.goal = NOT_RECOVERABLE
             self.homes, self.homeless, self.calm_s = {}, {}, 0.0
@@ -62,7 +60,7 @@ class Draining:
 
     @property
     def is_on(self) -> bool:
-        """Whether some node leaves, and another stays that can take over."""
+        """Whether some node leaves and another one stays that can take over."""
         return self.goal > NOT_RECOVERABLE
 
     def spares_left(self, view: SnapshotView) -> int:
@@ -70,19 +68,19 @@ class Draining:
         return self.left.get(view.snapshot_id, NOT_RECOVERABLE) if self.is_on else view.spares
 
     def promise(self, context: RunContext) -> None:
-        """The leaving nodes are called safe: for a while, what outlives their stop is not given up for what does not."""
+        """They are called safe: for a while, what outlives their stop is not given up for what does not."""
         self.promise_s = context.now_s + PROMISE_LEASES * context.lease_s
 
     @property
     def is_holding(self) -> bool:
         """Whether a snapshot that outlives the stop is kept beside newer ones for which there is no room elsewhere.
 
-        Not for ever: it takes a slot that they need.
+        Not for ever, for it takes a slot that they need.
         """
         return self.is_on and bool(self.homeless) and self.now_s < self.promise_s
 
     def is_enough(self, view: SnapshotView) -> bool:
-        """Whether ``view`` is as well protected as it can be, now and after the leaving nodes have stopped."""
+        """Whether ``view`` is as well protected as it can be, now and once the leaving nodes have stopped."""
         return view.spares >= self.target and (not self.is_on or self.spares_left(view) >= self.goal)
 
     def encoders(self, view: SnapshotView, nodes: Mapping[str, NodeState]) -> Mapping[str, NodeState]:
@@ -123,7 +121,7 @@ class Draining:
                     room[home] -= view.sizes[rank]
                 else:
                     self.homeless[view.snapshot_id] = (*self.homeless.get(view.snapshot_id, ()), rank)
-            if view.snapshot_id in self.homeless:  # some without the others would only take room
+            if view.snapshot_id in self.homeless:  # the others' copies alone would only take room
                 self.calm_s = context.now_s + CALM_LEASES * context.lease_s
                 self.homes = {place: home for place, home in self.homes.items() if place[0] != view.snapshot_id}
 
@@ -195,7 +193,7 @@ class Draining:
         )
 
     def _fitting(self, context: RunContext, view: SnapshotView, rank: int) -> list[str]:
-        """Keepers that copy what they are told to, and have not said that they cannot take the shard."""
+        """Keepers that obey orders to copy and have not reported that they cannot take the shard."""
         digest = view.digests[rank]
         return [
             name

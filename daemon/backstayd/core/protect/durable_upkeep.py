@@ -1,6 +1,8 @@
-"""Upkeep of a run's directory on durable storage: what retention gives up, marks of distrust. By one node at a time. Pure.
+"""Upkeep of a run's directory on durable storage: what is pruned, and marks of distrust. By one node at a time. Pure.
 
-Each removal is ordered with its grounds, the copies that stay, so that the node can see for itself whether they still do.
+Invariant: each removal is ordered with its *grounds*, the newer copies that stay, and the node looks at them again before it
+removes anything. Storage is shared: since it was listed, another cluster may have removed or overwritten what made the older
+copy superfluous.
 """
 
 from __future__ import annotations
@@ -16,35 +18,37 @@ from backstayd.core.inventory.survey import Surveying
 from backstayd.core.messages.decisions import Distrusted
 from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, Stored
 from backstayd.core.policy import CorePolicy
-from backstayd.core.timeline import Say
+from backstayd.core.timeline import LogEvent
 
-ABANDONED_LEASES = 200  # a partial upload that nobody goes on with is removed after so long
-MAX_PRUNES = 16  # named to a node at a time
+ABANDONED_LEASES = (
+    200  # ten minutes at the default lease after which a partial upload is removed: one under way is resumed before
+)
+MAX_PRUNES = 16  # ordered at a time, so that an order stays small
 MAX_MARKS = 16
 
 
 @dataclass(slots=True)
 class Upkeep:
-    """State of one run. Invariant: nothing is pruned that is among its own grounds."""
+    """State of one run."""
 
     run: str
     policy: CorePolicy
-    say: Say
+    log: LogEvent
     surveying: Surveying
-    node: str = ""  # that does it
+    node: str = ""  # which does it
     prunes: tuple[Stored, ...] = ()
     grounds: tuple[Stored, ...] = ()
     distrust: tuple[Distrusted, ...] = ()
     trust: tuple[Distrusted, ...] = ()
 
     def take(self, context: RunContext) -> None:
-        """Note what the node says is done."""
+        """Note what the node has done."""
         report = context.reports.get(self.node)
         if report is None:
             return
         for item in self.prunes:
             if item.key in report.pruned:
-                self.say("pruned", f"step {item.step} of attempt {item.attempt} was removed from durable storage")
+                self.log("pruned", f"step {item.step} of attempt {item.attempt} was removed from durable storage")
                 self.surveying.note_pruned(item.key)
         self.prunes = tuple(item for item in self.prunes if item.key not in report.pruned)
         for mark in self.distrust:
@@ -61,8 +65,8 @@ class Upkeep:
 
         Args:
             live: copies of the live history that a restart could use.
-            kept: what stays whatever retention says.
-            is_waiting: a world decides or proves what it restored: nothing is removed.
+            kept: what stays in any case.
+            is_waiting: a world decides, or what it restored is on probation: nothing is removed.
         """
         self.prunes, self.grounds = (), ()
         if not self.surveying.is_answered:
@@ -119,10 +123,10 @@ def stored(record: PersistedSnapshot) -> Stored:
 def prunable(
     known: Sequence[PersistedSnapshot], *, live: Sequence[PersistedSnapshot], keep_last: int, keep_every: int
 ) -> list[SnapshotKey]:
-    """Which of ``known`` retention gives up.
+    """Which of ``known`` are superfluous.
 
     Kept are the newest ``keep_last`` of ``live`` (sound ones of the live history), and every ``keep_every``-th persisted
-    snapshot for good. Without a live one nothing is given up: what is there may be all there is.
+    snapshot for good. With fewer live ones nothing is given up: the others may be all there is.
     """
     newest = sorted(live, key=lambda record: record.key, reverse=True)[:keep_last]
     if len(newest) < keep_last:

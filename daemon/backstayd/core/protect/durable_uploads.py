@@ -1,7 +1,8 @@
-"""Copying protected snapshots to durable storage: which one, when, which node sends which shard, what may be pruned. Pure.
+"""Copying protected snapshots to durable storage: which one, when, and which node sends which shard. Pure.
 
-One upload at a time for a run. A directory becomes a snapshot only by its completion record, which is ordered when every
-shard was reported whole. An upload never costs training a slot: if memory is short, it loses.
+One upload at a time for a run. A directory becomes a snapshot only by its completion record, which is ordered once every shard
+is reported whole: a restore that finds a record finds every shard. An upload never costs training a slot: under memory
+pressure it yields to training.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backstay.ids import SnapshotKey
+from backstayd.bounded import drop_oldest
 from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.durable_names import run_url
 from backstayd.core.inventory.nodes import natural
@@ -23,26 +25,30 @@ from backstayd.core.messages.report import SessionPhase, SkipCause
 from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.durable_upkeep import Upkeep
 from backstayd.core.sentences import listed
-from backstayd.core.timeline import Say
+from backstayd.core.timeline import LogEvent
 
 RECORD_RANK = -1  # in Upload.rank: the completion record
-FAILED_PAUSE_LEASES = 10  # a snapshot whose upload was given up is not tried again before
-STALL_LEASES = 20  # an upload that gets nowhere makes way for a newer snapshot after so long
-SAVING_LEASES = 600  # a run that ended waits for its copy no longer
+FAILED_PAUSE_LEASES = (
+    10  # before a snapshot whose upload was given up is tried again: storage that fails fails for a while
+)
+STALL_LEASES = (
+    20  # without a byte before an upload makes way for a newer snapshot; nodes retry several times in that time
+)
+SAVING_LEASES = 600  # for which a run that ended keeps its memory for its copy: half an hour at the default lease
 MAX_PASSED_OVER = 16
 
 
 @dataclass(slots=True)
 class Transfer:
-    """One snapshot on its way. Invariant: every rank in ``done`` was reported whole by a node; the others get an owner."""
+    """The upload of one snapshot. Invariant: a node reported every shard in ``done`` whole; the others get an owner."""
 
     snapshot: PersistedSnapshot
     is_pinned: bool  # memory has room for one more slot per rank: it is not released meanwhile
-    skipped: Mapping[int, int]  # rank -> newest step it had skipped when this began
-    owners: dict[int, str] = field(default_factory=dict)
+    skipped: Mapping[int, int]  # by rank: the newest step it had skipped when this began
+    owners: dict[int, str] = field(default_factory=dict)  # by rank: the node that sends its shard
     done: set[int] = field(default_factory=set)
-    failed: dict[tuple[int, str], str] = field(default_factory=dict)  # (rank, node) -> why
-    writer: str = ""
+    failed: dict[tuple[int, str], str] = field(default_factory=dict)  # by rank and node: why
+    writer: str = ""  # the node that writes the completion record
     seen_bytes: int = 0
     progress_s: float = 0.0  # when that changed
 
@@ -57,24 +63,23 @@ class Persisting:
 
     run: str
     policy: CorePolicy
-    say: Say
+    log: LogEvent
     surveying: Surveying = field(init=False)
     transfer: Transfer | None = None
     problem: str = ""  # why the newest snapshot is not persisted yet; "" when nothing is wrong
-    overtaken: str = ""  # why this run leaves storage to another; "" while it does not
+    overtaken: str = ""  # why this run leaves durable storage to another history; "" while it does not
     last_s: float | None = None  # when the last one was persisted, or the run was first seen
-    first_step: int = 0
-    served: set[tuple[str, int]] = field(default_factory=set)  # (world, rank) whose wish was met
-    passed_over: dict[str, float] = field(default_factory=dict)  # snapshot id -> until when
+    served: set[tuple[str, int]] = field(default_factory=set)  # worlds and ranks whose wish was met
+    passed_over: dict[str, float] = field(default_factory=dict)  # by snapshot id: until when
     upkeep: Upkeep = field(init=False)
-    newest_attempt: int = 0  # that is known of, on storage or decided
+    newest_attempt: int = 0  # that is known, on storage or decided
     done_bytes: int = 0
     saving_since_s: float | None = None
 
     def __post_init__(self) -> None:
         url = run_url(self.policy.persist_url, self.run) if self.policy.persist_url else ""
         self.surveying = Surveying(url=url, lease_s=self.policy.lease_s)
-        self.upkeep = Upkeep(self.run, self.policy, self.say, self.surveying)
+        self.upkeep = Upkeep(self.run, self.policy, self.log, self.surveying)
 
     @property
     def is_on(self) -> bool:
@@ -89,7 +94,7 @@ class Persisting:
 
     @property
     def newest(self) -> PersistedSnapshot | None:
-        """The newest one that is whole and not spoilt, of whatever history."""
+        """The newest one that is whole and not corrupt, of whatever history."""
         sound = [r for name, r in self.surveying.known.items() if name not in self.surveying.problems]
         return max(sound, key=lambda record: record.key, default=None)
 
@@ -101,9 +106,9 @@ class Persisting:
         Args:
             world: the sessions of the current world.
             target: the spares that a protected snapshot has now.
-            fence: the generation of the newest decision: a survey is made for each.
+            fence: the generation of the newest decision: each needs a survey of its own.
             is_busy: a world decides; nothing new is begun.
-            is_proving: what was restored is on probation: what is newer may have to be distrusted, so nothing is pruned.
+            is_proving: what was restored is on probation. What is newer may come to be distrusted, so nothing is pruned.
         """
         if not self.is_on:
             return
@@ -112,13 +117,13 @@ class Persisting:
         if not self.surveying.survey_id or (is_busy and self.surveying.fence != fence):
             self.surveying.ask(self.run, context.nodes, context.generation, fence=fence, now_s=context.now_s)
         self.served &= _wishes(context)
-        self._say_unreadable()
+        self._log_unreadable()
         self.upkeep.take(context)
         if self.transfer is not None:
             self._advance(context, world)
         self.overtaken = self._why_overtaken(context) if world and not is_busy else ""
         if self.overtaken:
-            self.say("persist_failed", self.overtaken)
+            self.log("persist_failed", self.overtaken)
         elif self.transfer is None and self.surveying.is_answered and not is_busy:
             self._begin(context, world, target)
         is_waiting = is_busy or is_proving or bool(self.overtaken)
@@ -127,13 +132,13 @@ class Persisting:
         own = self.transfer.snapshot.attempt if self.transfer is not None else 0
         self.newest_attempt = max(head, own, context.storage.newest_attempt)
 
-    def _say_unreadable(self) -> None:
-        """A copy that cannot be used is there all the same: it is kept, and a person may repair its record."""
+    def _log_unreadable(self) -> None:
+        """A copy that cannot be used is kept: a person may be able to repair its record."""
         unreadable = self.surveying.unreadable
         if unreadable:
             newest = max(unreadable)
             more = f" ({len(unreadable)} such copies)" if len(unreadable) > 1 else ""
-            self.say(
+            self.log(
                 "storage_unreadable",
                 f"the completion record of step {newest.step} of attempt {newest.attempt} in {self.surveying.url} cannot be "
                 f"used: {unreadable[newest]}; the copy is neither restored nor pruned{more}",
@@ -168,7 +173,7 @@ class Persisting:
         return view if is_wanted else None
 
     def is_saving(self, context: RunContext) -> bool:
-        """Whether a run that ended should keep its memory a while: a copy was asked for, or is under way."""
+        """Whether a run that ended should keep its memory for a while: a copy was asked for, or is under way."""
         if not self.is_on:
             return False
         is_wanted = self.transfer is not None or bool(_wishes(context) - self.served)
@@ -180,7 +185,7 @@ class Persisting:
         return context.now_s - self.saving_since_s < SAVING_LEASES * self.policy.lease_s
 
     def document(self) -> dict[str, Any] | None:
-        """For the status document: what lies on durable storage and what is on its way; None without any."""
+        """For the status document: what lies on durable storage and what is being copied; None without storage."""
         if not self.is_on:
             return None
         newest, transfer = self.newest, self.transfer
@@ -262,11 +267,11 @@ class Persisting:
             if self.transfer.is_pinned
             else "; memory has no room for it beside two others, so training may overtake it"
         )
-        self.say("persisting", f"step {view.key.step} is copied to {self.surveying.url}{room}")
+        self.log("persisting", f"step {view.key.step} is copied to {self.surveying.url}{room}")
         self._give_owners(context, view)
 
     def _resumable(self, context: RunContext) -> SnapshotView | None:
-        """A snapshot that nodes are uploading already, for a coordinator before this one."""
+        """A snapshot that nodes already upload for a former coordinator."""
         for report in context.reports.values():
             for upload in report.uploads:
                 view = context.view_of(upload.snapshot_id)
@@ -294,7 +299,7 @@ class Persisting:
         return view if is_late else None
 
     def _is_candidate(self, context: RunContext, view: SnapshotView) -> bool:
-        """Whether ``view`` is newer than what is persisted, live, and not given up a moment ago."""
+        """Whether ``view`` is newer than what is persisted, live, sound, and not given up a moment ago."""
         newest = self._newest_live(context)
         is_newer = newest is None or view.key > newest.key
         is_live = any(view is other for other in context.live_views)
@@ -303,9 +308,9 @@ class Persisting:
         return is_newer and is_live and is_fresh and is_sound and view.snapshot_id not in self.surveying.known
 
     def _why_overtaken(self, context: RunContext) -> str:
-        """What to say when a history newer than this run's writes there: a new cluster, or another job of the same run_id.
+        """Why this run leaves storage alone: a newer history writes there, of another cluster or another job of its name.
 
-        A world that restores learns of it and begins above it; one that trains must leave storage alone.
+        A world that restores begins above that history. One that trains would mix its shards with those of the other.
         """
         if context.head is None or not context.storage.is_ahead_of(context.head):
             return ""
@@ -347,7 +352,7 @@ class Persisting:
             return
         if transfer.is_pinned and _is_short(transfer, world):
             transfer.is_pinned = False
-            self.say("persisting", f"step {transfer.snapshot.step} may be released: training is short of slots")
+            self.log("persisting", f"step {transfer.snapshot.step} may be released: training is short of slots")
         if transfer.is_whole:
             self._order_record(context, transfer)
         elif view is not None:
@@ -355,7 +360,7 @@ class Persisting:
         self.problem = self._why_slow(transfer)
 
     def _is_stalled(self, context: RunContext, transfer: Transfer) -> bool:
-        """Whether nothing came through for long and a newer snapshot could be copied instead."""
+        """Whether nothing was copied for long and a newer snapshot could be copied instead."""
         if self.done_bytes != transfer.seen_bytes:
             transfer.seen_bytes, transfer.progress_s = self.done_bytes, context.now_s
         newer = (view for view in context.sound_views if view.is_restorable and view.key > transfer.snapshot.key)
@@ -387,7 +392,7 @@ class Persisting:
             transfer.failed[upload.rank, node] = upload.reason
 
     def _give_owners(self, context: RunContext, view: SnapshotView) -> None:
-        """A holder for each shard that is not there yet: spread evenly; another when one is gone or has failed."""
+        """Choose a holder for each shard that is not copied yet, evenly; another where one is gone or has failed."""
         transfer = self.transfer
         assert transfer is not None
         load = Counter(transfer.owners.values())
@@ -400,13 +405,13 @@ class Persisting:
             if owner in able:
                 continue
             transfer.owners.pop(rank, None)
-            if able:  # with none, the shard is being rebuilt
+            if able:  # without any, the shard is being rebuilt
                 chosen = min(able, key=lambda name: (load[name], natural(name)))
                 transfer.owners[rank] = chosen
                 load[chosen] += 1
 
     def _order_record(self, context: RunContext, transfer: Transfer) -> None:
-        """All shards are there: one node writes the record; another when that one is gone."""
+        """Have one node write the record, as all shards are copied; another where that one is gone or has failed."""
         if transfer.writer in context.nodes and (RECORD_RANK, transfer.writer) not in transfer.failed:
             return
         names = sorted(context.reports, key=natural)
@@ -414,7 +419,7 @@ class Persisting:
         if names and not able:
             reason = next(iter(transfer.failed.values()))
             self._give_up(context, f"its completion record could not be written: {reason}")
-            if self.surveying.is_answered:  # storage is not as it was thought to be
+            if self.surveying.is_answered:  # storage is not as it was when it was listed
                 fence = self.surveying.fence
                 self.surveying.ask(self.run, context.nodes, context.generation, fence=fence, now_s=context.now_s)
             return
@@ -422,7 +427,7 @@ class Persisting:
 
     def _finish(self, context: RunContext, transfer: Transfer) -> None:
         snapshot = transfer.snapshot
-        self.say("persisted", f"step {snapshot.step} of attempt {snapshot.attempt} is on durable storage")
+        self.log("persisted", f"step {snapshot.step} of attempt {snapshot.attempt} is on durable storage")
         self.transfer, self.problem, self.done_bytes = None, "", 0
         self.last_s = context.now_s
 
@@ -431,15 +436,14 @@ class Persisting:
         assert transfer is not None
         name = transfer.snapshot.snapshot_id
         self.passed_over[name] = context.now_s + FAILED_PAUSE_LEASES * self.policy.lease_s
-        while len(self.passed_over) > MAX_PASSED_OVER:
-            del self.passed_over[next(iter(self.passed_over))]
+        drop_oldest(self.passed_over, MAX_PASSED_OVER)
         self.problem = f"step {transfer.snapshot.step} was not persisted: {why}"
         self.surveying.partial.setdefault(transfer.snapshot.key, context.now_s)
-        self.say("persist_failed", f"{self.problem}; training goes on and a newer one is tried")
+        self.log("persist_failed", f"{self.problem}; training goes on and a newer one is tried")
         self.transfer, self.done_bytes = None, 0
 
     def _why_slow(self, transfer: Transfer | None) -> str:
-        """What nodes say of uploads that fail; they go on trying."""
+        """What nodes report of uploads that fail and are tried again."""
         if transfer is None:
             return self.problem
         reasons = {
@@ -447,7 +451,7 @@ class Persisting:
         }
         problem = listed(sorted(reasons)[:2])
         if problem and problem != self.problem:
-            self.say("persist_failed", f"step {transfer.snapshot.step}: {problem}; it is tried again")
+            self.log("persist_failed", f"step {transfer.snapshot.step}: {problem}; it is tried again")
         return problem
 
     def _tasks(self) -> dict[str, tuple[UploadTask, ...]]:

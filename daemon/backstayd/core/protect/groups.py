@@ -1,4 +1,4 @@
-"""Groups over the nodes of a job: equal sizes, failure domains spread, and the memory that protection takes on each. Pure."""
+"""Groups over the nodes of a job, with failure domains spread, and the memory that protection takes on each node. Pure."""
 
 from __future__ import annotations
 

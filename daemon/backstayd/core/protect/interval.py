@@ -1,7 +1,7 @@
 """At which steps snapshots are taken: the same for all ranks, changed only at a step announced ahead. Pure.
 
-A snapshot must not slow training by surprise: where a rank waits for more than one twentieth of its time, or skips a step
-because no slot came free, snapshots are taken less often; where there is room, more often again.
+Where a rank waits for more than one twentieth of its time, or skips a step because no slot came free, snapshots are taken less
+often; where there is room, more often again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from backstay.protocol.messages import Schedule
 from backstayd.core.messages.report import SessionRecord
 
-INTERVAL_LIMIT = 4096
-SMOOTH_INTERVALS = 8  # so many without a skip or a long wait, and the interval is halved again
-SMOOTH_LIMIT = 4096
+INTERVAL_LIMIT = 4096  # steps: rarer snapshots protect next to nothing, and doubling must end
+SMOOTH_INTERVALS = 8  # without a skip or a long wait before the interval is halved: one quiet interval proves nothing
+SMOOTH_LIMIT = 4096  # each raise doubles the number above, so that a job at its limit is not disturbed again and again
 WAIT_LIMIT = 0.05  # the share of its time that training may wait for snapshots
 WAIT_ROOM = WAIT_LIMIT / 2  # below it, twice as many would still keep to the limit
 WAIT_NOISE_S = 0.005  # a shorter mean wait is a thread that wakes late, which no interval changes
@@ -23,9 +23,9 @@ WAIT_SNAPSHOTS = 4  # a share is measured over so many, and over a lease: report
 
 @dataclass(slots=True)
 class WaitShare:
-    """The share of its time that the rank which waits longest spent waiting for snapshots: for slots and for copying.
+    """The share of its time for which the rank that waits longest waited for slots and for copying.
 
-    Invariant: each measurement is of one interval and one world.
+    Invariant: each measurement covers one interval and one world.
     """
 
     share: float = 0.0
@@ -54,16 +54,16 @@ class WaitShare:
 
 
 @dataclass(slots=True)
-class Pace:
+class Interval:
     """The interval of one run. Invariant: a change takes effect at a step that no rank has reached when it is announced."""
 
     schedule: Schedule = field(default_factory=Schedule)
-    handled_skip: int = 0
-    smooth_from: int = 0
+    handled_skip: int = 0  # the newest skipped step that was taken into account
+    smooth_from: int = 0  # the step since which nothing was skipped or waited for long
     smooth_needed: int = SMOOTH_INTERVALS
     waits: WaitShare = field(default_factory=WaitShare)
     _is_lowered: bool = False  # by the last change
-    _window: tuple[float, int] = (0.0, 0)
+    _window: tuple[float, int] = (0.0, 0)  # time and step since which the speed is measured
     _steps_per_s: float = 0.0
 
     def restart(self) -> None:
@@ -80,14 +80,15 @@ class Pace:
     ) -> str | None:
         """Raise the interval after a skip or long waits, lower it after a smooth while. Returns a sentence when it changed.
 
-        ``is_protected``: some snapshot of this world is as well protected as can be. Before that, skips and waits mean that
-        slots wait for a repair, not that steps come too fast.
+        Args:
+            is_protected: some snapshot of this world is as well protected as can be. Before that, skips and waits mean that
+                slots wait for a repair, not that snapshots come too fast.
         """
         newest = max((session.last_step for session in sessions), default=0)
         self._measure(newest, now_s)
         is_settled = newest >= self.schedule.from_step
         trouble = self._skipped(sessions, newest)
-        if newest < self.schedule.from_step + self.schedule.interval_steps:  # the first one waits for those before it
+        if newest < self.schedule.from_step + self.schedule.interval_steps:  # the first one waits for those before
             self.waits.begin(sessions, newest, now_s)
         else:
             trouble = trouble or self._waited(sessions, newest, lease_s, now_s)
@@ -100,14 +101,14 @@ class Pace:
         if is_protected and interval > 1 and is_settled and newest - self.smooth_from > self.smooth_needed * interval:
             self.smooth_from = newest
             reason = f"{self.smooth_needed} snapshots were protected in time"
-            if self._is_lowered:  # and that held: what made it slow has passed
+            if self._is_lowered:  # the last lowering held: what made it slow has passed
                 self.smooth_needed = SMOOTH_INTERVALS
             self._is_lowered = True
             return self._change(interval // 2, newest, lease_s, reason)
         return None
 
     def _skipped(self, sessions: Collection[SessionRecord], newest: int) -> str:
-        """Why the interval is too short: a step was skipped for want of a slot. "" if none was since the last time."""
+        """Why the interval is too short: a step was skipped for want of a slot; "" if none was since the last look."""
         skip = max((session.skipped_step for session in sessions if session.is_short_of_slots), default=0)
         if skip <= self.handled_skip:
             return ""

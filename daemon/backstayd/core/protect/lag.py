@@ -1,8 +1,8 @@
 """How far protection lags behind training, and since when. Pure; decides nothing.
 
-Each rank has two slots: while one snapshot is encoded, the next is filled. So the newest protected step trails training by
-up to :data:`LAG_INTERVALS` snapshot intervals as a matter of course. More than that for a whole lease means that steps are
-trained which no snapshot covers, however well an older one is protected.
+Each rank has two slots: while one snapshot is encoded, the next is filled. So the newest protected step usually trails training
+by up to :data:`LAG_INTERVALS` snapshot intervals. More than that for a whole lease means that steps are trained which no
+snapshot covers, however well an older one is protected.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behind:
-    """Steps that are trained and not protected. ``since_s``: when training was last within the usual distance."""
+    """Steps that are trained and not protected."""
 
     protected_step: int
     trained_step: int
-    since_s: float
+    since_s: float  # when training was last within the usual distance
     reason: str
 
     @property
     def steps(self) -> int:
-        """Steps a restart would repeat, as far as they are known: silent daemons report none."""
+        """Steps that a restart would repeat, as far as they are known: silent daemons report none."""
         return max(0, self.trained_step - self.protected_step)
 
 

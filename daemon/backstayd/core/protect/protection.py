@@ -1,6 +1,18 @@
-"""Which plans should be encoded: one set of plans (one per group) per complete snapshot that is not protected yet. Pure.
+"""Which plans should be encoded: one set of plans, one per group of nodes, for each complete snapshot to protect. Pure.
 
-A set that loses a member before it is protected is dropped whole groups at a time and planned anew, never mended.
+Invariants:
+
+- Each rank of a snapshot is in exactly one plan of its set. In none, its shard is lost with its node; in two, which parity
+  counts would depend on who looks.
+- A plan is immutable, and its id is a hash of all of it, with the incarnation of each member. A set that loses a member before
+  it protects is dropped and planned anew under other ids, never mended: fragments of two geometries look alike, and a stripe
+  decoded from both is garbage.
+- What a set has written stays until another one protects the snapshot as well (:meth:`Protection.surplus`). Even parity that
+  survives the loss of few nodes survives those.
+- A set that protected once and lost a fragment is replaced, not completed (``once_intact``): over the nodes that are left there
+  is a better one.
+
+docs/architecture.md has the diagram.
 """
 
 from __future__ import annotations
@@ -9,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backstay.format.manifest import CHUNK_BYTES
+from backstayd.bounded import drop_oldest
 from backstayd.core.inventory.catalog import PlanState, SnapshotView, plan_state
 from backstayd.core.inventory.nodes import NodeState, natural
 from backstayd.core.inventory.run_context import RunContext
@@ -17,37 +30,37 @@ from backstayd.core.policy import CorePolicy
 from backstayd.core.protect.draining import Draining
 from backstayd.core.protect.groups import form_groups
 
-SETS_UNDER_WAY = 2  # a repair of the restored snapshot and the first new one
-STALL_LEASES = 10  # a set without progress for so long is planned anew
-DROPPED_KEPT = 64
-MOVES_TRIED = 3  # times that a snapshot is encoded without the nodes that leave, before they are asked again
+SETS_UNDER_WAY = 2  # the repair of the restored snapshot and the first new one; more would only slow each other
+STALL_LEASES = 10  # without a single fragment: a slow network makes some in that time, a stuck coder none
+DROPPED_KEPT = 64  # some dozen repairs of a thousand groups are never under way at once
+MOVES_TRIED = 3  # times that a snapshot is encoded without the draining nodes; then they take part again
 
 
 @dataclass(slots=True)
 class PlanSet:
-    """The plans of one snapshot, one per group, and how they get on."""
+    """The plans of one snapshot, one per group, and how far they are."""
 
     snapshot_id: str
     plans: tuple[Plan, ...]
-    progress: tuple[int, int] = (0, 0)
-    progress_s: float = 0.0
-    was_intact: bool = False
+    progress: tuple[int, int] = (0, 0)  # fragments held, and members that store their plan
+    progress_s: float = 0.0  # when that changed
+    was_intact: bool = False  # it has protected the snapshot
 
 
 @dataclass(slots=True)
 class Protection:
-    """State of one run. Invariant: every plan in ``sets`` has the snapshot id it is filed under and live members."""
+    """State of one run."""
 
     policy: CorePolicy
-    sets: dict[str, PlanSet] = field(default_factory=dict)
-    dropped: dict[str, Plan] = field(default_factory=dict)
-    failures: dict[str, int] = field(default_factory=dict)  # snapshot id: sets of it that were dropped
-    retry_s: dict[str, float] = field(default_factory=dict)
-    once_intact: dict[str, None] = field(default_factory=dict)  # plan ids; what they lost is not encoded again
-    serial: int = 0
+    sets: dict[str, PlanSet] = field(default_factory=dict)  # by snapshot id
+    dropped: dict[str, Plan] = field(default_factory=dict)  # by plan id: given up before they protected
+    failures: dict[str, int] = field(default_factory=dict)  # by snapshot id: sets of it that were dropped
+    retry_s: dict[str, float] = field(default_factory=dict)  # by snapshot id: not planned again before
+    once_intact: dict[str, None] = field(default_factory=dict)  # plan ids
+    serial: int = 0  # of the newest plan
 
     def target(self, *, host_count: int, present_count: int) -> int:
-        """Losses a job on ``host_count`` nodes should survive, as far as there are nodes."""
+        """Losses that a job on ``host_count`` nodes should survive, as far as there are nodes."""
         return max(0, min(self.policy.wanted_parity(host_count), present_count - 1))
 
     def update(
@@ -78,7 +91,7 @@ class Protection:
         notes = self._drop_sets(reasons, now_s)
         for snapshot_id, plan_set in list(self.sets.items()):
             if plan_set.was_intact and draining.replaces(plan_set.plans, by_id[snapshot_id]):
-                del self.sets[snapshot_id]  # what it wrote stays until another set protects as well
+                del self.sets[snapshot_id]
         for view in views:
             if view.snapshot_id not in self.sets:
                 adopted = self._adoptable(view, nodes, target, draining)
@@ -102,7 +115,7 @@ class Protection:
         return notes
 
     def _drop_sets(self, reasons: Mapping[str, str], now_s: float) -> list[str]:
-        """Drop sets of snapshots that ``reasons`` does not name, and those for which it names one; says which."""
+        """Drop the sets that have a reason, and those of snapshots that are not wanted any more; returns what to log."""
         notes = []
         for snapshot_id in list(self.sets):
             reason = reasons.get(snapshot_id)
@@ -117,10 +130,7 @@ class Protection:
         return notes
 
     def surplus(self, view: SnapshotView, target: int) -> list[Plan]:
-        """Plans of ``view`` that nothing needs, because another set protects it as well as can be.
-
-        Until then even one that survives no loss of the worst node survives that of others.
-        """
+        """Plans of ``view`` that nothing needs, because another set protects it as well as can be."""
         current = self.sets.get(view.snapshot_id)
         if current is None or not current.was_intact or view.spares < target:
             return []
@@ -145,8 +155,7 @@ class Protection:
         if is_intact:
             plan_set.was_intact = True
             self.once_intact.update(dict.fromkeys(plan.plan_id for plan in plan_set.plans))
-            while len(self.once_intact) > DROPPED_KEPT:
-                del self.once_intact[next(iter(self.once_intact))]
+            drop_oldest(self.once_intact, DROPPED_KEPT)
             self.failures.pop(view.snapshot_id, None)
             return "more nodes are here than it uses" if plan_set.plans[0].m < target else ""
         if plan_set.was_intact:
@@ -165,7 +174,7 @@ class Protection:
     def _adoptable(
         self, view: SnapshotView, nodes: Mapping[str, NodeState], target: int, draining: Draining
     ) -> tuple[Plan, ...]:
-        """Plans that nodes report, if together they cover each rank once and are intact or can still become so."""
+        """Plans that nodes report, if together they cover each rank once and protect, or can still do so."""
         usable = [
             state
             for state in view.plans
@@ -195,15 +204,12 @@ class Protection:
     def _note_failure(self, snapshot_id: str, now_s: float) -> None:
         count = self.failures[snapshot_id] = self.failures.get(snapshot_id, 0) + 1
         self.retry_s[snapshot_id] = now_s + min(self.policy.lease_s * 2, 0.02 * 2 ** min(count, 12))
-        while len(self.failures) > DROPPED_KEPT:
-            self.failures.pop(next(iter(self.failures)))
-        while len(self.retry_s) > DROPPED_KEPT:
-            self.retry_s.pop(next(iter(self.retry_s)))
+        drop_oldest(self.failures, DROPPED_KEPT)
+        drop_oldest(self.retry_s, DROPPED_KEPT)
 
     def _remember_dropped(self, plans: tuple[Plan, ...]) -> None:
         self.dropped.update({plan.plan_id: plan for plan in plans})
-        while len(self.dropped) > DROPPED_KEPT:
-            del self.dropped[next(iter(self.dropped))]
+        drop_oldest(self.dropped, DROPPED_KEPT)
 
     def _plan(
         self,
@@ -244,7 +250,7 @@ def _why_impossible(plan: Plan, nodes: Mapping[str, NodeState]) -> str:
 
 
 def _owners(view: SnapshotView, placements: Mapping[int, str], nodes: Mapping[str, NodeState]) -> dict[int, str]:
-    """One holder per rank: where the rank runs, else the holder that owns least so far."""
+    """One holder for each rank: where the rank runs, else the holder that has least so far."""
     owner: dict[int, str] = {}
     count: dict[str, int] = {}
     for rank in range(view.world_size):

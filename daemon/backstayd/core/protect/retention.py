@@ -1,7 +1,11 @@
-"""Which snapshots may go. Pure.
+"""Which snapshots may be deleted. Pure.
 
-A protected snapshot is never given up before another is as well protected now, and nothing that a decision left behind is
-deleted before a trainer has returned with that decision.
+Invariants:
+
+- A snapshot that protects is never given up before another one protects as well *now*, by what live nodes report. "It was
+  protected a moment ago" is worth nothing when the nodes fail that made it so.
+- Nothing that a decision left behind (above its base, or of an abandoned history) is deleted before a trainer has returned with
+  that decision. Until then the next coordinator may never have heard of it, and would want to restore what was deleted.
 """
 
 from __future__ import annotations
@@ -34,14 +38,14 @@ def releasable(
 
     Args:
         live: indexes of the views that belong to the live history.
-        dead: indexes of the views that a decision has left behind; they can never be restored again.
-        keep: how many snapshots that protect are held.
+        dead: indexes of the views that a decision has left behind; they are never restored again.
+        keep: how many snapshots that protect are kept.
         target: the spares that new snapshots reach. Where a job has shrunk, no more can be asked of the newer one.
         abandoned: steps that can never become complete, because a rank went past them without a shard.
-        tainted: distrusted ones: for a sound one they are no substitute.
-        held: never released: what was restored and is still on probation.
-        left: spares that are left of a snapshot once the nodes that leave have stopped; None: none leaves. One that
-            survives that is not given up for one that does not.
+        tainted: distrusted ones, which are no substitute for sound ones.
+        held: never released: on probation, or being uploaded.
+        left: spares of a snapshot once the draining nodes have stopped; None: none drains. One that survives that is not
+            given up for one that does not.
     """
     chosen: dict[int, str] = {}
     count_left = left or (lambda view: view.spares)
@@ -57,10 +61,12 @@ def releasable(
             others = [
                 (place < index, other)
                 for place, other in enumerate(views)
-                if place != index and place in live and other.is_restorable
+                if place != index
+                and place in live
+                and other.is_restorable
                 and (is_tainted or not view.is_restorable or other.key not in tainted)
                 and count_left(other) >= min(count_left(view), target)
-            ]  # fmt: skip
+            ]
             reason = _why_release_live(
                 view,
                 newer=[other for is_newer, other in others if is_newer],
@@ -76,7 +82,7 @@ def releasable(
 def _why_release_live(
     view: SnapshotView, *, newer: Sequence[SnapshotView], older: Sequence[SnapshotView], keep: int, target: int
 ) -> str:
-    """One that has lost spares goes for a newer one in full if ``keep`` others are worth as much; it would only fill slots."""
+    """A newer one in full takes its place, if ``keep`` others are worth as much."""
     best = next((other for other in newer if other.spares >= target), None)
     good = [other for other in newer if other.spares >= min(view.spares, target)]
     if view.spares < target:
@@ -93,7 +99,7 @@ def _why_release_dead(
     target: int,
     count_left: Callable[[SnapshotView], int],
 ) -> str:
-    """The best of the dead goes when a live one protects as well; the others only fill slots."""
+    """The best of the dead goes when a live one protects as well; the others only take slots."""
     view = views[index]
     if not view.is_restorable:
         return "its history ended, and shards of it are missing"
@@ -110,9 +116,9 @@ def _why_release_dead(
 def abandoned_keys(
     views: Sequence[SnapshotView], *, attempt: int, sessions: Mapping[int, SessionRecord], present: Collection[str]
 ) -> set[SnapshotKey]:
-    """Steps of ``attempt`` that some rank of the running world passed, or skipped, and whose shard nobody holds.
+    """Steps of ``attempt`` that some rank of the running world passed or skipped, and whose shard nobody holds.
 
-    Not one that was encoded and of which a member is not ``present``: with what that one holds it may be whole again.
+    Not one that was encoded and of which a member is not ``present``: it may come back with what is missing.
     """
     found = set()
     for view in views:

@@ -1,6 +1,7 @@
-"""Which snapshot a world restores, or why none: the decision's content, without its ceremony. Pure.
+"""Which snapshot a world restores, or why none. Pure; how the decision takes effect is in :mod:`recovery`.
 
-NONE needs evidence; a known run without a restorable snapshot is refused with what is missing and what could be had.
+A start from scratch (NONE) needs evidence that nothing is lost by it. A known run without a restorable snapshot is refused,
+with what is missing and what could be restored instead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from backstay.ids import SnapshotKey
+from backstayd.bounded import drop_oldest
 from backstayd.core.inventory.catalog import NOT_RECOVERABLE, SnapshotView
 from backstayd.core.inventory.nodes import natural
 from backstayd.core.inventory.run_context import RunContext
@@ -21,24 +23,24 @@ from backstayd.core.sentences import counted, listed
 
 REMEMBERED_SNAPSHOTS = 16
 MOST_ALIKE = 3  # runs named because they look like a new one
-LIKENESS = 0.8  # of difflib: one wrong letter in five is still like it
+LIKENESS = 0.8  # of difflib: about one wrong letter in five
 
 
 @dataclass(slots=True)
 class Memory:
-    """What this coordinator saw of a run that reports may no longer show; bounded."""
+    """What this coordinator saw of a run and reports may no longer show; bounded."""
 
-    holders: dict[str, dict[int, str]] = field(default_factory=dict)  # snapshot id to last known holder per rank
-    keys: dict[str, SnapshotKey] = field(default_factory=dict)
-    protected: dict[str, None] = field(default_factory=dict)  # snapshot ids that were protected once
+    holders: dict[str, dict[int, str]] = field(default_factory=dict)  # by snapshot id and rank: the last known holder
+    keys: dict[str, SnapshotKey] = field(default_factory=dict)  # by snapshot id
+    protected: dict[str, None] = field(default_factory=dict)  # ids of snapshots that were protected once
     is_proved_empty: bool = False  # decided so, and no trainer has returned since
     newest_attempt: int = 0  # of the decisions made here; 0: none was
     whole_head_id: str = ""  # the newest decision of which all hosts were seen at once
-    is_known: bool = False
+    is_known: bool = False  # something of it was seen
     newest_complete: SnapshotKey | None = None
 
     def holders_of(self, view: SnapshotView) -> dict[int, str]:
-        """Who held each shard when the snapshot was last complete; empty if it never was."""
+        """Who held each shard when the snapshot was last complete; empty if it never was seen so."""
         known = view.snapshot_id or next((i for i, key in self.keys.items() if key == view.key), "")
         return self.holders.get(known, {})
 
@@ -54,8 +56,7 @@ class Memory:
         self.keys[view.snapshot_id] = view.key
         self.newest_complete = max(view.key, self.newest_complete or view.key)
         for table in (self.holders, self.keys, self.protected):
-            while len(table) > REMEMBERED_SNAPSHOTS:
-                del table[next(iter(table))]
+            drop_oldest(table, REMEMBERED_SNAPSHOTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ def choose(
     """The newest restorable snapshot of the live history, however many ranks wrote it.
 
     Args:
-        excluded: What was tried and could not be staged, by snapshot id, and why. It is there, so nothing starts from scratch.
+        excluded: By snapshot id, what could not be staged, and why. It exists, so nothing starts from scratch.
     """
     passed: list[SnapshotView] = []
     for view in context.candidates:
@@ -102,7 +103,7 @@ def choose(
 
 
 def _over(context: RunContext, *, is_fresh_allowed: bool) -> Choice | None:
-    """For a run of which no node holds anything: it is new, or over; None: it is neither."""
+    """The choice for a run of which no node holds anything: it is new, or over. None if it is neither."""
     tombstone = context.tombstone
     if tombstone is not None and tombstone.cause in (Cause.FINISHED, Cause.IDLE) and not is_fresh_allowed:
         return Choice(
@@ -137,7 +138,7 @@ def _restore(
 
 
 def _was_promised(context: RunContext, memory: Memory, view: SnapshotView) -> bool:
-    """Whether a newer snapshot that cannot be restored had been protected or persisted, or was spoilt by corruption."""
+    """Whether a newer snapshot that cannot be restored had been protected or persisted, or was lost to corruption."""
     if view.key in context.tainted or (view.snapshot_id and view.snapshot_id in memory.protected):
         return True
     if context.storage.problem_at(view.key):
@@ -212,7 +213,7 @@ def _hosts_away(context: RunContext) -> list[str]:
 
 
 def missing_sentence(context: RunContext, memory: Memory, view: SnapshotView) -> str:
-    """Which ranks' shards cannot be had, since which nodes are gone, and what the parity covers; "" if all can."""
+    """Which ranks' shards are lost, with which nodes, and how many losses the parity covers; "" if none is."""
     lost = [] if view.url else view.lost_ranks
     problem = context.storage.problem_at(view.key)
     if problem and lost:
@@ -250,7 +251,7 @@ def _nor_stored(context: RunContext) -> str:
 
 
 def _nor_read(context: RunContext) -> str:
-    """The newest copy whose record cannot be used, for the person who may be able to repair it."""
+    """The newest copy whose record cannot be used: a person may be able to repair it."""
     newest = max(context.storage.unreadable, default=None)
     return f" (step {newest.step}: {context.storage.problem_at(newest)})" if newest is not None else ""
 
@@ -258,7 +259,7 @@ def _nor_read(context: RunContext) -> str:
 def _gone(
     context: RunContext, view: SnapshotView, lost: Sequence[int], plans: Sequence[Plan], remembered: Mapping[int, str]
 ) -> set[str]:
-    """Nodes that held their part of the snapshot and are away, or are back without it."""
+    """Nodes that held a part of the snapshot and are away, or came back without it."""
     members = {member.node for plan in plans for member in plan.members if member.shards}
     gone = {name for name in members if view.key not in _keys_on(context, name)}
     if gone:
@@ -297,8 +298,8 @@ def sources_of(
     """Where each shard of ``view`` comes from.
 
     Args:
-        readers: The one node that reads the shard of a rank, where there is just one: the rank runs there again.
-        targets: The owner-to-be of each shard that nobody holds; whoever needs chunks of it asks there.
+        readers: By rank, the one node that reads its shard, where there is just one: the rank runs there again.
+        targets: By rank, the node that will hold a shard that nobody holds now; whoever needs chunks of it asks there.
     """
     sources = []
     for rank in range(view.world_size):

@@ -1,7 +1,7 @@
-"""The layout gate: comparing what the ranks of a world say they loaded, before any of them trains. Pure.
+"""The layout gate: compares what the ranks of a world report to have loaded, before any of them trains. Pure.
 
-One rule: ranks that a statement names must all make it, with the same digest. Must not guess why they differ: says which
-tensor, which ranks, what was expected (what most of them have) and what was found.
+One rule: all ranks that a statement names must make it, with the same digest. Must not guess why they differ: names the tensor,
+the ranks, what was expected (what most of them have) and what was found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from backstayd.core.messages.gate import GateReport, GateState, GateVerdict
 from backstayd.core.messages.report import SessionPhase, SessionRecord
 from backstayd.core.sentences import counted, listed
 
-MAX_DETAILED = 4  # statements whose tensors are asked for
+MAX_DETAILED = 4  # statements whose tensors are asked for: the details of all would not fit a report
 MAX_NAMED = 3  # tensors, and statements, that a sentence names
 MAX_RANKS = 8
 CONTENT_KINDS = frozenset({"replicas", "steps", "rng", "cursor"})  # wrong bytes, not another program
@@ -25,21 +25,21 @@ CONTENT_KINDS = frozenset({"replicas", "steps", "rng", "cursor"})  # wrong bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conflict:
-    """A statement on which ``ranks`` do not agree. ``claims``: each rank says that it alone makes it."""
+    """A statement on which ranks do not agree."""
 
     name: str
-    ranks: tuple[int, ...]
-    absent: tuple[int, ...] = ()
-    is_claim: bool = False
+    ranks: tuple[int, ...]  # that make it
+    absent: tuple[int, ...] = ()  # that should and do not
+    is_claim: bool = False  # each of them claims to be the only one
 
     @property
     def kind(self) -> str:
-        """What the statement is about: the word before its colon."""
+        """What the statement is about: the part before its colon."""
         return self.name.partition(":")[0]
 
 
 def is_passed_mark(report: GateReport) -> bool:
-    """Whether the rank was told that the gate is passed: it dropped its statements since."""
+    """Whether the rank has heard that the gate is passed, and dropped its statements since."""
     return not report.entries and not report.failure
 
 
@@ -71,7 +71,7 @@ class Gate:
     """The comparison of one decision at a time. Invariant: a verdict that passed or failed is never taken back."""
 
     verdict: GateVerdict | None = None
-    is_content: bool = False  # it failed for what the bytes are
+    is_content: bool = False  # it failed because bytes differ
     missing_since_s: dict[int, float] = field(default_factory=dict)
 
     def update(self, decision: Decision, world: World, *, now_s: float, lease_s: float) -> bool:
@@ -119,7 +119,7 @@ class Gate:
     def _gone(
         self, decision: Decision, world: World, reports: Mapping[int, GateReport], *, now_s: float, lease_s: float
     ) -> list[int]:
-        """Ranks that have been without a session for a lease: their node, or only its daemon, went."""
+        """Ranks without a session for a lease: their node is gone, or only its daemon."""
         missing = [rank for rank in range(decision.world_size) if rank not in world and rank not in reports]
         self.missing_since_s = {rank: self.missing_since_s.get(rank, now_s) for rank in missing}
         return [rank for rank, since_s in self.missing_since_s.items() if now_s - since_s >= lease_s]
@@ -131,7 +131,7 @@ class Gate:
 
 
 def reports_of(decision: Decision, sessions: Mapping[int, SessionRecord]) -> dict[int, GateReport]:
-    """What the ranks said of ``decision``."""
+    """What the ranks report of ``decision``."""
     return {
         rank: session.gate
         for rank, session in sorted(sessions.items())
@@ -140,7 +140,7 @@ def reports_of(decision: Decision, sessions: Mapping[int, SessionRecord]) -> dic
 
 
 def _may_come(world: World, rank: int, step: int) -> bool:
-    """Whether a rank that said nothing may still do so: one that trains already was never going to."""
+    """Whether a rank that reported nothing may still do so: one that trains already never will."""
     session = world.get(rank)
     if session is None:
         return True

@@ -1,15 +1,14 @@
-"""One run's ledger: what each interruption cost, and how much of the time since the start was productive. Pure.
+"""One run's ledger: what each interruption cost, and which share of the time since the start was productive. Pure.
 
-The coordinator forgets everything, so the ledger travels in each decision and is recorded with it by every host; a new
+The coordinator keeps nothing on disk, so the ledger travels in each decision and every host records it with that; a new
 coordinator takes it from there. Must not decide anything.
 
 What the numbers mean (times in seconds):
 
-- ``down_s`` of an interruption: from the last sign of life of what was lost until the ranks of the next world went on.
-- ``steps_lost``: newest step that a rank is known to have completed, less the step that was restored. Steps between two
-  snapshots are known to nobody but the trainer: it is a lower bound. A slot that a trainer asks for ahead of a step says
-  nothing of how far it came; a trainer of an older release does not tell, and one interval too many may be counted for it,
-  as for a step whose slot was refused ahead.
+- ``down_s`` of an interruption: from the last report of what was lost until the ranks of the next world trained.
+- ``steps_lost``: the newest step that a rank is known to have completed, less the step that was restored. It is a lower bound,
+  as only the trainer knows of steps between two snapshots. Asking for a slot ahead of a step does not count as completing it;
+  for a trainer of an older release, and for a step whose slot was refused ahead, one interval too many may be counted.
 - ``recompute_s``: steps lost times the measured seconds per step.
 - ``blocked_s``: what ``snapshot()`` and the fence cost the slowest rank, as trainers report it.
 - ``goodput``: (elapsed - down - recompute - blocked) / elapsed.
@@ -29,10 +28,10 @@ from backstayd.core.messages.decisions import Decision, Interruption, Ledger, Ou
 from backstayd.core.recover.recovery import Recovery
 from backstayd.core.sentences import amount, counted, listed
 
-MAX_ENTRIES = 64  # interruptions kept one by one
-FARTHEST = (SourceKind.PERSISTED, SourceKind.REBUILD, SourceKind.PEER, SourceKind.LOCAL)
-SOURCES = {SourceKind.LOCAL: "memory"}  # others are called as they are
-GRAVITY = ("world_restarted", "trainer_died", "distrusted", "node_lost", "all_nodes_lost")
+MAX_ENTRIES = 64  # interruptions kept one by one: they travel in every report
+FARTHEST = (SourceKind.PERSISTED, SourceKind.REBUILD, SourceKind.PEER, SourceKind.LOCAL)  # slowest first
+SOURCES = {SourceKind.LOCAL: "memory"}  # the others have the name of their kind
+GRAVITY = ("world_restarted", "trainer_died", "distrusted", "node_lost", "all_nodes_lost")  # causes, least first
 
 
 @dataclass(slots=True)
@@ -41,11 +40,13 @@ class Progress:
 
     newest_step: int = 0
     newest_s: float = 0.0
-    first_step: int = 0  # the first one seen, to measure from
+    first_step: int = 0  # the first one seen, from which the speed is measured
     first_s: float = 0.0
     blocked_s: float = 0.0
-    heard_s: dict[str, float] = field(default_factory=dict)  # host -> when it reported last
-    seen_by: dict[int, str] = field(default_factory=dict)  # rank -> incarnation of the daemon that reported it last
+    heard_s: dict[str, float] = field(default_factory=dict)  # by host: when it reported last
+    seen_by: dict[int, str] = field(
+        default_factory=dict
+    )  # by rank: the incarnation of the daemon that reported it last
 
     def note(self, step: int, now_s: float) -> None:
         """Training has come to ``step``."""
@@ -66,7 +67,7 @@ class Progress:
 class Accounts:
     """Call :meth:`watch` before a recovery is taken further and :meth:`follow` after it; :meth:`entered` when it decides.
 
-    Invariant: ``current`` is the newest decision whose world went on, as far as is known; ``open`` is what ended that world.
+    Invariant: ``current`` is the newest decision whose world trained, as far as is known; ``open`` is what ended that world.
     """
 
     unix_offset_s: float = 0.0  # from the core's clock to Unix time
@@ -74,7 +75,7 @@ class Accounts:
     current: Decision | None = None
     open: Interruption | None = None
     is_interrupted: bool = False  # ``open`` is certain: a daemon saw a rank die, or another world began
-    silent: tuple[Placement, ...] = ()  # ranks that no daemon reports, and none saw die
+    silent: tuple[Placement, ...] = ()  # ranks that no daemon reports and none saw die
     progress: Progress = field(default_factory=Progress)
     ended_unix_s: float = 0.0
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("complete", "protected", "persisted"), 0))
@@ -86,7 +87,7 @@ class Accounts:
         self.counts[what] += 1
 
     def watch(self, context: RunContext, recovery: Recovery, ended: Mapping[str, set[int]]) -> None:
-        """Note how far training came and whether it was interrupted; ``ended``: ranks that finished, by world."""
+        """Note how far training is and whether it was interrupted; ``ended``: by world, ranks that finished."""
         head = context.head
         is_foreign = head is not None and head.decision_id not in (self._made_id, _id(self.current))
         if head is not None and is_foreign and not recovery.is_active:
@@ -98,7 +99,7 @@ class Accounts:
         self._note_losses(context, ended)
 
     def follow(self, context: RunContext, recovery: Recovery) -> None:
-        """The recovery went as far as it can: note that a world waits, or that it goes on."""
+        """The recovery went as far as it can: note that a world waits, or that it trains."""
         decision = recovery.decision
         if recovery.is_active and decision is not None:
             self._made_id = decision.decision_id
@@ -136,11 +137,11 @@ class Accounts:
         return replace(decision, ledger=add_entry(self.ledger, entry))
 
     def end(self, now_s: float) -> None:
-        """The run is over: its clock stops."""
+        """The run is over: no time counts from now on."""
         self.ended_unix_s = self.ended_unix_s or self._unix(now_s)
 
     def document(self, now_s: float) -> dict[str, Any] | None:
-        """For the status document; None while no world of the run ever went on."""
+        """For the status document; None before a world of the run trained."""
         if self.ledger is None or self.current is None:
             return None
         now = self.ended_unix_s or self._unix(now_s)
@@ -159,7 +160,7 @@ class Accounts:
     # -- taking over --------------------------------------------------------------------------------------------------
 
     def _adopt(self, head: Decision, context: RunContext) -> None:
-        """Take over what hosts recorded; of an older coordinator nothing is known but that the run goes on."""
+        """Take over what hosts recorded under a former coordinator."""
         self.ledger = head.ledger or Ledger(began_unix_s=self._unix(context.now_s))
         self._begin(head, context)
 
@@ -171,7 +172,7 @@ class Accounts:
             self.progress.heard_s[place.node] = context.now_s
 
     def _note_release(self, context: RunContext, recovery: Recovery) -> None:
-        """When a former coordinator let this world go on, is about when the last host recorded the decision."""
+        """Where a former coordinator released this world, that was about when the last host recorded the decision."""
         decision, entry = self.current, self._last()
         if entry is None or decision is None or entry.new_attempt != decision.attempt or entry.released_unix_s:
             return
@@ -216,7 +217,7 @@ class Accounts:
         self.silent = tuple(place for place in missing if not self._is_dead(place, context))
         if not missing:
             if self.open is not None and self.open.cause != "world_restarted":
-                self.open, self.is_interrupted = None, False  # a daemon was away, not its trainers
+                self.open, self.is_interrupted = None, False  # only a daemon was away, not its trainers
             return
         was_certain, self.is_interrupted = self.is_interrupted, self.is_interrupted or len(self.silent) < len(missing)
         cause, detail = self._cause(context, world, [place.rank for place in missing])
@@ -224,9 +225,7 @@ class Accounts:
             gone = [self.progress.heard_s[p.node] for p in missing if p.node not in context.nodes]
             heard_s = min([*gone, context.now_s])
             self.open = self._interruption(cause, detail, heard_s=heard_s, noticed_s=context.now_s)
-        elif not was_certain or GRAVITY.index(cause) > GRAVITY.index(
-            self.open.cause
-        ):  # a guess gives way to what is seen
+        elif not was_certain or GRAVITY.index(cause) > GRAVITY.index(self.open.cause):  # a guess yields to what is seen
             self.open = replace(self.open, cause=cause, detail=detail)
         self.open = replace(self.open, newest_step=max(self.open.newest_step, self.progress.newest_step))
 
@@ -249,18 +248,18 @@ class Accounts:
         return "trainer_died", f"{ranks} on {listed(where[:8])} died{rest}"
 
     def _remembers(self, context: RunContext, host: str) -> bool:
-        """Whether the host is there and still has the decision it recorded: else its memory is gone."""
+        """Whether the host is there and still has the decision that it recorded: else its memory is lost."""
         assert self.current is not None
         report = context.reports.get(host)
         return report is not None and report.decision is not None and report.decision.attempt >= self.current.attempt
 
     def _is_dead(self, place: Placement, context: RunContext) -> bool:
-        """Whether the daemon that reported a rank of this world is there and does not report it any more."""
+        """Whether the daemon that reported a rank is there and does not report it any more."""
         node = context.nodes.get(place.node)
         return node is not None and node.identity.incarnation == self.progress.seen_by.get(place.rank)
 
     def _is_replaced(self, recovery: Recovery) -> bool:
-        """Whether another world asks what to restore: the one before has ended."""
+        """Whether another world waits to restore: the one before has ended."""
         assert self.current is not None
         return recovery.is_active and recovery.world_id != self.current.world_id
 
@@ -285,7 +284,7 @@ class Accounts:
 
     @property
     def step_s(self) -> float:
-        """Measured seconds per step, of the history before where this one is too young; 0: not known."""
+        """Measured seconds per step, of the history before if this one is too young; 0: not known."""
         entry = self._last()
         return self.progress.step_s or (entry.step_s if entry is not None else 0.0)
 
@@ -347,7 +346,7 @@ def summary(ledger: Ledger, entries: list[Interruption], *, now_unix_s: float, b
 
 
 def ledger_sentence(document: dict[str, Any]) -> str:
-    """The ledger of a run in one sentence."""
+    """The ledger of a run, in one sentence."""
     share = document["goodput"]
     return (
         f"{amount(document['interruption_count'], 'interruption')}, {amount(document['steps_lost'], 'step')} lost, "
@@ -384,7 +383,7 @@ def _between(begin_unix_s: float, end_unix_s: float) -> float | None:
 
 
 def farthest_source(decision: Decision) -> SourceKind | None:
-    """What the slowest of its shards comes from; None if it restores nothing."""
+    """The slowest source of a shard; None if it restores nothing."""
     kinds = {source.kind for source in decision.sources}
     return next((kind for kind in FARTHEST if kind in kinds), None)
 

@@ -1,4 +1,4 @@
-"""Where the shards of a complete snapshot are, for somebody who only wants to read it. Pure; decides and changes nothing."""
+"""Where the shards of a complete snapshot are, for a reader outside of the run. Pure; decides and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from backstayd.core.sentences import counted, listed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """A snapshot whose every shard is held; ``owners``: users that nodes name as the run's."""
+    """A snapshot of which every shard is held."""
 
     run: str
     base: Base
     sources: tuple[ShardSource, ...]
     peers: tuple[Peer, ...] = ()
-    owners: tuple[str, ...] = ()
+    owners: tuple[str, ...] = ()  # users whose run it is, by the nodes' reports
 
 
 def locate(context: RunContext, step: int) -> Located:

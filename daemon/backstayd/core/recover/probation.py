@@ -1,4 +1,4 @@
-"""One run's care with what it restored: the gate before the first step, probation after it, distrust. Pure.
+"""What a world restored is on trial: the gate before its first step, probation after it, and distrust. Pure.
 
 Says what must not be released or restored; must neither choose nor release.
 """
@@ -17,12 +17,15 @@ from backstayd.core.messages.decisions import Base, Decision, Distrusted
 from backstayd.core.messages.gate import GateState
 from backstayd.core.messages.report import SessionPhase
 from backstayd.core.recover.gate import Gate
-from backstayd.core.timeline import Say
+from backstayd.core.timeline import LogEvent
 
 
 @dataclass(slots=True, kw_only=True)
 class Probation:
-    """Invariant: what the current world restored is ``held`` until every rank is ``steps`` beyond it."""
+    """Invariant: what the current world restored is ``held`` until every rank is ``steps`` beyond it.
+
+    Would it be released before, and NaN show up then, there would be nothing sound to go back to.
+    """
 
     steps: int
     trust: Trust = field(default_factory=Trust)
@@ -35,7 +38,7 @@ class Probation:
         self.distrusted = self.trust.unite(run, nodes.values(), surveying.marks, survey_id=survey_id)
         return self.distrusted
 
-    def judge(self, decision: Decision, world: World, context: RunContext, say: Say) -> None:
+    def judge(self, decision: Decision, world: World, context: RunContext, log: LogEvent) -> None:
         """Compare what the ranks loaded; a snapshot whose bytes do not pass is not restored again."""
         base = decision.base
         if base is None:
@@ -45,9 +48,9 @@ class Probation:
         verdict = self.gate.verdict
         assert verdict is not None
         if verdict.state is GateState.PASSED:
-            say("gate_passed", f"what the ranks loaded of step {base.step} fits together")
+            log("gate_passed", f"what the ranks loaded of step {base.step} fits together")
             return
-        say("gate_failed", verdict.message)
+        log("gate_failed", verdict.message)
         self.trust.note_end(verdict.message)
         if self.gate.is_content:
             self.distrust(base, verdict.message)
@@ -75,6 +78,6 @@ class Probation:
 
 
 def has_both(context: RunContext) -> bool:
-    """Whether a sound snapshot is kept beside distrusted ones, which need a slot too while training goes on."""
+    """Whether a sound snapshot is kept beside distrusted ones: then training needs one slot more."""
     kinds = {view.key in context.tainted for view in context.live_views if view.is_restorable}
     return len(kinds) == 2

@@ -1,4 +1,4 @@
-"""Recomputing lost shards: who decodes which stripe from what, and who owns the result. Pure."""
+"""Recomputing lost shards: who decodes which stripe from what, and who holds the result. Pure."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def choose_targets(
 ) -> dict[int, str]:
     """A node for every shard that nobody holds.
 
-    Where the rank that wrote it runs now, else, of ``preferred`` (nodes that will read it) if one has room, the present node
-    that holds least of this snapshot (its shards and parity share stripes with the lost one), then the one with most room.
+    It is where the rank that wrote it runs now. Else, among ``preferred`` (nodes that will read it) if one has room, it is the
+    node that holds least of this snapshot, because its shards and parity share stripes with the lost one; then the one with
+    most room.
     """
     weight: Counter[str] = Counter()
     for holders in view.holders.values():
@@ -53,7 +54,7 @@ def plan_rebuilds(
     inventory: Inventory,
     shapes: ShapeCache,
 ) -> tuple[Rebuild, ...]:
-    """One rebuild per plan that still decodes some of the lost shards; each shard by one of them."""
+    """One rebuild for each plan that still decodes some of the lost shards; each shard is in one of them."""
     rebuilds = []
     left = [rank for rank in view.unheld_ranks if rank in targets]
     load: Counter[str] = Counter()
@@ -104,10 +105,10 @@ def _rebuild(
 def _sources(
     plan: Plan, shape: StripeShape, nodes: Mapping[str, NodeState], inventory: Inventory
 ) -> tuple[FragmentSource, ...]:
-    """Every fragment of the stripe that is left; the decoder reads k of them and keeps the others as spares."""
+    """Every fragment of the stripe that is left: the decoder reads k of them, and others where one fails."""
     sources = []
     for index, holder in enumerate(stripe_holders(plan, shape, inventory)):
-        if holder is None:  # all zeros: named, never read
+        if holder is None:  # all zeros: listed, never read
             member = plan.members[shape.data[index][0]]
             node, address = member.node, member.bulk_address
         elif holder in nodes:
@@ -121,7 +122,7 @@ def _sources(
 def is_still_possible(
     rebuild: Rebuild, *, nodes: Mapping[str, NodeState], inventory: Inventory, shapes: ShapeCache
 ) -> bool:
-    """Whether every decoder and target of a rebuild under way is still there, and k sources of each stripe."""
+    """Whether every decoder and target of a rebuild is still there, and k sources of each stripe."""
     addresses = {node.name: node.identity.bulk_address for node in nodes.values()}
     if any(addresses.get(target.node) != target.bulk_address for target in rebuild.targets):
         return False
@@ -148,6 +149,6 @@ def _is_held(
 
 
 def open_targets(rebuild: Rebuild, inventory: Inventory) -> Sequence[RebuildTarget]:
-    """Targets whose shard is not there yet."""
+    """Targets that do not hold their shard yet."""
     key = rebuild.plan.key
     return [t for t in rebuild.targets if t.node not in inventory.holders(key, t.rank, t.digest)]

@@ -1,6 +1,6 @@
 """The rebuilds of one run that are under way: which snapshot's lost shards are recomputed now, and for whom. Pure.
 
-How one rebuild is cut into tasks is decided in :mod:`rebuilding`.
+:mod:`rebuild_plan` cuts each rebuild into tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from backstayd.core.protect.durable_uploads import Persisting
 from backstayd.core.recover.rebuild_plan import choose_targets, is_still_possible, open_targets, plan_rebuilds
 from backstayd.core.recover.recovery import Recovery, Stage
 from backstayd.core.sentences import counted, listed
-from backstayd.core.timeline import Say
+from backstayd.core.timeline import LogEvent
 
 
 @dataclass(slots=True)
@@ -25,10 +25,10 @@ class Rebuilds:
     """Invariant: all are of one snapshot, and each lost shard is recomputed by one of them at most."""
 
     lease_s: float
-    say: Say
-    again: Callable[[str], None]
+    log: LogEvent
+    allow_again: Callable[[str], None]
     under_way: dict[str, Rebuild] = field(default_factory=dict)  # by plan id
-    missing_since: dict[str, float] = field(default_factory=dict)
+    missing_since: dict[str, float] = field(default_factory=dict)  # by snapshot id
 
     def update(
         self, context: RunContext, recovery: Recovery, persisting: Persisting, *, hosts: Collection[str]
@@ -49,10 +49,10 @@ class Rebuilds:
         for plan_id, rebuild in list(self.under_way.items()):
             if not open_targets(rebuild, context.inventory):
                 del self.under_way[plan_id]
-                self.again("rebuild")
+                self.allow_again("rebuild")
                 ranks = [target.rank for target in rebuild.targets]
                 step = rebuild.plan.step
-                self.say("repaired", f"the shards of {counted(ranks, 'rank')} at step {step} are rebuilt")
+                self.log("repaired", f"the shards of {counted(ranks, 'rank')} at step {step} are rebuilt")
 
     def _drop_impossible(self, context: RunContext, view: SnapshotView, placements: Mapping[int, str]) -> None:
         for plan_id, rebuild in list(self.under_way.items()):
@@ -72,7 +72,7 @@ class Rebuilds:
                 self.under_way[rebuild.plan.plan_id] = rebuild
                 owners = listed(f"rank {target.rank} on {target.node}" for target in rebuild.targets)
                 decoders = sorted({task.decoder for task in rebuild.tasks})
-                self.say("rebuild", f"rebuilding step {view.key.step}: {owners}, decoded by {listed(decoders)}")
+                self.log("rebuild", f"rebuilding step {view.key.step}: {owners}, decoded by {listed(decoders)}")
 
     def _wanted(
         self, context: RunContext, recovery: Recovery, persisting: Persisting
@@ -95,19 +95,19 @@ class Rebuilds:
             return None, {}
         since = self.missing_since.setdefault(best.snapshot_id, context.now_s)
         if best.spares > 0 and context.now_s - since < self.lease_s:
-            return None, {}  # a new world may be on its way and choose better places
+            return None, {}  # a new world may be about to restore, and its placements are better targets
         placements = recovery.placements_of(best.world_size)
         return best, {rank: node for rank, node in placements.items() if node in staying(context.nodes)}
 
 
 def _newer_incomplete(context: RunContext, best: SnapshotView) -> SnapshotView | None:
-    """The newest after ``best`` of which a shard is gone: as it is, it can neither be protected nor released."""
+    """The newest after ``best`` that lacks a shard: as it is, it can neither be protected nor released."""
     views = (view for view in context.live_views if view.key > best.key and view.key not in context.tainted)
     return next((view for view in views if view.is_restorable and not view.is_complete), None)
 
 
 def _decided(context: RunContext, recovery: Recovery) -> tuple[SnapshotView | None, dict[int, str]]:
-    """The snapshot that a world is about to restore, and the owners that its decision names."""
+    """The snapshot that a world is about to restore, and the targets that its decision names."""
     decision = recovery.decision
     base = decision.base if decision is not None else None
     view = context.view_of(base.snapshot_id) if base is not None else None
@@ -119,7 +119,7 @@ def _decided(context: RunContext, recovery: Recovery) -> tuple[SnapshotView | No
 def _targets(
     context: RunContext, view: SnapshotView, placements: Mapping[int, str], *, preferred: Collection[str] | None
 ) -> dict[int, str]:
-    """Owners of the shards that nobody holds; with ``preferred`` None just those that ``placements`` names."""
+    """Targets of the shards that nobody holds; with ``preferred`` None just those that ``placements`` names."""
     if preferred is None:
         return {r: node for r, node in placements.items() if r in view.unheld_ranks and node in context.nodes}
     return choose_targets(

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 
 from backstay.format import json_records
 from backstay.ids import Generation
+from backstayd.bounded import drop_oldest
 from backstayd.core.inventory.catalog import SnapshotView
 from backstayd.core.inventory.distrust import count_tries, loop_message
 from backstayd.core.inventory.lineage import extend, trimmed
@@ -49,7 +50,7 @@ from backstayd.core.recover.choice import Choice, Memory, choose, sources_of
 from backstayd.core.recover.numbering import attempts_in_use, generation_floor, next_attempt
 from backstayd.core.recover.rebuild_plan import choose_targets
 from backstayd.core.sentences import amount, counted, listed
-from backstayd.core.timeline import Say
+from backstayd.core.timeline import LogEvent
 
 SAME_FAILURES = (
     3  # failed stagings of one snapshot, a lease and then two apart: what lasts so long is no hiccup of a node
@@ -94,7 +95,7 @@ class Recovery:
     """
 
     raise_generation: Callable[[int], Generation]  # above every known one, and above this number
-    say: Say
+    log: LogEvent
     enter: Enter
     stage: Stage = Stage.IDLE
     world_id: str = ""
@@ -223,7 +224,7 @@ class Recovery:
         _, recorded = context.inventory.decisions.get(head.decision_id, (head, set()))
         if phases & {SessionPhase.TRAINING, SessionPhase.ENDED} or head.hosts <= recorded:
             self.stage, self.decision = Stage.RELEASED, head
-            self.say("settled", f"kept the decision that {listed(sorted(recorded))} recorded: {_history(head)}")
+            self.log("settled", f"kept the decision that {listed(sorted(recorded))} recorded: {_history(head)}")
         # A world that still waits is opened next, and goes on with this decision.
 
     def _check_world(self, context: RunContext) -> None:
@@ -237,7 +238,7 @@ class Recovery:
             what = f"{counted(gone, 'rank')} died" if gone else "a rank stopped waiting"
         else:
             what = "not all of its ranks are waiting any more"
-        self.say("abandoned", f"the recovery of world {self.world_id[:8]} was abandoned before its release: {what}")
+        self.log("abandoned", f"the recovery of world {self.world_id[:8]} was abandoned before its release: {what}")
         self.stage, self.decision = Stage.IDLE, None
 
     def _open(self, context: RunContext) -> None:
@@ -262,11 +263,11 @@ class Recovery:
         self.opened_s = context.now_s
         world = context.worlds[self.world_id]
         nodes = sorted({session.node for session in world.values()}, key=natural)
-        self.say("world_opened", f"{len(world)} ranks on {listed(nodes)} wait to restore (world {self.world_id[:8]})")
+        self.log("world_opened", f"{len(world)} ranks on {listed(nodes)} wait to restore (world {self.world_id[:8]})")
         head = context.head
         if head is not None and head.world_id == self.world_id and _runs_where_decided(world, head):
             self.stage, self.decision = Stage.PREPARE, head
-            self.say("settled", f"finishing the decision that some hosts recorded: {_describe(head)}")
+            self.log("settled", f"finishing the decision that some hosts recorded: {_describe(head)}")
             return
         self._fence()
 
@@ -280,8 +281,7 @@ class Recovery:
     def _close(self, world_id: str) -> None:
         """Serve that world no more: a later one takes its place."""
         self.closed[world_id] = None
-        while len(self.closed) > CLOSED_WORLDS:
-            del self.closed[next(iter(self.closed))]
+        drop_oldest(self.closed, CLOSED_WORLDS)
 
     def _fence(self, above: int = 0) -> None:
         self.stage, self.decision = Stage.FENCING, None
@@ -312,7 +312,7 @@ class Recovery:
         memory.is_proved_empty = choice.is_proved_empty
         self.decision = self._make(context, memory, choice, world)
         self.stage = Stage.REFUSED if choice.outcome is Outcome.REFUSED else Stage.PREPARE
-        self.say("refused" if choice.outcome is Outcome.REFUSED else "decided", _describe(self.decision))
+        self.log("refused" if choice.outcome is Outcome.REFUSED else "decided", _describe(self.decision))
 
     def _tries(self, context: RunContext, memory: Memory, view: SnapshotView) -> int:
         return count_tries(context.head, view.snapshot_id, newest=memory.newest_complete, trust=context.trust)
@@ -365,7 +365,7 @@ class Recovery:
         hosts = self._hosts()
         unready = [host for host in hosts if not self._is_ready(context, host)]
         if not unready:
-            self.say("staged", f"every host has verified what it needs: {listed(hosts)}")
+            self.log("staged", f"every host has verified what it needs: {listed(hosts)}")
             self.stage = Stage.RECORD
             return
         problem = self._why_impossible(context, unready)
@@ -378,8 +378,8 @@ class Recovery:
         if len(recorded) < len(self._hosts()):
             self._has_failed(context, "record")
             return
-        self.say("recorded", f"the decision is recorded on {listed(recorded)}")
-        self.say("released", _describe(self.decision))
+        self.log("recorded", f"the decision is recorded on {listed(recorded)}")
+        self.log("released", _describe(self.decision))
         self.stage = Stage.RELEASED
         self.unreleased_from = 0
         context.trust.begin_world()
@@ -401,12 +401,11 @@ class Recovery:
         place = _place(context, self.decision.base)
         count = 1 + (self.failures[place].count if place in self.failures else 0)
         self.failures[place] = Failure(count, reason, context.now_s + min(count, SAME_FAILURES) * context.lease_s)
-        while len(self.failures) > CLOSED_WORLDS:
-            del self.failures[next(iter(self.failures))]
+        drop_oldest(self.failures, CLOSED_WORLDS)
 
     def _decide_anew(self, why: str) -> None:
         """Fence again and choose from what is left: no trainer has returned with this decision."""
-        self.say("abandoned", f"deciding anew: {why}")
+        self.log("abandoned", f"deciding anew: {why}")
         self._fence()
 
     def _why_impossible(self, context: RunContext, hosts: list[str]) -> str:

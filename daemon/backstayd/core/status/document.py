@@ -25,7 +25,7 @@ def status_document(coordinator: Coordinator, now_s: float, *, is_brief: bool = 
     """Everything an operator may want to know; docs/status.md has the fields.
 
     Args:
-        is_brief: Leave out what there is of each rank: sessions, shards, sources, placements.
+        is_brief: Leave out what there is for each rank: sessions, shards, sources, placements.
     """
     unix_offset_s = coordinator.unix_offset_s
     return {
@@ -93,7 +93,7 @@ def _run(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]:
 
 
 def _outline(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]:
-    """What is known of a run before it is evaluated."""
+    """All fields of a run, as they are before it is evaluated."""
     verdict = verdict_of(state)
     return {
         "run": state.run,
@@ -112,8 +112,8 @@ def _outline(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]
         "complete_step": 0,
         "protected_step": 0,
         "behind": _behind(state, now_s),
-        "interval_steps": state.pace.schedule.interval_steps,
-        "wait_ratio": round(state.pace.waits.share, 4),
+        "interval_steps": state.interval.schedule.interval_steps,
+        "wait_ratio": round(state.interval.waits.share, 4),
         "missing_ranks": list(state.missing.found.ranks) if state.missing.found is not None else [],
         "decision": _decision(state, is_brief=is_brief),
         "sessions": [],
@@ -129,7 +129,7 @@ def _outline(state: RunState, now_s: float, *, is_brief: bool) -> dict[str, Any]
 
 
 def _behind(state: RunState, now_s: float) -> dict[str, Any] | None:
-    """How far training is ahead of what is protected; None while that is as usual."""
+    """How far training is ahead of what is protected; None while it is within the usual distance."""
     behind = state.lag.behind
     if behind is None:
         return None
@@ -295,7 +295,7 @@ def _quarantined(context: RunContext) -> list[dict[str, Any]]:
 
 
 def _explain(state: RunState, context: RunContext, *, is_brief: bool) -> dict[str, Any]:
-    """What a world that asked now would be told."""
+    """What a world that asked now would restore."""
     choice = choose(context, state.memory, is_fresh_allowed=False)
     view = choice.view
     placements = state.recovery.placements() or (state.head.node_of_rank if state.head is not None else {})

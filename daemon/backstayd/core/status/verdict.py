@@ -1,6 +1,6 @@
-"""Could this job survive the next failure? One word, a number and a sentence for each run. Pure.
+"""Would this job survive the next failure? One word, a number and a sentence for each run. Pure.
 
-Says only what an evaluation found; decides nothing.
+Shows what the last evaluation found; decides nothing.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ NAMED = 3  # nodes named in a sentence
 class Word(enum.StrEnum):
     PROTECTED = "protected"  # it survives as many losses as the operator asked for
     DEGRADED = "degraded"  # it survives the next loss, and fewer than asked for
-    BEHIND = "behind"  # what is held is safe, and training has left it behind: its newest steps are not protected
+    BEHIND = "behind"  # what is held is safe, and training is far ahead of it: its newest steps are not protected
     AT_RISK = "at risk"  # the next loss of a node loses the newest snapshot
     UNPROTECTED = "unprotected"  # no snapshot can be restored from memory
     STARTING = "starting"  # nothing was protected yet
     ENDING = "ending"  # it is being forgotten
-    UNKNOWN = "unknown"  # not looked at yet
+    UNKNOWN = "unknown"  # not evaluated yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """``survives``: losses of nodes, whichever they are, after which the newest snapshot is still there; -1: there is none."""
+    """How safe a run is."""
 
     word: Word
-    survives: int
+    survives: int  # losses of any nodes after which the newest snapshot can still be restored; -1: it cannot be now
     reason: str
 
 
@@ -63,7 +63,7 @@ def verdict_of(state: RunState) -> Verdict:
 
 
 def activity_of(state: RunState) -> str:
-    """What the job's trainers do now, in a few words."""
+    """What the job's trainers are doing, in a few words."""
     context, recovery = state.context, state.recovery
     if state.missing.found is not None and not state.missing.found.is_training:
         return f"waiting in restore(): {state.missing.found.sentence}"
@@ -92,7 +92,7 @@ _PHASES = {
 
 
 def missing_nodes(state: RunState, context: RunContext) -> list[str]:
-    """Nodes that had a part in the newest snapshot, or run a rank, and are not there."""
+    """Nodes that have a part in the newest snapshot, or run a rank, and are lost."""
     hosts = set(state.hosts(context))
     newest = next((view for view in context.live_views if view.is_restorable), None)
     names = hosts | (_members(newest) if newest is not None else set())
@@ -125,7 +125,7 @@ def _weak(evaluation: Evaluation) -> Word:
 
 
 def _fall_back(state: RunState, evaluation: Evaluation) -> str:
-    """What is left when the newest snapshot goes."""
+    """What is left to restore when the newest snapshot is lost."""
     newest = state.persisting.newest
     when = "the next loss" if evaluation.spares == 0 else "a restart"
     if newest is not None:

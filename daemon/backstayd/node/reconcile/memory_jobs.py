@@ -13,6 +13,7 @@ from typing import Final
 
 from backstay.errors import BackstayError, CapacityError, SnapshotNotFoundError
 from backstay.ids import SnapshotKey
+from backstayd.bounded import drop_oldest
 from backstayd.coder.jobs import (
     CoderEvent,
     DecodeStripe,
@@ -188,8 +189,7 @@ class MemoryJobs:
         return decision.decision_id if decision is not None else ""
 
     def _note_verified(self, decision_id: str, digest: str) -> None:
-        while len(self._verified) >= MAX_VERIFIED:
-            del self._verified[next(iter(self._verified))]
+        drop_oldest(self._verified, MAX_VERIFIED - 1)
         self._verified[decision_id, digest] = None
 
     def _failed(self, key: TaskKey, job: Job, result: JobResult) -> None:

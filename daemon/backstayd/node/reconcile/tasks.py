@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+from backstayd.bounded import drop_oldest
 from backstayd.clock import Clock
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,6 @@ class Tasks:
 
     def _record(self, key: TaskKey) -> _Record:
         if key not in self._records:
-            while len(self._records) >= MAX_REMEMBERED:
-                del self._records[next(iter(self._records))]
+            drop_oldest(self._records, MAX_REMEMBERED - 1)
             self._records[key] = _Record()
         return self._records[key]

@@ -1,6 +1,6 @@
-"""Whether this coordinator leads: alone it always does, with an election it asks before every answer.
+"""Whether this coordinator leads: alone it always does, with an election it is asked before every answer.
 
-Owns the election and what people are told of it; decides nothing for runs.
+Owns the election and what is shown of it; decides nothing for runs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from backstayd.election.stores import open_store
 from backstayd.transport.errors import NotLeaderError
 
 
-class Seat:
-    """The place of the leader, taken or not.
+class Leadership:
+    """The part of this coordinator in the election.
 
     Args:
-        holder: Another name for every start of this process.
-        on_lead: Called with the term when this coordinator begins to lead; 0 without an election, once, at the start.
-        on_step_down: Called with the reason when it does not any longer; nothing may leave after that.
+        holder: A name that is new at each start of this process.
+        on_lead: Called with the term when this coordinator begins to lead; without an election once, with 0.
+        on_step_down: Called with the reason when it ceases to lead; nothing may be sent after that.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Seat:
             await self._election.close()
 
     def may_act(self) -> bool:
-        """Whether this coordinator leads at this moment; ends its reign if the lease ran out. In the loop only."""
+        """Whether this coordinator leads at this moment; it steps down if its lease ran out. In the loop only."""
         return self._is_alone or (self._election is not None and self._election.may_act())
 
     def resign(self, reason: str) -> None:
@@ -80,28 +80,28 @@ class Seat:
             self._election.resign(reason)
 
     def failure(self) -> str:
-        """What keeps it from leading for good, for people; "" while it goes on. From any thread."""
+        """What keeps it from ever leading, for people; "" if nothing does. From any thread."""
         return self._election.failure() if self._election is not None else ""
 
     def is_leading(self) -> bool:
-        """The same, but only looking: may be asked from any thread, as may all that follows."""
+        """The same without stepping down: from any thread, as all that follow."""
         return self._is_alone or (self._election is not None and self._election.is_leading())
 
     def margin_s(self) -> float:
-        """How long it leads without another renewal; infinite without an election, 0 on a standby."""
+        """For how long it leads without another renewal; infinite without an election, 0 on a standby."""
         if self._is_alone:
             return float("inf")
         return self._election.margin_s() if self._election is not None else 0.0
 
     def leader(self) -> str:
-        """Where the leader is, as far as is known; "" while nobody is known to lead."""
+        """The leader's address; "" while none is known."""
         if self.is_leading():
             return self.address
         record = self._election.leader() if self._election is not None else None
         return record.address if record is not None and record.holder != self._holder else ""
 
     def not_leading(self) -> NotLeaderError:
-        """What a call is answered here while another leads."""
+        """The error that answers a call here while another one leads."""
         leader = self.leader()
         where = f"the coordinator at {leader} does" if leader else "no other is known to lead yet; try again"
         return NotLeaderError(f"the coordinator at {self.address} does not lead; {where}", leader=leader)

@@ -1,8 +1,7 @@
-"""Which ranks the others wait for: those that have not called restore(), those that do not call snapshot(). Pure; decides
-nothing.
+"""Which ranks the others wait for: those that have not called restore(), or do not call snapshot(). Pure; decides nothing.
 
-One rank that never calls keeps the world from beginning, or every snapshot from becoming complete; only the coordinator sees
-who it is.
+One rank that never calls keeps the world from starting, or every snapshot from becoming complete, and only the coordinator sees
+which one it is.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from backstayd.core.messages.report import SessionPhase
 from backstayd.core.sentences import amount, listed
 
 NAMED = 8  # ranks and nodes named in a sentence
-SILENT_LEASES = 2.0  # since its last snapshot
-PASSED = 2  # so many times the others must have gone on without a rank: being late once is nothing
+SILENT_LEASES = 2.0  # since its last snapshot: a report is late by less than one
+PASSED = 2  # snapshots that the others took meanwhile: a rank may be late for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +76,14 @@ class Missing:
     def _unasked(self, world: World, *, lease_s: float, now_s: float) -> MissingRanks | None:
         size = max(session.record.world_size for session in world.values())
         before = len(self._asked)
-        self._asked.update(world)  # who gave up at its deadline has called, too
+        self._asked.update(world)  # a rank that gave up at its deadline has called, too
         if len(self._asked) != before:
             self._since_s = now_s
         count = size - len(self._asked)
         if now_s - self._since_s < lease_s or count <= 0:
             return None
         missing = (rank for rank in range(size) if rank not in self._asked)
-        ranks = tuple(itertools.islice(missing, NAMED))  # size is a claim: not walked through
+        ranks = tuple(itertools.islice(missing, NAMED))  # the size is only claimed: no walk over all of it
         sentence = f"{_named(ranks, count)} of {size} {'has' if count == 1 else 'have'} not called restore()"
         return MissingRanks(world_id=self._world_id, ranks=ranks, count=count, sentence=sentence)
 
