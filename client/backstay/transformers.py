@@ -249,7 +249,7 @@ class _Progress:
             for attribute, value in attributes.items():
                 setattr(thing, attribute, value)
         self.sums = {**state["sums"], "_tr_loss": state["loss"]}
-        owner._epoch, owner._windows, owner._left_out = state["epoch"], state["windows"], state.get("left_out", 0)
+        owner._epoch, owner._windows, owner._left_out = state["epoch"], state["windows"], state["left_out"]
         owner._loader.iteration = state["iteration"]
         owner._position.load(state["loaders"])
 

@@ -259,12 +259,3 @@ def test_loaders_of_another_number_of_ranks_go_on_where_the_old_ones_were_togeth
         assert loaded.extras == {"loader": f"state of rank {rank % 2} of 2, scaled to its length"}
         found += [sample for batch in loader for sample in batch.tolist()]
     assert sorted(found) == list(range(48))
-
-
-def test_what_an_older_version_kept_of_a_loader_is_taken_as_the_loaders_own_state(tmp_path: Path) -> None:
-    old, rest = loader_at(3, 1)
-    opened = snapshot_of(tmp_path, [stage("a")], [{"loader": old}])
-    expected = [batch.tolist() for batch in rest]
-    fresh: StatefulDataLoader[Any] = StatefulDataLoader(list(range(40)), batch_size=2, shuffle=True, num_workers=0)
-    restore(opened, stage("a", seed=4, steps=0), extra=followed_loaders.follow_all({"loader": fresh}))
-    assert [batch.tolist() for batch in fresh] == expected

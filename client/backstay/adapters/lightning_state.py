@@ -47,7 +47,7 @@ class LightningState:
         self._call._call_callbacks_on_load_checkpoint(trainer, checkpoint)
         self._call._call_callbacks_load_state_dict(trainer, checkpoint)
         trainer.precision_plugin.load_state_dict(state["precision"])
-        self._accumulate = state.get("accumulate_grad_batches")
+        self._accumulate = state["accumulate_grad_batches"]
         if state["loops"]["epoch_loop.batch_progress"]["current"]["ready"] == 0:
             self._accumulate = None  # the epoch begins anew, and sets it
         trainer.fit_loop.load_state_dict(state["loops"])

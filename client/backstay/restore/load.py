@@ -309,7 +309,7 @@ def _prepare_private(
     streams, rng_words = _prepare_rng(target, opened, reader)
     is_same_size = target.world_size == opened.world_size
     cursors = dict.fromkeys(extras, own_rank) if is_same_size else {}
-    values = reader.decode(own_rank, document.get("values", {}))
+    values = reader.decode(own_rank, document["values"])
     return _Private(extras=extras, values=values, cursors=cursors, rng=streams, rng_words=rng_words, words=words)
 
 

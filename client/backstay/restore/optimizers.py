@@ -120,8 +120,8 @@ def plan(optimizers: Sequence[torch.optim.Optimizer], holdings: Holdings, origin
 
 def _check_class(index: int, optimizer: torch.optim.Optimizer, body: Mapping[str, Any]) -> None:
     """Another class would keep what it does not read, and begin what it reads from nothing, without a word."""
-    there, here = body.get("class", ""), type(optimizer).__name__
-    if there and there != here:
+    there, here = body["class"], type(optimizer).__name__
+    if there != here:
         raise IntegrityError(
             f"optimizer {index} is a {here}, the snapshot's is a {there}, whose state means nothing to it; nothing was loaded. "
             f"Build a {there}, in the order of before if there are several, or take a new run_id",
@@ -243,8 +243,6 @@ class _One:
 
     def frozen_notes(self, optimizer: torch.optim.Optimizer) -> list[str]:
         """What the snapshot trained and this program does not, and the other way round: torch's optimizers pass it over."""
-        if any("frozen" not in d.encoded for d in self._described):
-            return []  # of a version that did not say
         there = {name for d in self._described for name in d.encoded["frozen"]}
         here = {
             self._holdings.names[id(p)]: not p.requires_grad

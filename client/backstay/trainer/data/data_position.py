@@ -199,7 +199,7 @@ class Place:
         self._load_source(saved)
         counted.is_exhausted = saved["open"] and saved["done"]
         if not saved["done"]:
-            self._start = {name: saved[name] for name in _START if name in saved}
+            self._start = {name: saved[name] for name in _START}
             self.fetched = saved["skip"]
             write_generators(saved["generators"])
             self._start_workers(counted.make)
@@ -239,7 +239,7 @@ class Place:
         return self.source.state_dict()
 
     def _load_source(self, saved: dict[str, Any]) -> None:
-        self._had_workers = saved.get("workers", False)
+        self._had_workers = saved["workers"]
         if self._keeps_workers() and not self._had_workers:
             self.loader._iterator = None  # restored in a process that has gone on: the pass is begun with new workers
         _set_sources(self.loader, saved["sources"])

@@ -36,9 +36,7 @@ class FollowedLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next batch, of a new iterator or of one that is there, be the one after the snapshot's."""
-        if "sources" not in state:  # written before loaders were followed
-            self._loader.load_state_dict(state)
-        elif state["open"]:
+        if state["open"]:
             self._position.load([state])
         else:
             self._place.load_between_passes(state)
