@@ -24,7 +24,7 @@ import torch
 
 from backstay.errors import UsageError
 from backstay.snapshotter import RestoreResult, Snapshotter
-from backstay.stats import NOT_SCHEDULED, SnapshotStatus, Stats
+from backstay.stats import NOT_SCHEDULED, SnapshotStatus
 from backstay.trainer.data import followed_loaders
 from backstay.trainer.data.data_position import Place, Position, follow, place_of
 
@@ -117,12 +117,6 @@ class AcceleratedSnapshotter:
         if not self._accelerator.sync_gradients:
             return SnapshotStatus(step=step, state=NOT_SCHEDULED, reason="gradients are being accumulated")
         return self._keeper.snapshot(step)
-
-    def fence(self) -> None:
-        self._keeper.fence()
-
-    def stats(self) -> Stats:
-        return self._keeper.stats()
 
     def finish(self, *, keep: bool = False, timeout_s: float = 60.0) -> None:
         """As :meth:`backstay.Snapshotter.finish`."""

@@ -66,7 +66,7 @@ def test_several_optimizers_find_their_parameters_state_and_the_rest_is_said(tmp
         assert set(found) == set(KEYS)
         assert all(torch.equal(found[key], state[f"optimizer.state.{name}.{key}"]) for key in KEYS)
     assert two[0].param_groups[0]["lr"] == 0.3
-    assert "optimizer state of 3 parameters loaded (that of 1 more is left out" in loaded.notes[0]
+    assert "optimizer state of 3 parameters loaded (that of 1 more is left out" in loaded.result.message
 
 
 def test_state_takes_the_dtype_of_its_parameter_as_load_state_dict_would_give_it(tmp_path: Path) -> None:

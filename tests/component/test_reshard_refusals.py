@@ -94,7 +94,7 @@ def test_stages_of_two_ranks_come_together_in_one(tmp_path: Path) -> None:
             for key, value in optimizer.state[layer.weight].items():
                 assert torch.equal(here[1].state[layers[name].weight][key], value)
     assert here[1].param_groups[0]["lr"] == 0.1
-    assert loaded.is_resharded
+    assert loaded.result.is_resharded
 
 
 def test_complaint_3_a_conversion_never_starts_from_scratch_in_silence(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_an_imported_snapshot_brings_the_model_alone(tmp_path: Path) -> None:
     assert torch.equal(here[0]["a"].weight, value["a"].weight)
     assert not here[1].state
     assert torch.equal(torch.get_rng_state(), drawn)
-    assert loaded.rng == "untouched"
-    assert loaded.notes == ("imported: model loaded, optimizer fresh, generators and extras untouched",)
+    assert loaded.result.rng == "untouched"
+    assert loaded.result.message == "imported: model loaded, optimizer fresh, generators and extras untouched"
 
 
 def test_streams_beyond_the_snapshots_are_derived_and_never_shared(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_streams_beyond_the_snapshots_are_derived_and_never_shared(tmp_path: Pat
         loaded = restore(
             snapshot_of(tmp_path, [stage("a"), stage("a")]), stage("a", seed=5, steps=0), rank=rank, world_size=6
         )
-        assert f"derived from the snapshot and rank {rank}" in loaded.rng
+        assert f"derived from the snapshot and rank {rank}" in loaded.result.rng
         drawn = torch.rand(1).item()
         states.add(drawn)
         restore(snapshot_of(tmp_path, [stage("a"), stage("a")]), stage("a", steps=0), rank=rank, world_size=6)
@@ -229,7 +229,7 @@ def test_a_stateful_data_loader_goes_on_exactly_with_the_same_ranks_and_is_asked
     shared = Shared(loader_at(0, 9)[0])
     loaded = restore(opened, stage("a", seed=4, steps=0), rank=0, world_size=3, extra={"loader": shared})
     assert shared.given == ["3", "5"]
-    assert loaded.extras == {"loader": "its load_state_dicts() got the states of all 2 ranks"}
+    assert loaded.result.extras == {"loader": "its load_state_dicts() got the states of all 2 ranks"}
     assert loaded.cursors == {}
 
 
@@ -256,6 +256,6 @@ def test_loaders_of_another_number_of_ranks_go_on_where_the_old_ones_were_togeth
             snapshot_of(directory, [stage("a"), stage("a")], extras), stage("a", seed=4, steps=0), rank=rank,
             world_size=world_size, extra=followed_loaders.follow_all({"loader": loader}),
         )  # fmt: skip
-        assert loaded.extras == {"loader": f"state of rank {rank % 2} of 2, scaled to its length"}
+        assert loaded.result.extras == {"loader": f"state of rank {rank % 2} of 2, scaled to its length"}
         found += [sample for batch in loader for sample in batch.tolist()]
     assert sorted(found) == list(range(48))

@@ -40,7 +40,7 @@ CLOSED: Final = "the keeper was closed"
 
 @dataclass(slots=True)
 class Tally:
-    """What happened so far; read by ``Snapshotter.stats()``."""
+    """What happened so far; fields of :class:`backstay.stats.Stats`."""
 
     committed: int = 0
     skipped: int = 0
@@ -359,7 +359,7 @@ class BackgroundThread:
             if not self._send(request, messages.Done):
                 self.costs.add(cost)
 
-    def _note(self, reply: messages.Reserved | messages.Skipped | messages.Committed) -> None:
+    def _note(self, reply: messages.RunProgress) -> None:
         schedule = reply.schedule
         if schedule != self.schedule:
             _log.info("backstay snapshots every %d steps from step %d on", schedule.interval_steps, schedule.from_step)

@@ -5,6 +5,7 @@ Must never stop, slow by surprise or change a training run: a failed snapshot is
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -164,26 +165,19 @@ class Capturer:
         self._plan = None
 
     def stats(self) -> Stats:
-        tally = self.background.tally
+        tally = dataclasses.asdict(self.background.tally)
+        skipped = self._skipped + tally.pop("skipped")
         return Stats(
             blocked_s=self._blocked_s,
             fence_s=self._fence_s,
             waited_s=self._waits.total_s,
             wait_share=self._waits.share,
             started=self._started,
-            committed=tally.committed,
-            skipped=self._skipped + tally.skipped,
-            abandoned=tally.abandoned,
             refused=self._refused,
-            last_committed_step=tally.last_committed_step,
-            copied_bytes=tally.copied_bytes,
-            hashed_bytes=tally.hashed_bytes,
-            kept_bytes=tally.kept_bytes,
-            protected_step=tally.protected_step,
-            redundancy=tally.redundancy,
-            last_problem=tally.last_problem,
+            skipped=skipped,
             is_attached=self.background.is_responsive,
             is_synchronous=self._fence.is_synchronous,
+            **tally,
         )
 
     # ---- one snapshot

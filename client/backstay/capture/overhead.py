@@ -6,6 +6,7 @@ coordinator's to change, for all ranks at once.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Final
 
 from backstay.protocol import messages
 
+_COSTS: Final = tuple(field.name for field in dataclasses.fields(messages.TrainerCost))
 LIMIT: Final = 0.05  # of its time; above it the interval is raised
 NOISE_S: Final = 0.005  # a shorter mean wait is a thread that wakes late
 SNAPSHOTS: Final = 8  # the share is that of so many
@@ -28,14 +30,8 @@ class Costs:
 
     def add(self, cost: messages.TrainerCost) -> None:
         with self._lock:
-            self._sum = messages.TrainerCost(
-                snapshot_s=self._sum.snapshot_s + cost.snapshot_s,
-                fence_s=self._sum.fence_s + cost.fence_s,
-                capture_s=self._sum.capture_s + cost.capture_s,
-                copied_bytes=self._sum.copied_bytes + cost.copied_bytes,
-                kept_bytes=self._sum.kept_bytes + cost.kept_bytes,
-                waited_s=self._sum.waited_s + cost.waited_s,
-            )
+            sums = {name: getattr(self._sum, name) + getattr(cost, name) for name in _COSTS}
+            self._sum = messages.TrainerCost(**sums)
 
     def take(self) -> messages.TrainerCost:
         """The sums, which begin anew."""

@@ -16,7 +16,7 @@ from backstay.errors import InvariantError
 from backstay.format import json_records, shard
 from backstay.format.digest import Digester
 from backstay.format.manifest import CHUNK_BYTES, Manifest
-from backstay.format.shard import Layout, TensorSpec
+from backstay.format.shard import TensorSpec
 
 DEFAULT_SHARD_BYTES: Final = 8 * 1024**3
 
@@ -96,13 +96,7 @@ def _write_shard(
                 raise InvariantError(f"{entry.name} gives {len(data)} bytes, its layout has {entry.end - entry.begin}")
             out.write(data)
         settle(file)
-    chunk_crcs, tensor_crcs = digester.finish()
-    return _manifest(layout, identity, place, chunk_crcs=chunk_crcs, tensor_crcs=tensor_crcs)
-
-
-def _manifest(
-    layout: Layout, identity: Identity, place: tuple[int, int], *, chunk_crcs: str, tensor_crcs: Mapping[str, int]
-) -> Manifest:
+    digests = digester.finish()
     return shard.build_manifest(
         layout,
         run=identity.run,
@@ -112,8 +106,8 @@ def _manifest(
         world_size=place[1],
         world_id="imported",
         layout_signature="imported",  # no trainer's: whoever restores it chooses chunks
-        chunk_crcs=chunk_crcs,
-        tensor_crcs=tensor_crcs,
+        chunk_crcs=digests.chunk_crcs,
+        tensor_crcs=digests.tensor_crcs,
         writer=identity.writer,
     )
 

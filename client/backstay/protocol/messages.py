@@ -272,26 +272,28 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reserved:
+class RunProgress:
+    """How the run stands, in each answer about a slot. ``notice``: what keeps snapshots from becoming complete."""
+
+    schedule: Schedule = field(default_factory=Schedule)
+    redundancy: str = ""
+    protected_step: int = 0
+    notice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved(RunProgress):
     """A slot to fill. ``slot_id`` names the inode; a descriptor comes along iff the id was not in ``known_slots``."""
 
     slot_id: str
     size_bytes: int
-    schedule: Schedule = field(default_factory=Schedule)
-    redundancy: str = ""
-    protected_step: int = 0
-    notice: str = ""  # what keeps snapshots from becoming complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Skipped:
+class Skipped(RunProgress):
     """No slot: this step is abandoned; training goes on."""
 
     reason: str
-    schedule: Schedule = field(default_factory=Schedule)
-    redundancy: str = ""
-    protected_step: int = 0
-    notice: str = ""  # what keeps snapshots from becoming complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,12 +319,8 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Committed:
+class Committed(RunProgress):
     digest: str
-    schedule: Schedule = field(default_factory=Schedule)
-    redundancy: str = ""
-    protected_step: int = 0
-    notice: str = ""  # what keeps snapshots from becoming complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from backstay.restore.imported_state import ImportedPlan
 from backstay.restore.optimizers import Origin
 from backstay.restore.rank_state import StateReader
 from backstay.restore.read_plan import Reading
-from backstay.restore.result import Loaded
+from backstay.restore.result import Loaded, RestoreResult
 from backstay.restore.snapshot import OpenedSnapshot, ReadTarget
 from backstay.restore.stored_names import Naming
 from backstay.trainer import local_tensors, optimizer_state, rng
@@ -96,19 +96,22 @@ class Prepared:
             target.values.clear()
             target.values.update(private.values)
             rng.write(*private.rng)  # last: all of the above may draw
-        return Loaded(
-            description=description,
-            streams=(target.rank,) if private else (),
-            cursors=private.cursors if private else {},
-            generators=private.rng[1] if private else {},
+        result = RestoreResult(
             sources={rank: opened.source_of(rank) for rank in sorted(opened.used_ranks)},
             base_world_size=opened.world_size,
             is_resharded=opened.is_offered,
             rng=private.rng_words if private else "untouched",
             extras=private.words if private else dict.fromkeys(target.extra, "untouched"),
-            notes=self.notes,
+            message="; ".join(self.notes),
             needed_bytes=opened.needed_bytes if opened.is_offered else 0,
             fetched_bytes=opened.fetched_bytes if opened.is_offered else 0,
+        )
+        return Loaded(
+            result=result,
+            description=description,
+            streams=(target.rank,) if private else (),
+            cursors=private.cursors if private else {},
+            generators=private.rng[1] if private else {},
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,9 +23,9 @@ class RestoreResult:
     taken.
     """
 
-    step: int
-    outcome: str
-    attempt: int
+    step: int = 0
+    outcome: str = "NONE"
+    attempt: int = 0
     base_attempt: int = 0
     base_world_size: int = 0
     snapshot_id: str = ""
@@ -41,52 +41,30 @@ class RestoreResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What was loaded, for the gate to hold against what is there afterwards, and in words for :class:`RestoreResult`.
+    """What was loaded: ``result`` for the caller, without the decision's fields, and what the gate holds against the facts.
 
     ``description``: of the optimizers' state, as in the header; "" if it was left alone. ``streams``: logical ranks whose
-    random streams this rank goes on with; ``cursors``: extras that are a position of one rank alone, and of which;
+    random streams this rank continues; ``cursors``: extras that are a position of one rank alone, and of which;
     ``generators``: as they were set.
     """
 
     description: str
     streams: tuple[int, ...]
+    result: RestoreResult = field(default_factory=RestoreResult)
     cursors: Mapping[str, int] = field(default_factory=dict)
     generators: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    sources: dict[int, str] = field(default_factory=dict)
-    base_world_size: int = 0
-    is_resharded: bool = False
-    rng: str = "untouched"
-    extras: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    needed_bytes: int = 0
-    fetched_bytes: int = 0
 
 
 def make_result(restored: messages.Restored, loaded: Loaded | None, *, seconds: float) -> RestoreResult:
     """The caller's view of a decision and of what was loaded (None: nothing, the run is new)."""
-    if loaded is None:
-        return RestoreResult(
-            step=0,
-            outcome=restored.outcome,
-            attempt=restored.attempt,
-            base_attempt=restored.base_attempt,
-            snapshot_id=restored.snapshot_id,
-            seconds=seconds,
-            message=restored.message,
-        )
-    return RestoreResult(
-        step=restored.step,
+    result = loaded.result if loaded is not None else RestoreResult()
+    return replace(
+        result,
+        step=restored.step if loaded is not None else 0,
         outcome=restored.outcome,
         attempt=restored.attempt,
         base_attempt=restored.base_attempt,
-        base_world_size=loaded.base_world_size,
         snapshot_id=restored.snapshot_id,
-        sources=loaded.sources,
         seconds=seconds,
-        message="; ".join(text for text in (restored.message, *loaded.notes) if text),
-        is_resharded=loaded.is_resharded,
-        rng=loaded.rng,
-        extras=loaded.extras,
-        needed_bytes=loaded.needed_bytes,
-        fetched_bytes=loaded.fetched_bytes,
+        message="; ".join(text for text in (restored.message, result.message) if text),
     )

@@ -22,7 +22,7 @@ from backstay.format.manifest import CHUNK_BYTES
 from backstay.trainer import raw_memory
 from backstay.trainer.local_tensors import Holdings
 
-_NOTHING: Final = Holdings(tensors=(), aliases={}, names={}, parameters={}, sizes=(), links=(), lists=())
+_NOTHING: Final = Holdings()
 
 
 def fill(

@@ -6,7 +6,6 @@ reshard) nor an optimizer's (DCP's getter would step it).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from backstay.errors import UsageError
-from backstay.trainer import distributed_tensors, nested_optimizers
+from backstay.trainer import nested_optimizers
+from backstay.trainer.distributed_tensors import Place, place_distributed, refuse_unsupported, sharded_places
 from backstay.trainer.process_group import within
 
 _IN_SUBCLASSES = (
@@ -74,30 +74,48 @@ class LocalTensor:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holdings:
-    """Everything that was found, in an order that is the same on all replicas.
+@dataclass(slots=True)
+class _Containers:
+    """The containers that tensors were found in, by identity.
 
-    ``aliases``: name → name of the tensor that is the same object. ``names``: id of a parameter → its name without prefix.
     ``sizes``: (container, length): another length means that something was added or removed. ``links``: (dictionary, key,
-    object or None) and ``lists``: (list, its items): another object means that something was replaced or came to be.
-    ``living_names``: id of any of the tensors → its name without home rank. ``attributes``: (object, name, value), by identity.
-    ``values``: (dictionary, key) of optimizer state that is no tensor: some begin as a number and become one.
-    ``idle``: parameters that no optimizer has and that were not frozen, but may be later.
+    object or None), ``lists``: (list, its items) and ``attributes``: (object, name, value): another object means that
+    something was replaced or came to be. ``values``: (dictionary, key) of optimizer state that is no tensor: some begin as a
+    number and become one.
     """
 
-    tensors: tuple[LocalTensor, ...]
-    aliases: dict[str, str]
-    names: dict[int, str]
-    parameters: dict[str, torch.Tensor]
-    sizes: tuple[tuple[Any, int], ...]
-    links: tuple[tuple[dict[Any, Any], Any, object], ...]
-    lists: tuple[tuple[list[Any], tuple[Any, ...]], ...]
-    values: tuple[tuple[dict[Any, Any], Any], ...] = ()
-    attributes: tuple[tuple[Any, str, object], ...] = ()
+    sizes: list[tuple[Any, int]] = field(default_factory=list)
+    links: list[tuple[dict[Any, Any], Any, object]] = field(default_factory=list)
+    lists: list[tuple[list[Any], tuple[Any, ...]]] = field(default_factory=list)
+    attributes: list[tuple[Any, str, object]] = field(default_factory=list)
+    values: list[tuple[dict[Any, Any], Any]] = field(default_factory=list)
+
+    def is_same(self) -> bool:
+        return (
+            all(len(owner) == size for owner, size in self.sizes)
+            and all(owner.get(key) is found for owner, key, found in self.links)
+            and all(getattr(owner, name) is found for owner, name, found in self.attributes)
+            and all(len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)) for a, b in self.lists)
+            and all(key in owner and not isinstance(owner[key], torch.Tensor) for owner, key in self.values)
+        )
+
+
+@dataclass(slots=True)
+class Holdings:
+    """Everything that was found, in an order that is the same on all replicas; not changed afterwards.
+
+    ``aliases``: name → name of the tensor that is the same object. ``names``: id of a parameter → its name without prefix.
+    ``living_names``: id of any of the tensors → its name without home rank. ``idle``: parameters that no optimizer has and that
+    were not frozen, but may be later. ``members``: as of :class:`backstay.trainer.process_group.World`.
+    """
+
+    members: tuple[int, ...] = ()
+    tensors: list[LocalTensor] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
     living_names: dict[int, str] = field(default_factory=dict)
-    idle: tuple[torch.nn.Parameter, ...] = ()
-    members: tuple[int, ...] = ()  # of the world, by rank (:class:`world.World`)
+    idle: list[torch.nn.Parameter] = field(default_factory=list)
+    containers: _Containers = field(default_factory=_Containers)
 
     def has_frozen_more(self) -> bool:
         """Whether a parameter is frozen now that was not when this was made; :meth:`is_current` stays true."""
@@ -105,14 +123,7 @@ class Holdings:
 
     def is_current(self) -> bool:
         """Cheap check that no tensor appeared, vanished, moved or changed shape: microseconds per tensor."""
-        return (
-            all(len(owner) == size for owner, size in self.sizes)
-            and all(owner.get(key) is found for owner, key, found in self.links)
-            and all(getattr(owner, name) is found for owner, name, found in self.attributes)
-            and all(len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)) for a, b in self.lists)
-            and all(key in owner and not isinstance(owner[key], torch.Tensor) for owner, key in self.values)
-            and all(t.is_current() for t in self.tensors)
-        )
+        return self.containers.is_same() and all(t.is_current() for t in self.tensors)
 
     @property
     def model_tensors(self) -> tuple[LocalTensor, ...]:
@@ -134,49 +145,6 @@ class Holdings:
         return tuple(sorted({rank for tensor in self.tensors for rank in tensor.replicas}))
 
 
-@dataclass(slots=True)
-class _Collector:
-    rank: int
-    members: tuple[int, ...]  # by rank what torch.distributed calls it; (): the same
-    trained: frozenset[int] = frozenset()  # ids of the parameters that optimizers have
-    sharded: dict[int, distributed_tensors.Place] = field(default_factory=dict)
-    tensors: list[LocalTensor] = field(default_factory=list)
-    aliases: dict[str, str] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
-    replicas: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    stored: dict[int, str] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)
-    sizes: list[tuple[Any, int]] = field(default_factory=list)
-    links: list[tuple[dict[Any, Any], Any, object]] = field(default_factory=list)
-    lists: list[tuple[list[Any], tuple[Any, ...]]] = field(default_factory=list)
-    values: list[tuple[dict[Any, Any], Any]] = field(default_factory=list)
-    attributes: list[tuple[Any, str, object]] = field(default_factory=list)
-    idle: list[torch.nn.Parameter] = field(default_factory=list)
-
-    def add(
-        self, name: str, owner: dict[Any, Any], key: Any, *, replicas: tuple[int, ...], is_eager: bool = False
-    ) -> LocalTensor | None:
-        living = owner[key]
-        if name in self.used:
-            raise UsageError(
-                f"two tensors would both be stored as {name!r}; rename one of the modules", reason="duplicate_tensor"
-            )
-        self.used.add(name)
-        if id(living) in self.stored:
-            target = self.stored[id(living)]
-            self.aliases[target.removesuffix(bare_name(target)) + name] = target
-            return None
-        tensor = _place(name, living, owner, key, replicas=replicas, is_eager=is_eager, members=self.members)
-        if isinstance(living, torch.nn.Parameter) and id(living) not in self.trained:
-            is_frozen = _needs_no_gradient(living)
-            tensor = dataclasses.replace(tensor, is_frozen=is_frozen)
-            self.idle += [] if is_frozen else [living]
-        self.stored[id(living)] = tensor.name
-        self.tensors.append(tensor)
-        return tensor
-
-
 States = Mapping[torch.Tensor, dict[Any, Any]]
 
 
@@ -190,35 +158,114 @@ def collect(
 ) -> Holdings:
     """Walk ``model`` and ``optimizers``; ``states`` stand in for the optimizers' own (a restore that is not yet applied).
 
-    ``rank`` is that of this process in its world, ``members`` are the world's in torch.distributed (:class:`world.World`).
+    ``rank`` and ``members``: as of :class:`backstay.trainer.process_group.World`.
 
     Raises:
         UsageError: for FSDP1, lazy or sparse tensors, partial DTensors, naming the tensor.
     """
     trained = frozenset(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    collector = _Collector(rank, members, trained, distributed_tensors.sharded_places(model))
+    found = Holdings(members)
+    collector = _Collector(found, rank=rank, trained=trained, sharded=sharded_places(model))
     with torch.no_grad():
         for clean, module, replicas, ignored in _walk(model, "", (rank,), frozenset(), members):
-            _add_module(collector, clean, module, replicas=replicas, ignored=ignored)
+            collector.add_module(clean, module, replicas, ignored)
         for index, optimizer in enumerate(optimizers):
-            collector.attributes += [(optimizer, name, getattr(optimizer, name)) for name in ("state", "param_groups")]
             state = optimizer.state if states is None else states[index]
-            _add_optimizer(collector, optimizer_prefix(index, len(optimizers)), optimizer, state)
-    _refuse_several_gpus(collector.tensors)
-    return Holdings(
-        tensors=tuple(collector.tensors),
-        aliases=collector.aliases,
-        names=collector.names,
-        parameters=collector.parameters,
-        sizes=tuple(collector.sizes),
-        links=tuple(collector.links),
-        lists=tuple(collector.lists),
-        values=tuple(collector.values),
-        attributes=tuple(collector.attributes),
-        living_names={id(tensor.living): bare_name(tensor.name) for tensor in collector.tensors},
-        idle=tuple(collector.idle),
-        members=members,
-    )
+            collector.add_optimizer(optimizer_prefix(index, len(optimizers)), optimizer, state)
+    _refuse_several_gpus(found.tensors)
+    return found
+
+
+class _Collector:
+    """Walks a model and its optimizers, and adds what it finds to ``found``."""
+
+    def __init__(self, found: Holdings, *, rank: int, trained: frozenset[int], sharded: Mapping[int, Place]) -> None:
+        """``trained``: ids of the parameters that optimizers have. ``sharded``: where those lie that FSDP2 shows unsharded."""
+        self.found = found
+        self._own, self._trained, self._sharded = (rank,), trained, sharded
+        self._replicas: dict[int, tuple[int, ...]] = {}  # by id of a parameter
+        self._stored: dict[int, str] = {}  # name by id of a tensor
+        self._used: set[str] = set()
+
+    def add_module(
+        self, clean: str, module: torch.nn.Module, replicas: tuple[int, ...], ignored: frozenset[str]
+    ) -> None:
+        found, containers = self.found, self.found.containers
+        for owner in (module._parameters, module._buffers, module._modules):
+            containers.sizes.append((owner, len(owner)))
+        for empty in (module._parameters, module._buffers):
+            containers.links += [(empty, name, None) for name, value in empty.items() if value is None]
+        containers.links += [(module._modules, name, child) for name, child in module._modules.items()]
+        for name, shown in module._parameters.items():
+            if shown is not None:
+                group = self._own if name in ignored else replicas
+                place, key = self._sharded.get(id(shown), (module._parameters, name))
+                self._add(f"model.{clean}{name}", place, key, group)
+                found.names.setdefault(id(place[key]), f"{clean}{name}")
+                self._replicas.setdefault(id(place[key]), group)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                self._add(f"model.{clean}{name}", module._buffers, name, self._own, is_eager=True)
+
+    def add_optimizer(self, prefix: str, optimizer: torch.optim.Optimizer, states: States) -> None:
+        _refuse_optimizer(prefix, optimizer)
+        containers = self.found.containers
+        containers.attributes += [(optimizer, name, getattr(optimizer, name)) for name in ("state", "param_groups")]
+        containers.sizes.append((states, len(states)))
+        containers.lists.append((optimizer.param_groups, tuple(optimizer.param_groups)))
+        for group_index, group in enumerate(optimizer.param_groups):
+            containers.links.append((group, "params", group["params"]))
+            containers.lists.append((group["params"], tuple(group["params"])))
+            for index, parameter in enumerate(group["params"]):
+                if id(parameter) not in self.found.names:  # the model lacks it
+                    name = self.found.names[id(parameter)] = f"{prefix}.parameter.{group_index}.{index}"
+                    self._add(name, {"parameter": parameter}, "parameter", self._own)
+                    self._replicas[id(parameter)] = self._own
+                state = states.get(parameter)
+                if isinstance(state, dict):
+                    containers.links.append((states, parameter, state))  # type: ignore[arg-type]
+                    self._add_state(prefix, parameter, state)
+
+    def _add_state(self, prefix: str, parameter: torch.Tensor, state: dict[Any, Any]) -> None:
+        name, replicas = self.found.names[id(parameter)], self._replicas[id(parameter)]
+        self.found.containers.sizes.append((state, len(state)))
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                is_counter = value.ndim == 0 and value.device.type == "cpu" and not isinstance(value, DTensor)
+                self._add(f"{prefix}.state.{name}.{key}", state, key, replicas, is_eager=is_counter)
+            else:
+                self.found.containers.values.append((state, key))
+
+    def _add(
+        self, name: str, owner: dict[Any, Any], key: Any, replicas: tuple[int, ...], *, is_eager: bool = False
+    ) -> None:
+        found, living = self.found, owner[key]
+        if name in self._used:
+            raise UsageError(
+                f"two tensors would both be stored as {name!r}; rename one of the modules", reason="duplicate_tensor"
+            )
+        self._used.add(name)
+        if id(living) in self._stored:
+            target = self._stored[id(living)]
+            found.aliases[target.removesuffix(bare_name(target)) + name] = target
+            return
+        is_idle = isinstance(living, torch.nn.Parameter) and id(living) not in self._trained
+        is_frozen = is_idle and _needs_no_gradient(living)
+        if is_idle and not is_frozen:
+            found.idle.append(living)
+        if isinstance(living, DTensor):
+            local, offsets, whole, replicas, home = place_distributed(name, living, found.members)
+        else:
+            refuse_unsupported(name, living)
+            local, home = living.detach(), min(replicas)
+            offsets, whole = (0,) * local.ndim, tuple(local.shape)
+        tensor = LocalTensor(
+            name=private_name(name, home), living=living, local=local, offsets=offsets, global_shape=whole,
+            replicas=replicas, is_eager=is_eager, owner=owner, key=key, is_frozen=is_frozen,
+        )  # fmt: skip
+        self._stored[id(living)] = tensor.name
+        found.living_names[id(living)] = name
+        found.tensors.append(tensor)
 
 
 def _needs_no_gradient(parameter: torch.Tensor) -> bool:
@@ -318,98 +365,13 @@ def _unwrap(
     return None, replicas, ignored
 
 
-def _add_module(
-    collector: _Collector, clean: str, module: torch.nn.Module, *, replicas: tuple[int, ...], ignored: frozenset[str]
-) -> None:
-    own = (collector.rank,)
-    collector.sizes += [(module._parameters, len(module._parameters)), (module._buffers, len(module._buffers))]
-    collector.sizes.append((module._modules, len(module._modules)))
-    for empty in (module._parameters, module._buffers):
-        collector.links += [(empty, name, None) for name, found in empty.items() if found is None]
-    collector.links += [(module._modules, name, child) for name, child in module._modules.items()]
-    for name, shown in module._parameters.items():
-        if shown is not None:
-            group = own if name in ignored else replicas
-            owner, key = collector.sharded.get(id(shown), (module._parameters, name))
-            parameter = owner[key]
-            collector.add(f"model.{clean}{name}", owner, key, replicas=group)
-            collector.names.setdefault(id(parameter), f"{clean}{name}")
-            collector.parameters.setdefault(f"{clean}{name}", parameter)
-            collector.replicas.setdefault(id(parameter), group)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            collector.add(f"model.{clean}{name}", module._buffers, name, replicas=own, is_eager=True)
-
-
-def _add_optimizer(collector: _Collector, prefix: str, optimizer: torch.optim.Optimizer, states: States) -> None:
+def _refuse_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> None:
     for base in type(optimizer).__mro__:
         package = base.__module__.partition(".")[0]
         why = _UNSUPPORTED_OPTIMIZERS.get(base.__name__) or _UNSUPPORTED_OPTIMIZERS.get(f"{package}.{base.__name__}")
         if why:
             raise UsageError(f"{prefix} is a {type(optimizer).__name__}, {why}", reason="unsupported_optimizer")
     nested_optimizers.refuse_unsteady(prefix, optimizer)
-    collector.sizes.append((states, len(states)))
-    collector.lists.append((optimizer.param_groups, tuple(optimizer.param_groups)))
-    for group_index, group in enumerate(optimizer.param_groups):
-        collector.links.append((group, "params", group["params"]))
-        collector.lists.append((group["params"], tuple(group["params"])))
-        for index, parameter in enumerate(group["params"]):
-            if id(parameter) not in collector.names:
-                _add_unnamed(collector, f"{prefix}.parameter.{group_index}.{index}", parameter)
-            state = states.get(parameter)
-            if isinstance(state, dict):
-                collector.links.append((states, parameter, state))  # type: ignore[arg-type]
-                _add_parameter_state(collector, prefix, parameter, state)
-
-
-def _add_parameter_state(collector: _Collector, prefix: str, parameter: torch.Tensor, state: dict[Any, Any]) -> None:
-    fqn, replicas = collector.names[id(parameter)], collector.replicas[id(parameter)]
-    collector.sizes.append((state, len(state)))
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor):
-            is_counter = value.ndim == 0 and value.device.type == "cpu" and not isinstance(value, DTensor)
-            collector.add(f"{prefix}.state.{fqn}.{key}", state, key, replicas=replicas, is_eager=is_counter)
-        else:
-            collector.values.append((state, key))
-
-
-def _add_unnamed(collector: _Collector, name: str, parameter: torch.Tensor) -> None:
-    """A parameter the optimizer has and the model lacks."""
-    place: dict[str, torch.Tensor] = {"parameter": parameter}
-    collector.add(name, place, "parameter", replicas=(collector.rank,))
-    collector.names[id(parameter)] = name
-    collector.parameters[name] = parameter
-    collector.replicas[id(parameter)] = (collector.rank,)
-
-
-def _place(
-    name: str,
-    living: torch.Tensor,
-    owner: dict[Any, Any],
-    key: Any,
-    *,
-    replicas: tuple[int, ...],
-    is_eager: bool,
-    members: tuple[int, ...],
-) -> LocalTensor:
-    home = min(replicas)
-    if isinstance(living, DTensor):
-        local, offsets, global_shape, replicas, home = distributed_tensors.place_distributed(name, living, members)
-    else:
-        distributed_tensors.refuse_unsupported(name, living)
-        local = living.detach()
-        offsets, global_shape = (0,) * local.ndim, tuple(local.shape)
-    return LocalTensor(
-        name=private_name(name, home),
-        living=living,
-        local=local,
-        offsets=offsets,
-        global_shape=global_shape,
-        replicas=replicas,
-        is_eager=is_eager,
-        owner=owner,
-        key=key,
-    )
 
 
 def _refuse_several_gpus(tensors: Sequence[LocalTensor]) -> None:

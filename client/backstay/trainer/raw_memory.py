@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from backstay.errors import IntegrityError, InvariantError, UsageError
+from backstay.errors import IntegrityError, InvariantError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _memcmp = _libc.memcmp  # a CDLL function: called without the GIL
@@ -61,18 +61,6 @@ def lent(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield view
     finally:
         view.release()
-
-
-def as_plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """A tensor of the same elements in plain memory: ``tensor`` itself, detached, where it lies so.
-
-    Raises:
-        UsageError: it has no memory of its own (a DTensor), naming it.
-    """
-    problem = why_not_stored(tensor)
-    if problem:
-        raise UsageError(f"{name} {problem}: of a DTensor, store its full_tensor()", reason="bad_tensor")
-    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def read_bytes(tensor: torch.Tensor) -> bytes:

@@ -32,26 +32,26 @@ class Packed:
 
     tensors: dict[str, torch.Tensor]
 
-    def layout(self) -> shard.Layout:
-        """Where each tensor lies in a file of all."""
+    def layout(self, metadata: Mapping[str, str] | None = None) -> shard.Layout:
+        """Where each tensor lies in a file of all; ``metadata``: own keys of its header."""
         specs = [
             shard.TensorSpec.whole(name, str(tensor.dtype), tuple(tensor.shape))
             for name, tensor in self.tensors.items()
         ]
-        return shard.plan_layout(specs)
+        return shard.plan_layout(specs, metadata=metadata)
 
 
-def pack(value: Any, take: Take) -> Packed:
-    """Take ``value`` apart; tensors are not copied.
+def pack(value: Any, take: Take, *, name: str = ROOT) -> Packed:
+    """Take ``value``, called ``name`` in messages, apart; tensors are not copied.
 
     Raises:
         UsageError: for a value that is neither plain nor one that ``take`` knows, naming its path.
     """
     tensors: dict[str, torch.Tensor] = {}
-    document = json_codec.encode(_mark(value, take, ROOT), ROOT, tensors)
+    document = json_codec.encode(_mark(value, take, name), name, tensors)
     for path, tensor in tensors.items():
-        if problem := raw_memory.why_not_stored(tensor):  # a DTensor: state.encode leaves it to who captures
-            raise UsageError(f"{path} {problem}", reason="bad_tensor")
+        if problem := raw_memory.why_not_stored(tensor):  # a DTensor, which the codec leaves to whoever captures
+            raise UsageError(f"{path} {problem}: of a DTensor, store its full_tensor()", reason="bad_tensor")
     text = bytearray(json_codec.dumps(document))
     return Packed(tensors={**tensors, DOCUMENT: torch.frombuffer(text, dtype=torch.uint8)})
 
