@@ -1,5 +1,5 @@
-"""`make bench`: what snapshots cost, how fast state is protected and comes back, beside the limits of the machine.
+"""`make bench`: what snapshots cost and how fast state is protected and restored, compared with the machine's limits.
 
-Runs real daemons and real trainers, taking turns with memcpy, raw TCP and torch.distributed.checkpoint in the same rounds. Bars
+Runs real daemons and trainers, alternating with memcpy, raw TCP and torch.distributed.checkpoint in the same rounds. Bars
 are reported, never asserted. ``docs/benchmarks.md`` says what each figure means.
 """

@@ -1,4 +1,4 @@
-"""``python -m bench``: the parts one after another, then the table and the report. Measures nothing itself."""
+"""``python -m bench``: runs the parts one after another, then prints the table and writes the report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PARTS: Final[dict[str, tuple[str, Callable[[Settings, Path, Collection], None]]
 def main(argv: Sequence[str]) -> int:
     """Parse, measure, report; exit status 0 when it ran, 1 when a measurement failed."""
     settings = arguments.parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through the clean-up below
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs the cleanup below
     found = Collection()
     scratch = Path(tempfile.mkdtemp(prefix=f"backstay-bench-{os.getpid()}-", dir="/dev/shm"))
     try:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"the benchmark failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bench: interrupted; everything it had started was ended", file=sys.stderr)
+        print("bench: interrupted; all its processes were stopped", file=sys.stderr)
         return 130
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

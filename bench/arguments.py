@@ -1,4 +1,4 @@
-"""What the benchmark can be asked: its command line, as one frozen record."""
+"""The benchmark's command line, parsed into one frozen record."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def parse(argv: Sequence[str]) -> Settings:
     """Settings from a command line; UsageError or argparse's exit for a bad one."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measure what snapshots cost and how fast state comes back, beside memcpy, raw TCP and DCP.",
+        description="Measure what snapshots cost and how fast state is restored, compared with memcpy, raw TCP and DCP.",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the full report to FILE")
     parser.add_argument("--size", help="state per rank (default 512MiB)")
     parser.add_argument("--protect-size", help="shard per node in the protect and rebuild part (default: as --size)")
     parser.add_argument("--ranks", type=int, help="trainers of the step part, one node each (default 2)")
@@ -48,13 +48,13 @@ def parse(argv: Sequence[str]) -> Settings:
     parser.add_argument("--rebuild-rounds", type=int, help="nodes destroyed, one after another (default 2)")
     parser.add_argument("--steps", type=int, help="timed steps per round and method (default 3)")
     parser.add_argument("--cpu-step-s", type=float, help="length of a CPU-bound step (default 2.0)")
-    parser.add_argument("--rest-s", type=float, help="seconds that daemons at rest are watched, a round (default 30)")
+    parser.add_argument("--rest-s", type=float, help="seconds per round that idle daemons are observed (default 30)")
     parser.add_argument("--protect-nodes", type=int, default=6, help="n of the protected group (default 6)")
     parser.add_argument("--parity", type=int, default=2, help="m of the protected group (default 2)")
-    parser.add_argument("--no-peers", action="store_true", help="leave out torch.distributed.checkpoint")
+    parser.add_argument("--no-peers", action="store_true", help="skip torch.distributed.checkpoint")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(PARTS)} to run")
-    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="keep the daemons' and trainers' logs here")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: does it run at all")
+    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="keep the daemons' and trainers' logs in DIR")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, to check that everything runs")
     given = parser.parse_args(list(argv))
     parts = tuple(part for part in given.parts.split(",") if part)
     if unknown := set(parts) - set(PARTS):

@@ -1,4 +1,4 @@
-"""What the machine itself can do: one thread copying memory, and one plain TCP stream over loopback.
+"""The machine's own limits: one thread copying memory, and one plain TCP stream over loopback.
 
 Every ratio of the benchmark has one of these as its denominator, measured in the same rounds. No backstay code is on the path.
 """
@@ -23,11 +23,11 @@ _RECEIVE_BYTES = 1024 * 1024
 
 
 class Memcpy:
-    """One thread copying between ordinary memory and a mapping of a tmpfs file, all pages touched before.
+    """One thread copying between ordinary memory and a mapped tmpfs file, with all pages touched in advance.
 
     Args:
         path: A file to create on tmpfs; removed by :meth:`close`.
-        size_bytes: How much one copy moves.
+        size_bytes: Bytes per copy.
     """
 
     def __init__(self, path: Path, size_bytes: int) -> None:
@@ -114,7 +114,7 @@ class RawTcp:
 
 
 def _send_file(path: str) -> None:
-    """Print a port and send the whole of ``path`` to whoever connects, one after another, until standard input closes."""
+    """Print a port and send ``path`` to each client in turn until standard input closes."""
     with socket.create_server(("127.0.0.1", 0)) as listener, open(path, "rb") as file:
         print(listener.getsockname()[1], flush=True)
         threading.Thread(target=_exit_with_parent, daemon=True).start()

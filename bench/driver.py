@@ -1,4 +1,4 @@
-"""The processes of a measurement: trainers and light ranks that take commands, and a burner that keeps a core busy.
+"""Processes of a measurement: trainers and light ranks that take commands, and a burner that keeps a core busy.
 
 Each ends with :meth:`World.close` and, should this process die, with its standard input.
 """
@@ -44,7 +44,7 @@ class TrainerSettings:
     size_bytes: int
     scratch: str  # a directory on tmpfs, for baselines and peers
     max_wait_s: float = 60.0
-    frozen: float = 0.0  # part of the parameters that is not trained
+    frozen: float = 0.0  # fraction of the parameters that is not trained
 
 
 class World:
@@ -90,7 +90,7 @@ class World:
 
 
 def start_trainers(cluster: LocalCluster, *, run_id: str, size_bytes: int, scratch: Path, frozen: float = 0.0) -> World:
-    """A gloo world with one trainer on each node; ``frozen`` is the part of the parameters that is not trained."""
+    """A gloo world with one trainer on each node; ``frozen`` is the fraction of the parameters that is not trained."""
     port = free_port()
     arguments = []
     for rank, node in enumerate(cluster.nodes):
@@ -165,6 +165,6 @@ def burner(core: int) -> Iterator[None]:
 
 
 def _environment(cluster: LocalCluster, node: str) -> dict[str, str]:
-    """Marked as the node's work, so that the cluster kills what is left of it."""
+    """Marks the process as the node's work, so that the cluster kills it at the end."""
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return process_environment() | cluster.keeper.marks(node=node, role=WORK_ROLE) | threads

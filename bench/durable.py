@@ -1,7 +1,7 @@
-"""What durable copies cost: their speed beside ``cp`` to the same disk, a restore from them beside ``dcp.load``, steps.
+"""Durable copies: their speed compared with ``cp`` to the same disk, a restore compared with ``dcp.load``, and step time.
 
-The disk is that of the directory in TMPDIR (else /var/tmp). Both sides of a ratio read from and write to it, and flush what
-they wrote. Must not look at the product's own clocks: copies are timed by the coordinator's timeline and by the file system.
+The disk is that of the directory in TMPDIR (else /var/tmp). Both sides of a ratio read from and write to it, and flush their
+writes. Must not use the product's own timings: copies are timed by the coordinator's timeline and by the file system.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SCALE = 2  # times --size: 1 GiB by default
 _WARM_SAVES = 3
 _DEADLINE_S = 600.0
 _POLL_S = 0.01
-_PAIRS = 2  # phases of either kind in a round, in turns
-_PHASE_STEPS = 6  # as many as it takes to have a copy under way in each of them
+_PAIRS = 2  # phases of each kind per round, alternating
+_PHASE_STEPS = 6  # enough for a copy to be in progress in each of them
 
 
 def measure_persisting(settings: Settings, scratch: Path, found: Collection) -> None:
@@ -77,7 +77,7 @@ def _measure_copies(settings: Settings, disk: Path, found: Collection) -> None:
 
 
 def _persist(cluster: LocalCluster, world: World) -> tuple[int, float]:
-    """Take a snapshot and wait for its durable copy; its step, and the seconds from the coordinator's order to its word."""
+    """Take a snapshot and wait for its durable copy; its step, and the seconds between the coordinator's events."""
     save = world.ask("save", method="backstay")[0]
     if not save["is_taken"]:
         raise MeasurementError(
@@ -87,7 +87,7 @@ def _persist(cluster: LocalCluster, world: World) -> tuple[int, float]:
 
 
 def _wait_copied(cluster: LocalCluster) -> tuple[int, float]:
-    """Until nothing newer than what is on the disk is in memory."""
+    """Wait until the newest snapshot in memory is on the disk."""
 
     def is_copied() -> bool:
         status = cluster.run_status(RUN)

@@ -1,4 +1,4 @@
-"""What daemons cost while nobody trains: CPU and memory of a node that holds a protected run, and of its coordinator.
+"""Idle cost: CPU and memory of a node that holds a protected run while nobody trains, and of its coordinator.
 
 Reads /proc of the daemons and their children; the arena is not counted, its pages are shared memory.
 """
@@ -42,7 +42,7 @@ def measure_rest(settings: Settings, scratch: Path, found: Collection) -> None:
 
 
 def hold_a_run(cluster: LocalCluster, *, size_bytes: int) -> None:
-    """A run of one rank a node is protected, and its trainers have gone."""
+    """Protect a run with one rank per node, then stop its trainers."""
     with start_light_ranks(cluster, run=RUN, size_bytes=size_bytes) as world:
         attach(world)
         for step in range(1, _STEPS + 1):

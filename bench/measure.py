@@ -1,6 +1,6 @@
-"""Timings with the company they need: how often, how far apart, and how much CPU the host took away meanwhile.
+"""Timings with their count, spread, and the CPU time that the hypervisor took meanwhile.
 
-Pure bookkeeping over clocks and /proc/stat; must not decide what is measured.
+Only bookkeeping over clocks and /proc/stat; must not decide what is measured.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The contenders beside backstay: torch.distributed.checkpoint, saving the same tensors to the same tmpfs.
+"""The alternatives to backstay: torch.distributed.checkpoint, saving the same tensors to the same tmpfs.
 
-Used as its documentation says, each step in its own directory, the older one removed once the newer is whole.
+Used as documented, each step in its own directory, the older one removed once the newer is complete.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from bench import state as states
 
 
 class Saver(Protocol):
-    """How a training loop saves: called after each step; returns when training may go on."""
+    """How a training loop saves: called after each step; returns when training may continue."""
 
     def save(self, step: int) -> None: ...
 
     def wait(self) -> None:
-        """Return when the newest save is whole."""
+        """Return when the newest save is complete."""
 
     def held_bytes(self) -> int:
         """Bytes of tmpfs in use for this rank's share now."""
@@ -49,7 +49,7 @@ class DcpSave:
         pass
 
     def load(self) -> None:
-        """Load the newest checkpoint in place, be it of a process before this one."""
+        """Load the newest checkpoint in place, also one of an earlier process."""
         newest = self._newest or max(self._directory.glob("step-*"), key=lambda path: path.stat().st_mtime)
         load(self._tensors(), checkpoint_id=newest)
 

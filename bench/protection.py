@@ -1,7 +1,7 @@
-"""What the daemons achieve together: state protected per second, lost shards rebuilt per second, memory held.
+"""Throughput of the daemons together: state protected per second, lost shards rebuilt per second, memory used.
 
-A group of real daemons and ranks that only commit bytes; beside it one raw TCP stream over the same loopback. The clock runs
-from the last rank's commit to the coordinator's word that the snapshot is protected, as polled from its status.
+A group of real daemons and ranks that only commit bytes, beside one raw TCP stream over the same loopback. The clock runs
+from the last rank's commit until the coordinator's status reports the snapshot as protected.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ProtectedGroup:
         rebuilt = time.time()
         self._wait(lambda: self._cluster.run_status(RUN)["protected_step"] >= self._step, "protection by the survivors")
         repaired = time.time()
-        ordered = self._time_of_order(destroyed)  # before it, a lease is spent on waiting for a replacement
+        ordered = self._time_of_order(destroyed)  # before it, the coordinator waits a lease for a replacement
         stolen = stolen_cpu_s() - stolen
         rate = self._world.size_bytes / (rebuilt - ordered)
         self._found.add("rebuild", rate, unit="bytes/s", stolen_s=stolen)
@@ -103,7 +103,7 @@ class ProtectedGroup:
             self._snapshot()
 
     def _time_of_order(self, after_unix_s: float) -> float:
-        """When the coordinator ordered the rebuild, in its own words."""
+        """When the coordinator ordered the rebuild, from its timeline."""
         for event in self._cluster.status()["timeline"]:
             if event["kind"] == "rebuild" and event["run"] == RUN and event["time_unix_s"] >= after_unix_s:
                 return float(event["time_unix_s"])

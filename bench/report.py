@@ -1,6 +1,6 @@
-"""The benchmark's result: ratios under stable keys, the bars beside them, the raw samples and the machine; a table and JSON.
+"""The benchmark's result: ratios under stable keys, their bars, the raw samples and the machine; as a table and JSON.
 
-Bars are reported, never asserted: a busy machine misses them without anything being broken.
+Bars are reported, never asserted: a busy machine misses them although nothing is broken.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _MEANING: Final = {
 
 
 def bars(settings: Settings) -> dict[str, dict[str, Any]]:
-    """The promised limits: ``limit`` and whether the measured value must be ``at_most`` or ``at_least`` that."""
+    """The promised limits, by key: the value must be ``at_most`` or ``at_least`` that."""
     data = settings.protect_nodes - settings.parity
     return {
         "block_ms": {"at_most": 10.0},
@@ -102,7 +102,7 @@ def build(settings: Settings, found: Collection) -> dict[str, Any]:
 
 
 def machine(settings: Settings) -> dict[str, Any]:
-    """Where and how this was measured."""
+    """The machine and the settings of the measurement."""
     cpu = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -126,7 +126,7 @@ def machine(settings: Settings) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any], found: Collection) -> str:
-    """For people: each figure with its spread, the CPU stolen meanwhile, its bar, and what the peers read."""
+    """A text table: each figure with its spread, the CPU time stolen meanwhile, its bar, and the alternatives' figures."""
     lines = [f"{'':62}{'median':>9}{'min':>9}{'max':>9}{'n':>4}{'stolen':>8}  bar"]
     for key, meaning in _MEANING.items():
         if not found.has(key) or key not in report["ratios"]:

@@ -1,6 +1,6 @@
-"""The training state that every contender saves: a model and AdamW of a given total size, and the steps that change it.
+"""The training state that every alternative saves: a model and AdamW of a given total size, and the steps that change it.
 
-Real tensors, real optimizer. Must know nothing of how a state is saved.
+Real tensors and a real optimizer. Must not know how the state is saved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BYTES_PER_PARAMETER = 12  # float32 parameter and two float32 moments
 
 @dataclass(slots=True)
 class TrainingState:
-    """A model, its optimizer with its state already made, and the batch that makes a CPU-bound step last as long as asked."""
+    """A model, its optimizer with existing state, and a batch sized for CPU-bound steps of a given duration."""
 
     model: torch.nn.Sequential
     optimizer: torch.optim.AdamW
@@ -33,10 +33,10 @@ class TrainingState:
         loss = self.model(self.batch).square().mean()
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # gradients keep their pages: allocation is not what is compared
+        self.optimizer.zero_grad(set_to_none=False)  # gradients keep their pages: allocation is not compared
 
     def waiting_step(self, seconds: float) -> None:
-        """A step whose work is done elsewhere, as by a GPU: the process waits, then one small parameter changes."""
+        """A step that computes elsewhere, as on a GPU: the process waits, then one small parameter changes."""
         time.sleep(seconds)
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -86,7 +86,7 @@ def calibrate(state: TrainingState, seconds: float) -> None:
 
 
 def _step_seconds(state: TrainingState) -> float:
-    """The shortest of a few: what other processes took away must not make the batch smaller."""
+    """The shortest of a few: interference by other processes must not make the batch smaller."""
     state.cpu_step()
     seconds = []
     for _ in range(3):
@@ -97,7 +97,7 @@ def _step_seconds(state: TrainingState) -> float:
 
 
 def tensors(state: TrainingState, *, prefix: str) -> dict[str, torch.Tensor]:
-    """Every tensor of the state by a flat name beginning with ``prefix``: what the peers are given to save."""
+    """Every tensor of the state by a flat name beginning with ``prefix``: what the alternatives save."""
     named = dict(state.model.named_parameters())
     flat: dict[str, torch.Tensor] = {f"{prefix}model.{name}": parameter.detach() for name, parameter in named.items()}
     for name, parameter in named.items():

@@ -1,7 +1,7 @@
-"""The trainer process of the benchmark: holds the state, makes steps and saves as its driver asks, one JSON line each.
+"""The trainer process of the benchmark: holds the state, and runs steps and saves as commanded, one JSON line each.
 
-A real process with real torch and a gloo world, because blocking, faults and scheduling are what is measured. Must not
-measure anything but itself: cluster-wide figures are the driver's.
+A real process with torch and a gloo world, because blocking, page faults and scheduling are measured. Must not
+measure anything but itself; the driver takes cluster-wide figures.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class BackstaySaver:
 
     def wait(self) -> None:
         """Return when the newest snapshot is captured, digested and committed (or was skipped)."""
-        self.keeper.fence()  # ends the byte check that some snapshots have
+        self.keeper.fence()  # ends the byte check of some snapshots
         if not self.keeper.wait_committed(COMMIT_DEADLINE_S):
             raise MeasurementError(f"no commit within {COMMIT_DEADLINE_S:.0f} s", reason="commit_slow")
 
     def settle(self) -> None:
-        """Let the slot of the next snapshot be reserved, and the daemons do what follows from this one."""
+        """Let the next slot be reserved, and the daemons finish their work for this snapshot."""
         self.wait()
         time.sleep(_SETTLE_S)
 
@@ -66,7 +66,7 @@ class BackstaySaver:
 
 
 class LoadClock:
-    """Times the loading part of restore() where it happens: what comes before it is waiting for the decision."""
+    """Times the loading part of restore(), without the preceding wait for the decision."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -162,7 +162,7 @@ class Trainer:
             for _ in range(count + 1):
                 begin = time.perf_counter()
                 one_step()
-                dist.all_reduce(signal)  # the ranks go in step, as in any training
+                dist.all_reduce(signal)  # ranks advance in lockstep, as in any training
                 self.step += 1
                 stepped = time.perf_counter()
                 if saver is not None:

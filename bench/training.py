@@ -1,7 +1,7 @@
-"""What snapshots cost a trainer: how long they block, how much longer steps last, how fast a state is committed and loaded.
+"""What snapshots cost a trainer: how long they block, how much they slow steps, how fast state is committed and loaded.
 
-Two clusters: one node and one rank for what a single trainer does, and one rank per node, protected, for steps. Backstay, the
-peers and the baselines take turns within each round.
+Two clusters: one node and one rank for a single trainer, and one rank per node, protected, for steps. Backstay, the
+alternatives and the baselines alternate within each round.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _FROZEN_WARM_SAVES = (
 _FROZEN_SAVES = 5
 _PROTECT_DEADLINE_S = 300.0
 _SHORTEST_WAIT_S = 0.3
-_WAIT_PER_PROTECT = 1.5  # a step is "long enough for protection to keep up" with this much room
+_WAIT_PER_PROTECT = 1.5  # margin within which protection keeps up with steps
 
 
 def measure_solo(settings: Settings, scratch: Path, found: Collection) -> None:
-    """Commit with and without a core to spare, restore from local memory, and the peers' save and load: one rank, one node."""
+    """Commit with and without a spare core, local restore, and the alternatives' save and load: one rank, one node."""
     with (
         LocalCluster(1, parity=0, keep_logs=settings.keep_logs) as cluster,
         start_trainers(cluster, run_id=RUN_ID, size_bytes=settings.size_bytes, scratch=scratch) as world,
@@ -154,7 +154,7 @@ def measure_steps(settings: Settings, scratch: Path, found: Collection) -> None:
 
 
 def waiting_step_s(cluster: LocalCluster, world: World, run: str = RUN) -> float:
-    """A step in which protection has time to keep up: measured by protecting a few snapshots on their own."""
+    """A step duration with which protection keeps up, measured by protecting a few snapshots."""
     seconds = 0.0
     for _ in range(_WARM_SAVES):
         with stopwatch() as watch:
@@ -213,7 +213,7 @@ def _prefix(method: str) -> str:
 
 
 def wait_quiet(cluster: LocalCluster, run: str = RUN) -> None:
-    """Return when every complete snapshot is protected: what comes next is measured without their traffic."""
+    """Return when every complete snapshot is protected, so that their traffic does not disturb the next measurement."""
 
     def is_quiet() -> bool:
         status = cluster.run_status(run)

@@ -123,7 +123,7 @@ def test_one_leads_and_hands_over_when_it_ends(engine: str, urls: Callable[[str]
         await first.close()
         assert not first.may_act()
         await until(second.may_act, "the second to take over at once")
-        assert told == ["c-1 leads 1", "c-1 ends: this coordinator ends", "c-2 leads 2"]
+        assert told == ["c-1 leads 1", "c-1 ends: this coordinator is stopping", "c-2 leads 2"]
         await second.close()
 
     asyncio.run(scenario())
@@ -142,7 +142,7 @@ def test_a_leader_whose_line_to_etcd_is_cut_ends_before_another_begins(etcd: Etc
             await second.start()
             proxy.cut()
             await until(lambda: len(told) == 3, "the second to lead")
-            assert told[1].startswith("c-1 ends: not renewed within 1 s")
+            assert told[1].startswith("c-1 ends: the lease was not renewed within 1 s")
             assert told[2] == "c-2 leads 2"
             proxy.mend()
             await until(lambda: (leader := first.leader()) and leader.holder == "c-2", "the first to see who leads")
@@ -259,9 +259,9 @@ def test_without_access_to_kubernetes_it_is_said_at_once(monkeypatch: pytest.Mon
     ("url", "message"),
     [
         ("zookeeper://a:1/x", "is neither empty nor etcd://"),
-        ("etcd://a:1", "names no PREFIX"),
+        ("etcd://a:1", "has no PREFIX"),
         ("etcd://a/x", "is not HOST:PORT"),
-        ("etcd://a:1/x?tls=yes", "has an option tls"),
+        ("etcd://a:1/x?tls=yes", "has an unknown option tls"),
         ("kubernetes://Backstay/lead", "names that Kubernetes allows"),
         ("kubernetes://backstay", "names that Kubernetes allows"),
     ],

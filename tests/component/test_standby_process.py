@@ -94,7 +94,7 @@ def test_a_standby_says_who_leads_and_takes_over_with_higher_generations(
             )
             assert obeyed[-1].generation == Generation(TERM_GENERATIONS + 1, first.core.incarnation)
             await asyncio.to_thread(look_at_both, first, second)
-            assert caplog.messages.count(f"stands by: the coordinator at {first.address} leads") == 1
+            assert caplog.messages.count(f"standing by: the coordinator at {first.address} leads") == 1
             await first.close()
             await until(lambda: leads(second), "the second to take over")
             await until(lambda: obeyed[-1].generation.number > 2 * TERM_GENERATIONS, "the node to obey the second")

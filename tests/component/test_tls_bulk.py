@@ -133,7 +133,7 @@ def test_operators_and_coordinators_may_not_read_what_runs_hold(
         role = other.role.value
         error = served.refusal(other)
         assert isinstance(error, UnavailableError), "the daemon tries again"
-        wait_logged(caplog, f"its role is {role}, which is open to node")
+        wait_logged(caplog, f"its role is {role}, but only node may")
         assert served.address in str(error)
 
 
@@ -143,8 +143,8 @@ def test_a_peer_of_another_authority_is_refused_on_both_sides(
     stranger = TestAuthority(tmp_path / "other", name="other CA").node("client")
     error = served.refusal(stranger)
     assert error.reason == "peer_other_ca"
-    assert "not signed by an authority in our tls_ca" in str(error)
-    wait_logged(caplog, "refuses our certificate (spiffe://backstay/backstay/node/server)")
+    assert "no authority in our tls_ca signed it" in str(error)
+    wait_logged(caplog, "rejects our certificate (spiffe://backstay/backstay/node/server)")
 
 
 def test_a_peer_that_trusts_us_and_is_not_trusted_is_told_so(
@@ -155,8 +155,8 @@ def test_a_peer_that_trusts_us_and_is_not_trusted_is_told_so(
     files.ca.write_bytes(other.pem + authority.pem)
     error = served.refusal(node_credentials(files))
     assert error.reason == "we_other_ca"
-    assert "its tls_ca does not know who signed it" in str(error)
-    wait_logged(caplog, "its certificate is refused")
+    assert "its tls_ca does not contain the authority that signed it" in str(error)
+    wait_logged(caplog, "its certificate was rejected")
 
 
 def test_expired_certificates_are_refused_and_named_on_both_sides(
@@ -164,8 +164,8 @@ def test_expired_certificates_are_refused_and_named_on_both_sides(
 ) -> None:
     error = served.refusal(authority.node("client", ends=PAST))
     assert error.reason == "we_expired"
-    assert "it refuses our certificate (spiffe://backstay/backstay/node/client): expired; renew it here" in str(error)
-    wait_logged(caplog, "its certificate is refused: certificate has expired; renew it there")
+    assert "it rejects our certificate (spiffe://backstay/backstay/node/client): expired; renew it here" in str(error)
+    wait_logged(caplog, "its certificate was rejected: certificate has expired; renew it there")
 
 
 def test_a_server_whose_certificate_expired_is_refused(
@@ -184,7 +184,7 @@ def test_plaintext_to_a_node_of_tls_is_told_in_plaintext(served: Served, caplog:
     error = served.refusal(None)
     assert error.reason == "tls_required"
     assert "TLS is spoken here; set tls_cert, tls_key and tls_ca" in str(error)
-    wait_logged(caplog, "127.0.0.1 speaks plaintext, and here TLS is spoken")
+    wait_logged(caplog, "127.0.0.1 speaks plaintext, but TLS is required here")
 
 
 def test_tls_to_a_node_of_plaintext_is_refused_on_both_sides(
@@ -249,7 +249,7 @@ def test_a_server_of_plaintext_that_answers_is_explained(authority: TestAuthorit
         thread = threading.Thread(target=answer)
         thread.start()
         client = BulkClient(f"127.0.0.1:{listen.getsockname()[1]}", timeouts=FAST, credentials=authority.node())
-        with pytest.raises(UnavailableError, match="it does not speak TLS, and here plaintext is refused") as caught:
+        with pytest.raises(UnavailableError, match="it does not speak TLS, but TLS is required here") as caught:
             client.get_plan(RUN, KEY, "ab" * 16)
         assert caught.value.reason == "plaintext"
         thread.join(5)

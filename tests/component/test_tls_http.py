@@ -78,7 +78,7 @@ def test_plain_http_to_it_is_told_to_speak_tls(address: tuple[str, int]) -> None
     connection = http.client.HTTPConnection(*address, timeout=10)
     connection.request("GET", "/hello")
     response = connection.getresponse()
-    assert (response.status, response.read()) == (400, b"TLS is spoken here: https://\n")
+    assert (response.status, response.read()) == (400, b"this port speaks TLS; use https://\n")
     connection.close()
 
 

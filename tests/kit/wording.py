@@ -30,7 +30,7 @@ ERRORS: dict[str, str] = {
 
 # Lines in the logs of daemons and coordinators, and what the library logs or warns in a trainer.
 LOGS: dict[str, str] = {
-    "certificate_renewed": "certificate {file} of {identity} was read again; valid until",
+    "certificate_renewed": "certificate {file} of {identity} was reloaded; valid until",
     "coder_ended": "coder {pid} ended with status {status} and {jobs} jobs; restarting it",
     "coordinator_connected": "connected to the coordinator at {address}",
     "coordinator_listens": "coordinator {incarnation} listens at {address}, http at",
@@ -53,7 +53,7 @@ LOGS: dict[str, str] = {
 COMMANDS: dict[str, str] = {
     "copy_under_way": "step {step} is being copied to {url}: {done} of {total}",
     "demo_equal": "bitwise equal: {steps} steps",
-    "demo_refused": "Nothing was loaded and no rank went on",
+    "demo_refused": "Nothing was loaded and no rank continued",
     "demo_rolled": "{count} restarts cost no step, protected never went back",
     "distrusted_by_operator": "step {step} of {run} and every snapshot trained from it will not be restored again",
     "drained": "{node}: drained: it may be stopped",
@@ -81,7 +81,7 @@ EXAMPLES: dict[str, str] = {
 
 # Sentences of the status: of a run, a decision, a node, an event, a health check, the page.
 STATUS: dict[str, str] = {
-    "adopting": "adopting what lies in {directory}",
+    "adopting": "adopting the contents of {directory}",
     "alive": "alive: the decisions {seconds} s ago",
     "cannot_be_staged": "its shards are there, but staging them failed again and again ({reason})",
     "cannot_restore": "cannot restore {run} at step {step}: {why}",
@@ -97,7 +97,7 @@ STATUS: dict[str, str] = {
     "imported_model": "imported: model loaded, optimizer fresh, generators and extras untouched",
     "keep_an_older_one": "(keep = 2 of the coordinator) or a durable copy (persist_url){why}; `backstay trust {run}`",
     "last_ran_on": "it last ran on {nodes}, which are away",
-    "loop_hangs": "{loop} last went round {seconds} s ago, the bound is {bound} s",
+    "loop_hangs": "{loop} has not run for {seconds} s; the limit is {bound} s",
     "never_complete": "it never became complete",
     "no_room_before": "a moment ago the other nodes had no room for a copy of a new snapshot",
     "no_room_to_drain": "no other node can take the shards of {ranks} of step {step}",
@@ -111,7 +111,8 @@ STATUS: dict[str, str] = {
     "nothing_older": "no older step is in memory",
     "older_step": "restoring step {step}, not {newest}: {why}",
     "order_not_answered": "it has not answered the order yet",
-    "page_is_stale": "What is shown was true at {time}",
+    "page_is_collecting": "The coordinator has just started and is collecting reports",
+    "page_is_stale": "This page shows the state of {time}",
     "page_protected": "protected survives the loss of any {count} nodes",
     "parts_not_reported": "parts of step {step} are on nodes that have not reported, and no other snapshot is there",
     "ranks_lost": "{ranks} lost ({why}; {losses} losses, parity covers {parity})",

@@ -60,7 +60,7 @@ def test_equal_runs_are_equal_also_with_a_step_computed_twice(control: RunNotes,
         (_with(_whole_run(), 2, parameters="other"), "rank 1 after step 3: parameters other"),
         (_with(_whole_run(), 2, rng="other"), "rank 1 after step 3: rng other"),
         (_with(_whole_run(), 4, optimizer="other"), "rank 1 at the end: optimizer other"),
-        (_whole_run()[:-1], "rank 1 never came to the end"),
+        (_whole_run()[:-1], "rank 1 never finished"),
         (_whole_run()[:1] + _whole_run()[2:], "rank 1 never reported step 2"),
         ([*_whole_run(), _step(9)], "rank 1 reported step 9, which the control run does not have"),
         (

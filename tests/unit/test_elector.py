@@ -118,7 +118,7 @@ def test_a_leader_that_finds_another_in_the_record_ends() -> None:
     assert elector.tick(1.7) == [Read()]
     newer = record("other", "other:7070", 6)
     (ended,) = elector.on_read(seen(newer, "v9"), 1.8)
-    assert ended == StepDown(reason="another leads: other:7070 (term 6)")
+    assert ended == StepDown(reason="another coordinator leads: other:7070 (term 6)")
 
 
 def test_a_leader_whose_record_is_deleted_ends_and_its_terms_go_on() -> None:
@@ -128,7 +128,7 @@ def test_a_leader_whose_record_is_deleted_ends_and_its_terms_go_on() -> None:
     elector.on_swapped(None, 1.7)
     elector.tick(1.7)
     ended, made = elector.on_read(None, 1.8)
-    assert ended == StepDown(reason="another leads: the record is gone")
+    assert ended == StepDown(reason="another coordinator leads: the record was deleted")
     assert made == Swap(record=record(NOBODY, "", 5), version=None)
 
 
@@ -136,7 +136,7 @@ def test_ending_gives_the_lease_back_after_it_stopped_acting() -> None:
     elector = candidate()
     leading(elector)
     ended, released = elector.stop(1.0)
-    assert ended == StepDown(reason="this coordinator ends")
+    assert ended == StepDown(reason="this coordinator is stopping")
     assert not elector.may_act(1.0)
     assert released == Swap(record=record("", "", 5), version="v2")
     assert not elector.is_finished

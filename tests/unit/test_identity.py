@@ -31,7 +31,7 @@ def parsed(uri: str) -> Identity | None:
         found = parse(uri)
     except ConfigError as error:
         text = str(error)
-    assert found is not None or "is no identity of backstay" in text
+    assert found is not None or "is not a backstay identity" in text
     assert text.isprintable(), "what a stranger sent is shown in ASCII, on one line"
     return found
 

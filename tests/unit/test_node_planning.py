@@ -34,7 +34,15 @@ from backstayd.core.messages.decisions import (
     StagingState,
 )
 from backstayd.core.messages.desired import RunDesired
-from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, Stored, Survey, UploadTask
+from backstayd.core.messages.durable import (
+    PersistedSnapshot,
+    StorageDesired,
+    Stored,
+    Survey,
+    Upload,
+    UploadState,
+    UploadTask,
+)
 from backstayd.core.messages.plans import (
     FragmentRecord,
     FragmentSource,
@@ -54,7 +62,7 @@ from backstayd.node.reconcile.actions import (
     CancelTask,
     DiscardStaged,
     DropPlan,
-    DurableView,
+    DurableRun,
     FenceWorld,
     PrepareTarget,
     QuarantineParity,
@@ -63,13 +71,13 @@ from backstayd.node.reconcile.actions import (
     ReleaseSnapshot,
     ReleaseWorld,
     Restoring,
-    StagedState,
     StartJob,
     View,
 )
 from backstayd.node.reconcile.planner import plan_actions
 from backstayd.node.reconcile.staging import is_handing_out, rebuilt_bytes, staging_of
 from backstayd.node.reconcile.tasks import TaskKey, TaskKind
+from backstayd.store.index import StagedFile
 
 RUN = "job/run"
 KEY = SnapshotKey(1, 12)
@@ -207,14 +215,11 @@ def test_the_owner_of_a_rebuilt_shard_prepares_waits_and_verifies() -> None:
     stored = view(wanted, plans={PLAN.plan_id: PLAN})
     (prepare,) = plan_actions(stored)
     assert isinstance(prepare, PrepareTarget)
-    half = StagedState(
-        rank=0, world_size=3, digest16=digest(0)[:16], size_bytes=SIZE, missing={REBUILD.rebuild_id: (1,)}
-    )
-    waiting = replace(stored, staged=(half,))
+    place = (REBUILD.rebuild_id, digest(0)[:16])
+    waiting = replace(stored, missing={place: (1,)})
     assert plan_actions(replace(waiting, settled=frozenset({prepare.key}))) == []
     assert rebuilt_bytes(waiting) == (SIZE // 2, SIZE)
-    whole = replace(half, missing={REBUILD.rebuild_id: ()})
-    (verify,) = plan_actions(replace(stored, staged=(whole,)))
+    (verify,) = plan_actions(replace(stored, missing={place: ()}))
     assert isinstance(verify, StartJob)
     assert isinstance(verify.job, VerifyShard)
     assert verify.job.is_staged
@@ -381,7 +386,7 @@ def test_other_worlds_lose_their_grants() -> None:
 
 
 def test_staging_that_nothing_wants_goes_once_the_world_runs() -> None:
-    staged = StagedState(rank=0, world_size=3, digest16=digest(0)[:16], size_bytes=SIZE)
+    staged = StagedFile(rank=0, world_size=3, digest16=digest(0)[:16], size_bytes=SIZE)
     running = view(desired(phase=DecisionPhase.RELEASE), staged=(staged,), decision=LOCAL)
     assert plan_actions(running) == [DiscardStaged(rank=0, world_size=3, digest16=digest(0)[:16])]
     for kept in (RunDesired(run=RUN), desired(phase=DecisionPhase.PREPARE)):
@@ -429,10 +434,10 @@ STORAGE = StorageDesired(
 
 
 def test_only_a_node_that_was_confirmed_changes_what_others_share() -> None:
-    now = view(RunDesired(run=RUN, storage=STORAGE), shards=(shard(0),), durable=DurableView(free_uploads=1))
+    now = view(RunDesired(run=RUN, storage=STORAGE), shards=(shard(0),), free_uploads=1)
     kinds = [action.key.kind for action in plan_actions(now) if isinstance(action, StartJob)]
     assert kinds == [TaskKind.SURVEY, TaskKind.UPLOAD], "what harms nobody"
-    confirmed = replace(now, durable=replace(now.durable, is_confirmed=True, confirmed_until_s=9.0))
+    confirmed = replace(now, is_confirmed=True, confirmed_until_s=9.0)
     jobs = {action.key.kind: action.job for action in plan_actions(confirmed) if isinstance(action, StartJob)}
     changes = {kind: jobs[kind] for kind in jobs.keys() - {TaskKind.SURVEY, TaskKind.UPLOAD}}
     assert changes.keys() == {TaskKind.COMPLETE, TaskKind.PRUNE, TaskKind.DISTRUST, TaskKind.TRUST}
@@ -445,15 +450,20 @@ def test_only_a_node_that_was_confirmed_changes_what_others_share() -> None:
 
 
 def test_what_is_done_on_storage_is_not_done_again_and_uploads_wait_for_their_turn() -> None:
-    done = DurableView(
-        survey=Survey(url=STORAGE.url, survey_id="s", is_done=True),
-        uploaded=frozenset({(STORED.snapshot_id, 0), (STORED.snapshot_id, RECORD_RANK)}),
-        pruned=frozenset(STORAGE.prunes),
-        marked=frozenset({BAD.snapshot_id}),
-        struck=frozenset({BAD.snapshot_id}),
-        is_confirmed=True,
-        free_uploads=1,
+    record, shard_upload = (
+        Upload(snapshot_id=STORED.snapshot_id, rank=rank, state=UploadState.DONE) for rank in (RECORD_RANK, 0)
     )
-    assert plan_actions(view(RunDesired(run=RUN, storage=STORAGE), shards=(shard(0),), durable=done)) == []
-    waits = replace(done, uploaded=frozenset({(STORED.snapshot_id, RECORD_RANK)}), free_uploads=0)
-    assert plan_actions(view(RunDesired(run=RUN, storage=STORAGE), shards=(shard(0),), durable=waits)) == []
+    done = DurableRun(
+        survey=Survey(url=STORAGE.url, survey_id="s", is_done=True),
+        uploads={(upload.snapshot_id, upload.rank): upload for upload in (record, shard_upload)},
+        pruned=set(STORAGE.prunes),
+        marked={BAD.snapshot_id},
+        struck={BAD.snapshot_id},
+    )
+    now = view(
+        RunDesired(run=RUN, storage=STORAGE), shards=(shard(0),), durable=done, is_confirmed=True, free_uploads=1
+    )
+    assert plan_actions(now) == []
+    waits = replace(done, uploads={(STORED.snapshot_id, RECORD_RANK): record})
+    assert plan_actions(replace(now, durable=waits, free_uploads=0)) == []
+    assert len(plan_actions(replace(now, durable=waits))) == 1

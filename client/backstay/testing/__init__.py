@@ -1,4 +1,4 @@
-"""Start a real cluster of daemons on this machine and break it: for backstay's own tests, the demo, and a user's CI."""
+"""Starts a real cluster of daemons on this machine and injects faults: for backstay's tests, the demo, and users' CI."""
 
 from backstay.testing.cluster import LocalCluster
 from backstay.testing.daemons import LocalNode

@@ -1,4 +1,4 @@
-"""Certificates of a LocalCluster: made as an operator makes them, by `backstay certs`, and handed over by environment."""
+"""Certificates of a LocalCluster, created with `backstay certs` as an operator would, and passed in the environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 from backstay.errors import ConfigError
 
-# Everything is on this machine's loopback; daemons and commands refuse plaintext unless it is meant.
+# Everything is on this machine's loopback; daemons and commands refuse plaintext unless it is explicitly allowed.
 PLAINTEXT: Final = {
     "BACKSTAYD_NODE_INSECURE": "true",
     "BACKSTAYD_COORDINATOR_INSECURE": "true",
@@ -18,13 +18,13 @@ PLAINTEXT: Final = {
 
 
 class Certificates:
-    """An authority in ``directory`` and what it made."""
+    """An authority in ``directory`` and the certificates it issued."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def make(self, *nodes: str, has_others: bool = False, days: float = 30.0, host: str = "127.0.0.1") -> None:
-        """Make, or make anew, the certificates of ``nodes``, and of coordinator and operator if asked."""
+        """Issue or renew certificates for ``nodes``, and for coordinator and operator if ``has_others``."""
         argv = [sys.executable, "-m", "backstayd.cli", "certs", "--ca-dir", str(self.directory)]
         argv += ["--days", str(days), "--host", host]
         argv += ["--node", *nodes] if nodes else []
@@ -34,7 +34,7 @@ class Certificates:
             raise ConfigError(f"`backstay certs` ended with status {done.returncode}: {done.stderr.strip()}")
 
     def of_node(self, name: str) -> dict[str, str]:
-        """The environment of a node's daemon; its certificate is made if it has none."""
+        """The environment of a node's daemon; issues its certificate if it has none."""
         if not (self.directory / "node" / name / "tls.crt").exists():
             self.make(name)
         return _environment("BACKSTAYD_NODE", self.directory / "node" / name)

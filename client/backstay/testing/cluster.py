@@ -1,4 +1,4 @@
-"""A real cluster on one machine: a coordinator and node daemons as processes, each node destroyable with its memory.
+"""A real cluster on one machine: a coordinator and node daemons as processes; each node can be destroyed with its memory.
 
 Used by backstay's cluster tests, by the demo, and by a user's own fault-injection tests:
 
@@ -8,7 +8,7 @@ Used by backstay's cluster tests, by the demo, and by a user's own fault-injecti
         cluster.destroy_node(1)
         cluster.replace_node(1)
 
-Standard library and Linux only. Never imports backstayd: it starts it, as an operator would.
+Standard library and Linux only. Never imports backstayd but starts it, as an operator would.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ _START_DEADLINE_S: Final = 90.0
 
 
 class LocalCluster:
-    """n nodes and a coordinator; everything a test may break about them, and the true state to compare with.
+    """n nodes and a coordinator, every fault a test may inject, and their true state to compare with.
 
-    Invariant: after :meth:`close` no process, socket or file of the cluster is left, however the nodes were treated; a
-    guardian process sees to it even when this process is killed.
+    Invariant: after :meth:`close` no process, socket or file of the cluster is left, whatever happened to the nodes; a
+    guardian process ensures this even if this process is killed.
 
     Args:
         nodes: How many nodes. Named ``node-0`` and up; a replacement is ``node-0-r1`` unless named otherwise.
         parity: m of every group, or "auto".
-        group_size: Wanted n = k + m of a group.
+        group_size: Target n = k + m of a group.
         root: A short directory path on tmpfs; None makes a private one under /dev/shm.
-        lease_s: The number all of the daemons' timeouts follow from.
+        lease_s: The lease, from which all timeouts of the daemons derive.
         env: Added to the environment of the coordinator and every daemon (``BACKSTAY_FAULTS``, ``BACKSTAYD_...``).
         coordinator_env: Added to the environment of the first coordinator at :meth:`start` only, not of a restarted one.
         domains: Failure domain of each node, e.g. ``["rack-1", "rack-1", "rack-2"]``.
         quota: Memory limit of each daemon, such as "256MiB"; "" sets none.
         keep: Protected snapshots kept per run.
         coders: Coder processes per daemon.
-        coordinators: How many; with more than one the first leads to begin with, and ``election`` is needed.
-        election: Where they agree who leads, such as "etcd://127.0.0.1:2379/test".
+        coordinators: How many; with more than one, the first leads initially, and ``election`` is required.
+        election: URL of the election's store, such as "etcd://127.0.0.1:2379/test".
         settings: Further settings of the coordinator by their names, such as ``{"persist_url": "file:///mnt/checkpoints"}``.
-        tls: Everybody shows certificates, made by `backstay certs` (needs the package cryptography); else plaintext.
+        tls: Use certificates issued by `backstay certs` (needs the package cryptography); else plaintext.
         keep_logs: A directory the logs are moved to at close; None deletes them.
     """
 
@@ -127,7 +127,7 @@ class LocalCluster:
         self.close()
 
     def start(self) -> None:
-        """Start everything and wait until the coordinator sees every node live; what fails leaves nothing behind."""
+        """Start everything and wait until the coordinator sees every node live; a failure leaves nothing behind."""
         try:
             self._start()
         except BaseException:
@@ -149,7 +149,7 @@ class LocalCluster:
         self.wait_live()
 
     def close(self) -> None:
-        """Kill all that is left, delete all files, and check that nothing remains. Harmless when repeated."""
+        """Kill all remaining processes, delete all files, and check that nothing is left. Idempotent."""
         self.keeper.kill()
         if self._keep_logs is not None and self.keeper.log_dir.is_dir():
             shutil.copytree(self.keeper.log_dir, self._keep_logs, dirs_exist_ok=True)
@@ -176,7 +176,7 @@ class LocalCluster:
 
     @property
     def coordinator_address(self) -> str:
-        """What nodes and operators are told: the addresses of all coordinators, with commas between."""
+        """The addresses of all coordinators, separated by commas, as nodes and operators get them."""
         return ",".join(coordinator.address for coordinator in self.coordinators)
 
     @property
@@ -227,7 +227,7 @@ class LocalCluster:
     # -- nodes --------------------------------------------------------------------------------------------------------
 
     def kill_daemon(self, index: int) -> None:
-        """SIGKILL the node's daemon; its coders die with it by themselves; the memory stays. Waits for that."""
+        """SIGKILL the node's daemon and wait until its coders have died with it; the memory stays."""
         node = self.nodes[index]
         if node.daemon is not None and node.daemon.poll() is None:
             node.daemon.kill()
@@ -256,9 +256,9 @@ class LocalCluster:
     def restart_daemon(
         self, index: int, env: Mapping[str, str | None] | None = None, *, is_waiting: bool = True
     ) -> None:
-        """Kill the daemon if it runs and start another over the same memory; waits for its answer by default.
+        """Kill the daemon if it runs and start another on the same memory; by default wait for its answer.
 
-        ``env`` is added to its environment; None takes a variable away.
+        ``env`` is added to its environment; None removes a variable.
         """
         node = self.nodes[index]
         if node.is_destroyed:
@@ -271,14 +271,14 @@ class LocalCluster:
             )
 
     def destroy_node(self, index: int) -> list[int]:
-        """The loss of the machine: SIGKILL of every process of the node (in whatever session), memory deleted.
+        """Lose the machine: SIGKILL every process of the node, in any session, and delete its memory.
 
         Returns the pids killed.
         """
         return self.destroy_nodes([index])
 
     def destroy_nodes(self, indexes: Sequence[int]) -> list[int]:
-        """Destroy several nodes at once: all their processes are dead before the first directory goes."""
+        """Destroy several nodes at once: all their processes are dead before the first directory is deleted."""
         killed: list[int] = []
         for index in indexes:
             signal_processes(self.keeper.pids(node=self.nodes[index].name), signal.SIGKILL)
@@ -290,7 +290,7 @@ class LocalCluster:
         return killed
 
     def replace_node(self, index: int, name: str | None = None, *, is_waiting: bool = True) -> LocalNode:
-        """Put an empty node, with another name unless given, in the place of a destroyed one, and start its daemon."""
+        """Replace a destroyed node with an empty one, with a new name unless given, and start its daemon."""
         old = self.nodes[index]
         if not old.is_destroyed:
             raise UsageError(f"{old.name} still exists; destroy_node({index}) first", reason="node_exists")
@@ -303,7 +303,7 @@ class LocalCluster:
         return node
 
     def freeze(self, part: int | str, *, is_whole_node: bool = False) -> list[int]:
-        """SIGSTOP a node's daemon with its coders (all of its processes if asked), or a coordinator by its name."""
+        """SIGSTOP a node's daemon and coders (all its processes if ``is_whole_node``), or a coordinator by name."""
         return self._signal_part(part, signal.SIGSTOP, is_whole_node)
 
     def thaw(self, part: int | str, *, is_whole_node: bool = False) -> list[int]:
@@ -337,7 +337,7 @@ class LocalCluster:
 
     @property
     def operator_environment(self) -> dict[str, str]:
-        """What `backstay` needs in its environment to speak with this cluster."""
+        """Environment variables with which `backstay` reaches this cluster."""
         security = PLAINTEXT if self.certificates is None else self.certificates.of_operator()
         return process_environment() | security | {"BACKSTAY_COORDINATOR": self.coordinator_address}
 
@@ -346,7 +346,7 @@ class LocalCluster:
     def run_on_node(
         self, index: int, argv: Sequence[str], env: Mapping[str, str] | None = None, *, name: str = ""
     ) -> subprocess.Popen[bytes]:
-        """Start a trainer or agent that belongs to the node: told of its socket, gone when it is destroyed.
+        """Start a trainer or agent that belongs to the node: it gets the node's socket and dies when the node is destroyed.
 
         Its output goes to ``<name>.log`` in the log directory.
         """
@@ -359,13 +359,13 @@ class LocalCluster:
     def run_beside(
         self, argv: Sequence[str], env: Mapping[str, str] | None = None, *, name: str
     ) -> subprocess.Popen[bytes]:
-        """Start a process that belongs to the cluster and to no node, such as a rendezvous store."""
+        """Start a process that belongs to the cluster but to no node, such as a rendezvous store."""
         return self.keeper.spawn(argv, name=name, role=WORK_ROLE, env=process_environment() | dict(env or {}))
 
     # -- true state ---------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """The status document of the coordinator that leads; raises UnavailableError when there is no answer."""
+        """The leading coordinator's status document; raises UnavailableError if there is no answer."""
         return self.leader().status()
 
     def run_status(self, run: str) -> dict[str, Any]:
@@ -393,7 +393,7 @@ class LocalCluster:
         def all_live() -> bool:
             self._check_running()
             seen = {entry["name"]: (entry["state"], entry["incarnation"]) for entry in self.status()["nodes"]}
-            # a daemon killed a moment ago counts as live for a lease more: only its incarnation tells it from the next
+            # a killed daemon counts as live for another lease: only the incarnation distinguishes it from its successor
             return all(
                 seen.get(node.name) == ("live", node.status()["node"]["incarnation"])
                 for node in self.nodes
@@ -406,10 +406,10 @@ class LocalCluster:
         processes = [(coordinator.name, coordinator.process) for coordinator in self.coordinators]
         for name, process in [*processes, *((node.name, node.daemon) for node in self.nodes)]:
             if process is not None and process.poll() not in (None, -signal.SIGKILL):
-                raise ConfigError(f"{name} ended with status {process.returncode} by itself\n{self.evidence()}")
+                raise ConfigError(f"{name} ended unexpectedly with status {process.returncode}\n{self.evidence()}")
 
     def evidence(self) -> str:
-        """The last status and the tails of all logs, for the message of a failure."""
+        """The last status and the tails of all logs, for failure messages."""
         try:
             status = json.dumps(self.status())[-6000:]
         except UnavailableError as error:

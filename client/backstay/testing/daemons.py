@@ -26,7 +26,7 @@ _HTTP_TIMEOUT_S: Final = 5.0
 
 @dataclass(slots=True, kw_only=True)
 class LocalNode:
-    """A node. ``directory`` holds all it owns; deleting it and killing its processes is the loss of the machine."""
+    """A node. ``directory`` holds everything it owns; deleting it and killing its processes loses the machine."""
 
     index: int
     name: str
@@ -83,23 +83,23 @@ class LocalCoordinator:
 
     @property
     def address(self) -> str:
-        """Where nodes and operators reach it."""
+        """The address at which nodes and operators reach it."""
         return self.advertise or self.listen
 
     def arguments(self) -> list[str]:
-        """Its own part of the command line."""
+        """Its individual command-line arguments."""
         argv = ["--listen", self.listen, "--http", f"{HOST}:{self.http_port}"]
         argv += ["--advertise", self.advertise] if self.advertise else []
         return argv + (["--election", self.election] if self.election else [])
 
     def status(self) -> dict[str, Any]:
-        """Its status document, also of one that stands by; UnavailableError when it does not answer."""
+        """Its status document, also as a standby; UnavailableError if it does not answer."""
         if self.process is None or self.process.poll() is not None:
             raise UnavailableError(f"{self.name} does not run")
         return fetch_json(HOST, self.http_port, "/status.json")
 
     def is_leading(self) -> bool:
-        """Whether it says that it leads; False when it does not answer."""
+        """Whether it claims to lead; False if it does not answer."""
         try:
             return bool(self.status()["leader"]["is_leader"])
         except UnavailableError:
@@ -107,7 +107,7 @@ class LocalCoordinator:
 
 
 def leading(coordinators: Sequence[LocalCoordinator]) -> LocalCoordinator:
-    """The one that leads; raises UnavailableError while there is none."""
+    """The leading coordinator; raises UnavailableError while there is none."""
     for coordinator in coordinators:
         if len(coordinators) == 1 or coordinator.is_leading():
             return coordinator
@@ -129,5 +129,5 @@ def fetch_json(host: str, port: int, path: str) -> dict[str, Any]:
     finally:
         connection.close()
     if not isinstance(document, dict):
-        raise UnavailableError(f"http://{host}:{port}{path} answered no JSON object")
+        raise UnavailableError(f"http://{host}:{port}{path} did not return a JSON object")
     return document

@@ -1,6 +1,6 @@
-"""Cleans up after a test process that died without doing so: ``python guardian.py CLUSTER_ID ROOT``.
+"""Cleans up after a test process that died before it could: ``python guardian.py CLUSTER_ID ROOT``.
 
-Waits for the end of its standard input, which its parent holds open for life; then kills what carries the cluster's
+Waits for the end of its standard input, which its parent keeps open; then kills every process that carries the cluster's
 mark and deletes the root directory. Must outlive signals sent to the terminal's process group.
 """
 
@@ -20,7 +20,7 @@ from backstay.testing.processes import CLUSTER_MARK, kill_marked
 
 @contextmanager
 def guarded(cluster_id: str, root: Path) -> Iterator[None]:
-    """While inside, a guardian process stands by; leaving in any orderly way dismisses it and deletes nothing."""
+    """A guardian process runs while this is open; any orderly exit dismisses it without deleting anything."""
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     guardian = subprocess.Popen(
         [sys.executable, "-P", __file__, cluster_id, str(root)],
@@ -37,8 +37,8 @@ def guarded(cluster_id: str, root: Path) -> Iterator[None]:
 def main(cluster_id: str, root: str) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    told = sys.stdin.buffer.read()
-    if told != b"done":
+    received = sys.stdin.buffer.read()
+    if received != b"done":
         kill_marked({CLUSTER_MARK: cluster_id})
         shutil.rmtree(root, ignore_errors=True)
     return 0

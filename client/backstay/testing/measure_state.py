@@ -1,7 +1,7 @@
 """Measures the state of a user's model and optimizer: ``python -m backstay.testing.measure_state MODULE:FUNCTION``.
 
 The function returns ``(model, optimizer)`` or a model alone. It is called under the meta device, so nothing is allocated; one
-step with gradients of no content makes the optimizer's state. Prints one line of JSON. Must not train anything.
+step with uninitialized gradients creates the optimizer's state. Prints one line of JSON. Must not train anything.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _made(function: str) -> tuple[torch.nn.Module, Any]:
     try:
         make = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"there is no {function}: {error}", reason="bad_arguments") from error
+        raise UsageError(f"cannot import {function}: {error}", reason="bad_arguments") from error
     with torch.device("meta"):
         made = make()
     model, optimizer = made if isinstance(made, tuple) else (made, None)

@@ -1,4 +1,4 @@
-"""Free TCP ports below the kernel's ephemeral range, so that no outgoing connection takes one before its use."""
+"""Free TCP ports below the kernel's ephemeral range, so that no outgoing connection takes one before it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _handed_out: set[int] = set()
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port nobody listens on now and that this process never handed out before."""
+    """A port that nobody listens on and that this process has not returned before."""
     for _ in range(500):
         port = random.SystemRandom().randint(_FIRST_PORT, _LAST_PORT)
         if port in _handed_out:

@@ -1,7 +1,7 @@
-"""Processes of a test cluster, found by a mark in their environment and not by whom their parent is.
+"""Processes of a test cluster, identified by a mark in their environment rather than by their parent.
 
-A mark survives fork, exec, setsid and the death of every ancestor, so "everything that belongs to node 3" can be killed
-whole, as the loss of a machine would. Linux only (reads /proc); knows nothing of what the processes do.
+A mark survives fork, exec, setsid and the death of every ancestor, so everything that belongs to node 3 can be killed
+together, as when a machine is lost. Linux only (reads /proc); must not know what the processes do.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def signal_processes(pids: Sequence[int], number: signal.Signals) -> None:
 
 
 def kill_marked(marks: Mapping[str, str], *, deadline_s: float = KILL_DEADLINE_S) -> list[int]:
-    """SIGKILL every process with ``marks`` until none is left, also those born meanwhile; returns who was killed.
+    """SIGKILL every process with ``marks`` until none is left, including new ones; returns the killed pids.
 
     Raises:
         UnavailableError: some process outlived the deadline (uninterruptible in the kernel).
@@ -70,7 +70,7 @@ def command_line(pid: int) -> str:
 
 
 def tail(path: Path, *, line_count: int = 15) -> str:
-    """The last lines of a log, or why there are none."""
+    """The last lines of a log, or the error that prevents reading it."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 16384))
@@ -82,7 +82,7 @@ def tail(path: Path, *, line_count: int = 15) -> str:
 
 @dataclass(slots=True)
 class ProcessKeeper:
-    """Starts processes in sessions of their own, marked, with logs in files; ends them all.
+    """Starts marked processes in their own sessions, with logs in files, and ends them all.
 
     Invariant: a process started here, and whatever it started, carries the cluster's mark and dies in :meth:`kill`.
     """
@@ -117,7 +117,7 @@ class ProcessKeeper:
             )
         self.children.append(child)
         environ = Path(f"/proc/{child.pid}/environ")
-        while child.poll() is None and not environ.read_bytes():  # exec shows it a moment after Popen returns
+        while child.poll() is None and not environ.read_bytes():  # the environment appears shortly after Popen returns
             time.sleep(0.001)
         return child
 

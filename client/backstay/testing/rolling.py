@@ -1,4 +1,4 @@
-"""A rolling restart of a LocalCluster under a running job, and a watch over its redundancy meanwhile.
+"""A rolling restart of a LocalCluster under a running job, and sampling of the job's redundancy meanwhile.
 
 Uses what operators use: `backstay drain`, SIGTERM, the status document. Must not look into the daemons.
 """
@@ -23,18 +23,18 @@ COMMAND_DEADLINE_S: Final = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The coordinator's word at one moment. ``possible``: spares that as many nodes as count as there can give."""
+    """The coordinator's status at one moment. ``possible``: the spares that the nodes present then could provide."""
 
     at_s: float
     protected_step: int
     spares: int
     possible: int
-    away: tuple[str, ...]  # nodes that count as lost
+    away: tuple[str, ...]  # lost nodes
 
 
 @dataclass(slots=True)
 class RedundancyWatch:
-    """Samples the status of one run until it is ended. A coordinator that is away or has only just begun says nothing."""
+    """Samples the status of one run. Skips samples while the coordinator is unreachable or has just started."""
 
     cluster: LocalCluster
     run: str
@@ -42,7 +42,7 @@ class RedundancyWatch:
     samples: list[Sample] = field(default_factory=list)
 
     def sample(self) -> None:
-        """Take one, if there is an answer."""
+        """Take a sample if there is an answer."""
         try:
             status = self.cluster.status()
         except UnavailableError:
@@ -53,7 +53,7 @@ class RedundancyWatch:
         self.samples.append(_sample(run, status["nodes"], self.parity))
 
     def complaints(self) -> list[str]:
-        """What went back or fell below what was possible, as sentences; from the first protected snapshot on."""
+        """Regressions and avoidable losses of redundancy since the first protected snapshot, as sentences."""
         found = []
         first = next((i for i, s in enumerate(self.samples) if s.protected_step and s.spares >= s.possible), 0)
         for before, after in zip(self.samples[first:], self.samples[first + 1 :], strict=False):
@@ -96,7 +96,7 @@ def watched(cluster: LocalCluster, run: str, *, parity: int) -> Iterator[Redunda
 
 
 def drain(cluster: LocalCluster, index: int, *, undo: bool = False) -> str:
-    """`backstay drain NODE --wait`, or its undoing; returns what the command said.
+    """Run `backstay drain NODE --wait`, or cancel the drain; returns the command's output.
 
     Raises:
         UnavailableError: it failed.
@@ -118,7 +118,7 @@ def drain(cluster: LocalCluster, index: int, *, undo: bool = False) -> str:
 
 
 def upgrade_daemon(cluster: LocalCluster, index: int) -> None:
-    """What an upgrade does to a node: drained, stopped by SIGTERM, started again, used again."""
+    """Do what an upgrade does to a node: drain it, stop the daemon with SIGTERM, restart it, cancel the drain."""
     drain(cluster, index)
     status = cluster.stop_daemon(index)
     if status:

@@ -1,4 +1,4 @@
-"""Waiting for a condition with a deadline and a reason; never a bare sleep, never without an end."""
+"""Waits for a condition with a deadline and a reason, instead of a bare sleep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class DeadlineError(AssertionError):
-    """A condition did not come true in time; the message says what was waited for and what was seen last."""
+    """A condition did not become true in time; the message says what was awaited and what was last seen."""
 
 
 def wait_until(
@@ -29,7 +29,7 @@ def wait_until(
 
     Args:
         deadline_s: Seconds until giving up; ``condition`` is called at least once.
-        why: What is waited for, as the rest of the sentence "waited for ...".
+        why: What is awaited, completing the sentence "waited for ...".
         evidence: Called on failure only; its text (status, tails of logs) ends the message.
 
     Raises:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Generic
 
-from backstayd.config.schema import Config
+from backstayd.config.schema import Config, settings
 
 
 class Reloader(Generic[Config]):
@@ -28,17 +28,14 @@ class Reloader(Generic[Config]):
     def __call__(self) -> str:
         """Reload; returns the outcome as a sentence for the log. On ConfigError nothing has changed."""
         found = self._load()
-        changed = [
-            field.name
-            for field in dataclasses.fields(found)
-            if getattr(found, field.name) != getattr(self.settings, field.name)
-        ]
+        names = [setting.name for setting in settings(type(found))]
+        changed = [name for name in names if getattr(found, name) != getattr(self.settings, name)]
         live = {name: getattr(found, name) for name in changed if name in found.live}
         waiting = [name for name in changed if name not in found.live]
         if live:
-            settings = dataclasses.replace(self.settings, **live)
-            self._apply(settings)
-            self.settings = settings
+            new = dataclasses.replace(self.settings, **live)
+            self._apply(new)
+            self.settings = new
         taken = ", ".join(f"{name} = {value!r}" for name, value in live.items())
         parts = [f"applied {taken}"] if live else []
         parts += [f"needs a restart: {', '.join(waiting)}"] if waiting else []

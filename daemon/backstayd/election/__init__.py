@@ -1,1 +1,1 @@
-"""Which of several coordinators leads: a pure elector, the process around it, and the stores a record can be kept in."""
+"""Leader election among coordinators: a pure elector, its driver, and the stores that can hold the lease record."""

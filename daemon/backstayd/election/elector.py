@@ -1,7 +1,7 @@
-"""One candidate of the election as a state machine: what the store answered and the time in, what to do out.
+"""One candidate of the election as a state machine: store answers and times in, actions out.
 
-Pure: it calls nothing and reads no clock. Times are of one clock of this machine that never goes back and does not stand
-still while the machine sleeps; they are never sent to anybody nor compared with a time of another machine.
+Pure: it calls nothing and reads no clock. Times come from one clock of this machine that never goes backwards and includes
+time asleep; they are never sent or compared with times of another machine.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Final
 
 from backstayd.election.lease import LeaseRecord, Timing, Versioned
 
-NOBODY: Final = "nobody"  # never renews
+NOBODY: Final = "nobody"  # a holder that never renews
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """Ask the store for the record."""
+    """Read the record from the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:
-    """Ask the store to replace what has ``version`` by ``record``."""
+    """Replace the record of ``version`` with ``record``."""
 
     record: LeaseRecord
     version: str | None
@@ -30,14 +30,14 @@ class Swap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lead:
-    """Begin to act, in a reign of this number: no other candidate acts, and none of an older reign is to be obeyed."""
+    """Begin to lead in this term: no other candidate leads, and leaders of older terms must not be obeyed."""
 
     term: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDown:
-    """Stop acting, at once."""
+    """Stop leading at once."""
 
     reason: str
 
@@ -49,65 +49,63 @@ class _Asked(Enum):
     NOTHING = "nothing"
     READ = "read"
     TAKE = "take"
-    MAKE = "make"  # a record of nobody
+    MAKE = "make"  # a record held by nobody
     RENEW = "renew"
     RELEASE = "release"
 
 
 class Elector:
-    """Drive it with :meth:`tick` and the store's answers; carry out what each returns, in order.
+    """Drive it with :meth:`tick` and the store's answers; carry out the returned actions in order.
 
     Invariants:
-        It acts only until the renew deadline after it *asked for* the last write that the store confirmed.
-        It replaces another's record only after it has seen it unchanged for a whole lease, or given back. Where there is
-        none, one of nobody is written first and waited for likewise: it may have been deleted under a leader.
-        At most one question to the store is open.
+        It leads only until the renew deadline after it *requested* the last write that the store confirmed.
+        It replaces another's record only after seeing it unchanged for a whole lease, or released. Where there is
+        none, it first writes one held by nobody and waits likewise: the record may have been deleted under a leader.
+        At most one request to the store is pending.
 
     Args:
-        holder: Who we are: another one after every start of the process.
-        address: Where others reach us.
+        holder: Our unique name, a new one for every start of the process.
+        address: Where peers reach us.
     """
 
     def __init__(self, holder: str, address: str, timing: Timing) -> None:
         self.holder, self.address = holder, address
         self._timing = timing
         self._seen: Versioned | None = None
-        self._seen_since_s: float | None = None  # when the version of ``_seen`` was first seen; None: never looked
+        self._seen_since_s: float | None = None  # when the version of ``_seen`` was first seen; None: never read
         self._highest_term = 0
-        self._is_known = (
-            False  # ``_seen`` is what the store last said, with no write of ours since that may have happened
-        )
+        self._is_known = False  # ``_seen`` is the store's last answer, and no write of ours may have changed it since
         self._asked = _Asked.NOTHING
         self._asked_s = 0.0
         self._proposed: LeaseRecord | None = None
         self._due_s = 0.0
         self._leads_until_s: float | None = None
         self._is_stopping = False
-        self._stands_back_until_s = 0.0
-        self.is_finished = False  # after :meth:`stop`: nothing is left to be given back
+        self._resigned_until_s = 0.0
+        self.is_finished = False  # after :meth:`stop`: nothing is left to release
         self.last_error = ""
 
     def may_act(self, now_s: float) -> bool:
-        """Whether this candidate leads at ``now_s``; ask before everything that leaves."""
+        """Whether this candidate leads at ``now_s``; check before sending anything."""
         return self._leads_until_s is not None and now_s < self._leads_until_s
 
     def margin_s(self, now_s: float) -> float:
-        """How long it may act without another renewal; 0 if it does not lead."""
+        """How long it may lead without another renewal; 0 if it does not lead."""
         return max(0.0, self._leads_until_s - now_s) if self._leads_until_s is not None else 0.0
 
     @property
     def is_leading(self) -> bool:
-        """Whether it was told to lead and not yet to step down."""
+        """Whether it has emitted Lead and not yet StepDown."""
         return self._leads_until_s is not None
 
     def leader(self, now_s: float) -> LeaseRecord | None:
-        """Whom the record names; None if nobody, or one that has not renewed for so long that it acts no more."""
+        """The holder in the record; None if nobody, or one that has not renewed within the renew deadline."""
         if self._seen is None or self._seen_since_s is None or self._seen.record.holder in ("", NOBODY):
             return None
         return self._seen.record if now_s - self._seen_since_s < self._timing.renew_deadline_s else None
 
     def wake_s(self, now_s: float) -> float:
-        """When :meth:`tick` is wanted next."""
+        """When to call :meth:`tick` next."""
         due_s = self._due_s if self._asked is _Asked.NOTHING else now_s + self._timing.lease_s
         return due_s if self._leads_until_s is None else min(due_s, self._leads_until_s)
 
@@ -119,20 +117,20 @@ class Elector:
         return actions
 
     def stop(self, now_s: float) -> list[Action]:
-        """Give back what is held, so that another takes over at once; ask until :attr:`is_finished`."""
+        """Release the lease so that another takes over at once; keep ticking until :attr:`is_finished`."""
         actions: list[Action] = []
         if not self._is_stopping:
             self._is_stopping = True
-            actions += self._step_down("this coordinator ends")
+            actions += self._step_down("this coordinator is stopping")
             self._due_s = now_s
             self.is_finished = self._asked is _Asked.NOTHING and not self._is_ours
         return actions + self.tick(now_s)
 
     def resign(self, reason: str, now_s: float) -> list[Action]:
-        """Stop acting, give the lease back and leave it to others for one lease; then compete again."""
+        """Stop leading, release the lease and let others lead for one lease; then compete again."""
         actions = self._step_down(reason)
         if actions:
-            self._stands_back_until_s, self._due_s = now_s + self._timing.lease_s, now_s
+            self._resigned_until_s, self._due_s = now_s + self._timing.lease_s, now_s
         return actions + self.tick(now_s)
 
     def on_read(self, found: Versioned | None, now_s: float) -> list[Action]:
@@ -144,7 +142,7 @@ class Elector:
         self._note(found)
         actions = self._step_down_if_late(now_s)
         if self.is_leading and not self._is_ours:
-            actions += self._step_down(f"another leads: {_words(found)}")
+            actions += self._step_down(f"another coordinator leads: {_described(found)}")
         self._due_s = now_s + self._timing.poll_s
         if self._is_stopping:
             self._due_s = now_s
@@ -173,12 +171,12 @@ class Elector:
         return actions
 
     def on_failed(self, reason: str, now_s: float) -> list[Action]:
-        """No answer to Read or Swap: the write may have happened, or happen yet."""
+        """No answer to Read or Swap: the write may have happened, or still happen."""
         asked, self._asked, self.last_error = self._asked, _Asked.NOTHING, reason
         self._is_known = False
         self._due_s = now_s + self._timing.poll_s
         if self._is_stopping and asked is _Asked.RELEASE:
-            self.is_finished = True  # others wait a lease instead
+            self.is_finished = True  # the others wait one lease instead
         return self._step_down_if_late(now_s)
 
     @property
@@ -195,14 +193,14 @@ class Elector:
             self._highest_term = max(self._highest_term, found.record.term)
 
     def _may_take(self, now_s: float) -> bool:
-        if self._seen is None or self._seen_since_s is None or now_s < self._stands_back_until_s:
+        if self._seen is None or self._seen_since_s is None or now_s < self._resigned_until_s:
             return False
         is_free = self._seen.record.holder in ("", self.holder)
         lease_s = max(self._timing.lease_s, self._seen.record.lease_s)
         return is_free or now_s - self._seen_since_s >= lease_s
 
     def _ask(self, now_s: float) -> list[Action]:
-        """The next question to the store."""
+        """The next request to the store."""
         self._asked_s = now_s
         if not self._is_known:
             self._asked = _Asked.READ
@@ -211,7 +209,7 @@ class Elector:
         if self._is_stopping and not self._is_ours:
             self.is_finished = True
             return []
-        if self._is_ours and (self._is_stopping or now_s < self._stands_back_until_s):
+        if self._is_ours and (self._is_stopping or now_s < self._resigned_until_s):
             return [self._swap(_Asked.RELEASE, self._record("", term))]
         if self.is_leading:
             return [self._swap(_Asked.RENEW, self._record(self.holder, term))]
@@ -234,7 +232,7 @@ class Elector:
         assert self._proposed is not None
         until_s = self._asked_s + self._timing.renew_deadline_s
         if now_s >= until_s:
-            self._due_s = now_s  # the answer was so late that nothing is left of it: take it anew
+            self._due_s = now_s  # the answer came after the renew deadline: take the lease again
             return []
         self._leads_until_s = until_s
         return [Lead(term=self._proposed.term)]
@@ -243,7 +241,7 @@ class Elector:
         if self._leads_until_s is None or now_s < self._leads_until_s:
             return []
         why = f": {self.last_error}" if self.last_error else ""
-        return self._step_down(f"not renewed within {self._timing.renew_deadline_s:g} s{why}")
+        return self._step_down(f"the lease was not renewed within {self._timing.renew_deadline_s:g} s{why}")
 
     def _step_down(self, reason: str) -> list[Action]:
         if self._leads_until_s is None:
@@ -252,7 +250,7 @@ class Elector:
         return [StepDown(reason=reason)]
 
 
-def _words(found: Versioned | None) -> str:
+def _described(found: Versioned | None) -> str:
     if found is None:
-        return "the record is gone"
+        return "the record was deleted"
     return f"{found.record.address or 'nobody'} (term {found.record.term})"

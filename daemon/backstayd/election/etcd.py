@@ -1,6 +1,6 @@
 """The lease record as one key in etcd, over its HTTP gateway: reads are linearizable, writes compare the revision.
 
-No lease of etcd's own is used: when a record is out of date is decided by who reads it. TLS: ``ca``, ``cert`` and ``key`` in
+Does not use etcd's own leases: the reader decides when a record is stale. TLS: ``ca``, ``cert`` and ``key`` in
 the URL, or ETCDCTL_CACERT, ETCDCTL_CERT and ETCDCTL_KEY.
 """
 
@@ -32,7 +32,7 @@ _AWAY: Final = (ConnectionFailedError, ConnectionTimeoutError, InternalServerErr
 
 
 class EtcdStore:
-    """One key of an etcd cluster; the endpoint that answered last is asked first.
+    """One key of an etcd cluster; the endpoint that answered last is tried first.
 
     Args:
         hosts: ``host:port`` of the members.
@@ -50,7 +50,7 @@ class EtcdStore:
         self._clients = [_client(host, files, timeout_s) for host in hosts]
 
     def read(self) -> Versioned | None:
-        """The record; None where there is no such key."""
+        """The record; None if the key does not exist."""
         request = {"key": _encode(self._key)}
         answer = self._ask(lambda client: client.post(client.get_url("/kv/range"), json=request))
         if not answer.get("kvs"):
@@ -66,13 +66,13 @@ class EtcdStore:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{self.name} holds something that is no record of ours ({error!r}); choose another PREFIX, or delete it",
+                f"{self.name} holds a value that is not a backstay record ({error!r}); choose another PREFIX or delete the key",
                 reason="foreign_lease",
             ) from None
         return Versioned(record=record, version=str(found["mod_revision"]))
 
     def compare_and_swap(self, record: LeaseRecord, version: str | None) -> str | None:
-        """Put, if the key's revision is ``version``, or if there is no key."""
+        """Put if the key's revision is ``version`` (None: if the key does not exist)."""
         key = _encode(self._key)
         value = json.dumps(dataclasses.asdict(record))
         compare = {"key": key, "result": "EQUAL", "target": "CREATE", "create_revision": "0"}
@@ -88,7 +88,7 @@ class EtcdStore:
             client.session.close()
 
     def _ask(self, call: Callable[[Etcd3Client], Any]) -> Any:
-        """The answer of the first member that gives one; asking two about one swap is safe, as both compare."""
+        """The answer of the first member that gives one; trying two members for one swap is safe, because both compare."""
         errors: list[BackstayError] = []
         for client in list(self._clients):
             try:
@@ -106,7 +106,7 @@ class EtcdStore:
 
 def _client(host: str, files: Mapping[str, str], timeout_s: float) -> Etcd3Client:
     session = requests.Session()
-    session.trust_env = False  # a proxy of the environment is for the outside world
+    session.trust_env = False  # ignore proxies from the environment: they are for outside connections
     name, port = split_address(host)
     is_tls = any(files.values())
     if files["ca"]:
@@ -118,11 +118,11 @@ def _client(host: str, files: Mapping[str, str], timeout_s: float) -> Etcd3Clien
 
 def _check_files(files: Mapping[str, str]) -> None:
     if bool(files["cert"]) != bool(files["key"]):
-        raise ConfigError("of a client certificate for etcd both cert and key are needed", reason="bad_etcd_tls")
+        raise ConfigError("etcd client certificates need both cert and key", reason="bad_etcd_tls")
     for name, path in files.items():
         if path and not os.access(path, os.R_OK):
             raise ConfigError(
-                f"cannot read {path}, given as {name} (or {_VARIABLES[name]}) for etcd", reason="bad_etcd_tls"
+                f"cannot read {path}, set as {name} (or {_VARIABLES[name]}) for etcd", reason="bad_etcd_tls"
             )
 
 

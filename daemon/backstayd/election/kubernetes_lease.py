@@ -1,6 +1,6 @@
 """The lease record as a Lease of coordination.k8s.io/v1: writes compare resourceVersion, ``leaseTransitions`` is the term.
 
-``renewTime`` is written for people and never read. Inside a pod the service account is used, elsewhere
+``renewTime`` is written for people and never read. Inside a pod it uses the service account, elsewhere
 KUBECONFIG.
 """
 
@@ -18,23 +18,23 @@ from kubernetes.config import ConfigException
 from backstay.errors import BackstayError, ConfigError, UnavailableError
 from backstayd.election.lease import LeaseRecord, Versioned
 
-_CONFLICT: Final = 409  # another wrote meanwhile, or has created it
+_CONFLICT: Final = 409  # written or created by another client meanwhile
 _NOT_FOUND: Final = 404
-_REFUSED: Final = {400: "the request", 401: "our credentials", 403: "our rights", 422: "the record"}
+_REFUSED: Final = {400: "the request", 401: "our credentials", 403: "our permissions", 422: "the record"}
 
 
 class KubernetesStore:
-    """The Lease at ``NAMESPACE/NAME``, made when it is not there."""
+    """The Lease at ``NAMESPACE/NAME``, created if missing."""
 
     def __init__(self, path: str, *, call_timeout_s: float) -> None:
         self._namespace, _, self._name = path.partition("/")
         self.name = f"Lease {path}"
-        self._timeout = (call_timeout_s / 2, call_timeout_s)  # to connect, to be answered
+        self._timeout = (call_timeout_s / 2, call_timeout_s)  # to connect, to read the answer
         self._client = kubernetes.client.ApiClient(api_configuration())
         self._api = kubernetes.client.CoordinationV1Api(self._client)
 
     def read(self) -> Versioned | None:
-        """The record; None where there is no such Lease."""
+        """The record; None if the Lease does not exist."""
         try:
             found = self._api.read_namespaced_lease(self._name, self._namespace, _request_timeout=self._timeout)
         except ApiException as error:
@@ -76,7 +76,7 @@ class KubernetesStore:
 
     def _lease(self, record: LeaseRecord, version: str | None) -> Any:
         now = dt.datetime.now(dt.UTC)
-        now = now.replace(microsecond=max(1, now.microsecond))  # without a fraction the API server cannot read it
+        now = now.replace(microsecond=max(1, now.microsecond))  # the API server cannot parse a time without a fraction
         spec = kubernetes.client.V1LeaseSpec(
             holder_identity=f"{record.address}_{record.holder}" if record.holder else None,
             lease_duration_seconds=math.ceil(record.lease_s),
@@ -93,7 +93,7 @@ class KubernetesStore:
         if error.status in _REFUSED or error.status == _NOT_FOUND:
             what = _REFUSED.get(error.status, "the namespace")
             return ConfigError(
-                f"{text}. It refuses {what}: a Role must allow get, create and update on leases of "
+                f"{text}. It rejected {what}: a Role must allow get, create and update on leases of "
                 f"coordination.k8s.io in namespace {self._namespace}, bound to this service account",
                 reason="kubernetes_refused",
             )
@@ -105,7 +105,7 @@ class KubernetesStore:
 
 
 def api_configuration() -> Any:
-    """How to reach the API server: a pod's service account, or KUBECONFIG; no retries of the client's own."""
+    """How to reach the API server: a pod's service account, or KUBECONFIG; without the client's own retries."""
     configuration = kubernetes.client.Configuration()
     try:
         try:

@@ -1,6 +1,6 @@
-"""The record that coordinators agree by, the place it is kept in, and the times that follow from one lease.
+"""The lease record of the election, the interface of its store, and the times derived from one lease.
 
-Holds no logic of the election. Nothing here or in a store is compared with a clock of another machine.
+Contains no election logic. Nothing here or in a store is compared with a clock of another machine.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-RENEW_SHARE: Final = 2 / 3  # a leader acts for this part of a lease after it asked for its last renewal
-RETRY_SHARE: Final = 1 / 6  # and renews this often, so that at least two may fail before it stops
-POLL_SHARE: Final = 1 / 10  # others look this often
+RENEW_SHARE: Final = 2 / 3  # a leader leads for this part of a lease after it requested its last renewal
+RETRY_SHARE: Final = 1 / 6  # and renews this often, so that at least two renewals may fail before it stops
+POLL_SHARE: Final = 1 / 10  # standbys read this often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRecord:
-    """Who leads. ``term`` grows with every reign; ``holder`` "" was given back, and anybody may take it at once.
+    """Who leads. ``term`` grows with every new leader; a released record has ``holder`` "", and anyone may take it at once.
 
-    ``lease_s`` is the holder's: others wait for the longer of theirs and this one, so that a setting that differs is safe.
+    ``lease_s`` is the holder's: others wait for the longer of theirs and this one, so that differing settings are safe.
     """
 
     holder: str
@@ -28,7 +28,7 @@ class LeaseRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Versioned:
-    """A record as the store has it. ``version`` is opaque and another after every write, also one of the same record."""
+    """A record in the store. ``version`` is opaque and changes with every write, even of an identical record."""
 
     record: LeaseRecord
     version: str
@@ -39,31 +39,31 @@ class LeaseStore(Protocol):
 
     @property
     def name(self) -> str:
-        """Where the record is, for people."""
+        """Where the record is, as text."""
 
     def read(self) -> Versioned | None:
         """The record, or None if there is none yet.
 
         Raises:
-            UnavailableError: no answer in time. ConfigError: refused, which an operator must change.
+            UnavailableError: no answer in time. ConfigError: rejected, which an operator must fix.
         """
 
     def compare_and_swap(self, record: LeaseRecord, version: str | None) -> str | None:
         """Write ``record`` if the stored one still has ``version`` (None: if there is none); the new version, else None.
 
         Raises:
-            UnavailableError: no answer in time; the write may have happened, or happen yet. ConfigError: refused.
+            UnavailableError: no answer in time; the write may have happened, or still happen. ConfigError: rejected.
         """
 
     def close(self) -> None:
-        """Close connections; harmless when repeated."""
+        """Close connections; idempotent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What follows from one lease.
+    """The times derived from one lease.
 
-    Two leaders never act at once as long as the clocks of any two machines run at rates that differ by less than
+    There are never two leaders at once as long as the clocks of any two machines run at rates that differ by less than
     lease / renew deadline, which is 1.5.
     """
 
@@ -71,20 +71,20 @@ class Timing:
 
     @property
     def renew_deadline_s(self) -> float:
-        """A leader stops acting this long after it sent the last renewal that succeeded."""
+        """A leader stops leading this long after it sent the last renewal that succeeded."""
         return self.lease_s * RENEW_SHARE
 
     @property
     def retry_s(self) -> float:
-        """Between two renewals, or tries of one."""
+        """Between two renewals, or attempts of one."""
         return self.lease_s * RETRY_SHARE
 
     @property
     def poll_s(self) -> float:
-        """Between two looks of one that does not lead."""
+        """Between two reads of a candidate that does not lead."""
         return self.lease_s * POLL_SHARE
 
     @property
     def call_timeout_s(self) -> float:
-        """Longest wait for the store in one call."""
+        """Longest duration of one call to the store."""
         return self.lease_s * RETRY_SHARE

@@ -1,4 +1,4 @@
-"""From the setting ``election`` to the store it names. Imports an engine, and the package it needs, only when asked to."""
+"""Opens the store that the setting ``election`` names. Imports an engine, and the package it needs, only on demand."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def parse(url: str) -> Place:
     options, path = dict(parse_qsl(parts.query, keep_blank_values=True)), parts.path.strip("/")
     unknown = sorted(set(options) - _OPTIONS[parts.scheme])
     if unknown:
-        raise ValueError(f"has an option {unknown[0]} that there is not for {parts.scheme}")
+        raise ValueError(f"has an unknown option {unknown[0]} for {parts.scheme}")
     if parts.scheme == "etcd":
         if not path:
-            raise ValueError("names no PREFIX: etcd://HOST:PORT/PREFIX, such as etcd://etcd-0:2379/backstay")
+            raise ValueError("has no PREFIX: etcd://HOST:PORT/PREFIX, such as etcd://etcd-0:2379/backstay")
         return Place(engine="etcd", hosts=split_addresses(parts.netloc), path=path, options=options)
     if not (_DNS_LABEL.match(parts.netloc) and _DNS_LABEL.match(path)):
         raise ValueError("is not kubernetes://NAMESPACE/NAME with names that Kubernetes allows")
@@ -49,7 +49,7 @@ def open_store(url: str, *, call_timeout_s: float) -> LeaseStore:
     """The store that ``url`` names.
 
     Raises:
-        ConfigError: a package is missing, or what the engine needs is not there.
+        ConfigError: a package is missing, or the engine lacks something it needs.
     """
     place = parse(url)
     package = _PACKAGES[place.engine]

@@ -6,6 +6,7 @@ A store that hangs holds up only the storage coder; it alone loads what stores n
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -36,8 +37,8 @@ class Coders:
         on_result: Callable[[Job, JobResult, float], None],
         credentials: Credentials | None,
     ) -> None:
-        self.pool = CoderPool(
-            count=config.coders,
+        make = functools.partial(
+            CoderPool,
             memory_dir=config.memory_dir,
             incarnation=incarnation,
             listen_socket=bulk,
@@ -45,17 +46,8 @@ class Coders:
             on_result=on_result,
             credentials=credentials,
         )
-        self._storage = CoderPool(
-            count=1,
-            memory_dir=config.memory_dir,
-            incarnation=incarnation,
-            listen_socket=bulk,
-            on_event=on_event,
-            on_result=on_result,
-            niceness=STORAGE_NICENESS,
-            is_for_storage=True,
-            credentials=credentials,
-        )
+        self.pool = make(count=config.coders)
+        self._storage = make(count=1, niceness=STORAGE_NICENESS, is_for_storage=True)
         self._storage_start = asyncio.Lock()
         self._is_storage_started = False
         self._warming: asyncio.Task[None] | None = None

@@ -1,1 +1,1 @@
-"""Who may speak with whom: identities in certificates, the files they come from, TLS on sockets. Must not import grpc."""
+"""Who may talk to whom: identities in certificates, the certificate files, TLS on sockets. Must not import grpc."""

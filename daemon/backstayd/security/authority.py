@@ -1,6 +1,6 @@
 """A small certificate authority in a directory, for clusters that have none. Needs the package ``cryptography``.
 
-Its key never leaves the directory; lost or stolen, all certificates are made anew. Must not be used by daemons.
+Its key never leaves the directory; if it is lost or stolen, all certificates must be reissued. Must not be used by daemons.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLOCK_SKEW: Final = dt.timedelta(minutes=5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issued:
-    """The three files of one identity, named as Kubernetes and cert-manager name them."""
+    """The three files of one identity, with the names that Kubernetes and cert-manager use."""
 
     identity: Identity
     directory: Path
@@ -47,7 +47,7 @@ class Issued:
 
 
 class Authority:
-    """The authority in ``directory``, made there if there is none: ``ca.crt`` and ``ca.key``."""
+    """The authority in ``directory`` (``ca.crt`` and ``ca.key``), created if there is none."""
 
     def __init__(self, directory: Path) -> None:
         _require_cryptography()
@@ -70,7 +70,7 @@ class Authority:
         except OSError as error:
             raise ConfigError(f"cannot use {directory}: {error.strerror}: {error.filename}", reason="bad_ca") from None
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{directory} holds no usable authority: {error}", reason="bad_ca") from None
+            raise ConfigError(f"{directory} contains no usable authority: {error}", reason="bad_ca") from None
         if not isinstance(loaded, ec.EllipticCurvePrivateKey) or loaded.public_key() != self._cert.public_key():
             raise ConfigError(f"{key_path} is not the key of {cert_path}", reason="bad_ca")
         self._key = loaded
@@ -78,9 +78,9 @@ class Authority:
     def issue(
         self, identity: Identity, directory: Path, *, lifetime: dt.timedelta, hosts: Sequence[str] = ()
     ) -> Issued:
-        """A new certificate and key for ``identity`` in ``directory``, in the place of those that are there.
+        """A new certificate and key for ``identity`` in ``directory``, replacing existing ones.
 
-        ``hosts``: names and addresses that it is valid for besides, for browsers and Prometheus.
+        ``hosts``: names and addresses that it is also valid for, for browsers and Prometheus.
         """
         key, cert = self._make_leaf(identity, lifetime, hosts)
         issued = Issued(identity=identity, directory=directory, not_after=cert.not_valid_after_utc)
@@ -190,7 +190,7 @@ def _cert_pem(cert: x509.Certificate) -> bytes:
 
 
 def _write(path: Path, data: bytes, *, mode: int) -> None:
-    """Whole or not at all; a key is never readable by others, not for a moment."""
+    """Atomically; a key is never readable by others, not even briefly."""
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(fd, "wb") as file:
@@ -207,6 +207,6 @@ def _require_cryptography() -> None:
         import cryptography  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "making certificates needs the package cryptography: pip install 'backstay[certs]'",
+            "creating certificates needs the package cryptography: pip install 'backstay[certs]'",
             reason="missing_package",
         ) from None

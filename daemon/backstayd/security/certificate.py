@@ -1,7 +1,7 @@
-"""What a certificate says of its holder, read from its bytes: the same code for gRPC, the bulk port and our own files. Pure.
+"""Reads serial number and URIs of a certificate from its bytes: the same code for gRPC, the bulk port and our own files. Pure.
 
-gRPC hands out names cut at the first zero byte, so that ``.../operator\\0.example`` would pass for ``.../operator``. The
-bytes have passed verification when they come here: an authority of ours signed them. What is not plainly DER is refused.
+gRPC returns names truncated at the first zero byte, so that ``.../operator\\0.example`` would pass for ``.../operator``. The
+bytes have already been verified: one of our authorities signed them. Anything that is not strict DER is rejected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """``serial`` as operators' tools show it, in hexadecimal; ``uris`` are its alternative names of that kind, in order."""
+    """``serial`` in hexadecimal, as operators' tools show it; ``uris`` are its alternative names of that kind, in order."""
 
     serial: str
     uris: tuple[str, ...]
@@ -49,7 +49,7 @@ def read_der(der: bytes) -> Certificate:
         raise _unreadable(f"it has {len(der)} bytes")
     outer = list(_items(_only(der, _SEQUENCE)))
     if not outer or outer[0][0] != _SEQUENCE:
-        raise _unreadable("it is no certificate")
+        raise _unreadable("it is not a certificate")
     fields = [field for field in _items(outer[0][1]) if field[0] != _VERSION]
     if not fields or fields[0][0] != _INTEGER:
         raise _unreadable("it has no serial number")
@@ -70,12 +70,12 @@ def _alternative_names(extensions: bytes) -> Iterator[bytes]:
 
 def _text(uri: bytes) -> str:
     if not _TEXT.match(uri):
-        raise _unreadable(f"a URI of it is no text: {uri[:120]!a}")
+        raise _unreadable(f"one of its URIs is not plain ASCII: {uri[:120]!a}")
     return uri.decode("ascii")
 
 
 def _only(data: bytes, tag: int) -> bytes:
-    """The content of the one item that ``data`` must be."""
+    """The content of the single item that ``data`` must consist of."""
     found = list(_items(data))
     if len(found) != 1 or found[0][0] != tag:
         raise _unreadable("it is not DER")
@@ -95,7 +95,7 @@ def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
                 raise _unreadable("it is not DER")
             size, at = int.from_bytes(data[at : at + count], "big"), at + count
         if len(data) - at < size:
-            raise _unreadable("it is cut short")
+            raise _unreadable("it is truncated")
         yield tag, data[at : at + size]
         at += size
 

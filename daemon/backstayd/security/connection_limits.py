@@ -1,6 +1,6 @@
-"""Places for connections on a port that strangers reach: bounded, and whoever holds most of them gives way first.
+"""Limits the connections on a port that strangers can reach: when it is full, the source with most connections loses one.
 
-Without it, connections that say nothing keep everybody else out for as long as they may be idle.
+Without this limit, silent connections would lock out everybody else for as long as they may stay idle.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 @dataclass(slots=True)
 class _Place:
     source: str
-    line: socket.socket  # the same connection under a number of its own: TLS takes the first one's away
+    line: socket.socket  # a duplicate descriptor of the connection: TLS detaches the first one
     idle_since_s: float
     is_busy: bool = False
 
     def cut(self) -> None:
-        """End the TCP connection; the thread that serves it finds out."""
+        """Shut the TCP connection down; the thread that serves it notices."""
         with contextlib.suppress(OSError):
             self.line.shutdown(socket.SHUT_RDWR)
         self.line.close()
@@ -39,9 +39,9 @@ class Places:
         self._lock = threading.Lock()
 
     def take(self, sock: socket.socket, source: str) -> bool:
-        """A place for ``sock``; when all are taken, the source that holds most loses its longest idle connection.
+        """Admit ``sock``; when all places are taken, the source that holds most loses its longest idle connection.
 
-        False if it already has as many as one source may have, if all are busy, or if this process can open no more files: then
+        False if the source already has its maximum, if all connections are busy, or if this process is out of files: then
         the caller closes ``sock``.
         """
         try:
@@ -64,21 +64,21 @@ class Places:
             return True
 
     def set_busy(self, sock: socket.socket, *, is_busy: bool) -> None:
-        """``sock`` is in the middle of an exchange, during which it keeps its place, or it waits for the next one."""
+        """Mark ``sock`` as in the middle of an exchange, during which it keeps its place, or as waiting for the next one."""
         with self._lock:
             place = self._places.get(sock)
             if place is not None:
                 place.is_busy, place.idle_since_s = is_busy, time.monotonic()
 
     def leave(self, sock: socket.socket) -> None:
-        """``sock`` needs its place no more."""
+        """Release the place of ``sock``."""
         with self._lock:
             place = self._places.pop(sock, None)
         if place is not None:
             place.line.close()
 
     def cut_idle(self, limit_s: float) -> None:
-        """End connections that have been idle for ``limit_s``, however many places are left."""
+        """Close connections that have been idle for ``limit_s``, even if places are free."""
         now = time.monotonic()
         with self._lock:
             due = [sock for sock, one in self._places.items() if not one.is_busy and now - one.idle_since_s >= limit_s]

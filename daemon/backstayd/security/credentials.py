@@ -1,7 +1,7 @@
-"""A process's own certificate: read, checked, and read again when the files change.
+"""A process's own certificate: loaded, checked, and reloaded when the files change.
 
-What is not whole (half written, key of another certificate, other role) is refused with a warning, and what was there before
-stays. Holds no sockets; connections that are open go on with what they began with.
+Files that do not fit together (half written, key of another certificate, other role) are rejected with a warning, and the
+previous certificate stays in use. Holds no sockets; open connections keep the certificate they were opened with.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from backstayd.security.identity import Identity, Role, authorise, identify
 
 logger = logging.getLogger(__name__)
 
-CHECK_S: Final = 1.0  # files are looked at no more often
+CHECK_S: Final = 1.0  # shortest time between two checks of the files
 MAX_FILE_BYTES: Final = 1 << 20
-SOON_S: Final = 7 * 86400.0  # an end is logged this long before, at most every AGAIN_S
+SOON_S: Final = 7 * 86400.0  # an expiry is logged this long before, at most every AGAIN_S
 AGAIN_S: Final = 3600.0
-_NO_CHECK_TIME: Final = 0x200000  # X509_V_FLAG_NO_CHECK_TIME: validity is looked at by ourselves, to say it in words
+_NO_CHECK_TIME: Final = 0x200000  # X509_V_FLAG_NO_CHECK_TIME: we check validity ourselves, for a readable message
 
 _Signature = tuple[tuple[int, int, int, int], ...]
 
@@ -45,7 +45,7 @@ class TlsFiles:
     ca: Path
 
     def signature(self) -> _Signature:
-        """Differs when any of the files was written, replaced, or its link points elsewhere."""
+        """Changes when any of the files is written or replaced, or its link points elsewhere."""
         found = []
         for path in (self.cert, self.key, self.ca):
             try:
@@ -59,7 +59,7 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """What was read at one moment, checked to belong together. ``number`` counts what was taken up."""
+    """The files as loaded at one moment, checked to belong together. ``number`` counts the loads."""
 
     cert_pem: bytes
     key_pem: bytes = field(repr=False)
@@ -68,18 +68,18 @@ class Material:
     not_before_unix_s: float
     not_after_unix_s: float
     number: int
-    ca_not_after_unix_s: float  # of the authority that ends first
+    ca_not_after_unix_s: float  # of the authority that expires first
     client_context: ssl.SSLContext
     server_context: ssl.SSLContext
-    watcher_context: ssl.SSLContext  # a server's, which asks for no certificate
+    watcher_context: ssl.SSLContext  # for a server that asks for no client certificate
 
 
 class Credentials:
     """The certificate of this process. Safe for threads.
 
     Args:
-        role: Which one the certificate must state, and ``name`` the node's name in it.
-        unix_s: The clock that validity is judged by.
+        role: The role that the certificate must state, and ``name`` the node's name in it.
+        unix_s: The clock that validity is checked against.
 
     Raises:
         ConfigError: a file cannot be read, they do not belong together, or the certificate is of another role or name.
@@ -106,7 +106,7 @@ class Credentials:
         self._material = self._read(number=1)
 
     def current(self) -> Material:
-        """The newest that is whole; looks at the files at most once per CHECK_S."""
+        """The newest valid material; checks the files at most once per CHECK_S."""
         with self._lock:
             now = time.monotonic()
             if now - self._looked_s >= CHECK_S:
@@ -115,7 +115,7 @@ class Credentials:
             return self._material
 
     def ends_unix_s(self) -> dict[str, float]:
-        """When what is used now ends: ``own``, and ``ca``, the last of the authorities (a rotation leaves old ones there)."""
+        """When the current certificates expire: ``own``, and ``ca``, the last authority (a rotation leaves old ones)."""
         material = self.current()
         authorities = [
             str(found["notAfter"]) for found in material.client_context.get_ca_certs() if "notAfter" in found
@@ -126,15 +126,13 @@ class Credentials:
         return ends
 
     def validity_problem(self) -> str:
-        """Why the certificate is not valid now; "" when it is."""
+        """Why the certificate is not valid now; "" if it is."""
         material, now = self._material, self._unix_s()
         if now > material.not_after_unix_s:
             return f"certificate {self.files.cert} of {material.identity} expired at {utc(material.not_after_unix_s)}"
         if now < material.not_before_unix_s:
             begins = utc(material.not_before_unix_s)
-            return (
-                f"certificate {self.files.cert} of {material.identity} is valid only from {begins}; is the clock right?"
-            )
+            return f"certificate {self.files.cert} of {material.identity} is not valid before {begins}; is the clock right?"
         return ""
 
     def _look(self) -> None:
@@ -147,11 +145,11 @@ class Credentials:
                 raise ConfigError(f"it expired at {utc(material.not_after_unix_s)}", reason="expired")
         except ConfigError as error:
             self._refused = signature
-            logger.warning("what now lies at %s is not taken up, the one before is used: %s", self.files.cert, error)
+            logger.warning("rejected the new certificate at %s, keeping the previous one: %s", self.files.cert, error)
             return
         self._signature, self._refused, self._material = signature, (), material
         logger.info(
-            "certificate %s of %s was read again; valid until %s",
+            "certificate %s of %s was reloaded; valid until %s",
             self.files.cert, material.identity, utc(material.not_after_unix_s),
         )  # fmt: skip
 
@@ -169,7 +167,7 @@ class Credentials:
             raise ConfigError(f"{self.files.cert}: {error}", reason=error.reason) from None
         warn_if_open(self.files.key)
         found = dict(own.getpeercert() or {})
-        for context in (client, server):  # of peers, validity counts
+        for context in (client, server):  # peers' certificates are checked for validity
             context.verify_flags &= ~_NO_CHECK_TIME
         return Material(
             cert_pem=cert,
@@ -187,10 +185,10 @@ class Credentials:
 
 
 def load_credentials(config: DaemonConfig) -> Credentials | None:
-    """The certificate of this daemon, checked; None when the settings say ``insecure``.
+    """The daemon's certificate, checked; None if the settings say ``insecure``.
 
     Raises:
-        ConfigError: neither is set, or the certificate cannot be used for this daemon.
+        ConfigError: neither is set, or this daemon cannot use the certificate.
     """
     check_security(config)
     if config.tls_cert is None or config.tls_key is None or config.tls_ca is None:
@@ -205,36 +203,36 @@ def load_credentials(config: DaemonConfig) -> Credentials | None:
 
 
 class ExpiryWatch:
-    """Call :meth:`look` every now and then; without credentials it does nothing.
+    """Warns of certificates that expire. Call :meth:`look` regularly; without credentials it does nothing.
 
     Args:
-        export: Given the name of a certificate and the Unix time at which it ends.
+        export: Called with the name of a certificate and the Unix time at which it expires.
     """
 
     def __init__(self, credentials: Credentials | None, export: Callable[[str, float], None]) -> None:
         self._credentials = credentials
         self._export = export
-        self._said_s = float("-inf")
-        self._said = ""
+        self._logged_s = float("-inf")
+        self._logged = ""
 
     def look(self) -> None:
-        """Read the files again if they changed, export the ends, complain at most hourly."""
+        """Reload changed files, export the expiry times, warn at most hourly."""
         if self._credentials is None:
             return
         material = self._credentials.current()
         self._export("own", material.not_after_unix_s)
         self._export("authority", material.ca_not_after_unix_s)
         text, now = self._complaint(), time.monotonic()
-        if text and (text != self._said or now - self._said_s >= AGAIN_S):
+        if text and (text != self._logged or now - self._logged_s >= AGAIN_S):
             logger.log(logging.ERROR if self._credentials.validity_problem() else logging.WARNING, "%s", text)
-            self._said_s = now
-        self._said = text
+            self._logged_s = now
+        self._logged = text
 
     def _complaint(self) -> str:
         assert self._credentials is not None
         problem = self._credentials.validity_problem()
         if problem:
-            return f"{problem}; peers refuse it. Renew it: the files are looked at every second, no restart is needed"
+            return f"{problem}; peers reject it. Renew it: the files are checked every second, no restart is needed"
         material = self._credentials.current()
         ends = {"certificate": material.not_after_unix_s, "authority (tls_ca)": material.ca_not_after_unix_s}
         soon = [f"{what} ends at {utc(end)}" for what, end in ends.items() if end - time.time() < SOON_S]
@@ -242,7 +240,7 @@ class ExpiryWatch:
 
 
 def warn_if_open(key: Path) -> None:
-    """Log who else of this machine can read the private key: everybody who can may be this daemon."""
+    """Log which other users of this machine can read the private key: each of them could impersonate this daemon."""
     with contextlib.suppress(OSError):
         found = key.stat()
         mode = stat.S_IMODE(found.st_mode)
@@ -258,7 +256,7 @@ def warn_if_open(key: Path) -> None:
 
 
 def _other_members(group_id: int) -> list[str]:
-    """Members of a group but for root and the user of this process; none of a group without a name."""
+    """Members of a group other than root and this process's user; empty for a group without a name."""
     with contextlib.suppress(KeyError):
         own = {"root"} | {entry.pw_name for entry in pwd.getpwall() if entry.pw_uid == os.geteuid()}
         primary = {entry.pw_name for entry in pwd.getpwall() if entry.pw_gid == group_id}
@@ -267,7 +265,7 @@ def _other_members(group_id: int) -> list[str]:
 
 
 def utc(unix_s: float) -> str:
-    """A time for people."""
+    """A time as text, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(unix_s))
 
 
@@ -276,7 +274,7 @@ def _ends_unix_s(certificate: Mapping[str, Any]) -> float:
 
 
 def certificate_of(end: ssl.SSLSocket | ssl.SSLObject) -> Certificate:
-    """What the peer's certificate says; raises ConfigError (``no_identity``) for one whose names are no text."""
+    """The peer's certificate; raises ConfigError (``no_identity``) if its names are unreadable."""
     return read_der(end.getpeercert(binary_form=True) or b"")
 
 
@@ -292,28 +290,30 @@ def _read_file(path: Path) -> bytes:
 
 
 def _contexts(files: TlsFiles, cert: bytes, key: bytes, ca: bytes) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Contexts of both sides, TLS 1.3 with certificates of both; from the bytes that were read, not from the files."""
+    """Contexts for both sides, TLS 1.3 with certificates of both; from the bytes that were read, not from the files."""
     contexts = []
     for protocol in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False  # who the peer is, its identity says; addresses come and go
+        context.check_hostname = False  # the identity says who the peer is; addresses change
         context.verify_mode = ssl.CERT_REQUIRED
-        context.set_alpn_protocols(["h2"])  # what gRPC's servers ask of a client; others do not look
+        context.set_alpn_protocols(["h2"])  # gRPC servers require it of a client; others ignore it
         context.verify_flags |= _NO_CHECK_TIME
         if protocol == ssl.PROTOCOL_TLS_SERVER:
-            context.num_tickets = 0  # with a ticket a certificate would be taken after its end without a look at it
+            context.num_tickets = 0  # a session ticket would let a client in after its certificate expired
         try:
             context.load_verify_locations(cadata=ca.decode())
         except (ssl.SSLError, ValueError) as error:
-            raise ConfigError(f"{files.ca} holds no usable certificates: {error}", reason="bad_certificate") from None
+            raise ConfigError(
+                f"{files.ca} contains no usable certificates: {error}", reason="bad_certificate"
+            ) from None
         _load_pair(context, files, cert, key)
         contexts.append(context)
     return contexts[0], contexts[1]
 
 
 def _load_pair(context: ssl.SSLContext, files: TlsFiles, cert: bytes, key: bytes) -> None:
-    """OpenSSL reads a pair by path alone: it gets one of memory, so that the bytes are those read before."""
+    """OpenSSL loads a pair only by path: it gets a memory file, so that it sees the bytes that were checked."""
     fd = os.memfd_create("backstay-certificate", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:
@@ -337,7 +337,7 @@ def _no_password() -> str:
 
 
 def _own_certificate(files: TlsFiles, client: ssl.SSLContext, server: ssl.SSLContext) -> ssl.SSLObject:
-    """The end that sees our certificate as peers will see it: a handshake with ourselves, in memory, in both directions."""
+    """A TLS end that has seen our certificate as peers will: a handshake with ourselves, in memory, in both directions."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_side=False),
@@ -355,7 +355,7 @@ def _own_certificate(files: TlsFiles, client: ssl.SSLContext, server: ssl.SSLCon
                 break
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(
-            f"{files.ca} does not vouch for {files.cert}: {error.verify_message}; peers would refuse it",
+            f"{files.ca} did not sign {files.cert}: {error.verify_message}; peers would reject it",
             reason="not_vouched_for",
         ) from None
     except ssl.SSLError as error:

@@ -1,7 +1,7 @@
-"""Connections that never became calls: gRPC's servers hear nothing of handshakes that fail, so they are counted.
+"""Counts TLS handshakes that never became calls, because gRPC servers are not notified of failed handshakes.
 
-A handshake that is begun and followed by no call within PATIENCE_S came to nothing: the certificate was refused on one
-side, or the other side speaks no TLS. Which, the other side's log says.
+A handshake that is followed by no call within PATIENCE_S has failed: one side rejected the other's certificate, or the peer
+does not speak TLS. The peer's log says which.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ class Handshakes:
         self._open: deque[float] = deque(maxlen=MAX_KNOWN)
         self._peers: set[str] = set()
         self._lost = 0
-        self._said_s = float("-inf")
+        self._logged_s = float("-inf")
         self._lock = threading.Lock()
 
     def note_begun(self) -> None:
-        """A client has connected."""
+        """A client connected."""
         now = time.monotonic()
         with self._lock:
             self._open.append(now)
             while now - self._open[0] > PATIENCE_S:
                 self._open.popleft()
                 self._lost += 1
-            if not self._lost or now - self._said_s < AGAIN_S:
+            if not self._lost or now - self._logged_s < AGAIN_S:
                 return
-            lost, self._lost, self._said_s = self._lost, 0, now
+            lost, self._lost, self._logged_s = self._lost, 0, now
         logger.warning(
-            "%d connections ended before a call: a certificate was refused (expired, or of another authority), or TLS is not "
-            "spoken there; the log of the other side says which",
+            "%d connections ended before a call: a certificate was rejected (expired, or of another authority), or the peer "
+            "does not speak TLS; the peer's log says which",
             lost,
         )
 
     def note_call(self, peer: str) -> None:
-        """``peer``, with its port, makes a call: its certificate was accepted."""
+        """``peer``, with its port, made a call: its certificate was accepted."""
         with self._lock:
             if peer in self._peers:
                 return

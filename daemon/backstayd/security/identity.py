@@ -1,8 +1,8 @@
-"""Identities as certificates state them, and who may do what. Pure: no files, no sockets, no clock.
+"""Identities in certificates, and which role may do what. Pure: no files, no sockets, no clock.
 
 A certificate carries exactly one URI (SPIFFE's rule): ``spiffe://TRUST_DOMAIN/backstay/node/NAME``,
-``spiffe://TRUST_DOMAIN/backstay/coordinator`` or ``spiffe://TRUST_DOMAIN/backstay/operator``. It is compared whole and as it
-stands: no prefix, no other case, no trailing slash is ever taken for one of them.
+``spiffe://TRUST_DOMAIN/backstay/coordinator`` or ``spiffe://TRUST_DOMAIN/backstay/operator``. It must match exactly:
+no prefix, other case or trailing slash is accepted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from backstay.ids import check_name
 
 
 class Role(enum.Enum):
-    """What a process is to the others."""
+    """The role of a process in the cluster."""
 
     NODE = "node"
     COORDINATOR = "coordinator"
@@ -27,7 +27,7 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """One process of one cluster. ``name`` is a node's name and "" for the other roles."""
+    """A process of a cluster. ``name`` is a node's name, and "" for the other roles."""
 
     trust_domain: str
     role: Role
@@ -35,7 +35,7 @@ class Identity:
 
     @property
     def uri(self) -> str:
-        """As a certificate states it."""
+        """The URI in its certificate."""
         path = f"{self.role.value}/{self.name}" if self.name else self.role.value
         return f"spiffe://{self.trust_domain}/backstay/{path}"
 
@@ -47,7 +47,7 @@ _URI: Final = re.compile(r"spiffe://(?P<domain>[a-z0-9][a-z0-9._-]{0,254})/backs
 
 
 def parse(uri: str) -> Identity:
-    """The identity that ``uri`` states; raises ConfigError (``no_identity``) when it is none of backstay's."""
+    """The identity that ``uri`` states; raises ConfigError (``no_identity``) if it is not one of backstay's."""
     match = _URI.match(uri)
     if match is not None:
         role, slash, name = match["path"].partition("/")
@@ -55,14 +55,14 @@ def parse(uri: str) -> Identity:
             return Identity(trust_domain=match["domain"], role=Role.NODE, name=name)
         if not slash and role in (Role.COORDINATOR.value, Role.OPERATOR.value):
             return Identity(trust_domain=match["domain"], role=Role(role))
-    raise ConfigError(f"{shown(uri)} is no identity of backstay; {_FORMS}", reason="no_identity")
+    raise ConfigError(f"{shown(uri)} is not a backstay identity; {_FORMS}", reason="no_identity")
 
 
 def identify(uris: Iterable[str], *, trust_domain: str) -> Identity:
     """The identity of a certificate with these URIs, which must be of ``trust_domain``.
 
     Raises:
-        ConfigError: ``no_identity``, ``several_identities`` or ``other_trust_domain``; says what was found.
+        ConfigError: ``no_identity``, ``several_identities`` or ``other_trust_domain``; the message shows what was found.
     """
     found = list(uris)
     if not found:
@@ -75,8 +75,8 @@ def identify(uris: Iterable[str], *, trust_domain: str) -> Identity:
     identity = parse(found[0])
     if identity.trust_domain != trust_domain:
         raise ConfigError(
-            f"{identity} is of trust domain {identity.trust_domain!r}, not of {trust_domain!r}; trust_domain must be the same "
-            "everywhere",
+            f"{identity} belongs to trust domain {identity.trust_domain!r}, not {trust_domain!r}; trust_domain must "
+            "be the same everywhere",
             reason="other_trust_domain",
         )
     return identity
@@ -87,20 +87,20 @@ def authorise(identity: Identity, roles: Collection[Role], *, doing: str, name: 
     if identity.role not in roles:
         wanted = " or ".join(sorted(role.value for role in roles)) or "nobody"
         raise ConfigError(
-            f"{identity} may not {doing}: its role is {identity.role.value}, which is open to {wanted}; use a certificate "
-            "made for that role",
+            f"{identity} may not {doing}: its role is {identity.role.value}, but only {wanted} may; use a certificate "
+            "for that role",
             reason="wrong_role",
         )
     if name and identity.name != name:
         raise ConfigError(
-            f"{identity} may not {doing}: it is node {identity.name!r}, not {name!r}; the certificate must be made for "
-            "the name that the node has (--name)",
+            f"{identity} may not {doing}: it is node {identity.name!r}, not {name!r}; the certificate must be issued for "
+            "the node's name (--name)",
             reason="wrong_name",
         )
 
 
 def shown(text: str) -> str:
-    """What a stranger sent, fit for a message: short, and without characters that steer a terminal."""
+    """Untrusted text made safe for a message: short, and without terminal control characters."""
     return ascii(text if len(text) <= 120 else text[:117] + "...")
 
 

@@ -1,4 +1,4 @@
-"""Finds out in words why no TLS connection comes about. gRPC says only that a socket was closed. Sends nothing of its own."""
+"""Explains why a TLS connection fails, where gRPC reports only a closed socket. Sends no data of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT_S: Final = 2.0
 
 
 def diagnose(host: str, port: int, credentials: Credentials | None) -> UnavailableError | None:
-    """What is wrong with TLS towards the coordinator at ``host``; None when TLS is not what keeps us apart.
+    """What is wrong with TLS towards the coordinator at ``host``; None if TLS is not the problem.
 
     Blocks for at most twice TIMEOUT_S.
     """
@@ -27,7 +27,7 @@ def diagnose(host: str, port: int, credentials: Credentials | None) -> Unavailab
                 return _diagnose_plaintext(sock, peer=f"{host}:{port}")
             found = _diagnose_tls(sock, credentials, peer=f"{host}:{port}")
     except OSError:
-        return None  # nobody listens: that is for others to say
+        return None  # nobody listens: the caller reports that
     if found is not None and problem:
         return UnavailableError(f"{problem}; renew it ({found})", reason="we_expired")
     return found
@@ -48,22 +48,22 @@ def _diagnose_tls(sock: socket.socket, credentials: Credentials, *, peer: str) -
             return refused(error, peer=peer, material=material)
     if first:
         return None
-    return UnavailableError(  # gRPC says nothing when it refuses a certificate, not even with TLS's own words
-        f"{peer}: it ends the connection once it has seen our certificate ({material.identity}); does its tls_ca know who "
-        "signed ours, and is its clock right?",
+    return UnavailableError(  # gRPC sends no reason, not even a TLS alert, when it rejects a certificate
+        f"{peer}: it closes the connection after our certificate ({material.identity}); does its tls_ca contain the authority "
+        "that signed ours, and is its clock right?",
         reason="we_refused",
     )
 
 
 def _diagnose_plaintext(sock: socket.socket, *, peer: str) -> UnavailableError | None:
-    """Whether TLS is spoken there; nothing is trusted and nothing said, so nothing is verified."""
+    """Whether the peer speaks TLS; verifies nothing, because nothing is trusted and nothing is sent."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     with contextlib.suppress(ssl.SSLError, OSError), context.wrap_socket(sock):
         return UnavailableError(
-            f"{peer}: TLS is spoken there, and plaintext here (insecure); set tls_cert, tls_key and tls_ca here",
+            f"{peer}: it speaks TLS, but this side is set to plaintext (insecure); set tls_cert, tls_key and tls_ca here",
             reason="tls_required",
         )
     return None

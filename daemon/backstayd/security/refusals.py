@@ -1,6 +1,6 @@
-"""What others do again and again, in the log: each cause once, and again after a while with how often.
+"""Rate-limits log lines about repeated events: each cause is logged once, then after a while again with a count.
 
-Refused peers try again every second or so, and people watch a status each second.
+Rejected peers retry about every second, and people watch a status each second.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ MAX_KNOWN: Final = 256
 @dataclass(slots=True)
 class _Known:
     written_s: float
-    held_back: int = 0
+    suppressed: int = 0
 
 
 class Damper:
-    """Whether a cause is to be logged now. Safe for threads.
+    """Decides whether a cause is logged now. Safe for threads.
 
-    Of more than MAX_KNOWN causes the one that was not seen for longest is forgotten.
+    Beyond MAX_KNOWN causes, the least recently seen is forgotten.
     """
 
     def __init__(self) -> None:
@@ -33,22 +33,22 @@ class Damper:
         self._lock = threading.Lock()
 
     def due(self, cause: str) -> int | None:
-        """How often ``cause`` was held back since it was last due; None: it was due less than AGAIN_S ago."""
+        """How often ``cause`` was suppressed since it was last logged; None: it was logged less than AGAIN_S ago."""
         now = time.monotonic()
         with self._lock:
             known = self._known.pop(cause, None)
             if known is not None and now - known.written_s < AGAIN_S:
-                known.held_back += 1
+                known.suppressed += 1
                 self._known[cause] = known
                 return None
             self._known[cause] = _Known(now)
             while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
-        return known.held_back if known is not None else 0
+        return known.suppressed if known is not None else 0
 
 
 class Refusals:
-    """Lines about refused peers. Safe for threads; bounded."""
+    """Logs rejected peers. Safe for threads; bounded."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
@@ -57,15 +57,15 @@ class Refusals:
     def note(
         self, text: str, *, cause: str = "", level: int = logging.WARNING, error: BaseException | None = None
     ) -> None:
-        """Log ``text``: who was refused and why.
+        """Log ``text``: who was rejected and why.
 
         Args:
-            cause: What is logged once a while; by default ``text``, which then must not say what differs from try to try,
+            cause: The key of the rate limit; by default ``text``, which then must not contain what differs between tries,
                 such as a port.
-            error: Its stack trace is logged, too: a mistake of ours.
+            error: Its stack trace is logged too: a bug of ours.
         """
-        held_back = self._damper.due(cause or text)
-        if held_back is None:
+        suppressed = self._damper.due(cause or text)
+        if suppressed is None:
             return
-        times = f" ({held_back} more times meanwhile)" if held_back else ""
+        times = f" ({suppressed} more times meanwhile)" if suppressed else ""
         self._logger.log(level, "refused: %s%s", text, times, exc_info=error)

@@ -1,4 +1,4 @@
-"""TLS on connected sockets, with both sides' roles checked; and in words what went wrong. Must not know what is said there."""
+"""TLS on connected sockets, with both sides' roles checked, and explained errors. Must not know the protocol on top."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _HANDSHAKE_RECORD: Final = 0x16  # first byte of any TLS client's first record
 def connect_tls(
     sock: socket.socket, credentials: Credentials, *, peer: str, roles: Collection[Role], doing: str
 ) -> tuple[ssl.SSLSocket, Identity]:
-    """The client's side of a handshake on ``sock``, which has a timeout; who answers must have one of ``roles``.
+    """The client's side of a handshake on ``sock``, which has a timeout; the server must have one of ``roles``.
 
-    The server looks at our certificate after we are done: that it refuses it, the first read says (:func:`explain`).
+    The server checks our certificate after we are done; a rejection shows at the first read (:func:`explain`).
 
     Raises:
-        UnavailableError: with what :func:`explain` says, or because of who it is. The socket is closed then.
+        UnavailableError: as :func:`explain` describes, or because of the server's identity. The socket is then closed.
     """
     material = credentials.current()
     try:
@@ -42,18 +42,18 @@ def connect_tls(
 
 
 def accept_tls(sock: socket.socket, credentials: Credentials, *, peer: str) -> ssl.SSLSocket:
-    """The server's side of a handshake on ``sock``, which has a timeout; who it is, :func:`check_peer` says.
+    """The server's side of a handshake on ``sock``, which has a timeout; :func:`check_peer` then identifies the client.
 
     Raises:
-        UnavailableError: what :func:`explain` says; ``plaintext`` for a peer that speaks none. That the socket is left open
-            for an answer, all others are closed once the peer had time to read the alert.
+        UnavailableError: as :func:`explain` describes; ``plaintext`` for a peer without TLS, whose socket is left open
+            for an answer. All others are closed once the peer had time to read the alert.
     """
     material = credentials.current()
     try:
         first = sock.recv(1, socket.MSG_PEEK)
         if first and first[0] != _HANDSHAKE_RECORD:
             raise UnavailableError(
-                f"{peer} speaks plaintext, and here TLS is spoken; give it tls_cert, tls_key and tls_ca",
+                f"{peer} speaks plaintext, but TLS is required here; give it tls_cert, tls_key and tls_ca",
                 reason="plaintext",
             )
         wrapped = material.server_context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
@@ -70,9 +70,9 @@ def accept_tls(sock: socket.socket, credentials: Credentials, *, peer: str) -> s
 
 
 def drop_incoming(sock: socket.socket, seconds: float) -> None:
-    """Say no more, and read and drop what still comes: closing over unread bytes would destroy our last words.
+    """Stop sending, and read and discard what still arrives: closing with unread bytes would destroy our last message.
 
-    Works on the TCP connection: what is dropped need not be deciphered.
+    Works on the TCP connection, because discarded bytes need no decryption.
     """
     deadline = time.monotonic() + seconds
     scratch = bytearray(SCRATCH_BYTES)
@@ -86,7 +86,7 @@ def drop_incoming(sock: socket.socket, seconds: float) -> None:
 def check_peer(
     sock: ssl.SSLSocket, credentials: Credentials, *, peer: str, roles: Collection[Role], doing: str
 ) -> Identity:
-    """Who is on the other side; raises UnavailableError when it is nobody of ``roles``, to whom ``doing`` is open."""
+    """The peer's identity; raises UnavailableError unless it has one of ``roles``, which may do ``doing``."""
     try:
         identity = identify(certificate_of(sock).uris, trust_domain=credentials.trust_domain)
         authorise(identity, roles, doing=doing)
@@ -96,13 +96,13 @@ def check_peer(
 
 
 def refused(error: Exception, *, peer: str, material: Material) -> UnavailableError:
-    """``error`` of a handshake, or of the first read after one, with what it means and the next step."""
+    """``error`` of a handshake, or of the first read after it, with its meaning and the next step."""
     reason, text = explain(error, material=material)
     return UnavailableError(f"{peer}: {text}", reason=reason)
 
 
 def explain(error: Exception, *, material: Material) -> tuple[str, str]:
-    """A stable reason and a sentence for an error of TLS."""
+    """A stable reason and a sentence for a TLS error."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return _explain_verification(error)
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
@@ -116,7 +116,7 @@ def explain(error: Exception, *, material: Material) -> tuple[str, str]:
     if isinstance(error, ConnectionResetError | ssl.SSLEOFError | BrokenPipeError):
         return (
             "tls_failed",
-            "it ended the connection during the TLS handshake; does it speak TLS, and what does its log say?",
+            "it closed the connection during the TLS handshake; does it speak TLS, and what does its log say?",
         )
     return "peer_failed", f"the TLS handshake failed: {error}"
 
@@ -124,34 +124,38 @@ def explain(error: Exception, *, material: Material) -> tuple[str, str]:
 def _explain_verification(error: ssl.SSLCertVerificationError) -> tuple[str, str]:
     what = error.verify_message.rstrip(".")
     if error.verify_code == 10:
-        return "peer_expired", f"its certificate is refused: {what}; renew it there"
+        return "peer_expired", f"its certificate was rejected: {what}; renew it there"
     if error.verify_code == 9:
-        return "peer_not_yet_valid", f"its certificate is refused: {what}; compare the clocks"
+        return "peer_not_yet_valid", f"its certificate was rejected: {what}; compare the clocks"
     if error.verify_code == 26:
-        return "peer_wrong_purpose", f"its certificate is refused: {what}; it must be for serverAuth and clientAuth"
+        return "peer_wrong_purpose", f"its certificate was rejected: {what}; it must allow serverAuth and clientAuth"
     return (
         "peer_other_ca",
-        f"its certificate is refused: {what}; it is not signed by an authority in our tls_ca, use the same CA on both sides",
+        f"its certificate was rejected: {what}; no authority in our tls_ca signed it, so use the same CA on both sides",
     )
 
 
-# Parts of OpenSSL's names of errors: what the other side said, and what is no TLS at all.
+# Parts of OpenSSL's error names: alerts of the peer, and data that is not TLS.
 _ALERTS: Final = (
-    ("CERTIFICATE_EXPIRED", "we_expired", "it refuses our certificate ({ours}): expired; renew it here"),
-    ("UNKNOWN_CA", "we_other_ca", "it refuses our certificate ({ours}): its tls_ca does not know who signed it"),
+    ("CERTIFICATE_EXPIRED", "we_expired", "it rejects our certificate ({ours}): expired; renew it here"),
+    (
+        "UNKNOWN_CA",
+        "we_other_ca",
+        "it rejects our certificate ({ours}): its tls_ca does not contain the authority that signed it",
+    ),
     (
         "DECRYPT_ERROR",
         "we_other_ca",
-        "it refuses our certificate ({ours}): its tls_ca has another key for who signed it",
+        "it rejects our certificate ({ours}): its tls_ca has another key for the authority that signed it",
     ),
-    ("CERTIFICATE_REQUIRED", "we_sent_none", "it asks for a certificate and got none; set tls_cert and tls_key here"),
-    ("BAD_CERTIFICATE", "we_refused", "it refuses our certificate ({ours}); its log says why"),
-    ("CERTIFICATE_UNKNOWN", "we_refused", "it refuses our certificate ({ours}); its log says why"),
-    ("UNSUPPORTED_CERTIFICATE", "we_refused", "it refuses our certificate ({ours}): not for serverAuth and clientAuth"),
-    ("WRONG_VERSION_NUMBER", "plaintext", "it does not speak TLS, and here plaintext is refused; give it certificates"),
-    ("RECORD_LAYER_FAILURE", "plaintext", "it does not speak TLS, and here plaintext is refused; give it certificates"),
-    ("HTTP_REQUEST", "plaintext", "it speaks plaintext, and here TLS is spoken"),
-    ("UNSUPPORTED_PROTOCOL", "old_tls", "it speaks no TLS 1.3; older versions are not accepted"),
-    ("PROTOCOL_VERSION", "old_tls", "it speaks no TLS 1.3; older versions are not accepted"),
-    ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "peer_sent_none", "it shows no certificate; set tls_cert and tls_key there"),
+    ("CERTIFICATE_REQUIRED", "we_sent_none", "it requires a certificate and got none; set tls_cert and tls_key here"),
+    ("BAD_CERTIFICATE", "we_refused", "it rejects our certificate ({ours}); its log says why"),
+    ("CERTIFICATE_UNKNOWN", "we_refused", "it rejects our certificate ({ours}); its log says why"),
+    ("UNSUPPORTED_CERTIFICATE", "we_refused", "it rejects our certificate ({ours}): not for serverAuth and clientAuth"),
+    ("WRONG_VERSION_NUMBER", "plaintext", "it does not speak TLS, but TLS is required here; give it certificates"),
+    ("RECORD_LAYER_FAILURE", "plaintext", "it does not speak TLS, but TLS is required here; give it certificates"),
+    ("HTTP_REQUEST", "plaintext", "it speaks plaintext, but TLS is required here"),
+    ("UNSUPPORTED_PROTOCOL", "old_tls", "it does not speak TLS 1.3; older versions are not accepted"),
+    ("PROTOCOL_VERSION", "old_tls", "it does not speak TLS 1.3; older versions are not accepted"),
+    ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "peer_sent_none", "it sent no certificate; set tls_cert and tls_key there"),
 )

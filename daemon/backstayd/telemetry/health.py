@@ -1,7 +1,7 @@
-"""Whether a daemon is alive and ready, from what its loops say about themselves. Must not ask a peer or the loop.
+"""Liveness and readiness of a daemon, from the heartbeats of its own loops. Must not ask a peer or the event loop.
 
-A daemon is *alive* while each loop that matters beats within a bound: it would not beat again by itself. It is *ready* when it
-serves. Both are read by other threads, so that a loop that hangs cannot answer for itself.
+A daemon is *alive* while each registered loop beats within a bound; only a restart would help one that does not. It is *ready*
+when it serves. Other threads read both, so that a loop that hangs is noticed.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ class Health:
         self._sentence: Callable[[], str] = lambda: "ready"
 
     def beat(self, loop: str) -> None:
-        """``loop`` went round once more; the first beat makes it one that matters."""
+        """``loop`` ran once more; its first beat registers it."""
         self._beats[loop] = self.monotonic_s()
 
     def watch(self, part: str, broken: Callable[[], str]) -> None:
-        """Ask ``broken`` whether ``part`` is beyond repair: what is wrong, or "". Called from any thread."""
+        """Have ``broken`` say whether ``part`` needs a restart: what is wrong, or "". Called from any thread."""
         self._checks[part] = broken
 
     def set_ready(self, sentence: Callable[[], str]) -> None:
-        """Everything is served; ``sentence`` says for people how it stands, called from any thread."""
+        """Everything is served; ``sentence`` describes the state for people, and is called from any thread."""
         self._sentence = sentence
         self._not_ready = ""
 
     def set_unready(self, why: str) -> None:
-        """Not serving any more, or not yet."""
+        """No longer serving, or not yet."""
         self._not_ready = why
 
     def not_alive(self) -> str:
-        """What is wrong beyond repair, as a sentence; empty while all is well."""
+        """What needs a restart, as a sentence; empty if nothing does."""
         now = self.monotonic_s()
         for loop, beat in list(self._beats.items()):
             if now - beat > self.bound_s:
-                return f"{loop} last went round {now - beat:.1f} s ago, the bound is {self.bound_s:g} s"
+                return f"{loop} has not run for {now - beat:.1f} s; the limit is {self.bound_s:g} s"
         for part, broken in list(self._checks.items()):
             if why := broken():
                 return f"{part}: {why}"
@@ -86,6 +86,6 @@ async def pulse(health: Health, *, period_s: float = PULSE_S, on_beat: Callable[
         health.beat("the event loop")
         try:
             on_beat()
-        except Exception:  # telling how it stands is not what keeps a daemon alive
-            logger.exception("cannot tell how it stands")
+        except Exception:  # a daemon that cannot report its state is alive nevertheless
+            logger.exception("cannot report the state of this daemon")
         await asyncio.sleep(period_s)

@@ -1,4 +1,4 @@
-"""How close heartbeats come to a lease: the least margin over the last minute. Pure: time is an argument."""
+"""How close heartbeats come to the end of a lease: the least margin over the last minute. Pure: time is an argument."""
 
 from __future__ import annotations
 

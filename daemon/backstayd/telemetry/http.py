@@ -1,4 +1,4 @@
-"""A small HTTP server for people and machines that watch a daemon: read only, a table of paths (:mod:`routes`).
+"""A small read-only HTTP server of a daemon, for people and monitoring; serves a table of paths (:mod:`routes`).
 
 Runs in threads of its own, at most ``MAX_CONNECTIONS`` at a time, which call the routes. Knows no path but ``/healthz``.
 """
@@ -23,17 +23,17 @@ from backstayd.security.sockets import drop_incoming
 from backstayd.telemetry.routes import Reply, Route, text_reply
 
 MAX_CONNECTIONS: Final = 16
-MAX_PER_HOST: Final = 8  # and where several hosts hold all, the one with most gives way: probes are answered
+MAX_PER_HOST: Final = 8  # where several hosts hold all, the one with most loses one, so that probes are answered
 REQUEST_TIMEOUT_S: Final = 5.0  # without a byte
-EXCHANGE_TIMEOUT_S: Final = 20.0  # for all of one, so that a byte now and then holds no place for ever
+EXCHANGE_TIMEOUT_S: Final = 20.0  # for a whole exchange, so that a slow client cannot hold a connection for ever
 TLS_HANDSHAKE: Final = b"\x16"
-COMPRESSED_BYTES: Final = 4096  # from this size on, for those who take it
+COMPRESSED_BYTES: Final = 4096  # replies of this size and more, for clients that accept it
 
 _logger = logging.getLogger(__name__)
 
 
 class HttpServer:
-    """A running server. ``address`` is the bound ``host:port`` (useful when port 0 was asked for)."""
+    """A running server. ``address`` is the bound ``host:port``, also where port 0 was configured."""
 
     def __init__(self, server: _Server) -> None:
         self._server = server
@@ -44,7 +44,7 @@ class HttpServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop serving; returns when the listening socket is closed. Harmless the second time."""
+        """Stop serving; returns when the listening socket is closed. Idempotent."""
         self._server.shutdown()
         self._thread.join(timeout=REQUEST_TIMEOUT_S)
         self._server.server_close()
@@ -54,7 +54,7 @@ def start_http(address: str, routes: Mapping[str, Route], *, credentials: Creden
     """Serve ``routes`` (path to callable) and ``/healthz`` on ``address`` (``host:port``).
 
     Args:
-        credentials: Serve over TLS with these, asking nobody for a certificate; None: plaintext.
+        credentials: Serve over TLS with these, without asking clients for a certificate; None: plaintext.
 
     Raises:
         ConfigError: when the address cannot be bound; says which and why.
@@ -85,7 +85,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Request)
 
     def server_bind(self) -> None:
-        # HTTPServer.server_bind looks the host name up in DNS, which may take seconds; nothing here needs it.
+        # HTTPServer.server_bind looks up the host name in DNS, which may take seconds; nothing here needs it.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -93,12 +93,12 @@ class _Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._places.take(request, client_address[0]):
-            self.shutdown_request(request)  # over the limit: the watcher asks again
+            self.shutdown_request(request)  # over the limit: the client retries
             return
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        self._places.cut_idle(EXCHANGE_TIMEOUT_S)  # since it was accepted: one exchange a connection
+        self._places.cut_idle(EXCHANGE_TIMEOUT_S)  # since it was accepted: a connection serves one exchange
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -111,23 +111,25 @@ class _Server(ThreadingHTTPServer):
     def _exchange(self, request: Any, client_address: Any) -> None:
         try:
             self.finish_request(request, client_address)
-        except Exception:  # noqa: BLE001 - as the base class does: one watcher's trouble is not the server's
+        except Exception:  # noqa: BLE001 - as the base class does: a failed request does not stop the server
             self.handle_error(request, client_address)
         finally:
             self.shutdown_request(request)
 
     def _encrypt(self, request: Any) -> Any:
-        """The connection as it is spoken on, with the newest certificate; None when that did not come about."""
+        """The connection to serve, over TLS with the newest certificate where that is configured; None if TLS failed."""
         if self._credentials is None:
             return request
         try:
             request.settimeout(REQUEST_TIMEOUT_S)
             if request.recv(1, socket.MSG_PEEK) in TLS_HANDSHAKE:
                 return self._credentials.current().watcher_context.wrap_socket(request, server_side=True)
-            request.sendall(b"HTTP/1.0 400 Bad Request\r\nConnection: close\r\n\r\nTLS is spoken here: https://\n")
+            request.sendall(
+                b"HTTP/1.0 400 Bad Request\r\nConnection: close\r\n\r\nthis port speaks TLS; use https://\n"
+            )
             drop_incoming(request, REQUEST_TIMEOUT_S)
         except OSError as error:
-            _logger.debug("no TLS with a watcher: %s", error)
+            _logger.debug("no TLS with a client: %s", error)
         self.shutdown_request(request)
         return None
 
@@ -162,7 +164,7 @@ class _Request(BaseHTTPRequestHandler):
             return route(query)
         except BackstayError as error:
             return text_reply(str(error), status=HTTPStatus.SERVICE_UNAVAILABLE)
-        except Exception as error:  # the boundary of a request: the daemon goes on
+        except Exception as error:  # the boundary of a request: the daemon continues
             _logger.exception("cannot answer %s", path)
             return text_reply(type(error).__name__, status=HTTPStatus.INTERNAL_SERVER_ERROR)
 

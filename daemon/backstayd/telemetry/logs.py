@@ -1,7 +1,7 @@
-"""Logging set-up of the daemons: text for people or one JSON object per line, on stderr, standard library alone.
+"""Logging set-up of the daemons: text for people or one JSON object per line, on stderr; standard library only.
 
-Messages are complete sentences; structured values come through ``extra``. A text record is one line, and what follows of a
-traceback is indented: what others say cannot pass for a record. Must not know anything else of backstay.
+Messages are complete sentences; structured values come through ``extra``. A text record is one line, and lines of a traceback
+are indented, so that text from outside cannot pass for a record. Must not know anything else of backstay.
 """
 
 from __future__ import annotations
@@ -17,28 +17,26 @@ from backstayd.printable import printable
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-class TextFormatter(logging.Formatter):
-    """``2026-11-21T03:42:45.123Z WARNING node-03 backstayd.node.store: sentence key=value``."""
-
+class _Formatter(logging.Formatter):
     def __init__(self, component: str) -> None:
         super().__init__()
         self.component = component
 
+
+class TextFormatter(_Formatter):
+    """``2026-11-21T03:42:45.123Z WARNING node-03 backstayd.node.store: sentence key=value``."""
+
     def format(self, record: logging.LogRecord) -> str:
         extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
-        said = printable(record.getMessage() + extra)
-        text = f"{_timestamp(record)} {record.levelname} {self.component} {record.name}: {said}"
+        message = printable(record.getMessage() + extra)
+        text = f"{_timestamp(record)} {record.levelname} {self.component} {record.name}: {message}"
         if record.exc_info:
             text += "".join(f"\n  {printable(line)}" for line in self.formatException(record.exc_info).split("\n"))
         return text
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_Formatter):
     """One JSON object per line: time, level, component, logger, message, and every ``extra`` value."""
-
-    def __init__(self, component: str) -> None:
-        super().__init__()
-        self.component = component
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -55,12 +53,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(*, level: str, form: str, component: str, stream: TextIO | None = None) -> None:
-    """Send the root logger's records to ``stream`` (stderr); replaces what was configured before.
+    """Send the root logger's records to ``stream`` (stderr); replaces the earlier configuration.
 
     Args:
         level: ``debug``, ``info``, ``warning`` or ``error``.
         form: ``text`` or ``json``.
-        component: Who is speaking, such as ``node node-03``.
+        component: Who logs, such as ``node node-03``.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(component) if form == "json" else TextFormatter(component))
@@ -68,10 +66,10 @@ def configure(*, level: str, form: str, component: str, stream: TextIO | None = 
 
 
 def in_force() -> tuple[str, str, str]:
-    """Level, form and component of the last :func:`configure`, for a process that is to log likewise."""
+    """Level, form and component of the last :func:`configure`, for a child process that should log likewise."""
     root = logging.getLogger()
     for handler in root.handlers:
-        if isinstance(handler.formatter, (TextFormatter, JsonFormatter)):
+        if isinstance(handler.formatter, _Formatter):
             form = "json" if isinstance(handler.formatter, JsonFormatter) else "text"
             return logging.getLevelName(root.level).lower(), form, handler.formatter.component
     return "info", "text", "backstayd"

@@ -1,6 +1,6 @@
-"""What the HTTP server of a daemon answers, path by path: a table of callables, which other parts add to.
+"""Routes of a daemon's HTTP server: a table of callables by path.
 
-A route is called in a thread of the server, never in the daemon's loop, and must be safe for that.
+A route is called in a thread of the server, never in the daemon's event loop, and must be thread-safe.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOOP_TIMEOUT_S: Final = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What is sent back. ``headers`` are sent besides Content-Type and Content-Length."""
+    """A response. ``headers`` are sent in addition to Content-Type and Content-Length."""
 
     body: bytes
     content_type: str = TEXT
@@ -78,7 +78,7 @@ def made_in_loop(loop: asyncio.AbstractEventLoop, make: Callable[[], dict[str, A
 
 
 def in_turns(document: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """One at a time, and as long a pause after each as it took: however many watch, half of the loop is left to its work."""
+    """One at a time, with a pause after each as long as it took: however many watch, half of the loop's time is left."""
     turn = threading.Lock()
 
     def make() -> dict[str, Any]:

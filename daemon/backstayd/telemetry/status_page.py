@@ -1,6 +1,6 @@
 """The status page of a coordinator: its files, and the brief document it shows. Read only.
 
-Must not ask the daemon's loop for a document more often than :class:`BriefDocument` says, however many people watch.
+Must not ask the daemon's event loop for a document more often than :class:`BriefDocument` does, however many people watch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from backstayd.telemetry.routes import JSON, Reply, Route
 
-SHORTEST_S: Final = 0.25  # a document is shown again for so long
+SHORTEST_S: Final = 0.25  # a document is reused for so long
 LONGEST_S: Final = 1.0
-COST_FACTOR: Final = 10  # and for so many times as long as it took to make, up to LONGEST_S
+COST_FACTOR: Final = 10  # and for this multiple of the time it took to make, up to LONGEST_S
 
 _FILES: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -37,7 +37,7 @@ _HEADERS: Final = {
 
 
 class BriefDocument:
-    """The document for those who watch: made when one asks, shown to all who ask soon after. Safe for threads."""
+    """The document of the page: made on request, and reused for all requests that follow soon. Thread-safe."""
 
     def __init__(self, make: Callable[[], dict[str, Any]]) -> None:
         self._make = make
@@ -49,7 +49,7 @@ class BriefDocument:
         with self._lock:
             if self._reply is None or time.monotonic() >= self._until_s:
                 begun_s = time.monotonic()
-                self._reply = None  # if it cannot be made, nothing old is shown
+                self._reply = None  # if it cannot be made, nothing stale is shown
                 self._reply = _reply(self._make())
                 ended_s = time.monotonic()
                 self._until_s = ended_s + min(LONGEST_S, max(SHORTEST_S, COST_FACTOR * (ended_s - begun_s)))
@@ -68,7 +68,7 @@ def page_routes(make: Callable[[], dict[str, Any]]) -> dict[str, Route]:
 
 
 def _reply(document: dict[str, Any]) -> Reply:
-    """The tag leaves the time out: the same tag again says that nothing else has changed."""
+    """The tag leaves out the time: an equal tag means that nothing else has changed."""
     timeless = {name: value for name, value in document.items() if name != "time_unix_s"}
     tag = _tag(json.dumps(timeless).encode())
     body = json.dumps(document).encode() + b"\n"

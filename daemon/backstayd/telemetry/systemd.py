@@ -1,6 +1,6 @@
-"""What a daemon tells its service manager (the protocol of sd_notify(3)): ready, alive, reloading, stopping, and one sentence.
+"""Notifications to the service manager (the protocol of sd_notify(3)): ready, alive, reloading, stopping, and a status line.
 
-Without ``NOTIFY_SOCKET`` nothing is sent. Must never block the daemon or end it: a message that cannot be sent is sent with the
+Without ``NOTIFY_SOCKET`` nothing is sent. Must never block or end the daemon: a message that cannot be sent is sent with the
 next one.
 """
 
@@ -20,13 +20,13 @@ STATUS_LIMIT: Final = 400  # characters; systemctl shows one line
 
 
 class ServiceManager:
-    """Messages to whoever started this process, a datagram each.
+    """Messages to the manager that started this process, one datagram each.
 
     Args:
         environ: ``NOTIFY_SOCKET`` (a path, or ``@`` and an abstract name), ``WATCHDOG_USEC``, ``WATCHDOG_PID``.
 
     Attributes:
-        watchdog_s: How often this process must say that it lives, 0 when it need not.
+        watchdog_s: The period within which this process must report that it is alive; 0: it need not.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -56,15 +56,15 @@ class ServiceManager:
             self._send(**fields)
 
     def extend(self, status: str) -> None:
-        """Starting or ending takes longer: the manager waits ``EXTENSION_S`` from now."""
+        """Starting or stopping takes longer: have the manager wait ``EXTENSION_S`` from now."""
         self._send(EXTEND_TIMEOUT_USEC=str(int(EXTENSION_S * 1e6)), STATUS=status)
 
     def reloading(self) -> None:
-        """The settings are read again; :meth:`ready` ends it."""
+        """The settings are being read again; :meth:`ready` ends it."""
         self._send(RELOADING="1", MONOTONIC_USEC=str(time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000))
 
     def stopping(self, status: str) -> None:
-        """The end has begun."""
+        """The daemon is stopping."""
         self._send(STOPPING="1", STATUS=status)
 
     def _send(self, **fields: str) -> None:
@@ -76,6 +76,6 @@ class ServiceManager:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
                 sock.sendto(message, self._address)
         except (OSError, ValueError) as error:
-            logger.debug("cannot tell the service manager at %r: %s", self._address, error)
+            logger.debug("cannot notify the service manager at %r: %s", self._address, error)
         else:
             self._unsent = {}

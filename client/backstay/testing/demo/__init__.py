@@ -1,4 +1,4 @@
-"""``make demo``: a training run loses trainers, daemons and nodes, and must end bit for bit as if nothing had been.
+"""``make demo``: a training run loses trainers, daemons and nodes, and must end bitwise equal to an undisturbed run.
 
 Run as ``python -m backstay.testing.demo [flags]`` or through :func:`main`.
 """

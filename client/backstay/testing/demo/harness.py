@@ -1,4 +1,4 @@
-"""The course of the demo: control run, then the run with its faults, then the verdict. Leaves nothing behind."""
+"""Runs the demo: the control run, then the run with its faults, then the verdict. Leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from backstay.testing.rolling import RedundancyWatch, watched
 _START_DEADLINE_S: Final = 300.0
 LOSS_TOLERANCE: Final = 1e-3  # relative; float32 sums in another order, carried through the steps that follow
 _FOOTNOTE: Final = (
-    "going on after: from the fault to the first step of all ranks, with torchrun's rendezvous and its processes' start,\n"
-    "which take most of it; for a daemon, to the first snapshot that is protected with its help."
+    "resumed after: from the fault to the first step of all ranks, including torchrun's rendezvous and process start,\n"
+    "which take most of it; for a daemon, to the first snapshot that is protected with its participation."
 )
 _REFUSALS_DEADLINE_S: Final = 15.0
 
@@ -52,7 +52,7 @@ def run(argv: Sequence[str] | None) -> int:
         sys.stderr.write(f"demo: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("demo: interrupted; everything it had started was ended\n")
+        sys.stderr.write("demo: interrupted; all its processes were stopped\n")
         return 130
 
 
@@ -105,9 +105,9 @@ class Demo:
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def _control(self) -> RunNotes:
-        """The run nothing happens to; it never imports backstay."""
+        """The undisturbed run; it never imports backstay."""
         began = time.monotonic()
-        self.printer.say("control run: nothing happens to it, and it never imports backstay")
+        self.printer.say("control run: undisturbed, and without importing backstay")
         keeper = ProcessKeeper(secrets.token_hex(4), self.directory / "logs")
         run = TorchRun(
             scenario=self.scenario,
@@ -131,7 +131,7 @@ class Demo:
         return notes
 
     def _protected(self) -> RunNotes:
-        """The run that loses what the scenario says."""
+        """The run with the scenario's faults."""
         scenario = self.scenario
         began = time.monotonic()
         armed = self.directory / "coordinator-lives"
@@ -191,7 +191,7 @@ class Demo:
 
     @contextmanager
     def _watching(self, cluster: LocalCluster, run: TorchRun) -> Iterator[None]:
-        """With ``--rolling`` the redundancy is sampled, until the trainers may come to their end and free their memory."""
+        """With ``--rolling`` the redundancy is sampled until the trainers may finish and free their memory."""
         if not self.scenario.rolling:
             yield
             return
@@ -232,7 +232,7 @@ class Demo:
         return 0 if is_whole else 1
 
     def _judge_rolling(self, redundancy: RedundancyWatch, *, is_whole: bool) -> bool:
-        """Whether nothing was lost on the way, besides the bits at the end; says so in the verdict."""
+        """Whether nothing was lost on the way, besides equal bits at the end; extends the verdict."""
         report = self.report
         assert report.comparison is not None
         problems = redundancy.complaints()
@@ -250,7 +250,7 @@ class Demo:
         return is_whole and not problems
 
     def _judge_shrunk(self, control: RunNotes, notes: RunNotes) -> int:
-        """A world that lost ranks for good: states as they were, bit by bit; losses but for the order of additions."""
+        """A world that permanently lost ranks: restored states bitwise, loss values up to the order of additions."""
         found = self.report.shrinkage = compare_shrunk(control, notes, steps=self.scenario.steps)
         worlds = " → ".join(map(str, found.worlds))
         is_near = found.loss_difference <= LOSS_TOLERANCE
@@ -266,26 +266,26 @@ class Demo:
         return 0 if is_near and not found.first_difference else 1
 
     def _judge_loss(self, notes: RunNotes) -> int:
-        """The end of a run that lost more than m: the product's message, and proof that no rank went on."""
+        """A run that lost more than m nodes: the product's message, and proof that no rank continued."""
         report = self.report
         record = report.faults[-1] if report.faults else None
         since = record.injected_unix_s if record is not None else 0.0
-        went_on = [rank for rank, line in enumerate(notes.restored_since(since)) if line is not None]
+        continued = [rank for rank, line in enumerate(notes.restored_since(since)) if line is not None]
         if not report.verdict:
             report.verdict = (
-                f"losing {self.scenario.lose} nodes with m={self.scenario.m} was not noticed: the run went on"
+                f"losing {self.scenario.lose} nodes with m={self.scenario.m} was not noticed: the run continued"
             )
         refused = record.refused_ranks if record is not None else []
         sys.stdout.write(f"restore() was refused on ranks {refused}; its message:\n\n  {report.verdict}\n\n")
-        if went_on:
-            sys.stdout.write(f"WRONG: ranks {went_on} went on all the same\n")
+        if continued:
+            sys.stdout.write(f"WRONG: ranks {continued} continued anyway\n")
         else:
-            sys.stdout.write("Nothing was loaded and no rank went on: the training run ends here.\n")
+            sys.stdout.write("Nothing was loaded and no rank continued: the training run ends here.\n")
         return 1
 
 
 def _see_refusal(watch: Watch, record: FaultRecord, message: str) -> None:
-    """Wait until every rank was refused, or a bounded while, and note it: no rank may have gone on."""
+    """Wait, for a bounded time, until every rank was refused, and record it: no rank may have continued."""
     record.outcome, record.message = "REFUSED", message
     deadline = time.monotonic() + _REFUSALS_DEADLINE_S
     while len(_refused_ranks(watch, record)) < watch.notes.world_size and time.monotonic() < deadline:

@@ -1,6 +1,6 @@
-"""Injects the faults of a scenario into a running cluster and measures each: detected, restored from where, recovered.
+"""Injects the faults of a scenario into a running cluster and measures detection, sources and recovery of each.
 
-What was lost is lost for real: processes by SIGKILL, memory by deletion. Never touches the control run.
+Losses are real: processes get SIGKILL, memory is deleted. Never touches the control run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COORDINATOR_POINT: Final = "recorded_on_some"
 
 @dataclass(slots=True, kw_only=True)
 class FaultRecord:
-    """What one fault did. Times are seconds from the injection; None where there was nothing to measure."""
+    """The effect of one fault. Times are seconds from the injection; None if there was nothing to measure."""
 
     kind: str
     step: int
@@ -45,7 +45,7 @@ class FaultRecord:
     refused_ranks: list[int] = field(default_factory=list)
 
     def source_text(self) -> str:
-        """Ranks by where their shard came from: ``local 0 2 3, rebuild 1``."""
+        """Ranks by the source of their shard: ``local 0 2 3, rebuild 1``."""
         ranks: dict[str, list[str]] = {}
         for source in self.sources:
             ranks.setdefault(source["kind"], []).append(str(source["rank"]))
@@ -57,14 +57,14 @@ class FaultRecord:
 
 
 def coordinator_faults(armed: Path) -> dict[str, str]:
-    """Environment of a coordinator that dies amid a decision as soon as ``armed`` is deleted; creates it."""
+    """Environment of a coordinator that dies in the middle of a decision once ``armed`` is deleted; creates that file."""
     armed.touch()
     return {"BACKSTAY_FAULTS": f"{_COORDINATOR_POINT},once={armed}:kill"}
 
 
 @dataclass(slots=True, kw_only=True)
 class Injector:
-    """Carries out one fault after another, each only when the run is as well protected as its scenario asks."""
+    """Injects one fault after another, each only when the run is as well protected as its scenario requires."""
 
     scenario: Scenario
     cluster: LocalCluster
@@ -74,7 +74,7 @@ class Injector:
     records: list[FaultRecord] = field(default_factory=list)
 
     def inject(self, fault: Fault) -> FaultRecord:
-        """Wait for the fault's step, inject it and see the run through; returns its record."""
+        """Wait for the fault's step, inject it and wait for the recovery; returns its record."""
         record = FaultRecord(kind=fault.kind, step=fault.step, what=str(fault), targets=fault.targets)
         self.records.append(record)
         self.watch.wait(
@@ -97,11 +97,11 @@ class Injector:
         }[fault.kind](fault, record)
         detected = f"detected after {record.detected_s:.1f} s, " if record.detected_s is not None else ""
         recovered = f"{record.recovered_s:.1f} s" if record.recovered_s is not None else "-"
-        self.watch.printer.say(f"RECOVERED ({record.outcome}): {detected}going on after {recovered}")
+        self.watch.printer.say(f"RECOVERED ({record.outcome}): {detected}resumed after {recovered}")
         return record
 
     def _wait_for_redundancy(self, fault: Fault) -> None:
-        """A loss hits a run that had its redundancy back: what is claimed is m losses, not m losses at any moment."""
+        """Wait until redundancy is restored: the promise is to survive m losses, not m losses at any moment."""
         if not fault.is_node_loss:
             return
         enough = min(self.scenario.m, len(fault.targets)) if not self.scenario.lose else self.scenario.m
@@ -130,7 +130,7 @@ class Injector:
         self._note_detection(record, "node_lost", "node_joined")
 
     def _upgrade(self, fault: Fault, record: FaultRecord) -> None:
-        """As an operator does it, daemon by daemon."""
+        """As an operator would, daemon by daemon."""
         pids, before = self.watch.notes.pids(), self.watch.notes.highest_step()
         for node in fault.targets:
             upgrade_daemon(self.cluster, node)
@@ -158,7 +158,7 @@ class Injector:
         )
 
     def _see_protected(self, record: FaultRecord, pids: list[int], before: int) -> None:
-        """Wait for a snapshot taken since; no trainer may have noticed, and none may come to its end before."""
+        """Wait for a later snapshot to be protected; no trainer may have noticed, and none may finish before."""
         self.run.permit(min(self.scenario.last_permitted_step(len(self.records)), self.scenario.steps - 1))
         wanted = min(before + 1, self.scenario.steps - 1)
         self.watch.wait(
@@ -169,7 +169,7 @@ class Injector:
         record.recovered_s = time.time() - record.injected_unix_s
         record.outcome = "UNINTERRUPTED" if self.watch.notes.pids() == pids else "INTERRUPTED"
         record.steps_lost = 0 if record.outcome == "UNINTERRUPTED" else None
-        record.message = f"trainers ran on; step {wanted} was protected with the restarted daemon taking part"
+        record.message = f"trainers ran on; step {wanted} was protected with the restarted daemon's participation"
 
     def _has_trainers(self, node: int) -> bool:
         try:
@@ -206,10 +206,10 @@ class Injector:
         )
         if process.poll() is None:
             raise DemoError(
-                f"the recovery of rank {fault.targets} ended before the coordinator came to its fault point"
+                f"the recovery of rank {fault.targets} ended before the coordinator reached its fault point"
             )
         died = time.time()
-        self.watch.printer.say(f"    the coordinator was killed amid the recovery ({_COORDINATOR_POINT})")
+        self.watch.printer.say(f"    the coordinator was killed during the recovery ({_COORDINATOR_POINT})")
         self._pause(_REPLACEMENT_DELAY_S)
         self.cluster.start_coordinator()
         self._see_recovery(record, "session_lost")
@@ -225,7 +225,7 @@ class Injector:
     def _see_recovery(self, record: FaultRecord, *detection: str) -> None:
         """Wait until every rank of one new world finished a step after restore(), and fill ``record``."""
         attempt = self.watch.wait(
-            lambda: self._recovery_attempt(record), RECOVERY_DEADLINE_S, f"every rank to go on after {record.what}"
+            lambda: self._recovery_attempt(record), RECOVERY_DEADLINE_S, f"every rank to resume after {record.what}"
         )
         lines = [line for line in self.watch.notes.restored_since(record.injected_unix_s) if line is not None]
         firsts = [self.watch.notes.first_step_after(rank, line) for rank, line in enumerate(lines)]
@@ -245,7 +245,7 @@ class Injector:
         self._note_early_rebuilds(record)
 
     def _recovery_attempt(self, record: FaultRecord) -> int | None:
-        """The attempt every rank goes on with since the fault, once each finished a step of it."""
+        """The attempt with which every rank resumed since the fault, once each finished a step of it."""
         lines = self.watch.notes.restored_since(record.injected_unix_s)
         attempts = {line["attempt"] if line is not None else None for line in lines}
         if len(attempts) != 1 or None in attempts:
@@ -284,6 +284,6 @@ class Injector:
             record.detected_by = str(event["message"])
 
     def _pause(self, seconds: float) -> None:
-        """Let ``seconds`` pass with open eyes."""
+        """Let ``seconds`` pass while polling."""
         until = time.monotonic() + seconds
         self.watch.wait(lambda: time.monotonic() >= until, seconds + 60, "a moment to pass")

@@ -1,4 +1,4 @@
-"""Starts the training run under torchrun: a rendezvous store of its own and one agent per node. Knows no faults."""
+"""Starts the training run under torchrun: a rendezvous store of its own and one agent per node. Injects no faults."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _FIRST_ADDRESS: Final = (
 HEAD_WIDTH: Final = 32
 _RENDEZVOUS: Final = (
     "is_host=0,join_timeout=300,close_timeout=10,read_timeout=60,"
-    "keep_alive_interval=1,keep_alive_max_attempt=4"  # a dead agent is given up after 4 s
+    "keep_alive_interval=1,keep_alive_max_attempt=4"  # a dead agent is dropped after 4 s
 )
-_LAST_CALL_S: Final = 12  # for the other agents once the least number is there, when the world may shrink
+_LAST_CALL_S: Final = 12  # wait for further agents once the minimum has joined, if the world may shrink
 PRELOADED_FOR_BACKSTAY: Final = "backstay,backstay.snapshotter"
 
 Spawn = Callable[[int, Sequence[str], Mapping[str, str], str], Popen[bytes]]
@@ -41,7 +41,7 @@ def write_text(path: Path) -> int:
 
 @dataclass(slots=True, kw_only=True)
 class TorchRun:
-    """One training run: where its notes go, its store, and the agents by node."""
+    """One training run: its notes, its rendezvous store, and its agents by node."""
 
     scenario: Scenario
     directory: Path
@@ -62,11 +62,11 @@ class TorchRun:
 
     @property
     def gate_file(self) -> Path:
-        """Holds the last step that trainers may compute for now."""
+        """Contains the last step that trainers may compute for now."""
         return self.directory / "gate"
 
     def permit(self, step: int) -> None:
-        """Let trainers go on up to ``step``; never takes a step back."""
+        """Let trainers proceed up to ``step``; never lowers the limit."""
         if not self.gate_file.exists() or int(self.gate_file.read_text()) < step:
             new = self.gate_file.with_suffix(".new")
             new.write_text(str(step))
@@ -80,7 +80,7 @@ class TorchRun:
             self.start_agent(node)
 
     def start_agent(self, node: int) -> None:
-        """Start the agent of ``node``; it joins the rendezvous, also in the place of one that was destroyed."""
+        """Start the agent of ``node``, also as the replacement of a destroyed one; it joins the rendezvous."""
         argv = [
             *(sys.executable, "-P", str(_HERE / "torchrun.py")),
             *(f"--nnodes={self._node_counts()}", f"--nproc-per-node={self.scenario.ranks_per_node}"),

@@ -1,4 +1,4 @@
-"""What the ranks wrote down: reads their JSON lines while they train, and compares two runs line by line."""
+"""The notes of the ranks: reads their JSON lines while they train, and compares two runs line by line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _DIGESTS: Final = ("parameters", "optimizer", "rng")
 
 @dataclass(slots=True)
 class RunNotes:
-    """All lines of one run by rank, in the order written; :meth:`poll` reads on."""
+    """All lines of one run by rank, in the order written; :meth:`poll` reads new ones."""
 
     directory: Path
     world_size: int
-    active_count: int = 0  # ranks of the present world; fewer than ``world_size`` once the run has shrunk
+    active_count: int = 0  # ranks of the current world; fewer than ``world_size`` once the run has shrunk
     ranks: list[list[Line]] = field(default_factory=list)
     _offsets: list[int] = field(default_factory=list)
 
@@ -28,7 +28,7 @@ class RunNotes:
         self._offsets = [0] * self.world_size
 
     def poll(self) -> list[tuple[int, Line]]:
-        """Read the complete lines that came since; returns them with their rank."""
+        """Read the new complete lines; returns them with their rank."""
         new: list[tuple[int, Line]] = []
         for rank in range(self.world_size):
             try:
@@ -49,11 +49,11 @@ class RunNotes:
 
     @property
     def active(self) -> list[list[Line]]:
-        """The lines of the ranks that the present world has."""
+        """The lines of the ranks of the current world."""
         return self.ranks[: self.active_count]
 
     def pids(self) -> list[int]:
-        """The newest trainer's pid of each rank; 0 where none has started."""
+        """The pid of each rank's newest trainer; 0 if none has started."""
         return [next((line["pid"] for line in reversed(lines) if line["kind"] == "start"), 0) for lines in self.active]
 
     def highest_step(self) -> int:
@@ -110,7 +110,7 @@ def compare(control: RunNotes, run: RunNotes, *, steps: int) -> Comparison:
         missing = [step for step in range(1, steps + 1) if step not in seen]
         differences += [f"rank {rank} never reported step {step}" for step in missing]
         if not run.of(rank, "end"):
-            differences.append(f"rank {rank} never came to the end")
+            differences.append(f"rank {rank} never finished")
         if missing_truth := [step for step in range(1, steps + 1) if step not in truth]:
             differences.append(f"rank {rank} of the control run never reported step {missing_truth[0]}")
     return Comparison(
@@ -124,7 +124,7 @@ def compare(control: RunNotes, run: RunNotes, *, steps: int) -> Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shrinkage:
-    """How a run that lost ranks for good compares with one that kept them all.
+    """Compares a run that permanently lost ranks with one that kept them all.
 
     ``worlds``: sizes in order. ``loss_difference``: the largest relative difference of a step's loss from the control run's.
     ``losses``: (step, ranks, loss, loss of the control run).
@@ -139,7 +139,7 @@ class Shrinkage:
 
 
 def compare_shrunk(control: RunNotes, run: RunNotes, *, steps: int) -> Shrinkage:
-    """Every restored full state must be, bit for bit, the one that was noted at that step; losses are compared as numbers."""
+    """Every restored full state must be bitwise the one noted at that step; loss values are compared as numbers."""
     truth = {line["step"]: line for line in control.of(0, "step")}
     noted: dict[int, Line] = {}
     losses: dict[int, tuple[int, int, float, float]] = {}
@@ -157,7 +157,10 @@ def compare_shrunk(control: RunNotes, run: RunNotes, *, steps: int) -> Shrinkage
             restored += 1
             differing = [name for name in _DIGESTS if step in noted and line[name] != noted[step][name]]
             if differing or step not in noted:
-                first = first or f"what was restored at step {step} is not what was there: {differing or 'never noted'}"
+                first = (
+                    first
+                    or f"the state restored at step {step} differs from the one noted: {differing or 'never noted'}"
+                )
     missing = [step for step in range(1, steps + 1) if step not in losses]
     if missing or not run.of(0, "end"):
         first = first or f"the run never reported step {missing[0] if missing else steps}"

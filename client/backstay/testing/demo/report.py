@@ -1,4 +1,4 @@
-"""The demo's last word: a table of what happened, the verdict, and the same as JSON with stable keys."""
+"""The demo's report: a table of the faults, the verdict, and the same as JSON with stable keys."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _HEADINGS: Final = (
     "rebuilt",
     "restored to",
     "lost",
-    "going on after",
+    "resumed after",
 )
 
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """Everything there is to say about one demo. ``bitwise_equal`` is None when there was nothing to compare."""
+    """The results of one demo. ``bitwise_equal`` is None if there was nothing to compare."""
 
     scenario: Scenario
     bitwise_equal: bool | None = None
@@ -41,7 +41,7 @@ class Report:
     timeline: list[dict[str, Any]] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
-        """The report as JSON values; keys present here stay."""
+        """The report as JSON values; existing keys are stable."""
         scenario = {
             key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.scenario).items()
         }
@@ -65,7 +65,7 @@ class Report:
         path.write_text(json.dumps(self.document(), indent=1) + "\n")
 
     def table(self) -> str:
-        """The faults, one a row."""
+        """The faults, one per row."""
         rows = [_row(record) for record in self.faults]
         return _aligned([_HEADINGS, *rows])
 

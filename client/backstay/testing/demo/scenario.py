@@ -1,4 +1,4 @@
-"""What a demo run is to do: sizes, and faults as values addressed by training step. Pure but for the command line."""
+"""The scenario of a demo run: sizes, and faults addressed by training step. Pure except for the command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Fault:
             "daemon": f"SIGKILL of the daemon of node {who}",
             "node": f"destruction of node {who}",
             "nodes": f"destruction of nodes {who} at once",
-            "coordinator": f"SIGKILL of the coordinator amid the recovery of rank {who}",
+            "coordinator": f"SIGKILL of the coordinator during the recovery of rank {who}",
             "upgrade": f"drain and restart of the daemon of node {who}",
             "handover": "restart of the coordinator",
         }[self.kind]
@@ -71,7 +71,7 @@ class Scenario:
 
     @property
     def last_nodes(self) -> int:
-        """Nodes that are left at the end: with ``shrink`` what is destroyed is not replaced."""
+        """Nodes left at the end: with ``shrink``, destroyed nodes are not replaced."""
         lost = sum(len(fault.targets) for fault in self.faults if fault.is_node_loss)
         return self.nodes - lost if self.shrink else self.nodes
 
@@ -160,7 +160,7 @@ def _choose(count: int, *, index: int, limit: int) -> tuple[int, ...]:
 
 
 def _default_faults(nodes: int, m: int, *, steps: int, world_size: int) -> str:
-    """The five faults of the promise at proportional steps, less those m does not cover; rank 0's node is hit too."""
+    """The five promised faults at proportional steps, except those m does not cover; also hits rank 0's node."""
     at = [max(2, round(steps * share)) for share in (0.16, 0.30, 0.44, 0.60, 0.76)]
     faults = [f"trainer#{2 % world_size}@{at[0]}", f"daemon#{3 % nodes}@{at[1]}"]
     faults += [f"node#{1 % nodes}@{at[2]}"] if m >= 1 and nodes > 1 else []
@@ -175,8 +175,11 @@ def _default_shrinking(nodes: int, *, steps: int) -> str:
 
 
 def _default_rolling(nodes: int, *, steps: int) -> str:
-    """Every daemon, one after the other, then the coordinator; none of it costs a step."""
-    first, last = max(2, steps // 8), steps - GATE_MARGIN - 6  # some are left to snapshot once the next one leads
+    """Every daemon, one after the other, then the coordinator; none of this costs a step."""
+    first, last = (
+        max(2, steps // 8),
+        steps - GATE_MARGIN - 6,
+    )  # leaves steps to snapshot once the next coordinator leads
     at = [first + (last - first) * index // max(1, nodes) for index in range(nodes + 1)]
     return ",".join([*(f"upgrade#{node}@{at[node]}" for node in range(nodes)), f"handover@{at[nodes]}"])
 
@@ -185,7 +188,7 @@ def _check(scenario: Scenario) -> None:
     if scenario.shrink and (scenario.lose or scenario.ranks_per_node != 1):
         raise UsageError("--shrink goes with one rank per node and without --lose")
     if scenario.rolling and (scenario.lose or scenario.shrink):
-        raise UsageError("--rolling goes with neither --lose nor --shrink: nothing is lost")
+        raise UsageError("--rolling goes with neither --lose nor --shrink: it loses nothing")
     if scenario.shrink and scenario.last_nodes < 2:
         raise UsageError(f"--shrink from {scenario.nodes} nodes leaves {scenario.last_nodes}; at least 2 are needed")
     if scenario.nodes < 1 or scenario.m < 0 or scenario.m > 4 or scenario.k < 1:
@@ -232,11 +235,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=1, help="windows per rank and step (1)")
     add("--steps", type=int, help=f"optimizer steps ({DEFAULT_STEPS}; 24 with --lose)")
     add("--faults", help="e.g. trainer@10,daemon@16,node@22,nodes:2@34,coordinator@46; with targets: node#0@22; none")
-    add("--lose", type=int, default=0, metavar="N", help="instead of the faults: lose N nodes at once")
-    add("--shrink", action="store_true", help="replace no node: the run goes on with the nodes that are left")
+    add("--lose", type=int, default=0, metavar="N", help="lose N nodes at once, instead of the faults")
+    add("--shrink", action="store_true", help="replace no node: the run continues with the remaining nodes")
     add("--rolling", action="store_true", help="lose nothing: drain and restart each daemon, then the coordinator")
     add("--lease-s", type=float, default=3.0, help="lease of the daemons (3)")
-    add("--deadline-s", type=float, default=900.0, help="give up after this long (900)")
-    add("--json", type=Path, metavar="FILE", help="write the whole report there")
-    add("--keep-logs", type=Path, metavar="DIR", help="keep every log and every rank's notes there")
+    add("--deadline-s", type=float, default=900.0, help="give up after this many seconds (900)")
+    add("--json", type=Path, metavar="FILE", help="write the full report to FILE")
+    add("--keep-logs", type=Path, metavar="DIR", help="keep all logs and notes in DIR")
     return parser

@@ -2,7 +2,7 @@
 
 Started by torchrun as a file. Settings come from the environment (``DEMO_SETTINGS``, a JSON object). The control run
 must never import backstay, so the import is inside the branch that protects the run. Every rank appends JSON lines to a
-file of its own: what it computed, for the harness to compare.
+own file: what it computed, for the harness to compare.
 
 A world that shrinks trains the same global batch on any number of ranks, FSDP2 or FSDP2 Ã— TP (:class:`ElasticTraining`).
 """
@@ -39,7 +39,7 @@ TENSOR_PARALLEL_WORLD: Final = 4  # ranks; a world that may shrink trains as 2 Ã
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the harness decides; the same for every rank."""
+    """Settings from the harness, the same for every rank."""
 
     steps: int
     d_model: int
@@ -51,7 +51,7 @@ class Settings:
     notes_dir: str
     run_id: str = ""  # "" = control run
     may_shrink: bool = False
-    gate_file: str = ""  # holds the last step that may be computed for now; "" = no limit
+    gate_file: str = ""  # contains the last step that may be computed for now; "" = no limit
     restore_deadline_s: float = 300.0
 
 
@@ -134,7 +134,7 @@ class TextLoader:
 
 
 class Notes:
-    """One rank's lines; each is one write at the end of the file, so that a SIGKILL tears at most the last one."""
+    """One rank's lines; each is a single append, so that a SIGKILL tears at most the last one."""
 
     def __init__(self, settings: Settings, rank: int) -> None:
         path = Path(settings.notes_dir, f"rank-{rank:05d}.jsonl")
@@ -294,7 +294,7 @@ def loss_bits(loss: float) -> str:
 
 
 def wait_at_gate(settings: Settings, step: int) -> None:
-    """Wait until the harness lets ``step`` be computed: a fault that is due comes first, none comes after the end."""
+    """Wait until the harness permits ``step``: pending faults come first, and none comes after the end."""
     deadline = time.monotonic() + GATE_DEADLINE_S
     while settings.gate_file and int(Path(settings.gate_file).read_text()) < step:
         if time.monotonic() > deadline:
@@ -303,7 +303,7 @@ def wait_at_gate(settings: Settings, step: int) -> None:
 
 
 def train(settings: Settings, rank: int, notes: Notes) -> None:
-    """Train to the last step, from the start (control) or from wherever the run is (protected)."""
+    """Train to the last step, from the start (control) or from the restored step (protected)."""
     training = (ElasticTraining if settings.may_shrink else Training)(settings, rank)
     keeper: Any = None
     start = 0
@@ -363,7 +363,7 @@ def main() -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return int(exit_code)
     if not settings.run_id and any(name.partition(".")[0] in ("backstay", "backstayd") for name in sys.modules):
-        raise AssertionError("the control run imported backstay; it is no control")
+        raise AssertionError("the control run imported backstay, so it is not a valid control")
     notes.write("done", modules=len(sys.modules))
     dist.destroy_process_group()
     return 0

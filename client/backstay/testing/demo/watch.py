@@ -1,4 +1,4 @@
-"""Watches a training run of the demo: reads ranks' notes and the coordinator's status, shows progress, notices failure.
+"""Watches a training run of the demo: reads ranks' notes and the coordinator's status, shows progress, detects failures.
 
 All waiting of the demo happens here, with a deadline and a reason. Changes nothing.
 """
@@ -25,7 +25,7 @@ _SHOWN: Final = ("node_lost", "decided", "refused", "quarantined", "rebuild", "i
 
 
 class DemoError(BackstayError):
-    """The demo could not be carried through; nothing is known about equality."""
+    """The demo could not be completed; whether the runs are equal is unknown."""
 
 
 class LostForGoodError(BackstayError):
@@ -34,7 +34,7 @@ class LostForGoodError(BackstayError):
 
 @dataclass(slots=True)
 class Printer:
-    """Lines for people, with the seconds since the start of the demo in front."""
+    """Prints lines with the seconds since the start of the demo."""
 
     began: float = field(default_factory=time.monotonic)
 
@@ -45,7 +45,7 @@ class Printer:
 
 @dataclass(slots=True, kw_only=True)
 class Watch:
-    """The eyes of the demo. ``timeline`` keeps the coordinator's entries also over its death."""
+    """Observes a run. ``timeline`` keeps the coordinator's entries across its death."""
 
     run: TorchRun
     notes: RunNotes
@@ -55,8 +55,8 @@ class Watch:
     cluster: LocalCluster | None = None
     timeline: dict[tuple[float, str, str], dict[str, Any]] = field(default_factory=dict)
     run_status: dict[str, Any] = field(default_factory=dict)
-    destroyed: set[int] = field(default_factory=set)  # nodes whose agent is dead on purpose
-    replaced: set[int] = field(default_factory=set)  # nodes that began empty with the present fault
+    destroyed: set[int] = field(default_factory=set)  # nodes whose agent was killed deliberately
+    replaced: set[int] = field(default_factory=set)  # nodes that started empty after the current fault
     _next_status: float = 0.0
     _next_progress: float = 0.0
     _shown_step: int = 0
@@ -84,7 +84,7 @@ class Watch:
         self._show_progress()
 
     def read_status(self) -> None:
-        """Take in the coordinator's status, if it answers."""
+        """Read the coordinator's status, if it answers."""
         if self.cluster is None:
             return
         try:
@@ -111,7 +111,7 @@ class Watch:
         self.wait(
             lambda: all(agent.poll() == 0 for node, agent in agents.items() if node not in self.destroyed),
             deadline_s,
-            "every agent to come to its end",
+            "every agent to finish",
         )
         self.notes.poll()
 

@@ -9,10 +9,11 @@ from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import Job
 from backstayd.core.messages.decisions import Decision
 from backstayd.core.messages.desired import RunDesired
-from backstayd.core.messages.durable import Stored, Survey
+from backstayd.core.messages.durable import StorageDesired, Stored, Survey, Upload, UploadState
 from backstayd.core.messages.plans import FragmentRecord, Plan, Rebuild, RebuildTarget, ShardRecord
 from backstayd.core.messages.report import SessionRecord
 from backstayd.node.reconcile.tasks import TaskKey
+from backstayd.store.index import StagedFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,20 +87,8 @@ class RefuseWorld:
 
 Action = (
     StartJob | PrepareTarget | CancelTask | FenceWorld | ReleaseSnapshot | DropPlan | DiscardStaged
-    | QuarantineParity
-    | RecordDecision | ReleaseWorld | RefuseWorld
+    | QuarantineParity | RecordDecision | ReleaseWorld | RefuseWorld
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagedState:
-    """A shard in staging here and the stripes of each rebuild that it still waits for."""
-
-    rank: int
-    world_size: int
-    digest16: str
-    size_bytes: int
-    missing: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # rebuild id -> stripes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,22 +101,28 @@ class Restoring:
     staged: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DurableView:
-    """What this daemon did and found on durable storage for one run.
-
-    ``confirmed_until_s`` (since boot): until then the coordinator cannot have counted this node lost since it ordered what
-    it orders of the run; ``is_confirmed``: that time has not come.
-    """
+@dataclass(slots=True, kw_only=True)
+class DurableRun:
+    """What this daemon did and found on durable storage for one run."""
 
     survey: Survey | None = None
-    uploaded: frozenset[tuple[str, int]] = frozenset()  # (snapshot id, rank); RECORD_RANK: its completion record
-    pruned: frozenset[Stored] = frozenset()
-    marked: frozenset[str] = frozenset()  # snapshot ids
-    struck: frozenset[str] = frozenset()
-    confirmed_until_s: float = float("-inf")
-    is_confirmed: bool = False
-    free_uploads: int = 0  # that may start now
+    uploads: dict[tuple[str, int], Upload] = field(default_factory=dict)  # by snapshot id and rank, or RECORD_RANK
+    pruned: set[Stored] = field(default_factory=set)
+    marked: set[str] = field(default_factory=set)  # snapshot ids
+    struck: set[str] = field(default_factory=set)
+    confirmed_s: float = float("-inf")  # when the newest report was sent whose answer names this run, since boot
+
+    def trim(self, desired: StorageDesired) -> None:
+        """Forget what is no longer wanted."""
+        wanted = {task.snapshot.snapshot_id for task in desired.uploads}
+        self.uploads = {place: upload for place, upload in self.uploads.items() if place[0] in wanted}
+        self.pruned &= set(desired.prunes)
+        self.marked &= {item.snapshot_id for item in desired.distrust}
+        self.struck &= {item.snapshot_id for item in desired.trust}
+
+    def is_uploaded(self, snapshot_id: str, rank: int) -> bool:
+        upload = self.uploads.get((snapshot_id, rank))
+        return upload is not None and upload.state is UploadState.DONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +130,8 @@ class View:
     """One run as this node sees it.
 
     ``settled`` are tasks that are done, have failed for good or wait for another try. ``verified`` holds (decision id,
-    digest) of shards whose every chunk was checked for that decision.
+    digest) of shards whose every chunk was checked for that decision. Until ``confirmed_until_s`` (since boot) the
+    coordinator cannot have counted this node lost since it wanted what it wants; ``is_confirmed``: that time has not come.
     """
 
     node: str
@@ -150,12 +146,18 @@ class View:
     restoring: tuple[Restoring, ...] = ()
     waiting_worlds: frozenset[str] = frozenset()  # worlds with a restore() that has no answer yet
     granted_worlds: frozenset[str] = frozenset()  # worlds with a slot in hand
-    staged: tuple[StagedState, ...] = ()
+    staged: tuple[StagedFile, ...] = ()
+    missing: Mapping[tuple[str, str], tuple[int, ...]] = field(
+        default_factory=dict
+    )  # (rebuild id, digest16) -> stripes
     running: frozenset[TaskKey] = frozenset()
     settled: frozenset[TaskKey] = frozenset()
     verified: frozenset[tuple[str, str]] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)  # decision id -> why it cannot be staged here
-    durable: DurableView = field(default_factory=DurableView)
+    durable: DurableRun = field(default_factory=DurableRun)
+    confirmed_until_s: float = float("-inf")
+    is_confirmed: bool = False
+    free_uploads: int = 0  # that may start now
 
     @property
     def digests(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 from backstayd.coder.jobs import (
@@ -23,11 +23,11 @@ from backstayd.coder.jobs import (
 )
 from backstayd.core.messages.decisions import Distrusted
 from backstayd.core.messages.desired import NodeDesired, RunDesired
-from backstayd.core.messages.durable import PersistedSnapshot, StorageDesired, Stored, Survey, Upload, UploadState
+from backstayd.core.messages.durable import PersistedSnapshot, Stored, Survey, Upload, UploadState
 from backstayd.node.coders import Coders
 from backstayd.node.deadlines import STORAGE_DEADLINE_S
 from backstayd.node.node_state import NodeState
-from backstayd.node.reconcile.actions import DurableView
+from backstayd.node.reconcile.actions import DurableRun
 from backstayd.node.reconcile.quarantine import BadSources
 from backstayd.node.reconcile.tasks import TaskKey, Tasks
 
@@ -35,26 +35,6 @@ logger = logging.getLogger(__name__)
 
 FENCED: Final = "fenced"  # the reason in coder/durable/shared_changes.py
 LOUD_FAILURES: Final = (1, 2, 4, 8, 16)  # of a task; those in between are logged at level DEBUG
-
-
-@dataclass(slots=True)
-class DurableRun:
-    """What this daemon did and found for one run."""
-
-    survey: Survey | None = None
-    uploads: dict[tuple[str, int], Upload] = field(default_factory=dict)  # (snapshot id, rank)
-    pruned: set[Stored] = field(default_factory=set)
-    marked: set[str] = field(default_factory=set)
-    struck: set[str] = field(default_factory=set)
-    confirmed_s: float = float("-inf")  # when the newest report was sent whose answer names this run
-
-    def trim(self, desired: StorageDesired) -> None:
-        """Forget what is no longer wanted."""
-        wanted = {task.snapshot.snapshot_id for task in desired.uploads}
-        self.uploads = {place: upload for place, upload in self.uploads.items() if place[0] in wanted}
-        self.pruned &= set(desired.prunes)
-        self.marked &= {item.snapshot_id for item in desired.distrust}
-        self.struck &= {item.snapshot_id for item in desired.trust}
 
 
 class DurableRecords:
@@ -93,20 +73,6 @@ class DurableRecords:
     def confirmed_until_s(self, run: str) -> float:
         """Until then the coordinator cannot have counted this node lost since it wanted what it wants of the run."""
         return self.of(run).confirmed_s + self._node.lease_s
-
-    def view(self, run: str, *, free_uploads: int) -> DurableView:
-        """As the planner sees it."""
-        state, until_s = self.of(run), self.confirmed_until_s(run)
-        return DurableView(
-            survey=state.survey,
-            uploaded=frozenset(place for place, one in state.uploads.items() if one.state is UploadState.DONE),
-            pruned=frozenset(state.pruned),
-            marked=frozenset(state.marked),
-            struck=frozenset(state.struck),
-            confirmed_until_s=until_s,
-            is_confirmed=self._node.clock.boot_s() < until_s,
-            free_uploads=free_uploads,
-        )
 
     def note_upload(
         self, key: TaskKey, state: UploadState, *, total_bytes: int, done_bytes: int = 0, reason: str = ""

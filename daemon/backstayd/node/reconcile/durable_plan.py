@@ -25,7 +25,7 @@ def durable_jobs(view: View) -> list[StartJob]:
     if desired is None:
         return []
     jobs = [*_survey(view, desired), *_uploads(view, desired)]
-    return [*jobs, *_shared_changes(view, desired)] if view.durable.is_confirmed else jobs
+    return [*jobs, *_shared_changes(view, desired)] if view.is_confirmed else jobs
 
 
 def _survey(view: View, desired: StorageDesired) -> list[StartJob]:
@@ -43,7 +43,7 @@ def _uploads(view: View, desired: StorageDesired) -> list[StartJob]:
         _upload(view, desired, task.snapshot, rank)
         for task in desired.uploads
         for rank in task.ranks
-        if (task.snapshot.snapshot_id, rank) not in view.durable.uploaded
+        if not view.durable.is_uploaded(task.snapshot.snapshot_id, rank)
         and held.get((task.snapshot.key, rank)) == task.snapshot.shards[rank].digest
     ]
 
@@ -73,13 +73,13 @@ def _shared_changes(view: View, desired: StorageDesired) -> list[StartJob]:
     fence: dict[str, Any] = {  # when and on what it may be done
         "url": desired.url,
         "newest_attempt": desired.newest_attempt,
-        "act_before_s": durable.confirmed_until_s,
+        "act_before_s": view.confirmed_until_s,
         "deadline_s": STORAGE_DEADLINE_S,
     }
     jobs = []
     for task in desired.uploads:
         snapshot = task.snapshot
-        if task.is_last and (snapshot.snapshot_id, RECORD_RANK) not in durable.uploaded:
+        if task.is_last and not durable.is_uploaded(snapshot.snapshot_id, RECORD_RANK):
             key = TaskKey(run, TaskKind.COMPLETE, snapshot.snapshot_id, RECORD_RANK)
             jobs.append(StartJob(key=key, job=WriteRecord(snapshot=snapshot, **fence)))
     for target in desired.prunes:

@@ -65,7 +65,7 @@ def _startable(view: View, wanted: list[StartJob | PrepareTarget]) -> list[Start
     """Those neither running nor settled, and only so many uploads as may run at once."""
     due = [action for action in wanted if action.key not in view.running | view.settled]
     uploads = [action for action in due if action.key.kind is TaskKind.UPLOAD]
-    late = {action.key for action in uploads[view.durable.free_uploads :]}
+    late = {action.key for action in uploads[view.free_uploads :]}
     return [action for action in due if action.key not in late]
 
 
@@ -148,8 +148,8 @@ def _own_target(view: View, rebuild: Rebuild, target: RebuildTarget) -> StartJob
         addresses = [address for address in dict.fromkeys(addresses) if address != own]
         job = FetchPlan(plan=plan, addresses=tuple(addresses), deadline_s=BASE_DEADLINE_S)
         return StartJob(key=_key(TaskKind.FETCH_PLAN, rebuild, target.rank), job=job)
-    staged = next((state for state in view.staged if state.digest16 == target.digest[:16]), None)
-    if staged is None or rebuild.rebuild_id not in staged.missing or staged.missing[rebuild.rebuild_id]:
+    missing = view.missing.get((rebuild.rebuild_id, target.digest[:16]))
+    if missing is None or missing:
         return PrepareTarget(key=_key(TaskKind.PREPARE, rebuild, target.rank), rebuild=rebuild, target=target)
     size = target_size(rebuild, target)
     verify = VerifyShard(

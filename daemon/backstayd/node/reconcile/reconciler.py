@@ -18,7 +18,7 @@ from backstayd.core.messages.report import SessionPhase
 from backstayd.node.coders import Coders
 from backstayd.node.node_state import NodeState
 from backstayd.node.reconcile import actions
-from backstayd.node.reconcile.actions import Action, Restoring, StagedState, View
+from backstayd.node.reconcile.actions import Action, Restoring, View
 from backstayd.node.reconcile.durable_jobs import DurableJobs, DurableRecords
 from backstayd.node.reconcile.durable_plan import PARALLEL_UPLOADS
 from backstayd.node.reconcile.forget import ForgottenRuns
@@ -147,6 +147,7 @@ class Reconciler:
         index = self._store.runs.get(run) or RunIndex(run=run)
         desired = self._node.run_desired(run)
         sessions = self._sessions.of_run(run)
+        confirmed_until_s = self.durable.confirmed_until_s(run)
         return View(
             node=self._node.identity.name,
             incarnation=self._node.identity.incarnation,
@@ -168,38 +169,33 @@ class Reconciler:
                 if s.answer is not None and not s.answer.done() and restore_answers.offer_due(self._node, s) is None
             ),
             granted_worlds=frozenset(session.world_id for session in sessions if session.grants),
-            staged=self._staged(index),
+            staged=tuple(index.staged.values()),
+            missing=self._missing_stripes(index),
             running=self.tasks.running(run),
             settled=self.tasks.settled(run),
             verified=self.memory_jobs.verified(run),
             failed=self._node.failed_decisions,
-            durable=self.durable.view(run, free_uploads=PARALLEL_UPLOADS - self.tasks.count(TaskKind.UPLOAD)),
+            durable=self.durable.of(run),
+            confirmed_until_s=confirmed_until_s,
+            is_confirmed=self._node.clock.boot_s() < confirmed_until_s,
+            free_uploads=PARALLEL_UPLOADS - self.tasks.count(TaskKind.UPLOAD),
         )
 
     def staging(self, run: str) -> Staging | None:
         return staging_of(self.view(run))
 
-    def _staged(self, index: RunIndex) -> tuple[StagedState, ...]:
+    def _missing_stripes(self, index: RunIndex) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Of each shard in staging that is rebuilt onto this node; by rebuild and the first 16 digits of its digest."""
         paths = self._store.paths(index.run)
-        found = []
-        for staged in index.staged.values():
-            missing = {}
-            for rebuild in self._node.run_desired(index.run).rebuilds:
-                for target in rebuild.targets:
-                    if target.digest[:16] == staged.digest16 and target.node == self._node.identity.name:
-                        missing[rebuild.rebuild_id] = missing_stripes(
-                            paths, rebuild.plan, member=target.member_index, rank=target.rank
-                        )
-            found.append(
-                StagedState(
-                    rank=staged.rank,
-                    world_size=staged.world_size,
-                    digest16=staged.digest16,
-                    size_bytes=staged.size_bytes,
-                    missing=missing,
-                )
+        staged = {one.digest16 for one in index.staged.values()}
+        return {
+            (rebuild.rebuild_id, target.digest[:16]): missing_stripes(
+                paths, rebuild.plan, member=target.member_index, rank=target.rank
             )
-        return tuple(found)
+            for rebuild in self._node.run_desired(index.run).rebuilds
+            for target in rebuild.targets
+            if target.digest[:16] in staged and target.node == self._node.identity.name
+        }
 
     def _pass(self) -> None:
         self._forgotten.act()

@@ -78,19 +78,18 @@ def _choosing(view: View, decision: Decision) -> dict[int, str]:
 def rebuilt_bytes(view: View) -> tuple[int, int]:
     """(done, total) bytes of the shards that are rebuilt onto this node."""
     done = total = 0
-    staged = {state.digest16: state for state in view.staged}
     for rebuild in view.desired.rebuilds:
         for target in rebuild.targets:
             if target.node != view.node:
                 continue
             size = target_size(rebuild, target)
             total += size
-            state = staged.get(target.digest[:16])
+            missing = view.missing.get((rebuild.rebuild_id, target.digest[:16]))
             if target.digest in view.digests:
                 done += size
-            elif state is not None:
+            elif missing is not None:
                 stripes = max(1, rebuild.plan.k)
-                done += size * (stripes - min(stripes, len(state.missing.get(rebuild.rebuild_id, ())))) // stripes
+                done += size * (stripes - min(stripes, len(missing))) // stripes
     return done, total
 
 

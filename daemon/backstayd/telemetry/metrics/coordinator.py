@@ -1,6 +1,6 @@
-"""What the coordinator exports: how well each run is protected, its recoveries, the nodes it hears.
+"""What the coordinator exports: how well each run is protected, its recoveries, the nodes that report to it.
 
-Only the coordinator that leads has series of runs; one that stands by has none, so that nothing is counted twice.
+Only the leader has series of runs; a standby has none, so that nothing is counted twice.
 """
 
 from __future__ import annotations

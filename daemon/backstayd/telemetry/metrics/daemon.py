@@ -1,4 +1,4 @@
-"""What every daemon exports, whatever its role: what it is, how it is configured, what it uses.
+"""What every daemon exports: its version and role, its configuration, its use of the machine.
 
 ``process_*`` comes from prometheus-client. Must not know nodes or the coordinator.
 """
@@ -17,7 +17,7 @@ from backstay.format import versions
 from backstayd.telemetry.metrics.registry import Declared, Registry
 
 HASH_DIGITS: Final = 12
-# Settings that differ from daemon to daemon by right: they say where one lives, not how it behaves.
+# Settings that may differ between daemons of one role: where a daemon runs, not how it behaves.
 LOCAL_SETTINGS: Final = frozenset(
     {
         "name", "memory_dir", "socket", "bulk", "http", "domain", "listen", "advertise", "kubernetes_node",
@@ -78,19 +78,19 @@ class DaemonMetrics:
         self._registry.keep_runs(runs)
 
     def watch_certificates(self, ends_unix_s: Callable[[], Mapping[str, float]]) -> None:
-        """Export when the certificates in use end, by which one it is; asked at every scrape, in its thread."""
+        """Export when each certificate in use expires; asked at every scrape, in its thread."""
         for certificate in ends_unix_s():
             gauge = self.certificate_expiry_timestamp_seconds.labels(certificate=certificate)
             gauge.set_function(lambda certificate=certificate: ends_unix_s().get(certificate, 0.0))  # type: ignore[misc]
 
     def set_config(self, config: Any) -> None:
-        """Say which configuration is in force; called again after a reload."""
+        """Export the configuration in force; called again after a reload."""
         self._config.clear()
         self._config.labels(role=self._role, hash=config_hash(config)).set(1)
         self.lease_seconds.set(config.lease_s)
 
 
 def config_hash(config: Any) -> str:
-    """Equal for daemons of one role that are configured alike; a dataclass of settings."""
+    """Hash of a dataclass of settings; equal for daemons of one role with the same configuration."""
     items = {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in LOCAL_SETTINGS}
     return hashlib.sha256(repr(sorted(items.items())).encode()).hexdigest()[:HASH_DIGITS]

@@ -1,6 +1,6 @@
-"""What a node exports: its memory, its trainers, the work of its coders, its line to the coordinator.
+"""What a node exports: its memory, its trainers, the work of its coders, its connection to the coordinator.
 
-Series of runs are of what happened on this node; what holds for a whole run is the coordinator's to say.
+Series of a run count what happened on this node; the coordinator exports what holds for the whole run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Declaring metrics: names, help, labels with the values that are known, and series of runs that come and go.
+"""Declaring metrics: names, help, labels with their known values, and series of runs that come and go.
 
 Everything that ``/metrics`` shows is declared through a :class:`Registry`, so that the reference in docs/metrics.md can be
-made from it. Must not know what any metric is about.
+made from it. Must not know what any metric means.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 PREFIX: Final = "backstay"
 RUN_LABEL: Final = "training_job"  # "job" would collide with the label of the scrape
-MAX_RUNS: Final = 200  # whose series are exported; those beyond are counted in none
+MAX_RUNS: Final = 200  # runs with exported series; those beyond have none
 DURATION_BUCKETS_S: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 Kind = TypeVar("Kind", bound=MetricWrapperBase)
@@ -24,12 +24,12 @@ Kind = TypeVar("Kind", bound=MetricWrapperBase)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
-    """One metric as it was declared; ``name`` is as a query names it (with ``_total``)."""
+    """One metric as it was declared; ``name`` as in a query (with ``_total``)."""
 
     name: str
     kind: str
     documentation: str
-    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)  # to the values that are known; () is open
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)  # label -> its known values; () is open
 
 
 class PerRun(Generic[Kind]):
@@ -37,8 +37,8 @@ class PerRun(Generic[Kind]):
 
     Args:
         unregistered: The same metric without labels, outside of any registry: where runs above the limit are counted.
-        is_preset: What is known to come is exported from the first sight of a run on, at 0.
-        is_possible: Which combinations of the other labels' values are; by default all.
+        is_preset: Known combinations of labels are exported at 0 as soon as the run is seen.
+        is_possible: Which combinations of the other labels' values can occur; by default all.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class PerRun(Generic[Kind]):
         self._preset = [found for values in known if is_possible(**(found := dict(zip(labels, values, strict=True))))]
 
     def of(self, run: str, **labels: str) -> Kind:
-        """The series of ``run``; it stays until :meth:`Registry.keep_runs` does not name the run any more."""
+        """The series of ``run``; it stays until :meth:`Registry.keep_runs` no longer names the run."""
         return self._metric.labels(**{RUN_LABEL: run}, **labels) if self._registry.admit(run) else self._nowhere
 
     def preset(self, run: str) -> None:
-        """Export what is known to come, at 0."""
+        """Export the known combinations of labels, at 0."""
         for labels in self._preset:
             self._metric.labels(**{RUN_LABEL: run}, **labels)
 
     def drop(self, run: str) -> None:
-        """Take the run's series out; none is fine."""
+        """Remove the run's series, if there are any."""
         self._metric.remove_by_labels({RUN_LABEL: run})
 
 
@@ -80,7 +80,7 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asked for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series of each counter
         self.collector = CollectorRegistry()
         self.declared: list[Declared] = []
         self._per_run: list[PerRun[Any]] = []
@@ -106,13 +106,13 @@ class Registry:
         is_possible: Callable[..., bool] = lambda **labels: True,
         **labels: Sequence[str],
     ) -> PerRun[Counter]:
-        """A counter per run, exported at 0 from the first sight of the run on, for the combinations that can be."""
+        """A counter per run, exported at 0 as soon as the run is seen, for the combinations that are possible."""
         return self._make_per_run(Counter, name, documentation, labels, is_preset=True, is_possible=is_possible)
 
     def run_gauge(
         self, name: str, documentation: str, *, is_preset: bool = False, **labels: Sequence[str]
     ) -> PerRun[Gauge]:
-        """A gauge per run; with ``is_preset`` a run that nothing was said of yet is at 0."""
+        """A gauge per run; with ``is_preset`` it is 0 as soon as the run is seen."""
         return self._make_per_run(Gauge, name, documentation, labels, is_preset=is_preset)
 
     def run_summary(self, name: str, documentation: str, **labels: Sequence[str]) -> PerRun[Summary]:
@@ -120,7 +120,7 @@ class Registry:
         return self._make_per_run(Summary, name, documentation, labels, is_preset=True)
 
     def admit(self, run: str) -> bool:
-        """Whether ``run`` has series; gives it those that are known to come when it is seen for the first time."""
+        """Whether ``run`` has series; when it is seen for the first time, exports its preset series."""
         if run in self._runs:
             return True
         if len(self._runs) >= MAX_RUNS:
@@ -131,7 +131,7 @@ class Registry:
         return True
 
     def keep_runs(self, runs: Collection[str]) -> None:
-        """Drop the series of every run but ``runs``, so that a daemon that lives long does not grow."""
+        """Drop the series of every run but ``runs``, so that a daemon that runs for long does not grow."""
         for run in [run for run in self._runs if run not in runs]:
             del self._runs[run]
             for family in self._per_run:

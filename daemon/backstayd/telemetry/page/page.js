@@ -1,5 +1,5 @@
 // The status page: asks for the brief document every second and shows it. Reads only.
-// Everything shown is put in as text, never as markup; what is old is never shown as new.
+// Everything is inserted as text, never as markup; stale data is always marked as stale.
 "use strict";
 
 const PERIOD_MS = 1000;
@@ -57,7 +57,7 @@ function headline(run) {
   const survives = run.verdict.survives;
   if (survives > 0) return `survives the loss of any ${survives === 1 ? "node" : `${survives} nodes`} of a group`;
   if (survives === 0) return "does not survive the loss of a node";
-  return "nothing in memory could be restored";
+  return "no snapshot in memory can be restored";
 }
 
 function facts(run) {
@@ -93,8 +93,8 @@ function notes(run) {
   if (run.explain && run.explain.message) found.push(`A restart now: ${run.explain.message}`);
   if (run.storage && run.storage.problem) found.push(`Durable storage: ${run.storage.problem}`);
   for (const item of run.distrusted) found.push(`Step ${item.step} of attempt ${item.attempt} is distrusted: ${item.reason}`);
-  for (const item of run.quarantined) found.push(`${item.what} on ${item.node} is set aside: ${item.reason}`);
-  if (run.forgotten_in_s !== null) found.push(`No trainer is connected; its memory is freed in ${(run.forgotten_in_s / 3600).toFixed(1)} h`);
+  for (const item of run.quarantined) found.push(`${item.what} on ${item.node} is quarantined: ${item.reason}`);
+  if (run.forgotten_in_s !== null) found.push(`No trainer is connected; the memory of this job is freed in ${(run.forgotten_in_s / 3600).toFixed(1)} h`);
   return found.map((text) => element("p", text, { class: "reason" }));
 }
 
@@ -113,7 +113,7 @@ function strip(run, events, now) {
   picture.setAttribute("preserveAspectRatio", "none");
   picture.setAttribute("class", "strip");
   picture.setAttribute("role", "img");
-  picture.setAttribute("aria-label", "Snapshots protected, losses and recoveries of the last ten minutes");
+  picture.setAttribute("aria-label", "Protected snapshots, losses and recoveries in the last ten minutes");
   make("line", { x1: 0, x2: width, y1: base, y2: base, class: "axis" });
   for (const event of events) {
     if (event.run !== run.run && event.run !== "") continue;
@@ -136,8 +136,8 @@ function groups(run) {
   const weak = run.groups.filter((group) => group.is_weak ?? (group.spares < group.m || group.missing.length));
   const box = element("details");
   const step = run.groups[0].step;
-  const words = weak.length ? `${weak.length} weaker than planned` : "all as planned";
-  box.append(element("summary", `${amount(run.groups.length, "group")} at step ${step}: ${words}`));
+  const summary = weak.length ? `${weak.length} weaker than planned` : "all as planned";
+  box.append(element("summary", `${amount(run.groups.length, "group")} at step ${step}: ${summary}`));
   box.dataset.key = "groups";
   const table = element("table"), head = element("tr");
   for (const title of ["Data + parity", "Survives", "Parity held", "Members"]) head.append(element("th", title, { scope: "col" }));
@@ -252,9 +252,9 @@ function showStates(counts, total) {
   const box = find("node-states");
   const wanted = [["", `all ${total}`], ...[...counts.keys()].sort().map((name) => [name, `${name} ${counts.get(name)}`])];
   if (state.nodeState && !counts.has(state.nodeState)) wanted.push([state.nodeState, `${state.nodeState} 0`]);
-  const words = JSON.stringify([wanted, state.nodeState]);
-  if (box.dataset.words === words) return;
-  box.dataset.words = words;
+  const key = JSON.stringify([wanted, state.nodeState]);
+  if (box.dataset.key === key) return;
+  box.dataset.key = key;
   const focused = box.contains(document.activeElement) ? document.activeElement.dataset.state : null;
   box.replaceChildren(...wanted.map(([name, text]) => {
     const button = element("button", text, { type: "button", "aria-pressed": String(state.nodeState === name), "data-state": name });
@@ -273,9 +273,9 @@ function showDetail(node) {
     ["memory", `${size(node.used_bytes)} of ${size(node.capacity_bytes)}`], ["corruptions found", node.corrupt_count], ["version", node.version],
   ];
   if (node.draining) rows.push(["draining", `${node.draining}: ${node.drain_reason}`]);
-  const words = JSON.stringify(rows);
-  if (box.dataset.words === words) return;
-  box.dataset.words = words;
+  const key = JSON.stringify(rows);
+  if (box.dataset.key === key) return;
+  box.dataset.key = key;
   box.replaceChildren(...rows.map(([name, value]) => {
     const pair = element("div");
     pair.append(element("dt", name), element("dd", value));
@@ -297,9 +297,9 @@ function showEvents(shown) {
   const rows = shown.timeline
     .filter((event) => (routine || !ROUTINE.has(event.kind)) && (!choice.value || event.run === choice.value || event.run === ""))
     .slice(-EVENTS_SHOWN).reverse();
-  const words = JSON.stringify(rows);
-  if (words === state.events) return;
-  state.events = words;
+  const key = JSON.stringify(rows);
+  if (key === state.events) return;
+  state.events = key;
   const body = rows.map((event) => {
     const row = element("tr", null, { "data-tone": EVENT_TONES[event.kind] || "idle" });
     row.append(
@@ -316,13 +316,13 @@ function showEvents(shown) {
   document.querySelector("#events tbody").replaceChildren(...body);
 }
 
-// -- the whole, and how old it is ----------------------------------------------------------------------------------------
+// -- the whole page, and its age ----------------------------------------------------------------------------------------
 
 function show() {
   const shown = state.document;
   if (!shown) return;
   const leader = shown.leader || {};
-  const role = leader.is_leader === false ? "stands by" : `generation ${shown.generation.number}`;
+  const role = leader.is_leader === false ? "standby" : `generation ${shown.generation.number}`;
   setText(find("coordinator"), `coordinator ${location.host} · ${role}`);
   showJobs(shown);
   showNodes(shown);
@@ -331,10 +331,10 @@ function show() {
 }
 
 function noticeOf(shown, isStale) {
-  if (isStale) return `The coordinator does not answer (${state.problem || "no answer"}). What is shown was true at ${clock(state.confirmedUnix)}; it may be different now. Training goes on without the coordinator.`;
+  if (isStale) return `The coordinator does not answer (${state.problem || "no answer"}). This page shows the state of ${clock(state.confirmedUnix)}, which may have changed since. Training continues without the coordinator.`;
   const leader = shown.leader || {};
-  if (leader.is_leader === false) return `This coordinator stands by and knows nothing of nodes and jobs; ${leader.address || "nobody known"} leads.`;
-  if (!shown.is_settled) return "The coordinator has just started and gathers reports: it decides nothing yet, and nodes and jobs may be missing here.";
+  if (leader.is_leader === false) return `This coordinator is a standby and shows no nodes and jobs; the leader is ${leader.address || "not known"}.`;
+  if (!shown.is_settled) return "The coordinator has just started and is collecting reports: it makes no decisions yet, and nodes and jobs may be missing here.";
   return "";
 }
 
@@ -361,7 +361,7 @@ async function ask() {
     const headers = state.tag ? { "If-None-Match": state.tag } : {};
     const response = await fetch("/brief.json", { headers, signal: abort.signal, cache: "no-store" });
     if (response.status === 304) {
-      // nothing changed: what is shown is confirmed as it stands
+      // nothing changed: what is shown is confirmed
     } else if (!response.ok) {
       throw new Error((await response.text()).trim().slice(0, 300) || `status ${response.status}`);
     } else {

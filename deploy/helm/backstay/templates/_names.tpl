@@ -1,4 +1,4 @@
-{{/* The image: a digest wins over a tag. */}}
+{{/* The image: a digest overrides the tag. */}}
 {{- define "backstay.image" -}}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}
@@ -7,20 +7,20 @@
 {{- end -}}
 {{- end }}
 
-{{/* Labels of everything; call with a list of the root and the component. */}}
+{{/* Labels of every object; call with a list of the root and the component. */}}
 {{- define "backstay.labels" -}}
 app.kubernetes.io/name: backstay
 app.kubernetes.io/component: {{ index . 1 }}
 app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}
 {{- end }}
 
-{{/* Labels that selectors use: never changed. */}}
+{{/* Labels that selectors use: must never change. */}}
 {{- define "backstay.selector" -}}
 app.kubernetes.io/name: backstay
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 
-{{/* Lines of TOML from a list of maps of settings; the later wins. Texts, numbers and switches of JSON are those of TOML. */}}
+{{/* TOML lines from a list of maps of settings; the later wins. JSON strings, numbers and booleans are valid TOML. */}}
 {{- define "backstay.settings" -}}
 {{- $settings := dict }}
 {{- range . }}{{ range $name, $value := . }}{{ $_ := set $settings $name $value }}{{ end }}{{ end }}
@@ -29,12 +29,12 @@ app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* How a component's HTTP port is asked; call with its values. */}}
+{{/* The scheme of a component's HTTP port; call with its values. */}}
 {{- define "backstay.scheme" -}}
 {{ if .settings.http_tls }}HTTPS{{ else }}HTTP{{ end }}
 {{- end }}
 
-{{/* What every container of ours may do: nothing. */}}
+{{/* Security context of all our containers: no privileges. */}}
 {{- define "backstay.containerSecurity" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
