@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import backstay
 from backstay.errors import IntegrityError, UsageError
 from tests.kit.local_daemon import LocalDaemon
+from tests.kit.wording import refuses
 
 EPOCHS, SAMPLES, BATCH = 3, 10, 2
 
@@ -317,9 +318,7 @@ def test_an_iterator_made_before_the_snapshotter_is_refused(daemon: LocalDaemon,
     loader = make()
     batches = iter(loader)
     model, optimizer = build()
-    with pytest.raises(
-        UsageError, match=r"iterator of extra 'loader' was made before the Snapshotter.*then iter\(loader\)"
-    ):
+    with refuses(UsageError, "loader_in_use"):
         backstay.Snapshotter(model, optimizer, run_id="late", socket=daemon.socket_path, extra={"loader": loader})
     assert len(list(batches)) == SAMPLES // BATCH
 
@@ -348,13 +347,13 @@ def test_a_dictionary_that_takes_the_place_of_the_values_is_what_snapshots_hold(
         assert keeper.restore().step == 1
         assert keeper.values is own
         assert own == {"epoch": 4}
-        with pytest.raises(UsageError, match=r"keeper\.values is a list: give a dictionary"):
+        with refuses(UsageError, "usage", "keeper.values"):
             keeper.values = [3]  # type: ignore[assignment]
 
 
 def test_a_plain_value_among_the_extras_is_told_its_place() -> None:
     model, optimizer = build()
-    with pytest.raises(UsageError, match=r"extra 'epoch' is a int \(3\).*keeper\.values\['epoch'\]"):
+    with refuses(UsageError, "usage", 3, "keeper.values"):
         backstay.Snapshotter(model, optimizer, run_id="r", extra={"epoch": 3})
 
 
@@ -373,9 +372,9 @@ def test_an_extra_added_or_removed_in_mid_run_is_restored_without_by_name(daemon
     before = ema.weight.detach().clone()
     with backstay.Snapshotter(model, optimizer, extra={"ema": ema}, **options) as keeper:
         for missing_ok in ((), ["ema"], ["gone"]):
-            with pytest.raises(IntegrityError, match=r"missing_ok=\['ema', 'gone'\]"):
+            with refuses(IntegrityError, "wrong_extras", "missing_ok"):
                 keeper.restore(missing_ok=missing_ok)
-        with pytest.raises(UsageError, match=r"missing_ok is a str \('ema'\)"):
+        with refuses(UsageError, "usage", "missing_ok"):
             keeper.restore(missing_ok="ema")
         found = keeper.restore(missing_ok=["ema", "gone"])
         assert found.step == 1

@@ -18,6 +18,7 @@ from backstay.capture.overhead import LIMIT
 from backstay.errors import UsageError
 from backstay.protocol import messages
 from tests.kit.local_daemon import LocalDaemon
+from tests.kit.wording import refuses
 
 Loop = Callable[..., Any]
 
@@ -89,11 +90,11 @@ def test_waiting_for_a_commit_does_not_wait_for_the_slot_of_the_next_one(daemon:
 
 def test_snapshot_before_restore_and_steps_that_do_not_increase_are_usage_errors(daemon: LocalDaemon) -> None:
     training = Training(daemon.socket_path)
-    with pytest.raises(UsageError, match="before restore"):
+    with refuses(UsageError, "not_restored"):
         training.keeper.snapshot(1)
     training.keeper.restore()
     training.run(0, 2)
-    with pytest.raises(UsageError, match=r"snapshot\(2\) after step 2"):
+    with refuses(UsageError, "step_not_increasing", 2):
         training.keeper.snapshot(2)
     training.keeper.close()
     with pytest.raises(UsageError, match="closed"):

@@ -30,6 +30,7 @@ from backstayd.store.slots import Allocation, Grant, allocate
 from backstayd.store.staging import prepare_staging
 from backstayd.store.store import Store
 from tests.kit.shards import RUN, MadeShard, make_shard
+from tests.kit.wording import refuses
 
 ROOT = Path(__file__).resolve().parents[2]
 ME = HolderRecord(pid=os.getpid(), start_ticks=start_ticks(os.getpid()))
@@ -377,7 +378,7 @@ def test_a_directory_of_another_user_is_refused(tmpfs_dir: Path) -> None:
         pytest.skip("only root can make a directory of another user")
     (tmpfs_dir / "theirs").mkdir()
     os.chown(tmpfs_dir / "theirs", 4242, 4242)
-    with pytest.raises(ConfigError, match="belongs to user 4242"):
+    with refuses(ConfigError, "bad_memory_dir", 4242):
         Store(tmpfs_dir / "theirs", incarnation="0" * 16)
 
 
@@ -440,7 +441,7 @@ def test_a_run_belongs_to_the_user_who_began_it_also_after_a_restart(open_store:
     open_store().open_run(RUN, uid=1001)
     store = open_store()
     store.open_run(RUN, uid=1001)
-    with pytest.raises(UsageError, match="belongs to user 1001, not to user 1002"):
+    with refuses(UsageError, "not_owner", 1001, 1002):
         store.open_run(RUN, uid=1002)
     assert json_records.loads(Owner, store.paths(RUN).owner.read_bytes()) == Owner(uid=1001)
 
@@ -483,9 +484,7 @@ def test_unused_slots_are_given_up_for_what_needs_room(open_store: Opener) -> No
     store.slots.put_back(first)
     store.require_room(2 * size, "staging")
     assert len(store.runs[RUN].slots) == 1
-    with pytest.raises(
-        CapacityError, match=f"staging: {3 * size} bytes wanted, {2 * size} of {3 * size} free under quota"
-    ):
+    with refuses(CapacityError, "no_room", 3 * size, f"{2 * size} of {3 * size}"):
         store.require_room(3 * size, "staging")
     store.slots.hosted = {}
     child = subprocess.Popen(["sleep", "60"])
@@ -542,12 +541,12 @@ def test_a_commit_twice_or_with_a_lying_manifest_changes_nothing(open_store: Ope
     commit(store, make_shard())
     granted = grant(store, make_shard(step=1))
     os.pwrite(granted.fd, make_shard().data, 0)
-    with pytest.raises(UsageError, match="committed step 1 of attempt 1 already"):
+    with refuses(UsageError, "usage", 1):
         store.slots.commit(granted, make_shard().json)
     second = make_shard(step=2)
     lying = second.json | {"chunk_crcs": "00000000" * second.manifest.chunk_count}
     os.pwrite(granted.fd, second.data, 0)
-    with pytest.raises(IntegrityError, match="chunk 0 has crc"):
+    with refuses(IntegrityError, "bad_chunk", 0):
         store.slots.commit(granted, lying)
     assert_equals_a_fresh_look(store)
 
@@ -580,7 +579,7 @@ def test_a_manifest_without_room_leaves_the_slot_as_it_was(open_store: Opener, t
         filler = memory / "filler"
         with pytest.raises(OSError, match="No space"):
             filler.write_bytes(bytes(1 << 20))
-        with pytest.raises(CapacityError, match="no room to write"):
+        with refuses(CapacityError, "no_space"):
             store.slots.commit(granted, shard.json)
         assert_equals_a_fresh_look(store)
         filler.unlink()

@@ -124,7 +124,7 @@ def test_a_manifest_with_a_long_name_is_refused_and_never_reported(node: NodeThr
         assert isinstance(reserved, messages.Reserved)
         trainer.fill(reserved.slot_id, shard.data)
         long = replace(shard.manifest, **{field: "x" * 1_000_000})  # type: ignore[arg-type]
-        with pytest.raises(IntegrityError, match=f"at most {MAX_LABEL}"):
+        with refuses(IntegrityError, "bad_manifest", MAX_LABEL):
             trainer.commit(step, reserved.slot_id, MadeShard(data=shard.data, manifest=long))
         assert report_bytes(node) < 10_000
     trainer.snapshot(4)
@@ -140,23 +140,23 @@ def test_a_frame_longer_than_what_was_granted_needs_is_not_taken(node: NodeThrea
         framing.receive_frame(trainer.socket)
     trainer.close()
     line = DaemonConnection(str(node.socket), timeout_s=5)
-    with pytest.raises(IntegrityError, match="over the limit"):
+    with refuses(IntegrityError, "too_large"):
         line.call(
             messages.Commit(step=1, slot_id="s", manifest={"size_bytes": 4096, "x": "y" * (5 << 20)}), deadline_s=5
         )
     line.close()
 
 
-HEADERS: list[tuple[str, Any]] = [  # what is wrong, and the header; None: nested without end
-    ("not safetensors JSON", {"w": {"dtype": "U8", "shape": [1], "data_offsets": 7}}),
-    ("not safetensors JSON", {"w": {"dtype": "U8", "shape": [1], "data_offsets": ["a", "b"]}}),
-    ("not safetensors JSON", {"w": {"dtype": "U8", "shape": [1], "data_offsets": [0]}}),
-    ("not safetensors JSON", {"w": {"dtype": "U8", "data_offsets": [0, 1]}}),
-    ("not safetensors JSON", {"w": {"dtype": "U8", "shape": 1, "data_offsets": [0, 1]}}),
-    ("not safetensors JSON", {"w": []}),
-    ("not safetensors JSON", {"w": None}),
-    ("name different tensors", []),
-    ("not safetensors JSON", None),
+HEADERS: list[Any] = [  # None: nested without end
+    {"w": {"dtype": "U8", "shape": [1], "data_offsets": 7}},
+    {"w": {"dtype": "U8", "shape": [1], "data_offsets": ["a", "b"]}},
+    {"w": {"dtype": "U8", "shape": [1], "data_offsets": [0]}},
+    {"w": {"dtype": "U8", "data_offsets": [0, 1]}},
+    {"w": {"dtype": "U8", "shape": 1, "data_offsets": [0, 1]}},
+    {"w": []},
+    {"w": None},
+    [],
+    None,
 ]
 
 
@@ -174,12 +174,12 @@ def with_header(shard: MadeShard, text: bytes) -> MadeShard:
 def test_a_shard_header_of_any_shape_is_answered_with_what_is_wrong(node: NodeThread) -> None:
     node.start_world()
     trainer = trainer_of(node, payload_bytes=200_000)
-    for step, (what, document) in enumerate(HEADERS, 1):
+    for step, document in enumerate(HEADERS, 1):
         text = b"[" * 60_000 if document is None else json.dumps(document).encode()
         shard, reserved = with_header(trainer.make(step), text), trainer.reserve(step)
         assert isinstance(reserved, messages.Reserved)
         trainer.fill(reserved.slot_id, shard.data)
-        with pytest.raises(IntegrityError, match=what):
+        with refuses(IntegrityError, "bad_header"):
             trainer.commit(step, reserved.slot_id, shard)
     trainer.snapshot(99)  # on the same connection
     trainer.close()

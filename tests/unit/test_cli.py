@@ -16,6 +16,7 @@ from backstay.errors import SnapshotNotFoundError, UnavailableError, UsageError
 from backstayd import cli
 from backstayd.cli import explain, snapshots, status, status_watch, tables
 from backstayd.cli.coordinator_client import find_run
+from tests.kit.wording import refuses
 
 
 @pytest.fixture
@@ -239,12 +240,12 @@ def test_a_run_is_found_by_its_full_name_or_by_a_run_id_that_is_alone(document: 
 
 def test_a_run_id_of_two_jobs_must_be_said_in_full(document: dict[str, Any]) -> None:
     document["runs"][1]["run"] = "vision/gpt"
-    with pytest.raises(UsageError, match="default/gpt, vision/gpt"):
+    with refuses(UsageError, "usage", "default/gpt", "vision/gpt"):
         find_run(document, "gpt")
 
 
 def test_an_unknown_run_names_the_known_ones(document: dict[str, Any]) -> None:
-    with pytest.raises(SnapshotNotFoundError, match=r"unknown run gtp; known: default/gpt, vision/resnet$"):
+    with refuses(SnapshotNotFoundError, "unknown_run", "default/gpt", "vision/resnet"):
         find_run(document, "gtp")
 
 

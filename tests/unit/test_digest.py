@@ -15,6 +15,7 @@ from backstay.errors import IntegrityError, UsageError
 from backstay.format.digest import Digester, combine, verify_chunks
 from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstay.format.shard import Layout, TensorSpec, build_manifest, plan_layout
+from tests.kit.wording import refuses
 
 PATTERN = bytes(value * 37 + value // 251 & 255 for value in range(1 << 16))
 
@@ -108,9 +109,9 @@ def test_a_shard_that_was_not_hashed_whole_has_no_digest() -> None:
     data = content(layout)
     digester = Digester(layout)
     digester.update_span(data[:-1])
-    with pytest.raises(UsageError, match="not hashed to its end"):
+    with refuses(UsageError, "usage"):
         digester.finish()
-    with pytest.raises(UsageError, match="more than chunk"):
+    with refuses(UsageError, "usage"):
         digester.update(b"12", layout.size_bytes // CHUNK_BYTES)
 
 
@@ -131,11 +132,10 @@ def test_a_reader_names_the_chunk_of_a_flipped_bit(where: int) -> None:
     chunk = (where % len(data)) // CHUNK_BYTES
     begin, end = chunk * CHUNK_BYTES, (chunk + 1) * CHUNK_BYTES
     found, expected = crc32c(data[begin:end]), manifest.chunk_crc(chunk)
-    message = f"rank 3 at step 7.*chunk {chunk} of {manifest.chunk_count} has crc32c {found:08x}.*{expected:08x}"
-    with pytest.raises(IntegrityError, match=message) as caught:
+    facts = ("rank 3", "step 7", f"chunk {chunk} of {manifest.chunk_count}", f"{found:08x}", f"{expected:08x}")
+    with refuses(IntegrityError, "corrupt_chunk", *facts):
         verify_chunks(data, manifest, 0)
-    assert caught.value.reason == "corrupt_chunk"
-    with pytest.raises(IntegrityError, match=message):
+    with refuses(IntegrityError, "corrupt_chunk", *facts):
         verify_chunks(memoryview(data)[begin:end], manifest, chunk)
 
 
