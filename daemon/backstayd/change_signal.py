@@ -1,4 +1,4 @@
-"""The one way to wake what waits for a change. Must not say what changed: whoever is woken looks at the state itself."""
+"""The one way to wake code that waits for a change. Carries no data: a waiter reads the state itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Signal:
     async def wait(self, timeout_s: float, *, since: int | None = None) -> None:
         """Return at the next notification (after the ``since``-th), at the latest after ``timeout_s``."""
         if since is not None and since != self.count:
-            await asyncio.sleep(0)  # who notifies itself lets others run
+            await asyncio.sleep(0)  # a waiter that notifies itself must not starve others
             return
         event = self._event
         with contextlib.suppress(TimeoutError):

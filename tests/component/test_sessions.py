@@ -491,7 +491,7 @@ def test_connections_that_never_attach_are_few_small_and_short(node: NodeThread)
         with contextlib.suppress(BrokenPipeError):
             one.socket.sendall(b"\0")
     served = sum(
-        1 for task in node.node.server.places.tasks if not task.cancelling()
+        1 for task in node.node.server.connections.tasks if not task.cancelling()
     )  # a list would keep their sockets
     assert served <= users.MAX_UNATTACHED + 1
     trainer.snapshot(1)

@@ -194,7 +194,8 @@ def test_silent_connections_shut_no_trainer_of_the_same_user_out(node: NodeThrea
     more = [PlainTrainer(node.socket) for _ in range(2 * users.MAX_UNATTACHED)]
     trainer.snapshot(2)  # one that is attached is never the one that goes
     wait_until(
-        lambda: len(node.node.server.places.tasks) <= users.MAX_UNATTACHED + 1, why="the oldest silent ones are closed"
+        lambda: len(node.node.server.connections.tasks) <= users.MAX_UNATTACHED + 1,
+        why="the oldest silent ones are closed",
     )
     for one in (*silent, *more, trainer):
         one.close()

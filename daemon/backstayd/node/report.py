@@ -166,7 +166,7 @@ def link_sentence(node: NodeState) -> str:
 
 
 def ready_sentence(node: NodeState) -> str:
-    """What ``/readyz`` says of a node that serves."""
+    """The answer of ``/readyz`` while the node serves."""
     return f"ready: memory adopted, trainers are served; {link_sentence(node)}"
 
 

@@ -35,7 +35,7 @@ from backstayd.node.reconcile.actions import (
     StartJob,
     View,
 )
-from backstayd.node.reconcile.durable_plan import durable_jobs
+from backstayd.node.reconcile.durable_planner import durable_jobs
 from backstayd.node.reconcile.staging import staging_of, target_size, wanted_sources
 from backstayd.node.reconcile.tasks import TaskKey, TaskKind
 

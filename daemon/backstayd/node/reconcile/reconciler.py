@@ -1,4 +1,4 @@
-"""Brings a node to what the coordinator wants: starts jobs, changes the store, answers waiting trainers, as the planner says.
+"""Brings a node to what the coordinator wants: starts jobs, changes the store, answers waiting trainers, as planned.
 
 Level-triggered: every event only asks for another pass. Decides nothing that the coordinator decides.
 """
@@ -20,7 +20,7 @@ from backstayd.node.node_state import NodeState
 from backstayd.node.reconcile import actions
 from backstayd.node.reconcile.actions import Action, Restoring, View
 from backstayd.node.reconcile.durable_jobs import DurableJobs, DurableRecords
-from backstayd.node.reconcile.durable_plan import PARALLEL_UPLOADS
+from backstayd.node.reconcile.durable_planner import PARALLEL_UPLOADS
 from backstayd.node.reconcile.forget import ForgottenRuns
 from backstayd.node.reconcile.memory_jobs import MemoryJobs
 from backstayd.node.reconcile.planner import plan_actions, record_key

@@ -51,7 +51,7 @@ DURABLE_KINDS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, order=True)
 class TaskKey:
-    """Which task: at most one of a key runs at a time. ``subject`` is an id, ``index`` a rank or a stripe, as the kind says."""
+    """At most one task of a key runs at a time. ``subject`` is an id, ``index`` a rank or a stripe (:class:`TaskKind`)."""
 
     run: str
     kind: TaskKind

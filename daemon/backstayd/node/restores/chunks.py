@@ -39,7 +39,7 @@ MAX_DEADLINE_S: Final = 3600.0
 
 @dataclass(slots=True)
 class _Part:
-    """Chunks of one shard. ``asked`` and ``verified`` hold a byte per chunk: somebody needs it; it was verified in place."""
+    """Chunks of one shard. ``asked`` and ``verified`` hold a byte per chunk: a trainer needs it; it was verified in place."""
 
     chunks: ShardChunks
     asked: bytearray

@@ -1,6 +1,6 @@
 """The local socket: accepts connections of trainers and readers, and answers their messages in order.
 
-Who may attach is decided in ``sessions``; what an attached trainer may ask is in ``requests``.
+``sessions`` decides which trainers may attach, ``requests`` answers those that are attached.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from backstayd.node.session import Offered, Session
 from backstayd.node.trainers.connection import Call, Connection
 from backstayd.node.trainers.requests import Requests
 from backstayd.node.trainers.sessions import Sessions
-from backstayd.node.trainers.users import Places, visible_to
+from backstayd.node.trainers.users import Connections, visible_to
 from backstayd.security.refusals import Refusals
 from backstayd.store.slot_holder import peer_credentials
 
@@ -68,7 +68,7 @@ class TrainerServer:
         self._visits = visits
         self._document = document
         self._refusals = Refusals(logger)
-        self.places = Places()
+        self.connections = Connections()
         self.attach_timeout_s = ATTACH_TIMEOUT_S
 
     async def serve(self, listener: socket.socket) -> None:
@@ -82,15 +82,15 @@ class TrainerServer:
                 await asyncio.sleep(0.1)  # out of descriptors: try again when some are free
                 continue
             uid = peer_credentials(connection).uid
-            if self.places.is_full(uid):
+            if self.connections.is_full(uid):
                 logger.debug("user %d has too many connections; closing another one", uid)
                 connection.close()
                 continue
-            self.places.enter(asyncio.create_task(self._serve_connection(connection)), uid)
+            self.connections.enter(asyncio.create_task(self._serve_connection(connection)), uid)
 
     async def close(self) -> None:
         """Close all connections, and with them all sessions."""
-        tasks = self.places.tasks
+        tasks = self.connections.tasks
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,7 +118,7 @@ class TrainerServer:
     async def _answer(self, caller: _Caller, call: Call, message: Any) -> None:
         if isinstance(message, messages.Attach):
             caller.session = self._sessions.attach(caller.sock, message)
-            self.places.note(asyncio.current_task(), is_known=True)
+            self.connections.note(asyncio.current_task(), is_known=True)
             call.allow_frames(messages.request_limit(0))
             await call.send(self._attached(caller.session, message))
         elif isinstance(message, messages.Status):
@@ -153,6 +153,6 @@ class TrainerServer:
 
     async def _next_frame(self, caller: _Caller) -> tuple[Any, int] | None:
         is_known = caller.is_attached or caller.visit is not None
-        self.places.note(asyncio.current_task(), is_known=is_known)
+        self.connections.note(asyncio.current_task(), is_known=is_known)
         async with asyncio.timeout(None if is_known else self.attach_timeout_s):
             return await caller.connection.receive()

@@ -61,7 +61,7 @@ class SlotRequests:
                 reason = "no slot is free, and none is released while the coordinator is away"
             elif not desired.is_release_possible:
                 reason = "no slot is free, and none can be released now"
-            # where a slot is held back, for probation or an upload, a skip says nothing of how fast snapshots come
+            # where a slot is held back, for probation or an upload, a skip does not mean that snapshots come too fast
             self._skip(session, message.step, reason, is_short_of_slots=can_come and desired.extra_slots == 0)
             await call.send(messages.Skipped(reason=reason, **_standing(session, desired)))
             return
@@ -195,7 +195,7 @@ class SlotRequests:
 
 
 def _standing(session: Session, desired: RunDesired) -> dict[str, Any]:
-    """What every answer to a capturing trainer says of its run; ``notice``: why its snapshots do not become complete."""
+    """The state of the run, for every answer to a capturing trainer; ``notice``: why snapshots do not become complete."""
     missing = desired.missing
     is_ours = missing is not None and missing.is_training and missing.world_id == session.world_id
     return {

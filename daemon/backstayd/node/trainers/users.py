@@ -1,7 +1,7 @@
 """Users of this machine: whose run it is, and how many connections, trainers and runs one of them may have.
 
-A run belongs to whom the coordinator names, else to the first who attached here. A user at a limit is refused by name and
-number, or loses its oldest silent connection; no other user notices. Bytes are limited by ``user_quota_bytes``.
+A run belongs to the user that the coordinator names, else to the first that attached here. A user at a limit is refused, or
+loses its oldest silent connection; no other user notices. Bytes are limited by ``user_quota_bytes``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MAX_TRAINERS: Final = 128  # of one user; a machine has a dozen accelerators
 MAX_RUNS: Final = 128  # names of one user
 
 
-class Places:
+class Connections:
     """The connections of the local socket, by user. Invariant: a user below MAX_CONNECTIONS can always connect.
 
     Room is made by closing the connection that has been silent longest, of the same user or of the one with most of them:
-    whoever attaches at once never is that one for long.
+    a connection that attaches at once never is that one for long.
     """
 
     def __init__(self) -> None:

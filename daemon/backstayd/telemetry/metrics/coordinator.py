@@ -79,7 +79,7 @@ class CoordinatorMetrics(DaemonMetrics):
             "protected_timestamp_seconds", "Unix time at which this coordinator last saw a snapshot become protected."
         )
         self.first_seen_timestamp_seconds = registry.run_gauge(
-            "first_seen_timestamp_seconds", "Unix time at which this coordinator first heard of the run."
+            "first_seen_timestamp_seconds", "Unix time of the first report of the run to this coordinator."
         )
         self.snapshot_interval_steps = registry.run_gauge(
             "snapshot_interval_steps", "One in so many steps is captured."
@@ -101,7 +101,7 @@ class CoordinatorMetrics(DaemonMetrics):
             "protect_seconds", "Time from a snapshot's being complete to its being protected."
         )
         self.quarantined = registry.run_counter(
-            "quarantined", "Corrupt shards and fragments that nodes set aside or found on a peer."
+            "quarantined", "Corrupt shards and fragments that nodes quarantined, or found on a peer."
         )
         self.rebuilds_started = registry.run_counter("rebuilds_started", "Rebuilds of lost shards that were begun.")
         self.rebuilds_finished = registry.run_counter(
@@ -149,7 +149,7 @@ class CoordinatorMetrics(DaemonMetrics):
         )
         self.recovery_phase_seconds = registry.histogram(
             "recovery_phase_seconds",
-            "Phases of a recovery: detect, from the last sign of life to the loss being stated; restart, until the new "
+            "Phases of a recovery: detect, from the last report to the loss being recorded; restart, until the new "
             "world asks; decide; stage, until every host verified its part; release, until every host recorded it.",
             phase=RECOVERY_PHASES,
         )
@@ -158,8 +158,8 @@ class CoordinatorMetrics(DaemonMetrics):
         )
         self.run_seconds = registry.run_counter(
             "run_seconds",
-            "Time since the run began, by what it went into (its ledger): productive; down, from the last sign of life to "
-            "going on; recompute, of steps that were lost; blocked, in snapshot() and at the fence.",
+            "Time since the run began, by what it went into (its ledger): productive; down, from the last report to "
+            "resuming; recompute, of steps that were lost; blocked, in snapshot() and at the fence.",
             part=RUN_PARTS,
         )
         self.goodput_ratio = registry.run_gauge("goodput_ratio", "Productive part of the time since the run began.")
