@@ -158,41 +158,51 @@ async def start_node(
         listener = stack.enter_context(listen(config.socket, group=config.socket_group))
         stack.callback(config.socket.unlink, missing_ok=True)
         node = Node(config, store, bulk, credentials)
-        state, health = node.state, node.health
-        http = start_http(
-            config.http,
-            daemon_routes(health, state.metrics.registry, made_in_loop(loop, node.reporter.document)),
-            credentials=credentials if config.http_tls else None,
-        )
+        routes = daemon_routes(node.health, node.state.metrics.registry, made_in_loop(loop, node.reporter.document))
+        http = start_http(config.http, routes, credentials=credentials if config.http_tls else None)
         stack.push_async_callback(asyncio.to_thread, http.close)
-        await node.coders.start()
-        stack.push_async_callback(node.coders.close)
-        node.reconciler.start()
-        stack.push_async_callback(node.reconciler.close)
-        stack.push_async_callback(node.server.close)
-        if config.kubernetes_node:
-            unwatch = _watch_cordon(config.kubernetes_node, state.drain, loop)
-            stack.push_async_callback(asyncio.to_thread, unwatch)
-        else:
-            state.drain.set_cordoned(False)  # kept from a time when the cordon was watched
-        node.link.start()
-        stack.push_async_callback(node.link.close)
-        serving = asyncio.create_task(node.server.serve(listener))
-        stack.push_async_callback(_end, serving)
-        expiry = ExpiryWatch(credentials, state.metrics.set_expiry)
-        maintaining = maintain(
-            state, node.sessions, node.coders, gauges=node.gauges, health=health, expiry=expiry, on_lost=on_lost
-        )
-        stack.push_async_callback(_end, asyncio.create_task(maintaining))
-        stack.callback(health.set_unready, "ending")
-        watch(health, node.reconciler, node.coders, serving)
-        health.watch("the connection to the coordinator", node.link.failure)
-        health.set_ready(lambda: ready_sentence(state))
+        await _start_parts(node, config, stack)
+        _start_loops(node, listener, stack, on_lost)
         logger.info(
             "node %s (%s) holds %s, serves trainers at %s, peers at %s, http at %s",
-            config.name, store.incarnation, config.memory_dir, config.socket, state.identity.bulk_address, http.address,
+            config.name, store.incarnation, config.memory_dir, config.socket, node.state.identity.bulk_address,
+            http.address,
         )  # fmt: skip
         yield node
+
+
+async def _start_parts(node: Node, config: NodeConfig, stack: contextlib.AsyncExitStack) -> None:
+    """Start coders, reconciler and the connection to the coordinator; ``stack`` ends them."""
+    await node.coders.start()
+    stack.push_async_callback(node.coders.close)
+    node.reconciler.start()
+    stack.push_async_callback(node.reconciler.close)
+    stack.push_async_callback(node.server.close)
+    if config.kubernetes_node:
+        unwatch = _watch_cordon(config.kubernetes_node, node.state.drain, asyncio.get_running_loop())
+        stack.push_async_callback(asyncio.to_thread, unwatch)
+    else:
+        node.state.drain.set_cordoned(False)  # kept from a time when the cordon was watched
+    node.link.start()
+    stack.push_async_callback(node.link.close)
+
+
+def _start_loops(
+    node: Node, listener: socket.socket, stack: contextlib.AsyncExitStack, on_lost: Callable[[BackstayError], None]
+) -> None:
+    """Serve trainers, maintain the node, and report its health; ``stack`` ends all three."""
+    state, health = node.state, node.health
+    serving = asyncio.create_task(node.server.serve(listener))
+    stack.push_async_callback(_end, serving)
+    expiry = ExpiryWatch(state.credentials, state.metrics.set_expiry)
+    maintaining = maintain(
+        state, node.sessions, node.coders, gauges=node.gauges, health=health, expiry=expiry, on_lost=on_lost
+    )
+    stack.push_async_callback(_end, asyncio.create_task(maintaining))
+    stack.callback(health.set_unready, "ending")
+    watch(health, node.reconciler, node.coders, serving)
+    health.watch("the connection to the coordinator", node.link.failure)
+    health.set_ready(lambda: ready_sentence(state))
 
 
 def _make_state(config: NodeConfig, store: Store, bulk: socket.socket, credentials: Credentials | None) -> NodeState:

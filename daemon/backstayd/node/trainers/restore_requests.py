@@ -13,7 +13,7 @@ from backstayd.core.messages.report import SessionPhase
 from backstayd.node.node_state import NodeState
 from backstayd.node.restores import restore_answers
 from backstayd.node.restores.chunks import CHANGED, Chunks, Work
-from backstayd.node.session import Offered, Session
+from backstayd.node.session import Offered, RestoreAnswer, Session
 from backstayd.node.trainers.connection import PROGRESS_S, Call
 from backstayd.node.trainers.users import check_owner
 
@@ -31,7 +31,6 @@ class RestoreRequests:
         self._staging = staging
 
     async def restore(self, call: Call, session: Session, message: messages.Restore) -> None:
-        node = self._node
         if session.phase in (SessionPhase.TRAINING, SessionPhase.ENDED):
             raise UsageError(
                 f"rank {session.rank} restored already; a new restore needs a new world", reason="restored_already"
@@ -39,29 +38,12 @@ class RestoreRequests:
         session.phase, session.allow_fresh = SessionPhase.RESTORING, message.allow_fresh
         session.staged = message.staged
         answer = session.answer = asyncio.get_running_loop().create_future()
-        node.changed()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + message.deadline_s
-        while not answer.done():
-            progress = restore_answers.progress(node, session, self._staging)
-            if loop.time() > deadline:
-                session.phase, session.answer = SessionPhase.ATTACHED, None
-                node.changed()
-                raise UnavailableError(
-                    f"run {session.run}: rank {session.rank} got no decision within {message.deadline_s:g} s "
-                    f"({progress.phase}: {progress.detail})",
-                    reason="deadline",
-                )
-            call.check()
-            check_owner(node, session.run, session.uid)
-            await call.send_progress(progress)
-            offer = await self._try_offer(call, session)
-            if offer is not None and not answer.done():
-                session.answer = None
-                await call.send(offer)
-                return
-            await node.waiters.wait(min(PROGRESS_S, deadline - loop.time()))
+        self._node.changed()
+        offer = await self._offer_or_answer(call, session, answer, deadline_s=message.deadline_s)
         session.answer = None
+        if offer is not None:
+            await call.send(offer)
+            return
         if answer.cancelled():
             raise UnavailableError(f"the session of rank {session.rank} ended while it waited", reason="session_ended")
         result = answer.result()
@@ -71,10 +53,35 @@ class RestoreRequests:
                 session.base_step = session.last_step = result.base_step
             else:
                 session.phase = SessionPhase.ATTACHED
-            node.changed()
+            self._node.changed()
             await call.send(result.message, result.fds)
         finally:
             framing.close_fds(list(result.fds))
+
+    async def _offer_or_answer(
+        self, call: Call, session: Session, answer: asyncio.Future[RestoreAnswer], *, deadline_s: float
+    ) -> messages.Offer | None:
+        """Send progress until there is an offer for the trainer (returned), or ``answer`` is done."""
+        node, loop = self._node, asyncio.get_running_loop()
+        deadline = loop.time() + deadline_s
+        while not answer.done():
+            progress = restore_answers.progress(node, session, self._staging)
+            if loop.time() > deadline:
+                session.phase, session.answer = SessionPhase.ATTACHED, None
+                node.changed()
+                raise UnavailableError(
+                    f"run {session.run}: rank {session.rank} got no decision within {deadline_s:g} s "
+                    f"({progress.phase}: {progress.detail})",
+                    reason="deadline",
+                )
+            call.check()
+            check_owner(node, session.run, session.uid)
+            await call.send_progress(progress)
+            offer = await self._try_offer(call, session)
+            if offer is not None and not answer.done():
+                return offer
+            await node.waiters.wait(min(PROGRESS_S, deadline - loop.time()))
+        return None
 
     async def _try_offer(self, call: Call, session: Session) -> messages.Offer | None:
         """The offer due now to a trainer of another layout; None if none is due, or while it cannot be made yet."""
