@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from backstayd.core.messages.desired import NodeDesired, Peer, RunDesired
 from backstayd.core.messages.report import NodeReport
 from backstayd.node.app import Node, start_node
 from backstayd.store.adopt import scan
+from backstayd.store.index import RunIndex
 from tests.kit.shards import RUN
 
 T = TypeVar("T")
@@ -66,18 +68,22 @@ class NodeThread:
         self.desire(RunDesired(run=RUN, world_id=world_id, decision=decision, decision_phase=phase, **more))
         return decision
 
-    def check(self) -> None:
-        """The index equals what a fresh look at the directory finds."""
+    def check(self, *, deadline_s: float = 10.0) -> None:
+        """The index equals what a fresh look at the directory finds, once no coder of this node or a peer writes there."""
 
-        def compare() -> None:
+        def differing() -> list[str]:
             store = self.node.state.store
             store.check_invariants()
             found = scan(self.memory_dir)
-            for run, index in store.runs.items():
-                assert index == found.runs.get(run, type(index)(run=run))
-            assert found.runs.keys() <= store.runs.keys()
+            runs = {run: found.runs.get(run, RunIndex(run=run)) for run in store.runs}
+            return [run for run, index in store.runs.items() if index != runs[run]] + [
+                *(found.runs.keys() - runs.keys())
+            ]
 
-        self.call(compare)
+        end_s = time.monotonic() + deadline_s
+        while wrong := self.call(differing):
+            assert time.monotonic() < end_s, f"index and directory differ: {wrong}"
+            time.sleep(0.05)
 
 
 def fresh_decision(node: str, *, world_id: str, attempt: int, world_size: int) -> Decision:
