@@ -1,10 +1,10 @@
-"""backstay keeps the state of a training run alive in the memory of the machines that train it.
+"""backstay keeps the state of a training run in the memory of the machines that train it.
 
     keeper = backstay.Snapshotter(model, optimizer, run_id="gpt-7b-3", extra={"scheduler": scheduler, "loader": loader})
     step = keeper.restore().step               # 0 for a run that is provably new; raises rather than guess
     for epoch in range(keeper.values.get("epoch", 0), epochs):
         keeper.values["epoch"] = epoch         # plain values, in each snapshot
-        for batch in loader:                   # after a restart: from the next batch on
+        for batch in loader:                   # after a restart: continues with the next batch
             train_one_step(batch)
             step += 1
             keeper.snapshot(step)              # returns at once

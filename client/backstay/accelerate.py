@@ -5,7 +5,7 @@
     keeper = backstay.accelerate.attach(accelerator, run_id="mine")
     step = keeper.restore().step
     for epoch in range(keeper.epoch, epochs):
-        for batch in loader:                     # goes on in the middle by itself
+        for batch in loader:                     # continues in mid-epoch by itself
             ...
             if accelerator.sync_gradients:
                 step += 1
@@ -102,10 +102,10 @@ class AcceleratedSnapshotter:
     def restore(
         self, *, allow_fresh: bool = False, deadline_s: float = 600.0, missing_ok: Iterable[str] = ()
     ) -> RestoreResult:
-        """As :meth:`backstay.Snapshotter.restore`; loaders go on where they were at their next ``for``.
+        """As :meth:`backstay.Snapshotter.restore`; loaders continue where they were, at their next ``for``.
 
-        :attr:`epoch` is then the epoch to go on with. A snapshot of an epoch's last batch gives that epoch without a batch, so
-        that what follows the batches is run once.
+        :attr:`epoch` is then the epoch to continue with. After a snapshot of an epoch's last batch, that epoch has no batches
+        left, so that what follows the batches runs once.
         """
         result = self._keeper.restore(allow_fresh=allow_fresh, deadline_s=deadline_s, missing_ok=missing_ok)
         if result.outcome != "NONE":
@@ -141,7 +141,7 @@ class AcceleratedSnapshotter:
 
 
 class _Progress:
-    """What the accelerator counts, and where the loaders stand."""
+    """The accelerator's counters, and the positions of its loaders."""
 
     def __init__(self, owner: AcceleratedSnapshotter) -> None:
         self._owner = owner
@@ -192,12 +192,12 @@ def follow_prepared(loader: Any, position: Position) -> None:
     assert place is not None
     place.prepared = loader
     if place.source is not None:
-        place.source = loader  # its state is that of the batches it has handed on
+        place.source = loader  # its state counts the batches that it has yielded
     loader.base_dataloader = base
 
 
 def batches_ahead(place: Place) -> int:
-    """How many batches a prepared loader has taken from its inner one and not handed on yet."""
+    """How many batches a prepared loader has taken from its inner one and not yielded yet."""
     loader = place.prepared
     if place.fetched == 0 or loader.end_of_dataloader:
         return 0

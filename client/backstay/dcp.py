@@ -57,7 +57,7 @@ class Store:
     """One rank's part of a run that is saved and loaded by DCP.
 
     Saves are thread-safe against each other's background threads; one save at a time. A step that cannot be kept (no daemon, no
-    memory) is a warning and ``last_problem``, and training goes on; ``strict`` raises instead, on every rank, as DCP does.
+    memory) is a warning and ``last_problem``, and training continues; ``strict`` raises instead, on every rank, as DCP does.
 
     Args:
         run_id: The training run whose state this is; a new one for a run that starts from scratch.
@@ -87,7 +87,7 @@ class Store:
         self.save = dcp_staging.Save()
 
     def begin(self, *, allow_fresh: bool = False, deadline_s: float = 600.0) -> int | None:
-        """Join the world of the run and learn from which step it goes on; None for a run that is provably new.
+        """Join the world of the run and return the step that it continues from; None for a run that is provably new.
 
         A collective: all ranks of torch.distributed call it, once, before load and save.
 
@@ -159,13 +159,13 @@ class Store:
         return self._source
 
     def refuse(self, step: int, error: Exception) -> None:
-        """A step cannot be kept: say so once per reason, or raise."""
+        """A step cannot be kept: warn once per reason, or raise."""
         if self._session is not None:
             self._session.abandon(step, str(error))
         if self.is_strict or not isinstance(error, (BackstayError, OSError)) or isinstance(error, UsageError):
             raise error
         if str(error) != self.last_problem:
-            _log.warning("backstay: step %d is not kept: %s; training goes on", step, error)
+            _log.warning("backstay: step %d is not kept: %s; training continues", step, error)
         self.last_problem = str(error)
 
 
@@ -210,7 +210,7 @@ class BackstayWriter(StorageWriter):
             store.session.commit(slot, layout, digests, layout_signature=KIND)
             self.is_committed = True
             save.remember(found, layout, staged)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the step is given up, and the store decides who hears
+        except Exception as error:  # noqa: BLE001 - whatever it is, the step is given up, and the store warns or raises
             save.forget()
             store.refuse(self.step, error)
         finally:
@@ -260,7 +260,7 @@ class BackstayReader(StorageReader):
         """A checkpoint_id means nothing here: what is read was decided in begin()."""
 
     def read_metadata(self, *args: Any, **_: Any) -> Metadata:
-        """What the manifests say is there, and how it was nested when it was saved (planner_data)."""
+        """What the manifests list, and how it was nested when it was saved (planner_data)."""
         source = self._store.source
         metadata, holders = source.read(self._describe)
         nesting: dcp_items.Nesting = {}

@@ -197,7 +197,7 @@ class BackstayCheckpointEngine(CheckpointEngine):
             threading.Event().wait(PAUSE_S)
 
     def _give_up(self, reason: str) -> None:
-        """The checkpoint that is being saved, if one is, will not be whole."""
+        """Abandon the checkpoint that is being saved, if one is."""
         if self._saving is not None:
             step = self._saving[1]
             self._saving = None
@@ -254,7 +254,7 @@ class BackstayCheckpointEngine(CheckpointEngine):
 
 
 def _remove(paths: list[Path]) -> None:
-    """Delete the lines of text that stand for files, and the folders that are empty then."""
+    """Delete the placeholder files, and the folders that are empty then."""
     for path in paths:
         with contextlib.suppress(OSError):  # another rank of this node may have deleted it
             with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The error tree: the class says who acts, ``reason`` says what.
+"""The error tree: the class names who must act, ``reason`` what happened.
 
 One table maps class to exit code, retryability and (in ``backstayd.transport``) gRPC code.
 Shared by the trainer, the daemon and the command line; must import nothing but the standard library.
@@ -69,7 +69,7 @@ class IntegrityError(BackstayError):
 
 
 class UnrecoverableError(BackstayError):
-    """More was lost than the redundancy covers; the message says what is missing and what could still be had."""
+    """More was lost than the redundancy covers; the message names what is missing and what could still be restored."""
 
     exit_code = 74
 

@@ -5,7 +5,7 @@
 (compared as text); ``nth=K`` fires at the K-th matching reach in this process; ``once=PATH`` fires, from then
 on, only for who creates PATH: a fault is armed later by deleting a PATH that was there.
 Actions: ``kill`` (SIGKILL to itself), ``killgroup`` (SIGKILL to its process group), ``stop`` (SIGSTOP), ``exit``
-(status 1), ``hang`` (this thread never goes on; the others do). Unset, a point costs one dictionary look-up. Standard
+(status 1), ``hang`` (this thread blocks forever; the others continue). Unset, a point costs one dictionary look-up. Standard
 library only.
 """
 
@@ -60,12 +60,12 @@ _faults = _parse(os.environ.get("BACKSTAY_FAULTS", ""))
 
 
 def is_set(point: str) -> bool:
-    """Whether a fault waits at ``point``: where saying so costs something."""
+    """Whether a fault is armed at ``point``; for callers whose arguments to :func:`reach` are expensive."""
     return point in _faults
 
 
 def reach(point: str, **where: object) -> None:
-    """Say that ``point`` was reached at the logical position ``where``; may not return."""
+    """Mark that ``point`` was reached at the logical position ``where``; may not return."""
     for fault in _faults.get(point, ()):
         if all(str(where.get(key)) == value for key, value in fault.match.items()):
             fault.seen += 1

@@ -42,9 +42,9 @@ _lock = threading.RLock()
 
 
 def begin(url: str, *, socket: str | None = None, allow_fresh: bool = False, deadline_s: float = 600.0) -> int | None:
-    """Join the world of the run of ``url`` on all ranks, and learn the step of its files; None for a new run.
+    """Join the world of the run of ``url`` on all ranks, and return the step of its files; None for a new run.
 
-    The first use of the file system does the same; call this where not every rank uses it, or to start anew.
+    The first use of the file system does the same; call this where not every rank uses it, or to begin again.
 
     Raises:
         UnavailableError: no daemon, or not all ranks in time. UnrecoverableError: a known run without a restorable snapshot.
@@ -65,7 +65,7 @@ def begin(url: str, *, socket: str | None = None, allow_fresh: bool = False, dea
 
 
 def seal(url: str, *, timeout_s: float = DEFAULT_COMPLETE_S) -> None:
-    """Say that all ranks wrote all files of the folder ``url``; returns when every rank's part is in memory.
+    """Declare that all ranks wrote all files of the folder ``url``; returns when every rank's part is in memory.
 
     One rank calls it, or all do.
 
@@ -286,7 +286,7 @@ class BackstayFileSystem(AbstractFileSystem):
         return handle
 
     def _names(self, run: str, name: str) -> dict[str, int]:
-        """All files of a run that can be seen, as they are for a look at ``name``."""
+        """Name and size of all visible files of a run; waits until what this rank committed under ``name`` is complete."""
         if not run:
             return {}
         store = self._store(run)
@@ -294,7 +294,7 @@ class BackstayFileSystem(AbstractFileSystem):
         found, folder = store.names(), f"{store.open_folder}/"
         if store.open_step is None:
             return found
-        # A folder without a step that is written anew has nothing of what it was before.
+        # A folder without a step that is being rewritten shows nothing of its former content.
         own = store.open_names()
         return {each: size for each, size in found.items() if each in own or not each.startswith(folder)}
 
@@ -315,7 +315,7 @@ def _split(url: Any) -> tuple[str, str]:
 
 
 def _agree_on_id(run: str, place: World) -> str:
-    """The same world id on all ranks without a collective: whoever comes first draws it."""
+    """The same world id on all ranks without a collective: the first rank draws it."""
     own = ids.new_incarnation()
     if place.size == 1:
         return own
@@ -325,7 +325,7 @@ def _agree_on_id(run: str, place: World) -> str:
 
 
 def _close_all() -> None:
-    """At the end of the process: seal what is open, hear what others seal, detach; the memory stays.
+    """At the end of the process: seal what is open, commit what others seal, detach; the memory stays.
 
     A process that ends by an exception may have been in the middle of a folder: what it has open is given up.
     """

@@ -2,7 +2,7 @@
 
     callback = backstay.lightning.BackstayCallback(run_id="mine")
     trainer = Trainer(..., callbacks=[callback])
-    trainer.fit(model, loader)                   # after a crash, the same script goes on from the last step
+    trainer.fit(model, loader)                   # after a crash, the same script continues from the last step
 
 Must not change the training. Imported by those who use it, never by ``import backstay``. Works with ``lightning`` and
 ``pytorch_lightning``, whichever the program imported.
@@ -144,7 +144,7 @@ class BackstayCallback(RunKeeper, Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """What is in memory stays there; after a fit() that ended well there is nothing any more."""
+        """What is in memory stays there; a fit() that ended well has freed it."""
         if stage != "fit":
             return
         if self.keeper is not None:

@@ -56,11 +56,12 @@ class Snapshotter:
         run_id: The training run whose state this is; a new one for a run that starts from scratch.
         job: Name of the job the run belongs to.
         extra: Things with ``state_dict()`` and ``load_state_dict()``: schedulers, scalers, an EMA; and DataLoaders of any kind,
-            which go on with the next batch at their next ``for``. Plain values belong into :attr:`values`.
+            which continue with the next batch at their next ``for``. Plain values belong into :attr:`values`.
         socket: Path of the daemon's socket; default ``$BACKSTAY_SOCKET``, then ``/run/backstay/backstayd.sock``.
-        max_wait_s: How long a step may wait for a free slot, at the fence.
+        max_wait_s: How long a step may wait at the fence for a free slot, in seconds.
         strict: Raise where a snapshot fails, instead of a warning.
-        check_every: One in so many snapshots is compared byte for byte at the fence (and the first two are); 0: no other.
+        check_every: Every so many snapshots, and for the first two, the copy is compared byte for byte at the fence; 0: for the
+            first two only.
         persist_on_sigterm: On SIGTERM, ask for a durable copy (:meth:`persist`), then do what the signal did before.
         process_group: The ranks that train this model, where they are not all of torch.distributed.
 
@@ -114,10 +115,10 @@ class Snapshotter:
     def restore(
         self, *, allow_fresh: bool = False, deadline_s: float = 600.0, missing_ok: Iterable[str] = ()
     ) -> RestoreResult:
-        """Bring model, optimizers, extras and generators to the newest step that all ranks can have, or say: a new run.
+        """Restore model, optimizers, extras and generators to the newest step that all ranks can have; step 0 of a new run.
 
         A collective: all ranks call it. Blocks up to ``deadline_s``. Tensors are written in place. The snapshot may be of
-        another number of ranks or another parallelism: this rank's parts are put together then.
+        another number of ranks or another parallelism; this rank's parts are assembled from it.
 
         Args:
             allow_fresh: Start over (step 0) if the run is known, or was finished, and nothing of it can be restored.
@@ -160,10 +161,10 @@ class Snapshotter:
         self._values = argument_checks.values_of(values)
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
-        """Have the loss of the step under way looked at, for the first steps after a restore; free afterwards.
+        """Check the loss of the current step, for the first steps after a restore; free afterwards.
 
         NaN or infinity then means that what was restored is bad: the next restore() takes an older snapshot. Never stops
-        training. Gradients are looked at without this, where the optimizer runs step hooks.
+        training. Gradients are checked without this, where the optimizer runs step hooks.
         """
         if self._probation is not None and os.getpid() == self._pid:
             self._probation.see_loss(loss)
@@ -174,7 +175,7 @@ class Snapshotter:
         Buffers, generators, scalars and extras are copied now, parameters and optimizer state until the next optimizer step.
 
         Raises:
-            UsageError: before restore(), for a step that is no int from 1 on, or that does not increase. Anything else only
+            UsageError: before restore(), or for a step that is not an int of at least 1 or does not increase. Other errors only
                 with ``strict``.
         """
         if os.getpid() != self._pid:
@@ -190,7 +191,7 @@ class Snapshotter:
         return self._capturer.snapshot(step)
 
     def fence(self) -> None:
-        """Wait until the running capture does not read parameters and optimizer state any more.
+        """Wait until the running capture no longer reads parameters and optimizer state.
 
         Called by the optimizers' hooks; call it yourself before changing parameters by hand (EMA swaps, SAM, ``.data``, a
         captured CUDA graph). Cheap, re-entrant, and for any thread: autograd's may step optimizers too. Never raises unless
@@ -202,7 +203,7 @@ class Snapshotter:
     def persist(self) -> None:
         """Have the newest protected snapshot copied to durable storage now, by the daemons; returns at once.
 
-        The copy goes on when the trainer is gone. Needs ``persist_url`` of the coordinator; without, a warning says so.
+        The copy continues when the trainer has ended. Needs ``persist_url`` of the coordinator; logs a warning without.
         """
         if os.getpid() == self._pid:
             self._request_persist(0.0)
@@ -216,7 +217,7 @@ class Snapshotter:
             self.fence()
             if self._capturer is not None and not self._capturer.background.finish(keep=keep, timeout_s=timeout_s):
                 _log.warning(
-                    "backstay: the daemon could not be told that run %s ended; `backstay forget` frees its memory",
+                    "backstay: the daemon could not be informed that run %s ended; `backstay forget` frees its memory",
                     self._run,
                 )
         finally:

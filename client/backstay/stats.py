@@ -1,4 +1,4 @@
-"""What snapshots came to: of one call, and in sums. Only says; decides nothing."""
+"""The outcome of one snapshot() call, and sums over all of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ STARTED, NOT_SCHEDULED, REFUSED, SKIPPED = "started", "not_scheduled", "refused"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotStatus:
-    """What became of one snapshot() call.
+    """The outcome of one snapshot() call.
 
     ``state``: ``started`` (it is under way), ``not_scheduled`` (not a step that the ranks capture), ``refused`` (called at a
-    wrong moment) or ``skipped`` (no daemon or no slot); ``reason`` says why.
+    wrong moment) or ``skipped`` (no daemon or no slot); ``reason``: why.
     """
 
     step: int

@@ -66,7 +66,7 @@ class BackstayCheckpointManager(BaseCheckpointManager):
         """Whether torchtitan's own checkpoint files are written too, every `interval` steps and at the last step."""
 
         allow_fresh: bool = False
-        """Go on from files, or start over, if memory knows the run but has lost it; otherwise loading raises then."""
+        """Continue from files, or start over, if memory knows the run but has lost it; otherwise loading raises then."""
 
         restore_deadline_s: float = 600.0
         """How long loading may wait for the daemons' decision."""
@@ -170,8 +170,8 @@ class BackstayCheckpointManager(BaseCheckpointManager):
     def _check_step(self, wanted: int, found: int) -> None:
         if wanted not in (-1, found):
             raise UsageError(
-                f"load_step is {wanted}, memory holds step {found} of {self._config.job}/{self._config.run_id}: one run has "
-                "one history. Set load_step=-1 to go on from memory, or a new run_id to go on from the files of that step",
+                f"load_step is {wanted}, memory holds step {found} of {self._config.job}/{self._config.run_id}: a run has one "
+                "history. Set load_step=-1 to continue from memory, or a new run_id to continue from the files of that step",
                 reason="wrong_step",
             )
 
@@ -194,7 +194,7 @@ class _LoaderPosition:
             raise IntegrityError(
                 f"the data position in memory is that of data-parallel rank {found[0]} of {found[1]}, this loader is rank "
                 f"{expected[0]} of {expected[1]}, and torchtitan's loader cannot be cut differently; set "
-                'exclude_from_loading=["dataloader"] to begin the data anew',
+                'exclude_from_loading=["dataloader"] to start the data over',
                 reason="wrong_extras",
             )
         StatefulDataLoader.load_state_dict(loader, state["position"])

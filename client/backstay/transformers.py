@@ -1,8 +1,8 @@
-"""Transformers: a callback that keeps a Trainer's state in memory, and what lets the Trainer go on from there.
+"""Transformers: a callback that keeps a Trainer's state in memory, and what lets the Trainer continue from there.
 
     trainer = Trainer(...)
     backstay.transformers.attach(trainer, run_id="mine")
-    trainer.train()                              # after a crash, the same script goes on from the last step
+    trainer.train()                              # after a crash, the same script continues from the last step
 
 The Trainer resumes from folders only; here six of its methods are wrapped, on this one object, and read memory instead. Must
 not change the training. Imported by those who use it, never by ``import backstay``.
@@ -95,7 +95,8 @@ class BackstayCallback(RunKeeper, TrainerCallback):
         refuse_unsupported(trainer.accelerator)
         if trainer.args.ignore_data_skip:
             raise UsageError(
-                "ignore_data_skip=True gives up the place in the data, without which a run cannot go on exactly; leave it out",
+                "ignore_data_skip=True gives up the position in the data, without which a run cannot continue exactly: "
+                "leave it out",
                 reason="wrong_arguments",
             )
         self._trainer = trainer

@@ -1,4 +1,4 @@
-"""What a Lightning Trainer holds besides model and optimizers, and where its loops take it up again.
+"""What a Lightning Trainer holds besides model and optimizers, and where its loops resume.
 
 Reads and writes the Trainer's own loops, as Lightning's checkpoint connector does. Must not import Lightning: it is given a
 Trainer.
@@ -49,14 +49,14 @@ class LightningState:
         trainer.precision_plugin.load_state_dict(state["precision"])
         self._accumulate = state["accumulate_grad_batches"]
         if state["loops"]["epoch_loop.batch_progress"]["current"]["ready"] == 0:
-            self._accumulate = None  # the epoch begins anew, and sets it
+            self._accumulate = None  # the epoch restarts, and sets it
         trainer.fit_loop.load_state_dict(state["loops"])
         for config, scheduler in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(scheduler)
         self._position.load(state["loaders"])
 
     def end_restart(self) -> None:
-        """The epoch goes on as any other: to Lightning it would count as restarted to its end, and not step some schedulers."""
+        """Have the epoch end like any other: Lightning would treat it as restarted to its end, and skip some schedulers."""
         self._trainer.fit_loop._restarting = False
         if self._accumulate is not None:  # not before the first batch: a callback checks that it alone sets it
             self._trainer.accumulate_grad_batches = self._accumulate
@@ -79,7 +79,7 @@ class LightningState:
 
 
 def is_within_epoch(trainer: Any) -> bool:
-    """Whether an epoch has begun and not ended: between epochs the loops are not in a state to go on from."""
+    """Whether an epoch has begun and not ended: between epochs the loops cannot be resumed."""
     current = trainer.fit_loop.epoch_progress.current
     return bool(current.started == current.ready == current.completed + 1)
 
@@ -91,7 +91,7 @@ def begin_pass(trainer: Any) -> None:
 
 
 def pass_over_checkpoint(trainer: Any, step: int) -> None:
-    """What came from memory stands: the file of ``fit(ckpt_path=...)`` is not loaded over it.
+    """Keep what came from memory: the file of ``fit(ckpt_path=...)`` is not loaded over it.
 
     Raises:
         UsageError: if the file is newer than what memory held.
@@ -101,7 +101,7 @@ def pass_over_checkpoint(trainer: Any, step: int) -> None:
     if loaded and loaded.get("global_step", 0) > step:
         raise UsageError(
             f"fit(ckpt_path=...) gave a checkpoint of step {loaded['global_step']}, memory holds step {step} of this run; "
-            "leave ckpt_path out to go on from memory, or take a new run_id to go on from the file",
+            "leave ckpt_path out to continue from memory, or take a new run_id to continue from the file",
             reason="checkpoint_is_newer",
         )
     connector._loaded_checkpoint, connector._ckpt_path = {}, None
@@ -117,7 +117,7 @@ def _frame(trainer: Any, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_loops(trainer: Any) -> dict[str, Any]:
-    """The loops' state in a form from which Lightning goes on with the next batch.
+    """The loops' state in a form from which Lightning continues with the next batch.
 
     In the middle of an epoch: as if the last batch's ``on_train_batch_end`` were running. Lightning then completes that batch,
     and does not run its validation again.

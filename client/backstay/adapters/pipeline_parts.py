@@ -16,13 +16,13 @@ from backstay.errors import UsageError
 def merge_parts(parts: Sequence[nn.Module]) -> nn.Module:
     """One module whose tensors have the names they have in their parts: ``layers.0.…`` wherever layer 0 lies.
 
-    A single part is returned as it is. Buffers that are not persistent may lie in several parts; they are no state.
+    A single part is returned as it is. Non-persistent buffers may lie in several parts; they are not state.
 
     Raises:
         UsageError: if two parts have another tensor of the same name.
     """
     if not parts:
-        raise UsageError("a model of no parts cannot be kept")
+        raise UsageError("no model parts were given; give the modules of this process")
     return parts[0] if len(parts) == 1 else _merge(parts, "")
 
 
@@ -50,6 +50,6 @@ def _take_tensors(merged: nn.Module, part: nn.Module, path: str) -> None:
         for name, tensor in theirs.items():
             if tensor is not None and mine.setdefault(name, tensor) is not tensor:
                 raise UsageError(
-                    f"{path}{name} is there in two parts of the model, as different tensors; rename one of them",
+                    f"{path}{name} is in two parts of the model, as different tensors; rename one of them",
                     reason="duplicate_tensor",
                 )

@@ -1,7 +1,7 @@
 """The background thread of a training rank: reserves slots, has them filled, commits, and attaches again after a break.
 
-All talk with the daemon after restore() happens here. Must never raise into training: an error is logged once and kept for
-``strict``.
+All communication with the daemon after restore() happens here. Must never raise into training: an error is logged once and
+kept for ``strict``.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class BackgroundThread:
                 self._is_busy = True
             try:
                 self._work(capture, ahead)
-            except Exception as error:  # noqa: BLE001 - the thread's boundary: training must go on
+            except Exception as error:  # noqa: BLE001 - the thread's boundary: training must continue
                 self._fail(error if isinstance(error, BackstayError) else InvariantError(f"session thread: {error!r}"))
                 if capture is not None:
                     capture.drop(str(error))
@@ -321,7 +321,7 @@ class BackgroundThread:
 
     def _commit(self, capture: Capture, slot: Slot, digests: Digests) -> None:
         cost, plan = self.costs.take(), capture.plan
-        # Nothing is stated of a checked capture: its parity is made anew from bytes that are read and verified again.
+        # Nothing is stated of a checked capture: its parity is computed again, from bytes that are read and verified again.
         ranges = () if capture.is_checked else unchanged.unchanged(plan, capture.stamps, capture.step)
         committed = self._try(
             lambda: self._session.commit(
@@ -423,4 +423,4 @@ class BackgroundThread:
             return
         self._backoff_s = FIRST_BACKOFF_S
         self.is_responsive, self.failure, self._logged_reason = True, None, ""
-        _log.warning("backstay: attached again to the daemon of node %s; snapshots go on", attached.node or "?")
+        _log.warning("backstay: attached again to the daemon of node %s; snapshots continue", attached.node or "?")

@@ -1,6 +1,6 @@
-"""The fence, checked by bytes: what a snapshot copied in the background is compared with what the trainer has now.
+"""Checks the fence byte by byte: a snapshot copied in the background is compared with the living tensors.
 
-Discards snapshots and says why; must not wait for a capture.
+Discards snapshots that differ, with a reason; must not wait for a capture.
 """
 
 from __future__ import annotations

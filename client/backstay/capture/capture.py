@@ -29,7 +29,7 @@ class Capture:
     """One snapshot on its way into a slot.
 
     States: waiting → copying → copied, or waiting → dropped. Only who moves it out of ``waiting`` decides whether it is
-    copied; a capture that is ``copied`` or ``dropped`` does not read living tensors any more.
+    copied; a capture that is ``copied`` or ``dropped`` no longer reads living tensors.
     """
 
     def __init__(self, plan: Plan, step: int, *, is_checked: bool, ready: torch.cuda.Event | None) -> None:
@@ -44,7 +44,7 @@ class Capture:
         self.copied_bytes = self.hashed_bytes = 0
         self.drop_reason = ""
         self.is_late = False  # dropped because its slot did not come in time
-        self.settled = threading.Event()  # copied or dropped: neither living tensors nor staging are read any more
+        self.settled = threading.Event()  # copied or dropped: neither living tensors nor staging are read from now on
         self.launched = threading.Event()  # settled, or all that is left to read waits behind ``device_done``
         self.began = threading.Event()  # copying, copied or dropped
         self.verdict = threading.Event()  # the byte check was made (or will not be)

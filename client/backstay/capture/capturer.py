@@ -75,7 +75,7 @@ class Capturer:
 
     Args:
         values: Gives the script's own plain values of the moment.
-        fence: What the optimizers' hooks call; says whether captures must be copied before snapshot() returns.
+        fence: The optimizers' hooks; knows whether captures must be copied before snapshot() returns.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Capturer:
             begin_s = time.perf_counter()
             try:
                 self._settle(capture)
-            except BaseException as error:  # KeyboardInterrupt too: training may go on without having waited
+            except BaseException as error:  # KeyboardInterrupt too: training may continue without having waited
                 reason = f"the fence ended with {type(error).__name__}: {error}"
                 capture.drop(reason)
                 capture.discard(reason)
@@ -228,7 +228,7 @@ class Capturer:
         return self.background.has_room() and (self._previous is None or self._previous.launched.is_set())
 
     def _current_plan(self) -> shard_plan.Plan:
-        """The plan, made anew where something moved, with everything eager copied into its staging."""
+        """The plan, rebuilt where something moved, with everything eager copied into its staging."""
         target, plan = self._target, self._plan
         is_current = plan is not None and plan.holdings.is_current() and not self._freezing.is_due(plan.holdings)
         holdings = (
@@ -247,8 +247,8 @@ class Capturer:
             )  # fmt: skip
             if plan.signature != target.signature and self._warnings.is_new("model"):
                 _log.warning(
-                    "backstay: tensors of the model appeared, went or changed their type since restore(); a restart must "
-                    "build the model as it is now before it calls restore()"
+                    "backstay: model tensors were added, removed or changed shape or dtype since restore(); a restart "
+                    "must build the model as it is now before it calls restore()"
                 )
         plan.stage(found.tensors, found.document)
         return plan

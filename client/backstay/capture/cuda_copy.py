@@ -33,13 +33,13 @@ class DeviceCopier:
         self._weights: torch.Tensor | None = None
 
     def mark_ready(self) -> torch.cuda.Event:
-        """An event behind everything the training stream was given so far."""
+        """An event recorded after everything that was enqueued on the training stream so far."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 
     def copy(self, pieces: Sequence[Piece], slot: raw_memory.Mapping, ready: torch.cuda.Event) -> torch.cuda.Event:
-        """Enqueue the copies of ``pieces`` behind ``ready``; the event returned says that all bytes are in the slot."""
+        """Enqueue the copies of ``pieces`` behind ``ready``; the returned event completes when all bytes are in the slot."""
         is_registered = self._register(slot)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.no_grad():
             self._stream.wait_event(ready)
@@ -63,7 +63,7 @@ class DeviceCopier:
         return [int(one) for one in sums.tolist()]
 
     def hold_stream(self, done: torch.cuda.Event) -> None:
-        """Make the training stream wait for ``done``; the host goes on."""
+        """Make the training stream wait for ``done``; the host does not wait."""
         torch.cuda.current_stream(self.device).wait_event(done)
 
     def forget(self, slot: raw_memory.Mapping) -> None:

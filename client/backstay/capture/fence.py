@@ -19,8 +19,8 @@ _log = logging.getLogger("backstay")
 class Fence:
     """The hooks of one Snapshotter.
 
-    ``unhooked`` are the optimizers that have no step hooks. ``is_synchronous``: the hooks cannot be relied on (any more), so
-    snapshots must be copied before snapshot() returns.
+    ``unhooked`` are the optimizers that have no step hooks. ``is_synchronous``: the hooks cannot be relied on, so snapshots
+    must be copied before snapshot() returns.
     """
 
     def __init__(self, optimizers: Sequence[Any], wait: Callable[[], None]) -> None:

@@ -2,7 +2,7 @@
 change since this slot was filled last is left as it is.
 
 Bound: one thread that copies and hashes reaches 0.61-0.67 of one-thread memcpy; two threads share the windows, so
-that with a core to spare a commit runs at memcpy speed or above. Must not talk to the daemon.
+that with a core to spare a commit runs at memcpy speed or above. Must not communicate with the daemon.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Filler:
 
     def fill(self, capture: Capture, slot: raw_memory.Mapping) -> Digests:
         """Copy into ``slot`` what it does not hold already, and hash that; marks the capture copied as soon as no source is
-        read any more."""
-        content = self._contents.pop(slot, None)  # from here on the slot holds nothing that is known
+        needed."""
+        content = self._contents.pop(slot, None)  # from here on the slot's content is unknown
         pieces = self._changed_pieces(capture, content)
         device_pieces = [p for p in pieces if p.source.device.type == "cuda" and p.end > p.begin]
         if device_pieces:
@@ -66,7 +66,7 @@ class Filler:
             plain = []
             capture.launched.set()  # the fence makes the training stream wait for device_done
         windows = Windows(capture, slot, plain, rank=self._rank)
-        capture.kept.tell(windows.digester, capture.plan.layout)
+        capture.kept.copy_digests(windows.digester, capture.plan.layout)
         if capture.device_done is not None:
             capture.device_done.synchronize()
         self._run(windows.work)
@@ -77,7 +77,7 @@ class Filler:
         return digests
 
     def note_committed(self, capture: Capture, digests: Digests) -> None:
-        """The capture was committed: its slot holds it until it is filled again."""
+        """The capture was committed: its slot holds these bytes until it is filled again."""
         assert capture.slot is not None
         self._contents[capture.slot] = unchanged.SlotContent(
             layout=capture.plan.layout,
@@ -87,11 +87,11 @@ class Filler:
         )
 
     def forget_slots(self) -> None:
-        """Nothing is known of what the slots hold."""
+        """What the slots hold counts as unknown from now on."""
         self._contents.clear()
 
     def copy_everything(self) -> None:
-        """For good: a tensor that was to be unchanged was not."""
+        """From now on: a tensor that was assumed unchanged was not."""
         self._tracker.is_enabled = False  # by another thread than the one that uses it: that one closes it
 
     def close(self) -> None:

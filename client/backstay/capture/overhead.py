@@ -15,10 +15,10 @@ from typing import Final
 from backstay.protocol import messages
 
 _COSTS: Final = tuple(field.name for field in dataclasses.fields(messages.TrainerCost))
-LIMIT: Final = 0.05  # of its time; above it the interval is raised
-NOISE_S: Final = 0.005  # a shorter mean wait is a thread that wakes late
-SNAPSHOTS: Final = 8  # the share is that of so many
-LEAST_SNAPSHOTS: Final = 4  # and of so many at least
+LIMIT: Final = 0.05  # of training's time; above it the coordinator raises the interval
+NOISE_S: Final = 0.005  # a shorter mean wait is scheduling noise
+SNAPSHOTS: Final = 8  # that the share is taken over
+LEAST_SNAPSHOTS: Final = 4  # below which no share is given
 
 
 class Costs:
@@ -34,7 +34,7 @@ class Costs:
             self._sum = messages.TrainerCost(**sums)
 
     def take(self) -> messages.TrainerCost:
-        """The sums, which begin anew."""
+        """The sums so far, which are reset."""
         with self._lock:
             taken, self._sum = self._sum, messages.TrainerCost()
         return taken
@@ -74,7 +74,7 @@ class Waits:
         return min(1.0, sum(wait.slot_s + wait.copy_s for wait in counted) / spent_s) if spent_s > 0 else 0.0
 
     def warning(self) -> str:
-        """What to tell the user when training waits more than it should; "" while it does not."""
+        """The warning for the user when training waits more than it should; "" while it does not."""
         share, counted = self.share, list(self._waits)[1:]
         slot_s = sum(wait.slot_s for wait in counted)
         copy_s = sum(wait.copy_s for wait in counted)

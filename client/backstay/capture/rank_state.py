@@ -1,6 +1,6 @@
 """What a snapshot captures besides the tensors of model and optimizers: extras, generators, hyper-parameters.
 
-Read anew for each snapshot, on the training thread. Must not draw from a generator.
+Read for each snapshot, on the training thread. Must not draw from a generator.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read(
     rank: int,
     values: Mapping[str, Any] | None = None,
 ) -> RankState:
-    """Read what lies around the tensors now; the tensors are the living ones, not copies."""
+    """Read it now; the tensors are the living ones, not copies."""
     found: dict[str, torch.Tensor] = {}
     encoded = optimizer_state.read_values(optimizers, holdings, found)
     extras = {name: json_codec.encode(stateful.state_dict(), name, found) for name, stateful in extra.items()}

@@ -86,7 +86,7 @@ def build(
 
     Args:
         holdings: The tensors found.
-        dynamic: Tensors that are read anew for each snapshot (extras, RNG), by name.
+        dynamic: Tensors that are read for each snapshot (extras, generators), by name.
         state: The JSON bytes now; capacity is reserved with room to grow.
         metadata: Own keys of the shard's header.
         places: Where those of ``dynamic`` lie that are parts of a whole.

@@ -1,4 +1,4 @@
-"""What SIGTERM of a job means for its state: a durable copy is asked for, then whatever the signal did before happens.
+"""On SIGTERM, requests a durable copy of the state, then does what the signal did before.
 
 Opt-in. Must not swallow the signal, nor hold the process longer than ``GRACE_S``.
 """
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 _log = logging.getLogger("backstay")
 
-GRACE_S: Final = 2.0  # for the daemon to be told, if the signal then ends the process
+GRACE_S: Final = 2.0  # for the request to reach the daemon, if the signal then ends the process
 
 
 class SigtermHook:

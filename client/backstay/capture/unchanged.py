@@ -1,7 +1,7 @@
 """Since which capture each frozen tensor has had the bytes it has now, so that what a slot holds already is not copied again.
 
-Trusts the kernel's page marks, else a checksum of the source; never ``_version``, which stands still under fused optimizers.
-Whatever it cannot vouch for counts as changed. Must not copy anything into a slot.
+Trusts the kernel's page marks, else a checksum of the source; never ``_version``, which fused optimizers do not raise.
+Whatever cannot be proven unchanged counts as changed. Must not copy anything into a slot.
 """
 
 from __future__ import annotations
@@ -26,22 +26,26 @@ from backstay.trainer.page_tracking import PAGE_BYTES, PageWatch, Range, inner_p
 _log = logging.getLogger("backstay")
 
 WATCHED_BYTES: Final = 4 * PAGE_BYTES  # a smaller piece is compared with a copy of it
-RESTLESS: Final = 4  # changed so many times in a row, a tensor is not frozen, whatever it says
-NEVER: Final = -1  # the stamp of a piece that nobody vouches for
+# A tensor that changed in so many captures in a row is trained after all, whatever its requires_grad: watching it would cost a
+# page fault per page and save nothing. The first captures of a plan always count as changed.
+RESTLESS: Final = 4
+NEVER: Final = -1  # the stamp of a piece that cannot be proven unchanged
 MAX_STATED: Final = 256  # ranges in a manifest
-STEADY: Final = 8  # snapshots in a row; what is frozen and thawed by turns costs no more than a new plan in so many
+# Snapshots for which parameters must have stayed frozen before they are worth a new plan and the whole copies that follow it:
+# what is frozen and thawed in turns then costs at most one new plan in so many snapshots.
+STEADY: Final = 8
 
 Fingerprint = Callable[[Sequence[Piece]], list[int]]
 
 
 @dataclass(slots=True)
 class Freezing:
-    """Says when parameters that were frozen in mid-run are worth a new plan, and the whole copies that follow it."""
+    """Decides when parameters that were frozen in mid-run are worth a new plan."""
 
     _seen: int = 0
 
     def is_due(self, holdings: Holdings) -> bool:
-        """To be asked once for each snapshot; the plan is to be made anew if so."""
+        """Whether the plan is to be rebuilt; called once for each snapshot."""
         self._seen = self._seen + 1 if holdings.has_frozen_more() else 0
         if self._seen < STEADY:
             return False
@@ -77,7 +81,7 @@ class Tracker:
     _frozen: list[_Frozen] = field(default_factory=list)
     _watch: PageWatch | None = None
     _is_refused: bool = False  # the kernel gives no marks
-    _is_said: bool = False
+    _is_warned: bool = False
 
     def look(self, plan: Plan, step: int, device_sums: Fingerprint) -> list[int]:
         """The stamp of each piece of ``plan``; copy what changed only after this.
@@ -91,7 +95,7 @@ class Tracker:
             return stamps
         try:
             self._look(plan, step, stamps, device_sums)
-        except (OSError, RuntimeError) as error:  # a full GPU, say: then this costs more than it saves
+        except (OSError, RuntimeError) as error:  # such as a full GPU: then this costs more than it saves
             _log.warning("backstay: %s; from now on every snapshot copies frozen tensors too", error)
             self.is_enabled = False
             return [NEVER] * len(plan.pieces)
@@ -117,7 +121,7 @@ class Tracker:
         self._watch, self._plan, self._frozen = None, None, []
 
     def _begin(self, plan: Plan) -> None:
-        """Another plan: nothing that was known of the former one's memory holds."""
+        """Another plan: what was known of the former one's memory no longer holds."""
         self._plan = plan
         self._frozen = [
             _Frozen(index, piece)
@@ -182,12 +186,12 @@ class Tracker:
         assert self._plan is not None
         tensors = [t for t in self._plan.holdings.tensors if t.name in names and len(t.replicas) > 1]
         shared = [tensor.name for tensor in tensors if not isinstance(tensor.living, DTensor)]
-        if shared and not self._is_said:
-            self._is_said = True
+        if shared and not self._is_warned:
+            self._is_warned = True
             _log.warning(
-                "backstay: %s needs no gradient, so that DDP does not keep it the same on all ranks, and it changes (%d "
-                "tensors in all). That is fine if all ranks change it alike, as a teacher is. If each does so by its own data, "
-                "such as a codebook, a snapshot is a mix of ranks: make it a buffer, or have DDP ignore it",
+                "backstay: %s needs no gradient, so DDP does not synchronize it, and it changes (%d tensors in all). That is "
+                "correct if all ranks change it alike, such as a teacher. If each rank changes it by its own data, such as a "
+                "codebook, a snapshot mixes ranks: make it a buffer, or have DDP ignore it",
                 shared[0],
                 len(shared),
             )
@@ -211,8 +215,8 @@ class Kept:
     chunks: tuple[range, ...] = ()
     content: SlotContent | None = None
 
-    def tell(self, digester: Digester, layout: Layout) -> None:
-        """Have it know the digests of what is kept."""
+    def copy_digests(self, digester: Digester, layout: Layout) -> None:
+        """Give the digests of what is kept to ``digester``."""
         if self.content is not None:
             crcs, names = self.content.chunk_crcs, [layout.entries[index].name for index in self.pieces]
             for chunks in self.chunks:
@@ -233,7 +237,7 @@ def kept(plan: Plan, stamps: Sequence[int], content: SlotContent | None) -> Kept
 
 
 def unchanged(plan: Plan, stamps: Sequence[int], step: int) -> tuple[UnchangedRange, ...]:
-    """What the manifest of ``step`` says to have been the same before; the longest ranges, if there are too many."""
+    """What the manifest of ``step`` states as unchanged; the longest ranges, if there are too many."""
     found = [
         UnchangedRange(first_chunk=inside.start, chunk_count=len(inside), since_step=stamp)
         for inside, stamp in _runs(plan, stamps, header=NEVER)

@@ -18,7 +18,7 @@ def count(shape: Sequence[int]) -> int:
 
 
 def intersect(left: Box, right: Box) -> Box | None:
-    """What both have, or None if that is no element."""
+    """The elements that both have; None if there are none."""
     offsets, shape = [], []
     for a, n, b, m in zip(left[0], left[1], right[0], right[1], strict=True):
         begin, end = max(a, b), min(a + n, b + m)

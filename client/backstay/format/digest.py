@@ -222,7 +222,7 @@ def verify_chunks(view: Buffer, manifest: Manifest, first_chunk: int) -> None:
 
 
 def read_tensor(fd: int, manifest: Manifest, name: str) -> bytes:
-    """The verified bytes of one tensor (or of what an alias stands for), read by ``pread``.
+    """The verified bytes of one tensor (or of the target of an alias), read by ``pread``.
 
     Raises:
         SnapshotNotFoundError: no such tensor. IntegrityError: the bytes differ from the tensor's crc, or the file is short.

@@ -1,7 +1,7 @@
 """Frozen dataclasses to JSON objects and back, for the local protocol, the files on tmpfs and the coder's jobs.
 
 Field names are kept as they are (the proto3 JSON mapping accepts them), unknown fields are ignored so that version N
-reads N-1 and N+1, missing fields take their defaults. What protobuf could not carry on is refused: numbers that are not finite
+reads N-1 and N+1, missing fields take their defaults. What protobuf could not carry is refused: numbers that are not finite
 or need more than 64 bits, text that is not Unicode. Must not know any particular record.
 """
 
@@ -169,7 +169,7 @@ def _scalar_builder(kind: Any) -> Callable[[Any], Any]:
 
 
 def _an_integer(value: Any) -> Any:
-    if type(value) is not int:  # a bool is none
+    if type(value) is not int:  # a bool is an int to isinstance
         raise _another_type(int, value)
     if not _INT64_MIN <= value <= _INT64_MAX:
         raise ValueError("a number does not fit in 64 bits")

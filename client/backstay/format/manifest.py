@@ -40,7 +40,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnchangedRange:
-    """The writer's word that ``chunk_count`` chunks from ``first_chunk`` on have the bytes that they had at every step it
+    """The writer states that ``chunk_count`` chunks from ``first_chunk`` on have had the same bytes at every step that it
     committed since ``since_step``, in this attempt and world and at this size of the shard."""
 
     first_chunk: int
@@ -67,7 +67,7 @@ class Manifest:
     aliases: dict[str, str] = field(default_factory=dict)  # tied weights: name -> name of the stored tensor
     model_signature: str = ""
     writer: str = ""  # "backstay 0.1.0, pid 123"
-    unchanged: tuple[UnchangedRange, ...] = ()  # ascending; what else changed is not said
+    unchanged: tuple[UnchangedRange, ...] = ()  # ascending; nothing is stated about other chunks
     layout: str = ""  # which boxes of which model tensors the writer held (as in Attach); "" = not known
 
     @property

@@ -128,7 +128,7 @@ class Layout:
         self._by_name.update((entry.name, entry) for entry in self.entries)
 
     def entry(self, name: str) -> TensorEntry:
-        """The entry of ``name`` or, for an alias, of the tensor it stands for; raises UsageError if there is none."""
+        """The entry of ``name``, or of the target of an alias; raises UsageError if there is none."""
         try:
             return self._by_name[self.aliases.get(name, name)]
         except KeyError:

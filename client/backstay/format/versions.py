@@ -1,7 +1,7 @@
-"""Every version that two parts of backstay compare, and how far apart they may be. The one place that says so.
+"""Every version that two components of backstay compare, and how far apart they may be. The only place that decides so.
 
-A part of one release works with parts of the release before. A number here is raised only with a change that the release
-before cannot read; fields that are added are ignored by it. Standard library only; must not decide what to do about a mismatch.
+A component of one release works with components of the release before. A number here is raised only with a change that the
+release before cannot read; it ignores fields that are added. Standard library only; decides nothing about a mismatch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FILE_FORMAT: Final = 1  # manifests, plans and fragment records, on tmpfs and on
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One of two that talk. ``name`` is for people; ``release`` "" is not known."""
+    """One of two components. ``name`` is for messages; ``release`` "": unknown."""
 
     name: str
     release: str = ""
@@ -28,7 +28,7 @@ class Side:
 
 
 def is_spoken(protocol: int, own: int) -> bool:
-    """Whether a part that speaks ``own`` understands ``protocol``: its own and the one before."""
+    """Whether a component of protocol ``own`` understands ``protocol``: its own and the one before."""
     return own - 1 <= protocol <= own
 
 

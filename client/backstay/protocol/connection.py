@@ -1,7 +1,7 @@
 """The trainer's connection to its node's daemon: requests (:mod:`messages`) over one Unix socket, each with a deadline.
 
 Must never block longer than its deadline, whatever the daemon does, and never outlive a fork: a child that shared the
-socket would speak in its parent's name and keep it open after the parent's death.
+socket could send in its parent's name, and would keep it open after the parent's death.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 OnProgress = Callable[[messages.Progress], None]
 
 DEFAULT_SILENCE_S: Final = 30.0  # longest pause between two messages while a decision is made
-RESTORE_GRACE_S: Final = 2.0  # the daemon's own message about the deadline is better than ours
+RESTORE_GRACE_S: Final = 2.0  # for the daemon's own error at the deadline, which says more
 
 _connections: weakref.WeakSet[DaemonConnection] = weakref.WeakSet()
 _child_cleanups: list[Callable[[], None]] = []
@@ -62,7 +62,7 @@ class DaemonConnection:
         _connections.add(self)
 
     def attach(self, message: messages.Attach, *, deadline_s: float) -> messages.Attached:
-        """Open the session; raises ConfigError for a daemon of a protocol that this client does not speak."""
+        """Open the session; raises ConfigError for a daemon of a protocol that this client does not support."""
         attached = self._expect(message, messages.Attached, deadline_s)
         daemon = versions.Side(
             name=f"the daemon at {self.socket_path}", release=attached.daemon_version, protocol=attached.protocol
@@ -75,13 +75,13 @@ class DaemonConnection:
         return attached
 
     def _leave(self) -> None:
-        """Let the next thread in; a thread that closed the session meanwhile left the socket to us."""
+        """Release the connection; a thread that closed the session meanwhile left the socket to this one."""
         if self._is_closed:
             self._socket.close()
         self._lock.release()
 
     def is_lost(self) -> bool:
-        """Whether the daemon has closed its end; never waits, and says False while another thread speaks with it."""
+        """Whether the daemon has closed its end; never waits, and returns False while another thread uses the connection."""
         if self._is_closed or not self._lock.acquire(blocking=False):
             return False
         try:
@@ -159,7 +159,7 @@ class DaemonConnection:
             self._lock.release()
 
     def close_in_child(self) -> None:
-        """Drop a forked child's copy of the socket; the parent's session goes on. Takes no lock: it may be held for ever."""
+        """Drop a forked child's copy of the socket; the parent's session continues. Takes no lock: its holder may be gone."""
         self._is_closed = True
         with contextlib.suppress(OSError):
             self._socket.close()
@@ -237,7 +237,7 @@ class DaemonConnection:
             if is_ours and on_progress is not None:
                 until = min(deadline, time.monotonic() + self.silence_s)
                 on_progress(reply)
-            if time.monotonic() >= deadline:  # a daemon that only chatters does not answer
+            if time.monotonic() >= deadline:  # Progress alone is no answer
                 raise TimeoutError
 
     def _check_usable(self) -> None:
@@ -286,7 +286,7 @@ def _drop_in_child() -> None:
     for callback in _child_cleanups:
         with contextlib.suppress(OSError):
             callback()
-    _child_cleanups.clear()  # a grandchild has nothing of it any more
+    _child_cleanups.clear()  # a grandchild inherits none of it
 
 
 os.register_at_fork(after_in_child=_drop_in_child)

@@ -86,7 +86,7 @@ def receive_frame(sock: socket.socket, *, deadline: float | None = None) -> tupl
 
     Raises:
         ConnectionError: at end of file. TimeoutError: at the deadline. IntegrityError: for a malformed frame. No
-            descriptor stays open then, and the stream is not in step any more.
+            descriptor stays open then, and the stream is out of step.
     """
     fds: list[int] = []
     try:

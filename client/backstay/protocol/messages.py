@@ -64,7 +64,7 @@ class Restore:
 class Open:
     """Visit a complete snapshot of any run of the same user, without a world; needs no Attach. Answered by Offer or Error.
 
-    Fetch works as for a decision as long as this connection stands; ``step`` 0 is the newest that can be read.
+    Fetch works as for a decision, as long as this connection is open; ``step`` 0 is the newest that can be read.
     """
 
     run: str
@@ -273,7 +273,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """How the run stands, in each answer about a slot. ``notice``: what keeps snapshots from becoming complete."""
+    """The state of the run, in each answer about a slot. ``notice``: what keeps snapshots from becoming complete."""
 
     schedule: Schedule = field(default_factory=Schedule)
     redundancy: str = ""
@@ -291,14 +291,14 @@ class Reserved(RunProgress):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skipped(RunProgress):
-    """No slot: this step is abandoned; training goes on."""
+    """No slot: this step is abandoned; training continues."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerCost:
-    """What snapshots cost a trainer since it last said so: ``snapshot_s`` inside snapshot(), ``fence_s`` at the fence,
+    """What snapshots cost a trainer since it last reported: ``snapshot_s`` inside snapshot(), ``fence_s`` at the fence,
     ``waited_s`` of that waiting for a slot and for the copy, ``capture_s`` and ``copied_bytes`` of copying in the background;
     ``kept_bytes`` were unchanged and not copied."""
 

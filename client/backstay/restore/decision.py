@@ -1,6 +1,6 @@
 """Waiting for the world's decision: which snapshot all ranks restore, if any. Loads nothing.
 
-A snapshot of another layout is offered first: what this rank needs of it is fetched before the decision stands.
+A snapshot of another layout is offered first: what this rank needs of it is fetched before the decision is final.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Decision:
     """What was decided, and the attached connection that it came by.
 
     ``prepared`` is None for a new run, for a caller that prepares nothing, and if this rank cannot load the snapshot because
-    of ``error``: other ranks may be loading, and are to be told.
+    of ``error``: other ranks may be loading, and must be informed.
     """
 
     connection: DaemonConnection
@@ -55,7 +55,7 @@ def await_decision(
 ) -> Decision:
     """Attach and wait until all ranks of the world asked and one decision was made for all of them.
 
-    Begins anew while the daemon is unavailable.
+    Starts over while the daemon is unavailable.
 
     Args:
         prepare: Plans what this rank reads of a snapshot and has it fetched; called for each decision. None: nothing is
@@ -92,7 +92,7 @@ def await_decision(
 
 
 class _Conversation:
-    """Restore, then Offers and Fetches as often as the decision changes, until it stands."""
+    """Restore, then Offers and Fetches as often as the decision changes, until it is final."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class _Conversation:
         self.error: Exception | None = None
 
     def decide(self, *, allow_fresh: bool) -> messages.Restored:
-        """The decision that stands; :attr:`prepared` is for it, or :attr:`error` says why nothing is."""
+        """The final decision; :attr:`prepared` is for it, or :attr:`error` is why nothing could be prepared."""
         staged = ""
         while True:
             request = messages.Restore(
@@ -124,7 +124,7 @@ class _Conversation:
             except BaseException:
                 self._drop()
                 raise
-            self._drop()  # the decision changed: what was fetched is of another
+            self._drop()  # the decision changed: what was fetched is of another snapshot
             if isinstance(reply, messages.Offer):
                 staged = reply.decision_id
                 self._prepare_with(functools.partial(self._open_offer, reply))
@@ -141,7 +141,7 @@ class _Conversation:
         self.prepared, self.error = None, None
 
     def _prepare_with(self, open_snapshot: Callable[[], OpenedSnapshot]) -> None:
-        """Plan and fetch. What does not fit is kept as the error: the others are told when the decision stands."""
+        """Plan and fetch. What does not fit is kept as the error: the others are informed when the decision is final."""
         if self._prepare is None:
             return
         try:
@@ -153,7 +153,7 @@ class _Conversation:
                 raise
         except (UnavailableError, OSError):
             raise
-        except Exception as error:  # noqa: BLE001 - raised by restore() once the others can be told
+        except Exception as error:  # noqa: BLE001 - raised by restore() once the others can be informed
             self.error = error
 
     def _open_offer(self, offer: messages.Offer) -> OpenedSnapshot:

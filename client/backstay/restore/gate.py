@@ -72,7 +72,7 @@ class LayoutGate:
         try:
             self._ask(messages.Gate(decision_id=self._decision_id, failure=failure[:500] or "?"), ignore)
         except (BackstayError, OSError) as problem:
-            _log.warning("backstay: the other ranks could not be told that this one did not load: %s", problem)
+            _log.warning("backstay: the other ranks could not be informed that this one did not load: %s", problem)
 
     def _ask(self, message: messages.Gate, on_progress: OnProgress) -> messages.GateAnswer:
         """One answer, from the next daemon if this one goes."""

@@ -1,7 +1,7 @@
-"""What one rank holds after a restore, as statements that other ranks can be held to: digests, never tensors.
+"""What one rank holds after a restore, as statements to compare with those of other ranks: digests, never tensors.
 
 Reads the living objects, not what was loaded. Cost: bytes that ranks declare to share are read once, at the speed of crc32c;
-those of a GPU go through a window of host memory. Must not talk to anybody.
+those of a GPU go through a window of host memory. Must not communicate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Scope = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statement:
-    """Something on which ``ranks`` (() means all of the world) must agree: ``lines`` is a value by tensor."""
+    """Something on which ``ranks`` (() means all of the world) must agree. ``lines``: tensor → value."""
 
     name: str
     ranks: Scope
@@ -82,7 +82,7 @@ def make(target: Target, restored: messages.Restored, loaded: Loaded) -> list[St
 
 
 def check_optimizers(target: Target, holdings: Holdings, description: str) -> None:
-    """Whether each optimizer has state for exactly the parameters that had some in the snapshot, key by key.
+    """Check that each optimizer has state for exactly the parameters that had some in the snapshot, key by key.
 
     Raises:
         IntegrityError: naming the parameter and what is missing, unexpected or of another shape.
@@ -130,7 +130,7 @@ def _state_problems(
 
 
 def check_generators(loaded: Loaded) -> None:
-    """Whether the generators stand where they were set: anything that draws after it makes another run of this.
+    """Check that the generators are where they were set: a number drawn since then would make this another run.
 
     Raises:
         IntegrityError: naming the generator.
@@ -193,14 +193,14 @@ def _scope_of(tensor: LocalTensor, target: Target) -> Scope:
 
 def _describe(tensor: LocalTensor, meshes: dict[int, str]) -> str:
     """Shape, dtype, mesh and placements. Where all agree, DTensor's arithmetic gives each element to one box."""
-    words = f"{tuple(tensor.global_shape)} {tensor.local.dtype}"
+    kind = f"{tuple(tensor.global_shape)} {tensor.local.dtype}"
     if not isinstance(tensor.living, DTensor):
-        return words
+        return kind
     mesh = tensor.living.device_mesh
     if id(mesh) not in meshes:
         ranks = hashlib.sha256(repr(mesh.mesh.tolist()).encode()).hexdigest()[:8]
         meshes[id(mesh)] = f"mesh {tuple(mesh.mesh.shape)} {ranks}"
-    return f"{words} {meshes[id(mesh)]} {tensor.living.placements}"
+    return f"{kind} {meshes[id(mesh)]} {tensor.living.placements}"
 
 
 def _kind(value: Any) -> str:

@@ -50,14 +50,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Private:
-    """Decoded state of this rank's own things. ``extras``: name → (method, arguments); ``words`` say where each is from."""
+    """Decoded state of this rank alone. ``extras``: name → (method, arguments); ``origins``: name → where it is from."""
 
     extras: Mapping[str, tuple[str, tuple[Any, ...]]]
     values: Mapping[str, Any]
     cursors: Mapping[str, int]
     rng: tuple[Any, dict[str, torch.Tensor]]
-    rng_words: str
-    words: dict[str, str]
+    rng_origin: str
+    origins: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +100,8 @@ class Prepared:
             sources={rank: opened.source_of(rank) for rank in sorted(opened.used_ranks)},
             base_world_size=opened.world_size,
             is_resharded=opened.is_offered,
-            rng=private.rng_words if private else "untouched",
-            extras=private.words if private else dict.fromkeys(target.extra, "untouched"),
+            rng=private.rng_origin if private else "untouched",
+            extras=private.origins if private else dict.fromkeys(target.extra, "untouched"),
             message="; ".join(self.notes),
             needed_bytes=opened.needed_bytes if opened.is_offered else 0,
             fetched_bytes=opened.fetched_bytes if opened.is_offered else 0,
@@ -288,15 +288,15 @@ def _prepare_private(
             reason="wrong_extras",
         )
     extras: dict[str, tuple[str, tuple[Any, ...]]] = {}
-    words: dict[str, str] = dict.fromkeys(here - there, "not in the snapshot: as the script made it")
-    words |= dict.fromkeys(there - here, "left in the snapshot: this Snapshotter has none of that name")
+    origins: dict[str, str] = dict.fromkeys(here - there, "not in the snapshot: as the script made it")
+    origins |= dict.fromkeys(there - here, "left in the snapshot: this Snapshotter has none of that name")
     for name, stateful in target.extra.items():
         if name not in there:
             continue
         if target.world_size != opened.world_size and callable(getattr(stateful, "load_state_dicts", None)):
             states = [reader.decode(rank, reader.document(rank)["extra"][name]) for rank in range(opened.world_size)]
             extras[name] = ("load_state_dicts", (states, target.rank, target.world_size))
-            words[name] = f"its load_state_dicts() got the states of all {opened.world_size} ranks"
+            origins[name] = f"its load_state_dicts() got the states of all {opened.world_size} ranks"
             continue
         encoded = document["extra"][name]
         is_cut_there = not json_codec.tensor_paths(encoded).isdisjoint(document["distributed"])
@@ -306,20 +306,20 @@ def _prepare_private(
             "load_scaled" if is_scaled else "load_state_dict",
             (reader.decode(own_rank, encoded, templates),),
         )
-        words[name] = f"state of rank {own_rank} of {opened.world_size}" + (
+        origins[name] = f"state of rank {own_rank} of {opened.world_size}" + (
             ", scaled to its length" if is_scaled else ""
         )
-    streams, rng_words = _prepare_rng(target, opened, reader)
+    streams, rng_origin = _prepare_rng(target, opened, reader)
     is_same_size = target.world_size == opened.world_size
     cursors = dict.fromkeys(extras, own_rank) if is_same_size else {}
     values = reader.decode(own_rank, document["values"])
-    return _Private(extras=extras, values=values, cursors=cursors, rng=streams, rng_words=rng_words, words=words)
+    return _Private(extras=extras, values=values, cursors=cursors, rng=streams, rng_origin=rng_origin, origins=origins)
 
 
 def _templates(
     name: str, stateful: Any, encoded: Any, holdings: local_tensors.Holdings, *, is_cut_there: bool
 ) -> dict[str, torch.Tensor]:
-    """Tensors that the extra has now, by path: DTensors among them say how to cut. Not asked for where there can be none."""
+    """Tensors that the extra has now, by path: DTensors among them show how to cut. Empty where there can be none."""
     templates: dict[str, torch.Tensor] = {}
     is_cut_here = any(isinstance(t.living, DTensor) for t in holdings.tensors)
     if is_cut_there or (is_cut_here and json_codec.tensor_paths(encoded)):
@@ -330,15 +330,15 @@ def _templates(
 def _prepare_rng(
     target: Target, opened: OpenedSnapshot, reader: StateReader
 ) -> tuple[tuple[Any, dict[str, torch.Tensor]], str]:
-    """Generator states of this logical rank, each owned by one rank, and words for the result."""
+    """Generator states of this logical rank, each owned by one rank, and where they are from."""
     if target.rank < opened.world_size:
         generators = reader.generators(target.rank)
         plain = reader.decode(target.rank, reader.document(target.rank)["rng"])
-        words = f"stream of rank {target.rank} of {opened.world_size} goes on"
+        origin = f"stream of rank {target.rank} of {opened.world_size} goes on"
     else:
         has_cuda = "cuda" in reader.generators(0)
         plain, generators = rank_state.derived_streams(opened.snapshot_id, target.rank, has_cuda=has_cuda)
-        words = f"new stream, derived from the snapshot and rank {target.rank}: the snapshot has {opened.world_size} streams"
+        origin = f"new stream, derived from the snapshot and rank {target.rank}: the snapshot has {opened.world_size} streams"
     if "numpy" in plain and importlib.util.find_spec("numpy") is None:
         raise IntegrityError(
             "the snapshot has the state of numpy's generator and this environment has no numpy; nothing was loaded: "
@@ -349,4 +349,4 @@ def _prepare_rng(
         raise IntegrityError(
             "the snapshot has a CUDA generator, this process has no GPU; nothing was loaded", reason="missing_device"
         )
-    return (plain, generators), words
+    return (plain, generators), origin

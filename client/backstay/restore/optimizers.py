@@ -62,7 +62,7 @@ class Origin:
     """Where the state of this rank's parameters is read from.
 
     ``holders``: by parameter name, the ranks of the snapshot that hold parts of it. ``own_rank``: the rank of the snapshot
-    that this rank goes on from. ``is_complete``: this rank holds all that those ranks held, so nothing of theirs may be
+    that this rank continues. ``is_complete``: this rank holds all that those ranks held, so nothing of theirs may be
     missing here.
     """
 
@@ -119,7 +119,7 @@ def plan(optimizers: Sequence[torch.optim.Optimizer], holdings: Holdings, origin
 
 
 def _check_class(index: int, optimizer: torch.optim.Optimizer, body: Mapping[str, Any]) -> None:
-    """Another class would keep what it does not read, and begin what it reads from nothing, without a word."""
+    """Refuse another class: it would silently keep state that it does not read, and start without what it reads."""
     there, here = body["class"], type(optimizer).__name__
     if there != here:
         raise IntegrityError(
@@ -156,7 +156,7 @@ def _read_description(rank: int, body: Mapping[str, Any], encoded: Mapping[str, 
 
 
 class _One:
-    """One optimizer of this rank and what the consulted ranks say of it."""
+    """One optimizer of this rank, and its descriptions by the consulted ranks."""
 
     def __init__(
         self, origin: Origin, described: Sequence[_Described], holdings: Holdings, *, index: int, count: int
@@ -261,7 +261,7 @@ class _One:
         ]
 
     def _agreed(self, values: Mapping[int, Any], what: str) -> Any:
-        """The value that all ranks have, or a refusal that says which of its keys differs."""
+        """The value that all ranks have; raises IntegrityError naming the key that differs."""
         (first, value), *others = values.items()
         for rank, found in others:
             if json_codec.is_same(value, found):
@@ -297,7 +297,7 @@ class _One:
         return made
 
     def _sources(self, name: str) -> list[_Described]:
-        """What ranks that hold the parameter say; it is there, as groups were matched."""
+        """The descriptions by ranks that hold the parameter; there is one, as groups were matched."""
         knowing = [d for d in self._described if name in d.places]
         holders = self._origin.holders.get(name, frozenset())
         return [d for d in knowing if d.rank in holders] or knowing
@@ -356,7 +356,7 @@ class _One:
 
     def _cannot(self, name: str, what: str) -> IntegrityError:
         return IntegrityError(
-            f"optimizer {self._index}: the state of {name} {what}; it cannot be cut anew and nothing was loaded. Restore it "
+            f"optimizer {self._index}: the state of {name} {what}; it cannot be resharded and nothing was loaded. Restore it "
             "with the ranks and the parallelism that it was written with",
             reason="state_not_mappable",
         )

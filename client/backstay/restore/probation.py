@@ -22,7 +22,7 @@ Report = Callable[[int, str], bool]  # step, reason: whether the daemon knows it
 
 
 class Probation:
-    """From one restore until ``steps`` optimizer steps later. ``is_over``: nothing is looked at any more."""
+    """From one restore until ``steps`` optimizer steps later. ``is_over``: nothing is checked from now on."""
 
     def __init__(
         self, optimizers: Sequence[Any], names: Mapping[int, str], *, base_step: int, steps: int, report: Report
@@ -47,12 +47,12 @@ class Probation:
         self._handles.clear()
 
     def note_step(self, step: int) -> None:
-        """``step`` is complete, whoever counted it; the time may be over."""
+        """``step`` is complete; the probation may be over."""
         if step >= self._base_step + self._steps + 1 or self.is_over:
             self.close()
 
     def see_loss(self, loss: float | torch.Tensor) -> None:
-        """Look at a loss (waits for the device if it is there)."""
+        """Check a loss (waits for the device if it is there)."""
         if self.is_over:
             return
         value = loss.detach() if isinstance(loss, torch.Tensor) else float(loss)
@@ -65,7 +65,7 @@ class Probation:
 
     @property
     def _step(self) -> int:
-        """The step that is under way."""
+        """The current step."""
         return self._base_step + max(self._counts.values(), default=0) + 1
 
     def _before_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
@@ -82,9 +82,9 @@ class Probation:
                 more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
                 self._found(f"gradients of {', '.join(bad[:MAX_NAMED])}{more} are not finite")
             self._counts[id(optimizer)] += 1
-        except Exception as error:  # noqa: BLE001 - within the user's step: training must go on
+        except Exception as error:  # noqa: BLE001 - within the user's step: training must continue
             self.is_over = True
-            _log.warning("backstay: gradients after the restore cannot be looked at (%r); training goes on", error)
+            _log.warning("backstay: gradients after the restore cannot be checked (%r); training continues", error)
 
     def _non_finite(self, optimizer: Any) -> list[str]:
         """Names of the parameters whose gradient has NaN or infinity: one fused reduction and one wait per device."""
@@ -113,11 +113,11 @@ class Probation:
         known = (
             "it is passed over by the next restore()"
             if is_known
-            else "the daemon does not answer and could not be told"
+            else "the daemon does not answer and could not be informed"
         )
         _log.warning(
             "backstay: step %d, %d after restoring step %d: %s. The snapshot of step %d is distrusted, with all that is "
-            "trained from it: %s. Training goes on; if this is harmless, `backstay trust RUN` takes it back",
+            "trained from it: %s. Training continues; if this is harmless, `backstay trust RUN` undoes it",
             step, step - self._base_step, self._base_step, what, self._base_step, known,
         )  # fmt: skip
 

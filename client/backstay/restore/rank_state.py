@@ -1,7 +1,7 @@
-"""What belongs to one rank alone: its JSON state, extras and generators, read from the snapshot and given to the rank that
-follows.
+"""State that belongs to one rank alone (its JSON, extras and generators), read from the snapshot for the rank that
+continues it.
 
-Streams and positions are keyed by logical rank: rank r goes on where rank r of the snapshot stopped. Must not touch the
+Streams and positions are keyed by logical rank: rank r continues where rank r of the snapshot stopped. Must not touch the
 trainer's objects.
 """
 

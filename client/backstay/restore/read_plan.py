@@ -1,7 +1,7 @@
 """Reading shards into tensors: every chunk is verified in the memory it will be used from.
 
 Bound: one copy per byte (a scattered ``preadv`` from tmpfs into the tensors) and one crc pass behind it, on two threads;
-bytes go through a window of 1 MiB first only where the target is no run of CPU bytes. Must not decide what to restore.
+bytes go through a window of 1 MiB first only where the target is not contiguous CPU memory. Must not decide what to restore.
 """
 
 from __future__ import annotations

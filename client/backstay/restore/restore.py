@@ -22,7 +22,7 @@ MIN_DECISION_S: Final = 0.1  # what is left for the daemon's answer, however lon
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restoration:
-    """What was decided and loaded (None: nothing, the run is new), and the attached connection to go on with."""
+    """What was decided and loaded (None: nothing, the run is new), and the attached connection to continue with."""
 
     connection: DaemonConnection
     identity: messages.Attach  # with the attempt that this world writes

@@ -1,4 +1,4 @@
-"""What was loaded, for the gate and for the caller of restore(). Must not load anything."""
+"""The results of a restore: for its caller, and for the layout gate. Must not load anything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RestoreResult:
     touched). ``attempt`` is the history this world writes, ``base_attempt`` the one that ``step`` is of,
     ``base_world_size`` the number of ranks that wrote it. ``sources``: rank of a shard that was read → ``local``, ``peer``,
     ``rebuild`` or ``persisted``, with the nodes. ``is_resharded``: it was written in another layout, and parts of it were
-    put together. ``rng`` and ``extras`` (by name) say in words where each stream and each extra came from. ``needed_bytes``
+    put together. ``rng`` and ``extras`` (by name) describe where each stream and each extra came from. ``needed_bytes``
     were taken by this rank, ``fetched_bytes`` had to be here for that (chunks are whole); both 0 where whole shards were
     taken.
     """

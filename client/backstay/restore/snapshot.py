@@ -176,7 +176,7 @@ class OpenedSnapshot:
         return dict(self._aliases)
 
     def entries(self, name: str) -> Sequence[tuple[int, TensorEntry]]:
-        """(rank, entry) of all parts of a stored tensor or of what an alias stands for; empty if there is none."""
+        """(rank, entry) of all parts of a stored tensor or of the target of an alias; empty if there is none."""
         return self._entries.get(name) or self._entries.get(self._aliases.get(name, ""), [])
 
     def tensor(self, name: str) -> StoredTensor:

@@ -30,7 +30,7 @@ class Naming:
             self._copies.setdefault(bare, {}).setdefault(home, name)
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Have each name also stand for what is stored under the other."""
+        """Look up each name under the other as well."""
         for name, stored in names.items():
             self._copies.setdefault(split_name(name)[1], {}).update(self.copies(stored))
 
@@ -77,7 +77,7 @@ class Naming:
         return len(copies) == 1 or len({self.content(stored) for stored in copies.values()}) == 1
 
     def content(self, stored: str) -> Hashable:
-        """Equal for stored tensors that are equal byte for byte (as far as crc32c tells)."""
+        """Equal for stored tensors that are equal byte for byte (by crc32c)."""
         if stored not in self._contents:
             entries = [entry for _, entry in self._opened.entries(stored)]
             first = entries[0]

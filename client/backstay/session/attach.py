@@ -23,7 +23,7 @@ def attach(
 
     Raises:
         UnavailableError: no daemon listens, or it does not answer in time. StaleGenerationError: the world is over.
-        ConfigError: the socket is not usable, or the daemon speaks another protocol.
+        ConfigError: the socket is not usable, or the daemon's protocol is another.
     """
     connection = DaemonConnection(socket_path, timeout_s=connect_s)
     try:
@@ -38,7 +38,7 @@ def is_unavailable(error: Exception) -> bool:
 
 
 def ignore(_: object) -> None:
-    """A callback for whoever need not be told."""
+    """A callback that does nothing."""
 
 
 def retry(

@@ -55,7 +55,7 @@ class Session:
     Args:
         connection: An attached connection whose Restore was answered.
         identity: What it was attached with, with the attempt that this world writes.
-        lease_s: As the daemon said: how long it may take to answer.
+        lease_s: Of the daemon: how long it may take to answer.
         on_unmap: Called with a slot's mapping before it is unmapped.
     """
 
@@ -100,7 +100,7 @@ class Session:
         """The reply to one request, and its descriptors, which are the caller's to close.
 
         Raises:
-            UnavailableError: not attached, or no answer in time; the connection is closed where it is of no more use.
+            UnavailableError: not attached, or no answer in time; the connection is closed where only attaching again helps.
             StaleGenerationError: another world has taken over. BackstayError: as the daemon answered.
         """
         connection = self.connection
@@ -127,7 +127,7 @@ class Session:
     # ---- one shard
 
     def reserve(self, step: int, size_bytes: int, *, wait_s: float, is_ahead: bool = False) -> Slot | messages.Skipped:
-        """A slot of exactly ``size_bytes`` for ``step``, or the daemon's word that there is none within ``wait_s``.
+        """A slot of exactly ``size_bytes`` for ``step``, or the daemon's answer that there is none within ``wait_s``.
 
         Raises:
             UnavailableError: the slot's memory cannot be mapped (reason :data:`NOT_MAPPED`); or as :meth:`call`.

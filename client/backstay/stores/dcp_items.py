@@ -2,7 +2,7 @@
 
 An object is stored as torch saved it, behind its length, in a uint8 tensor ``rank-00003.bytes.<fqn>`` with room to grow; only
 what ``torch.load(weights_only=True)`` accepts is written or read. How the state was nested (DCP's planner_data) is JSON in
-``rank-00003.nesting``. Must not talk to the daemon.
+``rank-00003.nesting``. Must not communicate with the daemon.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def layout_of(found: Found) -> shard.Layout:
 
 
 def unpack(packed: bytearray, fqn: str) -> bytes:
-    """The object's bytes, made anew from what is safe to load: what DCP unpickles then is our own writing.
+    """The object's bytes, written again from what is safe to load, so that DCP unpickles only our own output.
 
     Raises:
         IntegrityError: not such bytes, or a type that ``weights_only`` does not accept.
@@ -109,7 +109,7 @@ def unpack(packed: bytearray, fqn: str) -> bytes:
 
 
 def unpack_nesting(packed: bytearray, name: str) -> Nesting:
-    """The planner_data that a rank wrote; raises IntegrityError if it is none."""
+    """The planner_data that a rank wrote; raises IntegrityError for anything else."""
     try:
         found = {fqn: tuple(path) for fqn, path in json.loads(bytes(_unpacked(packed, name))).items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -43,7 +43,7 @@ class _Known:
 
 @dataclass(slots=True, kw_only=True)
 class Staged:
-    """A staged state: in ``slot`` as ``layout`` says, or (both None) in private memory. ``problem``: it must not be written."""
+    """A staged state: in ``slot`` by ``layout``, or (both None) in private memory. ``problem``: it must not be written."""
 
     step: int
     signature: Signature = ()
@@ -185,7 +185,7 @@ def _copy(path: Path, leaf: Any, staged: Staged) -> Any:
     if staged.slot is not None and staged.layout is not None and staged.known is not None:
         name = staged.known.owned.get(path)
         if name is None and local.numel():
-            return leaf.detach()  # another rank writes it: only its shape is looked at
+            return leaf.detach()  # another rank writes it: only its shape is needed
         copied = put(staged.slot.mapping, staged.layout, name, local) if name is not None else local
     else:
         copied = torch.empty(local.shape, dtype=local.dtype, device="cpu").copy_(local)

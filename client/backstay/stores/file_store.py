@@ -1,4 +1,4 @@
-"""Files as a rank's shard: written by any number of ranks, kept as one snapshot when one of them says that a step is whole.
+"""Files as a rank's shard: written by any number of ranks, kept as one snapshot when one of them seals the step.
 
     store = FileStore(run_id="gpt-7b-3")
     step = store.begin()                       # None: a new run
@@ -82,7 +82,7 @@ class FileStore:
         self._committing = 0  # a step whose files this rank is committing
         self._sealed: dict[str, int] = {}  # name -> size of what this rank committed last
         self._session: StoreSession | None = None
-        self._complete = 0  # newest complete step, as far as this rank heard
+        self._complete = 0  # newest complete step that this rank knows of
         self._awaited = 0  # newest step that a look waited for, whether or not it became complete
         self._source: SnapshotReader | None = None
         self._index: Index | None = None  # what is in ``_source``
@@ -98,7 +98,7 @@ class FileStore:
     def begin(
         self, *, place: World | None = None, world_id: str = "", allow_fresh: bool = False, deadline_s: float = 600.0
     ) -> int | None:
-        """Join the world of the run and learn which step its files are of; None for a run that is provably new.
+        """Join the world of the run and return the step of its files; None for a run that is provably new.
 
         All ranks of torch.distributed call it; a collective unless ``world_id`` (the same on all ranks) is given.
 
@@ -194,10 +194,10 @@ class FileStore:
                 target[new_name] = self._files.pop(name) if name in self._files else self._carried.pop(name)
 
     def settle(self, step: int | None = None) -> None:
-        """Before a look at the files of ``step`` (None: of any): if this rank committed it, wait until it is complete.
+        """Before the files of ``step`` (None: of any) are listed: if this rank committed it, wait until it is complete.
 
-        So what one rank saw complete is there for all of them, though the thread that watches hears of it a little later. A
-        step is waited for once, and for at most ``LOOK_S``.
+        So a step that one rank saw complete is visible to all, though the watching thread learns of it a little later. A step
+        is waited for once, for at most ``LOOK_S``.
         """
         newest = max(self._committed, self._committing)
         if newest <= max(self._complete, self._awaited) or step not in (None, newest):
@@ -260,7 +260,7 @@ class FileStore:
             )
 
     def commit(self, step: int, *, is_sealing: bool = False) -> None:
-        """Commit this rank's files of ``step``, none if it wrote none. ``is_sealing``: and tell the other ranks to.
+        """Commit this rank's files of ``step``, none if it wrote none. ``is_sealing``: and have the other ranks commit theirs.
 
         Raises:
             BackstayError: they cannot be kept; the step is given up, here and so everywhere.
@@ -334,7 +334,7 @@ class FileStore:
         return self._session
 
     def _carried_before(self, place: World) -> dict[str, Any]:
-        """The carried files of the snapshot begun from: its own, and for rank 0 those of ranks that are no more."""
+        """The carried files of the snapshot begun from: its own, and for rank 0 those of ranks that no longer exist."""
         found: dict[str, Any] = {}
         source = self._source
         for stored in source.read(lambda opened: opened.names()) if source is not None else ():
@@ -346,7 +346,7 @@ class FileStore:
         return found
 
     def _newest(self) -> tuple[SnapshotReader | None, Index]:
-        """The newest complete snapshot, opened when it is first looked at."""
+        """The newest complete snapshot, opened at its first use."""
         session = self._current()
         with self._reading:
             source = self._source
@@ -364,8 +364,8 @@ class FileStore:
         if step <= self._committed:
             began = " and is what this world began from" if step == self.step else ""
             raise UsageError(
-                f"{name} cannot be written: step {self._committed} of {self.run} is sealed{began}, files of step {step} do not "
-                "change any more; write into the folder of a later step",
+                f"{name} cannot be written: step {self._committed} of {self.run} is sealed{began}, files of step {step} can no "
+                "longer change; write into the folder of a later step",
                 reason="sealed",
             )
 
@@ -422,7 +422,7 @@ class FileStore:
             except StaleGenerationError as error:
                 self._note(error)
                 return
-            except Exception as error:  # noqa: BLE001 - the thread's boundary: training must go on
+            except Exception as error:  # noqa: BLE001 - the thread's boundary: training must continue
                 if not self._stop.is_set():
                     self._note(error)
                 self._stop.wait(RETRY_S)

@@ -1,6 +1,6 @@
 """Bytes of any origin into a slot, with their digests; and digests of a slot whose bytes lie there already.
 
-Must not talk to the daemon.
+Must not communicate with the daemon.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def split_path(path: str) -> tuple[str, str]:
 def folder_of(name: str) -> tuple[str, int | None]:
     """The folder that is one snapshot, and its step.
 
-    The first part that says what its number is (``step-100``, ``checkpoint-5``), else the first that is only a number, else the
-    first part, without a step. A number within a name (``llama3``, ``subdir0``) is part of the name.
+    The first part that names its number (``step-100``, ``checkpoint-5``), else the first that is only a number, else the first
+    part, without a step. A number within a name (``llama3``, ``subdir0``) is part of the name.
     """
     parents = name.split("/")[:-1]
     for pattern in (_STEP, _NUMBER):
@@ -48,7 +48,7 @@ def step_of(name: str, store: FileStore) -> int | None:
 
 
 def enter_step(name: str, store: FileStore) -> int | None:
-    """The step of a file to write; the first file of a later one says that the one before is whole."""
+    """The step of a file to write; the first file of a later step seals the one before."""
     step = step_of(name, store)
     before = store.open_step
     if step is not None and before is not None and step > before:

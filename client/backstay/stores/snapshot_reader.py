@@ -1,4 +1,4 @@
-"""A snapshot of a run, opened when something of it is read: a visit, a connection of its own that needs no world.
+"""A snapshot of a run, opened at the first read, over a connection of its own that needs no world.
 
 Must not decide what to restore, and must not write.
 """
@@ -28,7 +28,7 @@ class SnapshotReader:
     """One snapshot of a run; thread-safe.
 
     Args:
-        snapshot_id: What was decided; a visit of anything else is refused. "": whatever the daemon has of that step.
+        snapshot_id: The decided snapshot; any other is refused. "": whatever the daemon has of that step.
     """
 
     def __init__(self, *, run: str, step: int, socket_path: str, snapshot_id: str = "") -> None:
@@ -39,7 +39,7 @@ class SnapshotReader:
         self._lock = threading.RLock()
 
     def read(self, work: Callable[[OpenedSnapshot], T]) -> T:
-        """Do ``work`` with the open snapshot; a visit that broke is made anew once."""
+        """Do ``work`` with the open snapshot; if its connection breaks, open it again once."""
         with self._lock:
             is_fresh = self._opened is None
             try:

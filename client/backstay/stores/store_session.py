@@ -37,7 +37,7 @@ _REPEATABLE: Final = (messages.Reserve, messages.Seal, messages.AwaitSeal)
 
 
 class StoreSession(Session):
-    """One rank's session; thread-safe. A connection that broke is made anew, and what may be asked twice is asked again."""
+    """One rank's session; thread-safe. Attaches again when the connection broke, and repeats what may be repeated."""
 
     def __init__(self, connection: DaemonConnection, identity: messages.Attach, *, lease_s: float) -> None:
         self.filler = Filler(rank=identity.rank)

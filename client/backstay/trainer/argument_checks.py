@@ -1,6 +1,6 @@
-"""What the caller of the trainer's side gave: refused at once where it cannot be meant, with what to give instead.
+"""Argument validation: rejects impossible values early, with a hint at what to give instead.
 
-Looks at arguments only; never calls what it is given.
+Never calls what it is given.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def step_of(call: str, given: Any) -> int:
 
 
 def values_of(given: Any) -> dict[str, Any]:
-    """The very dictionary, which restore() fills and a script may go on writing to."""
+    """The same dictionary, which restore() fills and the script keeps writing to."""
     if not isinstance(given, dict):
         raise UsageError(f'keeper.values is {_kind(given)}: give a dictionary, as in keeper.values = {{"epoch": 3}}')
     return given
@@ -140,7 +140,7 @@ def _is_collection(given: Any) -> bool:
 
 
 def _kind(given: Any) -> str:
-    """What it is, in words that are short enough for one line."""
+    """The value's type, and the value where it is short."""
     if given is None:
         return "None"
     if inspect.isclass(given):

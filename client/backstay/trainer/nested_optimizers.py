@@ -65,7 +65,7 @@ def _optimizers_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any
 
 
 def refuse_unsteady(prefix: str, optimizer: Any) -> None:
-    """Raise UsageError where ``state`` or ``param_groups`` are made anew at each access: what is written there is lost."""
+    """Raise UsageError where ``state`` or ``param_groups`` are created at each access: what is written there is lost."""
     for name, first, second in (
         ("state", optimizer.state, optimizer.state),
         ("param_groups", list(optimizer.param_groups), list(optimizer.param_groups)),

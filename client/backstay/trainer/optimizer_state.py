@@ -65,7 +65,7 @@ def describe(
 def read_values(
     optimizers: Sequence[torch.optim.Optimizer], holdings: Holdings, tensors: dict[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
-    """JSON of what changes and is no tensor of a parameter: hyper-parameters, scalar state, state of no parameter."""
+    """JSON of what changes besides the parameters' tensors: hyper-parameters, scalar state, state of no parameter."""
     encoded = []
     for index, optimizer in enumerate(optimizers):
         path = f"~{optimizer_prefix(index, len(optimizers))}"
@@ -131,7 +131,7 @@ def attach(
 
 
 def _unusual_strides(name: str, parameter: torch.Tensor, found: Mapping[Any, Any]) -> list[Any]:
-    """[name, key, strides] of tensors that do not lie in memory as those that a restore makes anew by themselves."""
+    """[name, key, strides] of tensors whose memory format a restore would not choose by itself."""
     own = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
     listed = []
     for key, value in found.items():

@@ -1,7 +1,7 @@
-"""Asks the kernel which pages of ordinary memory were not written to since they were last looked at.
+"""Asks the kernel which pages of ordinary memory were not written to since the last check.
 
-Userfaultfd in its asynchronous write-protect mode and the PAGEMAP_SCAN ioctl (Linux 6.7 and later; no privilege needed). Says
-"clean" only where the kernel vouches for it; must never deliver a fault to the training process, nor touch its bytes.
+Userfaultfd in its asynchronous write-protect mode and the PAGEMAP_SCAN ioctl (Linux 6.7 and later; no privilege needed).
+Reports "clean" only where the kernel guarantees it; must never deliver a fault to the training process, nor touch its bytes.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _open_watches: weakref.WeakSet[PageWatch] = weakref.WeakSet()
 class PageWatch:
     """Watches page-aligned ranges of private anonymous memory of this process.
 
-    Invariant: of a range that was freed, mapped anew, moved, shared, or that another thread unregistered, nothing is ever
-    said to be clean. Not inherited by forked children. For one thread at a time.
+    Invariant: of a range that was freed, mapped again, moved, shared, or that another thread unregistered, nothing is ever
+    reported as clean. Not inherited by forked children. For one thread at a time.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class PageWatch:
         return set(self._watched)
 
     def protect(self, one: Range) -> bool:
-        """Begin to notice writes to a watched range; False if it is not the memory that was registered any more."""
+        """Begin to notice writes to a watched range; False if the registered memory was replaced."""
         return one in self._watched and self._try(_WRITE_PROTECT, struct.pack("QQQ", one[0], one[1] - one[0], 1))
 
     def is_clean(self, one: Range) -> bool:

@@ -1,6 +1,6 @@
-"""The set of processes that train together, as torch.distributed knows it.
+"""The world: the processes that train together, as torch.distributed knows them.
 
-Its name goes from rank 0 to everybody, once per restore(): the one message between ranks of backstay.
+Rank 0 sends its id to all ranks, once per restore(): the only message of backstay between ranks.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def agree_on_id(world: World, *, deadline_s: float = DEFAULT_DEADLINE_S) -> str:
     keeps no other from reaching its daemon, which knows who is missing.
 
     Raises:
-        UnavailableError: rank 0 did not say it within ``deadline_s``, or is gone.
+        UnavailableError: rank 0 did not send it within ``deadline_s``, or is gone.
     """
     own = ids.new_incarnation()
     if world.size == 1:

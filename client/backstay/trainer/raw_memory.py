@@ -80,7 +80,7 @@ def is_plain_memory(tensor: torch.Tensor) -> bool:
 
 
 def unusual_strides(tensor: torch.Tensor, like: torch.Tensor | None = None) -> list[int] | None:
-    """Strides with which to make the tensor anew; None if row-major, or those of a new tensor like ``like``, will do."""
+    """Strides to allocate such a tensor with; None if row-major ones, or those of ``empty_like(like)``, will do."""
     if tensor.is_contiguous() if like is None else tensor.stride() == like.stride():
         return None
     dense = torch.empty_like(tensor, device="meta").stride()

@@ -1,7 +1,7 @@
-"""Putting restored values into the objects a program has already, so that whoever holds references to them sees the values.
+"""Restoring values into the objects that a program already has, so that every reference to them sees the values.
 
 Optimizers keep the dictionaries and tensors of their state elsewhere too (lists for foreach kernels, preconditioners). Must not
-change what is equal in form but lies otherwise in memory: such an object was replaced while training, so nobody holds it.
+change what is equal in form but lies otherwise in memory: such an object was replaced while training, so nothing refers to it.
 """
 
 from __future__ import annotations

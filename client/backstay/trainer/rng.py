@@ -1,6 +1,6 @@
 """Random number generators of this process: read without drawing from them, set back last of all.
 
-Per rank. numpy is looked at only if the trainer imported it.
+Per rank. numpy's is read only if the trainer imported it.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def warn(model: nn.Module) -> None:
     hooks = [line for name, module in modules for line in _communication_hooks(name, module)]
     if hooks:
         _log.warning(
-            "backstay: %s: the state of a DDP communication hook (error feedback, its own counters) is not captured and begins "
-            "anew after a restore, so that a restarted run is close to the uninterrupted one, not equal to it",
+            "backstay: %s: the state of a DDP communication hook (error feedback, its own counters) is not captured and starts "
+            "over after a restore: a restarted run is close to the uninterrupted one, not equal to it",
             _joined(hooks),
         )
 

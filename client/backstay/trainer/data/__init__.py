@@ -1,1 +1,1 @@
-"""Data loaders: which batch comes next, and how a restarted pass goes on there."""
+"""Data loaders: which batch comes next, and how a restarted pass continues there."""

@@ -1,7 +1,7 @@
-"""Where a data loader without a state of its own stands, and bringing a fresh one there.
+"""The position of a data loader that has no state of its own, and bringing a new loader to it.
 
-A loader is followed: the generators at the start of its pass and the batches taken since are noted; resuming starts the pass
-again from the same generators and passes over the batches that were used. Must not draw a random number of its own, nor
+A loader is followed: the generators at the start of its pass and the batches taken since are recorded; resuming starts the
+pass again from the same generators and skips the batches that were used. Must not draw a random number of its own, nor
 change what a loader yields.
 """
 
@@ -22,18 +22,18 @@ from backstay.errors import IntegrityError
 from backstay.trainer import raw_memory, rng
 
 _PLACE: Final = "_backstay_place"
-_FOLLOWS: Final = "_backstay_follows"  # in a class: the one it stands for
+_FOLLOWS: Final = "_backstay_follows"  # in a class: the class that it replaces
 _MAP_STYLE: Final = 0
 _START: Final = ("generators", "sources", "primed", "workers", "made")  # of a pass
 _SAMPLERS: Final = ("sampler", "batch_sampler")
 _COUNTERS: Final = ("epoch", "initial_seed")
 _FINISHED: Final = (
-    "_iterator_finished"  # of torchdata's StatefulDataLoader; without it a loader that was left would go on
+    "_iterator_finished"  # of torchdata's StatefulDataLoader; without it a loader that was left early would continue
 )
 
 
 class Position:
-    """Where all loaders of one training stand.
+    """The positions of all loaders of one training.
 
     Args:
         order: Gives the places of the training's loaders, in an order that is the same after a restart.
@@ -45,11 +45,11 @@ class Position:
         self._generators: Any = None
 
     def state(self, ahead: Callable[[Place], int] = lambda place: 0) -> list[dict[str, Any]]:
-        """Everything to come back to now; ``ahead``: batches that were fetched and not yet used."""
+        """The current positions; ``ahead``: batches that were fetched and not yet used."""
         return [place.state(ahead(place)) for place in self._order()]
 
     def load(self, states: Sequence[dict[str, Any]]) -> None:
-        """Have each loader go on, at its next pass, where ``states`` say."""
+        """Have each loader continue, at its next pass, from its state in ``states``."""
         self._waiting = dict(enumerate(states))
 
     def arm(self) -> None:
@@ -57,7 +57,7 @@ class Position:
         self._generators = read_generators()
 
     def settle(self, place: Place) -> None:
-        """Do what :meth:`arm` said, once, when a loader of the training asks (and not one of a validation)."""
+        """Set the generators of :meth:`arm`, once, when a loader of the training asks (not one of a validation)."""
         if self._generators is not None and any(own is place for own in self._order()):
             generators, self._generators = self._generators, None
             write_generators(generators)
@@ -68,7 +68,7 @@ class Position:
         return None if index is None else self._waiting.pop(index, None)
 
     def waiting(self, place: Place) -> dict[str, Any] | None:
-        """What was loaded for ``place`` and not claimed yet: still where it stands."""
+        """What was loaded for ``place`` and not claimed yet: still its position."""
         index = self._index_of(place) if self._waiting else None
         return None if index is None else self._waiting.get(index)
 
@@ -77,7 +77,7 @@ class Position:
 
 
 class Place:
-    """Where one loader stands. ``before_fetch`` is called before a pass begins and before each batch is fetched.
+    """The position of one loader. ``before_fetch`` is called before a pass begins and before each batch is fetched.
 
     ``source``: what has ``state_dict()`` for the loader, if anything has. ``depth``: how many batches may be fetched ahead.
     """
@@ -100,7 +100,7 @@ class Place:
     def begin(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """A pass: a new one, or the rest of the one that was loaded."""
         self._iterator = None
-        self.tell()
+        self._notify()
         counted = _Counted(self, make)
         counted.saved = self._position.claim(self)  # followed up at the first batch: who is asked later draws after us
         if counted.saved is None:
@@ -108,7 +108,7 @@ class Place:
         self._iterator = weakref.ref(counted)
         return counted
 
-    def tell(self) -> None:
+    def _notify(self) -> None:
         if self.before_fetch is not None:
             self.before_fetch(self)
 
@@ -151,7 +151,7 @@ class Place:
         if counted.saved is not None:
             self._iterator = weakref.ref(counted)
             self._replay(counted)
-        self.tell()
+        self._notify()
         if counted.is_exhausted:
             self._position.settle(self)
             raise StopIteration
@@ -261,7 +261,7 @@ class Place:
 
 
 class _Counted:
-    """An iterator that tells its place of every batch."""
+    """An iterator that has its place fetch every batch."""
 
     def __init__(self, place: Place, make: Callable[[], Iterator[Any]]) -> None:
         self.place, self.make = place, make
@@ -322,7 +322,7 @@ def follow(loader: Any, position: Position, *, depth: int = 1) -> Any:
 
 
 def release(loader: Any) -> None:
-    """Follow ``loader`` no longer; a pass that is under way goes on."""
+    """Stop following ``loader``; a pass that is under way continues."""
     getattr(loader, "__dict__", {}).pop(_PLACE, None)
 
 
@@ -376,7 +376,7 @@ def _is_stateful(thing: Any) -> bool:
 
 
 def _keeps_own_state(loader: Any) -> bool:
-    """Whether the state of ``loader`` holds more than a count: one over a plain data set draws another order anew."""
+    """Whether the state of ``loader`` holds more than a count: one over a plain data set would draw another order."""
     if not _is_stateful(loader):
         return False
     if not isinstance(loader, DataLoader) or loader._dataset_kind != _MAP_STYLE or _is_stateful(loader.dataset):

@@ -1,4 +1,4 @@
-"""DataLoaders among the extras: followed, so that a restarted pass goes on with the next batch and draws nothing of its own.
+"""DataLoaders among the extras: followed, so that a restarted pass continues with the next batch and draws nothing of its own.
 
 A loader's own ``state_dict()`` is not enough: the iterator that takes it up draws its base seed from the restored generator,
 and from then on everything random differs. Must not change what a loader yields.
@@ -88,7 +88,7 @@ def refuse(extra: Mapping[str, Any], adapter: str) -> None:
 
 
 def _length(loader: Any) -> int | None:
-    """Batches in a pass; None for a stream that does not say."""
+    """Batches in a pass; None for a stream of unknown length."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):

@@ -211,7 +211,7 @@ def _encode_dict(value: dict[Any, Any], path: str, found: _Found, depth: int) ->
 
 
 def module_versions(value: Any) -> Any:
-    """What ``Module.state_dict()`` hangs on its result: each module's version, by which loading tells what it must convert."""
+    """What ``Module.state_dict()`` attaches to its result: each module's version, by which loading knows what to convert."""
     return getattr(value, "_metadata", None) if isinstance(value, collections.OrderedDict) else None
 
 

@@ -72,7 +72,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], give: Give, *, device: str | Non
 
 
 def as_file(packed: Packed) -> bytearray:
-    """A safetensors file of everything: the one copy that frees the caller to go on changing the tensors."""
+    """A safetensors file of everything: the one copy, after which the caller may change the tensors."""
     layout = packed.layout()
     data = bytearray(layout.size_bytes)
     data[: layout.header_bytes] = layout.header
@@ -89,7 +89,7 @@ def as_file(packed: Packed) -> bytearray:
 
 
 def from_file(data: memoryview) -> dict[str, torch.Tensor]:
-    """The tensors of such a file, in memory of their own; raises IntegrityError if it is none."""
+    """The tensors of such a file, in memory of their own; raises IntegrityError for anything else."""
     layout = shard.parse_header(data)
     tensors = {}
     for entry in layout.entries:
