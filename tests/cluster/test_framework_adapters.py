@@ -100,3 +100,11 @@ def test_the_example_of_the_page_survives_a_kill(cluster: LocalCluster, tmp_path
     assert step >= 5
     assert end == wanted
     assert page != "lightning" or (tmp_path / "second").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["accelerate", "deepspeed", "lightning", "torchft", "torchtitan", "transformers"])
+def test_without_its_package_an_adapter_says_what_to_install(name: str) -> None:
+    absent = dict.fromkeys([name, f"pytorch_{name}"])
+    code = f"import sys; sys.modules.update({absent}); import backstay.{name}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert f"'backstay[{name}]'" in result.stderr.splitlines()[-1]

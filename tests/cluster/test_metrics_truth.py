@@ -244,4 +244,4 @@ def test_a_rank_that_waits_for_snapshots_shows_and_has_all_ranks_take_fewer(clus
         labels = (("training_job", run),)
         assert _scrape(cluster.coordinator_http_port)["backstay_snapshot_wait_ratio", labels] > 0.05
         said = [event["message"] for event in cluster.status()["timeline"] if event["kind"] == "interval_raised"]
-        assert any("rank 1 waited" in message for message in said), said
+        assert any("rank 1" in message for message in said), said

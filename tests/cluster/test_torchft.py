@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -176,9 +174,3 @@ def test_a_replica_that_was_killed_takes_its_state_from_the_healthy_one(cluster:
         assert min(found) > 1, "it did not begin at the first step"
         assert {step: found[step] for step in common} == {step: expected[step] for step in common}
     assert min(again.digests(0)) > max(_joined(killed))
-
-
-def test_without_torchft_the_error_says_what_to_install() -> None:
-    code = "import sys; sys.modules['torchft'] = None; import backstay.torchft"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert "'backstay[torchft]'" in result.stderr.splitlines()[-1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from tests.kit.wording import refuses
 
 pytest.importorskip("torchtitan")
 
+pytestmark = pytest.mark.usefixtures("process_group")
 CLUSTER = {"nodes": 1, "parity": 0, "lease_s": 1.0}
 RANKS = 2
 
@@ -139,17 +138,22 @@ def settle(it: SimpleNamespace) -> None:
     assert it.manager.keeper.wait_committed()
 
 
-@pytest.mark.usefixtures("process_group")
+def first_life(cluster: LocalCluster, folder: Path, run_id: str, steps: int, **config: Any) -> dict[str, Any]:
+    """A run begins, trains and ends; all it had."""
+    it = titan(cluster, folder, run_id, **config)
+    assert not it.manager.load()
+    train(it, steps)
+    settle(it)
+    found = everything(it)
+    it.manager.close()
+    return found
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_torchtitans_objects_come_back_from_memory_bit_for_bit(
     cluster: LocalCluster, tmp_path: Path, parts: int
 ) -> None:
-    first = titan(cluster, tmp_path, f"parts-{parts}", parts=parts, files=False)
-    assert not first.manager.load()
-    train(first, 5)
-    settle(first)
-    expected = everything(first)
-    first.manager.close()
+    expected = first_life(cluster, tmp_path, f"parts-{parts}", 5, parts=parts, files=False)
     torch.manual_seed(1)
     second = titan(cluster, tmp_path, f"parts-{parts}", parts=parts, files=False)
     assert second.manager.load()
@@ -159,7 +163,6 @@ def test_torchtitans_objects_come_back_from_memory_bit_for_bit(
     assert not list(tmp_path.rglob("*")), "files=False writes none"
 
 
-@pytest.mark.usefixtures("process_group")
 def test_files_are_torchtitans_own_and_start_a_run_that_memory_never_heard_of(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
@@ -178,7 +181,6 @@ def test_files_are_torchtitans_own_and_start_a_run_that_memory_never_heard_of(
     second.manager.close()
 
 
-@pytest.mark.usefixtures("process_group")
 def test_the_last_step_frees_the_runs_memory_when_files_have_it(cluster: LocalCluster, tmp_path: Path) -> None:
     first = titan(cluster, tmp_path, "ends", interval=100, last_save_model_only=False)
     first.manager.load()
@@ -194,28 +196,18 @@ def test_the_last_step_frees_the_runs_memory_when_files_have_it(cluster: LocalCl
     second.manager.close()
 
 
-@pytest.mark.usefixtures("process_group")
 def test_a_step_other_than_the_one_in_memory_is_refused(cluster: LocalCluster, tmp_path: Path) -> None:
-    first = titan(cluster, tmp_path, "one-history", interval=2)
-    first.manager.load()
-    train(first, 3)
-    settle(first)
-    first.manager.close()
+    first_life(cluster, tmp_path, "one-history", 3, interval=2)
     second = titan(cluster, tmp_path, "one-history", interval=2)
     with refuses(UsageError, "wrong_step", 2, 3, "default/one-history"):
         second.manager.load(2)
     second.manager.close()
 
 
-@pytest.mark.usefixtures("process_group")
 def test_a_loader_that_is_cut_differently_is_refused_unless_it_is_excluded(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
-    first = titan(cluster, tmp_path, "recut", files=False)
-    first.manager.load()
-    train(first, 3)
-    settle(first)
-    first.manager.close()
+    first_life(cluster, tmp_path, "recut", 3, files=False)
     second = titan(cluster, tmp_path, "recut", files=False, dp=(1, 2))
     with refuses(IntegrityError, "wrong_extras", "rank 0 of 1", "rank 1 of 2"):
         second.manager.load()
@@ -227,7 +219,6 @@ def test_a_loader_that_is_cut_differently_is_refused_unless_it_is_excluded(
     third.manager.close()
 
 
-@pytest.mark.usefixtures("process_group")
 def test_what_cannot_be_done_is_refused_by_name(cluster: LocalCluster, tmp_path: Path) -> None:
     with refuses(UsageError, "bad_name", "checkpoint.run_id"):
         titan(cluster, tmp_path, "")
@@ -237,7 +228,6 @@ def test_what_cannot_be_done_is_refused_by_name(cluster: LocalCluster, tmp_path:
         titan(cluster, tmp_path, "refused", snapshot_every=0)
 
 
-@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("option", ["load_only", "create_seed_checkpoint"])
 def test_a_process_that_only_reads_or_seeds_files_is_not_the_run(
     cluster: LocalCluster, tmp_path: Path, option: str
@@ -276,9 +266,3 @@ def test_a_killed_torchtitan_loop_goes_on_bit_for_bit(cluster: LocalCluster, tmp
         expected, found = control.digests(rank), again.digests(rank)
         assert sorted(found) == list(range(loaded + 1, reached + 6))
         assert found == {step: expected[step] for step in found}
-
-
-def test_without_torchtitan_the_error_says_what_to_install() -> None:
-    code = "import sys; sys.modules['torchtitan'] = None; import backstay.torchtitan"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert "'backstay[torchtitan]'" in result.stderr.splitlines()[-1]

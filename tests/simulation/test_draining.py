@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,15 @@ def training(node_count: int, *, seed: int = 1, parity: int | None = None, keep:
 def is_safe(cluster: Cluster, name: str) -> bool:
     verdict = cluster.core().drains.get(name) if cluster.control is not None else None
     return verdict is not None and verdict.state is DrainState.SAFE
+
+
+def drained(node_count: int, *names: str, **options: Any) -> Cluster:
+    """A job with a rank on every node, protected, and nodes that may be stopped."""
+    cluster = training(node_count, **options)
+    for name in names:
+        cluster.drain(name)
+    assert cluster.engine.run_until(lambda: all(is_safe(cluster, name) for name in names), limit_s=30)
+    return cluster
 
 
 def spares_without(cluster: Cluster, *names: str) -> int:
@@ -69,9 +79,7 @@ def test_a_drained_node_costs_no_redundancy_that_the_others_can_give(
 
 
 def test_while_a_node_drains_every_new_snapshot_outlives_its_stop() -> None:
-    cluster = training(4)
-    cluster.drain("n2")
-    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=20)
+    cluster = drained(4, "n2")
     step = cluster.checker.protected_step(RUN)
     seen: list[int] = []
 
@@ -96,9 +104,7 @@ def test_a_new_coordinator_knows_from_the_nodes_who_drains() -> None:
 
 
 def test_undo_brings_the_node_back_into_the_plans() -> None:
-    cluster = training(4)
-    cluster.drain("n2")
-    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=20)
+    cluster = drained(4, "n2")
 
     def members() -> set[str]:
         return {m.node for s in cluster.core().runs[RUN].protection.sets.values() for p in s.plans for m in p.members}
@@ -131,10 +137,7 @@ def test_without_room_elsewhere_the_node_is_not_safe_and_snapshots_are_protected
 def test_nodes_called_safe_may_be_stopped_for_a_while_though_the_next_snapshot_finds_no_room(
     count: int, names: tuple[str, ...], is_new_coordinator: bool
 ) -> None:
-    cluster = training(count, parity=1)
-    for name in names:
-        cluster.drain(name)
-    assert cluster.engine.run_until(lambda: all(is_safe(cluster, name) for name in names), limit_s=20)
+    cluster = drained(count, *names, parity=1)
     told_s, step = cluster.engine.now_s, cluster.checker.protected_step(RUN)
     for node in cluster.nodes.values():
         node.is_full = True
@@ -163,17 +166,12 @@ def test_a_node_that_no_other_can_relieve_is_never_called_safe() -> None:
 
 
 def test_two_nodes_that_drain_may_be_stopped_together() -> None:
-    cluster = training(6, parity=2)
-    cluster.drain("n2")
-    cluster.drain("n5")
-    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2") and is_safe(cluster, "n5"), limit_s=30)
+    cluster = drained(6, "n2", "n5", parity=2)
     assert spares_without(cluster, "n2", "n5") >= 2
 
 
 def test_a_stopped_node_that_was_drained_leaves_the_job_protected_at_once() -> None:
-    cluster = training(5)
-    cluster.drain("n3")
-    assert cluster.engine.run_until(lambda: is_safe(cluster, "n3"), limit_s=20)
+    cluster = drained(5, "n3")
     cluster.engine.run_for(6)
     assert cluster.stop_drained("n3", replace_after_s=None)
     assert spares_without(cluster) >= 1
@@ -236,9 +234,7 @@ def test_a_node_is_not_called_safe_between_copies_that_find_room_now_and_then() 
 
 
 def test_what_a_leaving_node_found_corrupt_elsewhere_is_not_counted_as_left() -> None:
-    cluster = training(4)
-    cluster.drain("n2")
-    assert cluster.engine.run_until(lambda: is_safe(cluster, "n2"), limit_s=20)
+    cluster = drained(4, "n2")
     context = cluster.core().runs[RUN].context
     assert context is not None
     nodes = context.nodes

@@ -135,8 +135,7 @@ def test_what_a_node_brings_back_of_a_forgotten_run_is_never_restored_under_its_
     assert cluster.is_training(later)
     assert later.world_id == world
     assert all(key.attempt > 1 for key in cluster.kept_keys(RUN)), "what it brought went"
-    cluster.kill_trainer(later.trainers[0])
-    assert engine.run_until(lambda: later.world_id != world and cluster.is_training(later), limit_s=30)
+    cluster.restart(later)
     assert cluster.outcome(later) is Outcome.EXACT
 
 

@@ -37,9 +37,7 @@ def trained(seed: int, *, stale_from: int) -> tuple[Engine, Cluster, Job]:
         for name in NEW if attempt == stale_from else ():
             cluster.nodes[name].is_cut = True
         cluster.wait_training(job, is_protected=True)
-        world = job.world_id
-        cluster.kill_trainer(job.trainers[0])
-        assert engine.run_until(lambda world=world: job.world_id != world and cluster.is_training(job), limit_s=20)  # type: ignore[misc]
+        cluster.restart(job)
     engine.run_for(3)
     return engine, cluster, job
 
@@ -81,8 +79,7 @@ def test_a_coordinator_that_starts_after_their_return_follows_the_world_that_tra
     cluster.crash_coordinator(0.1)
     engine.run_for(6)
     assert (later.world_id, cluster.is_training(later)) == (world, True)
-    cluster.kill_trainer(later.trainers[0])
-    assert engine.run_until(lambda: later.world_id != world and cluster.is_training(later), limit_s=20), later.refusals
+    cluster.restart(later)
     assert {source.digest.split("/")[1] for source in later.decided.sources} == {world}
 
 
