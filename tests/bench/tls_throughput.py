@@ -18,8 +18,8 @@ from pathlib import Path
 from backstay.format.manifest import CHUNK_BYTES
 from backstayd.coder.bulk_server import BulkServer
 from backstayd.security.credentials import Credentials
-from backstayd.store.paths import RunPaths
-from backstayd.transport.bulk.client import BulkClient, ShardRef
+from backstayd.store.paths import RunPaths, ShardRef
+from backstayd.transport.bulk.client import BulkClient
 from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 from tests.kit.certificates import TestAuthority
 
@@ -92,10 +92,10 @@ def read(place: tuple[str, ShardRef], credentials: Credentials | None, size: int
     client = BulkClient(address, credentials=credentials)
     client.is_staged(ref)  # the handshake is not what is measured
     began = time.perf_counter()
-    client.request_shard(ref, first_chunk=0, chunk_count=window)
+    client.request(ref, first_chunk=0, chunk_count=window)
     for first in range(0, count, window):
         if first + window < count:
-            client.request_shard(ref, first_chunk=first + window, chunk_count=window)
+            client.request(ref, first_chunk=first + window, chunk_count=window)
         reply = client.begin_answer()
         client.receive_into(view[: reply.payload_bytes])
     seconds = time.perf_counter() - began

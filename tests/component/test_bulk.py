@@ -22,10 +22,10 @@ from backstay.ids import SnapshotKey
 from backstayd.coder import bulk_server
 from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.jobs import CoderEvent
-from backstayd.store.paths import RunPaths
+from backstayd.store.paths import FragmentRef, RunPaths, ShardRef
 from backstayd.store.record_files import StoredFragment
 from backstayd.store.staging import prepare_staging
-from backstayd.transport.bulk.client import BulkClient, FragmentRef, ShardRef
+from backstayd.transport.bulk.client import BulkClient
 from backstayd.transport.bulk.wire import BulkReply, BulkRequest, Channel, Timeouts
 from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 
@@ -72,7 +72,7 @@ def served(tmpfs_dir: Path) -> Iterator[Served]:
 
 def read(served: Served, first: int, count: int, ref: ShardRef | None = None) -> bytes:
     data = bytearray(min(CHUNK_BYTES * count, len(DATA) - first * CHUNK_BYTES))
-    served.client.read_shard(ref or served.ref, first_chunk=first, view=memoryview(data), chunk_count=count)
+    served.client.read(ref or served.ref, first_chunk=first, view=memoryview(data), chunk_count=count)
     return bytes(data)
 
 
@@ -91,8 +91,8 @@ def test_any_range_of_a_shard_is_read_over_one_connection(served: Served) -> Non
 
 
 def test_requests_may_run_ahead_of_answers(served: Served) -> None:
-    served.client.request_shard(served.ref, first_chunk=0, chunk_count=1)
-    served.client.request_shard(served.ref, first_chunk=3, chunk_count=1)
+    served.client.request(served.ref, first_chunk=0, chunk_count=1)
+    served.client.request(served.ref, first_chunk=3, chunk_count=1)
     for size, begin in [(CHUNK_BYTES, 0), (100, 3 * CHUNK_BYTES)]:
         assert served.client.begin_answer().payload_bytes == size
         data = bytearray(size)
@@ -142,7 +142,7 @@ def test_a_file_is_locked_while_it_is_sent_and_free_afterwards(served: Served) -
     size = 64 * CHUNK_BYTES  # more than the socket buffers hold
     manifest = publish_shard(served.paths, 0, bytes(size), world_size=1)
     ref = ShardRef(run=RUN, key=KEY, rank=0, world_size=1, digest=manifest.digest)
-    served.client.request_shard(ref, first_chunk=0, chunk_count=64)
+    served.client.request(ref, first_chunk=0, chunk_count=64)
     assert served.client.begin_answer().payload_bytes == size
     own = os.open(served.paths.shard(KEY, 0, 1), os.O_RDWR)
     try:
@@ -171,7 +171,7 @@ def test_a_fragment_is_put_once_the_plan_is_stored_and_read_back_with_its_crcs(s
     )
     assert [stored.chunk_crc(0), stored.chunk_crc(1)] == [crc32c(chunk) for chunk in chunks]
     data = bytearray(CHUNK_BYTES + 10)
-    served.client.read_fragment(ref, first_chunk=0, view=memoryview(data), chunk_count=2)
+    served.client.read(ref, first_chunk=0, view=memoryview(data), chunk_count=2)
     assert data == DATA[: CHUNK_BYTES + 10]
     assert [event.kind for event in served.events] == ["fragment_stored"]
 
@@ -181,7 +181,7 @@ def test_an_empty_fragment_is_put_and_read_like_any_other(served: Served) -> Non
     served.client.begin_put_fragment(fragment_ref(), size_bytes=0)
     served.client.end_put()
     assert served.paths.fragment(KEY, PLAN_ID, stripe=3, index=1).stat().st_size == 0
-    served.client.request_fragment(fragment_ref(), first_chunk=0, chunk_count=0)
+    served.client.request(fragment_ref(), first_chunk=0, chunk_count=0)
     assert served.client.begin_answer().total_bytes == 0
 
 
@@ -249,11 +249,6 @@ def test_a_staged_range_is_taken_only_when_prepared_and_only_bytes_of_its_manife
     assert [event.kind for event in served.events] == ["stripe_staged"]
 
 
-def test_a_suspicion_reaches_the_holder(served: Served) -> None:
-    served.client.suspect(served.ref)
-    assert [(event.kind, event.rank) for event in served.events] == [("suspect_shard", 0)]
-
-
 BAD_REQUESTS = [
     BulkRequest(op="read_shard", run="../..", digest="ab" * 32),
     BulkRequest(op="read_shard", run="job/..", digest="ab" * 32),
@@ -295,7 +290,7 @@ def test_a_peer_that_is_not_there_is_unavailable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         address = f"127.0.0.1:{sock.getsockname()[1]}"
     with pytest.raises(UnavailableError) as caught:
-        BulkClient(address, timeouts=FAST).get_plan(RUN, KEY, PLAN_ID)
+        BulkClient(address, timeouts=FAST).get_plan(FragmentRef(run=RUN, key=KEY, plan_id=PLAN_ID))
     assert caught.value.reason == "unreachable"
 
 
@@ -304,7 +299,7 @@ def test_a_silent_peer_is_unavailable_after_its_limit() -> None:
         address = f"127.0.0.1:{sock.getsockname()[1]}"
         client = BulkClient(address, timeouts=Timeouts(constant_s=0.2))
         with pytest.raises(BackstayError) as caught:
-            client.get_plan(RUN, KEY, PLAN_ID)
+            client.get_plan(FragmentRef(run=RUN, key=KEY, plan_id=PLAN_ID))
         assert caught.value.reason == "peer_silent"
 
 
@@ -315,7 +310,7 @@ def test_an_aborted_client_wakes_its_thread() -> None:
 
         def ask() -> None:
             try:
-                client.get_plan(RUN, KEY, PLAN_ID)
+                client.get_plan(FragmentRef(run=RUN, key=KEY, plan_id=PLAN_ID))
             except BackstayError as error:
                 failures.append(error)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from backstay.errors import StaleGenerationError
+from backstay.ids import SnapshotKey
 from backstay.protocol import messages
 from backstayd.coder.jobs import CoderEvent
 from backstayd.core.messages.desired import RunDesired
 from backstayd.core.messages.tombstone import Cause, Tombstone
 from backstayd.node.reconcile.memory_jobs import note_stored
+from backstayd.store.paths import FragmentRef
 from tests.kit.node import NodeThread, running_node
 from tests.kit.shards import RUN
 from tests.kit.trainer import PlainTrainer, trainer_of, wait_until
@@ -88,7 +90,10 @@ def test_late_bytes_of_a_run_that_is_over_are_deleted_again(node: NodeThread) ->
     trainer.close()
     late = node.memory_dir / RUN / "attempt-0001" / "step-00000001" / "parity"
     late.mkdir(parents=True)
-    event = CoderEvent(kind="fragment_stored", run=RUN, attempt=1, step=1, plan_id="ab" * 16, stripe=0, index=1)
+    event = CoderEvent(
+        kind="fragment_stored",
+        fragment=FragmentRef(run=RUN, key=SnapshotKey(1, 1), plan_id="ab" * 16, stripe=0, index=1),
+    )
     node.call(lambda: note_stored(node.node.state, event))
     assert not (node.memory_dir / "job").exists()
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from backstayd.coder.jobs import VerifyShard
-from tests.component.coder_nodes import RUN, CoderNode, open_descriptors
+from backstayd.store.paths import ShardRef
+from tests.component.coder_nodes import KEY, RUN, CoderNode, open_descriptors
 
 DAEMON = """
 import asyncio, pathlib, socket, sys
@@ -30,6 +31,8 @@ async def main():
 asyncio.run(main())
 """
 
+UNKNOWN = ShardRef(run=RUN, key=KEY, rank=0, world_size=1, digest="ab" * 32)
+
 
 def wait_until(condition: Callable[[], bool], why: str) -> None:
     pause = threading.Event()
@@ -41,7 +44,7 @@ def wait_until(condition: Callable[[], bool], why: str) -> None:
 
 
 def unknown_shard() -> VerifyShard:
-    return VerifyShard(run=RUN, attempt=1, step=1, rank=0, world_size=1, digest="ab" * 32, deadline_s=10)
+    return VerifyShard(shard=UNKNOWN, deadline_s=10)
 
 
 def test_coders_die_with_a_daemon_that_is_killed(tmpfs_dir: Path) -> None:
@@ -99,7 +102,7 @@ def test_a_frozen_coder_is_given_up_at_the_deadline(tmpfs_dir: Path) -> None:
         try:
             assert (await node.coders.run(unknown_shard())).reason == "gone"
             os.kill(pid, signal.SIGSTOP)
-            job = VerifyShard(run=RUN, attempt=1, step=1, rank=0, world_size=1, digest="ab" * 32, deadline_s=0.1)
+            job = VerifyShard(shard=UNKNOWN, deadline_s=0.1)
             assert (await node.coders.run(job)).reason == "deadline"
         finally:
             await node.close()

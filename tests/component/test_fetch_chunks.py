@@ -10,6 +10,7 @@ from typing import Any
 from backstay.format import json_records
 from backstay.format.manifest import CHUNK_BYTES, Manifest
 from backstayd.coder.jobs import FetchChunks, FetchManifests, JobResult
+from backstayd.store.paths import ShardRef
 from backstayd.store.published import find_manifest
 from backstayd.store.record_files import parse_manifest
 from backstayd.store.staging import prepare_sparse, read_marks
@@ -31,12 +32,7 @@ def chunks_of(
     manifest: Manifest, *addresses: str, runs: tuple[tuple[int, int], ...] = ((0, 7),), **more: Any
 ) -> FetchChunks:
     return FetchChunks(
-        run=RUN,
-        attempt=KEY.attempt,
-        step=KEY.step,
-        rank=manifest.rank,
-        world_size=manifest.world_size,
-        digest=manifest.digest,
+        shard=ShardRef.of(RUN, manifest),
         firsts=tuple(first for first, _ in runs),
         counts=tuple(count for _, count in runs),
         addresses=addresses,
@@ -129,7 +125,7 @@ def test_chunks_of_a_shard_that_lies_here_are_verified_where_they_are(tmpfs_dir:
             assert_ok([await fetch(nodes[0], chunks_of(manifest, runs=((0, 5),), is_here=True))])
             bad = await fetch(nodes[0], chunks_of(manifest, runs=((4, 3),), is_here=True))
             assert (bad.error_class, bad.reason) == ("IntegrityError", "corrupt")
-            assert [(corrupt.node, corrupt.rank) for corrupt in bad.corrupt] == [("", 0)]
+            assert [(corrupt.node, corrupt.shard.rank) for corrupt in bad.corrupt] == [("", 0)]
 
     run(scenario)
 
@@ -144,20 +140,14 @@ def test_manifests_of_lost_shards_come_from_the_plans_of_their_group(tmpfs_dir: 
             await nodes[1].destroy()
             manifests = [manifest for volume in volumes for manifest in volume]
             job = FetchManifests(
-                run=RUN,
-                attempt=KEY.attempt,
-                step=KEY.step,
-                world_size=3,
-                ranks=(0, 1, 2),
-                digests=tuple(manifest.digest for manifest in manifests),
+                shards=tuple(ShardRef.of(RUN, manifest) for manifest in manifests),
                 addresses=(gone, nodes[0].address, nodes[2].address),
                 deadline_s=30.0,
             )
             assert_ok([await nodes[3].coders.run(job)])
             for manifest in manifests:
-                place = {"rank": manifest.rank, "world_size": 3, "digest": manifest.digest}
-                assert find_manifest(nodes[3].paths, KEY, **place) == json_records.dumps(manifest)
-            unknown = dataclasses.replace(job, ranks=(1,), digests=("0" * 64,))
+                assert find_manifest(nodes[3].paths, ShardRef.of(RUN, manifest)) == json_records.dumps(manifest)
+            unknown = dataclasses.replace(job, shards=(dataclasses.replace(job.shards[1], digest="0" * 64),))
             result = await nodes[3].coders.run(unknown)
             assert (result.error_class, result.reason) == ("UnavailableError", "no_manifest")
 

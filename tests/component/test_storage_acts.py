@@ -61,7 +61,9 @@ def put(tmp_path: Path, item: PersistedSnapshot) -> Path:
 
 
 def survey(context: JobContext, tmp_path: Path) -> Survey:
-    return upload.run_survey(context, SurveyStorage(run=RUN, url=url_of(tmp_path), survey_id="s", deadline_s=60.0))
+    upload.run_survey(context, SurveyStorage(run=RUN, url=url_of(tmp_path), survey_id="s", deadline_s=60.0))
+    assert context.survey is not None
+    return context.survey
 
 
 def flip(path: Path, index: int) -> None:
@@ -176,7 +178,8 @@ def test_a_record_is_written_only_in_time_and_not_for_what_is_distrusted_or_over
     directory.mkdir(parents=True)
 
     def write(item: PersistedSnapshot = new, **more: Any) -> PersistedSnapshot:
-        return shared_changes.run_record(context, WriteRecord(snapshot=item, **fence(tmp_path, **more)))
+        shared_changes.run_record(context, WriteRecord(snapshot=item, **fence(tmp_path, **more)))
+        return context.persisted
 
     assert refusal(lambda: write(act_before_s=boot_s())) == "fenced"
     distrust(context, tmp_path, snapshot(1))  # not there itself

@@ -23,6 +23,7 @@ from backstayd.core.messages.plans import FragmentRecord, Member, Plan, VolumeSh
 from backstayd.store import admit, limits, remove
 from backstayd.store.adopt import GENERATION_NAME, Owner, scan
 from backstayd.store.fragments import FragmentWriter
+from backstayd.store.paths import FragmentRef, ShardRef
 from backstayd.store.published import open_for_trainer
 from backstayd.store.record_files import StoredFragment, StoredPlan, make_directory, write_atomically
 from backstayd.store.slot_holder import HolderRecord, start_ticks
@@ -124,7 +125,7 @@ def add_plan(store: Store, shards: list[MadeShard], *, m: int = 1) -> Plan:
     stored = StoredPlan(plan=plan, manifests=tuple(shard.json for shard in shards))
     write_atomically(paths.plan(KEY, plan.plan_id), json_records.dumps(stored), incarnation=store.incarnation)
     size = geometry.fragment_bytes(plan, 0)
-    writer = FragmentWriter(paths, KEY, plan.plan_id, stripe=0, index=0, size_bytes=size, incarnation=store.incarnation)
+    writer = FragmentWriter(paths, FragmentRef.of(plan, 0, 0), size_bytes=size, incarnation=store.incarnation)
     for chunk in range(writer.chunk_count):
         writer.write(0, [memoryview(bytes(writer.chunk_length(chunk)))])
     writer.commit()
@@ -146,10 +147,10 @@ def test_every_state_of_the_index_is_what_a_fresh_adoption_finds(open_store: Ope
     prepare_staging(
         store.paths(RUN), shards[0].manifest, digest=shards[0].manifest.digest, incarnation=store.incarnation
     )
-    admit.note_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
+    admit.note_staged(store, ShardRef.of(RUN, shards[0].manifest))
     assert store.used_bytes == used + shards[0].manifest.size_bytes
     assert_equals_a_fresh_look(store)
-    admit.publish_staged(store, RUN, rank=0, world_size=2, digest=shards[0].manifest.digest)
+    admit.publish_staged(store, ShardRef.of(RUN, shards[0].manifest))
     assert_equals_a_fresh_look(store)
     remove.quarantine_fragment(store, RUN, FragmentRecord(plan_id=plan.plan_id, stripe=0, index=0), reason="flipped")
     remove.quarantine_shard(store, RUN, KEY, rank=1, reason="chunk 3 has crc 1, expected 2")
@@ -559,7 +560,7 @@ def test_publishing_a_staged_shard_twice_is_harmless_and_another_history_gives_w
         prepare_staging(store.paths(RUN), wanted.manifest, digest=wanted.manifest.digest, incarnation=store.incarnation)
         part = store.paths(RUN).staged(0, 1, wanted.manifest.digest)
         part.write_bytes(wanted.data)
-        admit.publish_staged(store, RUN, rank=0, world_size=1, digest=wanted.manifest.digest)
+        admit.publish_staged(store, ShardRef.of(RUN, wanted.manifest))
         assert_equals_a_fresh_look(store)
     assert store.paths(RUN).shard(KEY, 0, 1).read_bytes() == wanted.data
     shutil.rmtree(store.paths(RUN).staging)

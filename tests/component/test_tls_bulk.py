@@ -25,9 +25,9 @@ from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.jobs import CoderEvent
 from backstayd.security import credentials as credentials_module
 from backstayd.security.credentials import Credentials
-from backstayd.store.paths import RunPaths
+from backstayd.store.paths import FragmentRef, RunPaths, ShardRef
 from backstayd.store.staging import prepare_staging
-from backstayd.transport.bulk.client import BulkClient, ShardRef
+from backstayd.transport.bulk.client import BulkClient
 from backstayd.transport.bulk.wire import BulkReply, BulkRequest, Timeouts
 from tests.component.coder_nodes import KEY, RUN, listening_socket, publish_shard
 from tests.kit.certificates import TestAuthority, node_credentials, node_uri
@@ -70,7 +70,7 @@ class Served:
         client = self.client(credentials)
         try:
             view = memoryview(bytearray(count * CHUNK_BYTES))
-            client.read_shard(self.ref, first_chunk=0, view=view, chunk_count=count)
+            client.read(self.ref, first_chunk=0, view=view, chunk_count=count)
             return bytes(view)
         finally:
             client.close()
@@ -123,7 +123,7 @@ def test_a_shard_is_read_and_written_as_without_tls(served: Served, authority: T
     client.end_put()
     unknown = ShardRef(run=RUN, key=KEY, rank=0, world_size=1, digest="ab" * 32)
     with pytest.raises(IntegrityError):
-        client.read_shard(unknown, first_chunk=0, view=memoryview(bytearray(CHUNK_BYTES)), chunk_count=1)
+        client.read(unknown, first_chunk=0, view=memoryview(bytearray(CHUNK_BYTES)), chunk_count=1)
     client.close()
 
 
@@ -251,7 +251,7 @@ def test_a_server_of_plaintext_that_answers_is_explained(authority: TestAuthorit
         thread.start()
         client = BulkClient(f"127.0.0.1:{listen.getsockname()[1]}", timeouts=FAST, credentials=authority.node())
         with refuses(UnavailableError, "plaintext") as caught:
-            client.get_plan(RUN, KEY, "ab" * 16)
+            client.get_plan(FragmentRef(run=RUN, key=KEY, plan_id="ab" * 16))
         assert caught.value.reason == "plaintext"
         thread.join(5)
 
@@ -263,7 +263,7 @@ def test_a_certificate_renewed_under_a_transfer_drops_nothing_and_new_connection
     served = Served(tmpfs_dir, server_credentials)
     try:
         client = served.client(node)
-        client.request_shard(served.ref, first_chunk=0, chunk_count=CHUNKS)
+        client.request(served.ref, first_chunk=0, chunk_count=CHUNKS)
         reply = client.begin_answer()
         view = memoryview(bytearray(reply.payload_bytes))
         client.receive_into(view[:CHUNK_BYTES])  # the rest is under way, more than buffers hold
@@ -273,7 +273,7 @@ def test_a_certificate_renewed_under_a_transfer_drops_nothing_and_new_connection
         client.receive_into(view[CHUNK_BYTES:])
         assert bytes(view) == DATA
         again = memoryview(bytearray(CHUNK_BYTES))
-        client.read_shard(served.ref, first_chunk=1, view=again, chunk_count=1)
+        client.read(served.ref, first_chunk=1, view=again, chunk_count=1)
         assert bytes(again) == DATA[CHUNK_BYTES : 2 * CHUNK_BYTES], "the old connection goes on"
         client.close()
         assert server_credentials.current().number == 2

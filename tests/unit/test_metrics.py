@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.exposition import generate_latest
 
+from backstay.ids import SnapshotKey
 from backstay.protocol import messages
 from backstayd.coder.jobs import JobResult, VerifyShard
 from backstayd.config.schema import NodeConfig
@@ -17,6 +18,7 @@ from backstayd.coordinator.gauges import Gauges
 from backstayd.core.policy import CorePolicy
 from backstayd.core.timeline import Event
 from backstayd.node import job_metrics
+from backstayd.store.paths import ShardRef
 from backstayd.telemetry.heartbeat_margin import WINDOW_S, LeastMargin
 from backstayd.telemetry.metrics import CoordinatorMetrics, DaemonMetrics, NodeMetrics, reference, registry
 
@@ -105,7 +107,7 @@ def test_what_a_trainer_says_of_its_costs_is_bounded() -> None:
 
 def test_a_job_that_failed_is_an_attempt_as_well() -> None:
     metrics = NodeMetrics(version="0.1.0")
-    job = VerifyShard(run=RUN, attempt=1, step=1, rank=0, world_size=1, digest="ab")
+    job = VerifyShard(shard=ShardRef(run=RUN, key=SnapshotKey(1, 1), rank=0, world_size=1, digest="ab"), deadline_s=600)
     job_metrics.note_job(metrics, job, JobResult(job_id=1, done_bytes=10, seconds={"read": 0.1}), 0.2)
     job_metrics.note_job(metrics, job, JobResult(job_id=2, error_class="IntegrityError", flipped_in_flight=2), 0.2)
     assert _value(metrics, "backstay_stage_runs_total", stage="verify", result="ok") == 1

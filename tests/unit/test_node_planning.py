@@ -12,13 +12,11 @@ from backstay.ids import Generation, SnapshotKey
 from backstayd.coder.jobs import (
     DecodeStripe,
     EncodeStripe,
-    FetchPersisted,
     FetchPlan,
     FetchShard,
     MarkSnapshot,
     PruneSnapshot,
     VerifyFragment,
-    VerifyPersisted,
     VerifyShard,
     WriteRecord,
 )
@@ -169,7 +167,7 @@ def test_a_local_shard_is_verified_and_then_the_node_is_ready() -> None:
     (action,) = plan_actions(now)
     assert isinstance(action, StartJob)
     assert isinstance(action.job, VerifyShard)
-    assert (action.job.rank, action.job.digest, action.job.is_staged) == (0, digest(0), False)
+    assert (action.job.shard.rank, action.job.shard.digest, action.job.is_staged) == (0, digest(0), False)
     staging = staging_of(now)
     assert staging is not None
     assert (staging.state, staging.total_bytes) == (StagingState.STAGING, SIZE)
@@ -193,7 +191,7 @@ def test_every_rank_a_trainer_here_will_read_is_staged() -> None:
     jobs = [action.job for action in plan_actions(now) if isinstance(action, StartJob)]
     assert [type(job) for job in jobs] == [VerifyShard, FetchShard]
     assert isinstance(jobs[1], FetchShard)
-    assert (jobs[1].rank, jobs[1].addresses, jobs[1].size_bytes) == (2, ("n2:1",), SIZE)
+    assert (jobs[1].shard.rank, jobs[1].addresses, jobs[1].size_bytes) == (2, ("n2:1",), SIZE)
 
 
 def test_a_holder_without_address_is_not_asked() -> None:
@@ -315,8 +313,8 @@ def test_a_persisted_file_of_this_machine_is_verified_where_it_lies(url: str) ->
     now = view(desired(made), sessions=(restoring(0),))
     (action,) = plan_actions(now)
     assert isinstance(action, StartJob)
-    assert isinstance(action.job, VerifyPersisted)
-    assert (action.job.rank, action.job.url, action.key.subject) == (0, url, made.decision_id)
+    assert isinstance(action.job, VerifyShard)
+    assert (action.job.shard.rank, action.job.url, action.key.subject) == (0, url, made.decision_id)
     done = replace(now, verified=frozenset({(made.decision_id, digest(0))}))
     staging = staging_of(done)
     assert staging is not None
@@ -327,10 +325,12 @@ def test_a_persisted_object_elsewhere_is_copied_and_one_in_memory_is_used() -> N
     made = stored("s3://bucket/run/attempt-0001/step-00000012")
     (action,) = plan_actions(view(desired(made), sessions=(restoring(0),)))
     assert isinstance(action, StartJob)
-    assert isinstance(action.job, FetchPersisted)
+    assert isinstance(action.job, FetchShard)
+    assert (action.job.url, action.job.addresses) == ("s3://bucket/run/attempt-0001/step-00000012", ())
     (action,) = plan_actions(view(desired(stored("/mnt/run")), shards=(shard(0),), sessions=(restoring(0),)))
     assert isinstance(action, StartJob)
     assert isinstance(action.job, VerifyShard)
+    assert not action.job.url
 
 
 @pytest.mark.parametrize("phase", [DecisionPhase.RECORD, DecisionPhase.RELEASE])
@@ -342,7 +342,8 @@ def test_a_node_that_lost_its_descriptors_after_recording_verifies_again_before_
     now = view(desired(made, phase), sessions=(restoring(0),), decision=made, waiting_worlds=waiting)
     (action,) = plan_actions(now)
     assert isinstance(action, StartJob)
-    assert isinstance(action.job, VerifyPersisted)
+    assert isinstance(action.job, VerifyShard)
+    assert action.job.url == "file:///mnt/run"
     released: list[Any] = [ReleaseWorld(decision=made)] if phase is DecisionPhase.RELEASE else []
     assert plan_actions(replace(now, verified=frozenset({(made.decision_id, digest(0))}))) == released
     given_up = replace(now, failed={made.decision_id: "the file is gone"})

@@ -40,7 +40,7 @@ def test_only_chunks_that_were_written_are_there_and_the_file_is_as_long_as_the_
     paths = RunPaths(tmp_path, RUN)
     for _ in range(2):  # again: what is there is kept
         chunks = prepare_sparse(paths, raw, digest=digest, incarnation="i")
-        sparse = SparseShard(paths, rank=0, world_size=1, digest=digest)
+        sparse = SparseShard(paths, chunks.ref)
         for chunk in (1, 3):
             length = chunks.chunk_length(chunk)
             sparse.write_verified(chunk, memoryview(made.data)[chunk * CHUNK_BYTES :][:length])
@@ -54,12 +54,12 @@ def test_only_chunks_that_were_written_are_there_and_the_file_is_as_long_as_the_
     assert run_bytes(chunks, [range(1, 2), range(3, 4)]) == CHUNK_BYTES + chunks.chunk_length(3)
     assert run_bytes(chunks, [range(4)]) == len(made.data)
     with pytest.raises(IntegrityError, match="only"):
-        SparseShard(paths, rank=0, world_size=1, digest=digest).write_verified(0, memoryview(b"short"))
-    remove_sparse(paths, rank=0, world_size=1, digest=digest)
-    remove_sparse(paths, rank=0, world_size=1, digest=digest)
+        SparseShard(paths, chunks.ref).write_verified(0, memoryview(b"short"))
+    remove_sparse(paths, chunks.ref)
+    remove_sparse(paths, chunks.ref)
     assert os.listdir(paths.staging) == []
     with pytest.raises(SnapshotNotFoundError):
-        SparseShard(paths, rank=0, world_size=1, digest=digest)
+        SparseShard(paths, chunks.ref)
 
 
 def test_a_manifest_of_another_shard_prepares_nothing(tmp_path: Path) -> None:

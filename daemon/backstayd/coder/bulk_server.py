@@ -23,14 +23,12 @@ from backstay.errors import (
     BackstayError,
     ConfigError,
     IntegrityError,
-    SnapshotNotFoundError,
     UnavailableError,
     UsageError,
 )
 from backstay.format import versions
 from backstay.format.manifest import CHUNK_BYTES
-from backstay.ids import SnapshotKey
-from backstayd.coder.jobs import CoderEvent, fragment_event, shard_event
+from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.parity.reuse import OlderFragment
 from backstayd.security.connection_limits import Places
 from backstayd.security.credentials import Credentials
@@ -40,7 +38,6 @@ from backstayd.store.paths import RunPaths
 from backstayd.store.published import find_manifest, open_fragment, open_shard
 from backstayd.store.record_files import read_small
 from backstayd.store.staging import StagedShard
-from backstayd.transport.bulk.client import FragmentRef
 from backstayd.transport.bulk.tls import accept_channel
 from backstayd.transport.bulk.wire import CRC_BYTES, BulkReply, BulkRequest, Channel, Timeouts, enlarge_buffers
 
@@ -71,7 +68,7 @@ class _Traffic:
         if time.monotonic() - self._told_s < TRAFFIC_S or not (self._sent or self._received):
             return None
         with self._lock:
-            event = CoderEvent(kind="traffic", run="", sent_bytes=self._sent, received_bytes=self._received)
+            event = CoderEvent(kind="traffic", sent_bytes=self._sent, received_bytes=self._received)
             self._sent = self._received = 0
             self._told_s = time.monotonic()
         return event
@@ -227,7 +224,6 @@ class _Exchange:
         self._channel = channel
         self._request = request
         self._paths = RunPaths(memory_dir, request.run)
-        self._key = SnapshotKey(request.attempt, request.step)
         self._announce = announce
         self.sent_bytes = self.received_bytes = 0
         self.is_out_of_step = False
@@ -244,7 +240,6 @@ class _Exchange:
             "renew_fragment": self._renew_fragment,
             "put_shard": self._put_shard,
             "is_staged": self._is_staged,
-            "suspect": self._suspect,
         }
         operation = operations.get(self._request.op)
         if operation is None:
@@ -284,18 +279,12 @@ class _Exchange:
     # -- sending -------------------------------------------------------------------------------------------------------
 
     def _read_shard(self) -> None:
-        request = self._request
-        with open_shard(
-            self._paths, self._key, rank=request.rank, world_size=request.world_size, digest=request.digest
-        ) as (fd, chunks):
+        with open_shard(self._paths, self._request.shard) as (fd, chunks):
             self._send_range(fd, size_bytes=chunks.size_bytes, chunk_crcs="")
 
     def _read_fragment(self) -> None:
         request = self._request
-        with open_fragment(self._paths, self._key, request.plan_id, stripe=request.stripe, index=request.index) as (
-            fd,
-            stored,
-        ):
+        with open_fragment(self._paths, request.fragment) as (fd, stored):
             first = 8 * request.first_chunk
             crcs = stored.chunk_crcs[first : first + 8 * request.chunk_count]
             self._send_range(fd, size_bytes=stored.size_bytes, chunk_crcs=crcs)
@@ -318,12 +307,10 @@ class _Exchange:
         self.sent_bytes += size_bytes
 
     def _get_plan(self) -> None:
-        self._send_document(read_small(self._paths.plan(self._key, self._request.plan_id)))
+        self._send_document(read_small(self._paths.plan(self._request.key, self._request.plan_id)))
 
     def _get_manifest(self) -> None:
-        request = self._request
-        place = {"rank": request.rank, "world_size": request.world_size}
-        self._send_document(find_manifest(self._paths, self._key, **place, digest=request.digest))
+        self._send_document(find_manifest(self._paths, self._request.shard))
 
     def _send_document(self, data: bytes) -> None:
         self._channel.send_record(BulkReply(payload_bytes=len(data), total_bytes=len(data)))
@@ -342,11 +329,7 @@ class _Exchange:
             or bounds[-1] > -(-request.size_bytes // CHUNK_BYTES)
         ):
             raise UsageError("renewal of chunks that the fragment does not have", reason="bad_request")
-        key = SnapshotKey(request.attempt, request.older_step)
-        ref = FragmentRef(
-            run=request.run, key=key, plan_id=request.older_plan_id, stripe=request.stripe, index=request.index
-        )
-        older = OlderFragment(self._paths, ref, size_bytes=request.size_bytes)
+        older = OlderFragment(self._paths, request.older, size_bytes=request.size_bytes)
         try:
             self._put_fragment(older, positions)
         finally:
@@ -357,13 +340,7 @@ class _Exchange:
         if request.stripe < 0 or request.index < 0:
             raise UsageError("put of a fragment without stripe and index", reason="bad_request")
         writer = FragmentWriter(
-            self._paths,
-            self._key,
-            request.plan_id,
-            stripe=request.stripe,
-            index=request.index,
-            size_bytes=request.size_bytes,
-            incarnation=self._incarnation,
+            self._paths, request.fragment, size_bytes=request.size_bytes, incarnation=self._incarnation
         )
         try:
             self._begin_put()
@@ -380,16 +357,16 @@ class _Exchange:
                 if crc32c(view) != crc:
                     raise IntegrityError(f"parity chunk {chunk} arrived damaged", reason="bad_chunk")
                 writer.write(crc, [view])
-            writer.commit()
+            stored = writer.commit()
         except BaseException:
             writer.abort()
             raise
-        self._announce(fragment_event("fragment_stored", writer.stored))
+        self._announce(CoderEvent(kind="fragment_stored", fragment=stored.ref, size_bytes=stored.size_bytes))
         self._end_put()
 
     def _put_shard(self) -> None:
         request = self._request
-        staged = StagedShard(self._paths, rank=request.rank, world_size=request.world_size, digest=request.digest)
+        staged = StagedShard(self._paths, request.shard)
         try:
             last = request.first_chunk + request.chunk_count
             if last > staged.chunks.chunk_count:
@@ -401,7 +378,7 @@ class _Exchange:
                 staged.write(chunk, [view])
             if request.stripe >= 0:
                 staged.mark(request.stripe)
-                self._announce(shard_event("stripe_staged", staged.chunks, stripe=request.stripe))
+                self._announce(CoderEvent(kind="stripe_staged", shard=request.shard))
         finally:
             staged.close()
         self._end_put()
@@ -424,32 +401,5 @@ class _Exchange:
     # -- the rest ------------------------------------------------------------------------------------------------------
 
     def _is_staged(self) -> None:
-        request = self._request
-        StagedShard(self._paths, rank=request.rank, world_size=request.world_size, digest=request.digest).close()
-        self._channel.send_record(BulkReply())
-
-    def _suspect(self) -> None:
-        request = self._request
-        is_shard = request.plan_id == ""
-        path = (
-            self._paths.manifest(self._key, request.rank, request.world_size)
-            if is_shard
-            else self._paths.fragment_record(self._key, request.plan_id, stripe=request.stripe, index=request.index)
-        )
-        if not path.exists():
-            raise SnapshotNotFoundError(f"{path.name} is not here", reason="gone")
-        self._announce(
-            CoderEvent(
-                kind="suspect_shard" if is_shard else "suspect_fragment",
-                run=request.run,
-                attempt=request.attempt,
-                step=request.step,
-                plan_id=request.plan_id,
-                stripe=request.stripe,
-                index=request.index,
-                rank=request.rank,
-                world_size=request.world_size,
-                digest=request.digest,
-            )
-        )
+        StagedShard(self._paths, self._request.shard).close()
         self._channel.send_record(BulkReply())

@@ -11,17 +11,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
-from backstay.errors import BackstayError, IntegrityError, UnavailableError
-from backstay.ids import SnapshotKey
+from backstay.errors import IntegrityError, UnavailableError
 from backstayd.coder.jobs import CoderEvent, Corrupt
 from backstayd.core.messages.durable import PersistedSnapshot, Survey
 from backstayd.security.credentials import Credentials
-from backstayd.store.paths import RunPaths
-from backstayd.transport.bulk.client import BulkClient, FragmentRef, ShardRef
+from backstayd.store.paths import FragmentRef, RunPaths, ShardRef
+from backstayd.transport.bulk.client import BulkClient
 from backstayd.transport.bulk.wire import Timeouts
 
 logger = logging.getLogger(__name__)
@@ -31,13 +28,7 @@ class CorruptSourceError(IntegrityError):
     """A source that is still published failed verification twice; ``corrupt`` names it."""
 
     def __init__(self, corrupt: Corrupt) -> None:
-        where = corrupt.node or "this node"
-        what = (
-            f"parity stripe {corrupt.stripe} index {corrupt.index} of plan {corrupt.plan_id[:8]}"
-            if corrupt.plan_id
-            else f"shard of rank {corrupt.rank}"
-        )
-        super().__init__(f"{what} of step {corrupt.step} on {where} is corrupt: {corrupt.detail}", reason="corrupt")
+        super().__init__(f"{corrupt} on {corrupt.node or 'this node'} is corrupt: {corrupt.detail}", reason="corrupt")
         self.corrupt = corrupt
 
 
@@ -122,83 +113,23 @@ class JobContext:
         try:
             yield
         finally:
-            self.seconds[what] += time.perf_counter() - begin
+            with self._lock:
+                self.seconds[what] += time.perf_counter() - begin
 
     def blame(
-        self, ref: ShardRef | FragmentRef, *, node: str, detail: str, is_misfit: bool = False
+        self, ref: ShardRef | FragmentRef, *, node: str = "", url: str = "", detail: str, is_misfit: bool = False
     ) -> CorruptSourceError:
-        """Note a corrupt source, tell its holder, and return the error to raise.
+        """Note a corrupt source, whose holder will hear from the coordinator, and return the error to raise.
 
         Args:
-            is_misfit: It is parity whose digests are right: its holder would find nothing, and hears from the coordinator.
+            node: Bulk address of the holder; "" is this node.
+            url: In place of it, where on durable storage it lies.
+            is_misfit: It is parity whose digests are right: its holder would find nothing.
         """
-        corrupt = replace(corrupt_of(ref, node=node, detail=detail), is_misfit=is_misfit)
+        about = {"shard": ref} if isinstance(ref, ShardRef) else {"fragment": ref}
+        corrupt = Corrupt(node=url or node, detail=detail, is_misfit=is_misfit, **about)
         self.corrupt.append(corrupt)
-        logger.warning("%s", CorruptSourceError(corrupt))
-        if node and not is_misfit:
-            with contextlib.suppress(BackstayError):
-                client = self.client(node)
-                try:
-                    client.suspect(ref)
-                finally:
-                    self.release(client)
-        return CorruptSourceError(corrupt)
-
-    def blame_stored(self, ref: ShardRef, *, url: str, detail: str) -> CorruptSourceError:
-        """As :meth:`blame`, for a shard in storage, in the directory ``url``: there is no holder to be told."""
-        corrupt = corrupt_of(ref, node=url, detail=detail)
-        self.corrupt.append(corrupt)
-        return CorruptSourceError(corrupt)
-
-
-class NamesShard(Protocol):
-    """A record that is about one shard: a job, a manifest."""
-
-    @property
-    def run(self) -> str: ...
-    @property
-    def attempt(self) -> int: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def digest(self) -> str: ...
-
-
-def shard_ref_of(named: NamesShard) -> ShardRef:
-    """The identity of the shard that ``named`` is about."""
-    return ShardRef(
-        run=named.run,
-        key=SnapshotKey(named.attempt, named.step),
-        rank=named.rank,
-        world_size=named.world_size,
-        digest=named.digest,
-    )
-
-
-def corrupt_of(ref: ShardRef | FragmentRef, *, node: str, detail: str) -> Corrupt:
-    """The record that names ``ref`` as corrupt on ``node`` ("" = this one)."""
-    if isinstance(ref, ShardRef):
-        return Corrupt(
-            node=node,
-            run=ref.run,
-            attempt=ref.key.attempt,
-            step=ref.key.step,
-            rank=ref.rank,
-            world_size=ref.world_size,
-            digest=ref.digest,
-            detail=detail,
-        )
-    return Corrupt(
-        node=node,
-        run=ref.run,
-        attempt=ref.key.attempt,
-        step=ref.key.step,
-        plan_id=ref.plan_id,
-        stripe=ref.stripe,
-        index=ref.index,
-        detail=detail,
-    )
+        error = CorruptSourceError(corrupt)
+        if not url:
+            logger.warning("%s", error)
+        return error

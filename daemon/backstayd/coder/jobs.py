@@ -15,7 +15,7 @@ from backstay.format import json_records
 from backstayd.core.messages.decisions import Distrusted
 from backstayd.core.messages.durable import PersistedSnapshot, Stored, Survey
 from backstayd.core.messages.plans import Plan, Rebuild
-from backstayd.store.record_files import ShardChunks, StoredFragment
+from backstayd.store.paths import FragmentRef, ShardRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,70 +48,66 @@ class DecodeStripe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FetchShard:
-    """Copy a whole shard from the first of ``addresses`` that serves it verified, into staging, and leave it complete there."""
+class _ShardJob:
+    """A job about one shard."""
 
-    run: str
-    attempt: int
-    step: int
-    rank: int
-    world_size: int
-    size_bytes: int
-    digest: str
-    addresses: tuple[str, ...]
+    shard: ShardRef
     deadline_s: float
+
+    @property
+    def run(self) -> str:
+        return self.shard.run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchShard(_ShardJob):
+    """Copy a whole shard into staging, verified, from the first of ``addresses`` that serves it or from ``url``, the
+    snapshot's directory on durable storage."""
+
+    size_bytes: int
+    addresses: tuple[str, ...] = ()
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchManifests:
-    """Put the manifests of shards of one snapshot into staging here: ``digests[i]`` of ``ranks[i]``, from the first of
-    ``addresses`` that has it, or from ``url``, the snapshot's directory on durable storage."""
+    """Put the manifests of ``shards`` of one snapshot into staging here, from the first of ``addresses`` that has it, or
+    from ``url``, the snapshot's directory on durable storage."""
 
-    run: str
-    attempt: int
-    step: int
-    world_size: int
-    ranks: tuple[int, ...]
-    digests: tuple[str, ...]
+    shards: tuple[ShardRef, ...]
     addresses: tuple[str, ...] = ()
     url: str = ""
     deadline_s: float
 
+    @property
+    def run(self) -> str:
+        return self.shards[0].run
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FetchChunks:
+class FetchChunks(_ShardJob):
     """Bring chunks of a shard into its sparse staging here, from the first of ``addresses`` that serves them verified.
 
     ``firsts[i]`` and the ``counts[i] - 1`` chunks after it. ``is_here``: the shard is published on this node, they are only
     verified. ``url``: they are read from the snapshot's directory on durable storage.
     """
 
-    run: str
-    attempt: int
-    step: int
-    rank: int
-    world_size: int
-    digest: str
     firsts: tuple[int, ...]
     counts: tuple[int, ...]
     addresses: tuple[str, ...] = ()
     is_here: bool = False
     url: str = ""
-    deadline_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyShard:
-    """Check every chunk of a shard on this node against its manifest (``is_staged``: the one in staging)."""
+class VerifyShard(_ShardJob):
+    """Check every chunk of a shard on this node against its manifest (``is_staged``: the one in staging).
 
-    run: str
-    attempt: int
-    step: int
-    rank: int
-    world_size: int
-    digest: str
+    ``url``: of the shard in that directory on a file system of this machine; the answer is ``JobResult.file_id``.
+    """
+
     is_staged: bool = False
-    deadline_s: float = 600.0
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,23 +131,16 @@ class SurveyStorage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UploadShard:
+class UploadShard(_ShardJob):
     """Copy a committed shard of this node into the run's directory ``url``, its manifest after it.
 
     ``mark`` tells this node's unfinished files from those of others; ``bandwidth_bytes_per_s`` is of the whole node.
     """
 
-    run: str
-    attempt: int
-    step: int
-    rank: int
-    world_size: int
     size_bytes: int
-    digest: str
     url: str
     mark: str
     bandwidth_bytes_per_s: int
-    deadline_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,57 +199,42 @@ class MarkSnapshot(_Act):
     is_trusted: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _PersistedShard:
-    """A whole shard in ``url``, the directory of its snapshot."""
-
-    run: str
-    attempt: int
-    step: int
-    rank: int
-    world_size: int
-    size_bytes: int
-    digest: str
-    url: str
-    deadline_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchPersisted(_PersistedShard):
-    """Copy a shard into staging, and leave it complete there."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyPersisted(_PersistedShard):
-    """Check every chunk of a shard where it lies, on a file system of this machine; the answer is ``JobResult.file_id``."""
-
-
-StorageJob = (
-    SurveyStorage | UploadShard | CheckUploaded | WriteRecord | PruneSnapshot | MarkSnapshot | FetchPersisted
-    | VerifyPersisted
-)  # fmt: skip
+StorageJob = SurveyStorage | UploadShard | CheckUploaded | WriteRecord | PruneSnapshot | MarkSnapshot
 Job = (
     EncodeStripe | FetchPlan | DecodeStripe | FetchShard | FetchManifests | FetchChunks | VerifyShard | VerifyFragment
     | StorageJob
 )  # fmt: skip
 
 
+def uses_storage(job: Job) -> bool:
+    """Whether the job reads or writes durable storage."""
+    if isinstance(job, FetchShard | FetchManifests | FetchChunks | VerifyShard):
+        return job.url != ""
+    return isinstance(job, StorageJob)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corrupt:
-    """A source that failed verification and must be quarantined where it lies."""
+    """A source that failed verification and must be quarantined where it lies: a shard or a parity fragment."""
 
     node: str  # bulk address of the holder, "" = this node
-    run: str
-    attempt: int
-    step: int
-    rank: int = -1  # a shard, or
-    world_size: int = 0
-    digest: str = ""
-    plan_id: str = ""  # a parity fragment
-    stripe: int = -1
-    index: int = -1
+    shard: ShardRef | None = None
+    fragment: FragmentRef | None = None
     detail: str = ""  # which chunk, expected and found crc
     is_misfit: bool = False  # its digests are right, and it does not fit the other fragments of its stripe
+
+    @property
+    def ref(self) -> ShardRef | FragmentRef:
+        ref = self.shard or self.fragment
+        assert ref is not None
+        return ref
+
+    def __str__(self) -> str:
+        """What is corrupt."""
+        ref = self.ref
+        if isinstance(ref, ShardRef):
+            return f"shard rank {ref.rank} of step {ref.key.step}"
+        return f"parity stripe {ref.stripe} index {ref.index} of plan {ref.plan_id[:8]}, step {ref.key.step}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,62 +256,25 @@ class JobResult:
     )  # bytes of an encoding: "read" from members, "encoded" (data put into the codec), "kept" (parity from an older plan)
     survey: Survey | None = None  # of SurveyStorage
     persisted: PersistedSnapshot | None = None  # of WriteRecord: as it was written
-    file_id: str = ""  # of VerifyPersisted: which file was read
+    file_id: str = ""  # of VerifyShard on durable storage: which file was read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoderEvent:
     """Something a coder put on this node's tmpfs, so that the supervisor need not poll; only a hint: the files are the truth.
 
-    ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of ``stripe``
-    of one staged shard is complete), ``"shard_staged"`` (a fetched shard is complete and verified in staging),
-    ``"shard_uploading"`` (``size_bytes`` of a shard are on durable storage), ``"traffic"`` (``sent_bytes`` and
-    ``received_bytes`` of peers since it said so last), ``"suspect_shard"`` or
-    ``"suspect_fragment"`` (a peer read bytes of this node that failed verification: verify them and quarantine).
+    ``kind`` is ``"plan_stored"``, ``"fragment_stored"`` (own or from a peer), ``"stripe_staged"`` (the range of a stripe of
+    one staged shard is complete), ``"shard_staged"`` (a fetched shard is complete and verified in staging),
+    ``"shard_uploading"`` (``size_bytes`` of a shard are on durable storage), or ``"traffic"`` (``sent_bytes`` and
+    ``received_bytes`` of peers since the event before).
     """
 
     kind: str
-    run: str
-    attempt: int = 0
-    step: int = 0
-    plan_id: str = ""
-    stripe: int = -1
-    index: int = -1
-    rank: int = -1
-    world_size: int = 0
-    digest: str = ""
+    shard: ShardRef | None = None
+    fragment: FragmentRef | None = None
     size_bytes: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
-
-
-def shard_event(kind: str, chunks: ShardChunks, *, stripe: int = -1) -> CoderEvent:
-    """An event about a shard."""
-    return CoderEvent(
-        kind=kind,
-        run=chunks.run,
-        attempt=chunks.attempt,
-        step=chunks.step,
-        rank=chunks.rank,
-        world_size=chunks.world_size,
-        digest=chunks.digest,
-        stripe=stripe,
-        size_bytes=chunks.size_bytes,
-    )
-
-
-def fragment_event(kind: str, stored: StoredFragment) -> CoderEvent:
-    """An event about a parity fragment."""
-    return CoderEvent(
-        kind=kind,
-        run=stored.run,
-        attempt=stored.attempt,
-        step=stored.step,
-        plan_id=stored.plan_id,
-        stripe=stored.stripe,
-        index=stored.index,
-        size_bytes=stored.size_bytes,
-    )
 
 
 JOB_KINDS: dict[str, type[Job]] = {kind.__name__: kind for kind in typing.get_args(Job)}

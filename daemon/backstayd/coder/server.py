@@ -6,19 +6,22 @@ Stateless: everything it produces is files. Must not decide anything: what to do
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from backstay.errors import BackstayError, InvariantError
 from backstay.format import json_records
 from backstayd.coder.bulk_server import BulkServer
 from backstayd.coder.context import JobContext
+from backstayd.coder.durable.shared_changes import run_check, run_mark, run_prune, run_record
+from backstayd.coder.durable.upload import run_survey, run_upload
 from backstayd.coder.jobs import (
     Answer,
     CheckUploaded,
@@ -34,11 +37,9 @@ from backstayd.coder.jobs import (
     MarkSnapshot,
     PruneSnapshot,
     Request,
-    StorageJob,
     SurveyStorage,
     UploadShard,
     VerifyFragment,
-    VerifyPersisted,
     VerifyShard,
     WriteRecord,
     parse_job,
@@ -46,9 +47,7 @@ from backstayd.coder.jobs import (
 from backstayd.coder.parity.encode import run_encode
 from backstayd.coder.parity.rebuild import run_decode
 from backstayd.coder.parity.stored_plans import run_fetch_plan
-from backstayd.coder.transfer.fetch import run_fetch
-from backstayd.coder.transfer.fetch_chunks import run_fetch_chunks
-from backstayd.coder.transfer.fetch_manifests import run_fetch_manifests
+from backstayd.coder.transfer.fetch import run_fetch, run_fetch_chunks, run_fetch_manifests
 from backstayd.coder.transfer.verify import run_verify_fragment, run_verify_shard
 from backstayd.security.credentials import Credentials
 
@@ -86,11 +85,6 @@ class CoderServer:
         """Serve until the control socket ends. Then cancels what runs and returns within about END_S."""
         if is_serving:
             threading.Thread(target=self._bulk.serve, daemon=True, name="bulk-accept").start()
-        else:  # of jobs about storage: a world that restores waits for the first
-            importlib.import_module("backstayd.coder.durable.upload")
-            importlib.import_module("backstayd.coder.durable.shared_changes")
-            importlib.import_module("backstayd.coder.durable.fetch")
-            importlib.import_module("backstayd.coder.durable.verify")
         with contextlib.suppress(OSError), self._control.makefile("rb") as lines:
             for line in lines:
                 self._take(line)
@@ -123,7 +117,7 @@ class CoderServer:
     def _run_job(self, job_id: int, job: Job, context: JobContext) -> None:
         try:
             context.check()
-            _dispatch(context, job)
+            _RUNNERS[type(job)](context, job)
             result = JobResult(job_id=job_id)
         except BackstayError as error:
             result = _failure(job_id, error)
@@ -134,24 +128,18 @@ class CoderServer:
             context.close()
             with self._lock:
                 self._running.pop(job_id, None)
-        self._answer(
-            Answer(
-                result=JobResult(
-                    job_id=job_id,
-                    error_class=result.error_class,
-                    reason=result.reason,
-                    message=result.message,
-                    corrupt=tuple(context.corrupt),
-                    done_bytes=context.done_bytes,
-                    flipped_in_flight=context.flipped_in_flight,
-                    seconds=dict(context.seconds),
-                    moved=dict(context.moved),
-                    survey=context.survey,
-                    persisted=context.persisted,
-                    file_id=context.file_id,
-                )
-            )
+        result = replace(
+            result,
+            corrupt=tuple(context.corrupt),
+            done_bytes=context.done_bytes,
+            flipped_in_flight=context.flipped_in_flight,
+            seconds=dict(context.seconds),
+            moved=dict(context.moved),
+            survey=context.survey,
+            persisted=context.persisted,
+            file_id=context.file_id,
         )
+        self._answer(Answer(result=result))
 
     def _emit(self, event: CoderEvent) -> None:
         self._answer(Answer(event=event))
@@ -171,46 +159,22 @@ class CoderServer:
         ender.join(END_S)
 
 
-def _dispatch(context: JobContext, job: Job) -> None:
-    if isinstance(job, EncodeStripe):
-        run_encode(context, job)
-    elif isinstance(job, DecodeStripe):
-        run_decode(context, job)
-    elif isinstance(job, FetchShard):
-        run_fetch(context, job)
-    elif isinstance(job, FetchChunks):
-        run_fetch_chunks(context, job)
-    elif isinstance(job, FetchManifests):
-        run_fetch_manifests(context, job)
-    elif isinstance(job, FetchPlan):
-        run_fetch_plan(context, job)
-    elif isinstance(job, VerifyShard):
-        run_verify_shard(context, job)
-    elif isinstance(job, VerifyFragment):
-        run_verify_fragment(context, job)
-    else:
-        _dispatch_storage(context, job)
-
-
-def _dispatch_storage(context: JobContext, job: StorageJob) -> None:
-    from backstayd.coder.durable import fetch, shared_changes, upload, verify
-
-    if isinstance(job, UploadShard):
-        upload.run_upload(context, job)
-    elif isinstance(job, SurveyStorage):
-        context.survey = upload.run_survey(context, job)
-    elif isinstance(job, CheckUploaded):
-        shared_changes.run_check(context, job)
-    elif isinstance(job, WriteRecord):
-        context.persisted = shared_changes.run_record(context, job)
-    elif isinstance(job, PruneSnapshot):
-        shared_changes.run_prune(context, job)
-    elif isinstance(job, MarkSnapshot):
-        shared_changes.run_mark(context, job)
-    elif isinstance(job, VerifyPersisted):
-        context.file_id = verify.run_verify_persisted(context, job)
-    else:
-        fetch.run_fetch_persisted(context, job)
+_RUNNERS: Final[dict[type[Job], Callable[[JobContext, Any], None]]] = {
+    EncodeStripe: run_encode,
+    FetchPlan: run_fetch_plan,
+    DecodeStripe: run_decode,
+    FetchShard: run_fetch,
+    FetchManifests: run_fetch_manifests,
+    FetchChunks: run_fetch_chunks,
+    VerifyShard: run_verify_shard,
+    VerifyFragment: run_verify_fragment,
+    SurveyStorage: run_survey,
+    UploadShard: run_upload,
+    CheckUploaded: run_check,
+    WriteRecord: run_record,
+    PruneSnapshot: run_prune,
+    MarkSnapshot: run_mark,
+}
 
 
 def _failure(job_id: int, error: BackstayError) -> JobResult:

@@ -16,12 +16,12 @@ from crc32c import crc32c
 
 from backstay.errors import IntegrityError, UnavailableError
 from backstay.format.manifest import CHUNK_BYTES
-from backstayd.coder.context import JobContext, shard_ref_of
+from backstayd.coder.context import JobContext
 from backstayd.core.inventory import geometry
 from backstayd.core.messages.plans import Plan
+from backstayd.store.paths import FragmentRef, ShardRef
 from backstayd.store.published import open_fragment, open_shard
 from backstayd.store.record_files import ShardChunks, StoredFragment
-from backstayd.transport.bulk.client import FragmentRef, ShardRef
 
 RANGES_AHEAD: Final = 8  # requests that a peer has before it is asked for more: a round trip costs nothing then
 _SUSPICIOUS = ("wrong_identity", "truncated", "bad_record", "bad_manifest", "bad_format")
@@ -37,7 +37,7 @@ class ShardRange:
 
     @property
     def ref(self) -> ShardRef:
-        return shard_ref_of(self.chunks)
+        return self.chunks.ref
 
 
 def block_ranges(plan: Plan, member: int, chunks: range, by_digest: dict[str, ShardChunks]) -> list[ShardRange]:
@@ -74,11 +74,8 @@ class LocalShards:
     def _begin(self, shard: ShardRange) -> None:
         self._open.close()
         ref = shard.ref
-        opened = open_shard(
-            self._context.paths(ref.run), ref.key, rank=ref.rank, world_size=ref.world_size, digest=ref.digest
-        )
         try:
-            self._fd, _chunks = self._open.enter_context(opened)
+            self._fd, _chunks = self._open.enter_context(open_shard(self._context.paths(ref.run), ref))
         except IntegrityError as error:
             raise self._context.blame(ref, node="", detail=str(error)) from error
         self._current = shard
@@ -112,7 +109,7 @@ class RemoteShards:
 
     def _ask(self) -> None:
         for shard in self._ahead:
-            self._client.request_shard(shard.ref, first_chunk=shard.first_chunk, chunk_count=shard.chunk_count)
+            self._client.request(shard.ref, first_chunk=shard.first_chunk, chunk_count=shard.chunk_count)
             return
 
     def _begin(self, shard: ShardRange) -> None:
@@ -128,7 +125,7 @@ class RemoteShards:
     def _look_again(self, shard: ShardRange, chunk: int, view: memoryview) -> None:
         client = self._context.client(self._address)
         try:
-            client.read_shard(shard.ref, first_chunk=chunk, chunk_count=1, view=view)
+            client.read(shard.ref, first_chunk=chunk, chunk_count=1, view=view)
         except IntegrityError as error:
             raise self._context.blame(shard.ref, node=self._address, detail=str(error)) from error
         finally:
@@ -169,9 +166,8 @@ class LocalFragment:
     def _begin(self) -> None:
         self._open.close()
         ref = self._ref
-        opened = open_fragment(self._context.paths(ref.run), ref.key, ref.plan_id, stripe=ref.stripe, index=ref.index)
         try:
-            self._fd, self._stored = self._open.enter_context(opened)
+            self._fd, self._stored = self._open.enter_context(open_fragment(self._context.paths(ref.run), ref))
             check_fragment(self._stored, ref)
         except IntegrityError as error:
             raise self._context.blame(ref, node="", detail=str(error)) from error
@@ -193,7 +189,7 @@ class RemoteFragment:
         self._crcs = ""
         self._size_bytes = -1
         self._client = context.client(address)
-        self._client.request_fragment(ref, first_chunk=first_chunk, chunk_count=chunk_count)
+        self._client.request(ref, first_chunk=first_chunk, chunk_count=chunk_count)
 
     def read_into(self, view: memoryview) -> int:
         if self._size_bytes < 0:
@@ -224,7 +220,7 @@ class RemoteFragment:
     def _look_again(self, chunk: int, view: memoryview, expected: int) -> None:
         client = self._context.client(self._address)
         try:
-            client.read_fragment(self._ref, first_chunk=chunk, chunk_count=1, view=view)
+            client.read(self._ref, first_chunk=chunk, chunk_count=1, view=view)
         except IntegrityError as error:
             raise self._context.blame(self._ref, node=self._address, detail=str(error)) from error
         finally:
@@ -237,7 +233,7 @@ class RemoteFragment:
 
 def check_fragment(stored: StoredFragment, ref: FragmentRef) -> None:
     """Raise IntegrityError unless ``stored`` is a sound record of ``ref``."""
-    if (stored.run, stored.plan_id, stored.stripe, stored.index) != (ref.run, ref.plan_id, ref.stripe, ref.index):
+    if stored.ref != ref:
         raise IntegrityError("its record is of another fragment", reason="wrong_identity")
     if len(stored.chunk_crcs) != 8 * stored.chunk_count or stored.chunk_bytes != CHUNK_BYTES:
         raise IntegrityError("its record lacks chunk digests", reason="bad_manifest")

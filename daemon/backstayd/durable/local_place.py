@@ -68,10 +68,10 @@ class LocalPlace:
 
     def open_read(self, name: str) -> RangeReader:
         with explained("read", self._url(name)):
-            return _LocalReader(self._root / name, self._url(name))
+            return LocalFile(os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC), self._url(name))
 
-    def open_file(self, name: str) -> int:
-        """A read-only descriptor of a regular file, which is not reached by a link.
+    def open_file(self, name: str) -> LocalFile:
+        """A regular file, which is not reached by a link.
 
         Raises:
             SnapshotNotFoundError: it is not there (``gone``). IntegrityError: something else is.
@@ -84,7 +84,7 @@ class LocalPlace:
                     raise
                 raise IntegrityError(f"{self._url(name)} is a symbolic link, not a file", reason="no_file") from error
         if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
+            return LocalFile(fd, self._url(name))
         os.close(fd)
         raise IntegrityError(f"{self._url(name)} is not a regular file", reason="no_file")
 
@@ -160,19 +160,23 @@ class LocalPlace:
         return f"{self.url}/{name}" if name else self.url
 
 
-class _LocalReader:
-    def __init__(self, path: Path, url: str) -> None:
+class LocalFile:
+    """A file open for reading, which owns the descriptor ``fd``. ``file_id`` tells it from another that takes its name."""
+
+    def __init__(self, fd: int, url: str) -> None:
+        self.fd = fd
         self._url = url
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size_bytes = os.fstat(self._fd).st_size
+        status = os.fstat(fd)
+        self.size_bytes = status.st_size
+        self.file_id = f"{status.st_dev}:{status.st_ino}"
         with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         with explained("read", self._url):
             done = 0
             while done < len(view):
-                count = os.preadv(self._fd, [view[done:]], offset + done)
+                count = os.preadv(self.fd, [view[done:]], offset + done)
                 if count == 0:
                     raise IntegrityError(
                         f"{self._url} ends at byte {offset + done}, {len(view) - done} bytes too early",
@@ -181,9 +185,9 @@ class _LocalReader:
                 done += count
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def _path_of(url: str) -> str:

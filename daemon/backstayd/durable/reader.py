@@ -11,8 +11,9 @@ from typing import Final
 
 from backstay.errors import IntegrityError
 from backstayd.core.inventory.durable_names import manifest_name, shard_name
+from backstayd.durable.local_place import LocalFile, LocalPlace
 from backstayd.durable.open import open_place
-from backstayd.durable.place import MIN_RANGE_BYTES, RangeReader
+from backstayd.durable.place import MIN_RANGE_BYTES, Place, RangeReader
 from backstayd.store.record_files import ShardChunks, parse_manifest
 
 PARALLEL_REQUESTS: Final = 4
@@ -22,17 +23,27 @@ class PersistedShard:
     """One shard of a persisted snapshot, open. Close it.
 
     Attributes:
-        manifest_bytes: The manifest as it was committed in memory; its SHA-256 is the shard's digest.
-        chunks: Size and chunk digests from it.
+        chunks: Size and chunk digests, from its manifest.
+        manifest_bytes: The manifest as it was committed in memory; its SHA-256 is the shard's digest. b"": not read.
         is_remote: Large reads, in parallel, pay.
     """
 
-    def __init__(self, manifest_bytes: bytes, chunks: ShardChunks, reader: RangeReader, *, is_remote: bool) -> None:
-        self.manifest_bytes = manifest_bytes
+    def __init__(
+        self, chunks: ShardChunks, reader: RangeReader, *, is_remote: bool, manifest_bytes: bytes = b""
+    ) -> None:
+        """Takes ``reader`` over; raises IntegrityError (``truncated``) unless the file has the shard's size."""
         self.chunks = chunks
+        self.manifest_bytes = manifest_bytes
         self.is_remote = is_remote
         self._reader = reader
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="storage") if is_remote else None
+        if reader.size_bytes != chunks.size_bytes:
+            self.close()
+            raise IntegrityError(
+                f"{shard_name(chunks.rank, chunks.world_size)} has {reader.size_bytes} bytes, its manifest says "
+                f"{chunks.size_bytes}",
+                reason="truncated",
+            )
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``: in parallel pieces of at least 8 MiB where the store is remote.
@@ -57,6 +68,18 @@ class PersistedShard:
         self._reader.close()
 
 
+class LocalShard(PersistedShard):
+    """A persisted shard as a file of this machine, open for readers that are handed its descriptor ``fd``.
+
+    ``file_id`` tells this file from another one that takes its name.
+    """
+
+    def __init__(self, manifest_bytes: bytes, chunks: ShardChunks, file: LocalFile) -> None:
+        super().__init__(chunks, file, is_remote=False, manifest_bytes=manifest_bytes)
+        self.fd = file.fd
+        self.file_id = file.file_id
+
+
 def open_shard(url: str, *, rank: int, world_size: int, digest: str) -> PersistedShard:
     """The shard of ``rank`` in the snapshot directory ``url`` (``Base.url``).
 
@@ -66,15 +89,24 @@ def open_shard(url: str, *, rank: int, world_size: int, digest: str) -> Persiste
     """
     place = open_place(url)
     raw = place.read_small(manifest_name(rank, world_size))
-    chunks = parse_manifest(raw, digest=digest)
-    reader = place.open_read(shard_name(rank, world_size))
-    if reader.size_bytes != chunks.size_bytes:
-        reader.close()
-        raise IntegrityError(
-            f"{url}/{shard_name(rank, world_size)} has {reader.size_bytes} bytes, its manifest says {chunks.size_bytes}",
-            reason="truncated",
-        )
-    return PersistedShard(raw, chunks, reader, is_remote=place.is_remote)
+    return open_file(place, parse_manifest(raw, digest=digest), manifest_bytes=raw)
+
+
+def open_file(place: Place, chunks: ShardChunks, *, manifest_bytes: bytes = b"") -> PersistedShard:
+    """The shard of ``chunks`` in the snapshot directory ``place``; raises as :func:`open_shard`."""
+    reader = place.open_read(shard_name(chunks.rank, chunks.world_size))
+    return PersistedShard(chunks, reader, is_remote=place.is_remote, manifest_bytes=manifest_bytes)
+
+
+def open_local_shard(url: str, *, rank: int, world_size: int, digest: str) -> LocalShard:
+    """The shard of ``rank`` in the snapshot directory ``url``, which :func:`durable_names.is_local`.
+
+    Raises:
+        As :func:`open_shard`, and IntegrityError where something else than a file has its name.
+    """
+    place = LocalPlace(url)
+    raw = place.read_small(manifest_name(rank, world_size))
+    return LocalShard(raw, parse_manifest(raw, digest=digest), place.open_file(shard_name(rank, world_size)))
 
 
 def _pieces(offset: int, view: memoryview) -> list[tuple[int, memoryview]]:

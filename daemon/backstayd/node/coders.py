@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from backstay.errors import UnavailableError
-from backstayd.coder.jobs import CoderEvent, FetchChunks, FetchManifests, Job, JobResult, StorageJob
+from backstayd.coder.jobs import CoderEvent, Job, JobResult, uses_storage
 from backstayd.coder.pool import CoderPool
 from backstayd.config.schema import NodeConfig
 from backstayd.security.credentials import Credentials
@@ -58,7 +58,7 @@ class Coders:
 
     async def run(self, job: Job) -> JobResult:
         """Run ``job`` on the coder that it needs; as ``CoderPool.run``."""
-        if not isinstance(job, StorageJob) and not (isinstance(job, (FetchChunks, FetchManifests)) and job.url):
+        if not uses_storage(job):
             return await self.pool.run(job)
         try:
             await self._start_storage()

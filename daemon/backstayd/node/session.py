@@ -16,6 +16,7 @@ from backstay.ids import SnapshotKey
 from backstayd.core.messages.decisions import Base, ShardSource
 from backstayd.core.messages.gate import GateReport
 from backstayd.core.messages.report import SessionPhase, SessionRecord, SkipCause
+from backstayd.store.paths import ShardRef
 from backstayd.store.slot_holder import Holder
 from backstayd.store.slots import Grant
 
@@ -35,6 +36,11 @@ class Offered:
     @property
     def key(self) -> SnapshotKey:
         return SnapshotKey(self.base.attempt, self.base.step)
+
+    def ref(self, source: ShardSource) -> ShardRef:
+        return ShardRef(
+            run=self.run, key=self.key, rank=source.rank, world_size=len(self.sources), digest=source.digest
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

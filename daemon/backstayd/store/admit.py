@@ -15,22 +15,24 @@ from backstayd.core.messages.plans import FragmentRecord, ShardRecord
 from backstayd.store.adopt import read_fragment, read_stored_plan, slot_id_of
 from backstayd.store.directory import remove_empty
 from backstayd.store.index import HeldShard, StagedFile
+from backstayd.store.paths import ShardRef
 from backstayd.store.record_files import make_directory, read_small
 from backstayd.store.remove import discard_staged, quarantine_shard
 from backstayd.store.staging import remove_staging
 from backstayd.store.store import Store
 
 
-def publish_staged(store: Store, run: str, *, rank: int, world_size: int, digest: str) -> ShardRecord:
+def publish_staged(store: Store, ref: ShardRef) -> ShardRecord:
     """Make a complete, verified staged shard a committed one of this node; idempotent.
 
     Raises:
         SnapshotNotFoundError: it is not staged (and not published) here.
     """
+    run, rank, world_size, digest = ref.run, ref.rank, ref.world_size, ref.digest
     index, paths = store.index(run), store.paths(run)
     present = next((held.record for held in index.shards.values() if held.record.digest == digest), None)
     if present is not None:
-        discard_staged(store, run, rank=rank, world_size=world_size, digest=digest)
+        discard_staged(store, ref)
         return present
     raw = read_small(paths.staged_manifest(rank, world_size, digest))
     manifest = json_records.loads(Manifest, raw)
@@ -63,12 +65,12 @@ def publish_staged(store: Store, run: str, *, rank: int, world_size: int, digest
     return shard
 
 
-def note_staged(store: Store, run: str, *, rank: int, world_size: int, digest: str) -> None:
+def note_staged(store: Store, ref: ShardRef) -> None:
     """Take a staging file that a coder or the supervisor just made into the index."""
-    path = store.paths(run).staged(rank, world_size, digest)
+    path, digest16 = store.paths(ref.run).staged(ref.rank, ref.world_size, ref.digest), ref.digest[:16]
     if path.exists():
-        store.index(run).staged[rank, digest[:16]] = StagedFile(
-            rank=rank, world_size=world_size, digest16=digest[:16], size_bytes=path.lstat().st_size
+        store.index(ref.run).staged[ref.rank, digest16] = StagedFile(
+            rank=ref.rank, world_size=ref.world_size, digest16=digest16, size_bytes=path.lstat().st_size
         )
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from backstay.errors import IntegrityError, UnavailableError
 from backstay.format import json_records
 from backstay.format.manifest import CHUNK_BYTES
-from backstay.ids import SnapshotKey
-from backstayd.store.paths import RunPaths
+from backstayd.store.paths import FragmentRef, RunPaths
 from backstayd.store.record_files import (
     StoredFragment,
     create_exclusively,
@@ -28,27 +28,25 @@ class FragmentWriter:
     def __init__(
         self,
         paths: RunPaths,
-        key: SnapshotKey,
-        plan_id: str,
+        ref: FragmentRef,
         *,
-        stripe: int,
-        index: int,
         size_bytes: int,
         incarnation: str,
     ) -> None:
         """Raises UnavailableError (``not_ready``) while the plan is not stored here."""
+        key, plan_id = ref.key, ref.plan_id
         self._plan_path = paths.plan(key, plan_id)
         self._check_plan()
-        self._path = paths.fragment(key, plan_id, stripe=stripe, index=index)
-        self._record_path = paths.fragment_record(key, plan_id, stripe=stripe, index=index)
+        self._path = paths.fragment(key, plan_id, stripe=ref.stripe, index=ref.index)
+        self._record_path = paths.fragment_record(key, plan_id, stripe=ref.stripe, index=ref.index)
         self._incarnation = incarnation
         self._record = StoredFragment(
-            run=paths.run,
+            run=ref.run,
             attempt=key.attempt,
             step=key.step,
             plan_id=plan_id,
-            stripe=stripe,
-            index=index,
+            stripe=ref.stripe,
+            index=ref.index,
             size_bytes=size_bytes,
         )
         self._crcs: list[str] = []
@@ -58,11 +56,6 @@ class FragmentWriter:
     @property
     def chunk_count(self) -> int:
         return self._record.chunk_count
-
-    @property
-    def stored(self) -> StoredFragment:
-        """The commit record; complete after ``commit``."""
-        return self._record
 
     def chunk_length(self, index: int) -> int:
         return self._record.chunk_length(index)
@@ -84,16 +77,7 @@ class FragmentWriter:
             raise IntegrityError(f"{self._path.name}: {len(self._crcs)} of {self._record.chunk_count} chunks written")
         self._close()
         self._check_plan()
-        self._record = StoredFragment(
-            run=self._record.run,
-            attempt=self._record.attempt,
-            step=self._record.step,
-            plan_id=self._record.plan_id,
-            stripe=self._record.stripe,
-            index=self._record.index,
-            size_bytes=self._record.size_bytes,
-            chunk_crcs="".join(self._crcs),
-        )
+        self._record = replace(self._record, chunk_crcs="".join(self._crcs))
         self._record_path.unlink(missing_ok=True)  # no record may stand beside bytes it does not describe
         try:
             self._temporary.rename(self._path)

@@ -28,8 +28,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from backstay.format.manifest import Manifest
 from backstay.ids import RunKey, SnapshotKey
+from backstayd.core.messages.plans import Plan, ShardCopy, ShardRecord
 
 _SHARD = re.compile(r"rank-(\d{5,})-of-(\d{5,})\.safetensors\Z")
 _STEP = re.compile(r"attempt-(\d{4,})/step-(\d{8,})\Z")
@@ -39,6 +42,40 @@ _STAGED = re.compile(
     r"rank-(\d{5,})-of-(\d{5,})\.([0-9a-f]{16})\.(?:part|json|stripe-\d{2,}|sparse(?:\.json|\.marks)?)\Z"
 )
 _FRAGMENT = re.compile(r"plan-([0-9a-f]{32})\.stripe-(\d{2,})\.index-(\d+)\Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRef:
+    """Names the bytes of one shard: ``digest`` is that of its manifest."""
+
+    run: str
+    key: SnapshotKey
+    rank: int
+    world_size: int
+    digest: str
+
+    @classmethod
+    def of(cls, run: str, record: ShardRecord | ShardCopy | Manifest) -> Self:
+        key = SnapshotKey(record.attempt, record.step)
+        return cls(run=run, key=key, rank=record.rank, world_size=record.world_size, digest=record.digest)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of step {self.key.step}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FragmentRef:
+    """Names the bytes of one parity fragment; without ``stripe`` and ``index`` the plan it belongs to."""
+
+    run: str
+    key: SnapshotKey
+    plan_id: str
+    stripe: int = -1
+    index: int = -1
+
+    @classmethod
+    def of(cls, plan: Plan, stripe: int = -1, index: int = -1) -> Self:
+        return cls(run=plan.run, key=plan.key, plan_id=plan.plan_id, stripe=stripe, index=index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import SnapshotKey
 from backstayd.core.messages.plans import Plan
 from backstayd.store.index import RunIndex
-from backstayd.store.paths import RunPaths
+from backstayd.store.paths import FragmentRef, RunPaths, ShardRef
 from backstayd.store.record_files import (
     ShardChunks,
     StoredFragment,
@@ -36,20 +36,18 @@ from backstayd.store.record_files import (
 
 
 @contextlib.contextmanager
-def open_shard(
-    paths: RunPaths, key: SnapshotKey, *, rank: int, world_size: int, digest: str
-) -> Iterator[tuple[int, ShardChunks]]:
+def open_shard(paths: RunPaths, ref: ShardRef) -> Iterator[tuple[int, ShardChunks]]:
     """A locked read-only descriptor of a committed shard and its chunk digests.
 
     Raises:
         SnapshotNotFoundError: it is not published here, or is being withdrawn (``gone``).
         IntegrityError: another manifest is published in its place (``wrong_identity``), or the file is cut (``truncated``).
     """
-    manifest_path = paths.manifest(key, rank, world_size)
-    read_manifest(manifest_path, digest=digest)
-    path = paths.shard(key, rank, world_size)
+    manifest_path = paths.manifest(ref.key, ref.rank, ref.world_size)
+    read_manifest(manifest_path, digest=ref.digest)
+    path = paths.shard(ref.key, ref.rank, ref.world_size)
     with _open_locked(path) as fd:
-        chunks = read_manifest(manifest_path, digest=digest)
+        chunks = read_manifest(manifest_path, digest=ref.digest)
         _check_same_file(path, fd, size_bytes=chunks.size_bytes)
         yield fd, chunks
 
@@ -65,19 +63,16 @@ def open_for_trainer(index: RunIndex, paths: RunPaths, key: SnapshotKey, *, rank
     held = index.shards.get((key, rank))
     if held is None:
         raise SnapshotNotFoundError(f"rank {rank} of step {key.step} is not on this node")
-    world_size = held.record.world_size
-    with open_shard(paths, key, rank=rank, world_size=world_size, digest=held.record.digest) as (fd, _):
-        manifest = json_records.loads(dict, read_small(paths.manifest(key, rank, world_size)))
+    with open_shard(paths, ShardRef.of(index.run, held.record)) as (fd, _):
+        manifest = json_records.loads(dict, read_small(paths.manifest(key, rank, held.record.world_size)))
         return os.dup(fd), manifest
 
 
 @contextlib.contextmanager
-def open_fragment(
-    paths: RunPaths, key: SnapshotKey, plan_id: str, *, stripe: int, index: int
-) -> Iterator[tuple[int, StoredFragment]]:
+def open_fragment(paths: RunPaths, ref: FragmentRef) -> Iterator[tuple[int, StoredFragment]]:
     """A locked read-only descriptor of a committed parity fragment and its record; errors as :func:`open_shard`."""
-    path = paths.fragment(key, plan_id, stripe=stripe, index=index)
-    record_path = paths.fragment_record(key, plan_id, stripe=stripe, index=index)
+    path = paths.fragment(ref.key, ref.plan_id, stripe=ref.stripe, index=ref.index)
+    record_path = paths.fragment_record(ref.key, ref.plan_id, stripe=ref.stripe, index=ref.index)
     read_small(record_path)
     with _open_locked(path) as fd:
         stored = json_records.loads(StoredFragment, read_small(record_path))
@@ -85,14 +80,15 @@ def open_fragment(
         yield fd, stored
 
 
-def find_manifest(paths: RunPaths, key: SnapshotKey, *, rank: int, world_size: int, digest: str) -> bytes:
+def find_manifest(paths: RunPaths, ref: ShardRef) -> bytes:
     """The manifest of that digest, wherever on this node it lies: published, in staging, or in a plan of its group.
 
     Raises:
         SnapshotNotFoundError: it is nowhere here.
     """
+    rank, world_size, digest = ref.rank, ref.world_size, ref.digest
     for path in (
-        paths.manifest(key, rank, world_size),
+        paths.manifest(ref.key, rank, world_size),
         paths.sparse_manifest(rank, world_size, digest),
         paths.staged_manifest(rank, world_size, digest),
     ):
@@ -100,7 +96,7 @@ def find_manifest(paths: RunPaths, key: SnapshotKey, *, rank: int, world_size: i
             raw = read_small(path)
             parse_manifest(raw, digest=digest)
             return raw
-    for path in sorted(paths.parity(key).glob("plan-*.json")):
+    for path in sorted(paths.parity(ref.key).glob("plan-*.json")):
         if "stripe" not in path.name:
             with contextlib.suppress(OSError, SnapshotNotFoundError, IntegrityError):
                 status = path.lstat()

@@ -13,21 +13,42 @@ import itertools
 import json
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from backstay.errors import CapacityError, IntegrityError, SnapshotNotFoundError
 from backstay.format import json_records, versions
 from backstay.format.manifest import CHUNK_BYTES, FORMAT_VERSION, Manifest, UnchangedRange
+from backstay.ids import SnapshotKey
 from backstayd.core.messages.plans import Plan
+from backstayd.store.paths import FragmentRef, ShardRef
 
 MAX_RECORD_BYTES: Final = 256 * 1024 * 1024
 _sequence = itertools.count(1)
 
 
+class _Chunked:
+    """What has a digest for each of its chunks: eight hex digits of crc32c in ``chunk_crcs``."""
+
+    __slots__ = ()
+    size_bytes: int
+    chunk_bytes: int
+    chunk_crcs: str
+
+    @property
+    def chunk_count(self) -> int:
+        return -(-self.size_bytes // self.chunk_bytes)
+
+    def chunk_crc(self, index: int) -> int:
+        return int(self.chunk_crcs[8 * index : 8 * index + 8], 16)
+
+    def chunk_length(self, index: int) -> int:
+        return min(self.chunk_bytes, self.size_bytes - index * self.chunk_bytes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardChunks:
+class ShardChunks(_Chunked):
     """The part of a manifest that verification of bytes needs; ``digest`` is the manifest's, checked when this was read."""
 
     run: str
@@ -44,18 +65,18 @@ class ShardChunks:
     unchanged: tuple[UnchangedRange, ...] = ()
 
     @property
-    def chunk_count(self) -> int:
-        return -(-self.size_bytes // self.chunk_bytes)
-
-    def chunk_crc(self, index: int) -> int:
-        return int(self.chunk_crcs[8 * index : 8 * index + 8], 16)
-
-    def chunk_length(self, index: int) -> int:
-        return min(self.chunk_bytes, self.size_bytes - index * self.chunk_bytes)
+    def ref(self) -> ShardRef:
+        return ShardRef(
+            run=self.run,
+            key=SnapshotKey(self.attempt, self.step),
+            rank=self.rank,
+            world_size=self.world_size,
+            digest=self.digest,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredFragment:
+class StoredFragment(_Chunked):
     """Commit record of one parity fragment; chunk c of the file begins at byte ``c * chunk_bytes``."""
 
     format: int = FORMAT_VERSION
@@ -70,14 +91,14 @@ class StoredFragment:
     chunk_crcs: str = ""
 
     @property
-    def chunk_count(self) -> int:
-        return -(-self.size_bytes // self.chunk_bytes)
-
-    def chunk_crc(self, index: int) -> int:
-        return int(self.chunk_crcs[8 * index : 8 * index + 8], 16)
-
-    def chunk_length(self, index: int) -> int:
-        return min(self.chunk_bytes, self.size_bytes - index * self.chunk_bytes)
+    def ref(self) -> FragmentRef:
+        return FragmentRef(
+            run=self.run,
+            key=SnapshotKey(self.attempt, self.step),
+            plan_id=self.plan_id,
+            stripe=self.stripe,
+            index=self.index,
+        )
 
     def check(self, plan: Plan, stripe: int, index: int) -> None:
         """Raise IntegrityError unless this is a sound record of that fragment of ``plan``."""
@@ -148,19 +169,7 @@ def _with_digest(chunks: ShardChunks, digest: str) -> ShardChunks:
     if not versions.is_readable(chunks.format):
         raise IntegrityError(versions.unreadable("a manifest", chunks.format), reason="bad_format")
     check_crcs("manifest", chunks.size_bytes, chunk_bytes=chunks.chunk_bytes, chunk_crcs=chunks.chunk_crcs)
-    return ShardChunks(
-        run=chunks.run,
-        attempt=chunks.attempt,
-        step=chunks.step,
-        rank=chunks.rank,
-        world_size=chunks.world_size,
-        size_bytes=chunks.size_bytes,
-        chunk_bytes=chunks.chunk_bytes,
-        chunk_crcs=chunks.chunk_crcs,
-        digest=digest,
-        world_id=chunks.world_id,
-        unchanged=chunks.unchanged,
-    )
+    return replace(chunks, digest=digest)
 
 
 def canonical_bytes(manifest: dict[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from backstayd.store.adopt import (
 )
 from backstayd.store.directory import remove_empty
 from backstayd.store.index import UNKNOWN_UID, HeldShard, RunIndex
+from backstayd.store.paths import ShardRef
 from backstayd.store.staging import remove_staging
 from backstayd.store.store import Store
 
@@ -160,7 +161,7 @@ def quarantine_fragment(store: Store, run: str, fragment: FragmentRecord, *, rea
     return entry
 
 
-def discard_staged(store: Store, run: str, *, rank: int, world_size: int, digest: str) -> None:
+def discard_staged(store: Store, ref: ShardRef) -> None:
     """Remove what is staged of one shard; idempotent."""
-    remove_staging(store.paths(run), rank=rank, world_size=world_size, digest=digest)
-    store.index(run).staged.pop((rank, digest[:16]), None)
+    remove_staging(store.paths(ref.run), rank=ref.rank, world_size=ref.world_size, digest=ref.digest)
+    store.index(ref.run).staged.pop((ref.rank, ref.digest[:16]), None)

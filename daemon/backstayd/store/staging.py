@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from crc32c import crc32c
 
@@ -19,7 +20,7 @@ from backstay.format import json_records
 from backstay.format.manifest import Manifest
 from backstayd.core.inventory import geometry
 from backstayd.core.messages.plans import Plan
-from backstayd.store.paths import RunPaths
+from backstayd.store.paths import RunPaths, ShardRef
 from backstayd.store.record_files import (
     ShardChunks,
     make_directory,
@@ -91,18 +92,21 @@ def remove_staging(paths: RunPaths, *, rank: int, world_size: int, digest: str) 
 class StagedShard:
     """An open staging file; accepts only chunks that match the staged manifest. Close it."""
 
-    def __init__(self, paths: RunPaths, *, rank: int, world_size: int, digest: str) -> None:
+    def __init__(self, paths: RunPaths, ref: ShardRef) -> None:
         """Raises UnavailableError (``not_ready``) until the staging file and its manifest are there."""
         self._paths = paths
-        self._path = paths.staged(rank, world_size, digest)
+        place = (ref.rank, ref.world_size, ref.digest)
+        self._path = paths.staged(*place)
         try:
-            self.chunks = parse_manifest(read_small(paths.staged_manifest(rank, world_size, digest)), digest=digest)
+            self.chunks = parse_manifest(read_small(paths.staged_manifest(*place)), digest=ref.digest)
             self.fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except (SnapshotNotFoundError, FileNotFoundError) as error:
-            raise UnavailableError(f"staging of rank {rank} is not prepared here yet", reason="not_ready") from error
+            raise UnavailableError(
+                f"staging of rank {ref.rank} is not prepared here yet", reason="not_ready"
+            ) from error
         if os.fstat(self.fd).st_size != self.chunks.size_bytes:
             self.close()
-            raise UnavailableError(f"staging of rank {rank} is not allocated yet", reason="not_ready")
+            raise UnavailableError(f"staging of rank {ref.rank} is not allocated yet", reason="not_ready")
 
     def write(self, chunk: int, pieces: Sequence[memoryview]) -> None:
         """Verify one chunk in the caller's buffers and write it; raises IntegrityError (``bad_chunk``) for wrong bytes."""
@@ -117,24 +121,9 @@ class StagedShard:
             )
         self.write_verified(chunk, pieces)
 
-    def write_verified(self, chunk: int, pieces: Sequence[memoryview]) -> None:
-        """Write one chunk that the caller verified in these very buffers."""
-        expected = self.chunks.chunk_length(chunk)
-        try:
-            written = os.pwritev(self.fd, pieces, chunk * self.chunks.chunk_bytes)
-        except OSError as error:
-            raise storage_error(self._path, error) from error
-        if written != expected:
-            raise IntegrityError(f"chunk {chunk} of {self._path.name}: {written} of {expected} bytes written")
-
-    def write_verified_range(self, offset: int, view: memoryview) -> None:
-        """Write bytes from ``offset`` on whose chunks the caller verified in this very buffer."""
-        try:
-            written = os.pwrite(self.fd, view, offset)
-        except OSError as error:
-            raise storage_error(self._path, error) from error
-        if written != len(view):
-            raise IntegrityError(f"{self._path.name}: {written} of {len(view)} bytes written at {offset}")
+    def write_verified(self, first: int, pieces: Sequence[memoryview]) -> None:
+        """Write whole chunks from ``first`` on that the caller verified in these very buffers."""
+        _write_chunks(self.fd, self._path, self.chunks, first, pieces)
 
     def mark(self, stripe: int) -> None:
         """Say that the range of ``stripe`` is complete; idempotent."""
@@ -172,24 +161,21 @@ def prepare_sparse(paths: RunPaths, manifest: bytes, *, digest: str, incarnation
     return chunks
 
 
-def remove_sparse(paths: RunPaths, *, rank: int, world_size: int, digest: str) -> None:
+def remove_sparse(paths: RunPaths, ref: ShardRef) -> None:
     """Remove file, marks and manifest; idempotent. Descriptors that trainers have keep the bytes until they close them."""
-    for path in (
-        paths.sparse_manifest(rank, world_size, digest),
-        paths.sparse_marks(rank, world_size, digest),
-        paths.sparse(rank, world_size, digest),
-    ):
+    place = (ref.rank, ref.world_size, ref.digest)
+    for path in (paths.sparse_manifest(*place), paths.sparse_marks(*place), paths.sparse(*place)):
         path.unlink(missing_ok=True)
 
 
 class SparseShard:
-    """An open sparse file. For one writer at a time; readers may look at marks meanwhile. Close it."""
+    """An open sparse file. Each chunk has one writer at a time; readers may look at marks meanwhile. Close it."""
 
-    def __init__(self, paths: RunPaths, *, rank: int, world_size: int, digest: str) -> None:
+    def __init__(self, paths: RunPaths, ref: ShardRef) -> None:
         """Raises SnapshotNotFoundError when it was not prepared, or is removed already."""
-        place = (rank, world_size, digest)
+        place = (ref.rank, ref.world_size, ref.digest)
         self._path = paths.sparse(*place)
-        self.chunks = parse_manifest(read_small(paths.sparse_manifest(*place)), digest=digest)
+        self.chunks = parse_manifest(read_small(paths.sparse_manifest(*place)), digest=ref.digest)
         self._fd = self._marks = -1
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -203,22 +189,31 @@ class SparseShard:
         marks = os.pread(self._marks, self.chunks.chunk_count, 0)
         return missing_runs(marks, wanted)
 
-    def write_verified(self, chunk: int, view: memoryview) -> None:
-        """Write one chunk that the caller verified in this very buffer, then its mark."""
+    def write_verified(self, first: int, view: memoryview) -> None:
+        """Write whole chunks from ``first`` on that the caller verified in this very buffer, then their marks."""
+        _write_chunks(self._fd, self._path, self.chunks, first, [view])
         try:
-            written = os.pwrite(self._fd, view, chunk * self.chunks.chunk_bytes)
-            if written == self.chunks.chunk_length(chunk):
-                os.pwrite(self._marks, b"\x01", chunk)
-                return
+            os.pwrite(self._marks, b"\x01" * -(-len(view) // self.chunks.chunk_bytes), first)
         except OSError as error:
             raise storage_error(self._path, error) from error
-        raise IntegrityError(f"chunk {chunk} of {self._path.name}: only {written} bytes were written")
 
     def close(self) -> None:
         for fd in (self._fd, self._marks):
             if fd >= 0:
                 os.close(fd)
         self._fd = self._marks = -1
+
+
+def _write_chunks(fd: int, path: Path, chunks: ShardChunks, first: int, pieces: Sequence[memoryview]) -> None:
+    """Raises IntegrityError unless ``pieces`` are whole chunks, and written."""
+    begin = first * chunks.chunk_bytes
+    count = -(-sum(map(len, pieces)) // chunks.chunk_bytes)
+    try:
+        written = os.pwritev(fd, pieces, begin)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    if written != min(begin + count * chunks.chunk_bytes, chunks.size_bytes) - begin:
+        raise IntegrityError(f"chunk {first} of {path.name}: only {written} bytes were written")
 
 
 def read_marks(paths: RunPaths, chunks: ShardChunks) -> bytes:

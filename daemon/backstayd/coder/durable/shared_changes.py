@@ -61,8 +61,8 @@ def run_check(context: JobContext, job: CheckUploaded) -> None:
         raise UnavailableError(f"{place.url} is not complete: {problem}", reason="incomplete")
 
 
-def run_record(context: JobContext, job: WriteRecord) -> PersistedSnapshot:
-    """Do ``job``; the snapshot as its record says it. Idempotent.
+def run_record(context: JobContext, job: WriteRecord) -> None:
+    """Do ``job``; ``context.persisted`` is the snapshot as its record says it. Idempotent.
 
     Raises:
         UnavailableError (``occupied``): another snapshot's record is there; ``distrusted``, ``superseded``, ``fenced``.
@@ -83,7 +83,7 @@ def run_record(context: JobContext, job: WriteRecord) -> PersistedSnapshot:
             f"{place.url} holds another snapshot of step {snapshot.step} already; it is not touched", reason="occupied"
         )
     faults.reach("after_record", step=snapshot.step)
-    return there
+    context.persisted = there
 
 
 def run_prune(context: JobContext, job: PruneSnapshot) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from crc32c import crc32c
@@ -17,8 +18,7 @@ from backstay.errors import IntegrityError, SnapshotNotFoundError, UnavailableEr
 from backstay.format import json_records
 from backstay.format.manifest import CHUNK_BYTES
 from backstay.ids import SnapshotKey
-from backstayd.coder.context import JobContext, shard_ref_of
-from backstayd.coder.durable.bandwidth import BUCKET
+from backstayd.coder.context import JobContext
 from backstayd.coder.durable.shared_changes import read_marks, with_reason
 from backstayd.coder.jobs import CoderEvent, SurveyStorage, UploadShard
 from backstayd.coder.verified_reads import pread_chunks
@@ -38,19 +38,20 @@ from backstayd.core.messages.durable import PersistedSnapshot, Survey, Unreadabl
 from backstayd.durable.open import open_place
 from backstayd.durable.place import Place, chunk_range
 from backstayd.durable.publish import publish_shard
+from backstayd.store.paths import ShardRef
 from backstayd.store.published import open_shard
 from backstayd.store.record_files import ShardChunks, read_small
-from backstayd.transport.bulk.client import ShardRef
 
 logger = logging.getLogger(__name__)
 
+BURST_S = 0.25  # so much of a second may be sent at once after a pause
 PARALLEL_SMALL = 8  # records and manifests read at a time
 PROGRESS_S = 0.5
 MAX_REASON = 300  # characters of what is wrong with a record
 
 
-def run_survey(context: JobContext, job: SurveyStorage) -> Survey:
-    """Do ``job``. A record that cannot be used is named and logged; what cannot be listed raises."""
+def run_survey(context: JobContext, job: SurveyStorage) -> None:
+    """Do ``job``; the answer is ``context.survey``. A record that cannot be used is named; what cannot be listed raises."""
     open_place(root_of(job.url)).require_root()
     place = open_place(job.url)
     attempts = [entry.name for entry in place.list() if entry.is_directory and attempt_of(entry.name) is not None]
@@ -67,7 +68,7 @@ def run_survey(context: JobContext, job: SurveyStorage) -> Survey:
     snapshots = tuple(item for item in found if isinstance(item, PersistedSnapshot))
     unreadable = tuple(item for item in found if isinstance(item, Unreadable))
     has_record = {item.key for item in snapshots} | {item.key for item in unreadable}
-    return Survey(
+    context.survey = Survey(
         url=job.url,
         survey_id=job.survey_id,
         is_done=True,
@@ -106,26 +107,26 @@ def run_upload(context: JobContext, job: UploadShard) -> None:
         CorruptSourceError: the shard of this node is corrupt. UnavailableError, CapacityError: the store, in words for people.
     """
     open_place(root_of(job.url)).require_root()
-    ref = shard_ref_of(job)
+    ref = job.shard
     place = open_place(snapshot_url(job.url, ref.key))
     paths = context.paths(job.run)
-    raw = read_small(paths.manifest(ref.key, job.rank, job.world_size))
+    raw = read_small(paths.manifest(ref.key, ref.rank, ref.world_size))
     if _is_there(place, job, raw):
         context.done_bytes = job.size_bytes
         return
     _require_free(place, ref)
-    with open_shard(paths, ref.key, rank=job.rank, world_size=job.world_size, digest=job.digest) as (fd, chunks):
-        source = _TmpfsSource(context, job, ref, fd, chunks)
-        publish_shard(
-            place, rank=job.rank, source=source, manifest=raw, mark=f"{job.digest[:16]}.{job.mark}", check=context.check
-        )
+    with open_shard(paths, ref) as (fd, chunks):
+        source = _TmpfsSource(context, job, fd, chunks)
+        mark = f"{ref.digest[:16]}.{job.mark}"
+        publish_shard(place, rank=ref.rank, source=source, manifest=raw, mark=mark, check=context.check)
 
 
 def _is_there(place: Place, job: UploadShard, raw: bytes) -> bool:
+    rank, world_size = job.shard.rank, job.shard.world_size
     try:
         return (
-            place.read_small(manifest_name(job.rank, job.world_size)) == raw
-            and place.size_of(shard_name(job.rank, job.world_size)) == job.size_bytes
+            place.read_small(manifest_name(rank, world_size)) == raw
+            and place.size_of(shard_name(rank, world_size)) == job.size_bytes
         )
     except SnapshotNotFoundError:
         return False
@@ -144,11 +145,11 @@ def _require_free(place: Place, ref: ShardRef) -> None:
 class _TmpfsSource:
     """A committed shard as the storage package reads it; see ``durable.place.ShardSource``."""
 
-    def __init__(self, context: JobContext, job: UploadShard, ref: ShardRef, fd: int, chunks: ShardChunks) -> None:
+    def __init__(self, context: JobContext, job: UploadShard, fd: int, chunks: ShardChunks) -> None:
         self.chunks = chunks
-        self._context, self._job, self._ref, self._fd = context, job, ref, fd
+        self._context, self._job, self._fd = context, job, fd
         self._lock = threading.Lock()
-        self._told_s = 0.0
+        self._emitted_s = 0.0
 
     def read_verified(self, offset: int, view: memoryview) -> None:
         self._context.check()
@@ -159,24 +160,41 @@ class _TmpfsSource:
             expected = self.chunks.chunk_crc(chunk)
             if found != expected:
                 detail = f"chunk {chunk} has crc {found:08x}, expected {expected:08x}"
-                raise self._context.blame(self._ref, node="", detail=detail)
+                raise self._context.blame(self._job.shard, detail=detail)
 
     def spend(self, size_bytes: int) -> None:
-        BUCKET.take(size_bytes, self._job.bandwidth_bytes_per_s, pause=self._context.wait)
+        _BUCKET.take(size_bytes, self._job.bandwidth_bytes_per_s, pause=self._context.wait)
 
     def note_done(self, size_bytes: int) -> None:
         with self._lock:
             self._context.done_bytes += size_bytes
-            if time.monotonic() - self._told_s < PROGRESS_S:
+            if time.monotonic() - self._emitted_s < PROGRESS_S:
                 return
-            self._told_s = time.monotonic()
-            event = CoderEvent(
-                kind="shard_uploading",
-                run=self._job.run,
-                attempt=self._job.attempt,
-                step=self._job.step,
-                rank=self._job.rank,
-                digest=self._job.digest,
-                size_bytes=self._context.done_bytes,
-            )
-        self._context.emit(event)
+            self._emitted_s = time.monotonic()
+            done_bytes = self._context.done_bytes
+        self._context.emit(CoderEvent(kind="shard_uploading", shard=self._job.shard, size_bytes=done_bytes))
+
+
+class _TokenBucket:
+    """Bytes that may be sent; filled at the rate last set. Threads take turns."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ready_s = 0.0  # when everything that was taken so far will have been paid for
+
+    def take(self, size_bytes: int, rate: int, *, pause: Callable[[float], None]) -> None:
+        """Wait until ``size_bytes`` may be sent at ``rate`` bytes a second; 0: at once.
+
+        Args:
+            pause: waits that many seconds, or raises to give up.
+        """
+        if rate <= 0:
+            return
+        with self._lock:
+            now_s = time.monotonic()
+            begin_s = max(self._ready_s, now_s - BURST_S)
+            self._ready_s = begin_s + size_bytes / rate
+        pause(max(0.0, self._ready_s - size_bytes / rate - now_s))
+
+
+_BUCKET = _TokenBucket()  # one for all uploads of this process, which runs every upload of its node

@@ -15,12 +15,13 @@ from backstay import faults
 from backstay.errors import InvariantError, UnavailableError
 from backstay.format.manifest import CHUNK_BYTES
 from backstayd.coder.context import JobContext
-from backstayd.coder.jobs import shard_event
+from backstayd.coder.jobs import CoderEvent
 from backstayd.coder.parity.reuse import OlderFragment
 from backstayd.coder.verified_reads import ShardRange
 from backstayd.store.fragments import FragmentWriter
+from backstayd.store.paths import FragmentRef
 from backstayd.store.staging import StagedShard
-from backstayd.transport.bulk.client import NOT_READY, BulkClient, FragmentRef
+from backstayd.transport.bulk.client import NOT_READY, BulkClient
 
 RETRY_S = 0.05
 
@@ -184,7 +185,7 @@ class RebuiltBlock:
         self._ranges.pop(0)
         if self._staged is not None:
             self._staged.mark(self._stripe)
-            self._context.emit(shard_event("stripe_staged", self._staged.chunks, stripe=self._stripe))
+            self._context.emit(CoderEvent(kind="stripe_staged", shard=self._staged.chunks.ref))
             self._staged.close()
             self._staged = None
         if self._client is not None:
@@ -203,12 +204,7 @@ def open_staged(context: JobContext, shard: ShardRange) -> StagedShard:
     """This node's staging of a shard, once it was prepared; within the job's deadline."""
     ref = shard.ref
     found: list[StagedShard] = []
-    when_ready(
-        context,
-        lambda: found.append(
-            StagedShard(context.paths(ref.run), rank=ref.rank, world_size=ref.world_size, digest=ref.digest)
-        ),
-    )
+    when_ready(context, lambda: found.append(StagedShard(context.paths(ref.run), ref)))
     return found[0]
 
 

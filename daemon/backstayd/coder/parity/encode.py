@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from backstay import faults
 from backstay.errors import BackstayError
 from backstayd.coder.context import JobContext
-from backstayd.coder.jobs import EncodeStripe, fragment_event
+from backstayd.coder.jobs import CoderEvent, EncodeStripe
 from backstayd.coder.parity.chunk_writers import ForwardSink, OwnParity
 from backstayd.coder.parity.reuse import NO_OLDER, Older, OlderFragment, find_older, others
 from backstayd.coder.parity.stored_plans import check_plan, gather_plan
@@ -20,8 +20,8 @@ from backstayd.core.inventory import geometry
 from backstayd.core.messages.plans import Plan
 from backstayd.erasure.pyeclib_codec import codec_for
 from backstayd.store.fragments import FragmentWriter
+from backstayd.store.paths import FragmentRef
 from backstayd.store.record_files import ShardChunks
-from backstayd.transport.bulk.client import FragmentRef
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,12 @@ def _encode(
     """Make and publish the parity of ``stripe``; of ``older``, what serves again is taken over by each of its holders."""
     n, size = len(plan.members), geometry.fragment_bytes(plan, stripe)
     with contextlib.ExitStack() as stack:
-        writer = _writer(context, plan, stripe, size)
+        writer = FragmentWriter(
+            context.paths(plan.run),
+            FragmentRef.of(plan, stripe, 0),
+            size_bytes=size,
+            incarnation=context.incarnation,
+        )
         stack.callback(writer.abort)
         own = _own_sink(context, plan, stripe, writer, older)
         stack.callback(own.close)
@@ -83,22 +88,10 @@ def _encode(
         )
         own.finish()
         stored = writer.commit()
-        context.emit(fragment_event("fragment_stored", stored))
+        context.emit(CoderEvent(kind="fragment_stored", fragment=stored.ref, size_bytes=stored.size_bytes))
         for forward in forwards:
             forward.finish()
         context.done_bytes += stored.size_bytes * plan.k
-
-
-def _writer(context: JobContext, plan: Plan, stripe: int, size_bytes: int) -> FragmentWriter:
-    return FragmentWriter(
-        context.paths(plan.run),
-        plan.key,
-        plan.plan_id,
-        stripe=stripe,
-        index=0,
-        size_bytes=size_bytes,
-        incarnation=context.incarnation,
-    )
 
 
 def _own_sink(context: JobContext, plan: Plan, stripe: int, writer: FragmentWriter, older: Older | None) -> OwnParity:
@@ -114,7 +107,7 @@ def _forward(context: JobContext, plan: Plan, stripe: int, place: tuple[int, int
     return ForwardSink(
         context,
         plan.members[member].bulk_address,
-        FragmentRef(run=plan.run, key=plan.key, plan_id=plan.plan_id, stripe=stripe, index=index),
+        FragmentRef.of(plan, stripe, index),
         size_bytes=geometry.fragment_bytes(plan, stripe),
         chunk_count=geometry.stripe_chunks(plan, stripe),
         older=None if older is None else (older.ref(stripe, index), older.ranges),

@@ -28,8 +28,9 @@ from backstayd.coder.verified_reads import (
 from backstayd.core.inventory import geometry
 from backstayd.core.messages.plans import FragmentSource, Plan, Rebuild, RebuildTask, seal_rebuild
 from backstayd.erasure.pyeclib_codec import codec_for
+from backstayd.store.paths import FragmentRef
 from backstayd.store.record_files import ShardChunks
-from backstayd.transport.bulk.client import NOT_READY, FragmentRef
+from backstayd.transport.bulk.client import NOT_READY
 
 Source = LocalShards | RemoteShards | LocalFragment | RemoteFragment
 
@@ -276,14 +277,7 @@ class StripeSources:
         )
 
     def _fragment(self, source: FragmentSource) -> FragmentRef:
-        plan = self._plan
-        return FragmentRef(
-            run=plan.run,
-            key=plan.key,
-            plan_id=plan.plan_id,
-            stripe=self._task.stripe,
-            index=source.index - plan.k,
-        )
+        return FragmentRef.of(self._plan, self._task.stripe, source.index - self._plan.k)
 
     def _open(self, source: FragmentSource, chunk: int) -> Source:
         plan, stripe = self._plan, self._task.stripe

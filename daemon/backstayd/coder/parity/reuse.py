@@ -18,10 +18,9 @@ from backstayd.coder.context import JobContext
 from backstayd.coder.verified_reads import check_fragment
 from backstayd.core.inventory import geometry
 from backstayd.core.messages.plans import Plan
-from backstayd.store.paths import RunPaths, parse_snapshot
+from backstayd.store.paths import FragmentRef, RunPaths, parse_snapshot
 from backstayd.store.published import open_fragment, read_verified
-from backstayd.store.record_files import ShardChunks, StoredFragment, StoredPlan, read_small
-from backstayd.transport.bulk.client import FragmentRef
+from backstayd.store.record_files import ShardChunks, StoredPlan, read_small
 
 NO_OLDER: Final = "no_older_parity"  # the reason of a member that cannot take part: the stripe is encoded in full then
 MAX_RANGES: Final = 512
@@ -36,8 +35,7 @@ class Older:
     ranges: tuple[range, ...]
 
     def ref(self, stripe: int, index: int) -> FragmentRef:
-        plan = self.plan
-        return FragmentRef(run=plan.run, key=plan.key, plan_id=plan.plan_id, stripe=stripe, index=index)
+        return FragmentRef.of(self.plan, stripe, index)
 
 
 class OlderFragment:
@@ -45,7 +43,7 @@ class OlderFragment:
 
     def __init__(self, paths: RunPaths, ref: FragmentRef, *, size_bytes: int) -> None:
         """Raises SnapshotNotFoundError (``NO_OLDER``) unless it is here, sound by its record and of that size."""
-        self._opened = open_fragment(paths, ref.key, ref.plan_id, stripe=ref.stripe, index=ref.index)
+        self._opened = open_fragment(paths, ref)
         try:
             self._fd, self._stored = self._opened.__enter__()
         except BackstayError as error:
@@ -57,10 +55,6 @@ class OlderFragment:
         except IntegrityError as error:
             self.close()
             raise SnapshotNotFoundError(f"older parity of step {ref.key.step}: {error}", reason=NO_OLDER) from error
-
-    @property
-    def stored(self) -> StoredFragment:
-        return self._stored
 
     def read_into(self, chunk: int, view: memoryview) -> tuple[int, memoryview]:
         """(crc, bytes) of one chunk in ``view``; raises SnapshotNotFoundError (``NO_OLDER``) if they are damaged."""

@@ -12,10 +12,10 @@ from typing import Any
 from backstay.errors import BackstayError, IntegrityError, SnapshotNotFoundError, UnavailableError
 from backstay.format import json_records
 from backstay.format.manifest import CHUNK_BYTES
-from backstay.ids import SnapshotKey
 from backstayd.coder.context import JobContext
 from backstayd.coder.jobs import CoderEvent, FetchPlan
 from backstayd.core.messages.plans import Plan, VolumeShard
+from backstayd.store.paths import FragmentRef, ShardRef
 from backstayd.store.published import read_plan
 from backstayd.store.record_files import (
     ShardChunks,
@@ -26,7 +26,7 @@ from backstayd.store.record_files import (
     read_small,
     write_atomically,
 )
-from backstayd.transport.bulk.client import BulkClient, ShardRef
+from backstayd.transport.bulk.client import BulkClient
 
 
 def check_plan(plan: Plan, stripe: int = 0) -> None:
@@ -87,7 +87,7 @@ def fetch_plan(context: JobContext, plan: Plan, addresses: Iterable[str]) -> dic
         context.check()
         client = context.client(address)
         try:
-            stored = json_records.loads(StoredPlan, client.get_plan(plan.run, plan.key, plan.plan_id))
+            stored = json_records.loads(StoredPlan, client.get_plan(FragmentRef.of(plan)))
             if stored.plan != plan:
                 raise IntegrityError(f"{address} stores another plan under {plan.plan_id[:8]}", reason="bad_plan")
             by_digest = stored.chunks_by_digest()
@@ -110,27 +110,14 @@ def store_plan(context: JobContext, stored: StoredPlan) -> None:
     path = context.paths(plan.run).plan(plan.key, plan.plan_id)
     make_directory(path.parent)
     write_atomically(path, json_records.dumps(stored), incarnation=context.incarnation)
-    context.emit(
-        CoderEvent(kind="plan_stored", run=plan.run, attempt=plan.attempt, step=plan.step, plan_id=plan.plan_id)
-    )
-
-
-def shard_ref(plan: Plan, shard: VolumeShard) -> ShardRef:
-    """The identity of one row of a volume table."""
-    return ShardRef(
-        run=plan.run,
-        key=SnapshotKey(plan.attempt, plan.step),
-        rank=shard.rank,
-        world_size=plan.world_size,
-        digest=shard.digest,
-    )
+    context.emit(CoderEvent(kind="plan_stored", fragment=FragmentRef.of(plan)))
 
 
 def _manifest(
     context: JobContext, plan: Plan, shard: VolumeShard, client: BulkClient | None
 ) -> tuple[bytes, ShardChunks]:
     """One member's manifest, its exact bytes checked against the digest in the volume table."""
-    ref = shard_ref(plan, shard)
+    ref = ShardRef(run=plan.run, key=plan.key, rank=shard.rank, world_size=plan.world_size, digest=shard.digest)
     try:
         if client is None:
             path = context.paths(plan.run).manifest(plan.key, shard.rank, plan.world_size)

@@ -91,9 +91,10 @@ class DurableRecords:
 
     def note_progress(self, event: CoderEvent) -> None:
         """A coder uploaded more of a shard."""
-        uploads = self.of(event.run).uploads
+        assert event.shard is not None
+        uploads = self.of(event.shard.run).uploads
         for place, upload in uploads.items():
-            if upload.state is UploadState.UPLOADING and place[1] == event.rank:
+            if upload.state is UploadState.UPLOADING and place[1] == event.shard.rank:
                 uploads[place] = replace(upload, done_bytes=event.size_bytes)
                 self._node.report_due.notify()
                 return

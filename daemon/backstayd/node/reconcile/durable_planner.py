@@ -15,6 +15,7 @@ from backstayd.core.protect.durable_uploads import RECORD_RANK
 from backstayd.node.deadlines import STORAGE_DEADLINE_S, STORAGE_FLOOR_BYTES_PER_S
 from backstayd.node.reconcile.actions import StartJob, View
 from backstayd.node.reconcile.tasks import TaskKey, TaskKind
+from backstayd.store.paths import ShardRef
 
 PARALLEL_UPLOADS: Final = 2  # per node, over all runs
 
@@ -53,13 +54,14 @@ def _upload(view: View, desired: StorageDesired, snapshot: PersistedSnapshot, ra
     floor = STORAGE_FLOOR_BYTES_PER_S
     slowest = min(floor, rate / (2 * PARALLEL_UPLOADS)) if rate else floor
     job = UploadShard(
-        run=view.desired.run,
-        attempt=snapshot.attempt,
-        step=snapshot.step,
-        rank=rank,
-        world_size=snapshot.world_size,
+        shard=ShardRef(
+            run=view.desired.run,
+            key=snapshot.key,
+            rank=rank,
+            world_size=snapshot.world_size,
+            digest=shard.digest,
+        ),
         size_bytes=shard.size_bytes,
-        digest=shard.digest,
         url=desired.url,
         mark=view.node,
         bandwidth_bytes_per_s=rate,

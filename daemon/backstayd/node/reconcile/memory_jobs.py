@@ -12,18 +12,15 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from backstay.errors import BackstayError, CapacityError, SnapshotNotFoundError
-from backstay.ids import SnapshotKey
 from backstayd.bounded import drop_oldest
 from backstayd.coder.jobs import (
     CoderEvent,
     DecodeStripe,
     EncodeStripe,
-    FetchPersisted,
     FetchPlan,
     FetchShard,
     Job,
     JobResult,
-    VerifyPersisted,
     VerifyShard,
 )
 from backstayd.core.messages.plans import FragmentRecord
@@ -34,6 +31,7 @@ from backstayd.node.reconcile.quarantine import BadSources
 from backstayd.node.reconcile.tasks import TaskKey, TaskKind, Tasks
 from backstayd.node.restores.open_files import OpenFiles
 from backstayd.store import admit, published, remove
+from backstayd.store.paths import ShardRef
 from backstayd.store.record_files import canonical_bytes
 from backstayd.store.staging import prepare_staging
 
@@ -53,19 +51,19 @@ FOR_DECISION: Final = (
 
 def note_stored(node: NodeState, event: CoderEvent) -> None:
     """Add to the index what a coder stored."""
-    run, store = event.run, node.store
+    store, shard, fragment = node.store, event.shard, event.fragment
+    run = shard.run if shard is not None else fragment.run if fragment is not None else ""
     if node.is_forgotten(run):
         store.forget(run)
         return
-    key = SnapshotKey(event.attempt, event.step)
     try:
-        if event.kind == "plan_stored":
-            admit.note_plan(store, run, key, event.plan_id)
-        elif event.kind == "fragment_stored":
-            fragment = FragmentRecord(plan_id=event.plan_id, stripe=event.stripe, index=event.index)
-            admit.note_fragment(store, run, key, fragment)
-        elif event.kind in ("stripe_staged", "shard_staged"):
-            admit.note_staged(store, run, rank=event.rank, world_size=event.world_size, digest=event.digest)
+        if shard is not None:
+            admit.note_staged(store, shard)
+        elif fragment is not None and event.kind == "plan_stored":
+            admit.note_plan(store, run, fragment.key, fragment.plan_id)
+        elif fragment is not None:
+            record = FragmentRecord(plan_id=fragment.plan_id, stripe=fragment.stripe, index=fragment.index)
+            admit.note_fragment(store, run, fragment.key, record)
     except (BackstayError, OSError) as error:
         logger.error("run %s: cannot use what a coder stored: %s", run, error)
     node.changed()
@@ -121,14 +119,14 @@ class MemoryJobs:
 
     async def run(self, key: TaskKey, job: Job) -> None:
         """Do ``job``."""
-        if isinstance(job, (FetchShard, FetchPersisted)):
+        if isinstance(job, FetchShard):
             try:
-                self._store.require_room(job.size_bytes, f"run {key.run}: staging rank {job.rank} of step {job.step}")
+                self._store.require_room(job.size_bytes, f"run {key.run}: staging {job.shard}")
             except CapacityError as error:
                 self._refuse_room(key, job, error)
                 return
         result = await self._coders.run(job)
-        if isinstance(job, VerifyPersisted) and not result.error_class:
+        if isinstance(job, VerifyShard) and job.url and not result.error_class:
             result = await self.open_files.take(key.subject, job, result)
         if self._node.is_forgotten(key.run):
             self._store.forget(key.run)
@@ -151,27 +149,26 @@ class MemoryJobs:
         if key.kind is TaskKind.CHECK_SUSPECT:
             self._tasks.settle(key, for_s=lease_s)
             return
-        if isinstance(job, VerifyPersisted):  # not settled: once it is closed, it may be wanted again
-            self._note_verified(key.subject, job.digest)
-            self._node.log_event("staged", run, f"verified rank {job.rank} of step {job.step} in {job.url}")
+        if isinstance(job, VerifyShard) and job.url:  # not settled: once it is closed, it may be wanted again
+            self._note_verified(key.subject, job.shard.digest)
+            self._node.log_event("staged", run, f"verified {job.shard} in {job.url}")
             self._node.changed()
             return
         if isinstance(job, FetchPlan):
             admit.note_plan(self._store, run, job.plan.key, job.plan.plan_id)
             return
         settled_s = float("inf")
-        if isinstance(job, (FetchShard, FetchPersisted)):
+        if isinstance(job, FetchShard):
             self._publish(run, job)
-            source = job.url if isinstance(job, FetchPersisted) else "a peer"
-            self._node.log_event("staged", run, f"copied rank {job.rank} of step {job.step} from {source}")
+            self._node.log_event("staged", run, f"copied {job.shard} from {job.url or 'a peer'}")
             if key.kind is TaskKind.COPY:
                 settled_s = lease_s  # once it is released it may be wanted again
         elif isinstance(job, VerifyShard) and job.is_staged:
             self._publish(run, job)
             self._node.metrics.shards_rebuilt.of(run).inc()
-            self._node.log_event("rebuild", run, f"rebuilt rank {job.rank} of step {job.step}")
+            self._node.log_event("rebuild", run, f"rebuilt {job.shard}")
         elif isinstance(job, VerifyShard):
-            self._note_verified(self._decision_id(run), job.digest)
+            self._note_verified(self._decision_id(run), job.shard.digest)
         elif isinstance(job, EncodeStripe):
             admit.note_plan(self._store, run, job.plan.key, job.plan.plan_id)
             if job.plan.m:
@@ -180,9 +177,9 @@ class MemoryJobs:
         self._tasks.settle(key, for_s=settled_s)
         self._node.changed()
 
-    def _publish(self, run: str, job: VerifyShard | FetchShard | FetchPersisted) -> None:
-        admit.publish_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
-        self._note_verified(self._decision_id(run), job.digest)
+    def _publish(self, run: str, job: VerifyShard | FetchShard) -> None:
+        admit.publish_staged(self._store, job.shard)
+        self._note_verified(self._decision_id(run), job.shard.digest)
 
     def _decision_id(self, run: str) -> str:
         decision = self._node.run_desired(run).decision
@@ -201,7 +198,7 @@ class MemoryJobs:
             return
         if isinstance(job, FetchShard) and key.kind is TaskKind.COPY:
             if count >= MAX_TRIES or result.error_class == CapacityError.__name__:
-                self.failed_copies.add(run, job.digest)
+                self.failed_copies.add(run, job.shard.digest)
             return
         if isinstance(job, EncodeStripe) and is_hopeless:
             self._tasks.settle(key)
@@ -209,27 +206,27 @@ class MemoryJobs:
             plans.append(job.plan.plan_id)
             del plans[:-MAX_FAILED_PLANS]
         elif isinstance(job, VerifyShard) and job.is_staged and is_hopeless:
-            remove.discard_staged(self._store, run, rank=job.rank, world_size=job.world_size, digest=job.digest)
+            remove.discard_staged(self._store, job.shard)
         elif (
-            isinstance(job, (FetchShard, FetchPersisted, VerifyPersisted, VerifyShard))
+            isinstance(job, (FetchShard, VerifyShard))
             and key.kind in FOR_DECISION
-            and (result.corrupt or (count >= MAX_TRIES and not self._is_rebuilding(run, job.digest)))
+            and (result.corrupt or (count >= MAX_TRIES and not self._is_rebuilding(run, job.shard.digest)))
         ):
-            self._fail_decision(key, f"rank {job.rank} of step {job.step}: {result.message}")
+            self._fail_decision(key, f"{job.shard}: {result.message}")
         self._node.changed()
 
     def _is_rebuilding(self, run: str, digest: str) -> bool:
         rebuilds = self._node.run_desired(run).rebuilds
         return any(target.digest == digest for rebuild in rebuilds for target in rebuild.targets)
 
-    def _refuse_room(self, key: TaskKey, job: FetchShard | FetchPersisted, error: CapacityError) -> None:
+    def _refuse_room(self, key: TaskKey, job: FetchShard, error: CapacityError) -> None:
         """Give up a whole shard from elsewhere for lack of room."""
         if key.kind is not TaskKind.COPY:
             self._fail_decision(key, str(error))
             return
         logger.warning("run %s: no room for a shard of a node that drains: %s", key.run, error)
         self._tasks.fail(key)
-        self.failed_copies.add(key.run, job.digest)
+        self.failed_copies.add(key.run, job.shard.digest)
 
     def _fail_decision(self, key: TaskKey, reason: str) -> None:
         """The decision of ``key`` cannot be staged here."""
@@ -258,7 +255,8 @@ class MemoryJobs:
                     index.plans.pop(plan.plan_id, None)
                 self._fail_rebuild(action.key, error)
                 return
-            admit.note_staged(self._store, run, rank=target.rank, world_size=plan.world_size, digest=target.digest)
+            ref = ShardRef(run=run, key=plan.key, rank=target.rank, world_size=plan.world_size, digest=target.digest)
+            admit.note_staged(self._store, ref)
             self._node.changed()
         self._tasks.settle(action.key, for_s=STRIPE_POLL_S)
 

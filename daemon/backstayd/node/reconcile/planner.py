@@ -5,14 +5,13 @@ Called again after every change with everything it needs, so an action that fail
 
 from __future__ import annotations
 
+from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import (
     DecodeStripe,
     EncodeStripe,
-    FetchPersisted,
     FetchPlan,
     FetchShard,
     VerifyFragment,
-    VerifyPersisted,
     VerifyShard,
 )
 from backstayd.core.inventory.durable_names import is_local
@@ -38,6 +37,7 @@ from backstayd.node.reconcile.actions import (
 from backstayd.node.reconcile.durable_planner import durable_jobs
 from backstayd.node.reconcile.staging import staging_of, target_size, wanted_sources
 from backstayd.node.reconcile.tasks import TaskKey, TaskKind
+from backstayd.store.paths import ShardRef
 
 
 def plan_actions(view: View) -> list[Action]:
@@ -93,15 +93,8 @@ def _suspects(view: View) -> list[StartJob]:
             jobs.append(StartJob(key=key, job=job))
         for shard in view.shards:
             if (shard.attempt, shard.step, shard.rank) == (mark.attempt, mark.step, mark.rank):
-                verify = VerifyShard(
-                    run=view.desired.run,
-                    attempt=shard.attempt,
-                    step=shard.step,
-                    rank=shard.rank,
-                    world_size=shard.world_size,
-                    digest=shard.digest,
-                    deadline_s=deadline_s(shard.size_bytes),
-                )
+                ref = ShardRef.of(view.desired.run, shard)
+                verify = VerifyShard(shard=ref, deadline_s=deadline_s(shard.size_bytes))
                 jobs.append(StartJob(key=key, job=verify))
     return jobs
 
@@ -152,16 +145,8 @@ def _own_target(view: View, rebuild: Rebuild, target: RebuildTarget) -> StartJob
     if missing is None or missing:
         return PrepareTarget(key=_key(TaskKind.PREPARE, rebuild, target.rank), rebuild=rebuild, target=target)
     size = target_size(rebuild, target)
-    verify = VerifyShard(
-        run=plan.run,
-        attempt=plan.attempt,
-        step=plan.step,
-        rank=target.rank,
-        world_size=plan.world_size,
-        digest=target.digest,
-        is_staged=True,
-        deadline_s=deadline_s(size),
-    )
+    ref = ShardRef(run=plan.run, key=plan.key, rank=target.rank, world_size=plan.world_size, digest=target.digest)
+    verify = VerifyShard(shard=ref, is_staged=True, deadline_s=deadline_s(size))
     return StartJob(key=_key(TaskKind.VERIFY_STAGED, rebuild, target.rank), job=verify)
 
 
@@ -208,17 +193,20 @@ def _unopened(view: View, decision: Decision) -> list[ShardSource]:
     ]
 
 
-def _verify(decision: Decision, source: ShardSource) -> StartJob:
-    assert decision.base is not None
-    job = VerifyShard(
+def _ref(decision: Decision, source: ShardSource) -> ShardRef:
+    base = decision.base
+    assert base is not None
+    return ShardRef(
         run=decision.run,
-        attempt=decision.base.attempt,
-        step=decision.base.step,
+        key=SnapshotKey(base.attempt, base.step),
         rank=source.rank,
         world_size=base_size(decision),
         digest=source.digest,
-        deadline_s=deadline_s(source.size_bytes),
     )
+
+
+def _verify(decision: Decision, source: ShardSource) -> StartJob:
+    job = VerifyShard(shard=_ref(decision, source), deadline_s=deadline_s(source.size_bytes))
     return StartJob(key=TaskKey(decision.run, TaskKind.VERIFY, decision.decision_id, source.rank), job=job)
 
 
@@ -231,13 +219,8 @@ def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | No
     if not holders or (source.kind is SourceKind.REBUILD and view.node in source.holders):
         return None
     job = FetchShard(
-        run=decision.run,
-        attempt=decision.base.attempt,
-        step=decision.base.step,
-        rank=source.rank,
-        world_size=base_size(decision),
+        shard=_ref(decision, source),
         size_bytes=source.size_bytes,
-        digest=source.digest,
         addresses=tuple(view.peers[name] for name in holders),
         deadline_s=deadline_s(source.size_bytes),
     )
@@ -247,23 +230,13 @@ def _fetch(view: View, decision: Decision, source: ShardSource) -> StartJob | No
 def _fetch_persisted(decision: Decision, source: ShardSource) -> StartJob:
     """Copy from durable storage what no memory holds; a file on this machine is verified in place."""
     assert decision.base is not None
-    is_here = is_local(decision.base.url)
-    kind: type[VerifyPersisted | FetchPersisted] = VerifyPersisted if is_here else FetchPersisted
-    job = kind(
-        run=decision.run,
-        attempt=decision.base.attempt,
-        step=decision.base.step,
-        rank=source.rank,
-        world_size=decision.base.world_size or decision.world_size,
-        size_bytes=source.size_bytes,
-        digest=source.digest,
-        url=decision.base.url,
-        deadline_s=storage_deadline_s(source.size_bytes),
-    )
-    key = TaskKey(
-        decision.run, TaskKind.VERIFY_STORED if is_here else TaskKind.FETCH, decision.decision_id, source.rank
-    )
-    return StartJob(key=key, job=job)
+    ref, url, size_bytes = _ref(decision, source), decision.base.url, source.size_bytes
+    limit_s = storage_deadline_s(size_bytes)
+    if is_local(url):
+        key = TaskKey(decision.run, TaskKind.VERIFY_STORED, decision.decision_id, source.rank)
+        return StartJob(key=key, job=VerifyShard(shard=ref, url=url, deadline_s=limit_s))
+    key = TaskKey(decision.run, TaskKind.FETCH, decision.decision_id, source.rank)
+    return StartJob(key=key, job=FetchShard(shard=ref, size_bytes=size_bytes, url=url, deadline_s=limit_s))
 
 
 def _copy(view: View) -> list[StartJob]:
@@ -274,13 +247,8 @@ def _copy(view: View) -> list[StartJob]:
         if copy.digest in view.digests or not holders:
             continue
         job = FetchShard(
-            run=view.desired.run,
-            attempt=copy.attempt,
-            step=copy.step,
-            rank=copy.rank,
-            world_size=copy.world_size,
+            shard=ShardRef.of(view.desired.run, copy),
             size_bytes=copy.size_bytes,
-            digest=copy.digest,
             addresses=tuple(view.peers[name] for name in holders),
             deadline_s=deadline_s(copy.size_bytes),
         )

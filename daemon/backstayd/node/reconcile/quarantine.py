@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Final
 
-from backstay.ids import SnapshotKey
 from backstayd.coder.jobs import Corrupt
 from backstayd.core.messages.plans import FragmentRecord, Quarantined
 from backstayd.node.node_state import NodeState
 from backstayd.store import remove
+from backstayd.store.paths import ShardRef
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class BadSources:
     def quarantine(self, corrupt: Corrupt) -> None:
         """Quarantine a bad source of this node; report a bad one of a peer to the coordinator."""
         is_own = corrupt.node in ("", self._node.identity.bulk_address)
-        self._note(corrupt.run, self._quarantine(corrupt) if is_own else self._mark(corrupt))
+        self._note(corrupt.ref.run, self._quarantine(corrupt) if is_own else self._mark(corrupt))
 
     def quarantine_parity(self, run: str, fragment: FragmentRecord, reason: str) -> None:
         """Quarantine parity of this node that a peer has proven not to fit its stripe."""
@@ -53,29 +54,25 @@ class BadSources:
         self._node.changed()
 
     def _quarantine(self, corrupt: Corrupt) -> Quarantined | None:
-        store, key = self._node.store, SnapshotKey(corrupt.attempt, corrupt.step)
-        if corrupt.rank >= 0:
-            return remove.quarantine_shard(store, corrupt.run, key, rank=corrupt.rank, reason=corrupt.detail)
-        fragment = FragmentRecord(plan_id=corrupt.plan_id, stripe=corrupt.stripe, index=corrupt.index)
-        return remove.quarantine_fragment(store, corrupt.run, fragment, reason=corrupt.detail)
+        store, shard, fragment = self._node.store, corrupt.shard, corrupt.fragment
+        if shard is not None:
+            return remove.quarantine_shard(store, shard.run, shard.key, rank=shard.rank, reason=corrupt.detail)
+        assert fragment is not None
+        place = FragmentRecord(plan_id=fragment.plan_id, stripe=fragment.stripe, index=fragment.index)
+        return remove.quarantine_fragment(store, fragment.run, place, reason=corrupt.detail)
 
     def _mark(self, corrupt: Corrupt) -> Quarantined:
-        peers = self._node.peers
+        peers, ref = self._node.peers, corrupt.ref
         holder = next((name for name, address in peers.items() if address == corrupt.node), corrupt.node)
         entry = Quarantined(
-            what=_what(corrupt),
-            attempt=corrupt.attempt,
-            step=corrupt.step,
-            reason=corrupt.detail,
-            node=holder,
-            rank=corrupt.rank,
-            plan_id=corrupt.plan_id,
-            stripe=corrupt.stripe,
-            index=corrupt.index,
-            is_misfit=corrupt.is_misfit,
+            what=str(corrupt), attempt=ref.key.attempt, step=ref.key.step, reason=corrupt.detail, node=holder
         )
-        asyncio.get_running_loop().call_later(max(5.0, 3 * self._node.lease_s), self._forget_mark, corrupt.run, entry)
-        marks = self._remote.setdefault(corrupt.run, [])
+        if isinstance(ref, ShardRef):
+            entry = replace(entry, rank=ref.rank)
+        else:
+            entry = replace(entry, plan_id=ref.plan_id, stripe=ref.stripe, index=ref.index, is_misfit=corrupt.is_misfit)
+        asyncio.get_running_loop().call_later(max(5.0, 3 * self._node.lease_s), self._forget_mark, ref.run, entry)
+        marks = self._remote.setdefault(ref.run, [])
         if entry not in marks:
             marks.append(entry)
             del marks[:-MAX_REMOTE_MARKS]
@@ -89,9 +86,3 @@ class BadSources:
         if entry in marks:
             marks.remove(entry)
             self._node.changed()
-
-
-def _what(corrupt: Corrupt) -> str:
-    if corrupt.rank >= 0:
-        return f"shard rank {corrupt.rank} of step {corrupt.step}"
-    return f"parity stripe {corrupt.stripe} index {corrupt.index} of plan {corrupt.plan_id[:8]}, step {corrupt.step}"

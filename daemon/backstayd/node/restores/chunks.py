@@ -152,9 +152,7 @@ class Chunks:
             if (offered.run, source.digest) in self._manifests:
                 continue
             try:
-                raw = find_manifest(
-                    paths, offered.key, rank=source.rank, world_size=len(offered.sources), digest=source.digest
-                )
+                raw = find_manifest(paths, offered.ref(source))
             except BackstayError:
                 missing.append(source)
                 continue
@@ -166,12 +164,7 @@ class Chunks:
             return
         named = [holder for source in missing for holder in source.holders]
         job = FetchManifests(
-            run=offered.run,
-            attempt=offered.base.attempt,
-            step=offered.base.step,
-            world_size=len(offered.sources),
-            ranks=tuple(source.rank for source in missing),
-            digests=tuple(source.digest for source in missing),
+            shards=tuple(map(offered.ref, missing)),
             addresses=self._addresses(offered, [*named, *self._peers(offered)]),
             url=url,
             deadline_s=storage_deadline_s(0) if url else deadline_s(0),
@@ -305,12 +298,7 @@ class Chunks:
         if not is_here:
             self._prepare(offered, source, part, size)
         job = FetchChunks(
-            run=offered.run,
-            attempt=offered.base.attempt,
-            step=offered.base.step,
-            rank=source.rank,
-            world_size=len(offered.sources),
-            digest=source.digest,
+            shard=offered.ref(source),
             firsts=tuple(run.start for run in missing),
             counts=tuple(len(run) for run in missing),
             addresses=self._addresses(offered, source.holders),
@@ -401,7 +389,7 @@ class Chunks:
 
     def _remove(self, run: str, chunks: ShardChunks) -> None:
         store, paths = self._node.store, self._node.store.paths(run)
-        remove_sparse(paths, rank=chunks.rank, world_size=chunks.world_size, digest=chunks.digest)
+        remove_sparse(paths, chunks.ref)
         if run not in store.runs:  # it was only read in a visit
             for directory in (paths.staging, paths.root, paths.root.parent):
                 remove_empty(directory)

@@ -17,9 +17,9 @@ from typing import Any, Final
 from backstay.errors import BackstayError, UnavailableError
 from backstay.ids import SnapshotKey
 from backstay.protocol import framing, messages
-from backstayd.coder.jobs import JobResult, VerifyPersisted
+from backstayd.coder.jobs import JobResult, VerifyShard
 from backstayd.core.messages.decisions import Decision, SourceKind, takes_whole
-from backstayd.durable.local_shard import LocalShard, open_local_shard
+from backstayd.durable.reader import LocalShard, open_local_shard
 from backstayd.node.session import Session
 from backstayd.store.published import open_for_trainer
 from backstayd.store.store import Store
@@ -33,7 +33,7 @@ class OpenFiles:
     def __init__(self) -> None:
         self._held: dict[tuple[str, str], LocalShard] = {}  # (decision id, digest)
 
-    async def take(self, decision_id: str, job: VerifyPersisted, result: JobResult) -> JobResult:
+    async def take(self, decision_id: str, job: VerifyShard, result: JobResult) -> JobResult:
         """Open what ``job`` verified; returns a failed result if that fails."""
         try:
             shard = await _open(job)
@@ -41,10 +41,10 @@ class OpenFiles:
             return replace(result, error_class=UnavailableError.__name__, reason=error.reason, message=str(error))
         if shard.file_id != result.file_id:
             shard.close()
-            message = f"the file of rank {job.rank} in {job.url} was replaced during verification"
+            message = f"the file of rank {job.shard.rank} in {job.url} was replaced during verification"
             return replace(result, error_class=UnavailableError.__name__, reason="replaced", message=message)
-        self._drop((decision_id, job.digest))
-        self._held[decision_id, job.digest] = shard
+        self._drop((decision_id, job.shard.digest))
+        self._held[decision_id, job.shard.digest] = shard
         return result
 
     def open_shards(
@@ -106,7 +106,7 @@ class OpenFiles:
             shard.close()
 
 
-async def _open(job: VerifyPersisted) -> LocalShard:
+async def _open(job: VerifyShard) -> LocalShard:
     future: Future[LocalShard] = Future()
     threading.Thread(target=_open_into, args=(future, job), daemon=True, name="open-persisted").start()
     try:
@@ -114,16 +114,17 @@ async def _open(job: VerifyPersisted) -> LocalShard:
             return await asyncio.shield(asyncio.wrap_future(future))
     except TimeoutError as error:
         future.add_done_callback(_close_late)
-        message = f"opening the file of rank {job.rank} in {job.url} took longer than {OPEN_DEADLINE_S:.0f} s"
+        message = f"opening the file of rank {job.shard.rank} in {job.url} took longer than {OPEN_DEADLINE_S:.0f} s"
         raise UnavailableError(message, reason="unreachable") from error
     except asyncio.CancelledError:
         future.add_done_callback(_close_late)
         raise
 
 
-def _open_into(future: Future[LocalShard], job: VerifyPersisted) -> None:
+def _open_into(future: Future[LocalShard], job: VerifyShard) -> None:
     try:
-        future.set_result(open_local_shard(job.url, rank=job.rank, world_size=job.world_size, digest=job.digest))
+        ref = job.shard
+        future.set_result(open_local_shard(job.url, rank=ref.rank, world_size=ref.world_size, digest=ref.digest))
     except (BackstayError, OSError, ValueError) as error:  # raised where the future is awaited
         future.set_exception(error)
 

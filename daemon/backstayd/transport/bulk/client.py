@@ -5,18 +5,16 @@ Answers come into the caller's buffers unverified: whoever uses bytes checks the
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from backstay.errors import ERROR_CLASSES, BackstayError, IntegrityError, UnavailableError
-from backstay.ids import SnapshotKey
 from backstayd.security.credentials import Credentials
+from backstayd.store.paths import FragmentRef, ShardRef
 from backstayd.store.record_files import MAX_RECORD_BYTES
 from backstayd.transport.bulk.tls import connect_channel
 from backstayd.transport.bulk.wire import BulkReply, BulkRequest, Channel, Timeouts, enlarge_buffers
@@ -28,28 +26,6 @@ GONE: Final = "gone"
 TRUNCATED: Final = "truncated"
 BAD_CHUNK: Final = "bad_chunk"
 FLIPPED_IN_FLIGHT: Final = "flipped_in_flight"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRef:
-    """The identity of one shard's bytes."""
-
-    run: str
-    key: SnapshotKey
-    rank: int
-    world_size: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FragmentRef:
-    """The identity of one parity fragment's bytes."""
-
-    run: str
-    key: SnapshotKey
-    plan_id: str
-    stripe: int
-    index: int
 
 
 class BulkClient:
@@ -77,13 +53,10 @@ class BulkClient:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def request_shard(self, ref: ShardRef, *, first_chunk: int, chunk_count: int) -> None:
-        """Ask for chunks of a shard; read them with :meth:`begin_answer` and :meth:`receive_into`."""
-        self._send(_shard_request("read_shard", ref, first_chunk=first_chunk, chunk_count=chunk_count))
-
-    def request_fragment(self, ref: FragmentRef, *, first_chunk: int, chunk_count: int) -> None:
-        """Ask for chunks of a parity fragment (``chunk_count`` 0: none, only the record)."""
-        self._send(_fragment_request("read_fragment", ref, first_chunk=first_chunk, chunk_count=chunk_count))
+    def request(self, ref: ShardRef | FragmentRef, *, first_chunk: int, chunk_count: int) -> None:
+        """Ask for chunks (0 of a fragment: only its record); :meth:`begin_answer` and :meth:`receive_into` read them."""
+        op = "read_shard" if isinstance(ref, ShardRef) else "read_fragment"
+        self._send(_request(op, ref, first_chunk=first_chunk, chunk_count=chunk_count))
 
     def begin_answer(self) -> BulkReply:
         """The next answer in order; its ``payload_bytes`` must be received before the next one.
@@ -105,46 +78,47 @@ class BulkClient:
         """Fill ``view`` with payload bytes of the current answer."""
         self._checked(lambda channel: channel.receive_into(view))
 
-    def read_shard(self, ref: ShardRef, *, first_chunk: int, view: memoryview, chunk_count: int) -> None:
+    def read(self, ref: ShardRef | FragmentRef, *, first_chunk: int, view: memoryview, chunk_count: int) -> None:
         """Read chunks into ``view``, which must have exactly their length."""
-        self.request_shard(ref, first_chunk=first_chunk, chunk_count=chunk_count)
-        self._receive_whole(view)
+        self.request(ref, first_chunk=first_chunk, chunk_count=chunk_count)
+        reply = self.begin_answer()
+        if reply.payload_bytes != len(view):
+            self.close()
+            raise IntegrityError(
+                f"{self.address} answers {reply.payload_bytes} bytes, not {len(view)}", reason=TRUNCATED
+            )
+        self.receive_into(view)
 
-    def read_fragment(self, ref: FragmentRef, *, first_chunk: int, view: memoryview, chunk_count: int) -> None:
-        """Read chunks of a parity fragment into ``view``, which must have exactly their length."""
-        self.request_fragment(ref, first_chunk=first_chunk, chunk_count=chunk_count)
-        self._receive_whole(view)
-
-    def get_plan(self, run: str, key: SnapshotKey, plan_id: str) -> bytes:
+    def get_plan(self, ref: FragmentRef) -> bytes:
         """The JSON of a StoredPlan; not verified."""
-        self._send(BulkRequest(op="get_plan", run=run, attempt=key.attempt, step=key.step, plan_id=plan_id))
+        self._send(_request("get_plan", ref))
         return self._receive_document()
 
     def get_manifest(self, ref: ShardRef) -> bytes:
         """The exact bytes of a published manifest; not verified."""
-        self._send(_shard_request("get_manifest", ref))
+        self._send(_request("get_manifest", ref))
         return self._receive_document()
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def begin_put_fragment(self, ref: FragmentRef, *, size_bytes: int) -> None:
         """Announce a parity fragment; raises UnavailableError (``not_ready``) until the peer stored the plan."""
-        self._send(_fragment_request("put_fragment", ref, size_bytes=size_bytes))
+        self._send(_request("put_fragment", ref, size_bytes=size_bytes))
         self.begin_answer()
 
     def begin_renew_fragment(
         self, ref: FragmentRef, *, size_bytes: int, older: FragmentRef, kept: Sequence[range]
     ) -> None:
         """As :meth:`begin_put_fragment`, but the peer takes the chunks ``kept`` from its fragment ``older``."""
-        request = _fragment_request("renew_fragment", ref, size_bytes=size_bytes)
         ranges = tuple((one.start, len(one)) for one in kept)
-        self._send(dataclasses.replace(request, older_plan_id=older.plan_id, older_step=older.key.step, kept=ranges))
+        place = {"older_plan_id": older.plan_id, "older_step": older.key.step}
+        self._send(_request("renew_fragment", ref, size_bytes=size_bytes, kept=ranges, **place))
         self.begin_answer()
         self._checked(lambda channel: channel.allow_work(size_bytes))
 
     def begin_put_shard(self, ref: ShardRef, *, first_chunk: int, chunk_count: int, stripe: int) -> None:
         """Announce a range of a staged shard; raises UnavailableError (``not_ready``) until the peer prepared staging."""
-        self._send(_shard_request("put_shard", ref, first_chunk=first_chunk, chunk_count=chunk_count, stripe=stripe))
+        self._send(_request("put_shard", ref, first_chunk=first_chunk, chunk_count=chunk_count, stripe=stripe))
         self.begin_answer()
 
     def put_chunk(self, crc: int, pieces: Sequence[memoryview]) -> None:
@@ -166,7 +140,7 @@ class BulkClient:
 
     def is_staged(self, ref: ShardRef) -> bool:
         """Whether the peer accepts ranges of this shard now."""
-        self._send(_shard_request("is_staged", ref))
+        self._send(_request("is_staged", ref))
         try:
             self.begin_answer()
         except UnavailableError as error:
@@ -174,12 +148,6 @@ class BulkClient:
                 return False
             raise
         return True
-
-    def suspect(self, ref: ShardRef | FragmentRef) -> None:
-        """Tell the holder that these bytes failed verification here, so that it verifies them itself."""
-        request = _shard_request("suspect", ref) if isinstance(ref, ShardRef) else _fragment_request("suspect", ref)
-        self._send(request)
-        self.begin_answer()
 
     # -- the connection ------------------------------------------------------------------------------------------------
 
@@ -195,15 +163,6 @@ class BulkClient:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-
-    def _receive_whole(self, view: memoryview) -> None:
-        reply = self.begin_answer()
-        if reply.payload_bytes != len(view):
-            self.close()
-            raise IntegrityError(
-                f"{self.address} answers {reply.payload_bytes} bytes, not {len(view)}", reason=TRUNCATED
-            )
-        self.receive_into(view)
 
     def _receive_document(self) -> bytes:
         reply = self.begin_answer()
@@ -281,35 +240,9 @@ def connect(host: str, port: int, *, timeout_s: float) -> socket.socket:
     raise failure or OSError(f"{host} has no address")
 
 
-def _shard_request(
-    op: str, ref: ShardRef, *, first_chunk: int = 0, chunk_count: int = 0, stripe: int = -1
-) -> BulkRequest:
-    return BulkRequest(
-        op=op,
-        run=ref.run,
-        attempt=ref.key.attempt,
-        step=ref.key.step,
-        rank=ref.rank,
-        world_size=ref.world_size,
-        digest=ref.digest,
-        first_chunk=first_chunk,
-        chunk_count=chunk_count,
-        stripe=stripe,
-    )
-
-
-def _fragment_request(
-    op: str, ref: FragmentRef, *, first_chunk: int = 0, chunk_count: int = 0, size_bytes: int = 0
-) -> BulkRequest:
-    return BulkRequest(
-        op=op,
-        run=ref.run,
-        attempt=ref.key.attempt,
-        step=ref.key.step,
-        plan_id=ref.plan_id,
-        stripe=ref.stripe,
-        index=ref.index,
-        first_chunk=first_chunk,
-        chunk_count=chunk_count,
-        size_bytes=size_bytes,
-    )
+def _request(op: str, ref: ShardRef | FragmentRef, **more: Any) -> BulkRequest:
+    if isinstance(ref, ShardRef):
+        more |= {"rank": ref.rank, "world_size": ref.world_size, "digest": ref.digest}
+    else:
+        more |= {"plan_id": ref.plan_id, "stripe": ref.stripe, "index": ref.index}
+    return BulkRequest(op=op, run=ref.run, attempt=ref.key.attempt, step=ref.key.step, **more)

@@ -13,13 +13,15 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
 from backstay.errors import IntegrityError, UnavailableError
 from backstay.format import json_records, versions
+from backstay.ids import SnapshotKey
 from backstayd.security.sockets import drop_incoming
+from backstayd.store.paths import FragmentRef, ShardRef
 
 T = TypeVar("T")
 
@@ -32,9 +34,9 @@ FILE_CONSTANT_S: Final = 600.0  # for a file beside its bytes over the floor; si
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BulkRequest:
-    """``op`` is one of read_shard, read_fragment, get_plan, get_manifest, put_fragment, renew_fragment, put_shard, is_staged,
-    suspect. To renew is to put a fragment without the chunks ``kept``, ascending (first, count), which the peer takes from the
-    same fragment of its older plan."""
+    """``op`` is one of read_shard, read_fragment, get_plan, get_manifest, put_fragment, renew_fragment, put_shard, is_staged.
+    To renew is to put a fragment without the chunks ``kept``, ascending (first, count), which the peer takes from the same
+    fragment of its older plan."""
 
     op: str
     protocol: int = versions.BULK_PROTOCOL
@@ -53,6 +55,22 @@ class BulkRequest:
     older_plan_id: str = ""
     older_step: int = 0
     kept: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def key(self) -> SnapshotKey:
+        return SnapshotKey(self.attempt, self.step)
+
+    @property
+    def shard(self) -> ShardRef:
+        return ShardRef(run=self.run, key=self.key, rank=self.rank, world_size=self.world_size, digest=self.digest)
+
+    @property
+    def fragment(self) -> FragmentRef:
+        return FragmentRef(run=self.run, key=self.key, plan_id=self.plan_id, stripe=self.stripe, index=self.index)
+
+    @property
+    def older(self) -> FragmentRef:
+        return replace(self.fragment, key=SnapshotKey(self.attempt, self.older_step), plan_id=self.older_plan_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
