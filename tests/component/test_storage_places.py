@@ -13,12 +13,19 @@ import pytest
 
 from backstay.errors import BackstayError, ConfigError, IntegrityError, SnapshotNotFoundError, UnavailableError
 from backstay.format import json_records
+from backstay.format.manifest import CHUNK_BYTES
+from backstayd.coder.context import CorruptSourceError, JobContext
+from backstayd.coder.jobs import CoderEvent, FetchChunks, FetchManifests, FetchShard
+from backstayd.coder.transfer.fetch import run_fetch, run_fetch_chunks, run_fetch_manifests
 from backstayd.core.inventory.durable_names import manifest_name, shard_name
 from backstayd.durable.open import open_place
 from backstayd.durable.place import Place
 from backstayd.durable.publish import publish_shard
 from backstayd.durable.reader import open_shard
+from backstayd.store.paths import ShardRef
+from backstayd.store.published import find_manifest
 from backstayd.store.record_files import ShardChunks, parse_manifest
+from backstayd.store.staging import prepare_sparse
 from tests.kit.object_store import ObjectStore, object_store
 from tests.kit.shards import MadeShard, make_shard
 from tests.kit.wording import refuses
@@ -320,3 +327,40 @@ def test_random_cuts_never_leave_a_shard_that_is_not_whole(tmp_path: Path) -> No
             assert place.size_of(shard_name(0, 1)) in (None, len(shard.data))
     put(place, shard)
     assert (tmp_path / SNAPSHOT / shard_name(0, 1)).read_bytes() == shard.data
+
+
+def test_a_shard_and_chunks_of_it_are_fetched_verified_and_a_damaged_one_is_named(url: str, tmp_path: Path) -> None:
+    shard, memory = make_shard(step=12, payload_bytes=9 * MIB + 12345), tmp_path / "memory"
+    place = open_place(f"{url}/{SNAPSHOT}")
+    put(place, shard)
+    ref = ShardRef.of(shard.manifest.run, shard.manifest)
+
+    def context() -> JobContext:
+        return JobContext(memory_dir=memory, incarnation="i", deadline_s=60.0, emit=events.append)
+
+    events: list[CoderEvent] = []
+    paths = context().paths(ref.run)
+    whole = FetchShard(shard=ref, size_bytes=len(shard.data), url=place.url, deadline_s=60.0)
+    run_fetch(context(), whole)
+    assert paths.staged(0, 1, ref.digest).read_bytes() == shard.data
+    assert events == [CoderEvent(kind="shard_staged", shard=ref)]
+
+    run_fetch_manifests(context(), FetchManifests(shards=(ref,), url=place.url, deadline_s=60.0))
+    prepare_sparse(paths, find_manifest(paths, ref), digest=ref.digest, incarnation="i")
+    last = -(-len(shard.data) // CHUNK_BYTES) - 1
+    some = FetchChunks(shard=ref, firsts=(1, last), counts=(3, 1), url=place.url, deadline_s=60.0)
+    done = context()
+    run_fetch_chunks(done, some)
+    assert done.done_bytes == 3 * CHUNK_BYTES + len(shard.data) - last * CHUNK_BYTES
+    data = paths.sparse(0, 1, ref.digest).read_bytes()
+    assert data[CHUNK_BYTES : 4 * CHUNK_BYTES] == shard.data[CHUNK_BYTES : 4 * CHUNK_BYTES]
+    assert data[last * CHUNK_BYTES :] == shard.data[last * CHUNK_BYTES :]
+    assert data[4 * CHUNK_BYTES : last * CHUNK_BYTES].strip(b"\0") == b"", "what was not asked for is a hole"
+
+    damaged = bytearray(shard.data)
+    damaged[5 * MIB] ^= 1
+    place.put_small(shard_name(0, 1), bytes(damaged))
+    failed = context()
+    with pytest.raises(CorruptSourceError, match="chunk 20 has crc"):
+        run_fetch(failed, whole)
+    assert [(corrupt.node, corrupt.shard) for corrupt in failed.corrupt] == [(place.url, ref)]
