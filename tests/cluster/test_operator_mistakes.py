@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from backstay.errors import ConfigError, UsageError
+from backstay.errors import ConfigError
 from backstay.testing.wait import wait_until
-from backstayd import app
 from backstayd.security.credentials import TlsFiles
 from tests.kit.certificates import TestAuthority, node_uri
 from tests.kit.daemon_process import RunningDaemon, finished_daemon, running_daemon
@@ -27,54 +26,6 @@ from tests.kit.wording import says
 
 CONFIG = ConfigError.exit_code
 CGROUP = Path("/sys/fs/cgroup/memory")
-
-
-@pytest.mark.parametrize(
-    ("text", "facts"),
-    [
-        ('[node]\nnmae = "n1"\n', ("[node] nmae", "name")),
-        ("[node]\nparity = 2\n", ("[node] parity", "[coordinator]")),
-        ('coders = 2\n[node]\nname = "n1"\n', ("coders", "[node]")),
-        ("[nodes]\ncoders = 2\n", ("nodes", "node")),
-        ("[node]\ncoders = \n", ("TOML", "line 2, column 10")),
-        ("[node]\ncoders = 0\n", ("[node] coders = 0", 1, 64)),
-        ('[node]\nquota_bytes = "8 GB"\ncoordinator = "here"\n', ("coordinator = 'here'", "HOST:PORT")),
-        ("node = 3\n", ("[node]",)),
-        ('[node]\nbulk = "0.0.0.0:7071"\n', ("bulk = '0.0.0.0:7071'",)),
-    ],
-)
-def test_a_bad_file_is_refused_by_place_and_name(
-    text: str, facts: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "backstayd.toml"
-    config.write_text(text)
-    assert app.main(["node", "--config", str(config), "--insecure", "--check-config"]) == CONFIG
-    assert_one_line(capsys.readouterr().err, config, *facts)
-
-
-@pytest.mark.parametrize(
-    ("argv", "code", "facts"),
-    [
-        (["node", "--coder", "2"], UsageError.exit_code, ("--coder 2", "backstayd --help")),
-        (["nod"], UsageError.exit_code, ("'nod'", "'node'", "'coordinator'")),
-        (["node", "--socket", "/run/" + "x" * 110], CONFIG, ("--socket", "x" * 110, 107)),
-        (["node", "--memory-dir", "memory"], CONFIG, ("--memory-dir = 'memory'",)),
-        (["coordinator", "--parity", "5"], CONFIG, ("--parity = '5'", "'auto'", 0, 4)),
-        (
-            ["coordinator", "--election", "zookeeper://a:1/x"],
-            CONFIG,
-            ("--election", "etcd://HOST:PORT", "kubernetes://"),
-        ),
-        (["coordinator", "--advertise", "0.0.0.0:7070"], CONFIG, ("--advertise = '0.0.0.0:7070'",)),
-        (["coordinator", "--persist-url", "bucket"], CONFIG, ("--persist-url = 'bucket'", "file:///mnt/ckpt")),
-    ],
-)
-def test_a_bad_command_line_is_refused(
-    argv: list[str], code: int, facts: tuple[object, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    insecure = ["--insecure"] if argv[0] != "nod" else []
-    assert app.main([*argv, *insecure]) == code
-    assert_one_line(capsys.readouterr().err, *facts)
 
 
 def assert_one_line(printed: str, *facts: object) -> None:

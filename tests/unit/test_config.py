@@ -52,21 +52,22 @@ def test_each_setting_explains_itself_and_has_a_flag_of_its_own() -> None:
         assert len({setting.flag for setting in found}) == len(found)
 
 
-def test_an_unknown_key_in_the_file_names_the_nearest_known_one(tmp_path: Path) -> None:
-    file = _write(tmp_path / "c.toml", '[node]\nmemory_directory = "/x"\n')
-    with refuses(ConfigError, "unknown_key", "c.toml", "memory_directory", "memory_dir"):
-        load_config(NodeConfig, file=file, environ={}, flags={})
-
-
-def test_a_mistake_in_the_other_roles_table_is_found_too(tmp_path: Path) -> None:
-    file = _write(tmp_path / "c.toml", "[coordinator]\nleases = 3\n")
-    with refuses(ConfigError, "unknown_key", "lease_s"):
-        load_config(NodeConfig, file=file, environ={}, flags={})
-
-
-def test_an_unknown_table_names_the_nearest_known_one(tmp_path: Path) -> None:
-    file = _write(tmp_path / "c.toml", "[cordinator]\nkeep = 1\n")
-    with refuses(ConfigError, "unknown_key"):
+@pytest.mark.parametrize(
+    ("text", "reason", "facts"),
+    [
+        ('[node]\nmemory_directory = "/x"\n', "unknown_key", ("[node] memory_directory", "memory_dir")),
+        ("[coordinator]\nleases = 3\n", "unknown_key", ("[coordinator] leases", "lease_s")),  # of the other role
+        ("[cordinator]\nkeep = 1\n", "unknown_key", ("cordinator", "coordinator")),
+        ("[node]\nparity = 2\n", "wrong_section", ("[node] parity", "[coordinator]")),
+        ('coders = 2\n[node]\nname = "n1"\n', "wrong_section", ("coders", "[node]")),
+        ("[node]\ncoders = \n", "bad_file", ("TOML", "line 2, column 10")),
+        ("node = 3\n", "bad_file", ("[node]",)),
+        ("[node]\ncoders = true\n", "bad_value", ("[node] coders = True",)),
+    ],
+)
+def test_a_mistake_in_the_file_names_its_place(text: str, reason: str, facts: tuple[str, ...], tmp_path: Path) -> None:
+    file = _write(tmp_path / "c.toml", text)
+    with refuses(ConfigError, reason, file, *facts):
         load_config(NodeConfig, file=file, environ={}, flags={})
 
 
@@ -112,12 +113,6 @@ def test_variables_that_kubernetes_writes_for_a_service_are_not_taken_for_settin
 def test_a_bad_value_names_its_flag_and_what_would_do(flags: dict[str, str], facts: list[object]) -> None:
     with refuses(ConfigError, "bad_value", *facts):
         load_config(NodeConfig, file=None, environ={}, flags=flags)
-
-
-def test_a_boolean_is_no_number(tmp_path: Path) -> None:
-    file = _write(tmp_path / "c.toml", "[node]\ncoders = true\n")
-    with refuses(ConfigError, "bad_value"):
-        load_config(NodeConfig, file=file, environ={}, flags={})
 
 
 @pytest.mark.parametrize(("text", "parity"), [("auto", None), ("0", 0), ("4", 4)])
