@@ -28,9 +28,13 @@ def document() -> dict[str, Any]:
         "world_id": "a" * 16,
         "world_size": 2,
         "attempt": 3,
+        "trainer_count": 1,
         "redundancy": "DEGRADED(1)",
-        "spares": 1,
-        "reason": "node-03 was lost 2 s ago",
+        "verdict": {"word": "degraded", "survives": 1, "reason": "node-03 was lost 2 s ago"},
+        "forgotten_in_s": None,
+        "behind": None,
+        "distrusted": [],
+        "storage": None,
         "complete_step": 13,
         "protected_step": 12,
         "interval_steps": 1,
@@ -65,7 +69,7 @@ def document() -> dict[str, Any]:
                 "missing": "",
             },
         ],
-        "groups": [{"members": ["node-01", "node-02"], "k": 1, "m": 1, "spares": 0}],
+        "groups": [{"members": ["node-01", "node-02"], "k": 1, "m": 1, "spares": 0, "is_weak": True}],
         "quarantined": [
             {"node": "node-01", "what": "shard rank 1 of step 12", "attempt": 2, "step": 12, "reason": "chunk 3 crc"}
         ],
@@ -80,7 +84,7 @@ def document() -> dict[str, Any]:
             ],
         },
     }
-    other = {**degraded, "run": "vision/resnet", "reason": "", "decision": None, "quarantined": [], "snapshots": []}
+    other = {**degraded, "run": "vision/resnet", "decision": None, "quarantined": [], "snapshots": []}
     return {
         "format": 1,
         "role": "coordinator",
@@ -160,7 +164,7 @@ HOSTILE = "\x1b]0;owned\x07nan\x9b2J\ndefault/gpt: all is well\u202e"
 def test_words_of_a_trainer_neither_command_a_terminal_nor_pass_for_lines_of_ours(document: dict[str, Any]) -> None:
     run = document["runs"][0]
     run["distrusted"] = [{"snapshot_id": "x", "attempt": 2, "step": 12, "reason": HOSTILE}]
-    run["reason"] = run["explain"]["message"] = run["decision"]["message"] = HOSTILE
+    run["verdict"]["reason"] = run["explain"]["message"] = run["decision"]["message"] = HOSTILE
     run["quarantined"][0]["reason"] = run["snapshots"][0]["missing"] = document["timeline"][1]["message"] = HOSTILE
     texts = [status.describe(document, events=9), explain.describe(run), snapshots.describe(run)]
     for text in [*texts, tables.as_json(document)]:
@@ -186,7 +190,7 @@ def test_watching_shows_the_words_of_others_as_words(
         return answer
 
     monkeypatch.setattr(status_watch, "PERIOD_S", 0.0)
-    document["runs"][0]["reason"] = document["nodes"][0]["state"] = HOSTILE
+    document["runs"][0]["verdict"]["reason"] = document["nodes"][0]["state"] = HOSTILE
     screen = Screen()
     with pytest.raises(KeyboardInterrupt):
         status_watch.Watch(ask, lambda shown: status.describe(shown, events=9), screen).run()

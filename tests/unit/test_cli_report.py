@@ -42,7 +42,8 @@ def interruption(**changes: Any) -> Interruption:
 
 
 def document(**runs: dict[str, Any] | None) -> dict[str, Any]:
-    return {"runs": [{"run": f"default/{name}", "ledger": found} for name, found in runs.items()], "is_settled": True}
+    entries = [{"run": f"default/{name}", "ledger": found} for name, found in runs.items()]
+    return {"runs": entries, "finished": [], "is_settled": True}
 
 
 def test_a_run_is_described_with_what_it_lost() -> None:

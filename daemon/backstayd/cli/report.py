@@ -32,7 +32,7 @@ def _runs(document: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
     """Runs that are training or trained recently, with their ledgers; SnapshotNotFoundError for an unknown name."""
     current = [_entry(found, is_over=False) for found in document["runs"]]
     known = {found["run"] for found in current if found["ledger"]}
-    over = [_entry(found, is_over=True) for found in document.get("finished", []) if found["run"] not in known]
+    over = [_entry(found, is_over=True) for found in document["finished"] if found["run"] not in known]
     names = {found["run"] for found in over}
     found = [entry for entry in current if entry["run"] not in names] + over
     if name is None:
@@ -48,7 +48,7 @@ def _runs(document: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
 
 
 def _entry(found: dict[str, Any], *, is_over: bool) -> dict[str, Any]:
-    return {"run": found["run"], "is_over": is_over, "ledger": found.get("ledger")}
+    return {"run": found["run"], "is_over": is_over, "ledger": found["ledger"]}
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -76,7 +76,7 @@ def _kept(ledger: dict[str, Any]) -> str:
     began = date_time(ledger["began_unix_s"])
     if ledger["is_whole"]:
         return f"complete since its first step, {began}"
-    return f"since {began}; earlier history is unknown: no surviving node recorded it, or an older version did"
+    return f"since {began}; earlier history is unknown: no surviving node recorded it"
 
 
 def _goodput(ledger: dict[str, Any]) -> str:

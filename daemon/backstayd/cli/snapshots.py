@@ -16,7 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
     document = get_status(arguments)
     runs = [find_run(document, arguments.run)] if arguments.run else document["runs"]
     if arguments.json:
-        say(as_json([{"run": r["run"], "snapshots": r["snapshots"], "storage": r.get("storage")} for r in runs]))
+        say(as_json([{"run": r["run"], "snapshots": r["snapshots"], "storage": r["storage"]} for r in runs]))
     else:
         say("\n\n".join(describe(run_) for run_ in runs) or "no run is known")
     return 0
@@ -42,7 +42,7 @@ def describe(run_: dict[str, Any]) -> str:
     lines = [f"{run_['run']}  {run_['redundancy']}"]
     lines.append(table(("STEP", "ATTEMPT", "STATE", "SPARES", "SHARDS", "SIZE", "SNAPSHOT ID", "RANK@NODES"), rows))
     lines += [f"step {item['step']}: {item['missing']}" for item in snapshots if item["missing"]]
-    return "\n".join([*lines, *_persisted(run_.get("storage"))])
+    return "\n".join([*lines, *_persisted(run_["storage"])])
 
 
 def _persisted(storage: dict[str, Any] | None) -> list[str]:
@@ -64,7 +64,7 @@ def _persisted(storage: dict[str, Any] | None) -> list[str]:
     lines = ["", f"on durable storage in {storage['url']}"]
     lines.append(table(("STEP", "ATTEMPT", "STATE", "RANKS", "SIZE", "SNAPSHOT ID", "WRITTEN"), rows))
     lines += describe_storage(storage)[1:]
-    problems = [item for item in storage["snapshots"] if item["problem"]] + storage.get("unreadable", [])
+    problems = [item for item in storage["snapshots"] if item["problem"]] + storage["unreadable"]
     return lines + [f"step {item['step']} of attempt {item['attempt']}: {item['problem']}" for item in problems]
 
 

@@ -85,14 +85,14 @@ def _runs(runs: list[dict[str, Any]]) -> str:
     rows = [
         (
             run_["run"],
-            _verdict(run_)["word"],
-            max(0, _verdict(run_)["survives"]),
+            run_["verdict"]["word"],
+            max(0, run_["verdict"]["survives"]),
             run_["redundancy"],
-            f"{run_.get('trainer_count', len(run_['sessions']))}/{run_['world_size']}",
+            f"{run_['trainer_count']}/{run_['world_size']}",
             run_["attempt"],
             run_["complete_step"] or "-",
             run_["protected_step"] or "-",
-            (run_.get("storage") or {}).get("step"),
+            (run_["storage"] or {}).get("step"),
             run_["interval_steps"],
         )
         for run_ in runs
@@ -112,11 +112,6 @@ def _runs(runs: list[dict[str, Any]]) -> str:
     return table(headers, rows)
 
 
-def _verdict(run_: dict[str, Any]) -> dict[str, Any]:
-    """An older coordinator gives none."""
-    return run_.get("verdict") or {"word": "-", "survives": run_["spares"], "reason": run_["reason"]}
-
-
 def _weak_groups(run_: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [
         (
@@ -127,9 +122,7 @@ def _weak_groups(run_: dict[str, Any]) -> list[tuple[Any, ...]]:
             ", ".join(group["members"]),
         )
         for group in run_["groups"]
-        if group.get(
-            "is_weak", group["spares"] < group["m"] or group.get("missing")
-        )  # an older coordinator does not say
+        if group["is_weak"]
     ]
 
 
@@ -156,7 +149,7 @@ def describe_storage(storage: dict[str, Any] | None) -> list[str]:
 
 def describe_lag(run_: dict[str, Any]) -> list[str]:
     """What a restart would cost now, for a run that trains ahead of its protected snapshots."""
-    behind = run_.get("behind")
+    behind = run_["behind"]
     if not behind:
         return []
     steps = f"{behind['steps']} steps" if behind["steps"] else "all steps"
@@ -165,20 +158,20 @@ def describe_lag(run_: dict[str, Any]) -> list[str]:
 
 def _notes(run_: dict[str, Any]) -> list[str]:
     notes = []
-    reason = _verdict(run_)["reason"]
+    reason = run_["verdict"]["reason"]
     if reason:
         notes.append(f"{run_['run']}: {reason}")
     notes += [f"{run_['run']}: {line}" for line in describe_lag(run_)]
-    ttl_s = run_.get("forgotten_in_s")
+    ttl_s = run_["forgotten_in_s"]
     if ttl_s is not None:
         notes.append(f"{run_['run']}: no trainer is connected; its memory will be freed in {ttl_s / 3600:.1f} h")
-    notes += [f"{run_['run']}: {line}" for line in describe_storage(run_.get("storage"))]
+    notes += [f"{run_['run']}: {line}" for line in describe_storage(run_["storage"])]
     decision = run_["decision"]
     if decision and decision["phase"] != "release" and decision["message"]:
         notes.append(f"{run_['run']}: recovery in phase {decision['phase']}: {decision['message']}")
     notes += [
         f"{run_['run']}: step {item['step']} of attempt {item['attempt']} is distrusted: {item['reason']}"
-        for item in run_.get("distrusted", ())
+        for item in run_["distrusted"]
     ]
     notes += [
         f"{run_['run']}: {item['what']} on {item['node']} is quarantined: {item['reason']}"

@@ -145,7 +145,7 @@ class Changes:
 
 def verdict_sentence(run: Document) -> str:
     """Whether the job would survive the next failure, and why."""
-    verdict = run.get("verdict") or {"word": run["redundancy"], "survives": run["spares"], "reason": run["reason"]}
+    verdict = run["verdict"]
     return f"{verdict['word']}, survives {max(0, verdict['survives'])} losses: {verdict['reason']}"
 
 

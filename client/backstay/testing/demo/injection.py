@@ -274,8 +274,8 @@ class Injector:
         for source in record.sources:
             node = self.watch.notes.of(source["rank"], "start")[-1]["node"]
             if event is not None and node in empty and source["kind"] in ("local", "peer"):
-                told = f"then {source['kind']} {source['detail']}".strip()
-                source |= {"kind": "rebuild", "detail": f"{event['message']}; {told}"}
+                later = f"then {source['kind']} {source['detail']}".strip()
+                source |= {"kind": "rebuild", "detail": f"{event['message']}; {later}"}
 
     def _note_detection(self, record: FaultRecord, *kinds: str) -> None:
         event = self.watch.first_event(record.injected_unix_s, *kinds)
