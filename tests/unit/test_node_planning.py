@@ -73,7 +73,7 @@ from backstayd.node.reconcile.actions import (
     View,
 )
 from backstayd.node.reconcile.planner import plan_actions
-from backstayd.node.reconcile.staging import is_handing_out, rebuilt_bytes, staging_of
+from backstayd.node.reconcile.staging import needs_open_files, rebuilt_bytes, staging_of
 from backstayd.node.reconcile.tasks import TaskKey, TaskKind
 from backstayd.store.index import StagedFile
 
@@ -355,10 +355,10 @@ def test_descriptors_are_kept_until_the_trainers_have_them() -> None:
     made = stored("file:///mnt/run")
     trainers = (Restoring(world_id="w2", rank=0),)
     for phase in (DecisionPhase.PREPARE, DecisionPhase.RECORD):
-        assert is_handing_out(view(desired(made, phase)))
-    assert is_handing_out(view(desired(made, DecisionPhase.RELEASE), restoring=trainers))
-    assert not is_handing_out(view(desired(made, DecisionPhase.RELEASE)))
-    assert not is_handing_out(view(desired(None), restoring=trainers))
+        assert needs_open_files(view(desired(made, phase)))
+    assert needs_open_files(view(desired(made, DecisionPhase.RELEASE), restoring=trainers))
+    assert not needs_open_files(view(desired(made, DecisionPhase.RELEASE)))
+    assert not needs_open_files(view(desired(None), restoring=trainers))
 
 
 def test_a_refusal_is_passed_on() -> None:

@@ -21,10 +21,12 @@ STORAGE_NICENESS: Final = 10  # below the coders that protect, which are below t
 
 
 class Coders:
-    """Args:
-    bulk: The listening socket of the bulk transport, shared by all coders that serve peers.
-    on_event: Called for everything a coder stored; must not block.
-    on_result: Called with every job that ended, its result and its seconds.
+    """Runs each job in the coder process that it needs.
+
+    Args:
+        bulk: The listening socket of the bulk transport, shared by all coders that serve peers.
+        on_event: Called for everything a coder stored; must not block.
+        on_result: Called with every job that ended, its result and its seconds.
     """
 
     def __init__(

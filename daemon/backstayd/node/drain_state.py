@@ -1,4 +1,4 @@
-"""That this node will be stopped: recorded in a file in its memory directory.
+"""Whether this node is to be stopped (drained), recorded in a file of its memory directory.
 
 Decides nothing: the coordinator says when the node may be stopped.
 """

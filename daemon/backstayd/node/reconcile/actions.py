@@ -93,7 +93,7 @@ Action = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restoring:
-    """A trainer here that restores: which boxes it holds, and the decision of which it has fetched what it needs."""
+    """A trainer here that restores: its layout, and the decision of which it has fetched everything it needs."""
 
     world_id: str
     rank: int
@@ -145,7 +145,7 @@ class View:
     sessions: tuple[SessionRecord, ...] = ()
     restoring: tuple[Restoring, ...] = ()
     waiting_worlds: frozenset[str] = frozenset()  # worlds with a restore() that has no answer yet
-    granted_worlds: frozenset[str] = frozenset()  # worlds with a slot in hand
+    granted_worlds: frozenset[str] = frozenset()  # worlds that hold a slot
     staged: tuple[StagedFile, ...] = ()
     missing: Mapping[tuple[str, str], tuple[int, ...]] = field(
         default_factory=dict

@@ -22,9 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class ForgottenRuns:
-    """Args:
-    on_forgotten: Called with a run of which nothing is left here.
-    """
+    """Deletes what the coordinator has forgotten. ``on_forgotten`` is called with a run of which nothing is left here."""
 
     def __init__(self, node: NodeState, sessions: Sessions, on_forgotten: Callable[[str], None]) -> None:
         self._node = node

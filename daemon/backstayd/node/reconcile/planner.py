@@ -165,7 +165,7 @@ def _stage(view: View) -> list[StartJob]:
         return []
     rebuilt_here = {t.digest for r in view.desired.rebuilds for t in r.targets if t.node == view.node}
     jobs = []
-    for source in wanted_sources(view, decision) if _is_open(view) else _unopened(view, decision):
+    for source in wanted_sources(view, decision) if _is_open(view) else _files_to_reopen(view, decision):
         if (decision.decision_id, source.digest) in view.verified:
             continue
         if source.digest in view.digests:
@@ -177,7 +177,7 @@ def _stage(view: View) -> list[StartJob]:
     return jobs
 
 
-def _unopened(view: View, decision: Decision) -> list[ShardSource]:
+def _files_to_reopen(view: View, decision: Decision) -> list[ShardSource]:
     """Files of durable storage that trainers wait for, which the earlier daemon that recorded the decision had open."""
     phases = (DecisionPhase.RECORD, DecisionPhase.RELEASE)
     if view.desired.decision_phase not in phases or decision.world_id not in view.waiting_worlds:
@@ -291,10 +291,10 @@ def _decide(view: View) -> list[Action]:
     may_record |= desired.decision_phase is DecisionPhase.RELEASE  # a host of it, or a recorder
     here = view.decision.generation.number if view.decision is not None else -1
     is_recorded |= view.decision is not None and view.decision.decision_id == decision.decision_id
-    is_raised = is_recorded and here < decision.generation.number  # above those that other nodes came back with
-    may_record &= record_key(decision) not in view.settled  # a failed try rests a while
+    is_raised = is_recorded and here < decision.generation.number  # above the generations of nodes that returned
+    may_record &= record_key(decision) not in view.settled  # after a failure it is tried again later
     if may_record and (is_raised or (not is_recorded and here <= decision.generation.number)):
         actions.append(RecordDecision(decision=decision))
-    if desired.decision_phase is DecisionPhase.RELEASE and is_waiting and not _unopened(view, decision):
+    if desired.decision_phase is DecisionPhase.RELEASE and is_waiting and not _files_to_reopen(view, decision):
         actions.append(ReleaseWorld(decision=decision))
     return actions

@@ -25,7 +25,7 @@ from backstayd.node.reconcile.forget import ForgottenRuns
 from backstayd.node.reconcile.memory_jobs import MemoryJobs
 from backstayd.node.reconcile.planner import plan_actions, record_key
 from backstayd.node.reconcile.quarantine import BadSources
-from backstayd.node.reconcile.staging import is_handing_out, staging_of
+from backstayd.node.reconcile.staging import needs_open_files, staging_of
 from backstayd.node.reconcile.tasks import DURABLE_KINDS, TaskKind, Tasks
 from backstayd.node.restores import restore_answers
 from backstayd.node.restores.chunks import Chunks
@@ -208,12 +208,14 @@ class Reconciler:
                     self.tasks.cancel(key)
         for run in list(self._node.desired):
             view = self.view(run)
-            if view.desired.decision is not None and is_handing_out(view):
+            if view.desired.decision is not None and needs_open_files(view):
                 handed_out.add(view.desired.decision.decision_id)
             self._sessions.drop_ended(run, view.desired.world_id)
             due = plan_actions(view)
             self._staging[run] = staging_of(view)
-            has_acted |= bool(due) or self._staging[run] != before.get(run)  # ready with nothing to do, too
+            has_acted |= bool(due) or self._staging[run] != before.get(
+                run
+            )  # also when it became ready without an action
             for action in due:
                 try:
                     self._do(run, action)

@@ -36,8 +36,8 @@ def staging_of(view: View) -> Staging | None:
     )
 
 
-def is_handing_out(view: View) -> bool:
-    """Whether trainers here may still be given what was verified for the decision."""
+def needs_open_files(view: View) -> bool:
+    """Whether trainers here may still need the files that were verified for the decision."""
     decision = view.desired.decision
     if decision is None:
         return False

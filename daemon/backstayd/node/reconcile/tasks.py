@@ -69,9 +69,11 @@ class _Record:
 
 
 class Tasks:
-    """Args:
-    on_end: Called after every task, and when a pause is over.
-    last_pause_s: The longest pause between two tries; ``durable_pause_s``: of tasks on durable storage.
+    """The tasks under way, and when those that ended may start again.
+
+    Args:
+        on_end: Called after every task, and when a pause is over.
+        last_pause_s: The longest pause between two tries; ``durable_pause_s``: of tasks on durable storage.
     """
 
     def __init__(

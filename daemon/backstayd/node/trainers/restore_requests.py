@@ -21,9 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class RestoreRequests:
-    """Args:
-    staging: What this node has staged of the decision of a run.
-    """
+    """Answers Restore and Fetch. ``staging``: what this node has staged of the decision of a run."""
 
     def __init__(self, node: NodeState, chunks: Chunks, staging: Callable[[str], Staging | None]) -> None:
         self._node = node

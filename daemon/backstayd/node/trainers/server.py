@@ -49,9 +49,7 @@ class _Caller:
 
 
 class TrainerServer:
-    """Args:
-    document: Makes the status document of this node.
-    """
+    """Serves the local socket. ``document`` makes the status document of this node."""
 
     def __init__(
         self,
