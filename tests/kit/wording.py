@@ -83,7 +83,7 @@ EXAMPLES: dict[str, str] = {
 STATUS: dict[str, str] = {
     "adopting": "adopting the contents of {directory}",
     "alive": "alive: the decisions {seconds} s ago",
-    "cannot_be_staged": "its shards are there, but staging them failed again and again ({reason})",
+    "cannot_be_staged": "its shards exist, but staging them failed repeatedly ({reason})",
     "cannot_restore": "cannot restore {run} at step {step}: {why}",
     "coordinates": "ready: coordinates at {address}",
     "corrupt_on": "what {node} holds is corrupt",
@@ -110,7 +110,7 @@ STATUS: dict[str, str] = {
     "none_protected_since": "no step after {step} is protected",
     "nothing_older": "no older step is in memory",
     "older_step": "restoring step {step}, not {newest}: {why}",
-    "order_not_answered": "it has not answered the order yet",
+    "order_not_answered": "it has not confirmed the order yet",
     "page_is_collecting": "The coordinator has just started and is collecting reports",
     "page_is_stale": "This page shows the state of {time}",
     "page_protected": "protected survives the loss of any {count} nodes",

@@ -72,7 +72,7 @@ async def _main(config: CoordinatorConfig, load: Callable[[], CoordinatorConfig]
         await process.serve(
             service.health, status=service.sentence, reload=Reloader(config, load=load, apply=service.adopt)
         )
-        logger.info("the coordinator ends; nodes keep what they hold and wait for the next one")
+        logger.info("the coordinator stops; nodes keep what they hold until one starts again")
     finally:
         await service.close()
     return 0
@@ -277,7 +277,7 @@ class CoordinatorProcess:
                 self._heard_s = min(now_s, self._heard_s + away_s)
             if self._heard_s is not None and now_s - self._heard_s > SILENT_LEASES * self._config.lease_s:
                 self._heard_s = None
-                self._leadership.resign("no node has reported any longer; perhaps they reach another coordinator")
+                self._leadership.resign("no node reports any more; they may reach another coordinator")
             if self._leadership.may_act() and self._core is not None:
                 self._core.tick(now_s, away_s=away_s)
                 rest_s = min(self._config.lease_s, IDLE_FACTOR * self._cost_s)
@@ -302,7 +302,7 @@ class CoordinatorProcess:
         for event in core.take_events():
             self._log_event(event)
             if event.kind == "evaluation_failed" and event.run in core.faults:
-                logger.error("run %s: where its evaluation failed", event.run, exc_info=core.faults[event.run])
+                logger.error("run %s: its evaluation failed", event.run, exc_info=core.faults[event.run])
         self._gauges.update(core, now_s=self._clock.monotonic_s(), unix_s=self._clock.unix_s())
         if core.has_changed:
             self._server.notify()

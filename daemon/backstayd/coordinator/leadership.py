@@ -53,7 +53,7 @@ class Leadership:
         host, _ = split_address(self.address)
         if is_wildcard(host):
             raise ConfigError(
-                f"with an election others are told where this coordinator is, and {self.address} is no such place; give "
+                f"an election publishes the address of this coordinator, and {self.address} is not one that others reach; give "
                 "--advertise HOST:PORT as nodes and operators reach it",
                 reason="no_advertise",
             )

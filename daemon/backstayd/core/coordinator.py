@@ -119,7 +119,7 @@ class Coordinator:
         self.tombstones.take(report)
         name = report.node.name
         if change:
-            words = {"joined": "joined", "restarted": "was started again", "returned": "came back within its old life"}
+            words = {"joined": "joined", "restarted": "restarted", "returned": "reconnected without having restarted"}
             self.timeline.allow_again("", "node_joined")
             self._log_event("", "node_joined", f"{name} ({report.node.bulk_address}) {words[change]}")
         for run in report.runs:
@@ -146,7 +146,7 @@ class Coordinator:
         self._refused_s[node] = self._now_s
         run, problem = next(iter(problems.items()))
         more = f" (and {len(problems) - 1} more runs)" if len(problems) > 1 else ""
-        self._log_event("", "report_refused", f"what {node} reports of run {run}{more} is not used: {problem}")
+        self._log_event("", "report_refused", f"ignoring what {node} reports of run {run}{more}: {problem}")
 
     def tick(self, now_s: float, *, away_s: float = 0.0) -> None:
         """Let time pass: leases run out.
@@ -162,7 +162,7 @@ class Coordinator:
             self.has_observed = True
             self.timeline.allow_again("", "node_lost")
             self._log_event(
-                "", "node_lost", f"{name} did not report for {self.policy.lease_s:g} s: what it held counts as gone"
+                "", "node_lost", f"{name} did not report for {self.policy.lease_s:g} s: its shards are considered lost"
             )
         self.nodes.forget_lost(self._now_s, FORGET_LOST_NODES_LEASES * self.policy.lease_s)
         self._admitted = {name: known for name, known in self._admitted.items() if name in self.nodes.nodes}
@@ -229,9 +229,7 @@ class Coordinator:
         guilty = [node.name for node in nodes if not _can_be_read(name, node)] or [node.name for node in nodes]
         why = f"it cannot be evaluated ({error!r:.200}); reported by {listed(guilty[:8])}"
         self.runs[name].set_apart(why)
-        self._log_event(
-            name, "evaluation_failed", f"{why}; nothing of it is deleted or protected until that has changed"
-        )
+        self._log_event(name, "evaluation_failed", f"{why}; nothing of it is deleted or protected until it can be")
 
     def desired(self, node: str) -> NodeDesired:
         """Everything ``node`` should do now; before settling nothing, under a generation that no node obeys."""
@@ -279,14 +277,14 @@ class Coordinator:
                 f"trainers of it are connected ({listed(alive[:3])}{', ...' if len(alive) > 3 else ''}); stop the job first",
                 reason="run_is_active",
             )
-        self._log_event(run, "freed", "the operator forgets the run on every node")
+        self._log_event(run, "freed", "an operator forgets the run on every node")
         state.bury(Cause.FORGOTTEN)
         self._orders.pop(run, None)
         self._is_dirty = True
 
     def _free_name(self, tombstone: Tombstone) -> None:
         """Let the name of a run of which nothing is left be used again as if it were new."""
-        self._log_event(tombstone.run, "freed", f"it {tombstone.sentence()}; the operator frees its name")
+        self._log_event(tombstone.run, "freed", f"it {tombstone.sentence()}; an operator frees its name")
         again = replace(
             tombstone,
             cause=Cause.FORGOTTEN,
@@ -314,7 +312,7 @@ class Coordinator:
                 f"{run} has no snapshot of step {step}; there are {known}", reason="unknown_step"
             )
         base = Base(attempt=view.key.attempt, step=step, snapshot_id=view.snapshot_id)
-        state.probation.distrust(base, reason or "an operator said so")
+        state.probation.distrust(base, reason or "by an operator")
         self._log_event(run, "distrusted", f"step {step} of attempt {view.key.attempt} is not restored again: {reason}")
         self._is_dirty = True
         self.evaluate()
@@ -327,12 +325,14 @@ class Coordinator:
             UsageError: no such node, or it is lost, or cordoned. UnavailableError: not settled.
         """
         if not self.is_settled:
-            raise UnavailableError("the coordinator has just started and gathers reports; try again", reason="settling")
+            raise UnavailableError(
+                "the coordinator has just started and is collecting reports; try again", reason="settling"
+            )
         order_drain(self.nodes, node, undo=undo)
         self._is_dirty = True
         self.evaluate()
         if undo and self.nodes.nodes[node].drain_order is not None:  # it has not reported yet that it obeys
-            return DrainVerdict(state=DrainState.DRAINING, reason="it has not answered the order yet")
+            return DrainVerdict(state=DrainState.DRAINING, reason="it has not confirmed the order yet")
         return self.drains.get(node, DrainVerdict())
 
     def _judge_drains(self) -> None:
@@ -343,7 +343,7 @@ class Coordinator:
             if verdict.state is not DrainState.NONE:
                 self.drains[name] = verdict
             if verdict.state is not before.get(name, DrainVerdict()).state:
-                words = {DrainState.NONE: "does not drain any more", DrainState.DRAINING: "drains"}
+                words = {DrainState.NONE: "no longer drains", DrainState.DRAINING: "drains"}
                 said = words.get(verdict.state, "is drained")
                 self.timeline.allow_again("", "node_drain")
                 self._log_event("", "node_drain", f"{name} {said}{': ' if verdict.reason else ''}{verdict.reason}")
@@ -355,7 +355,9 @@ class Coordinator:
             SnapshotNotFoundError: there is none. UnavailableError: not settled.
         """
         if not self.is_settled:
-            raise UnavailableError("the coordinator has just started and gathers reports; try again", reason="settling")
+            raise UnavailableError(
+                "the coordinator has just started and is collecting reports; try again", reason="settling"
+            )
         state = self._named(run)
         if state is None or state.context is None or state.forgetting.is_under_way:
             raise SnapshotNotFoundError(f"no node knows run {run}", reason="unknown_run")
@@ -370,7 +372,7 @@ class Coordinator:
         state = self._known(run)
         count = len(state.probation.distrusted)
         state.probation.trust.clear(state.probation.distrusted, survey_id=state.persisting.surveying.survey_id)
-        self._log_event(run, "trusted", f"the operator trusts {count} snapshots again, and restores are counted anew")
+        self._log_event(run, "trusted", f"an operator trusts {count} snapshots again; restores are counted anew")
         self._is_dirty = True
         return count
 
@@ -378,7 +380,7 @@ class Coordinator:
         """The run called ``name``: job/run_id, or a run_id that only one job has."""
         found = [run for run in self.runs if run.partition("/")[2] == name] if "/" not in name else [name]
         if len(found) > 1:
-            raise UsageError(f"{name} is a run of several jobs; say which: {', '.join(sorted(found))}")
+            raise UsageError(f"{name} is a run of several jobs; name one of them: {', '.join(sorted(found))}")
         return self.runs.get(found[0]) if found else None
 
     def _known(self, run: str) -> RunState:
@@ -480,7 +482,9 @@ class Coordinator:
         self.generation = Generation(highest + 1, mine)
         names = listed(sorted(node.name for node in foreign))
         self._log_event(
-            "", "settled", f"{names} came back with generation {highest} of a former coordinator: going on above it"
+            "",
+            "settled",
+            f"{names} came back with generation {highest} of a former coordinator: raising this one above it",
         )
         for state in later:
             state.recovery.raise_above(self.generation)
@@ -494,7 +498,7 @@ class Coordinator:
         for name in self.runs:
             self.runs[name] = self._new_run(name)
         self._orders.clear()
-        self._log_event("", "settled", f"another coordinator has raised the generation to {number}: standing back")
+        self._log_event("", "settled", f"another coordinator has raised the generation to {number}: stepping down")
 
     def _named_nodes(self) -> set[str]:
         """Nodes that reports say have a part in some run."""

@@ -47,8 +47,8 @@ def order_drain(table: NodeTable, name: str, *, undo: bool) -> None:
         )
     if not undo and node.liveness is Liveness.LOST:
         raise UsageError(
-            f"{name} has not reported for a lease: it counts as lost, nothing can be copied from it, and what it held is "
-            "being rebuilt as far as it can be (`backstay status`)",
+            f"{name} has not reported for a lease: it is considered lost, nothing can be copied from it, and its shards are "
+            "being rebuilt as far as possible (`backstay status`)",
             reason="node_lost",
         )
     wanted = not undo
@@ -62,14 +62,14 @@ def verdict_of(node: NodeState, runs: Mapping[str, RunState], *, is_settled: boo
         return DrainVerdict()
     if node.liveness is Liveness.LOST:
         return DrainVerdict(state=DrainState.DRAINING, reason="it has stopped, and still drains if it comes back")
-    lacks = "the coordinator has just started and gathers reports" if not is_settled else ""
-    lacks = lacks or ("it has not answered the order yet" if node.drain_order is not None else "")
+    lacks = "the coordinator has just started and is collecting reports" if not is_settled else ""
+    lacks = lacks or ("it has not confirmed the order yet" if node.drain_order is not None else "")
     for name in sorted(node.runs):
         state = runs.get(name)
         if lacks or state is None or state.forgetting.is_under_way:
             continue
         evaluation = state.evaluation
-        missing = "it has not been looked at yet" if evaluation is None else evaluation.drain_lacks
+        missing = "it has not been evaluated yet" if evaluation is None else evaluation.drain_lacks
         lacks = f"{name}: {missing}" if missing else ""
     if lacks:
         return DrainVerdict(state=DrainState.DRAINING, reason=lacks)

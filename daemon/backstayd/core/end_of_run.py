@@ -135,7 +135,7 @@ def lift_if_wrong(
     if not why:
         return ""
     tombstones.lift(run)
-    return f"it {tombstone.sentence()}, as was thought; it goes on, because {why}"
+    return f"its tombstone is lifted, though it {tombstone.sentence()}: {why}"
 
 
 def why_wrong(
@@ -152,16 +152,16 @@ def why_wrong(
     newest = newest_decision([*decisions, *([head] if head is not None else [])])
     if newest is not None and newest.attempt > tombstone.attempt:  # the name is used again, or the run went on
         is_rooted = any(0 < entry.base_attempt <= tombstone.attempt for entry in newest.lineage)
-        return f"attempt {newest.attempt} went on from what it names" if is_rooted else ""
+        return f"attempt {newest.attempt} continues what it covers" if is_rooted else ""
     if newest is not None and newest.generation.number > tombstone.generation:
         return f"attempt {newest.attempt} was decided after it, at generation {newest.generation.number}"
     later = [report.decision for report in reports.values() if _is_begun_since(tombstone, report)]
     if later and later[0] is not None:
-        return f"attempt {later[0].attempt} was begun since, by a coordinator that did not know of it"
+        return f"attempt {later[0].attempt} began later, under a coordinator that did not know of it"
     living = _living(tombstone, reports)
     if living:
         name, session = living[0]
-        return f"rank {session.rank} on {name} is there"
+        return f"rank {session.rank} on {name} is connected"
     if any(_is_beyond(tombstone, view) for view in views):
         return f"there are snapshots above step {tombstone.step}"
     return ""

@@ -50,9 +50,9 @@ def redundancy(
             return "UNPROTECTED", "no snapshot is restorable"
         return "UNPROTECTED", f"no other snapshot is restorable; step {newest.step}: {context.tainted[newest]}"
     if spares >= wanted:
-        return f"PROTECTED({spares})", f"{any_nodes(spares)} may be lost" if spares else "parity is off"
+        return f"PROTECTED({spares})", f"it tolerates the loss of {any_nodes(spares)}" if spares else "parity is off"
     if spares > 0:
-        survived = f"the loss of {any_nodes(spares)} is survived, not of {wanted}; repair brings it back"
+        survived = f"it tolerates the loss of {any_nodes(spares)} instead of {wanted}; repair is under way"
         return f"DEGRADED({spares})", survived
     if not memory.protected:
         return "STARTING", "the first snapshots are still being encoded"

@@ -33,7 +33,7 @@ def check_node(report: NodeReport) -> None:
     try:
         check_name("node", node.name)
     except UsageError as error:
-        raise IntegrityError(f"a report is refused: {error}", reason="bad_report") from error
+        raise IntegrityError(f"invalid report: {error}", reason="bad_report") from error
     texts = (node.incarnation, node.bulk_address, node.domain, node.version, report.generation.incarnation)
     if max(map(len, texts)) > MAX_TEXT or not node.incarnation or len(report.runs) > MAX_RUNS:
         raise IntegrityError(
@@ -43,7 +43,7 @@ def check_node(report: NodeReport) -> None:
         )
     if not report.generation.is_possible:
         raise IntegrityError(
-            f"node {node.name} reports generation {report.generation.number}, from which nobody can count on; stop it and "
+            f"node {node.name} reports generation {report.generation.number}, too high to be raised; stop it and "
             "remove the file 'generation' from its memory_dir",
             reason="bad_generation",
         )
@@ -179,7 +179,7 @@ def _decision_problem(run: str, decision: Decision) -> str:
     if not decision.generation.is_possible:
         return f"{label} is of generation {decision.generation.number}"
     if [place.rank for place in decision.placements] != list(range(len(decision.placements))):
-        return f"{label} places ranks that are not 0 to {len(decision.placements) - 1}"
+        return f"{label} does not place ranks 0 to {len(decision.placements) - 1}"
     if decision.world_size != len(decision.placements):
         return f"{label} places {len(decision.placements)} ranks of a world of {decision.world_size}"
     base, count = decision.base, len(decision.sources)
@@ -190,7 +190,7 @@ def _decision_problem(run: str, decision: Decision) -> str:
             f"{label} of attempt {decision.attempt} names {count} sources for {base.world_size} ranks of {base.attempt}"
         )
     if [source.rank for source in decision.sources] != list(range(count)):
-        return f"{label} names sources that are not those of ranks 0 to {count - 1}"
+        return f"{label} does not name sources for ranks 0 to {count - 1}"
     lineage = (n for entry in decision.lineage for n in (entry.attempt, entry.base_attempt, entry.base_step))
     sources = (n for source in decision.sources for n in (source.rank, source.size_bytes))
     step = base.step if base is not None else 0

@@ -286,7 +286,7 @@ class RunState:
         marks = {(holder, mark.what, mark.attempt, mark.step): mark.reason for holder, mark in context.quarantined()}
         for place, reason in marks.items():
             if place not in self.known_marks:
-                self.log("quarantined", f"{place[1]} on {place[0]} is corrupt and set aside: {reason}")
+                self.log("quarantined", f"{place[1]} on {place[0]} is corrupt and quarantined: {reason}")
         self.known_marks = set(marks)
 
     def _note_losses(self, context: RunContext) -> None:
@@ -364,7 +364,9 @@ class RunState:
             if is_good and view.snapshot_id not in self.memory.protected:
                 self.memory.protected[view.snapshot_id] = None
                 self.accounts.count("protected")
-                self.log("protected", f"step {view.key.step} is protected: {any_nodes(view.spares)} may go")
+                self.log(
+                    "protected", f"step {view.key.step} is protected: it tolerates the loss of {any_nodes(view.spares)}"
+                )
         return target, wanted
 
     def _views_to_protect(self, context: RunContext) -> list[SnapshotView]:

@@ -137,8 +137,8 @@ def loop_message(run: str, step: int, tries: int, last_reason: str) -> str:
     """Why a run that restores the same step again and again is stopped, and what to do."""
     reason = f"; what ended the last one: {last_reason}" if last_reason else ""
     return (
-        f"{run} restored step {step} {tries} times in a row without a newer snapshot{reason}. It stops here, because another "
-        f"restart would end as these did. Find the cause first; then `backstay trust {run}` begins to count anew, "
+        f"{run} restored step {step} {tries} times in a row without a newer snapshot{reason}. The run is stopped, because "
+        f"another restart would end the same way. Find the cause first; then `backstay trust {run}` restarts the count, "
         f"`backstay distrust {run} {step} --reason ...` has the next older step restored, and restore_loop_limit of the "
         "coordinator allows more"
     )

@@ -77,7 +77,7 @@ def why_no_snapshot(record: PersistedSnapshot, *, run: str, key: SnapshotKey) ->
     if not record.shards or len(record.shards) != record.world_size:  # before anything grows with a claimed size
         return f"it names {len(record.shards)} shards of {record.world_size} ranks"
     if [shard.rank for shard in record.shards] != list(range(len(record.shards))):
-        return "its shards are not those of its ranks in order"
+        return "its shards are not listed in the order of ranks"
     try:
         found = snapshot_id(
             key=key, world_size=record.world_size, shard_digests=[shard.digest for shard in record.shards]
@@ -96,10 +96,10 @@ def _why_no_numbers(record: PersistedSnapshot) -> str:
     numbers = (record.attempt, record.step, record.serial, record.generation, *lineage, *sizes)
     wrong = [number for number in numbers if not 0 <= number < MAX_NUMBER]
     if wrong:
-        return f"it counts {wrong[0]}, which is no number from 0 to {MAX_NUMBER - 1}"
+        return f"it counts {wrong[0]}, outside 0 to {MAX_NUMBER - 1}"
     owner = record.owner
     if owner and not (owner.isascii() and owner.isdecimal() and len(owner) <= 10 and int(owner) < MAX_USER):
-        return f"its owner {owner[:40]!r} is no user's number"
+        return f"its owner {owner[:40]!r} is not a user's number"
     return ""
 
 
@@ -278,7 +278,7 @@ class Surveying:
             for name, record in self.known.items():
                 is_there = mark.node == snapshot_url(self.url, record.key) and mark.rank >= 0
                 if is_there and name not in self.problems and len(self.problems) < KEPT_PROBLEMS:
-                    self.problems[name] = f"the shard of rank {mark.rank} in {mark.node} is spoilt: {mark.reason}"
+                    self.problems[name] = f"the shard of rank {mark.rank} in {mark.node} is corrupt: {mark.reason}"
 
     def _choose_surveyors(self, run: str, nodes: Mapping[str, NodeState]) -> None:
         """Ask one node; another one where it cannot, or where its daemon has ended and with it the order."""

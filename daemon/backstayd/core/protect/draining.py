@@ -152,13 +152,13 @@ class Draining:
             broken: whole snapshots of which too much is away to restore them, newest first.
         """
         if self.leaving and not self.is_on:
-            return "no other node stays that could take over what it holds"
+            return "no other node remains that could take over what it holds"
         protected = [view for view in kept if view.spares >= self.target]
         if kept and not protected:
             return "no snapshot is protected yet"
         if broken and not kept:
             return (
-                f"parts of step {broken[0].key.step} are on nodes that have not reported, and no other snapshot is there: if "
+                f"parts of step {broken[0].key.step} are on nodes that have not reported, and there is no other snapshot: if "
                 "they come back, what is held here is needed (`backstay forget` gives the run up)"
             )
         lacking = next((view for view in protected if self.spares_left(view) < self.goal), None)

@@ -263,9 +263,7 @@ class Persisting:
         )
         self.served |= _wishes(context)
         room = (
-            ""
-            if self.transfer.is_pinned
-            else "; memory has no room for it beside two others, so training may overtake it"
+            "" if self.transfer.is_pinned else "; memory has no room to keep it meanwhile, so training may overtake it"
         )
         self.log("persisting", f"step {view.key.step} is copied to {self.surveying.url}{room}")
         self._give_owners(context, view)
@@ -344,7 +342,7 @@ class Persisting:
             self._give_up(context, context.tainted[transfer.snapshot.key])
             return
         if self._is_stalled(context, transfer):
-            self._give_up(context, self.problem or "nothing of it came through")
+            self._give_up(context, self.problem or "nothing of it was copied for too long")
             return
         view = context.view_of(transfer.snapshot.snapshot_id)
         if not transfer.is_whole and (view is None or not view.is_restorable):
@@ -439,7 +437,7 @@ class Persisting:
         drop_oldest(self.passed_over, MAX_PASSED_OVER)
         self.problem = f"step {transfer.snapshot.step} was not persisted: {why}"
         self.surveying.partial.setdefault(transfer.snapshot.key, context.now_s)
-        self.log("persist_failed", f"{self.problem}; training goes on and a newer one is tried")
+        self.log("persist_failed", f"{self.problem}; a newer one is tried next")
         self.transfer, self.done_bytes = None, 0
 
     def _why_slow(self, transfer: Transfer | None) -> str:

@@ -126,7 +126,9 @@ class Interval:
             return ""
         if waits.share > WAIT_ROOM:
             self.smooth_from = newest
-        return f"rank {waits.rank} waited {waits.share:.0%} of its time for them" if waits.share > WAIT_LIMIT else ""
+        return (
+            f"rank {waits.rank} waited {waits.share:.0%} of its time for snapshots" if waits.share > WAIT_LIMIT else ""
+        )
 
     def _change(self, interval: int, newest: int, lease_s: float, reason: str) -> str:
         previous = self.schedule.interval_steps

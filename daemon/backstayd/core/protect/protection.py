@@ -157,9 +157,9 @@ class Protection:
             self.once_intact.update(dict.fromkeys(plan.plan_id for plan in plan_set.plans))
             drop_oldest(self.once_intact, DROPPED_KEPT)
             self.failures.pop(view.snapshot_id, None)
-            return "more nodes are here than it uses" if plan_set.plans[0].m < target else ""
+            return "more nodes are available than it uses" if plan_set.plans[0].m < target else ""
         if plan_set.was_intact:
-            return "it protects less than it did"
+            return "it lost a fragment or a shard"
         for plan in plan_set.plans:
             reason = _why_impossible(plan, context.nodes)
             if reason:
@@ -240,7 +240,7 @@ def _why_impossible(plan: Plan, nodes: Mapping[str, NodeState]) -> str:
     for member in plan.members:
         node = nodes.get(member.node)
         if node is None:
-            return f"its member {member.node} is gone"
+            return f"its member {member.node} is lost"
         if node.identity.incarnation != member.incarnation:
             return f"its member {member.node} was restarted"
         report = node.runs.get(plan.run)

@@ -95,7 +95,7 @@ def choose(
         if over is not None:
             return over
     if is_fresh_allowed:
-        return Choice(outcome=Outcome.NONE, message="nothing is restorable and every rank allows to start from scratch")
+        return Choice(outcome=Outcome.NONE, message="nothing is restorable, and every rank allows a start from scratch")
     if _is_proved_empty(context, memory):
         message = "no snapshot was ever complete: it starts from scratch again"
         return Choice(outcome=Outcome.NONE, message=message, is_proved_empty=True)
@@ -177,7 +177,7 @@ def _refuse(context: RunContext, missing: str, *, step: int | None = None) -> Ch
 
 
 def _unstaged(reason: str) -> str:
-    return f"its shards are there, but staging them failed again and again ({reason})"
+    return f"its shards exist, but staging them failed repeatedly ({reason})"
 
 
 def _refuse_all(context: RunContext, memory: Memory, passed: list[SnapshotView]) -> Choice:
@@ -186,8 +186,8 @@ def _refuse_all(context: RunContext, memory: Memory, passed: list[SnapshotView])
     had = f"no older step is in memory{' or on durable storage' if context.storage.url else ''}{_nor_read(context)}"
     if any(view.key in context.tainted for view in passed):
         had += (
-            f". Keep two (keep = 2 of the coordinator) or a durable copy (persist_url) to have an older one next time; "
-            f"`backstay trust {context.run}` has it restored all the same"
+            f". To have an older one next time, keep two (keep = 2 of the coordinator) or a durable copy (persist_url); "
+            f"`backstay trust {context.run}` lets it be restored anyway"
         )
     if known:  # the newest step of which anything is left: what an operator can still look at
         return _refuse(context, f"{missing_sentence(context, memory, known[0])}; {had}", step=known[0].key.step)
@@ -195,7 +195,7 @@ def _refuse_all(context: RunContext, memory: Memory, passed: list[SnapshotView])
     if remembered:
         snapshot_id, key = remembered[0]
         nodes = sorted(set(memory.holders.get(snapshot_id, {}).values()), key=natural)
-        missing = f"no node that is left holds anything of it (it was on {listed(nodes)}); {had}"
+        missing = f"no surviving node holds any of it (it was on {listed(nodes)}); {had}"
         return _refuse(context, missing, step=key.step)
     away = _hosts_away(context)
     last = f"; it last ran on {listed(away)}, which {'is' if len(away) == 1 else 'are'} away" if away else ""
@@ -246,7 +246,7 @@ def _nor_stored(context: RunContext) -> str:
     storage = context.storage
     if not storage.url:
         return ""
-    found = f", and what lies in {storage.url} is no whole snapshot" if storage.is_known else f" or in {storage.url}"
+    found = f", and what lies in {storage.url} is not a whole snapshot" if storage.is_known else f" or in {storage.url}"
     return found + _nor_read(context)
 
 

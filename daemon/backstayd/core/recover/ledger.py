@@ -237,14 +237,14 @@ class Accounts:
         gone = sorted((host for host in hosts if not self._remembers(context, host)), key=natural)
         if gone:
             cause = "all_nodes_lost" if len(gone) == len(hosts) and len(hosts) > 1 else "node_lost"
-            return cause, f"{listed(gone[:8])}{' and more' if len(gone) > 8 else ''} lost what was held there"
+            return cause, f"{listed(gone[:8])}{' and more' if len(gone) > 8 else ''} lost their memory"
         base = decision.base
         is_spoilt = base is not None and SnapshotKey(base.attempt, base.step) in context.tainted
         if is_spoilt or any(key.attempt == decision.attempt for key in context.tainted):
-            return "distrusted", context.trust.last_reason or "what was trained from it is not trusted"
+            return "distrusted", context.trust.last_reason or "what was trained from it is distrusted"
         where = sorted({place.node for place in decision.placements if place.rank in missing}, key=natural)
         ranks = counted(missing[:8], "rank") + (" and more" if len(missing) > 8 else "")
-        rest = "" if world else ", all of the world"
+        rest = "" if world else ", the whole world"
         return "trainer_died", f"{ranks} on {listed(where[:8])} died{rest}"
 
     def _remembers(self, context: RunContext, host: str) -> bool:
@@ -266,7 +266,7 @@ class Accounts:
     # -- entries ------------------------------------------------------------------------------------------------------
 
     def _restarted(self, opened_s: float) -> Interruption:
-        detail = "all ranks were started again before one was missed"
+        detail = "all ranks restarted before one was missed"
         return self._interruption("world_restarted", detail, heard_s=opened_s, noticed_s=opened_s)
 
     def _interruption(self, cause: str, detail: str, *, heard_s: float, noticed_s: float) -> Interruption:

@@ -51,11 +51,11 @@ def _choose(context: RunContext, step: int) -> SnapshotView:
     if sound:
         lost = counted(sound[0].unheld_ranks, "rank")
         raise UnavailableError(
-            f"run {context.run}: nobody holds the shard of {lost} at step {sound[0].key.step}; it can be rebuilt from "
-            "parity, which happens by itself when its node stays away: try again in a moment",
+            f"run {context.run}: nobody holds the shard of {lost} at step {sound[0].key.step}; it is rebuilt from "
+            "parity if its node stays away; try again in a moment",
             reason="must_be_rebuilt",
         )
     steps = sorted({view.key.step for view in context.sound_views if view.is_complete})
     had = f"; it has step{'s' if len(steps) > 1 else ''} {listed(steps)}" if steps else ""
     wanted = f"step {step}" if step else "a complete snapshot"
-    raise SnapshotNotFoundError(f"run {context.run} has not {wanted} in memory{had}", reason="no_snapshot")
+    raise SnapshotNotFoundError(f"run {context.run}: {wanted} is not in memory{had}", reason="no_snapshot")

@@ -48,7 +48,7 @@ class Probation:
         verdict = self.gate.verdict
         assert verdict is not None
         if verdict.state is GateState.PASSED:
-            log("gate_passed", f"what the ranks loaded of step {base.step} fits together")
+            log("gate_passed", f"all ranks agree on what they loaded of step {base.step}")
             return
         log("gate_failed", verdict.message)
         self.trust.note_end(verdict.message)

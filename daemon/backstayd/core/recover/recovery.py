@@ -173,7 +173,7 @@ class Recovery:
         if self.stage is Stage.RELEASED and self.decision is not None:
             self.decision = replace(self.decision, generation=generation)
         elif self.stage in (Stage.PREPARE, Stage.RECORD):
-            self._decide_anew("nodes came back that know decisions of a former coordinator")
+            self._decide_anew("nodes came back with decisions of a former coordinator")
 
     def recorded_hosts(self, context: RunContext) -> list[str]:
         """Hosts of the decision that have it on their tmpfs."""
@@ -237,7 +237,7 @@ class Recovery:
             gone = sorted(rank for rank, node in self.placements().items() if where.get(rank) != node)
             what = f"{counted(gone, 'rank')} died" if gone else "a rank stopped waiting"
         else:
-            what = "not all of its ranks are waiting any more"
+            what = "not all of its ranks still wait"
         self.log("abandoned", f"the recovery of world {self.world_id[:8]} was abandoned before its release: {what}")
         self.stage, self.decision = Stage.IDLE, None
 
@@ -439,7 +439,7 @@ class Recovery:
         if holders:
             return f"the shard of rank {source.rank} is back on {listed(sorted(holders))}"
         if not any(name in context.nodes for name in source.holders):
-            return f"{listed(source.holders) or 'nobody'} is left to own the rebuilt shard of rank {source.rank}"
+            return f"{listed(source.holders) or 'nobody'} is left to hold the rebuilt shard of rank {source.rank}"
         return ""
 
     def _staging(self, context: RunContext, host: str) -> Staging | None:
@@ -513,8 +513,8 @@ def _describe(decision: Decision) -> str:
 def _history(decision: Decision) -> str:
     """Which history a decision began. Its message would speak of what was found long ago."""
     if decision.base is None:
-        return f"attempt {decision.attempt}, which began from scratch, goes on"
-    return f"attempt {decision.attempt}, which began from step {decision.base.step}, goes on"
+        return f"attempt {decision.attempt}, which began from scratch, continues"
+    return f"attempt {decision.attempt}, which began from step {decision.base.step}, continues"
 
 
 def _by_kind(decision: Decision) -> dict[SourceKind, list[int]]:

@@ -48,7 +48,7 @@ def verdict_of(state: RunState) -> Verdict:
     if state.forgetting.is_under_way:
         return Verdict(word=Word.ENDING, survives=-1, reason="the run is being forgotten on every node")
     if context is None or evaluation is None:
-        return Verdict(word=Word.UNKNOWN, survives=-1, reason="the coordinator has not heard from every node of it yet")
+        return Verdict(word=Word.UNKNOWN, survives=-1, reason="not every node of it has reported yet")
     word = _word(state, evaluation)
     is_well = evaluation.spares >= evaluation.wanted and not state.rebuilds.under_way
     behind = state.lag.behind
