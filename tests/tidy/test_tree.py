@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def test_no_file_is_longer_than_two_files() -> None:
         if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
     }
     assert not long, f"longer than {MAX_LINES} lines: {long}"
+
+
+# Doors of a room: modules and folders. The core and the node are looked at most.
+@pytest.mark.parametrize(("room", "most"), [("daemon/backstayd/core", 20), ("daemon/backstayd/node", 14)])
+def test_a_room_has_few_doors(room: str, most: int) -> None:
+    doors = [path for path in (ROOT / room).iterdir() if path.name not in ("__init__.py", "__pycache__")]
+    assert len(doors) <= most, sorted(path.name for path in doors)
+
+
+def test_no_folder_holds_more_than_fifteen_modules() -> None:
+    counts = Counter(path.parent for path in _sources("client", "daemon", "bench"))
+    assert not {str(folder.relative_to(ROOT)): count for folder, count in counts.items() if count > 15}
 
 
 def test_no_module_is_named_after_nothing() -> None:
