@@ -127,6 +127,7 @@ def test_a_memory_dir_on_a_disk_is_refused_with_the_mount_that_helps(tmp_path: P
 def test_a_place_that_is_another_daemons_is_left_to_it(tmpfs_dir: Path, tmp_path: Path) -> None:
     memory, sock = tmpfs_dir / "memory", tmpfs_dir / "sock"
     with running_daemon("node", *paths(tmpfs_dir), directory=tmp_path) as daemon:
+        daemon.wait_for_line("node_serves")
         other = str(tmpfs_dir / "other")
         refuse("node", "--memory-dir", str(memory), "--socket", other, facts=(memory, "another running daemon"))
         refuse("node", "--memory-dir", other, "--socket", str(sock), facts=("another daemon", sock, "--socket"))
