@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 import backstay.accelerate  # noqa: E402
 import backstay.transformers  # noqa: E402
 from backstay.lightning import BackstayCallback, BackstayCheckpointIO  # noqa: E402
+from backstay.trainer.state import packing  # noqa: E402
 from tests.kit.wording import refuses  # noqa: E402
 
 
@@ -194,7 +195,7 @@ def test_a_lightning_checkpoint_is_stored_without_pickle_and_resumes(tmp_path: P
     net = Net()
     trainer.fit(net, _loader())
     trainer.save_checkpoint(path)
-    assert "state.json" in Path(path).read_bytes()[:20_000].decode("latin-1")
+    assert f'"{packing.DOCUMENT}"' in Path(path).read_bytes()[:20_000].decode("latin-1")
     other = Net()
     more = _trainer(tmp_path, plugins=[BackstayCheckpointIO()])
     more.fit_loop.max_epochs = 2

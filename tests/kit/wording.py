@@ -95,7 +95,7 @@ STATUS: dict[str, str] = {
     "gate_two_owners": "{what} is owned by {ranks}, expected one owner",
     "imported_all": "imported: model and optimizer state of {count} parameters loaded{rest}generators and extras untouched",
     "imported_model": "imported: model loaded, optimizer fresh, generators and extras untouched",
-    "keep_an_older_one": "(keep = 2 of the coordinator) or a durable copy (persist_url){why}; `backstay trust {run}`",
+    "keep_an_older_one": "(keep = 2 of the coordinator) or a durable copy (persist_url); `backstay trust {run}`",
     "last_ran_on": "it last ran on {nodes}, which are away",
     "loop_hangs": "{loop} has not run for {seconds} s; the limit is {bound} s",
     "never_complete": "it never became complete",

@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +36,7 @@ from backstayd.node.reconcile.actions import Restoring, StartJob, View
 from backstayd.node.reconcile.planner import plan_actions
 from backstayd.node.reconcile.staging import staging_of, wanted_ranks
 from backstayd.node.reconcile.tasks import TaskKind
+from tests.kit.wording import refuses
 from tests.unit.test_core_properties import inventory_of, nodes_with, snapshot_plan
 
 
@@ -184,10 +184,10 @@ def test_a_visitor_is_told_where_every_shard_is_or_what_is_missing() -> None:
     addresses = {peer.name for peer in found.peers}
     assert all(set(source.holders) <= addresses for source in found.sources)
     assert locate(context_of(nodes_with(plan, set())), plan.step) == found
-    with pytest.raises(SnapshotNotFoundError, match=r"has not step 7 in memory; it has step 5$"):
+    with refuses(SnapshotNotFoundError, "no_snapshot", "step 7", "step 5"):
         locate(context_of(nodes_with(plan, set())), 7)
     lost = next(member.node for member in plan.members if member.shards)
-    with pytest.raises(UnavailableError, match="can be rebuilt from parity"):
+    with refuses(UnavailableError, "must_be_rebuilt"):
         locate(context_of(nodes_with(plan, {lost})), 0)
 
 
