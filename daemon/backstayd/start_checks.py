@@ -39,8 +39,8 @@ def _check_socket(path: Path) -> None:
     place = limits.existing_parent(path.parent)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"cannot listen on the socket {path} as user {os.geteuid()}: this user cannot write "
-            "write to; choose another --socket or give that user its directory",
+            f"cannot listen on the socket {path} as user {os.geteuid()}: this user cannot write to "
+            "its directory; choose another --socket or give that user write access",
             reason="bad_socket",
         )
 

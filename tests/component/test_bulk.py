@@ -112,18 +112,18 @@ def test_another_digest_in_its_place_is_refused_as_wrong_identity_and_the_connec
     assert read(served, 0, 1) == DATA[:CHUNK_BYTES]
 
 
-@pytest.mark.parametrize("what", ["unknown step", "manifest unlinked", "data unlinked", "being withdrawn", "a link"])
+@pytest.mark.parametrize("what", ["unknown_step", "manifest_unlinked", "data_unlinked", "withdrawn", "link"])
 def test_what_is_not_published_is_gone(served: Served, what: str) -> None:
     ref = served.ref
     shard = served.paths.shard(KEY, 0, 1)
     lock = -1
-    if what == "unknown step":
+    if what == "unknown_step":
         ref = ShardRef(run=RUN, key=SnapshotKey(1, 13), rank=0, world_size=1, digest=ref.digest)
-    elif what == "manifest unlinked":
+    elif what == "manifest_unlinked":
         served.paths.manifest(KEY, 0, 1).unlink()
-    elif what == "data unlinked":
+    elif what == "data_unlinked":
         shard.unlink()
-    elif what == "a link":
+    elif what == "link":
         shard.rename(shard.with_name("elsewhere"))
         shard.symlink_to(shard.with_name("elsewhere"))
     else:

@@ -32,6 +32,7 @@ from backstayd.transport.operator import OperatorClient
 from backstayd.v1 import coordinator_pb2, operator_pb2, operator_pb2_grpc
 from tests.component.test_transport import LEASE_S, RecordingBackend, report_of, run, until
 from tests.kit.certificates import COORDINATOR, OPERATOR, TestAuthority, node_credentials, node_uri
+from tests.kit.wording import says
 
 PAST = -dt.timedelta(hours=1)
 
@@ -338,7 +339,7 @@ def test_a_renewed_certificate_that_the_coordinator_does_not_take_ends_nothing_t
         async with serving(coordinator) as (address, _), linked(address, node) as (_, desired, states):
             await until(lambda: desired, "the first answer")
             other.make([node_uri("n1")], into=node.files)
-            await until(lambda: "is used on, none with the new one" in caplog.text, "the new one to be refused")
+            await until(lambda: says("new_certificate_unusable", caplog.text), "the new one to be refused")
             seen = len(desired)
             await until(lambda: len(desired) > seen + 2, "answers over the connection that stands")
             authority.make([node_uri("n1")], into=node.files)

@@ -42,6 +42,7 @@ LOGS: dict[str, str] = {
     "http_served": "http at {http}",
     "memory_unmounted": "memory directory {directory} was unmounted",
     "name_is_taken": "the node name '{name}' is taken",
+    "new_certificate_unusable": "cannot connect with the new certificate, keeping the connection of the previous one: {why}",
     "no_coordinator": "no coordinator yet, trying again: {why}",
     "node_serves": "serves trainers at {socket}, peers at {peers}, http at",
     "not_reloaded": "SIGHUP: settings not reloaded: {why}",

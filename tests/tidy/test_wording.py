@@ -24,7 +24,7 @@ TESTS = Path(__file__).parents[1]
 PROSE = re.compile(r"[^\W\d_]{2,}['`)]?[,;:]? ['`(]?[^\W\d_]{2,}")
 TABLE = TESTS / "kit" / "wording.py"
 # How many there still are: may only fall.
-ALLOWED = {"component": 198, "tidy": 5, "unit": 143}
+ALLOWED = {"component": 193, "tidy": 5, "unit": 138}
 _SEEKING = {
     "match",
     "fullmatch",

@@ -103,7 +103,9 @@ class Digester:
         begin = chunk_index * CHUNK_BYTES + filled
         part_bytes = len(view) if isinstance(view, (bytes, bytearray)) else view.nbytes
         if filled + part_bytes > length:
-            raise UsageError(f"{part_bytes} bytes more than chunk {chunk_index} holds ({filled} were given before)")
+            raise UsageError(
+                f"{part_bytes} bytes do not fit in chunk {chunk_index}: {filled} of {length} are there already"
+            )
         if part_bytes == CHUNK_BYTES and self._ends[bisect_right(self._ends, begin)] >= begin + CHUNK_BYTES:
             crc = crc32c(view)
         elif part_bytes:

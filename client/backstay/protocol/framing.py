@@ -127,7 +127,7 @@ def _receive_exactly(sock: socket.socket, count: int, fds: list[int], deadline: 
                 fds.extend(array.array("i", data[: len(data) - len(data) % 4]))
         if flags & socket.MSG_CTRUNC:
             raise IntegrityError(
-                f"descriptors of a frame were lost: more than {MAX_FDS}, or this process may open no more",
+                f"lost file descriptors of a frame: more than {MAX_FDS}, or this process reached its open-file limit",
                 reason="lost_descriptors",
             )
         if size == 0:

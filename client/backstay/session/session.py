@@ -202,14 +202,14 @@ class Session:
             except (BackstayError, OSError) as error:
                 framing.close_fds(list(fds))
                 raise UnavailableError(
-                    f"slot {slot_id} cannot be mapped: {error}; this step is skipped", reason=NOT_MAPPED
+                    f"slot {slot_id} cannot be mapped: {error}; this snapshot is skipped", reason=NOT_MAPPED
                 ) from error
             framing.close_fds(list(fds[1:]))
             self._slots[slot_id] = (fds[0], mapping)
         found = self._slots.get(slot_id)
         if found is None or found[1].size_bytes != size_bytes:
             raise UnavailableError(
-                f"the daemon granted slot {slot_id} without its memory; this step is skipped", reason=NOT_MAPPED
+                f"the daemon granted slot {slot_id} without its memory; this snapshot is skipped", reason=NOT_MAPPED
             )
         return found[1]
 

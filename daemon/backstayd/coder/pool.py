@@ -224,7 +224,7 @@ class CoderPool:
             except OSError:
                 return  # it died
             except (ValueError, BackstayError) as error:
-                logger.error("coder %d wrote something that is no answer (%s); it is ended", coder.process.pid, error)
+                logger.error("coder %d sent an invalid answer (%s); stopping it", coder.process.pid, error)
                 return
             if answer.event is not None:
                 self._announce(answer.event)
@@ -237,7 +237,7 @@ class CoderPool:
         try:
             self._on_event(event)
         except Exception:  # the listener's mistake must not end the coder
-            logger.exception("an event of a coder was not taken: %s", event)
+            logger.exception("failed to handle a coder event: %s", event)
 
     async def _bury(self, coder: _Coder) -> None:
         """Reap a dead coder, answer its jobs, remove its temporary files."""

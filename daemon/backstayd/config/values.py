@@ -41,7 +41,7 @@ def parse_name(value: Any) -> str:
 
 def parse_label(value: Any) -> str:
     if not isinstance(value, str) or not _LABEL.match(value):
-        raise ValueError("is not at most 100 letters, digits, '.', '_', '/', ':' or '-'")
+        raise ValueError("must be at most 100 letters, digits, '.', '_', '/', ':' or '-'")
     return value
 
 

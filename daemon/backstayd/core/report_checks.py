@@ -35,10 +35,12 @@ def check_node(report: NodeReport) -> None:
     except UsageError as error:
         raise IntegrityError(f"invalid report: {error}", reason="bad_report") from error
     texts = (node.incarnation, node.bulk_address, node.domain, node.version, report.generation.incarnation)
-    if max(map(len, texts)) > MAX_TEXT or not node.incarnation or len(report.runs) > MAX_RUNS:
+    if not node.incarnation:
+        raise IntegrityError(f"node {node.name} reports without an incarnation", reason="bad_report")
+    if max(map(len, texts)) > MAX_TEXT or len(report.runs) > MAX_RUNS:
         raise IntegrityError(
-            f"node {node.name} reports {len(report.runs)} runs and names of up to {max(map(len, texts))} characters; at most "
-            f"{MAX_RUNS} and {MAX_TEXT} are taken",
+            f"node {node.name} reports {len(report.runs)} runs and names of up to {max(map(len, texts))} characters; the "
+            f"limits are {MAX_RUNS} runs and {MAX_TEXT} characters",
             reason="bad_report",
         )
     if not report.generation.is_possible:

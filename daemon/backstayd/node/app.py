@@ -279,7 +279,8 @@ def _bulk_socket(address: str) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(
-            f"cannot serve peers on {address}: {error.strerror or error}", reason="bind_failed"
+            f"cannot serve peers on {address}: {error.strerror or error}; choose another with --bulk",
+            reason="bind_failed",
         ) from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

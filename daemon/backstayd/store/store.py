@@ -220,7 +220,7 @@ class Store(Directory):
                     raise IntegrityError(f"generation {generation.number} is out of range", reason="bad_record")
                 self.generation = generation
             except BackstayError as error:
-                logger.error("%s is not used: %s; the next coordinator's generation is taken", path, error)
+                logger.error("ignoring %s: %s; using the generation of the next coordinator that connects", path, error)
                 remove(path)
         self._adopt_tombstones()
         for name in (GENERATION_NAME, FORGOTTEN_NAME):
@@ -244,7 +244,7 @@ class Store(Directory):
             try:
                 self.tombstones = {one.run: one for one in json_records.loads(Forgotten, read_small(path)).tombstones}
             except BackstayError as error:
-                logger.error("%s is not used: %s; other nodes keep the same", path, error)
+                logger.error("ignoring %s: %s; other nodes keep the same record", path, error)
                 remove(path)
 
     def _act_on(self, finding: Finding) -> None:

@@ -58,7 +58,9 @@ def from_message(cls: type[R], message: Message) -> R:
     kind: Any = cls
     missing = _required(kind) - values.keys()
     if missing:
-        raise IntegrityError(f"a {cls.__name__} came without {', '.join(sorted(missing))}", reason="bad_record")
+        raise IntegrityError(
+            f"received {cls.__name__} without required fields: {', '.join(sorted(missing))}", reason="bad_record"
+        )
     return cls(**values)
 
 

@@ -171,7 +171,7 @@ class CoordinatorLink:
             was_connected = self._is_connected
             self._note(target, f"coordinator {target.address}: the stream was cancelled")
         except Exception:
-            logger.exception("a mistake in reporting or in obeying; connecting anew")
+            logger.exception("unexpected error while reporting or applying orders; reconnecting")
         self._set_connected(False)
         return was_connected
 
@@ -213,7 +213,7 @@ class CoordinatorLink:
             line.renew_again_s = now + RENEW_AGAIN_S
             text = await self._explain(target) or repr(error)
             logger.warning(
-                "the connection made with the certificate before is used on, none with the new one: %s", text
+                "cannot connect with the new certificate, keeping the connection of the previous one: %s", text
             )
             return line
 
@@ -339,8 +339,8 @@ class _Words:
                 return request
             largest = max(request.report.runs, key=lambda run: run.ByteSize())
             logger.error(
-                "run %s: what this node would report of it has %d bytes, more than a report may have (%d); it is left out for "
-                "%g s, and the coordinator counts nothing of it here",
+                "run %s: its report is %d bytes, over the limit of %d; omitting it for %g s, so the coordinator sees nothing "
+                "of this run on this node",
                 largest.run, largest.ByteSize(), limit_bytes, LEFT_OUT_S,
             )  # fmt: skip
             self._left_out[largest.run] = now_s + LEFT_OUT_S

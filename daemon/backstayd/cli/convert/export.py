@@ -63,4 +63,4 @@ def _shards(arguments: argparse.Namespace) -> Iterator[list[Shard]]:
         try:
             yield shards
         except OSError as error:
-            raise BackstayError(f"{arguments.to}: {error.strerror or error}") from error
+            raise BackstayError(f"export to {arguments.to} failed: {error.strerror or error}") from error

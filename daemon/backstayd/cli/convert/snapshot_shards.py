@@ -37,7 +37,9 @@ class FileBytes:
         while done < len(view):
             count = os.preadv(self.fd, [view[done:]], offset + done)
             if count == 0:
-                raise IntegrityError(f"a shard is truncated at byte {offset + done}; not used", reason="truncated")
+                raise IntegrityError(
+                    f"shard file is truncated at byte {offset + done}; it was not used", reason="truncated"
+                )
             done += count
 
 

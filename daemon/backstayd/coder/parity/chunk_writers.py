@@ -156,7 +156,9 @@ class RebuiltBlock:
         shard_chunk = shard.first_chunk + chunk - current.begin
         crc = self._crc
         if crc != shard.chunks.chunk_crc(shard_chunk):
-            raise InvariantError(f"rebuilt chunk {shard_chunk} of rank {shard.chunks.rank} was not found right")
+            raise InvariantError(
+                f"rebuilt chunk {shard_chunk} of rank {shard.chunks.rank} does not match its crc in the manifest"
+            )
         if chunk == current.begin:
             self._begin(current)
         with self._context.timed("put"):

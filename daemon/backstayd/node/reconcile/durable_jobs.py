@@ -162,7 +162,7 @@ class DurableJobs:
         """Log it, less and less often, count it, and try again after a pause."""
         count = self._tasks.fail(key)
         level = logging.WARNING if count in LOUD_FAILURES else logging.DEBUG
-        logger.log(level, "run %s: %s failed (%d): %s", key.run, key.kind, count, result.message)
+        logger.log(level, "run %s: %s failed (failure no. %d): %s", key.run, key.kind, count, result.message)
         self._node.metrics.storage_failures.of(key.run, reason=result.reason).inc()
         if isinstance(job, SurveyStorage):
             self._records.of(key.run).survey = Survey(url=job.url, survey_id=job.survey_id, error=result.message)

@@ -193,7 +193,7 @@ class MemoryJobs:
         run, count = key.run, self._tasks.fail(key)
         is_hopeless = bool(result.corrupt) or count >= MAX_TRIES
         level = logging.WARNING if count in (1, MAX_TRIES) else logging.DEBUG
-        logger.log(level, "run %s: %s failed (%d): %s", run, key.kind, count, result.message)
+        logger.log(level, "run %s: %s failed (failure no. %d): %s", run, key.kind, count, result.message)
         if key.kind is TaskKind.CHECK_SUSPECT:
             return
         if isinstance(job, FetchShard) and key.kind is TaskKind.COPY:
@@ -224,7 +224,7 @@ class MemoryJobs:
         if key.kind is not TaskKind.COPY:
             self._fail_decision(key, str(error))
             return
-        logger.warning("run %s: no room for a shard of a node that drains: %s", key.run, error)
+        logger.warning("run %s: no room to copy a shard from a draining node: %s", key.run, error)
         self._tasks.fail(key)
         self.failed_copies.add(key.run, job.shard.digest)
 

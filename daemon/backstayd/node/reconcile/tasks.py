@@ -135,7 +135,7 @@ class Tasks:
         try:
             await work()
         except Exception:  # the boundary of a task: it is tried again
-            logger.exception("%s of run %s failed", key, key.run)
+            logger.exception("task %s of run %s failed; it will be retried", key, key.run)
             self.fail(key)
 
     def _ended(self, key: TaskKey) -> None:
