@@ -17,9 +17,8 @@ from backstay.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 DEFAULT_JOB = "default"
-MAX_COUNT: Final = (
-    1 << 48
-)  # steps, attempts and sizes lie below: sums and products of them still fit the wire's 64 bits
+# Steps, attempts and sizes lie below: sums and products of them still fit the wire's 64 bits.
+MAX_COUNT: Final = 1 << 48
 MAX_GENERATION: Final = 1 << 62  # room for every term of an election (32 bits) and for counting on from there
 MAX_WORLD_SIZE: Final = 1 << 20
 
@@ -50,7 +49,12 @@ class RunKey:
 
     @classmethod
     def parse(cls, text: str) -> RunKey:
-        job, _, run_id = text.partition("/")
+        """Raises UsageError unless ``text`` is ``job/run_id``."""
+        job, slash, run_id = text.partition("/")
+        if not slash:
+            raise UsageError(
+                f"{text!r:.120} names no run_id: write JOB/RUN_ID, such as {DEFAULT_JOB}/{text:.100}", reason="bad_name"
+            )
         return cls(job, run_id)
 
 

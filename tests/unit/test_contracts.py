@@ -193,6 +193,11 @@ def test_who_obeys_only_admitted_generations_never_goes_back(offers: list[Genera
         assert after == before or after.number > before.number
 
 
+def test_a_run_without_its_job_is_refused_with_the_form_that_is_wanted() -> None:
+    with refuses(UsageError, "bad_name", "'gpt'", "JOB/RUN_ID", "default/gpt"):
+        RunKey.parse("gpt")
+
+
 @given(names, names)
 def test_a_run_key_is_written_and_read_back(job: str, run_id: str) -> None:
     assert RunKey.parse(str(RunKey(job, run_id))) == RunKey(job, run_id)

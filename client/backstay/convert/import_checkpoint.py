@@ -54,7 +54,7 @@ def _convert(arguments: argparse.Namespace) -> dict[str, object]:
     if step is None:
         if found.states:
             raise UsageError(
-                f"{arguments.source} does not say which step it is of; give --step (the optimizer's state goes on from it)",
+                f"{arguments.source} does not say which step it is of; give --step (the optimizer's state continues from it)",
                 reason="no_step",
             )
         step = 0

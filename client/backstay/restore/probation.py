@@ -34,9 +34,8 @@ class Probation:
         self._handles: list[Any] = []
         guarded = torch.compiler.disable(self._before_step)
         for optimizer in optimizers if not self.is_over else ():
-            if hasattr(
-                optimizer, "_optimizer_step_pre_hooks"
-            ):  # a wrapper may inherit the method without torch's constructor
+            # A wrapper may inherit the method without torch's constructor.
+            if hasattr(optimizer, "_optimizer_step_pre_hooks"):
                 self._handles.append(optimizer.register_step_pre_hook(guarded))
 
     def close(self) -> None:

@@ -28,12 +28,13 @@ COMMIT_S: Final = 10.0  # beyond the lease
 MAX_MAPPINGS: Final = 4
 MAX_REASON: Final = 500  # characters that the daemon is given of why a step is abandoned
 NOT_MAPPED: Final = "not_mapped"
+# Reasons after which only attaching again helps.
 _BROKEN: Final = (
     "deadline",
     "disconnected",
     "closed",
     "not_attached",
-)  # reasons after which only attaching again helps
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,9 +102,8 @@ class Changes:
     def __init__(self) -> None:
         self._verdicts: dict[str, str] = {}
         self._nodes: dict[str, str] = {}
-        self._events: set[tuple[Any, ...]] = (
-            set()
-        )  # of the previous document; clocks of different machines are never compared
+        # Of the previous document; clocks of different machines are never compared.
+        self._events: set[tuple[Any, ...]] = set()
         self._is_first = True
 
     def take(self, document: Document) -> list[str]:

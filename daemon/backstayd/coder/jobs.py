@@ -248,12 +248,10 @@ class JobResult:
     corrupt: tuple[Corrupt, ...] = ()
     done_bytes: int = 0
     flipped_in_flight: int = 0  # chunks that failed their crc once and were right when read again
-    seconds: dict[str, float] = field(
-        default_factory=dict
-    )  # where the time went: "read", "crc", "encode", "put", "write"
-    moved: dict[str, int] = field(
-        default_factory=dict
-    )  # bytes of an encoding: "read" from members, "encoded" (data put into the codec), "kept" (parity from an older plan)
+    #: Where the time went: "read", "crc", "encode", "put", "write".
+    seconds: dict[str, float] = field(default_factory=dict)
+    #: Bytes of an encoding: "read" from members, "encoded" (data put into the codec), "kept" (parity from an older plan).
+    moved: dict[str, int] = field(default_factory=dict)
     survey: Survey | None = None  # of SurveyStorage
     persisted: PersistedSnapshot | None = None  # of WriteRecord: as it was written
     file_id: str = ""  # of VerifyShard on durable storage: which file was read

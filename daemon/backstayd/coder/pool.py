@@ -26,9 +26,8 @@ from backstayd.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
-MAX_LINE_BYTES: Final = (
-    64 * 1024 * 1024
-)  # a job line carries a plan: bounded by members x shards, never by bytes of state
+# A job line carries a plan: bounded by members x shards, never by bytes of state.
+MAX_LINE_BYTES: Final = 64 * 1024 * 1024
 FIRST_BACKOFF_S: Final = 0.1
 LAST_BACKOFF_S: Final = 5.0
 GRACE_S: Final = 2.0  # over a job's own deadline before its coder is taken for hung, and for a coder to end by itself

@@ -14,9 +14,8 @@ from backstay.errors import InvariantError
 Buffer = bytes | bytearray | memoryview
 
 MAX_WINDOW_BYTES: Final = 128 * 1024  # per fragment
-MAX_INPUT_BYTES: Final = (
-    512 * 1024
-)  # of all k together: measured, 1 MiB falls out of the allocator's reuse and the L2 cache
+# Of all k together: measured, 1 MiB falls out of the allocator's reuse and the L2 cache.
+MAX_INPUT_BYTES: Final = 512 * 1024
 
 
 class Codec(Protocol):

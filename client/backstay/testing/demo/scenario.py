@@ -176,10 +176,11 @@ def _default_shrinking(nodes: int, *, steps: int) -> str:
 
 def _default_rolling(nodes: int, *, steps: int) -> str:
     """Every daemon, one after the other, then the coordinator; none of this costs a step."""
+    # Leaves steps to snapshot once the next coordinator leads.
     first, last = (
         max(2, steps // 8),
         steps - GATE_MARGIN - 6,
-    )  # leaves steps to snapshot once the next coordinator leads
+    )
     at = [first + (last - first) * index // max(1, nodes) for index in range(nodes + 1)]
     return ",".join([*(f"upgrade#{node}@{at[node]}" for node in range(nodes)), f"handover@{at[nodes]}"])
 

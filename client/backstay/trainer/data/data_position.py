@@ -84,9 +84,8 @@ class Place:
 
     def __init__(self, loader: Any, position: Position, depth: int) -> None:
         self.before_fetch: Callable[[Place], None] | None = None
-        self.loader: Any = weakref.proxy(
-            loader
-        )  # it has this place: workers must end with it, not at a garbage collection
+        # It has this place: workers must end with it, not at a garbage collection.
+        self.loader: Any = weakref.proxy(loader)
         self.source: Any = self.loader if _keeps_own_state(loader) else None
         self.keeps_states = False
         self.fetched = 0
@@ -171,9 +170,8 @@ class Place:
             counted.is_exhausted = True
             raise
         if now is not None:
-            write_generators(
-                now
-            )  # this batch was drawn before: what comes next draws as if it had not been drawn again
+            # This batch was drawn before: what comes next draws as if it had not been drawn again.
+            write_generators(now)
         self._before.append(before)
         self.fetched += 1
         return batch

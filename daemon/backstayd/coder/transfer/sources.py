@@ -160,13 +160,15 @@ def read_blocks(
         try:
             for block in blocks:
                 context.check()
-                for first, view in _read_block(context, shard, url, block, buffer):
+                with context.timed("read"):
+                    found = _read_block(context, shard, url, block, buffer)
+                for first, view in found:
                     take(first, view)
         except BaseException:
             deque(blocks, maxlen=0)
             raise
 
-    with context.timed("read"), ThreadPoolExecutor(threads, thread_name_prefix="blocks") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="blocks") as pool:
         for worker in [pool.submit(work) for _ in range(threads)]:
             worker.result()
 

@@ -44,9 +44,8 @@ class Progress:
     first_s: float = 0.0
     blocked_s: float = 0.0
     heard_s: dict[str, float] = field(default_factory=dict)  # by host: when it reported last
-    seen_by: dict[int, str] = field(
-        default_factory=dict
-    )  # by rank: the incarnation of the daemon that reported it last
+    #: By rank: the incarnation of the daemon that reported it last.
+    seen_by: dict[int, str] = field(default_factory=dict)
 
     def note(self, step: int, now_s: float) -> None:
         """Training has come to ``step``."""

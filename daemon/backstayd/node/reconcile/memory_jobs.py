@@ -42,11 +42,12 @@ MAX_FAILED_PLANS: Final = 100  # per run
 MAX_VERIFIED: Final = 10_000
 STRIPE_POLL_S: Final = 0.5  # an event of a coder that died may be lost; the markers are the truth
 FAILED_COPY_LEASES: Final = 10  # for so long the coordinator does not ask again for a copy that failed here
+# The subject of their keys is a decision.
 FOR_DECISION: Final = (
     TaskKind.VERIFY,
     TaskKind.VERIFY_STORED,
     TaskKind.FETCH,
-)  # the subject of their keys is a decision
+)
 
 
 def note_stored(node: NodeState, event: CoderEvent) -> None:

@@ -213,9 +213,8 @@ class Reconciler:
             self._sessions.drop_ended(run, view.desired.world_id)
             due = plan_actions(view)
             self._staging[run] = staging_of(view)
-            has_acted |= bool(due) or self._staging[run] != before.get(
-                run
-            )  # also when it became ready without an action
+            # Also when it became ready without an action.
+            has_acted |= bool(due) or self._staging[run] != before.get(run)
             for action in due:
                 try:
                     self._do(run, action)

@@ -221,9 +221,8 @@ class Channel:
 
     def abort(self) -> None:
         """Wake any thread that is blocked on this channel; it gets UnavailableError."""
-        with contextlib.suppress(
-            OSError
-        ):  # TCP's own: TLS's would leave the other thread reading ciphertext as plaintext
+        # TCP's own: TLS's would leave the other thread reading ciphertext as plaintext.
+        with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
