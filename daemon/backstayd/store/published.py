@@ -135,7 +135,7 @@ def _open_locked(path: Path) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise SnapshotNotFoundError(f"{path.name} is not here: {error.strerror}", reason="gone") from error
+        raise SnapshotNotFoundError(f"cannot open {path.name}: {error.strerror}", reason="gone") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -182,7 +182,7 @@ def read_small(path: Path) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise SnapshotNotFoundError(f"{path.name} is not here: {error.strerror}", reason="gone") from error
+        raise SnapshotNotFoundError(f"cannot open {path.name}: {error.strerror}", reason="gone") from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
