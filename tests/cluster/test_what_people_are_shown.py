@@ -139,6 +139,7 @@ def test_what_people_are_shown_is_so_through_the_whole_life_of_a_run(new_cluster
             ended_s = time.time()
             _, logged = log_lines(cluster, 0)
             seen.phase = "normal end"
+            cluster.wait_until(lambda: seen.looks[-1].phase == seen.phase, 30, "a look before the ranks finish")
             for rank in world.ranks:
                 rank.ask("finish")
             for look in cluster.status()["runs"]:
@@ -153,3 +154,4 @@ def test_what_people_are_shown_is_so_through_the_whole_life_of_a_run(new_cluster
     for look in seen.of("normal end"):
         assert look.word in ("protected", "ending", "ended"), look.run["verdict"]
         assert not ALARMING.search(look.texts), look.texts
+        assert not says("never_complete", look.texts), look.texts
